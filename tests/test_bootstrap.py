@@ -1,0 +1,49 @@
+"""The checkout as the package ``indomain_guidance``: in this process, and in one started through the bootstrap."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+BOOTSTRAP = ROOT / "training" / "bootstrap.py"
+
+
+def test_package_is_this_checkout():
+    import indomain_guidance
+
+    assert Path(indomain_guidance.__file__).resolve().parent == ROOT
+    assert not any(Path(entry or ".").resolve() == ROOT for entry in sys.path)
+
+
+def test_bootstrap_runs_a_module_as_main_with_its_arguments(tmp_path):
+    # A checkout under another folder name, with a module that says who it is.
+    checkout = tmp_path / "some other name"
+    (checkout / "training").mkdir(parents=True)
+    (checkout / "__init__.py").write_text("", encoding="utf-8")
+    (checkout / "training" / "__init__.py").write_text("MARK = 7\n", encoding="utf-8")
+    (checkout / "training" / "bootstrap.py").write_text(BOOTSTRAP.read_text(encoding="utf-8"), encoding="utf-8")
+    (checkout / "training" / "tool.py").write_text(
+        "import sys\nfrom . import MARK\nprint(__name__, __package__, MARK, sys.argv[1:])\n", encoding="utf-8"
+    )
+    (checkout / "nodes").mkdir()
+    (checkout / "nodes" / "__init__.py").write_text("", encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, str(checkout / "training" / "bootstrap.py"), "indomain_guidance.training.tool", "-x", "1"],
+        capture_output=True, text=True, cwd=checkout,
+    )
+    assert result.stderr == ""
+    assert result.stdout.strip() == "__main__ indomain_guidance.training 7 ['-x', '1']"
+
+
+def test_registering_another_copy_is_refused(tmp_path):
+    (tmp_path / "__init__.py").write_text("", encoding="utf-8")
+    code = (
+        "import importlib.util as u, pathlib, sys\n"
+        f"s = u.spec_from_file_location('b', {str(BOOTSTRAP)!r}); b = u.module_from_spec(s); s.loader.exec_module(b)\n"
+        "b.register()\n"
+        f"b.register(pathlib.Path({str(tmp_path)!r}).resolve())\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode != 0 and "already imported" in result.stderr
