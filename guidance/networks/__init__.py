@@ -1,0 +1,1 @@
+"""Networks of the Stable Diffusion family under their LDM (CompVis) parameter names."""
