@@ -1,0 +1,32 @@
+"""The standalone guidance library: multi-guidance on any denoisers, without ComfyUI.
+
+Importing it costs nothing; a public name is loaded from its module when first used.
+"""
+
+from importlib import import_module
+from typing import Any
+
+_MODULE_OF_NAME = {
+    name: module
+    for module, names in {
+        "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
+        "terms": ("Source", "Term"),
+        "combination": ("Guidance", "MultiGuidance", "Step", "combine"),
+    }.items()
+    for name in names
+}
+
+__all__ = sorted(_MODULE_OF_NAME)
+
+
+def __getattr__(name: str) -> Any:
+    module = _MODULE_OF_NAME.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{module}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

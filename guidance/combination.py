@@ -1,0 +1,403 @@
+"""Generalized classifier-free guidance (arXiv 2312.08195): any number of terms from any number of models.
+
+    D = D_u + sum_i  w_i(sigma) * (D_i - R_i)
+
+D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). All predictions are *denoised*
+latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or v)
+at the same (x, sigma), and models of different prediction types mix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .schedules import GuidanceError, PercentToSigma
+from .terms import BASE, Source, Term
+
+__all__ = ["Guidance", "GuidanceError", "MultiGuidance", "Step", "combine"]
+
+# A coefficient this small against the weights it was summed from is their decimal rounding (1 - 0.3 - 0.7 is 5.6e-17),
+# and its share is below the resolution of float32.
+_NEGLIGIBLE = 1e-9
+
+# Weights that cancel up to this share have no useful common scale for hooks.
+_CANCELLED = 1e-3
+
+
+def combine(predictions: Mapping[Hashable, Tensor], coefficients: Mapping[Hashable, float], pivot: Hashable = None) -> Tensor:
+    """The affine combination sum_k coefficient_k * prediction_k, for coefficients that sum to 1.
+
+    predictions: tensors of one shape, e.g. [B, C, H, W]; only those with a non-zero coefficient are looked at.
+    Computed as D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which is
+    accurate where predictions are nearly equal, and in float32 at least. A single coefficient of 1 returns the prediction
+    itself. Raises GuidanceError for a missing prediction or for shapes that differ.
+    """
+    active = [key for key, coefficient in coefficients.items() if coefficient != 0.0]
+    if not active:
+        raise GuidanceError("Expected coefficients that sum to 1, got none that differs from 0.")
+    for key in active:
+        if key not in predictions:
+            raise GuidanceError(f"Expected a prediction for each of {len(active)} sources, found none for {key!r}.")
+    if pivot is None or coefficients.get(pivot, 0.0) == 0.0:
+        pivot = active[0]
+    center = predictions[pivot]
+    for key in active:
+        if predictions[key].shape != center.shape:
+            raise GuidanceError(
+                f"Expected predictions of one shape, got {tuple(center.shape)} and {tuple(predictions[key].shape)}; "
+                "all models must share one latent space."
+            )
+    if len(active) == 1:
+        return center
+    dtype = torch.promote_types(center.dtype, torch.float32)
+    wide = center.to(dtype)
+    result = wide
+    for key in active:
+        if key != pivot:
+            result = result + coefficients[key] * (predictions[key].to(dtype) - wide)
+    return result.to(center.dtype)
+
+
+def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, float]:
+    """Sum the contributions of each source exactly; rounding left-overs become 0."""
+    parts: dict[Source, list[float]] = {}
+    for source, value in contributions:
+        parts.setdefault(source, []).append(value)
+    sums = {}
+    for source, values in parts.items():
+        total = math.fsum(values)
+        sums[source] = 0.0 if abs(total) <= _NEGLIGIBLE * math.fsum(map(abs, values)) else total
+    return sums
+
+
+@dataclass(frozen=True)
+class Step:
+    """A guidance at one noise level: which predictions it needs and how they combine.
+
+    weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source (they sum to 1), and
+    the base's, even if 0, when it is kept. needed: the sources to evaluate, each once, base first.
+    """
+
+    base: Source
+    weights: Mapping[str, float]
+    coefficients: Mapping[Source, float]
+    needed: tuple[Source, ...]
+    _differences: tuple[tuple[Source, Source, float], ...]
+
+    @property
+    def samples(self) -> int:
+        """How many predictions per image this step costs."""
+        return len(self.needed)
+
+    @property
+    def total_weight(self) -> float:
+        """W, the sum of all weights: the scale of the plain CFG that this step equals on its effective condition."""
+        return math.fsum(self.weights.values())
+
+    def combine(self, predictions: Mapping[Source, Tensor]) -> Tensor:
+        """D = D_u + sum_i w_i (D_i - R_i) of arXiv 2312.08195, from the predictions of the `needed` sources."""
+        return combine(predictions, self.coefficients, pivot=self.base)
+
+    def effective(self, predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """(c_eff, D_u, W): this step as a plain CFG, D = D_u + W (c_eff - D_u), for methods that know only such a triple.
+
+        c_eff = D_u + sum_i w_i (D_i - R_i) / W. Where the weights cancel, |W| < 1e-3 sum_i |w_i|, or all are 0, the triple is
+        (D, D_u, 1). With a single term against the base, c_eff is that term's prediction, bit for bit. Needs the base's
+        prediction: make the step with keep_base=True. Raises GuidanceError without it.
+        """
+        if self.base not in predictions:
+            raise GuidanceError(
+                "Expected the base's prediction to express this step as one CFG, found none; ask for the step with keep_base=True."
+            )
+        base, scale = predictions[self.base], self.total_weight
+        if abs(scale) <= _CANCELLED * math.fsum(map(abs, self.weights.values())):
+            return self.combine(predictions), base, 1.0
+        shares = [(self.base, 1.0)]
+        for source, reference, weight in self._differences:
+            shares += [(source, weight / scale), (reference, -weight / scale)]
+        return combine(predictions, _collect(shares), pivot=self.base), base, scale
+
+
+class Guidance:
+    """A base and its terms, checked (generalized classifier-free guidance, arXiv 2312.08195).
+
+    Raises GuidanceError at construction when there is no term, two terms share a name, or a reference names an unknown term,
+    the term itself or a cycle.
+    """
+
+    def __init__(self, base: Source, terms: Sequence[Term]) -> None:
+        if not isinstance(base, Source):
+            raise GuidanceError(f"Expected the base to be a Source(model, cond), got {type(base).__name__}.")
+        self.base = base
+        self.terms = tuple(terms)
+        for term in self.terms:
+            if not isinstance(term, Term):
+                raise GuidanceError(f"Expected guidance terms to be Term objects, got {type(term).__name__}.")
+        if not self.terms:
+            raise GuidanceError("Expected at least one guidance term, got none.")
+        self._by_name: dict[str, Term] = {}
+        for term in self.terms:
+            if term.name in self._by_name:
+                raise GuidanceError(f"Expected terms with different names, got {term.name!r} twice; rename one.")
+            self._by_name[term.name] = term
+        for term in self.terms:
+            self._check_references(term)
+
+    def _check_references(self, term: Term) -> None:
+        path = [term.name]
+        while term.reference is not None:
+            if term.reference not in self._by_name:
+                known = ", ".join([BASE, *self._by_name])
+                raise GuidanceError(f"Term {term.name!r} refers to {term.reference!r}, which is none of: {known}.")
+            if term.reference in path:
+                if term.reference == term.name:
+                    raise GuidanceError(f"Term {term.name!r} refers to itself; name another term, or none for the base.")
+                raise GuidanceError(f"The references of terms form a cycle: {' -> '.join([*path, term.reference])}.")
+            path.append(term.reference)
+            term = self._by_name[term.reference]
+
+    def __repr__(self) -> str:
+        return f"Guidance({', '.join(map(repr, self.terms))})"
+
+    def term(self, name: str) -> Term:
+        """The term of that name. Raises GuidanceError when there is none."""
+        if name not in self._by_name:
+            raise GuidanceError(f"Expected one of the terms {', '.join(self._by_name)}, got {name!r}.")
+        return self._by_name[name]
+
+    def reference(self, term: Term) -> Source:
+        """The source of R_i: the base, or the term that `term` refers to."""
+        return self.base if term.reference is None else self._by_name[term.reference].source
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every distinct source, base first, whatever the weights."""
+        return tuple(dict.fromkeys([self.base, *(term.source for term in self.terms)]))
+
+    @property
+    def needs_percent(self) -> bool:
+        """Whether a weight has positions in percent, so that `at` needs a percent_to_sigma."""
+        return any(term.weight.needs_percent for term in self.terms)
+
+    def names(self, source: Source) -> tuple[str, ...]:
+        """The names under which a source takes part ("base" for the base), for messages and reports."""
+        own = [BASE] if source == self.base else []
+        return tuple(own + [term.name for term in self.terms if term.source == source])
+
+    def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None, keep_base: bool = False) -> Step:
+        """The guidance at noise level `sigma` (k-diffusion scale), with the cost rule applied.
+
+        Coefficients are summed per source. A source whose sum is 0 is not evaluated: a term outside its interval, the base at
+        a total weight of 1, a reference that nothing uses here. `keep_base` has the base evaluated all the same, for hooks and
+        CFG++ samplers. Raises GuidanceError where a weight needs `percent_to_sigma` and none is given.
+        """
+        weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
+        for name, weight in weights.items():
+            if not math.isfinite(weight):
+                raise GuidanceError(f"Expected the weight of term {name!r} to be finite at sigma {float(sigma):g}, got {weight}.")
+        differences = tuple(
+            (term.source, self.reference(term), weights[term.name]) for term in self.terms if weights[term.name] != 0.0
+        )
+        contributions = [(self.base, 1.0)]
+        for source, reference, weight in differences:
+            contributions += [(source, weight), (reference, -weight)]
+        coefficients = {
+            source: value
+            for source, value in _collect(contributions).items()
+            if value != 0.0 or (keep_base and source == self.base)
+        }
+        return Step(self.base, weights, coefficients, tuple(coefficients), differences)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Running a guidance on plain callables
+
+
+def _is_batched(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _same_value(left: Any, right: Any) -> bool:
+    """Whether two arguments that carry no batch may be passed once for both."""
+    if left is right:
+        return True
+    plain = (str, bytes, bool, int, float, type(None))
+    if isinstance(left, plain) and isinstance(right, plain):
+        return type(left) is type(right) and left == right
+    if isinstance(left, Tensor) and isinstance(right, Tensor):  # 0-d
+        return left.dtype == right.dtype and left.device == right.device and bool(left == right)
+    return False
+
+
+def _can_share_a_call(left: Mapping[str, Any], right: Mapping[str, Any], batch: int) -> bool:
+    if left.keys() != right.keys():
+        return False
+    for key, a in left.items():
+        b = right[key]
+        if _is_batched(a) and _is_batched(b):
+            if a.shape != b.shape or a.shape[0] != batch or a.dtype != b.dtype or a.device != b.device:
+                return False
+        elif _is_batched(a) or _is_batched(b) or not _same_value(a, b):
+            return False
+    return True
+
+
+class MultiGuidance:
+    """A guidance as one denoiser: `MultiGuidance(g)(x, sigma)` is D of arXiv 2312.08195, from plain callables.
+
+    Every model of the guidance is a callable `model(x, sigma, **cond) -> x0`, with x = x0 + sigma * noise (k-diffusion
+    scale), and every conditioning a dict of its keyword arguments, or None. The object itself has the same signature, so
+    any sampler loop that takes such a denoiser can use it, this library's `sample` and k-diffusion's among them, and it may
+    serve as a model of another guidance. Gradients flow through it.
+
+    What is not needed at a noise level is not evaluated, identical (model, conditioning) pairs are evaluated once, and the
+    conditionings of one model run in one call: tensors, whose first dimension is the batch (1 is expanded), are joined along
+    it where their shapes agree, everything else must be equal. Conditionings that do not fit together are called one by one.
+
+    percent_to_sigma: needed when a weight has positions in percent (e.g. `NoiseSchedule.percent_to_sigma`).
+    max_batch: the most images in one model call, None for no limit; one conditioning is never split.
+
+    `samples_per_step` lists, for each call since `reset`, the predictions evaluated per image; `calls_per_step` the model calls.
+    """
+
+    def __init__(
+        self, guidance: Guidance, percent_to_sigma: PercentToSigma | None = None, max_batch: int | None = None
+    ) -> None:
+        if max_batch is not None and max_batch < 1:
+            raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
+        if guidance.needs_percent and percent_to_sigma is None:
+            names = ", ".join(term.name for term in guidance.terms if term.weight.needs_percent)
+            raise GuidanceError(f"Expected a percent_to_sigma, since weights have positions in percent ({names}); got none.")
+        for source in guidance.sources:
+            names = " and ".join(guidance.names(source))
+            if not callable(source.model):
+                raise GuidanceError(f"Expected the model of {names} to be a callable, got {type(source.model).__name__}.")
+            if source.cond is not None and not isinstance(source.cond, Mapping):
+                raise GuidanceError(f"Expected the conditioning of {names} to be a dict or None, got {type(source.cond).__name__}.")
+        self.guidance = guidance
+        self.percent_to_sigma = percent_to_sigma
+        self.max_batch = max_batch
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the counts of earlier calls."""
+        self.samples_per_step: list[float] = []
+        self.calls_per_step: list[int] = []
+
+    def __call__(self, x: Tensor, sigma: Tensor | float, **kwargs: Any) -> Tensor:
+        """Denoise x [B, ...] at `sigma`, a number or one per image [B].
+
+        Images of one batch may differ in sigma; those with the same coefficients run together. Keyword arguments go to every
+        model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
+        """
+        batch = x.shape[0]
+        if isinstance(sigma, Tensor) and sigma.ndim > 0:
+            if sigma.ndim != 1 or sigma.shape[0] not in (1, batch):
+                raise GuidanceError(f"Expected sigma as a number or [{batch}], one per image, got shape {list(sigma.shape)}.")
+            levels = sigma.tolist()
+        else:
+            levels = [float(sigma)]
+        steps = {level: self.guidance.at(level, self.percent_to_sigma) for level in dict.fromkeys(levels)}
+        groups: dict[tuple, tuple[Step, list[int]]] = {}
+        for index, level in enumerate(levels):
+            step = steps[level]
+            groups.setdefault(tuple(step.coefficients.items()), (step, []))[1].append(index)
+        if len(groups) == 1:
+            step = steps[levels[0]]
+            result, calls = self._run(step, x, sigma, kwargs, None, batch)
+            evaluated = float(step.samples)
+        else:
+            parts, order, calls, evaluated = [], [], 0, 0.0
+            for step, indices in groups.values():
+                chosen = torch.tensor(indices, device=x.device)
+                part, more = self._run(step, x[chosen], sigma[chosen.to(sigma.device)], kwargs, chosen, batch)
+                parts.append(part)
+                order.append(chosen)
+                calls += more
+                evaluated += step.samples * len(indices) / batch
+            result = torch.cat(parts)[torch.cat(order).argsort()]
+        self.samples_per_step.append(evaluated)
+        self.calls_per_step.append(calls)
+        return result
+
+    def _run(
+        self,
+        step: Step,
+        x: Tensor,
+        sigma: Tensor | float,
+        kwargs: Mapping[str, Any],
+        chosen: Tensor | None,
+        batch: int,
+    ) -> tuple[Tensor, int]:
+        predictions: dict[Source, Tensor] = {}
+        calls = 0
+        by_model: dict[int, list[Source]] = {}
+        for source in step.needed:
+            by_model.setdefault(id(source.model), []).append(source)
+        for sources in by_model.values():
+            wanted = [(source, self._arguments(source, x, kwargs, chosen, batch)) for source in sources]
+            for group in self._calls(wanted, x.shape[0]):
+                calls += 1
+                predictions.update(self._call(group, x, sigma))
+        return step.combine(predictions), calls
+
+    @staticmethod
+    def _arguments(
+        source: Source, x: Tensor, kwargs: Mapping[str, Any], chosen: Tensor | None, batch: int
+    ) -> dict[str, Any]:
+        """One conditioning's keyword arguments, its batched tensors cut to the chosen images and expanded to the batch."""
+        arguments = {**kwargs, **(source.cond or {})}
+        for key, value in arguments.items():
+            if not _is_batched(value):
+                continue
+            if value.shape[0] == 1:
+                arguments[key] = value.expand(x.shape[0], *value.shape[1:])
+            elif chosen is not None:
+                if value.shape[0] != batch:
+                    raise GuidanceError(
+                        f"Expected the tensor {key!r} to have a first dimension of 1 or {batch}, one per image, since the images "
+                        f"differ in sigma; got shape {list(value.shape)}."
+                    )
+                arguments[key] = value[chosen.to(value.device)]
+        return arguments
+
+    def _calls(
+        self, wanted: list[tuple[Source, dict[str, Any]]], batch: int
+    ) -> list[list[tuple[Source, dict[str, Any]]]]:
+        """Sort one model's conditionings into as few calls as their arguments and `max_batch` allow."""
+        most = len(wanted) if self.max_batch is None else max(1, self.max_batch // batch)
+        calls: list[list[tuple[Source, dict[str, Any]]]] = []
+        for source, arguments in wanted:
+            for call in calls:
+                if len(call) < most and _can_share_a_call(call[0][1], arguments, batch):
+                    call.append((source, arguments))
+                    break
+            else:
+                calls.append([(source, arguments)])
+        return calls
+
+    @staticmethod
+    def _call(group: list[tuple[Source, dict[str, Any]]], x: Tensor, sigma: Tensor | float) -> dict[Source, Tensor]:
+        count, batch = len(group), x.shape[0]
+        model = group[0][0].model
+        if count == 1:
+            joined = model(x, sigma, **group[0][1])
+        else:
+            arguments = {
+                key: torch.cat([other[key] for _, other in group]) if _is_batched(value) else value
+                for key, value in group[0][1].items()
+            }
+            if isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == batch:
+                sigma = sigma.repeat(count)
+            joined = model(x.repeat(count, *[1] * (x.ndim - 1)), sigma, **arguments)
+        if joined.shape != (count * batch, *x.shape[1:]):
+            raise GuidanceError(
+                f"Expected a model to return the shape it was given, {[count * batch, *x.shape[1:]]}, got {list(joined.shape)}."
+            )
+        return {source: output for (source, _), output in zip(group, joined.split(batch))}
