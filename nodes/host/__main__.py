@@ -1,0 +1,116 @@
+"""The commands of ``run.py``, run by the environment's Python. Takes one argument: stage one's order, as JSON."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from .server import CHECKOUT, ComfyServer, ServerProblem
+
+BOOTSTRAP = CHECKOUT / "training" / "bootstrap.py"
+BENCHMARKS = CHECKOUT / "tests" / "benchmarks"
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)
+
+
+def _end_on_signals() -> None:
+    """Turn a request to end into an exception, so that every server is stopped on the way out."""
+
+    def leave(number: int, _frame: object) -> None:
+        # From here on a second request must not interrupt the clean-up.
+        for name in _ENDING:
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+        raise SystemExit(128 + number)
+
+    for name in _ENDING:
+        signal.signal(getattr(signal, name), leave)
+
+
+_ENDING = [name for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+
+
+def demo(order: dict) -> int:
+    from .demo import run_demo
+
+    output = Path(order.get("output") or CHECKOUT / "output" / "demo").absolute()
+    result = run_demo(Path(order["comfyui"]), output, order.get("flags") or ())
+    print(json.dumps(result), flush=True)
+    return 0
+
+
+def serve(order: dict) -> int:
+    base = Path(order.get("output") or Path(order["cache"]) / "serve").absolute()
+    base.mkdir(parents=True, exist_ok=True)
+    _say("starting ComfyUI ...")
+    flags = ["--preview-method", "auto", *(order.get("flags") or ())]
+    with ComfyServer(Path(order["comfyui"]), base, flags=flags, port=order.get("port") or 0) as server:
+        print(server.url, flush=True)
+        _say(f"the graph editor is at {server.url}, its files are in {base}")
+        _say("example graphs: menu Workflow > Browse Templates > In-Domain Guidance; Ctrl+C ends the server")
+        status = server.wait()
+        raise ServerProblem(f"{server.log_tail()}\nComfyUI ended by itself (exit status {status}); its log is above.")
+
+
+def test(order: dict) -> int:
+    # `python -m pytest` would put the checkout on sys.path, where its nodes/ shadows ComfyUI's nodes.py.
+    start = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.console_main())"
+    return _child([sys.executable, "-c", start, *order["rest"]], cwd=CHECKOUT)
+
+
+def bench(order: dict) -> int:
+    available = {path.stem.removeprefix("bench_"): path for path in sorted(BENCHMARKS.glob("bench_*.py"))}
+    if order.get("list"):
+        print("\n".join(available))
+        return 0
+    rest = list(order["rest"])
+    named = rest.pop(0) if rest and not rest[0].startswith("-") else None
+    if named is not None and named not in available:
+        raise ServerProblem(f"Expected the name of a benchmark ({', '.join(available)}), found {named!r}.")
+    status = 0
+    for name in [named] if named else available:
+        _say(f"benchmark {name}")
+        status = _child([sys.executable, str(BOOTSTRAP), str(available[name]), *rest]) or status
+    return status
+
+
+def mini_world(order: dict) -> int:
+    return _child([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world", *order["rest"]])
+
+
+def _child(command: list[str], cwd: Path | None = None) -> int:
+    """Run `command` in this terminal; its exit status. It gets the signals that end this process, and time to obey."""
+    with subprocess.Popen(command, cwd=cwd) as process:
+        try:
+            return process.wait()
+        except SystemExit:
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+                try:
+                    process.wait(60)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+            raise
+
+
+COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "mini-world": mini_world}
+
+
+def main() -> int:
+    order = json.loads(sys.argv[1])
+    _end_on_signals()
+    os.environ["INDOMAIN_COMFYUI_PATH"] = str(order["comfyui"])
+    try:
+        return COMMANDS[order["command"]](order)
+    except (ServerProblem, RuntimeError, OSError) as problem:
+        _say(f"run.py {order['command']}: {problem}")
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,256 @@
+"""A ComfyUI server process of our own: private folders, a free port, and an end that is certain."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+from collections.abc import Sequence
+from pathlib import Path
+
+from .client import ComfyClient
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+# The pack's folder name inside custom_nodes, hence its name in the editor and in /workflow_templates.
+PACK_NAME = "in-domain-guidance"
+_ATTEMPTS = 5
+
+
+class ServerProblem(RuntimeError):
+    """The server did not start, or ended by itself; the message holds the end of its log."""
+
+
+def has_accelerator() -> bool:
+    """Whether this Python's torch sees a device that ComfyUI would use; without one it must be started with --cpu."""
+    import torch
+
+    if torch.cuda.is_available() or torch.backends.mps.is_available():
+        return True
+    return any(
+        hasattr(torch, name) and getattr(torch, name).is_available() for name in ("xpu", "npu", "mlu")
+    )
+
+
+def free_port() -> int:
+    """A loopback port that was free a moment ago. Somebody may take it first, so the caller tries again."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def link_folder(link: Path, target: Path) -> None:
+    """Make `link` point at the folder `target`: a symbolic link, or a junction on Windows, which needs no rights."""
+    if os.name == "nt":
+        import _winapi
+
+        _winapi.CreateJunction(str(target), str(link))
+    else:
+        link.symlink_to(target, target_is_directory=True)
+
+
+def unlink_folder(link: Path) -> None:
+    """Remove a link made by `link_folder`, and never what it points at."""
+    if link.is_symlink():
+        link.unlink()
+    elif os.name == "nt" and link.exists():
+        os.rmdir(link)  # a junction goes, a real folder with content stays and raises
+
+
+def _die_with_parent() -> None:
+    # Linux only: the kernel ends the server when this process is killed without a chance to do it.
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+_LIBC = None
+if sys.platform == "linux":
+    import ctypes
+
+    with contextlib.suppress(OSError):
+        _LIBC = ctypes.CDLL(None)
+
+
+class ComfyServer:
+    """Context manager: a running ComfyUI with this checkout as its only custom node pack.
+
+    Args:
+        comfyui: the folder with ComfyUI's main.py.
+        base: its base directory (models, input, output, user, database); None makes one that is removed afterwards.
+        python: the Python to run it with.
+        flags: further command line flags for it.
+        port: a fixed port, or 0 for any free one.
+        start_timeout_s: how long it may take until it answers.
+
+    Attributes: ``url``, ``base``, ``client``, ``log_path``. Raises ServerProblem with the end of the log.
+    """
+
+    def __init__(
+        self,
+        comfyui: Path,
+        base: Path | None = None,
+        *,
+        python: str = sys.executable,
+        flags: Sequence[str] = (),
+        port: int = 0,
+        checkout: Path = CHECKOUT,
+        start_timeout_s: float = 300.0,
+    ):
+        self.comfyui = Path(comfyui)
+        self.python = python
+        self.flags = list(flags)
+        self.fixed_port = port
+        self.checkout = checkout
+        self.start_timeout_s = start_timeout_s
+        self._owns_base = base is None
+        self._base_argument = base
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> ComfyServer:
+        base = self._base_argument or tempfile.mkdtemp(prefix="indomain-comfyui-")
+        self.base = Path(base).absolute()
+        self.log_path = self.base / "server.log"
+        try:
+            self._prepare_base()
+            self._start()
+        except BaseException:
+            self.stop()
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stop()
+
+    # ------------------------------------------------------------------------------------------------ starting
+
+    def _prepare_base(self) -> None:
+        for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
+            (self.base / name).mkdir(parents=True, exist_ok=True)
+        link = self.base / "custom_nodes" / PACK_NAME
+        unlink_folder(link)
+        # A link, because a copy would go stale and a forwarding module would hide the templates.
+        link_folder(link, self.checkout)
+
+    def _command(self, port: int) -> list[str]:
+        return [
+            self.python, str(self.comfyui / "main.py"),
+            "--listen", "127.0.0.1", "--port", str(port),
+            "--base-directory", str(self.base),
+            "--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}",
+            "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME,
+            "--disable-api-nodes", "--disable-auto-launch",
+            *([] if "--cpu" in self.flags or has_accelerator() else ["--cpu"]),
+            *self.flags,
+        ]  # fmt: skip
+
+    def _start(self) -> None:
+        for attempt in range(_ATTEMPTS):
+            port = self.fixed_port or free_port()
+            self._spawn(port)
+            if self._wait_until_ready(port):
+                return
+            taken = self._port_was_taken()
+            self._end_process()
+            if self.fixed_port or not taken or attempt == _ATTEMPTS - 1:
+                where = f" (is port {port} in use?)" if taken else ""
+                raise ServerProblem(f"{self.log_tail()}\nComfyUI ended before it answered{where}; its log is above.")
+
+    def _spawn(self, port: int) -> None:
+        environ = {
+            key: value
+            for key, value in os.environ.items()
+            if key not in ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONSAFEPATH", "COMFYUI_PATH")
+        }
+        environ.update(PYTHONUTF8="1", PYTHONUNBUFFERED="1")
+        own_group: dict = {"start_new_session": True}
+        if os.name == "nt":
+            own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+        with open(self.log_path, "wb") as log:
+            self._process = subprocess.Popen(
+                self._command(port), cwd=self.comfyui, env=environ, stdin=subprocess.DEVNULL, stdout=log,
+                stderr=subprocess.STDOUT, preexec_fn=_die_with_parent if _LIBC else None, **own_group,
+            )  # fmt: skip
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = ComfyClient(self.url)
+
+    def _wait_until_ready(self, port: int) -> bool:
+        """True once the server answers; False when its process ended. Another server on the port is not taken for it."""
+        deadline = time.monotonic() + self.start_timeout_s
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                return False
+            with contextlib.suppress(urllib.error.URLError, OSError, json.JSONDecodeError):
+                stats = self.client.get("/system_stats", timeout_s=5.0)
+                if str(self.base) in stats.get("system", {}).get("argv", []):
+                    return True
+            time.sleep(0.2)
+        raise ServerProblem(
+            f"{self.log_tail()}\nComfyUI did not answer on port {port} within {self.start_timeout_s:.0f} s; "
+            "its log is above."
+        )
+
+    def _port_was_taken(self) -> bool:
+        log = self.log_tail(400).lower()
+        return any(sign in log for sign in ("address already in use", "errno 98", "errno 48", "10048", "10013"))
+
+    # ------------------------------------------------------------------------------------------------ looking
+
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def log(self) -> str:
+        """All that the server has printed so far."""
+        try:
+            return self.log_path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return ""
+
+    def log_tail(self, lines: int = 40) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def wait(self) -> int:
+        """Block until the server's process ends."""
+        return self._process.wait()
+
+    # ------------------------------------------------------------------------------------------------ ending
+
+    def stop(self) -> None:
+        """End the server with everything it started, and remove the base directory if it was made here."""
+        try:
+            self._end_process()
+        finally:
+            unlink_folder(self.base / "custom_nodes" / PACK_NAME)
+            if self._owns_base:
+                shutil.rmtree(self.base, ignore_errors=True)
+
+    def _end_process(self, patience_s: float = 8.0) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            if process.poll() is None:
+                self._signal_group(process, signal.SIGTERM)
+                process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            # Whatever came of the polite way, nothing of the group is left behind.
+            self._signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(patience_s)
+
+    @staticmethod
+    def _signal_group(process: subprocess.Popen, number: int) -> None:
+        if os.name == "nt":
+            if process.poll() is None:
+                subprocess.run(["taskkill", "/T", "/F", "/PID", str(process.pid)], capture_output=True)
+            return
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, number)
