@@ -12,6 +12,18 @@ _MODULE_OF_NAME = {
         "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
         "terms": ("Source", "Term"),
         "combination": ("Guidance", "MultiGuidance", "Step", "combine"),
+        "presets": (
+            "autoguidance",
+            "cfg",
+            "domain_guidance",
+            "dual_cfg",
+            "in_domain",
+            "interpolate_weights",
+            "personalization",
+            "unconditional_prior",
+        ),
+        "sampling": ("sample", "sigmas_karras", "sigmas_uniform"),
+        "diffusion": ("Denoiser", "NoiseSchedule"),
     }.items()
     for name in names
 }

@@ -1,0 +1,145 @@
+"""Small samplers in the k-diffusion scale, x = x0 + sigma * noise: enough to draw pictures without another library.
+
+A denoiser is any callable `denoise(x [B, ...], sigma [B], **cond) -> x0 [B, ...]`: a `Denoiser`, a `MultiGuidance`, or a
+user's own. Sigmas are a falling 1-D sequence that usually ends in 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .schedules import GuidanceError
+
+__all__ = ["METHODS", "sample", "sigmas_karras", "sigmas_uniform"]
+
+METHODS = ("euler", "ddim", "dpmpp_2m")
+
+Denoise = Callable[..., Tensor]
+
+
+class SigmaRange(Protocol):
+    """The part of `NoiseSchedule` that the sigma schedules use."""
+
+    @property
+    def sigma_min(self) -> float: ...
+
+    @property
+    def sigma_max(self) -> float: ...
+
+    def sigma(self, timestep: float) -> float: ...
+
+    def timestep(self, sigma: float) -> float: ...
+
+
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+
+
+def sigmas_karras(schedule: SigmaRange, steps: int, rho: float = 7.0) -> Tensor:
+    """The noise levels of arXiv 2206.00364, eq. 5: even in sigma^(1/rho) from sigma_max to sigma_min, then 0.
+
+    schedule: anything with sigma_min and sigma_max. steps: model calls, at least 1. rho: 7 as published. Returns
+    [steps + 1] in float64.
+    """
+    _check_steps(steps)
+    high, low = float(schedule.sigma_max) ** (1 / rho), float(schedule.sigma_min) ** (1 / rho)
+    sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
+    return torch.cat([sigmas, sigmas.new_zeros(1)])
+
+
+def sigmas_uniform(schedule: SigmaRange, steps: int) -> Tensor:
+    """Noise levels at even timesteps, the last to the first, then 0: the scheduler ComfyUI calls "normal".
+
+    schedule: anything with sigma_min, sigma_max, sigma(timestep) and timestep(sigma), such as `NoiseSchedule`. steps: model
+    calls, at least 1. Returns [steps + 1] in float64.
+    """
+    _check_steps(steps)
+    first, last = float(schedule.timestep(schedule.sigma_max)), float(schedule.timestep(schedule.sigma_min))
+    timesteps = torch.linspace(first, last, steps, dtype=torch.float64).tolist()
+    return torch.tensor([*(float(schedule.sigma(timestep)) for timestep in timesteps), 0.0], dtype=torch.float64)
+
+
+def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
+    levels = [float(sigma) for sigma in sigmas]
+    if len(levels) < 2:
+        raise GuidanceError(f"Expected at least two sigmas, a start and an end, got {len(levels)}.")
+    falling = all(math.isfinite(high) and high > low for high, low in zip(levels, levels[1:]))
+    if not falling or not levels[-1] >= 0.0:
+        shown = ", ".join(f"{level:g}" for level in levels[:4])
+        raise GuidanceError(f"Expected finite sigmas that fall from step to step and end at 0 or above, got {shown}, ....")
+    return levels
+
+
+def sample(
+    denoise: Denoise,
+    noise: Tensor,
+    sigmas: Tensor | Sequence[float],
+    method: str = "euler",
+    callback: Callable[[dict[str, Any]], None] | None = None,
+    *,
+    start: Tensor | None = None,
+    eta: float = 0.0,
+    generator: torch.Generator | None = None,
+    **cond: Any,
+) -> Tensor:
+    """Follow a denoiser from noise to a sample.
+
+    noise: [B, ...], unit Gaussian; sampling begins at start + sigmas[0] * noise, `start` being clean latents to vary, or 0.
+    sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`). cond goes to every call of the denoiser.
+
+    method, one model call a step each:
+    * "euler": first order (arXiv 2206.00364, algorithm 1 without its correction);
+    * "ddim": arXiv 2010.02502, eq. 12, which at eta 0 is the same as euler in this scale; eta 1 is ancestral sampling (DDPM),
+      with fresh noise from `generator`;
+    * "dpmpp_2m": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2, in data prediction; the first step, and a last one to
+      sigma 0, are of first order.
+
+    callback, called after each model call, gets a dict of i (step, from 0), sigma, x and denoised. Autograd is left as the
+    caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method, sigmas that do not
+    fall, or an eta outside 0 to 1 or with another method than "ddim".
+    """
+    if method not in METHODS:
+        raise GuidanceError(f"Expected the sampling method to be one of {', '.join(METHODS)}, got {method!r}.")
+    if not 0.0 <= eta <= 1.0:
+        raise GuidanceError(f"Expected eta between 0 and 1, got {eta}.")
+    if eta > 0.0 and method != "ddim":
+        raise GuidanceError(f"Expected eta only with the method ddim, got eta {eta} with {method}.")
+    levels = _levels(sigmas)
+    x = noise * levels[0] if start is None else start + noise * levels[0]
+    previous: Tensor | None = None
+    for i, (sigma, following) in enumerate(zip(levels, levels[1:])):
+        denoised = denoise(x, torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device), **cond)
+        if callback is not None:
+            callback({"i": i, "sigma": sigma, "x": x, "denoised": denoised})
+        if method == "dpmpp_2m":
+            before = levels[i - 1] if i > 0 else None
+            x = _dpmpp_2m_step(x, denoised, previous, before, sigma, following)
+            previous = denoised
+        else:
+            # The share of fresh noise (0 unless eta is set) and what remains of the old.
+            up = eta * following * math.sqrt(max(0.0, 1.0 - (following / sigma) ** 2))
+            down = math.sqrt(following**2 - up**2)
+            x = denoised + (down / sigma) * (x - denoised)
+            if up > 0.0:
+                x = x + up * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+    return x
+
+
+def _dpmpp_2m_step(
+    x: Tensor, denoised: Tensor, previous: Tensor | None, before: float | None, sigma: float, following: float
+) -> Tensor:
+    """One step from `sigma` to `following`, with the previous estimate at noise level `before` where there is one."""
+    if following == 0.0:
+        return denoised
+    shrink = following / sigma
+    if previous is not None and before is not None:
+        # Extrapolate the denoised estimate to the middle of the step in log sigma.
+        lead = 0.5 * math.log(sigma / following) / math.log(before / sigma)
+        denoised = denoised + lead * (denoised - previous)
+    return shrink * x + (1.0 - shrink) * denoised
