@@ -1,7 +1,7 @@
 """CLIP text encoders (ViT-L of Stable Diffusion 1.x, OpenCLIP ViT-H and ViT-bigG) under Hugging Face parameter names.
 
 The text transformer of "Learning Transferable Visual Models From Natural Language Supervision" (arXiv 2103.00020),
-section 2.4. This project needs it to encode the empty prompt and to train the mini world; it takes token ids, not words.
+section 2.4. It encodes the empty prompt and serves the mini world, and takes token ids, not words.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class TextEncoderConfig:
         """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"Text encoder configuration: unknown fields {', '.join(unknown)}; this file may be newer.")
+            raise ValueError(f"Text encoder configuration: unknown fields {', '.join(unknown)}; is the file newer?")
         try:
             return cls(**values)
         except TypeError as error:

@@ -23,6 +23,7 @@ NULL_TEXT_FORMS = ("none", "constant", "cached")
 # width into 8 heads, 2.x (1024), SDXL (2048) and the SDXL refiner (1280) into heads of 64 channels.
 HEADS_BY_CONTEXT = {768: (8, -1), 1024: (-1, 64), 1280: (-1, 64), 2048: (-1, 64)}
 PUBLISHED_MODEL_CHANNELS = (320, 384)
+SDXL_ADM_CHANNELS = 2816
 
 
 @dataclass(frozen=True)
@@ -416,7 +417,8 @@ def unet_config_from_state_dict(
     """Read the architecture from parameter names and shapes (keys such as `input_blocks.0.0.weight`, no prefix).
 
     Attention heads leave no trace in the weights: give one of `num_heads`, `num_head_channels`, or the rule of the
-    published Stable Diffusion families is used. `context_dim` of a text-free UNet is None.
+    published Stable Diffusion families is used. `context_dim` of a text-free UNet, which leaves no trace either, is
+    its family's, or None for a UNet of no published family.
     Raises ValueError when the keys are not such a UNet's or when self-attention reads the text.
     """
     def shape(key: str) -> torch.Size:
@@ -466,8 +468,8 @@ def unet_config_from_state_dict(
         inner = shape(f"{first_block}.attn1.to_q.weight")[0]
         if shape(f"{first_block}.attn1.to_k.weight")[1] != inner:
             raise ValueError(
-                f"Self-attention {first_block}.attn1 reads the text (disable_self_attentions), which this UNet does not "
-                "support; use a Stable Diffusion 1.x, 2.x or SDXL model."
+                f"Self-attention {first_block}.attn1 reads the text (disable_self_attentions), which this UNet does "
+                "not support; use a Stable Diffusion 1.x, 2.x or SDXL model."
             )
         if prefix in attn2 and not null_keys:
             context_dim = shape(f"{first_block}.attn2.to_k.weight")[1]
@@ -481,6 +483,8 @@ def unet_config_from_state_dict(
 
     adm = state_dict["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state_dict else None
     heads, head_channels = _heads(num_heads, num_head_channels, context_dim, model_channels, linear)
+    if depths and null_text != "none":
+        context_dim = _published_context_dim(model_channels, linear, adm)
     return UNetConfig(
         in_channels=in_channels,
         out_channels=shape("out.2.weight")[0],
@@ -498,6 +502,16 @@ def unet_config_from_state_dict(
         null_text=null_text,
         null_tokens=null_tokens,
     )
+
+
+def _published_context_dim(model_channels: int, linear: bool, adm: int | None) -> int | None:
+    if model_channels == 384:
+        return 1280
+    if model_channels != 320:
+        return None
+    if not linear:
+        return 768
+    return 2048 if adm is not None and adm >= SDXL_ADM_CHANNELS else 1024
 
 
 def _heads(

@@ -1,0 +1,32 @@
+"""Reading and writing weights: safetensors, pickles read as plain data, checkpoint layouts, domain model files."""
+
+from .domain import (
+    LATENT_FORMATS,
+    DomainMetadata,
+    check_latent_format,
+    prior_content_hash,
+    read_domain_file,
+    write_domain_file,
+)
+from .layouts import Checkpoint, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
+from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
+
+__all__ = [
+    "LATENT_FORMATS",
+    "Checkpoint",
+    "DomainMetadata",
+    "FileProblem",
+    "check_finite",
+    "check_latent_format",
+    "check_unet",
+    "prior_content_hash",
+    "read_domain_file",
+    "read_keys",
+    "read_metadata",
+    "read_state_dict",
+    "split_checkpoint",
+    "strip_unet_prefix",
+    "unet_layout",
+    "write_domain_file",
+    "write_safetensors",
+]

@@ -1,0 +1,258 @@
+"""Domain model files: a UNet in LDM keys as safetensors, with what is needed to use it in the string metadata."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..diffusion import PREDICTION_TYPES
+from ..networks.unet import UNetConfig, unet_config_from_state_dict
+from .layouts import check_unet, strip_unet_prefix, unet_layout, unet_prefix
+from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
+
+FORMAT = "indomain_guidance.domain_unet"
+VERSION = "1"
+LATENT_FORMATS = ("sd15", "sdxl", "mini_world")
+_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base",
+                  1280: "stable-diffusion-xl-v1-refiner"}
+
+
+@dataclass(frozen=True)
+class DomainMetadata:
+    """What a domain model file says about itself; None or empty where it does not say.
+
+    config: the architecture, with the text-free form (`config.null_text`). latent_format: "sd15" (1.x and 2.x),
+    "sdxl", "mini_world". prediction_type: "epsilon", "v_prediction" or "sample"; zero_snr: the noise schedule ends in
+    zero signal. null_text_error: per block, for the constant form. null_context: description of the empty prompt.
+    prior_hash: `prior_content_hash` of the prior. ema: decay of the weight average. resolution in pixels.
+    extra: further metadata, kept as it is (keys of this format's own fields are refused).
+    """
+
+    config: UNetConfig
+    latent_format: str | None = None
+    prediction_type: str | None = None
+    zero_snr: bool = False
+    null_text_error: Mapping[str, float] = field(default_factory=dict)
+    null_context: Mapping[str, str | int] = field(default_factory=dict)
+    prior_hash: str | None = None
+    domain_name: str = ""
+    dataset_size: int | None = None
+    dataset_hash: str | None = None
+    steps: int = 0
+    ema: float | None = None
+    resolution: int | None = None
+    licence: str = ""
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"Domain model: expected a prediction type out of {', '.join(PREDICTION_TYPES)}, found "
+                f"{self.prediction_type!r}."
+            )
+        if any(not math.isfinite(error) for error in self.null_text_error.values()):
+            raise ValueError("Domain model: expected finite errors of the constant form, found NaN or infinity.")
+
+    @property
+    def null_text(self) -> str:
+        """"constant", "cached", or "none" for a UNet that takes text."""
+        return self.config.null_text
+
+    def to_strings(self) -> dict[str, str]:
+        """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""
+        values: dict[str, str] = {
+            "format": FORMAT,
+            "version": VERSION,
+            "config": self.config.to_json(),
+            "null_text": self.null_text,
+            "zero_snr": "true" if self.zero_snr else "false",
+            "steps": str(self.steps),
+        }
+        for name in ("latent_format", "prediction_type", "prior_hash", "domain_name", "dataset_hash", "licence"):
+            if getattr(self, name):
+                values[name] = getattr(self, name)
+        for name in ("dataset_size", "ema", "resolution"):
+            if getattr(self, name) is not None:
+                values[name] = json.dumps(getattr(self, name))
+        for name in ("null_text_error", "null_context"):
+            if getattr(self, name):
+                values[name] = json.dumps(dict(getattr(self, name)), separators=(",", ":"))
+        values |= self._modelspec()
+        clashes = sorted(set(values) & set(self.extra))
+        own = [key for key in clashes if not key.startswith("modelspec.")]
+        if own:
+            raise ValueError(f"Domain model: the extra metadata {own[0]!r} is a field of the format; set the field.")
+        return values | dict(self.extra)
+
+    def _modelspec(self) -> dict[str, str]:
+        """Fields of Stability's ModelSpec 1.0.1, which other tools show."""
+        family = "mini-world" if self.latent_format == "mini_world" else _ARCHITECTURES.get(self.config.context_dim)
+        variant = "unet" if self.null_text == "none" else f"text-free-unet-{self.null_text}"
+        spec = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{family or 'latent-diffusion'}/{variant}",
+            "modelspec.implementation": "https://github.com/CompVis/latent-diffusion",
+            "modelspec.title": self.domain_name or "domain model",
+        }
+        if self.licence:
+            spec["modelspec.license"] = self.licence
+        if self.resolution is not None:
+            spec["modelspec.resolution"] = f"{self.resolution}x{self.resolution}"
+        if self.prediction_type in ("epsilon", "v_prediction"):
+            spec["modelspec.prediction_type"] = "epsilon" if self.prediction_type == "epsilon" else "v"
+        return spec
+
+    @classmethod
+    def from_strings(cls, values: Mapping[str, str], source: str | os.PathLike) -> DomainMetadata:
+        """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
+        if values.get("format") != FORMAT:
+            raise FileProblem(
+                f"{source}: expected metadata of the format {FORMAT}, found {values.get('format', 'none')!r}; make the "
+                "file with this project."
+            )
+        if values.get("version") != VERSION:
+            raise FileProblem(
+                f"{source}: expected version {VERSION} of the domain model format, found {values.get('version')!r}; "
+                "update In-Domain Guidance."
+            )
+        rest = dict(values)
+
+        def take(name: str, read=str, default=None):
+            text = rest.pop(name, None)
+            if text is None:
+                return default
+            try:
+                return read(text)
+            except (ValueError, TypeError, AttributeError) as error:
+                raise FileProblem(
+                    f"{source}: the metadata field {name} cannot be read ({error}); the file is damaged, make it again."
+                ) from error
+
+        def flag(text: str) -> bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"expected true or false, found {text!r}")
+            return text == "true"
+
+        def errors(text: str) -> dict[str, float]:
+            return {str(block): float(error) for block, error in json.loads(text).items()}
+
+        for name in ("format", "version", "null_text"):
+            rest.pop(name, None)
+        if "config" not in rest:
+            raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
+        arguments = dict(
+            config=take("config", UNetConfig.from_json),
+            latent_format=take("latent_format"),
+            prediction_type=take("prediction_type"),
+            zero_snr=take("zero_snr", flag, False),
+            null_text_error=take("null_text_error", errors, {}),
+            null_context=take("null_context", lambda text: dict(json.loads(text)), {}),
+            prior_hash=take("prior_hash"),
+            domain_name=take("domain_name", default=""),
+            dataset_size=take("dataset_size", int),
+            dataset_hash=take("dataset_hash"),
+            steps=take("steps", int, 0),
+            ema=take("ema", float),
+            resolution=take("resolution", int),
+            licence=take("licence", default=""),
+        )
+        try:
+            return cls(**arguments, extra=rest)
+        except ValueError as error:
+            raise FileProblem(f"{source}: {error}") from error
+
+
+def read_domain_file(
+    path: str | os.PathLike, *, latent_format: str | None = None, device: str = "cpu"
+) -> tuple[dict[str, Tensor], DomainMetadata]:
+    """A domain model: the UNet's tensors (LDM keys without prefix) and its metadata, checked in every respect.
+
+    Text-free files of both forms, and full UNets (alone or inside a checkpoint, keys with or without their prefix).
+    Without this project's metadata the architecture is read from the weights and the rest is left at None.
+    latent_format: the latent space it has to work in; None accepts any. Raises FileProblem.
+    """
+    metadata, keys = read_metadata(path), read_keys(path)
+    layout = unet_layout(keys, path)
+    own = metadata.get("format") == FORMAT
+    described = DomainMetadata.from_strings(metadata, path) if own else None
+    if described is not None:
+        check_latent_format(described, latent_format, path)
+    state_dict = strip_unet_prefix(read_state_dict(path, prefix=unet_prefix(keys), device=device))
+    if described is None:
+        try:
+            config = unet_config_from_state_dict(state_dict)
+        except ValueError as error:
+            raise FileProblem(f"{path}: {error}") from error
+        described = DomainMetadata(
+            config, latent_format=_published_latent_format(config), prediction_type=_marked_prediction(keys, metadata),
+            zero_snr="ztsnr" in keys, domain_name=Path(path).stem, licence=metadata.get("modelspec.license", ""),
+        )
+        check_latent_format(described, latent_format, path)
+    form = "none" if layout == "full" else layout
+    if described.null_text != form:
+        raise FileProblem(
+            f"{path}: its metadata says text-free form '{described.null_text}', its weights are of form '{form}'; make "
+            "the file again."
+        )
+    check_unet(state_dict, described.config, path)
+    check_finite(state_dict, path)
+    return state_dict, described
+
+
+def write_domain_file(
+    path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: DomainMetadata
+) -> Path:
+    """Write a domain model atomically, after checking that weights and metadata belong together and are finite."""
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise FileProblem(f"{path}: expected a name that ends in .safetensors; domain models are safetensors files.")
+    check_unet(state_dict, metadata.config, path)
+    check_finite(state_dict, path)
+    return write_safetensors(path, state_dict, metadata.to_strings())
+
+
+def check_latent_format(metadata: DomainMetadata, expected: str | None, source: str | os.PathLike) -> None:
+    """Raise FileProblem when a file was made for another latent space than `expected` (None accepts any)."""
+    found = metadata.latent_format
+    if expected is not None and found is not None and found != expected:
+        raise FileProblem(
+            f"{source}: expected a domain model for the latent space '{expected}', found one for '{found}'; use "
+            "a domain model that was made from the same family as the prior."
+        )
+
+
+def _published_latent_format(config: UNetConfig) -> str | None:
+    if config.model_channels not in (320, 384):
+        return None
+    return {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}.get(config.context_dim)
+
+
+def _marked_prediction(keys: list[str], metadata: Mapping[str, str]) -> str | None:
+    """The prediction type where a file states it: the marker key of v-models, or its ModelSpec field."""
+    if "v_pred" in keys:
+        return "v_prediction"
+    stated = metadata.get("modelspec.prediction_type", "")
+    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(stated)
+
+
+def prior_content_hash(state_dict: Mapping[str, Tensor]) -> str:
+    """SHA-256 (hex) over sorted key, shape and fp16 bytes of the UNet's tensors, prefix and other parts ignored.
+
+    So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16.
+    """
+    digest = hashlib.sha256()
+    unet = strip_unet_prefix(state_dict)
+    for key in sorted(unet):
+        tensor = unet[key]
+        digest.update(f"{key}\n{','.join(str(size) for size in tensor.shape)}\n".encode())
+        half = tensor.detach().to(device="cpu", dtype=torch.float16).contiguous()
+        digest.update(half.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,156 @@
+"""Key layouts of Stable Diffusion checkpoints: prefixes, what a set of keys is, and whether a UNet is complete."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..networks.text_encoder import text_encoder_from_openclip
+from ..networks.unet import UNet, UNetConfig
+from .tensors import FileProblem
+
+UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
+UNET_PARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
+AUTOENCODER_PREFIX = "first_stage_model."
+# (prefix in a checkpoint, name of the encoder, OpenCLIP layout)
+TEXT_ENCODER_PREFIXES = (
+    ("cond_stage_model.transformer.", "clip_l", False),
+    ("conditioner.embedders.0.transformer.", "clip_l", False),
+    ("cond_stage_model.model.", "clip_h", True),
+    ("conditioner.embedders.0.model.", "clip_h", True),
+    ("conditioner.embedders.1.model.", "clip_g", True),
+)
+# What else a file may hold, by a piece of its keys, for the sentence that refuses it. The order is that of certainty.
+OTHER_FAMILIES = (
+    ("lora_up.", "a LoRA, which is loaded onto a model"),
+    ("lora_A.", "a LoRA, which is loaded onto a model"),
+    ("lora_B.", "a LoRA, which is loaded onto a model"),
+    ("hada_w1_a", "a LoRA (LoHa), which is loaded onto a model"),
+    ("lokr_w1", "a LoRA (LoKr), which is loaded onto a model"),
+    ("input_hint_block.", "a ControlNet"),
+    ("controlnet_", "a ControlNet"),
+    ("time_stack.", "a video UNet"),
+    ("double_blocks.", "a Flux model"),
+    ("joint_blocks.", "a Stable Diffusion 3 model"),
+    ("down_blocks.", "a UNet in diffusers layout, to be converted to the LDM layout (ComfyUI's ModelSave does it)"),
+    ("noise_refiner.", "a Lumina or Z-Image model"),
+    ("transformer_blocks.", "a transformer model of another family"),
+    ("cross_attn.", "a transformer model of another family (Wan, Cosmos)"),
+    ("text_model.", "a text encoder"),
+    ("encoder.down.", "an autoencoder (VAE)"),
+    ("synthesis.", "a StyleGAN generator"),
+)
+
+
+@dataclass
+class Checkpoint:
+    """The parts of a full checkpoint, keys without prefix; text encoders in Hugging Face layout by name.
+
+    Names: "clip_l" (Stable Diffusion 1.x, SDXL), "clip_h" (2.x), "clip_g" (SDXL and its refiner).
+    `other` keeps keys of no known part (markers such as `v_pred`, EMA copies, schedules).
+    """
+
+    unet: dict[str, Tensor] = field(default_factory=dict)
+    autoencoder: dict[str, Tensor] = field(default_factory=dict)
+    text_encoders: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    other: dict[str, Tensor] = field(default_factory=dict)
+
+
+def split_checkpoint(state_dict: Mapping[str, Tensor]) -> Checkpoint:
+    """Split a full checkpoint into UNet, autoencoder and text encoders, converting OpenCLIP towers."""
+    parts = Checkpoint()
+    openclip: dict[str, dict[str, Tensor]] = {}
+    prefix = unet_prefix(state_dict)
+    for key, tensor in state_dict.items():
+        if prefix and key.startswith(prefix):
+            parts.unet[key.removeprefix(prefix)] = tensor
+            continue
+        if key.startswith(AUTOENCODER_PREFIX):
+            parts.autoencoder[key.removeprefix(AUTOENCODER_PREFIX)] = tensor
+            continue
+        for text_prefix, name, is_openclip in TEXT_ENCODER_PREFIXES:
+            if key.startswith(text_prefix):
+                target = openclip if is_openclip else parts.text_encoders
+                target.setdefault(name, {})[key.removeprefix(text_prefix)] = tensor
+                break
+        else:
+            known = not prefix and key.startswith(UNET_PARTS)
+            (parts.unet if known else parts.other)[key] = tensor
+    for name, tower in openclip.items():
+        converted = text_encoder_from_openclip(tower)
+        # 2.x in its later layout and the refiner share a prefix; only their widths (1024, 1280) tell them apart.
+        width = converted["text_model.final_layer_norm.weight"].shape[0]
+        parts.text_encoders["clip_g" if width == 1280 else name] = converted
+    for encoder in parts.text_encoders.values():
+        # Old files keep a buffer of position numbers that is not a weight.
+        encoder.pop("text_model.embeddings.position_ids", None)
+    return parts
+
+
+def unet_prefix(keys: Iterable[str]) -> str:
+    """The prefix of UNet keys: one of `UNET_PREFIXES`, or "" when they have none or there is no UNet."""
+    keys = list(keys)
+    for prefix in UNET_PREFIXES:
+        if any(key.startswith(prefix) for key in keys):
+            return prefix
+    return ""
+
+
+def strip_unet_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Only the UNet's tensors, keys without prefix, whatever else the state dict holds."""
+    prefix = unet_prefix(state_dict)
+    stripped = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
+    return {key: tensor for key, tensor in stripped.items() if key.startswith(UNET_PARTS)}
+
+
+def unet_layout(keys: Iterable[str], source: str | os.PathLike) -> str:
+    """"constant", "cached" (text-free) or "full" (takes text) for UNet keys, with or without their prefix.
+
+    Raises FileProblem saying what the file is when it is no Stable Diffusion UNet in LDM layout.
+    """
+    keys = list(keys)
+    prefix = unet_prefix(keys)
+    # A ControlNet has the input half of such a UNet; only the output half makes an image.
+    if f"{prefix}input_blocks.0.0.weight" not in keys or not any(k.startswith(f"{prefix}output_blocks.") for k in keys):
+        raise FileProblem(
+            f"{source}: expected a Stable Diffusion UNet (1.x, 2.x, SDXL) in LDM layout, found {_family(keys)}; use a "
+            "domain model, or a fine-tuned UNet of the prior's family."
+        )
+    if any("time_stack." in key for key in keys):
+        raise FileProblem(f"{source}: expected a UNet for images, found a video UNet; use one of the prior's family.")
+    if any(key.endswith(".attn2.null_k") for key in keys):
+        return "cached"
+    if any(".attn2." in key for key in keys):
+        return "full"
+    return "constant" if any(".transformer_blocks." in key for key in keys) else "full"
+
+
+def _family(keys: list[str]) -> str:
+    for piece, name in OTHER_FAMILIES:
+        if any(piece in key for key in keys):
+            return name
+    return f"a file with keys such as {keys[0]}" if keys else "no tensors"
+
+
+def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str | os.PathLike) -> None:
+    """Compare names and shapes with those of the architecture; raise FileProblem naming the first difference."""
+    with torch.device("meta"):
+        expected = UNet(config).state_dict()
+    missing = [key for key in expected if key not in state_dict]
+    unexpected = [key for key in state_dict if key not in expected]
+    if missing or unexpected:
+        raise FileProblem(
+            f"{source}: expected the {len(expected)} tensors of its architecture, found {len(missing)} missing and "
+            f"{len(unexpected)} unknown, first {(missing or unexpected)[0]}; the file is incomplete or made by another "
+            "version."
+        )
+    for key, tensor in expected.items():
+        if state_dict[key].shape != tensor.shape:
+            raise FileProblem(
+                f"{source}: expected {key} of shape {list(tensor.shape)}, found {list(state_dict[key].shape)}; the "
+                "weights and the configuration of this file do not belong together."
+            )

@@ -1,0 +1,230 @@
+"""Tensors in files: safetensors read with every fault named, pickles read as plain data, atomic writing.
+
+The safetensors layout: 8 bytes of header length, a JSON header of offsets and string metadata, then the numbers.
+It guards against code and overlaps, not against NaN, hence `check_finite`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+# Earlier versions execute code from crafted files even with weights_only=True.
+SAFE_PICKLE_TORCH = (2, 10)
+HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+
+
+class FileProblem(ValueError):
+    """A file that cannot be used: one sentence with the file, what was expected, what was found, what to do."""
+
+
+def read_state_dict(path: str | os.PathLike, *, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a `.safetensors` file, or of a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) read as plain data.
+
+    prefix: only keys that start with it, and without it ("" keeps all). Raises FileProblem when the file is missing,
+    truncated, of another format, or holds no tensor under the prefix.
+    """
+    path = _existing(path)
+    if _looks_pickled(path):
+        pickled = _read_pickle(path).items()
+        tensors = {key.removeprefix(prefix): value.to(device) for key, value in pickled if key.startswith(prefix)}
+    else:
+        _read_header(path)
+        tensors = _read_safetensors(path, prefix, device)
+    if not tensors:
+        under = f" under '{prefix}'" if prefix else ""
+        raise FileProblem(f"{path}: expected weights{under}, found none; the file holds another kind of model.")
+    return tensors
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The string metadata of a `.safetensors` file, without reading its tensors; empty for pickles."""
+    path = _existing(path)
+    return {} if _looks_pickled(path) else _read_header(path).get("__metadata__", {})
+
+
+def read_keys(path: str | os.PathLike) -> list[str]:
+    """The tensor names in a file; for `.safetensors` without reading the tensors."""
+    path = _existing(path)
+    header = _read_pickle(path) if _looks_pickled(path) else _read_header(path)
+    return [key for key in header if key != "__metadata__"]
+
+
+def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
+    """Raise FileProblem naming the first tensor that holds NaN or infinity; `source` is what to call the file."""
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() and not tensor.is_complex():
+            continue
+        values = tensor.half() if tensor.element_size() == 1 else tensor  # no isfinite for fp8
+        finite = values.isfinite()
+        if not bool(finite.all()):
+            bad = finite.numel() - int(finite.sum())
+            raise FileProblem(
+                f"{source}: expected finite weights, found NaN or infinity in {bad} of the {finite.numel()} numbers of "
+                f"{key}; the training that made the file diverged or the file is damaged, use an earlier one."
+            )
+
+
+def write_safetensors(
+    path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a `.safetensors` file so that at any moment the old file or the complete new one is there.
+
+    The bytes go to a temporary file in the same folder, reach the disk, and the file is renamed. Tensors of any
+    device, stride or sharing are accepted. Returns the path. Raises FileProblem when the file cannot be written.
+    """
+    from safetensors.torch import save_file
+
+    path = Path(path)
+    wrong = [key for key, value in (metadata or {}).items() if not isinstance(key, str) or not isinstance(value, str)]
+    if wrong:
+        raise ValueError(f"{path}: metadata must be strings; {wrong[0]!r} is not.")
+    plain, seen = {}, set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().to("cpu").contiguous()
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset())
+        plain[key] = tensor.clone() if place in seen or not _owns_storage(tensor) else tensor
+        seen.add(place)
+    # Not tempfile: its files are private, a model should be as readable as the user's other files.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(plain, str(temporary), metadata=dict(metadata or {}))
+        _flush(temporary)
+        os.replace(temporary, path)
+        if os.name == "posix":
+            _flush(path.parent)
+    except Exception as error:
+        raise FileProblem(
+            f"{path}: could not be written ({_first_line(error)}); free some space or check the folder's permissions."
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _owns_storage(tensor: Tensor) -> bool:
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
+def _flush(path: str | os.PathLike) -> None:
+    # Windows flushes only handles opened for writing; folders (posix only) cannot be opened so.
+    handle = os.open(path, os.O_RDONLY if os.path.isdir(path) else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def _existing(path: str | os.PathLike) -> Path:
+    path = Path(path)
+    if path.is_dir():
+        raise FileProblem(f"{path}: expected a file, found a folder; name the .safetensors file inside it.")
+    if not path.is_file():
+        raise FileProblem(f"{path}: expected a model file, found nothing at this path; check name and folder.")
+    try:
+        size = path.stat().st_size
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise FileProblem(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
+    if size == 0:
+        raise FileProblem(f"{path}: expected a model file, found an empty one; download or copy it again.")
+    return path
+
+
+def _looks_pickled(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(9)
+    is_safetensors = start[8:] == b"{"
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        # Many a .safetensors file was renamed; its own header is the safer way to read it.
+        return not is_safetensors
+    return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")) and not is_safetensors
+
+
+def _read_header(path: Path) -> dict:
+    """The JSON header of a safetensors file, checked against the size of the file."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        plausible = len(start) == 8 and 2 <= length <= HEADER_LIMIT
+        text = file.read(min(length, size)) if plausible else start + file.read(192)
+    if not plausible or text[:1] != b"{":
+        raise FileProblem(f"{path}: expected a safetensors file, found {_guess(text)}.")
+    if len(text) < length:
+        raise FileProblem(
+            f"{path}: the file is truncated: expected a header of {length} bytes, found {len(text)}; download or copy "
+            "it again."
+        )
+    try:
+        header = json.loads(text)
+        metadata = header.get("__metadata__", {})
+        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
+        valid = all(isinstance(end, int) for end in ends) and all(isinstance(text, str) for text in metadata.values())
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        valid = False
+    if not valid:
+        raise FileProblem(f"{path}: expected a safetensors file, found a damaged header; download or copy it again.")
+    expected = 8 + length + max(ends, default=0)
+    if size < expected:
+        raise FileProblem(
+            f"{path}: the file is truncated: expected {expected} bytes, found {size}; download or copy it again."
+        )
+    return header
+
+
+def _guess(start: bytes) -> str:
+    text = start.lstrip().lower()
+    if text.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer instead of the weights; run 'git lfs pull' or download the file itself"
+    if text.startswith((b"<!doctype", b"<html")):
+        return "a web page; the download needs a login or the link is wrong"
+    if start[:4] == b"GGUF":
+        return "a GGUF file, which is quantised for other loaders; use the original .safetensors"
+    return "something else; use a .safetensors file"
+
+
+def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device=device) as file:
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+    except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as error:
+        raise FileProblem(
+            f"{path}: expected a safetensors file, found a damaged one ({_first_line(error)}); download it again."
+        ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SAFE_PICKLE_TORCH:
+        raise FileProblem(
+            f"{path}: this is a pickle, which only torch 2.10 or newer reads safely, found torch {torch.__version__}; "
+            "convert the file to .safetensors first, or update torch."
+        )
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its parser met
+        raise FileProblem(
+            f"{path}: expected a pickle of plain tensors, found one that cannot be read safely "
+            f"({_first_line(error)}); get the model as .safetensors from a source you trust."
+        ) from error
+    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
+        loaded = loaded["state_dict"]
+    if not isinstance(loaded, Mapping):
+        raise FileProblem(f"{path}: expected a pickled dictionary of tensors, found {type(loaded).__name__}.")
+    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}

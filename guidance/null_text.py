@@ -1,0 +1,358 @@
+"""Text-free UNets: the cross-attention of a prior replaced by what it does on the empty prompt.
+
+"Image is All You Need to Empower Large-scale Diffusion Models for In-Domain Generation" (arXiv 2312.08195), section
+3.2: the domain model is the prior's UNet with its text input frozen to the null text. Two forms, both functions of
+(x, t) alone:
+
+* `constant` (the paper's): the output of each block's cross-attention becomes its mean over pixels and probes, folded
+  into the bias of the self-attention before it; cross-attention and its norm disappear. An approximation, measured.
+* `cached`: the keys and values of the empty prompt are stored and stay trainable; equal to the prior up to rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from .diffusion import Denoiser, NoiseSchedule
+from .networks.unet import UNetConfig
+
+TEXT_PARTS = ("attn2", "norm2")
+BLOCK = re.compile(r"(.*\.transformer_blocks\.\d+)\.(\w+)\.(.*)")
+# The vector conditioning of SDXL and of its refiner starts with the pooled text; that of other models holds no text.
+POOLED_TEXT_ADM = (2816, 2560)
+FLOAT8 = tuple(getattr(torch, name) for name in ("float8_e4m3fn", "float8_e5m2") if hasattr(torch, name))
+
+
+@dataclass(frozen=True, eq=False)
+class NullContext:
+    """The empty prompt as a prior sees it.
+
+    tensor: the encoded text [1, T, D]. pooled: SDXL's pooled text vector [1, P], else None. description: strings that
+    say where it comes from (text encoder, layer, "encoded" or zeros); `to_dict` adds shape and hash for the file.
+    """
+
+    tensor: Tensor
+    description: Mapping[str, str] = field(default_factory=dict)
+    pooled: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tensor.ndim != 3 or self.tensor.shape[0] != 1 or 0 in self.tensor.shape:
+            raise ValueError(f"Null context: expected encoded text [1, T, D], got {list(self.tensor.shape)}.")
+        if self.pooled is not None and (self.pooled.ndim != 2 or self.pooled.shape[0] != 1):
+            raise ValueError(f"Null context: expected a pooled vector [1, P], got {list(self.pooled.shape)}.")
+        for tensor in (self.tensor, self.pooled):
+            if tensor is not None and not bool(tensor.isfinite().all()):
+                raise ValueError("Null context: expected finite numbers, got NaN or infinity; encode the prompt again.")
+
+    def to_dict(self) -> dict[str, str | int]:
+        """The description with token count, width and SHA-256 of the fp32 numbers."""
+        values = dict(self.description, tokens=self.tensor.shape[1], width=self.tensor.shape[2])
+        values["sha256"] = _digest(self.tensor)
+        if self.pooled is not None:
+            values["pooled_sha256"] = _digest(self.pooled)
+        return values
+
+
+def _digest(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().float().cpu().contiguous().numpy().tobytes()).hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Probes:
+    """Inputs at which a UNet is measured: x [N, C, H, W] as the network sees it, timesteps [N], y [N, A] or None."""
+
+    x: Tensor
+    timesteps: Tensor
+    y: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        counts = {len(part) for part in (self.x, self.timesteps, self.y) if part is not None}
+        if len(counts) != 1 or 0 in counts or self.x.ndim != 4:
+            raise ValueError(
+                f"Probes: expected as many latents [N, C, H, W] as timesteps (at least 1), got {list(self.x.shape)} "
+                f"and {list(self.timesteps.shape)}."
+            )
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+@torch.no_grad()
+def collect_probes(
+    denoiser: Denoiser,
+    context: Tensor,
+    shape: Sequence[int],
+    *,
+    y: Tensor | None = None,
+    steps: int = 20,
+    use: int = 8,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_step: Callable[[int, int], None] | None = None,
+) -> Probes:
+    """Latents that the prior itself visits without text: `use` of `steps` steps of a DDIM trajectory.
+
+    context [1, T, D] (and y [1, A]) of the empty prompt. shape: [B, C, H, W] of one trajectory batch. DDIM is
+    arXiv 2010.02502, eq. 12 with eta 0, over timesteps evenly spaced from the noisiest to 0. The steps used are
+    evenly spaced too and include the first and the last. The noise is drawn on the CPU from `seed`, so that every
+    device sees the same. on_step(done, steps) is called after each step.
+    """
+    if not 1 <= use <= steps:
+        raise ValueError(f"Probes: expected 1 to {steps} steps to use, got {use}.")
+    if len(shape) != 4:
+        raise ValueError(f"Probes: expected a shape [B, C, H, W], got {list(shape)}.")
+    schedule: NoiseSchedule = denoiser.schedule
+    cond = {"context": context.to(device).expand(shape[0], -1, -1)}
+    if y is not None:
+        cond["y"] = y.to(device).expand(shape[0], -1)
+    trajectory = torch.linspace(len(schedule) - 1, 0, steps).round()
+    sigmas = [*schedule.sigma(trajectory).tolist(), 0.0]
+    used = set(torch.linspace(0, steps - 1, use).round().int().tolist())
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tuple(shape), generator=generator).to(device) * sigmas[0]
+    inputs, timesteps = [], []
+    for step, (sigma, following) in enumerate(zip(sigmas, sigmas[1:])):
+        if step in used:
+            inputs.append(x / (sigma**2 + 1) ** 0.5)
+            timesteps.append(trajectory[step].expand(shape[0]))
+        denoised = denoiser(x, sigma, **cond)
+        x = denoised + (x - denoised) * (following / sigma)
+        if on_step is not None:
+            on_step(step + 1, steps)
+    x = torch.cat(inputs).cpu()
+    return Probes(x, torch.cat(timesteps), None if y is None else y.detach().cpu().expand(len(x), -1))
+
+
+@dataclass
+class AttentionStatistics:
+    """Sufficient statistics of one cross-attention's output a [B, N, C] over all tokens of all probes."""
+
+    count: int
+    total: Tensor  # [C], float64: sum of a
+    energy: float  # sum of |a|^2
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    def relative_error(self, constant: Tensor) -> float:
+        """RMS(a - constant) / RMS(a) over these probes; 0 where a vanishes altogether."""
+        constant = constant.double()
+        residual = self.energy - 2 * float(constant @ self.total) + self.count * float(constant @ constant)
+        return (max(residual, 0.0) / self.energy) ** 0.5 if self.energy > 0 else 0.0
+
+
+@torch.no_grad()
+def measure_cross_attention(
+    unet: nn.Module,
+    context: Tensor,
+    probes: Probes,
+    *,
+    batch: int = 1,
+    on_probe: Callable[[int, int], None] | None = None,
+) -> dict[str, AttentionStatistics]:
+    """What each block's cross-attention adds, by block name (`input_blocks.1.1.transformer_blocks.0`).
+
+    unet: any module with LDM names that is called as (x, timesteps, context=, y=), ComfyUI's included; it runs on the
+    device and in the dtype of its own first parameter. context [1, T, D]. on_probe(done, of) after each batch.
+    """
+    statistics: dict[str, AttentionStatistics] = {}
+
+    def record(name: str) -> Callable:
+        def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+            a = output.detach().double().flatten(0, -2).cpu()
+            seen = statistics.setdefault(name, AttentionStatistics(0, torch.zeros_like(a[0]), 0.0))
+            seen.count += len(a)
+            seen.total += a.sum(dim=0)
+            seen.energy += float(a.square().sum())
+        return hook
+
+    parameter = next(unet.parameters())
+    to = {"device": parameter.device, "dtype": parameter.dtype}
+    with ExitStack() as hooks:
+        for name, module in unet.named_modules():
+            if name.endswith(".attn2"):
+                handle = module.register_forward_hook(record(name.removesuffix(".attn2")))
+                hooks.callback(handle.remove)
+        for start in range(0, len(probes), batch):
+            part = slice(start, start + batch)
+            x = probes.x[part].to(**to)
+            y = {} if probes.y is None else {"y": probes.y[part].to(**to)}
+            unet(x, probes.timesteps[part].to(parameter.device), context=context.to(**to).expand(len(x), -1, -1), **y)
+            if on_probe is not None:
+                on_probe(min(start + batch, len(probes)), len(probes))
+    if not statistics:
+        raise ValueError("Text-free UNet: expected a UNet with cross-attention (attn2), found none; give it the prior.")
+    return statistics
+
+
+def build_cached(
+    state_dict: Mapping[str, Tensor], config: UNetConfig, context: NullContext
+) -> tuple[dict[str, Tensor], UNetConfig]:
+    """The `cached` text-free form: null_k = W_k c, null_v = W_v c for the empty prompt's context c.
+
+    state_dict: a prior's UNet, LDM keys without prefix. Returns weights and configuration of the text-free UNet;
+    tensors that do not change are shared with the input, fp8 ones upcast to fp16 (exactly).
+    """
+    result = _prepare(state_dict, config, context)
+    for block in _blocks(state_dict):
+        for part in "kv":
+            weight = result.pop(f"{block}.attn2.to_{part}.weight")
+            null = context.tensor[0].float().to(weight.device) @ weight.float().t()
+            result[f"{block}.attn2.null_{part}"] = null.to(weight.dtype)
+    return result, replace(config, null_text="cached", null_tokens=context.tensor.shape[1])
+
+
+def build_constant(
+    state_dict: Mapping[str, Tensor],
+    config: UNetConfig,
+    context: NullContext,
+    probes: Probes,
+    *,
+    held_out: Probes | None = None,
+    unet: nn.Module | None = None,
+    on_probe: Callable[[int, int], None] | None = None,
+) -> tuple[dict[str, Tensor], UNetConfig, dict[str, float]]:
+    """The paper's `constant` text-free form and the error it makes per block.
+
+    Each block's constant is the mean of its cross-attention over `probes`; the third result is
+    RMS(attention - constant) / RMS(attention) on `held_out` (on `probes` themselves when None, which flatters a little;
+    with a one-token context attention is constant and the error 0). `unet`: the prior as a module, for instance
+    ComfyUI's; None builds one in fp32 from the weights.
+    """
+    _prepare(state_dict, config, context)  # refuse before the expensive part
+    if unet is None:
+        unet = load_unet(state_dict, config)
+    total = len(probes) + (0 if held_out is None else len(held_out))
+
+    def progress(before: int) -> Callable[[int, int], None] | None:
+        return None if on_probe is None else lambda done, _: on_probe(before + done, total)
+
+    measured = measure_cross_attention(unet, context.tensor, probes, on_probe=progress(0))
+    constants = {block: statistics.mean for block, statistics in measured.items()}
+    if held_out is not None:
+        measured = measure_cross_attention(unet, context.tensor, held_out, on_probe=progress(len(probes)))
+    report = {block: measured[block].relative_error(constant) for block, constant in constants.items()}
+    folded, text_free = fold_constants(state_dict, config, context, constants)
+    return folded, text_free, report
+
+
+def fold_constants(
+    state_dict: Mapping[str, Tensor], config: UNetConfig, context: NullContext, constants: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], UNetConfig]:
+    """Remove cross-attention and its norm, adding each block's constant [C] to the bias of attn1's output projection.
+
+    The residual stream is x + attn1 + constant + ff(...), and attn1 ends in that projection, so this is exact.
+    """
+    result = _prepare(state_dict, config, context)
+    blocks = _blocks(state_dict)
+    if set(constants) != set(blocks):
+        different = sorted(set(constants) ^ set(blocks))
+        raise ValueError(f"Text-free UNet: expected one constant per transformer block, differing in {different[0]}.")
+    for block in blocks:
+        key = f"{block}.attn1.to_out.0.bias"
+        bias = result[key]
+        result[key] = (bias.double() + constants[block].double().to(bias.device)).to(bias.dtype)
+    result = {key: tensor for key, tensor in result.items() if not _is_text_part(key)}
+    return result, replace(config, null_text="constant")
+
+
+@torch.no_grad()
+def unconditional_error(prior: nn.Module, text_free: nn.Module, context: Tensor, probes: Probes) -> float:
+    """RMS(text_free(x, t) - prior(x, t, empty prompt)) / RMS(prior) over probes: rounding for `cached`.
+
+    For `constant` it is what the approximation costs at the output, before any training.
+    """
+    difference = energy = 0.0
+    parameter = next(prior.parameters())
+    to = {"device": parameter.device, "dtype": parameter.dtype}
+    for index in range(len(probes)):
+        x, timesteps = probes.x[index : index + 1].to(**to), probes.timesteps[index : index + 1].to(parameter.device)
+        y = {} if probes.y is None else {"y": probes.y[index : index + 1].to(**to)}
+        expected = prior(x, timesteps, context=context.to(**to), **y).double()
+        difference += float((text_free(x, timesteps, **y).double() - expected).square().sum())
+        energy += float(expected.square().sum())
+    return (difference / energy) ** 0.5 if energy > 0 else difference**0.5
+
+
+def load_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A UNet in evaluation mode with these weights; those already in `dtype` are shared, not copied."""
+    from .networks.unet import UNet
+
+    with torch.device("meta"):
+        unet = UNet(config)
+    unet.load_state_dict({key: tensor.to(dtype) for key, tensor in state_dict.items()}, strict=True, assign=True)
+    return unet.eval().requires_grad_(False)
+
+
+def _blocks(state_dict: Mapping[str, Tensor]) -> list[str]:
+    """Names of the transformer blocks, in the order of the state dict."""
+    matches = (BLOCK.fullmatch(key) for key in state_dict)
+    return list(dict.fromkeys(match[1] for match in matches if match))
+
+
+def _is_text_part(key: str) -> bool:
+    match = BLOCK.fullmatch(key)
+    return match is not None and match[2] in TEXT_PARTS
+
+
+def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: NullContext) -> dict[str, Tensor]:
+    """Check that the weights can be made text-free; a copy of the dict with fp8 upcast and the pooled text frozen."""
+    if config.null_text != "none":
+        raise ValueError(f"Text-free UNet: expected a prior that takes text, got text-free form {config.null_text!r}.")
+    blocks = _blocks(state_dict)
+    if not blocks:
+        raise ValueError("Text-free UNet: expected a UNet with transformer blocks, found none; it takes no text.")
+    if context.tensor.shape[-1] != config.context_dim:
+        raise ValueError(
+            f"Text-free UNet: the prior takes text of width {config.context_dim}, the null context has "
+            f"{context.tensor.shape[-1]}; encode the empty prompt with the prior's own text encoder."
+        )
+    for block in blocks:
+        for part in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.bias", "attn2.to_k.weight"):
+            key = f"{block}.{part}"
+            if key not in state_dict:
+                raise ValueError(f"Text-free UNet: expected a complete Stable Diffusion UNet, {key} is missing.")
+        queries, keys = (state_dict[f"{block}.attn1.to_{part}.weight"].shape[1] for part in "qk")
+        if queries != keys:
+            raise ValueError(
+                f"Text-free UNet: attn1 of {block} reads the text (disable_self_attentions: keys of width {keys}, "
+                f"queries of {queries}), so it cannot be folded away; use a prior whose first attention sees the image "
+                "only."
+            )
+    result = {key: tensor.half() if tensor.dtype in FLOAT8 else tensor for key, tensor in state_dict.items()}
+    if context.pooled is None:
+        if config.adm_in_channels in POOLED_TEXT_ADM:
+            raise ValueError(
+                "Text-free UNet: this prior (SDXL) also takes the pooled text; give its pooled vector too."
+            )
+        return result
+    return _freeze_pooled(result, config, context.pooled)
+
+
+def _freeze_pooled(result: dict[str, Tensor], config: UNetConfig, pooled: Tensor) -> dict[str, Tensor]:
+    """Freeze the pooled text: its product with label_emb's first layer joins that layer's bias, its columns turn 0.
+
+    y starts with the pooled text and goes on with sizes and crops, which stay live. Whatever pooled vector is given
+    later has no effect, and every loader of SDXL reads the result.
+    """
+    width = pooled.shape[1]
+    if config.adm_in_channels is None or width > config.adm_in_channels:
+        raise ValueError(
+            f"Text-free UNet: the null context has a pooled vector of width {width}, the prior takes "
+            f"{config.adm_in_channels or 'no'} vector conditioning; give the context without the pooled vector."
+        )
+    weight, bias = result["label_emb.0.0.weight"], result["label_emb.0.0.bias"]
+    added = weight[:, :width].double() @ pooled[0].double().to(weight.device)
+    result["label_emb.0.0.bias"] = (bias.double() + added.to(bias.device)).to(bias.dtype)
+    weight = weight.clone()
+    weight[:, :width] = 0
+    result["label_emb.0.0.weight"] = weight
+    return result
