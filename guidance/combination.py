@@ -3,8 +3,8 @@
     D = D_u + sum_i  w_i(sigma) * (D_i - R_i)
 
 D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). All predictions are *denoised*
-latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or v)
-at the same (x, sigma), and models of different prediction types mix.
+latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or
+v) at the same (x, sigma), and models of different prediction types mix.
 """
 
 from __future__ import annotations
@@ -30,13 +30,15 @@ _NEGLIGIBLE = 1e-9
 _CANCELLED = 1e-3
 
 
-def combine(predictions: Mapping[Hashable, Tensor], coefficients: Mapping[Hashable, float], pivot: Hashable = None) -> Tensor:
+def combine(
+    predictions: Mapping[Hashable, Tensor], coefficients: Mapping[Hashable, float], pivot: Hashable = None
+) -> Tensor:
     """The affine combination sum_k coefficient_k * prediction_k, for coefficients that sum to 1.
 
     predictions: tensors of one shape, e.g. [B, C, H, W]; only those with a non-zero coefficient are looked at.
-    Computed as D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which is
-    accurate where predictions are nearly equal, and in float32 at least. A single coefficient of 1 returns the prediction
-    itself. Raises GuidanceError for a missing prediction or for shapes that differ.
+    Computed as D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which
+    is accurate where predictions are nearly equal, and in float32 at least. A single coefficient of 1 returns the
+    prediction itself. Raises GuidanceError for a missing prediction or for shapes that differ.
     """
     active = [key for key, coefficient in coefficients.items() if coefficient != 0.0]
     if not active:
@@ -80,8 +82,8 @@ def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, floa
 class Step:
     """A guidance at one noise level: which predictions it needs and how they combine.
 
-    weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source (they sum to 1), and
-    the base's, even if 0, when it is kept. needed: the sources to evaluate, each once, base first.
+    weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source (they sum to
+    1), and the base's, even if 0, when it is kept. needed: the sources to evaluate, each once, base first.
     """
 
     base: Source
@@ -105,15 +107,16 @@ class Step:
         return combine(predictions, self.coefficients, pivot=self.base)
 
     def effective(self, predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor, float]:
-        """(c_eff, D_u, W): this step as a plain CFG, D = D_u + W (c_eff - D_u), for methods that know only such a triple.
+        """(c_eff, D_u, W): this step as a plain CFG, D = D_u + W (c_eff - D_u), for methods that know only those.
 
-        c_eff = D_u + sum_i w_i (D_i - R_i) / W. Where the weights cancel, |W| < 1e-3 sum_i |w_i|, or all are 0, the triple is
-        (D, D_u, 1). With a single term against the base, c_eff is that term's prediction, bit for bit. Needs the base's
-        prediction: make the step with keep_base=True. Raises GuidanceError without it.
+        c_eff = D_u + sum_i w_i (D_i - R_i) / W. Where the weights cancel, |W| < 1e-3 sum_i |w_i|, or all are 0, the
+        triple is (D, D_u, 1). With a single term against the base, c_eff is that term's prediction, bit for bit. Needs
+        the base's prediction: make the step with keep_base=True. Raises GuidanceError without it.
         """
         if self.base not in predictions:
             raise GuidanceError(
-                "Expected the base's prediction to express this step as one CFG, found none; ask for the step with keep_base=True."
+                "Expected the base's prediction to express this step as one CFG, found none; ask for the step with "
+                "keep_base=True."
             )
         base, scale = predictions[self.base], self.total_weight
         if abs(scale) <= _CANCELLED * math.fsum(map(abs, self.weights.values())):
@@ -127,8 +130,8 @@ class Step:
 class Guidance:
     """A base and its terms, checked (generalized classifier-free guidance, arXiv 2312.08195).
 
-    Raises GuidanceError at construction when there is no term, two terms share a name, or a reference names an unknown term,
-    the term itself or a cycle.
+    Raises GuidanceError at construction when there is no term, two terms share a name, or a reference names an unknown
+    term, the term itself or a cycle.
     """
 
     def __init__(self, base: Source, terms: Sequence[Term]) -> None:
@@ -157,7 +160,9 @@ class Guidance:
                 raise GuidanceError(f"Term {term.name!r} refers to {term.reference!r}, which is none of: {known}.")
             if term.reference in path:
                 if term.reference == term.name:
-                    raise GuidanceError(f"Term {term.name!r} refers to itself; name another term, or none for the base.")
+                    raise GuidanceError(
+                        f"Term {term.name!r} refers to itself; name another term, or none for the base."
+                    )
                 raise GuidanceError(f"The references of terms form a cycle: {' -> '.join([*path, term.reference])}.")
             path.append(term.reference)
             term = self._by_name[term.reference]
@@ -193,14 +198,17 @@ class Guidance:
     def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None, keep_base: bool = False) -> Step:
         """The guidance at noise level `sigma` (k-diffusion scale), with the cost rule applied.
 
-        Coefficients are summed per source. A source whose sum is 0 is not evaluated: a term outside its interval, the base at
-        a total weight of 1, a reference that nothing uses here. `keep_base` has the base evaluated all the same, for hooks and
-        CFG++ samplers. Raises GuidanceError where a weight needs `percent_to_sigma` and none is given.
+        Coefficients are summed per source. A source whose sum is 0 is not evaluated: a term outside its interval, the
+        base at a total weight of 1, a reference that nothing uses here. `keep_base` has the base evaluated all the
+        same, for hooks and CFG++ samplers. Raises GuidanceError where a weight needs `percent_to_sigma` and none is
+        given.
         """
         weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
         for name, weight in weights.items():
             if not math.isfinite(weight):
-                raise GuidanceError(f"Expected the weight of term {name!r} to be finite at sigma {float(sigma):g}, got {weight}.")
+                raise GuidanceError(
+                    f"Expected the weight of term {name!r} to be finite at sigma {float(sigma):g}, got {weight}."
+                )
         differences = tuple(
             (term.source, self.reference(term), weights[term.name]) for term in self.terms if weights[term.name] != 0.0
         )
@@ -252,18 +260,20 @@ class MultiGuidance:
     """A guidance as one denoiser: `MultiGuidance(g)(x, sigma)` is D of arXiv 2312.08195, from plain callables.
 
     Every model of the guidance is a callable `model(x, sigma, **cond) -> x0`, with x = x0 + sigma * noise (k-diffusion
-    scale), and every conditioning a dict of its keyword arguments, or None. The object itself has the same signature, so
-    any sampler loop that takes such a denoiser can use it, this library's `sample` and k-diffusion's among them, and it may
-    serve as a model of another guidance. Gradients flow through it.
+    scale), and every conditioning a dict of its keyword arguments, or None. The object itself has the same signature,
+    so any sampler loop that takes such a denoiser can use it, this library's `sample` and k-diffusion's among them,
+    and it may serve as a model of another guidance. Gradients flow through it.
 
-    What is not needed at a noise level is not evaluated, identical (model, conditioning) pairs are evaluated once, and the
-    conditionings of one model run in one call: tensors, whose first dimension is the batch (1 is expanded), are joined along
-    it where their shapes agree, everything else must be equal. Conditionings that do not fit together are called one by one.
+    What is not needed at a noise level is not evaluated, identical (model, conditioning) pairs are evaluated once, and
+    the conditionings of one model run in one call: tensors, whose first dimension is the batch (1 is expanded), are
+    joined along it where their shapes agree, everything else must be equal. Conditionings that do not fit together are
+    called one by one.
 
     percent_to_sigma: needed when a weight has positions in percent (e.g. `NoiseSchedule.percent_to_sigma`).
     max_batch: the most images in one model call, None for no limit; one conditioning is never split.
 
-    `samples_per_step` lists, for each call since `reset`, the predictions evaluated per image; `calls_per_step` the model calls.
+    `samples_per_step` lists, for each call since `reset`, the predictions evaluated per image; `calls_per_step` the
+    model calls.
     """
 
     def __init__(
@@ -273,13 +283,19 @@ class MultiGuidance:
             raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
         if guidance.needs_percent and percent_to_sigma is None:
             names = ", ".join(term.name for term in guidance.terms if term.weight.needs_percent)
-            raise GuidanceError(f"Expected a percent_to_sigma, since weights have positions in percent ({names}); got none.")
+            raise GuidanceError(
+                f"Expected a percent_to_sigma, since weights have positions in percent ({names}); got none."
+            )
         for source in guidance.sources:
             names = " and ".join(guidance.names(source))
             if not callable(source.model):
-                raise GuidanceError(f"Expected the model of {names} to be a callable, got {type(source.model).__name__}.")
+                raise GuidanceError(
+                    f"Expected the model of {names} to be a callable, got {type(source.model).__name__}."
+                )
             if source.cond is not None and not isinstance(source.cond, Mapping):
-                raise GuidanceError(f"Expected the conditioning of {names} to be a dict or None, got {type(source.cond).__name__}.")
+                raise GuidanceError(
+                    f"Expected the conditioning of {names} to be a dict or None, got {type(source.cond).__name__}."
+                )
         self.guidance = guidance
         self.percent_to_sigma = percent_to_sigma
         self.max_batch = max_batch
@@ -293,13 +309,15 @@ class MultiGuidance:
     def __call__(self, x: Tensor, sigma: Tensor | float, **kwargs: Any) -> Tensor:
         """Denoise x [B, ...] at `sigma`, a number or one per image [B].
 
-        Images of one batch may differ in sigma; those with the same coefficients run together. Keyword arguments go to every
-        model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
+        Images of one batch may differ in sigma; those with the same coefficients run together. Keyword arguments go to
+        every model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
         """
         batch = x.shape[0]
         if isinstance(sigma, Tensor) and sigma.ndim > 0:
             if sigma.ndim != 1 or sigma.shape[0] not in (1, batch):
-                raise GuidanceError(f"Expected sigma as a number or [{batch}], one per image, got shape {list(sigma.shape)}.")
+                raise GuidanceError(
+                    f"Expected sigma as a number or [{batch}], one per image, got shape {list(sigma.shape)}."
+                )
             levels = sigma.tolist()
         else:
             levels = [float(sigma)]
@@ -351,7 +369,7 @@ class MultiGuidance:
     def _arguments(
         source: Source, x: Tensor, kwargs: Mapping[str, Any], chosen: Tensor | None, batch: int
     ) -> dict[str, Any]:
-        """One conditioning's keyword arguments, its batched tensors cut to the chosen images and expanded to the batch."""
+        """One conditioning's keyword arguments, its tensors cut to the chosen images and expanded to the batch."""
         arguments = {**kwargs, **(source.cond or {})}
         for key, value in arguments.items():
             if not _is_batched(value):
@@ -361,8 +379,8 @@ class MultiGuidance:
             elif chosen is not None:
                 if value.shape[0] != batch:
                     raise GuidanceError(
-                        f"Expected the tensor {key!r} to have a first dimension of 1 or {batch}, one per image, since the images "
-                        f"differ in sigma; got shape {list(value.shape)}."
+                        f"Expected the tensor {key!r} to have a first dimension of 1 or {batch}, one per image, since "
+                        f"the images differ in sigma; got shape {list(value.shape)}."
                     )
                 arguments[key] = value[chosen.to(value.device)]
         return arguments
@@ -398,6 +416,7 @@ class MultiGuidance:
             joined = model(x.repeat(count, *[1] * (x.ndim - 1)), sigma, **arguments)
         if joined.shape != (count * batch, *x.shape[1:]):
             raise GuidanceError(
-                f"Expected a model to return the shape it was given, {[count * batch, *x.shape[1:]]}, got {list(joined.shape)}."
+                f"Expected a model to return the shape it was given, {[count * batch, *x.shape[1:]]}, "
+                f"got {list(joined.shape)}."
             )
         return {source: output for (source, _), output in zip(group, joined.split(batch))}

@@ -1,7 +1,7 @@
 """Small samplers in the k-diffusion scale, x = x0 + sigma * noise: enough to draw pictures without another library.
 
-A denoiser is any callable `denoise(x [B, ...], sigma [B], **cond) -> x0 [B, ...]`: a `Denoiser`, a `MultiGuidance`, or a
-user's own. Sigmas are a falling 1-D sequence that usually ends in 0.
+A denoiser is any callable `denoise(x [B, ...], sigma [B], **cond) -> x0 [B, ...]`: a `Denoiser`, a `MultiGuidance`, or
+a user's own. Sigmas are a falling 1-D sequence that usually ends in 0.
 """
 
 from __future__ import annotations
@@ -56,8 +56,8 @@ def sigmas_karras(schedule: SigmaRange, steps: int, rho: float = 7.0) -> Tensor:
 def sigmas_uniform(schedule: SigmaRange, steps: int) -> Tensor:
     """Noise levels at even timesteps, the last to the first, then 0: the scheduler ComfyUI calls "normal".
 
-    schedule: anything with sigma_min, sigma_max, sigma(timestep) and timestep(sigma), such as `NoiseSchedule`. steps: model
-    calls, at least 1. Returns [steps + 1] in float64.
+    schedule: anything with sigma_min, sigma_max, sigma(timestep) and timestep(sigma), such as `NoiseSchedule`. steps:
+    model calls, at least 1. Returns [steps + 1] in float64.
     """
     _check_steps(steps)
     first, last = float(schedule.timestep(schedule.sigma_max)), float(schedule.timestep(schedule.sigma_min))
@@ -72,7 +72,9 @@ def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
     falling = all(math.isfinite(high) and high > low for high, low in zip(levels, levels[1:]))
     if not falling or not levels[-1] >= 0.0:
         shown = ", ".join(f"{level:g}" for level in levels[:4])
-        raise GuidanceError(f"Expected finite sigmas that fall from step to step and end at 0 or above, got {shown}, ....")
+        raise GuidanceError(
+            f"Expected finite sigmas that fall from step to step and end at 0 or above, got {shown}, ...."
+        )
     return levels
 
 
@@ -90,19 +92,19 @@ def sample(
 ) -> Tensor:
     """Follow a denoiser from noise to a sample.
 
-    noise: [B, ...], unit Gaussian; sampling begins at start + sigmas[0] * noise, `start` being clean latents to vary, or 0.
-    sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`). cond goes to every call of the denoiser.
+    noise: [B, ...], unit Gaussian; sampling begins at start + sigmas[0] * noise, `start` being clean latents to vary,
+    or 0. sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`). cond goes to every call of the denoiser.
 
     method, one model call a step each:
     * "euler": first order (arXiv 2206.00364, algorithm 1 without its correction);
-    * "ddim": arXiv 2010.02502, eq. 12, which at eta 0 is the same as euler in this scale; eta 1 is ancestral sampling (DDPM),
-      with fresh noise from `generator`;
+    * "ddim": arXiv 2010.02502, eq. 12, which at eta 0 is the same as euler in this scale; eta 1 is ancestral sampling
+      (DDPM), with fresh noise from `generator`;
     * "dpmpp_2m": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2, in data prediction; the first step, and a last one to
       sigma 0, are of first order.
 
-    callback, called after each model call, gets a dict of i (step, from 0), sigma, x and denoised. Autograd is left as the
-    caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method, sigmas that do not
-    fall, or an eta outside 0 to 1 or with another method than "ddim".
+    callback, called after each model call, gets a dict of i (step, from 0), sigma, x and denoised. Autograd is left as
+    the caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method, sigmas that
+    do not fall, or an eta outside 0 to 1 or with another method than "ddim".
     """
     if method not in METHODS:
         raise GuidanceError(f"Expected the sampling method to be one of {', '.join(METHODS)}, got {method!r}.")

@@ -6,8 +6,8 @@ A weight answers one question, `weight.at(sigma, percent_to_sigma)`. Positions a
   training timesteps, not the steps of one run; the model's `percent_to_sigma` translates it.
 * `"sigma"`, the noise level itself in the k-diffusion scale, x = x0 + sigma * noise. Larger comes first.
 
-A position takes effect when sampling *reaches* it, that is from sigma <= position on, so neighbouring intervals that share
-an edge never overlap and never leave a gap. Percent 0 is reached by every sigma, percent 1 by none.
+A position takes effect when sampling *reaches* it, that is from sigma <= position on, so neighbouring intervals that
+share an edge never overlap and never leave a gap. Percent 0 is reached by every sigma, percent 1 by none.
 
 All weights are frozen, hashable values with a JSON form (`to_json`, `weight_from_json`).
 """
@@ -21,7 +21,17 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Union
 
-__all__ = ["Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "WeightLike", "as_weight", "weight_from_json"]
+__all__ = [
+    "Constant",
+    "GuidanceError",
+    "Interval",
+    "Keyframes",
+    "Weight",
+    "WeightLike",
+    "as_weight",
+    "sigma_to_percent",
+    "weight_from_json",
+]
 
 UNITS = ("percent", "sigma")
 RAMPS = ("linear", "cosine", "step")
@@ -91,8 +101,8 @@ _PERCENT_EDGE = 1e-6
 def sigma_to_percent(sigma: float, percent_to_sigma: PercentToSigma) -> float:
     """The sampling percent, 0 to 1, at which `percent_to_sigma` gives `sigma`.
 
-    Inverts the falling function by regula falsi (Illinois variant) on log sigma, in about ten evaluations. Sigmas above or
-    below the model's range give 0 and 1.
+    Inverts the falling function by regula falsi (Illinois variant) on log sigma, in about ten evaluations. Sigmas
+    above or below the model's range give 0 and 1.
     """
     low, high = _PERCENT_EDGE, 1.0 - _PERCENT_EDGE
     sigma_low, sigma_high = _translate(low, percent_to_sigma), _translate(high, percent_to_sigma)
@@ -162,13 +172,16 @@ class Constant(Weight):
 
 @dataclass(frozen=True)
 class Interval(Weight):
-    """Guidance in a limited interval of noise levels (Kynkäänniemi et al., arXiv 2404.07724): `value` inside, `outside` elsewhere.
+    """Guidance in a limited interval of noise levels (Kynkäänniemi et al., arXiv 2404.07724): `value` inside,
+    `outside` elsewhere.
 
     The interval runs in sampling order, from `start` to `end`: 0 <= start <= end <= 1 in percent, start >= end >= 0 in
-    sigma. It contains its start and not its end, the paper's (sigma_lo, sigma_hi]. An empty interval is `outside` everywhere.
+    sigma. It contains its start and not its end, the paper's (sigma_lo, sigma_hi]. An empty interval is `outside`
+    everywhere.
 
-    `value` is a number, or another weight that then acts inside the interval only. `outside` is 0 (no guidance from this
-    term) by default; for the scale of a plain CFG the paper's neutral value is 1. Raises GuidanceError for anything else.
+    `value` is a number, or another weight that then acts inside the interval only. `outside` is 0 (no guidance from
+    this term) by default; for the scale of a plain CFG the paper's neutral value is 1. Raises GuidanceError for
+    anything else.
     """
 
     value: WeightLike
@@ -188,8 +201,8 @@ class Interval(Weight):
         if backwards:
             order = "start <= end in percent" if self.unit == "percent" else "start >= end in sigma, which falls"
             raise GuidanceError(
-                f"Expected an interval in the order of sampling ({order}), got start {self.start:g} and end {self.end:g}; "
-                "exchange them."
+                f"Expected an interval in the order of sampling ({order}), got start {self.start:g} and "
+                f"end {self.end:g}; exchange them."
             )
 
     def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None) -> float:
@@ -315,5 +328,6 @@ def weight_from_json(data: Any) -> Weight:
         return kind(**fields)
     except TypeError:
         raise GuidanceError(
-            f"Expected a weight of type {data['type']} with the fields of {kind.__name__}, got {', '.join(sorted(fields))}."
+            f"Expected a weight of type {data['type']} with the fields of {kind.__name__}, "
+            f"got {', '.join(sorted(map(str, fields)))}."
         ) from None

@@ -1,7 +1,7 @@
 """Sources and terms: what a guidance is made of, before any arithmetic.
 
-Models and conditionings are opaque here. The library hands in callables and dicts, a ComfyUI node hands in its own objects;
-both share this vocabulary and the arithmetic of `combination`.
+Models and conditionings are opaque here. The library hands in callables and dicts, a ComfyUI node hands in its own
+objects; both share this vocabulary and the arithmetic of `combination`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ BASE = "base"
 class Source:
     """One prediction: a model evaluated on a conditioning.
 
-    Two sources are equal when model and conditioning are the *same objects*; equal-looking copies are not compared, because
-    comparing tensors would cost more than it saves. Reuse one object where one evaluation is meant.
+    Two sources are equal when model and conditioning are the *same objects*; equal-looking copies are not compared,
+    because comparing tensors would cost more than it saves. Reuse one object where one evaluation is meant.
     """
 
     model: Any
@@ -39,9 +39,10 @@ class Source:
 class Term:
     """One guidance w(sigma) * (D_i - R_i) of generalized classifier-free guidance (arXiv 2312.08195).
 
-    `name` identifies the term in references, errors and reports. `model` and `cond` make D_i. `weight` is a number or a
-    Weight; 0 is neutral and costs nothing, negative pushes away. `reference` names the term whose prediction is R_i; None
-    (or "base") means the base. Raises GuidanceError for an empty or reserved name and for weights that are not finite.
+    `name` identifies the term in references, errors and reports. `model` and `cond` make D_i. `weight` is a number or
+    a Weight; 0 is neutral and costs nothing, negative pushes away. `reference` names the term whose prediction is R_i;
+    None (or "base") means the base. Raises GuidanceError for an empty or reserved name and for weights that are not
+    finite.
     """
 
     name: str
