@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -165,7 +165,9 @@ class DomainMetadata:
             licence=take("licence", default=""),
         )
         try:
-            return cls(**arguments, extra=rest)
+            described = cls(**arguments)
+            derived = described._modelspec()
+            return replace(described, extra={key: text for key, text in rest.items() if derived.get(key) != text})
         except ValueError as error:
             raise FileProblem(f"{source}: {error}") from error
 

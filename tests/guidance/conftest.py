@@ -1,0 +1,55 @@
+"""Oracles and random weights for the library's tests."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def core():
+    """Imports modules of ComfyUI in this process, on the CPU: ``core("comfy.model_sampling")``."""
+    root = os.environ.get("INDOMAIN_COMFYUI_PATH")
+    if not root:
+        pytest.skip("INDOMAIN_COMFYUI_PATH names no ComfyUI to compare with")
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    arguments = importlib.import_module("comfy.cli_args").args
+    assert os.path.realpath(sys.modules["comfy.cli_args"].__file__).startswith(os.path.realpath(root))
+    if "comfy.model_management" not in sys.modules:
+        arguments.cpu = True  # read when model_management is imported
+    return importlib.import_module
+
+
+@pytest.fixture
+def randomise():
+    """Fills a module with weights that keep activations near 1, so that no layer (zero at birth or not) hides."""
+
+    def fill(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, parameter in module.named_parameters():
+                parameter.normal_(generator=generator)
+                if parameter.ndim > 1:
+                    parameter.mul_(parameter[0].numel() ** -0.5)
+                else:
+                    parameter.mul_(0.1).add_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+        return module.eval()
+
+    return fill
+
+
+@pytest.fixture
+def relative_error():
+    """RMS(actual - expected) / RMS(expected)."""
+
+    def measure(actual: torch.Tensor, expected: torch.Tensor) -> float:
+        assert actual.shape == expected.shape
+        assert bool(expected.isfinite().all()) and float(expected.square().mean()) > 1e-6
+        return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+    return measure
