@@ -1,0 +1,259 @@
+"""Takes a UNet out of a ComfyUI MODEL: plain weights with every patch baked in, and what else a file must say."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+import comfy.lora
+import comfy.model_management
+import comfy.model_sampling
+import comfy.utils
+import torch
+from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from torch import Tensor, nn
+
+from ...guidance.diffusion import Denoiser, NoiseSchedule
+from ...guidance.files import (
+    DomainMetadata,
+    FileProblem,
+    prior_content_hash,
+    read_metadata,
+    write_domain_file,
+)
+from ...guidance.networks.unet import UNetConfig
+from ...guidance.null_text import (
+    POOLED_TEXT_ADM,
+    NullContext,
+    Probes,
+    build_cached,
+    build_constant,
+    collect_probes,
+    unconditional_error,
+)
+from . import domain_info
+from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
+
+PREFIX = "diffusion_model."
+FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+# What quantised layers keep beside their weights; it is used up when the weights are turned back into numbers.
+QUANTISATION_KEYS = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
+
+
+def exported_config(model) -> UNetConfig:
+    """The architecture of a MODEL. Raises ValueError when it is not a Stable Diffusion UNet that takes text."""
+    unet = model.model.diffusion_model
+    info = domain_info(model)
+    if info is not None and info.form != "full":
+        raise ValueError(
+            f"Text-Free UNet: expected a model that takes text, found the text-free model '{info.name}'; give it the prior."
+        )
+    if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
+        raise ValueError(
+            f"Text-Free UNet: expected a Stable Diffusion UNet (1.x, 2.x, SDXL), found {type(unet).__name__} "
+            f"({type(model.model.model_config).__name__}); this architecture has no text-free form here."
+        )
+    core = model.model.model_config.unet_config
+    if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
+        raise ValueError("Text-Free UNet: expected a UNet for images, found one for video; it has no text-free form here.")
+    num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
+    return UNetConfig(
+        model_channels=core["model_channels"], channel_mult=tuple(core["channel_mult"]),
+        num_res_blocks=tuple(core["num_res_blocks"]), transformer_depth=tuple(core["transformer_depth"]),
+        transformer_depth_middle=core["transformer_depth_middle"],
+        transformer_depth_output=tuple(core["transformer_depth_output"]), context_dim=core["context_dim"],
+        in_channels=core["in_channels"], out_channels=core["out_channels"],
+        num_heads=-1 if head_channels > 0 else num_heads, num_head_channels=head_channels if head_channels > 0 else -1,
+        use_linear_in_transformer=core["use_linear_in_transformer"], adm_in_channels=core["adm_in_channels"],
+    )
+
+
+def exported_prediction(model) -> tuple[str, bool]:
+    """("epsilon" | "v_prediction", zero terminal SNR?) of a MODEL, patches such as Model Sampling Discrete included.
+
+    Raises ValueError for samplings that a domain file cannot describe (flow, EDM, other noise schedules).
+    """
+    sampling = model.get_model_object("model_sampling")
+    standard = comfy.model_sampling.ModelSamplingDiscrete(zsnr=False).sigmas
+    zero_snr = comfy.model_sampling.ModelSamplingDiscrete(zsnr=True).sigmas
+    sigmas = getattr(sampling, "sigmas", None)
+    kinds = type(sampling).__mro__
+    unusual = (comfy.model_sampling.EDM, comfy.model_sampling.X0)
+    if isinstance(sigmas, Tensor) and comfy.model_sampling.EPS in kinds and not any(kind in kinds for kind in unusual):
+        prediction = "v_prediction" if comfy.model_sampling.V_PREDICTION in kinds else "epsilon"
+        for reference, is_zero_snr in ((standard, False), (zero_snr, True)):
+            if sigmas.shape == reference.shape and torch.allclose(sigmas.cpu(), reference, rtol=1e-3):
+                return prediction, is_zero_snr
+    raise ValueError(
+        "Text-Free UNet: expected an eps- or v-prediction model on Stable Diffusion's noise schedule (with or without "
+        f"zero terminal SNR), found {', '.join(kind.__name__ for kind in kinds[1:3])}; give it the model without "
+        "sampling patches, or another prior."
+    )
+
+
+def exported_latent_format(model) -> str:
+    """The name of a MODEL's latent space in a domain file. Raises ValueError for one without a name."""
+    found = type(model.model.latent_format)
+    for name, kind in LATENT_FORMATS.items():
+        if found is kind:
+            return name
+    raise ValueError(
+        f"Text-Free UNet: expected a latent space out of {', '.join(LATENT_FORMATS)}, found {found.__name__}; this "
+        "prior is not supported."
+    )
+
+
+def exported_state_dict(model, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The UNet's weights on the CPU in `dtype`, LDM keys, quantisation undone, weight patches baked in at fp32."""
+    weights = {}
+    entries = model.get_key_patches(PREFIX)
+    progress = comfy.utils.ProgressBar(len(entries))
+    for key, (base, *patches) in entries.items():
+        progress.update(1)
+        if key.endswith(QUANTISATION_KEYS):
+            continue
+        weight, convert = base
+        weight = convert(weight.detach(), inplace=False).to(device="cpu", dtype=torch.float32, copy=bool(patches))
+        if patches:
+            weight = comfy.lora.calculate_weight(patches, weight, key)
+        weights[key.removeprefix(PREFIX)] = weight.to(dtype=dtype, copy=True)
+    return weights
+
+
+def encode_empty_prompt(clip, has_pooled: bool) -> NullContext:
+    """The empty prompt as this CLIP encodes it; with its pooled vector when the UNet takes one (SDXL)."""
+    context, pooled = clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)
+    description = {
+        "text_encoder": type(clip.cond_stage_model).__name__,
+        "layer": "default" if clip.layer_idx is None else str(clip.layer_idx),
+        "empty": "encoded empty prompt",
+    }
+    pooled = pooled.detach().float().cpu() if has_pooled and pooled is not None else None
+    return NullContext(context.detach().float().cpu(), description, pooled)
+
+
+class CoreUNet:
+    """Core's UNet of a loaded MODEL, called as the library calls its own: (x, timesteps, context=, y=) -> output.
+
+    Whatever ComfyUI does to the weights (patches, casting, offloading) stays in force.
+    """
+
+    def __init__(self, model) -> None:
+        self.unet: nn.Module = model.model.diffusion_model
+        self.device = model.load_device
+        self.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
+
+    def parameters(self) -> Iterator[Tensor]:
+        """One tensor with the device and dtype to compute in, which weights that are cast on the fly do not have."""
+        yield torch.empty(0, device=self.device, dtype=self.dtype)
+
+    def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
+        return self.unet.named_modules()
+
+    def __call__(self, x: Tensor, timesteps: Tensor, context: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        cond = {} if y is None else {"y": y.to(self.device, self.dtype)}
+        if context is not None:
+            cond["context"] = context.to(self.device, self.dtype)
+        x = x.to(self.device, self.dtype)
+        return self.unet(x, timesteps.to(self.device).float(), transformer_options={}, **cond).float()
+
+
+def vector_conditioning(model, pooled: Tensor | None, side_px: int) -> Tensor | None:
+    """SDXL's y [1, A] for the empty prompt on a square image without crop; None for models that take none."""
+    if model.model.adm_channels == 0:
+        return None
+    noise = torch.zeros(1, 4, side_px // 8, side_px // 8)
+    return model.model.encode_adm(
+        pooled_output=pooled, width=side_px, height=side_px, noise=noise, device=model.load_device
+    ).float().cpu()
+
+
+def output_path(filename: str) -> Path:
+    """Where a new domain model goes. Raises FileProblem for names that leave the folder or would replace trained work."""
+    folder = domain_unet_folder()
+    name = filename.strip().removesuffix(".safetensors")
+    path = Path(f"{folder / name}.safetensors")
+    if not name or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
+        raise FileProblem(f"Text-Free UNet: expected a file name inside {folder}, found '{filename}'; use a plain name.")
+    if path.exists():
+        try:
+            steps = int(read_metadata(path).get("steps", "-1"))
+        except ValueError:
+            steps = -1
+        if steps != 0:
+            raise FileProblem(
+                f"{path}: expected no file or an untrained text-free UNet under this name, found a trained or foreign "
+                "model; choose another file name or move the file away."
+            )
+    return path
+
+
+def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_side_px: int):
+    """Write the text-free form of a MODEL's UNet to `path`; (the new file as a MODEL, report as text).
+
+    The error of the `constant` form is measured on a second trajectory of the prior that its constants never saw.
+    """
+    config, latent_format = exported_config(model), exported_latent_format(model)
+    prediction_type, zero_snr = exported_prediction(model)
+    if form == "constant" and config.in_channels != config.out_channels:
+        raise ValueError(
+            f"Text-Free UNet: expected a prior with as many input as output channels, found {config.in_channels} and "
+            f"{config.out_channels} (an inpainting model); use the form 'cached'."
+        )
+    context = encode_empty_prompt(clip, has_pooled=config.adm_in_channels in POOLED_TEXT_ADM)
+    y = vector_conditioning(model, context.pooled, probe_side_px)
+    weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
+    prior_hash = prior_content_hash(weights)
+
+    comfy.model_management.load_models_gpu([model])
+    prior = CoreUNet(model)
+    errors: dict[str, float] = {}
+    if form == "constant":
+        denoiser = Denoiser(prior, NoiseSchedule.scaled_linear(zero_snr=zero_snr), prediction_type)
+        side = probe_side_px // 8
+        progress = comfy.utils.ProgressBar(2 * 20 + 2 * 8)
+        probes, unseen = (
+            collect_probes(
+                denoiser, context.tensor, (1, config.in_channels, side, side), y=y, seed=seed, device=prior.device,
+                on_step=lambda done, _: progress.update(1),
+            )
+            for seed in (0, 1)
+        )
+        text_free, config, errors = build_constant(
+            weights, config, context, probes, held_out=unseen, unet=prior, on_probe=lambda done, _: progress.update(1)
+        )
+        unseen = Probes(unseen.x[::4], unseen.timesteps[::4], None if y is None else unseen.y[::4])
+    else:
+        text_free, config = build_cached(weights, config, context)
+        noise = torch.randn(2, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(1))
+        unseen = Probes(noise, torch.tensor([999.0, 500.0]), None if y is None else y.expand(2, -1))
+
+    metadata = DomainMetadata(
+        config, latent_format=latent_format, prediction_type=prediction_type, zero_snr=zero_snr,
+        null_text_error=errors, null_context=context.to_dict(), prior_hash=prior_hash, domain_name=path.stem,
+    )
+    write_domain_file(path, text_free, metadata)
+    made = load_domain_unet(str(path))
+    comfy.model_management.load_models_gpu([model, made])
+    output_error = unconditional_error(prior, CoreUNet(made), context.tensor, unseen)
+    return made, _report(path, form, model.model_size(), made.model_size(), errors, output_error)
+
+
+def _report(
+    path: Path, form: str, prior_bytes: int, made_bytes: int, errors: dict[str, float], output_error: float
+) -> str:
+    lines = [
+        f"{path}",
+        f"form: {form}, untrained",
+        f"in memory: {made_bytes / 2**20:.1f} MiB, the prior {prior_bytes / 2**20:.1f} MiB",
+        f"output error against the prior on the empty prompt: {output_error:.2e} (relative)",
+    ]
+    if errors:
+        worst = max(errors, key=errors.get)
+        lines += [
+            "error of the constants, RMS(attention - constant) / RMS(attention) on unseen probes:",
+            f"median {statistics.median(errors.values()):.3f}, worst {errors[worst]:.3f} in {worst}",
+            *(f"  {block}: {error:.3f}" for block, error in errors.items()),
+        ]
+    return "\n".join(lines)

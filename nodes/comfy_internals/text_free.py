@@ -1,0 +1,163 @@
+"""What makes a ComfyUI model text-free: modules that stand where its cross-attention stood.
+
+Core's `BasicTransformerBlock` is kept, with `attn2` and `norm2` replaced, because `attn2 = None` makes core add the
+self-attention twice. Every weight sits in a leaf module that core's loader knows how to cast, move and patch.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping
+
+import comfy.ops
+import torch
+from comfy.ldm.modules import attention
+from torch import Tensor, nn
+
+from ...guidance.null_text import POOLED_TEXT_ADM
+
+LOG = logging.getLogger(__name__)
+POOLED_TEXT_WIDTH = 1280
+
+
+class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
+    """Keys or values [T, C] of a frozen prompt, in a leaf module so that ComfyUI casts and offloads them by itself."""
+
+    def __init__(self, tokens: int, channels: int, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(tokens, channels, dtype=dtype, device=device), requires_grad=False)
+        self.register_parameter("bias", None)
+
+    def forward(self, like: Tensor, batch: int) -> Tensor:
+        """The tokens [B, T, C] in the dtype and on the device of `like`."""
+        weight, _ = comfy.ops.cast_bias_weight(self, like)
+        # Contiguous, because attention kernels of other packs may not take a batch stride of zero.
+        return weight.expand(batch, -1, -1).contiguous()
+
+
+class CachedTextAttention(nn.Module):
+    """The `cached` form: queries of the image attend to the frozen keys and values; the context is ignored.
+
+    `to_q` and `to_out` are core's own layers. `to_k` and `to_v` answer core and replace patches with the frozen tokens.
+    """
+
+    def __init__(self, core: nn.Module, tokens: int, dtype: torch.dtype | None, device: torch.device | None) -> None:
+        super().__init__()
+        self.heads, self.dim_head, self.attn_precision = core.heads, core.dim_head, core.attn_precision
+        self.to_q, self.to_out = core.to_q, core.to_out
+        self.null_k = FrozenTokens(tokens, core.heads * core.dim_head, dtype, device)
+        self.null_v = FrozenTokens(tokens, core.heads * core.dim_head, dtype, device)
+
+    def to_k(self, context: Tensor) -> Tensor:
+        return self.null_k(context, context.shape[0])
+
+    def to_v(self, context: Tensor) -> Tensor:
+        return self.null_v(context, context.shape[0])
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None,
+        transformer_options: Mapping = {},
+    ) -> Tensor:
+        """[B, N, C] -> [B, N, C]. `context`, `value` and `mask` speak about text, of which there is none."""
+        q = self.to_q(x)
+        k, v = self.null_k(q, q.shape[0]), self.null_v(q, q.shape[0])
+        out = attention.optimized_attention(
+            q, k, v, self.heads, attn_precision=self.attn_precision, transformer_options=transformer_options
+        )
+        return self.to_out(out)
+
+
+class NoTextAttention(nn.Module):
+    """The `constant` form: nothing is left to compute, since the constant is folded into attn1's output bias.
+
+    The projections exist for patches that replace the attention: such a patch runs, and its result is dropped.
+    """
+
+    def __init__(self, core: nn.Module) -> None:
+        super().__init__()
+        self.heads, self.dim_head, self.attn_precision = core.heads, core.dim_head, core.attn_precision
+        self.patch_reported = False
+
+    def to_q(self, x: Tensor) -> Tensor:
+        return x
+
+    def to_k(self, context: Tensor) -> Tensor:
+        return context.new_zeros(*context.shape[:2], self.heads * self.dim_head)
+
+    def to_v(self, context: Tensor) -> Tensor:
+        return self.to_k(context)
+
+    def to_out(self, x: Tensor) -> Tensor:
+        if not self.patch_reported:
+            self.patch_reported = True
+            LOG.info("A patch replaces cross-attention, which this text-free model does not have: it has no effect.")
+        return torch.zeros_like(x)
+
+    def forward(
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None,
+        transformer_options: Mapping = {},
+    ) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
+    """Replace the cross-attention of every transformer block of a core UNet by its text-free `form`, in place."""
+    for block in unet.modules():
+        if not isinstance(block, attention.BasicTransformerBlock):
+            continue
+        if block.disable_self_attn:
+            raise ValueError(
+                "Text-free UNet: expected blocks whose first attention looks at the image only, found one that looks "
+                "at the text; this architecture has no text-free form."
+            )
+        if form == "constant":
+            block.attn2, block.norm2 = NoTextAttention(block.attn2), nn.Identity()
+        else:
+            weight = block.attn2.to_q.weight
+            block.attn2 = CachedTextAttention(block.attn2, tokens, weight.dtype, weight.device)
+
+
+class TextFreeModel:
+    """Mixed into core's model class: text in the conditioning is ignored, everything else in it stays live."""
+
+    indomain_text_reported = False
+
+    def extra_conds(self, **kwargs) -> dict:
+        if kwargs.get("cross_attn") is None:
+            # Patches and ControlNets expect a context of the family's width even where the UNet takes none.
+            width = self.model_config.unet_config["context_dim"]
+            kwargs["cross_attn"] = torch.zeros(1, 1, width, device=kwargs.get("device"))
+        elif not self.indomain_text_reported:
+            self.indomain_text_reported = True
+            LOG.info("The domain model '%s' takes no text: prompts on it are ignored.", self.indomain_domain.name)
+        return super().extra_conds(**kwargs)
+
+    def encode_adm(self, **kwargs) -> Tensor | None:
+        # SDXL's pooled text is folded into the weights, which are zero where it enters; zeros here keep it out even
+        # under a LoRA, and let a conditioning do without it. Sizes and crops stay live.
+        if self.adm_channels in POOLED_TEXT_ADM:
+            kwargs.pop("unclip_conditioning", None)
+            kwargs["pooled_output"] = torch.zeros(1, POOLED_TEXT_WIDTH)
+        return super().encode_adm(**kwargs)
+
+    def state_dict_for_saving(self, *args, **kwargs) -> dict:
+        """As core's, with the frozen tokens under the names this project's files give them."""
+        state_dict = super().state_dict_for_saving(*args, **kwargs)
+        return {file_key(key): value for key, value in state_dict.items()}
+
+
+@functools.lru_cache(maxsize=None)
+def text_free_class(core_class: type) -> type:
+    """`core_class` with `TextFreeModel` mixed in; the same type every time."""
+    return type(f"TextFree{core_class.__name__}", (TextFreeModel, core_class), {})
+
+
+def module_key(key: str) -> str:
+    """The name of a file's tensor inside the ComfyUI model: frozen tokens live in a module of their own."""
+    return f"{key}.weight" if key.endswith((".attn2.null_k", ".attn2.null_v")) else key
+
+
+def file_key(key: str) -> str:
+    """Inverse of `module_key`."""
+    return key.removesuffix(".weight") if key.endswith((".attn2.null_k.weight", ".attn2.null_v.weight")) else key

@@ -1,0 +1,61 @@
+"""Text-Free UNet: from a prior and its text encoder to a domain model that is ready to be trained."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io, ui
+
+from .comfy_internals import export
+from .loaders import CATEGORY
+
+
+class TextFreeUNet(io.ComfyNode):
+    """A prior's UNet with the empty prompt frozen in, as a file and as a MODEL."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InDomainTextFreeUNet",
+            display_name="Text-Free UNet",
+            category=CATEGORY,
+            description="Makes a domain model to start training from: the prior's UNet without text. Weight patches "
+            "(LoRA) on the model are baked in. The file lands in models/domain_unets.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The prior: a Stable Diffusion 1.x, 2.x or XL UNet, or the mini world's."),
+                io.Clip.Input("clip", tooltip="The prior's own text encoder. It encodes the empty prompt, nothing else."),
+                io.Combo.Input(
+                    "form", options=["cached", "constant"], default="cached",
+                    tooltip="cached: keeps the empty prompt's keys and values; equals the prior on the empty prompt until "
+                    "it is trained. constant: one constant a block, the paper's form; smaller and faster, but an "
+                    "approximation, whose error is reported.",
+                ),
+                io.String.Input(
+                    "filename", default="text_free",
+                    tooltip="Name of the file in models/domain_unets, with or without .safetensors; subfolders are allowed. "
+                    "An untrained file of that name is replaced, a trained one never.",
+                ),
+                io.Combo.Input(
+                    "file_dtype", options=list(export.FILE_DTYPES), default="fp16",
+                    tooltip="Number format in the file. fp16 and bf16 take 2 bytes a weight, fp32 takes 4 and rounds "
+                    "nothing that the prior has.",
+                ),
+                io.Int.Input(
+                    "probe_size", default=512, min=64, max=2048, step=64,
+                    tooltip="constant only: side in pixels of the images on which the constants are measured, 64 to 2048; "
+                    "use the size the prior was trained on (64 for the mini world). No effect on cached.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(tooltip="The text-free model, loaded from the new file."),
+                io.String.Output(
+                    display_name="report",
+                    tooltip="What was made: sizes, the error of each block and of the output.",
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, clip, form: str, filename: str, file_dtype: str, probe_size: int) -> io.NodeOutput:
+        path = export.output_path(filename)
+        made, report = export.make_text_free(model, clip, form, path, file_dtype, probe_size)
+        return io.NodeOutput(made, report, ui=ui.PreviewText(report))
