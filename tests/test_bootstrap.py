@@ -37,6 +37,20 @@ def test_bootstrap_runs_a_module_as_main_with_its_arguments(tmp_path):
     assert result.stdout.strip() == "__main__ indomain_guidance.training 7 ['-x', '1']"
 
 
+def test_bootstrap_runs_a_file_that_imports_its_neighbour_and_the_package(tmp_path):
+    folder = tmp_path / "scripts_here"
+    folder.mkdir()
+    (folder / "common.py").write_text("VALUE = 5\n", encoding="utf-8")
+    (folder / "bench_x.py").write_text(
+        "import sys\nimport indomain_guidance\nfrom .common import VALUE\n"
+        "if __name__ == '__main__':\n    print(VALUE, indomain_guidance.__name__, sys.argv[1:])\n", encoding="utf-8"
+    )
+    result = subprocess.run([sys.executable, str(BOOTSTRAP), str(folder / "bench_x.py"), "--quick"],
+                            capture_output=True, text=True, cwd=tmp_path)
+    assert result.stderr == ""
+    assert result.stdout.strip() == "5 indomain_guidance ['--quick']"
+
+
 def test_registering_another_copy_is_refused(tmp_path):
     (tmp_path / "__init__.py").write_text("", encoding="utf-8")
     code = (

@@ -4,6 +4,7 @@ Inside ComfyUI the package is loaded under its path, and a checkout folder can h
 indomain_guidance`` would find nothing. Tests, benchmarks, the mini world's recipe and training processes go through here::
 
     python training/bootstrap.py indomain_guidance.training.mini_world --help
+    python training/bootstrap.py tests/benchmarks/bench_sampling.py --quick
 
 Only the standard library is needed, and nothing but the package's own (light) ``__init__.py`` is executed.
 """
@@ -59,14 +60,31 @@ def register(root: Path = ROOT) -> ModuleType:
     return module
 
 
+def register_folder(folder: Path) -> str:
+    """Make `folder` importable as a package named after itself, without putting anything on sys.path."""
+    name = folder.name
+    package = ModuleType(name)
+    package.__path__ = [str(folder)]
+    if sys.modules.setdefault(name, package) is not package:
+        raise ImportError(f"Expected the name {name!r} to be free for {folder}, but a module of that name is loaded.")
+    return name
+
+
 def main(arguments: list[str]) -> None:
-    """Run the module named first as ``__main__`` with the remaining arguments."""
+    """Run a module by its name, or a file of this checkout by its path, as ``__main__`` with the remaining arguments.
+
+    A file runs as a module of a package named after its folder, so that it can import its neighbours relatively.
+    """
     if not arguments:
-        raise SystemExit("usage: bootstrap.py MODULE [ARGUMENT ...]")
+        raise SystemExit("usage: bootstrap.py MODULE|FILE.py [ARGUMENT ...]")
+    target = arguments[0]
     forget_checkout_on_path()
     register()
+    if target.endswith(".py"):
+        path = Path(target).resolve()
+        target = f"{register_folder(path.parent)}.{path.stem}"
     sys.argv = arguments
-    runpy.run_module(arguments[0], run_name="__main__", alter_sys=True)
+    runpy.run_module(target, run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

@@ -88,13 +88,19 @@ def _child(command: list[str], cwd: Path | None = None) -> int:
     with subprocess.Popen(command, cwd=cwd) as process:
         try:
             return process.wait()
-        except SystemExit:
-            if process.poll() is None:
-                process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
+        except SystemExit as ending:
+            # A Ctrl+C in a terminal has reached the child as well; a second one would disturb its clean-up.
+            told = ending.code == 128 + signal.SIGINT
+            for patience_s in (20, 40):
+                if not told:
+                    process.send_signal(signal.SIGTERM if os.name == "nt" else signal.SIGINT)
                 try:
-                    process.wait(60)
+                    process.wait(patience_s)
+                    break
                 except subprocess.TimeoutExpired:
-                    process.kill()
+                    told = False
+            else:
+                process.kill()
             raise
 
 

@@ -147,7 +147,10 @@ class ComfyClient:
             ExecutionInterrupted: somebody interrupted the run.
             TimeoutError, ConnectionError: it took too long, or the server went away.
         """
-        return asyncio.run(asyncio.wait_for(self._run(prompt, bar, on_event), timeout_s))
+        try:
+            return asyncio.run(asyncio.wait_for(self._run(prompt, bar, on_event), timeout_s))
+        except asyncio.TimeoutError:  # a class of its own before Python 3.11
+            raise TimeoutError(f"The run did not end within {timeout_s:.0f} s.") from None
 
     async def _run(self, prompt, bar, on_event) -> Run:
         import aiohttp
