@@ -1,0 +1,204 @@
+"""One model of a guidance besides the prior: its conditionings, options and hooks during one sampling run.
+
+`CFGGuider` looks after exactly one model. A branch does for another model what core does for that one, with core's own
+functions and in core's order, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.hooks
+import comfy.model_patcher
+import comfy.sampler_helpers
+import comfy.samplers
+from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+Conditionings = dict[str, list[dict[str, Any]]]
+
+# The two conditionings that core batches as (cond, uncond); patches tell them apart by this order.
+POSITIVE, NEGATIVE = "positive", "negative"
+
+_SAMPLER_HOOKS = (
+    "sampler_cfg_function",
+    "sampler_pre_cfg_function",
+    "sampler_post_cfg_function",
+    "sampler_calc_cond_batch_function",
+)
+# Wrappers around the sampling loop, of which there is one, and it belongs to the prior.
+_LOOP_WRAPPERS = tuple(
+    getattr(WrappersMP, name)
+    for name in ("OUTER_SAMPLE", "SAMPLER_SAMPLE", "PREDICT_NOISE", "PREPARE_SAMPLING")
+    if hasattr(WrappersMP, name)
+)
+# Clones of the prior on other devices; with them in its options a branch would run the prior instead of its own model.
+_PRIOR_ONLY_OPTIONS = ("multigpu_clones", "multigpu_thread_pool")
+
+
+def _in_core_order(keys: Sequence[str]) -> list[str | None]:
+    """Positive first, negative second, then the others; None where one of the two is missing but its place counts."""
+    order: list[str | None] = [key if key in keys else None for key in (POSITIVE, NEGATIVE)]
+    others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
+    if others and order[0] is None:
+        order[0] = others.pop(0)
+    order += others
+    while order[-1] is None:
+        order.pop()
+    return order
+
+
+def has_attention_patches(options: Mapping[str, Any]) -> bool:
+    """Whether patches look into the attention layers; many know two conditionings only, called 0 and 1."""
+    transformer_options = options.get("transformer_options", {})
+    return bool(transformer_options.get("patches") or transformer_options.get("patches_replace"))
+
+
+def run_conditionings(
+    model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    """The denoised predictions [B, C, ...] of one model on several conditionings, in one `calc_cond_batch` call.
+
+    More than two conditionings are split where attention patches are present, because those would fail on the third.
+    """
+    call = _in_core_order(keys)
+    calls = [call]
+    if len(call) > 2 and has_attention_patches(options):
+        calls = [call[:2], *([key] for key in call[2:])]
+    predictions = {}
+    for call in calls:
+        batch = [None if key is None else conds[key] for key in call]
+        outputs = comfy.samplers.calc_cond_batch(model, batch, x, timestep, options)
+        predictions.update({key: output for key, output in zip(call, outputs) if key is not None})
+    return predictions
+
+
+class _PreparedElsewhere:
+    """Stands in for a ControlNet that the prior prepares: it must be set up once, for the prior's noise schedule."""
+
+    def __init__(self, control: Any) -> None:
+        self.control = control
+
+    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
+        pass
+
+
+class Branch:
+    """A model besides the prior.
+
+    `patcher` may be replaced by ComfyUI's own substitute for it between runs. `weights` is the same object for all models whose
+    module holds the right weights for this one too.
+    """
+
+    def __init__(self, patcher: ModelPatcher, name: str, weights: object = None) -> None:
+        self.patcher = patcher
+        self.name = name
+        self.weights = weights
+        self.conds: Conditionings = {}
+        self.options: dict[str, Any] = {}
+        self._hook_mode: Any = None
+        self._own_controls: list[Any] = []
+
+    @property
+    def model(self) -> Any:
+        return self.patcher.model
+
+    def ignored_hooks(self) -> list[str]:
+        """What on this MODEL acts on the sampling loop, which only the prior can do here."""
+        found = [key for key in _SAMPLER_HOOKS if self.patcher.model_options.get(key)]
+        return found + sorted(map(str, self._loop_wrapper_keys()))
+
+    def _loop_wrapper_keys(self) -> set:
+        return {key for kind in _LOOP_WRAPPERS for key, found in self.patcher.wrappers.get(kind, {}).items() if found}
+
+    def prepare(self, conds: Conditionings) -> None:
+        """What `CFGGuider.sample` does before models are loaded. `conds` are this branch's own copies."""
+        self.conds = conds
+        self.options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
+        self._hook_mode = self.patcher.hook_mode
+        comfy.samplers.preprocess_conds_hooks(conds)
+        _own_hooks(conds)
+        if comfy.samplers.get_total_hook_groups_in_conds(conds) <= 1:
+            self.patcher.hook_mode = comfy.hooks.EnumHookMode.MinVram
+        comfy.sampler_helpers.prepare_model_patcher(self.patcher, conds, self.options)
+        comfy.samplers.filter_registered_hooks_on_conds(conds, self.options)
+        for key in _PRIOR_ONLY_OPTIONS:
+            self.options.pop(key, None)
+        unusable = self._loop_wrapper_keys() - {None}
+        for wrappers in self.options["transformer_options"].get("wrappers", {}).values():
+            for key in unusable:
+                wrappers.pop(key, None)
+
+    def additional_models(self) -> list[Any]:
+        """Models that this branch's hooks want loaded."""
+        return comfy.sampler_helpers.get_additional_models_from_model_options(self.options)
+
+    def start(
+        self, noise: Tensor, latent_image: Tensor | None, device: Any, sigmas: Tensor, denoise_mask: Tensor | None,
+        seed: int | None, latent_shapes: Any, controls_of_prior: set[int],
+    ) -> None:
+        """What `CFGGuider.outer_sample` and `inner_sample` do once models are loaded, up to the sampler."""
+        comfy.samplers.cast_to_load_options(self.options, device=device, dtype=self.patcher.model_dtype())
+        self.patcher.pre_run()
+        self.model.latent_shapes = latent_shapes
+        own_controls = [control for key, control in controls(self.conds).items() if key not in controls_of_prior]
+        for cond in _entries(self.conds):
+            if id(cond.get("control")) in controls_of_prior:
+                cond["control"] = _PreparedElsewhere(cond["control"])
+        self.conds = comfy.samplers.process_conds(
+            self.model, noise, self.conds, device, latent_image, denoise_mask, seed, latent_shapes=latent_shapes
+        )
+        self._own_controls = own_controls
+        for cond in _entries(self.conds):
+            if isinstance(cond.get("control"), _PreparedElsewhere):
+                cond["control"] = cond["control"].control
+        self.options = comfy.model_patcher.create_model_options_clone(self.options)
+        self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
+
+    def run(self, keys: Sequence[str], x: Tensor, timestep: Tensor) -> dict[str, Tensor]:
+        """Denoised predictions [B, C, ...] on this branch's conditionings of those names."""
+        return run_conditionings(self.model, self.conds, keys, x, timestep, self.options)
+
+    def finish(self) -> None:
+        """Undo `prepare` and `start`, however far they came."""
+        try:
+            self.patcher.cleanup()
+            comfy.sampler_helpers.cleanup_additional_models(self._own_controls)
+            comfy.samplers.cast_to_load_options(self.options, device=self.patcher.offload_device)
+        finally:
+            self.patcher.restore_hook_patches()
+            if self._hook_mode is not None:
+                self.patcher.hook_mode = self._hook_mode
+            self.conds, self.options, self._hook_mode, self._own_controls = {}, {}, None, []
+
+
+def _entries(conds: Conditionings) -> list[dict[str, Any]]:
+    return [entry for entries in conds.values() for entry in entries]
+
+
+def controls(conds: Conditionings) -> dict[int, Any]:
+    """The ControlNets in `conds`, by identity."""
+    return {id(entry["control"]): entry["control"] for entry in _entries(conds) if entry.get("control") is not None}
+
+
+def _own_hooks(conds: Conditionings) -> None:
+    """Give a branch its own hook objects.
+
+    A hook's keyframes report a change of strength once. Shared with the prior, the model that asks second would never hear of
+    it and keep yesterday's weights. Hooks with one origin stay equal, which is what registration and caching go by.
+    """
+    groups: dict[int, Any] = {}
+    keyframes: dict[int, Any] = {}
+    for entry in _entries(conds):
+        group = entry.get("hooks")
+        if group is None:
+            continue
+        if id(group) not in groups:
+            own = group.clone()
+            for hook in own.hooks:
+                shared = hook.hook_keyframe
+                hook.hook_keyframe = keyframes.setdefault(id(shared), shared.clone())
+            groups[id(group)] = own
+        entry["hooks"] = groups[id(group)]

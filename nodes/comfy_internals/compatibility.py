@@ -1,0 +1,143 @@
+"""Which models may be combined: refusals before anything is loaded, each in one sentence that names both sides."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import comfy.model_sampling
+from comfy.model_patcher import ModelPatcher
+
+from ...guidance.combination import Guidance, GuidanceError
+from ...guidance.terms import Source
+from . import domain_info
+
+LOG = logging.getLogger(__name__)
+
+# Schedules of one family differ by rounding (fp16 buffers, interpolated sigmas); this much is no difference.
+_SIGMA_TOLERANCE = 0.01
+
+
+def display_name(patcher: ModelPatcher) -> str:
+    """How messages call a MODEL: the domain model's own name, else the architecture core detected."""
+    info = domain_info(patcher)
+    if info is not None:
+        return f"domain model '{info.name}'"
+    config = getattr(patcher.model, "model_config", None)
+    return f"{type(config).__name__ if config is not None else type(patcher.model).__name__} model"
+
+
+def check_same_latents(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
+    """Refuse a model of another latent space. Raises GuidanceError naming both."""
+    ours, theirs = (p.get_model_object("latent_format") for p in (prior, other))
+    if _latent_identity(ours) != _latent_identity(theirs):
+        raise GuidanceError(
+            f"Term {term!r}: expected a model in the latent space of the prior ({_latent_words(ours)}), but the "
+            f"{display_name(other)} works in another one ({_latent_words(theirs)}); use models of one family."
+        )
+
+
+def _latent_identity(latent_format: Any) -> tuple:
+    return (type(latent_format).__name__, latent_format.latent_channels, latent_format.latent_dimensions,
+            getattr(latent_format, "scale_factor", None))  # fmt: skip
+
+
+def _latent_words(latent_format: Any) -> str:
+    scale = getattr(latent_format, "scale_factor", None)
+    scale = f", scale {scale:g}" if isinstance(scale, (int, float)) else ""
+    return f"{type(latent_format).__name__}, {latent_format.latent_channels} channels{scale}"
+
+
+def noise_family(model_sampling: Any) -> str:
+    """The way a model mixes signal and noise: denoised latents combine within one family only."""
+    for name, kind in (
+        ("flow", getattr(comfy.model_sampling, "CONST", None)),
+        ("Cosmos flow", getattr(comfy.model_sampling, "COSMOS_RFLOW", None)),
+        ("image-to-image", getattr(comfy.model_sampling, "IMG_TO_IMG", None)),
+        ("diffusion", comfy.model_sampling.EPS),
+    ):
+        if kind is not None and isinstance(model_sampling, kind):
+            return name
+    return type(model_sampling).__mro__[-2].__name__
+
+
+def check_same_noise(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
+    """Refuse flow models with variance-preserving ones. Raises GuidanceError naming both."""
+    ours, theirs = (noise_family(p.get_model_object("model_sampling")) for p in (prior, other))
+    if ours != theirs:
+        raise GuidanceError(
+            f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the {display_name(other)} "
+            f"is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
+        )
+
+
+def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
+    """Refuse a model that reads another kind of text than the prior's conditioning holds. Raises GuidanceError."""
+    info = domain_info(other)
+    if info is not None and info.form != "full":
+        return
+    widths = [p.model.model_config.unet_config.get("context_dim") for p in (prior, other)]
+    if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
+        raise GuidanceError(
+            f"Term {term!r}: expected a model that reads text conditionings of width {widths[0]} as the prior does, but the "
+            f"{display_name(other)} reads width {widths[1]}; use a model of the prior's family or a text-free one."
+        )
+
+
+def check_sigma_ranges(
+    guidance: Guidance,
+    sigmas: Iterable[float],
+    percent_to_sigma: Callable[[float], float],
+    prior: ModelPatcher,
+    patcher_of: Callable[[Source], ModelPatcher],
+) -> None:
+    """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
+
+    Noise levels beyond the prior's own range are nobody's fault here: core clamps them, and so they are clamped first.
+    """
+    own = _sigma_range(prior)
+    for sigma in sigmas:
+        if sigma <= 0.0:
+            continue
+        asked = min(max(sigma, own[0]), own[1])
+        for source in guidance.at(sigma, percent_to_sigma).coefficients:
+            other = patcher_of(source)
+            if other is prior:
+                continue
+            low, high = _sigma_range(other)
+            if low * (1 - _SIGMA_TOLERANCE) <= asked <= high * (1 + _SIGMA_TOLERANCE):
+                continue
+            term = " and ".join(guidance.names(source))
+            remedy = (
+                "start the term later (its start percent), or make both models zero-SNR or neither"
+                if asked > high
+                else "end the term earlier (its end percent)"
+            )
+            raise GuidanceError(
+                f"Term {term!r}: expected a model that covers noise level sigma {asked:.4g} of this run, but the "
+                f"{display_name(other)} covers sigma {low:.4g} to {high:.4g} (the prior {own[0]:.4g} to {own[1]:.4g}); {remedy}."
+            )
+
+
+def _sigma_range(patcher: ModelPatcher) -> tuple[float, float]:
+    sampling = patcher.get_model_object("model_sampling")
+    if noise_family(sampling) != "diffusion":
+        # A flow's lowest sigma is only where its table starts; the model is defined down to 0.
+        return 0.0, float(sampling.sigma_max)
+    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
+    return (low, high) if math.isfinite(high) else (low, math.inf)
+
+
+def missing_weight_patches(prior: ModelPatcher, other: ModelPatcher) -> bool:
+    """Whether the prior carries weight patches (LoRAs) that `other` has the weights for, but not the patches."""
+    lacking = [_weight_key(key) for key in prior.patches if key not in other.patches]
+    if not lacking:
+        return False
+    weights = other.model_state_dict().keys()
+    return any(key in weights for key in lacking)
+
+
+def _weight_key(key: Any) -> str:
+    return key if isinstance(key, str) else key[0]

@@ -1,0 +1,420 @@
+"""Multi-guidance (arXiv 2312.08195) as a ComfyUI guider: several models and conditionings in one sampling run.
+
+The prior is the guider's own model, exactly as in core's `CFGGuider`; every other model is a `Branch`. Where only the prior's
+own control conditioning is left to guide, core's `predict_noise` runs, so that the result is core's to the last bit.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.sampler_helpers
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...guidance.combination import Guidance, Step
+from ...guidance.schedules import Constant, Interval, WeightLike
+from ...guidance.terms import Source, Term
+from . import compatibility, effective_condition
+from .branch import NEGATIVE, POSITIVE, Branch, Conditionings, controls, run_conditionings
+from .shared_weights import on_own_weights, same_weights
+
+LOG = logging.getLogger(__name__)
+
+_ADDITIONAL_MODELS = "indomain_guidance"
+_HOOK_MODELS = "indomain_guidance hook models"
+
+
+@dataclass(frozen=True)
+class TermInput:
+    """One guidance term as the user wired it. No model means the prior, no conditioning the base's, no reference the base."""
+
+    name: str
+    weight: WeightLike
+    model: ModelPatcher | None = None
+    conditioning: list | None = None
+    reference: str | None = None
+
+
+class MultiGuidanceGuider(comfy.samplers.CFGGuider):
+    """D = D_u + sum_i w_i(sigma) (D_i - R_i) of arXiv 2312.08195, D_u the prior on the base conditioning.
+
+    Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit, weights
+    that are not finite, models of another latent space or another way of adding noise; and at the start of sampling a model
+    whose sigma range does not cover the steps it is active in.
+
+    After a run, `samples_per_step` is the number of predictions per image and step, `evaluations` the number of predictions
+    for each term.
+    """
+
+    def __init__(self, prior: ModelPatcher, base: list, terms: Sequence[TermInput]) -> None:
+        given = [(term, prior if term.model is None else term.model) for term in terms]
+        for term, model in given:
+            if model is not prior:
+                compatibility.check_same_latents(prior, model, term.name)
+                compatibility.check_same_noise(prior, model, term.name)
+                compatibility.check_same_text_width(prior, model, term.name)
+        self.guidance = Guidance(
+            Source(prior, base),
+            [
+                Term(term.name, model, base if term.conditioning is None else term.conditioning, term.weight, term.reference)
+                for term, model in given
+            ],
+        )
+        self._given_prior = prior
+        self._warn()
+
+        super().__init__(prior.clone())
+        self._keys: dict[Source, str] = {}
+        self._branch_conds: Conditionings = {}
+        self._control = self._name_conditionings()
+        self._weights = object()
+        self._branches: dict[int, Branch] = {}
+        self._loaded_branches: list[Branch] = []
+        self._add_branches()
+        self._active: dict[int, tuple[ModelPatcher, object]] = {}
+        self._percent_to_sigma = self._percent_scale()
+        self.evaluations: Counter[str] = Counter()
+        self.steps = 0
+
+    def _warn(self) -> None:
+        """Say once what will not happen although the user may expect it."""
+        prior = self._given_prior
+        for source in self.guidance.sources:
+            if source.model is prior:
+                continue
+            names = " and ".join(self.guidance.names(source))
+            ignored = Branch(source.model, names).ignored_hooks()
+            if ignored:
+                LOG.warning(
+                    "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling function "
+                    "belong on the prior.", ", ".join(ignored), names,
+                )  # fmt: skip
+        for term in self.guidance.terms:
+            against_prior = self.guidance.reference(term).model is prior
+            if term.model is not prior and against_prior and compatibility.missing_weight_patches(prior, term.model):
+                LOG.warning(
+                    "Multi-guidance: the prior carries weight patches (LoRAs) that the model of term '%s' lacks, so this term "
+                    "pushes against them; put the same LoRA on that model, or add the unpatched prior as a term of weight 0 and "
+                    "make it this term's reference.", term.name,
+                )  # fmt: skip
+
+    def _name_conditionings(self) -> Source | None:
+        """Name every source as core would: the base is "negative", the prior's first own conditioning "positive".
+
+        Conditionings of the prior go through core; the others are only for their branches. Returns the control source.
+        """
+        names: dict[int, str] = {id(self.guidance.base.cond): NEGATIVE}
+        own: dict[str, list] = {NEGATIVE: self.guidance.base.cond}
+        control = None
+        for source in self.guidance.sources:
+            if source.model is self._given_prior and id(source.cond) not in names:
+                key = POSITIVE if control is None else f"term {self.guidance.names(source)[0]}"
+                control = control or source
+                names[id(source.cond)] = key
+                own[key] = source.cond
+        for source in self.guidance.sources:
+            if id(source.cond) not in names:
+                key = names[id(source.cond)] = f"term {self.guidance.names(source)[0]}"
+                self._branch_conds[key] = comfy.sampler_helpers.convert_cond(source.cond)
+            self._keys[source] = names[id(source.cond)]
+        self.inner_set_conds(own)
+        return control
+
+    def _add_branches(self) -> None:
+        """One branch for each model that can ever be needed; core loads them together with the prior, in one call.
+
+        Models on one module with the same weights need no loading of their own. With different weights each gets its own copy
+        of the module, or, where that is not possible, they take turns in it.
+        """
+        holders: dict[int, tuple[ModelPatcher, object]] = {id(self.model_patcher.model): (self.model_patcher, self._weights)}
+        for source in self._sources_ever_needed():
+            if source.model is self._given_prior or id(source.model) in self._branches:
+                continue
+            patcher, name = self._static_if_hooked(source.model), self._term_names(source)
+            holder, weights = holders.get(id(patcher.model), (None, object()))
+            if holder is not None and not same_weights(patcher, holder):
+                weights = object()
+                patcher, holder = self._apart(patcher, holder, name)
+            branch = self._branches[id(source.model)] = Branch(patcher, name, weights)
+            if holder is None:
+                holders[id(patcher.model)] = (patcher, weights)
+                self._loaded_branches.append(branch)
+        if self._loaded_branches:
+            self.model_patcher.set_additional_models(_ADDITIONAL_MODELS, [branch.patcher for branch in self._loaded_branches])
+
+    def _term_names(self, source: Source) -> str:
+        return " and ".join(self.guidance.names(source))
+
+    def _sources_ever_needed(self) -> list[Source]:
+        needed = [self.guidance.base]
+        for term in self.guidance.terms:
+            if term.weight != Constant(0.0):
+                needed += [term.source, self.guidance.reference(term)]
+        return list(dict.fromkeys(needed))
+
+    def _static_if_hooked(self, patcher: ModelPatcher) -> ModelPatcher:
+        """Newer versions page weights in dynamically, and swap in a static model where hooks patch weights."""
+        is_dynamic = getattr(patcher, "is_dynamic", None)
+        conds = [*self.original_conds.values(), *self._branch_conds.values()]
+        if is_dynamic is not None and is_dynamic() and any("hooks" in entry for entries in conds for entry in entries):
+            return patcher.get_non_dynamic_delegate()
+        return patcher
+
+    @staticmethod
+    def _apart(patcher: ModelPatcher, holder: ModelPatcher, name: str) -> tuple[ModelPatcher, ModelPatcher | None]:
+        own = on_own_weights(patcher)
+        if own is not None:
+            LOG.info(
+                "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched differently; "
+                "it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
+            )  # fmt: skip
+            return own, None
+        LOG.warning(
+            "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched differently, and "
+            "there is no room or way for a second copy; the weights are patched anew twice a step, which is slow. Loading the "
+            "checkpoint for it from a second file avoids that.", name,
+        )  # fmt: skip
+        return patcher, holder
+
+    def _percent_scale(self) -> Callable[[float], float]:
+        return functools.lru_cache(maxsize=4096)(self.model_patcher.get_model_object("model_sampling").percent_to_sigma)
+
+    # ---- one sampling run -------------------------------------------------------------------------------------------
+
+    @property
+    def samples_per_step(self) -> float:
+        """Predictions per image and step of the last run, all models together."""
+        return sum(self.evaluations.values()) / max(self.steps, 1)
+
+    def outer_sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.evaluations, self.steps = Counter(), max(len(sigmas) - 1, 0)
+        self._percent_to_sigma = self._percent_scale()
+        compatibility.check_sigma_ranges(
+            self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior, self._patcher_of
+        )
+        # Newer versions may have replaced the prior, and with it the models that hang on it, by another kind of patcher.
+        for branch, patcher in zip(
+            self._loaded_branches, self.model_patcher.get_additional_models_with_key(_ADDITIONAL_MODELS)
+        ):
+            branch.patcher = patcher
+        prepared: list[Branch] = []
+        try:
+            for branch in self._branches.values():
+                prepared.append(branch)
+                branch.prepare(self._copy_conditionings())
+            self.conds = self._visible_to_loading(prepared)
+            output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+        finally:
+            for branch in reversed(prepared):
+                branch.finish()
+            self._active = {}
+        LOG.info("Multi-guidance: %s", self.report())
+        return output
+
+    def report(self) -> str:
+        """The cost of the last run in words."""
+        parts = ", ".join(f"{name} {count}" for name, count in self.evaluations.items())
+        return f"{self.steps} steps, {self.samples_per_step:.2f} samples per step ({parts or 'none'})"
+
+    def _patcher_of(self, source: Source) -> ModelPatcher:
+        return source.model
+
+    def _copy_conditionings(self) -> Conditionings:
+        originals = {**self.original_conds, **self._branch_conds}
+        return {key: [entry.copy() for entry in entries] for key, entries in originals.items()}
+
+    def _visible_to_loading(self, branches: Sequence[Branch]) -> Conditionings:
+        """The prior's conditionings, and beside them whatever makes core load the branches' ControlNets and hook models."""
+        visible: Conditionings = dict(self.conds)
+        for branch in branches:
+            for key in self._branch_conds:
+                visible[key] = branch.conds[key]
+        hook_models = [model for branch in branches for model in branch.additional_models()]
+        if hook_models:
+            visible[_HOOK_MODELS] = [{"additional_models": hook_models, "model_conds": {}}]
+        return visible
+
+    def inner_sample(
+        self, noise: Tensor, latent_image: Tensor | None, device: Any, sampler: Any, sigmas: Tensor, denoise_mask: Tensor | None,
+        callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
+    ) -> Tensor:  # fmt: skip
+        self.conds = {key: entries for key, entries in self.conds.items() if key in self.original_conds}
+        holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
+        self._active = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
+        latent = latent_image
+        if self._branches and latent is not None and torch.count_nonzero(latent) > 0:
+            latent = self.inner_model.process_latent_in(latent)
+        for branch in self._branches.values():
+            self._activate(branch.patcher, branch.weights)
+            branch.start(
+                noise, latent, device, sigmas, denoise_mask, seed, kwargs.get("latent_shapes"), set(controls(self.conds))
+            )
+        self._activate(self.model_patcher, self._weights)
+        return super().inner_sample(
+            noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs
+        )
+
+    def _activate(self, patcher: ModelPatcher, weights: object) -> None:
+        """Have the module of `patcher` hold its weights and answer for it."""
+        module = patcher.model
+        current, held = self._active.get(id(module), (patcher, weights))
+        if current is not patcher:
+            if current.current_hooks is not None:
+                # Hooked weights are in the module, but only the patcher that put them there knows.
+                current.patch_hooks(None)
+            if held is not weights:
+                beside = [m for m in [self.model_patcher, *self.loaded_models] if m.model is not module]
+                comfy.model_management.load_models_gpu([patcher, *beside])
+        self._active[id(module)] = (patcher, weights)
+        module.current_patcher = patcher
+
+    # ---- one prediction ---------------------------------------------------------------------------------------------
+
+    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None) -> Tensor:
+        hooked = effective_condition.has_hooks(model_options)
+        always_base = bool(model_options.get("disable_cfg1_optimization", False))
+        sigma = float(timestep.flatten()[0])
+        step = self.guidance.at(sigma, self._percent_to_sigma, keep_base=hooked or always_base)
+        if self._control in step.coefficients and all(s in (self._control, self.guidance.base) for s in step.needed):
+            self.cfg = step.coefficients[self._control]
+            self._count([self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed)
+            return super().predict_noise(x, timestep, model_options, seed)
+        self.cfg = step.total_weight
+        predictions = self._predict(step.needed, x, timestep, model_options)
+        if not effective_condition.has_prediction_hooks(model_options):
+            return step.combine(predictions)
+        return self._apply_hooks(step, predictions, x, timestep, model_options)
+
+    def _predict(
+        self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> dict[Source, Tensor]:
+        """Denoised predictions [B, C, ...] of all `sources`, one call for each model, the prior last so that it stays active."""
+        self._count(sources)
+        predictions: dict[Source, Tensor] = {}
+        for model, branch in self._branches.items():
+            wanted = [source for source in sources if id(source.model) == model]
+            if wanted:
+                self._activate(branch.patcher, branch.weights)
+                outputs = branch.run([self._keys[source] for source in wanted], x, timestep)
+                predictions.update({source: outputs[self._keys[source]] for source in wanted})
+        self._activate(self.model_patcher, self._weights)
+        own = [source for source in sources if source.model is self._given_prior]
+        if own:
+            outputs = self._run_prior([self._keys[source] for source in own], x, timestep, model_options)
+            predictions.update({source: outputs[self._keys[source]] for source in own})
+        return predictions
+
+    def _run_prior(
+        self, keys: Sequence[str], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        run = functools.partial(run_conditionings, self.inner_model, self.conds)
+        hook = model_options.get(effective_condition.CALC_COND_BATCH)
+        if hook is None:
+            return run(keys, x, timestep, model_options)
+        pair = [self.conds[key] if key in keys else None for key in (POSITIVE, NEGATIVE)]
+        others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
+        outputs = run(others, x, timestep, model_options) if others else {}
+        if any(cond is not None for cond in pair):
+            hooked = hook({"conds": pair, "input": x, "sigma": timestep, "model": self.inner_model, "model_options": model_options})
+            outputs.update(zip((POSITIVE, NEGATIVE), hooked))
+        return outputs
+
+    def _apply_hooks(
+        self, step: Step, predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> Tensor:
+        effective, base, scale = step.effective(predictions)
+        # Without a control conditioning the base's stands in, as a list of its own so that the two can be told apart.
+        control = self.guidance.base if self._control is None else self._control
+        control_cond = list(self.conds[NEGATIVE]) if self._control is None else self.conds[POSITIVE]
+
+        def control_prediction() -> Tensor:
+            if control not in predictions:
+                predictions.update(self._predict([control], x, timestep, model_options))
+            return predictions[control]
+
+        return effective_condition.apply_hooks(
+            self.inner_model, effective, base, scale, control_prediction, control_cond, self.conds[NEGATIVE], x, timestep,
+            model_options,
+        )  # fmt: skip
+
+    def _count(self, sources: Sequence[Source]) -> None:
+        self.evaluations.update(self._term_names(source) for source in sources)
+
+
+def in_domain_guider(
+    prior: ModelPatcher,
+    domain: ModelPatcher,
+    positive: list,
+    negative: list,
+    domain_weight: float = 2.5,
+    control_weight: float = 2.5,
+    domain_start: float = 0.0,
+    domain_end: float = 1.0,
+) -> MultiGuidanceGuider:
+    """D_u + w_d (D_domain - D_u) + w_c (D_control - D_u) of arXiv 2312.08195, the domain term within an interval of sampling.
+
+    domain_start, domain_end: sampling percent, 0 to 1; (0, 1) is the whole run. Weights of 0 are neutral and cost nothing.
+    """
+    weight: WeightLike = domain_weight
+    if weight != 0 and (domain_start, domain_end) != (0.0, 1.0):
+        weight = Interval(domain_weight, domain_start, domain_end)
+    return MultiGuidanceGuider(
+        prior,
+        negative,
+        [TermInput("domain", weight, model=domain), TermInput("control", control_weight, conditioning=positive)],
+    )
+
+
+def sample_latent(
+    guider: MultiGuidanceGuider, latent: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+) -> dict[str, Any]:
+    """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
+
+    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not know,
+    which core itself would silently replace by others.
+    """
+    for what, name, known in (
+        ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
+        ("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
+    ):
+        if name not in known:
+            raise ValueError(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
+    model = guider.model_patcher
+    samples = _fix_empty_latent(model, latent)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    plan = comfy.samplers.KSampler(
+        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+        model_options=model.model_options,
+    )  # fmt: skip
+    result = guider.sample(
+        noise, samples, comfy.samplers.sampler_object(sampler_name), plan.sigmas, denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )  # fmt: skip
+    out = latent.copy()
+    out.pop(_EMPTY_RATIO, None)
+    out["samples"] = result.to(comfy.model_management.intermediate_device())
+    return out
+
+
+_EMPTY_RATIO = "downscale_ratio_spacial"
+
+
+def _fix_empty_latent(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
+    """Give an empty latent the model's shape; newer versions also look at the factor it was made for."""
+    fix = comfy.sample.fix_empty_latent_channels
+    extra = [latent.get(_EMPTY_RATIO)] if len(inspect.signature(fix).parameters) > 2 else []
+    return fix(model, latent["samples"], *extra)

@@ -1,0 +1,98 @@
+"""MODELs that were cloned from one checkpoint: one module, several sets of weights that want to be in it.
+
+Core keeps one module per loaded file and patches it in place. Two clones with different LoRAs in one sampling run would
+therefore silently both run with the weights that were patched in last.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import comfy.model_management
+import torch
+from comfy.model_patcher import ModelPatcher
+
+LOG = logging.getLogger(__name__)
+
+# Object patches that hold no reference to the module they sit in, so that a copied module may carry them too.
+_COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
+
+
+def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
+    """Whether two MODELs on one module can run without touching it in between.
+
+    Stricter than core's `clone_has_same_weights`, which does not look at object patches (another noise schedule, say), and
+    more lenient in what does not reach the weights (wrappers, callbacks).
+    """
+    if a is b:
+        return True
+    if a.model is not b.model:
+        return False
+    same_patches = (not a.patches and not b.patches) or a.patches_uuid == b.patches_uuid
+    return (
+        same_patches
+        and a.hook_patches.keys() == b.hook_patches.keys()
+        and _same_values(a.object_patches, b.object_patches)
+        and _same_values(a.weight_wrapper_patches, b.weight_wrapper_patches)
+        and not a.injections
+        and not b.injections
+    )
+
+
+def _same_values(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(a[key] is b[key] or _same_list(a[key], b[key]) for key in a)
+
+
+def _same_list(a: Any, b: Any) -> bool:
+    return isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(x is y for x, y in zip(a, b))
+
+
+def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
+    """The same MODEL on a private copy of its module, so that it can be loaded beside its siblings.
+
+    None where a copy cannot stand in for the original (something else holds on to the module: compiled code, injections,
+    wrappers, dynamic loading) or where main memory does not allow it.
+    """
+    if not _is_copyable(patcher):
+        return None
+    size = patcher.model_size()
+    if comfy.model_management.get_free_memory(torch.device("cpu")) < 1.5 * size + 2**30:
+        return None
+    _unload(patcher)
+    try:
+        module = copy.deepcopy(patcher.model)
+    except (RuntimeError, TypeError, MemoryError) as problem:
+        LOG.debug("Could not copy %s: %s", type(patcher.model).__name__, problem)
+        return None
+    own = patcher.clone()
+    own.model = module
+    # Clones share these with their siblings: they describe what is patched into the module, and this one is pristine.
+    own.backup, own.object_patches_backup, own.hook_backup = {}, {}, {}
+    own.cached_hook_patches, own.pinned, own.current_hooks = {}, set(), None
+    return own
+
+
+def _is_copyable(patcher: ModelPatcher) -> bool:
+    dynamic = getattr(patcher, "is_dynamic", None)
+    return not (
+        (dynamic is not None and dynamic())
+        or patcher.injections
+        or patcher.weight_wrapper_patches
+        or patcher.attachments
+        or patcher.additional_models
+        or any(patcher.wrappers.values())
+        or any(patcher.callbacks.values())
+        or patcher.model_options["transformer_options"].get("wrappers")
+        or not set(patcher.object_patches) <= _COPYABLE_OBJECTS
+    )
+
+
+def _unload(patcher: ModelPatcher) -> None:
+    """Give the module back its own weights, in main memory, and take it off core's list of loaded models."""
+    loaded = comfy.model_management.current_loaded_models
+    for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(patcher)]:
+        entry.model_unload()
+        loaded.remove(entry)
+    patcher.detach()
