@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -25,3 +27,21 @@ sys.dont_write_bytecode = sys.dont_write_bytecode or bool(os.environ.get("CI"))
 bootstrap = _load_bootstrap()
 bootstrap.forget_checkout_on_path()
 bootstrap.register()
+
+
+@pytest.fixture(scope="session")
+def comfyui_path() -> Path:
+    """The ComfyUI to test against: what `python run.py test` found or built."""
+    path = os.environ.get("INDOMAIN_COMFYUI_PATH")
+    if not path:
+        pytest.skip("needs a ComfyUI: start the tests with `python run.py test`")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def server(comfyui_path: Path):
+    """A real ComfyUI server with this checkout as its only node pack, started once for all tests that use it."""
+    from indomain_guidance.nodes.host.server import ComfyServer
+
+    with ComfyServer(comfyui_path, flags=["--preview-method", "auto"]) as running:
+        yield running

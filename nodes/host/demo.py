@@ -85,11 +85,16 @@ def with_text(prompt: Prompt, text: str) -> dict[str, dict[str, Any]]:
 
 
 def samples_per_step(prompt: Prompt, outputs: Mapping[str, Mapping[str, Any]], saver: str) -> float | None:
-    """What the sampler before `saver` reports as model evaluations a step and image; None where it does not report."""
+    """Model evaluations a step and image of the sampler before `saver`, as it reports them; None where none does.
+
+    Core's KSampler reports nothing: it evaluates positive and negative, or the positive alone where cfg is 1.
+    """
     for node_id in upstream(prompt, saver):
         reported = outputs.get(node_id, {}).get("samples_per_step")
         if reported:
             return float(reported[0])
+        if prompt[node_id]["class_type"] == "KSampler":
+            return 1.0 if prompt[node_id]["inputs"]["cfg"] == 1.0 else 2.0
     return None
 
 
@@ -135,8 +140,7 @@ def _font(size_px: int):
 def make_pictures(client: ComfyClient, output: Path, prompts: Sequence[str] = PROMPTS) -> dict[str, Any]:
     """Run the demo's workflow once a prompt on a running server and save what it makes in `output`.
 
-    Returns what the demo prints: images and contact_sheet (paths), seconds, samples_per_step (by column, null where the
-    column's sampler does not report it).
+    Returns what the demo prints: images and contact_sheet (paths), seconds, samples_per_step (by column).
     """
     from PIL import Image
 
