@@ -105,7 +105,9 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 )  # fmt: skip
         for term in self.guidance.terms:
             against_prior = self.guidance.reference(term).model is prior
-            if term.model is not prior and against_prior and compatibility.missing_weight_patches(prior, term.model):
+            if term.model is prior or not against_prior or term.weight == Constant(0.0):
+                continue
+            if compatibility.missing_weight_patches(prior, term.model):
                 LOG.warning(
                     "Multi-guidance: the prior carries weight patches (LoRAs) that the model of term '%s' lacks, so this term "
                     "pushes against them; put the same LoRA on that model, or add the unpatched prior as a term of weight 0 and "

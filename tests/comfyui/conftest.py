@@ -8,7 +8,6 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -81,7 +80,7 @@ def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
     with torch.no_grad():
         for name, parameter in sorted(module.named_parameters()):
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim > 1:
+            if parameter.ndim > 1 and parameter.numel() > 0:
                 value = noise / parameter[0].numel() ** 0.5
             else:
                 value = (1.0 if name.endswith("weight") else 0.0) + 0.1 * noise
@@ -116,7 +115,7 @@ class Tiny:
         loading = importlib.import_module("indomain_guidance.nodes.comfy_internals.loading")
         weights = {key: value.clone() for key, value in prior.model.diffusion_model.state_dict().items()}
         config = unet.unet_config_from_state_dict(weights, num_heads=8)
-        weights, config = null_text.build_cached(weights, config, context)
+        weights, config = null_text.build_cached(weights, config, null_text.NullContext(context, {}))
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
             weights = {k: v + 0.3 * v.std().nan_to_num() * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
@@ -173,25 +172,16 @@ class Tiny:
 
     def denoised(self, patcher: Any, conditioning: list, x: torch.Tensor, sigma: float) -> torch.Tensor:
         """What core alone predicts for x [B, C, H, W] at sigma on one conditioning."""
-        seen: Callable = {}
-
-        class Once(self.comfy.samplers.Sampler):
-            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-                seen["x0"] = model_wrap(x, torch.full((x.shape[0],), sigma), **extra_args)
-                return torch.zeros_like(x)
-
         guider = self.comfy.samplers.CFGGuider(patcher)
         guider.set_conds(conditioning, conditioning)
-        guider.sample(torch.zeros_like(x), torch.zeros_like(x), Once(), torch.tensor([sigma, 0.0]), seed=0)
-        return seen["x0"]
+        return self.predict(guider, x, sigma)
 
-    def predict(self, guider: Any, x: torch.Tensor, sigma: float, start: bool = True) -> torch.Tensor:
-        """What a guider predicts for x [B, C, H, W] at sigma, in a run of its own."""
-        seen = {}
+    def predict(self, guider: Any, x: torch.Tensor, sigma: float, seen: dict | None = None) -> torch.Tensor:
+        """What a guider, core's or ours, predicts for x [B, C, H, W] at sigma, in a run of its own."""
+        seen = {} if seen is None else seen
 
         class Once(self.comfy.samplers.Sampler):
-            def sample(self, model_wrap, sigmas, extra_args, callback, noise, latent_image=None, denoise_mask=None, disable_pbar=False):
-                extra_args.pop("denoise_mask", None)
+            def sample(self, model_wrap, sigmas, extra_args, *args, **kwargs):
                 seen["x0"] = model_wrap(x, torch.full((x.shape[0],), sigma), **extra_args)
                 return torch.zeros_like(x)
 

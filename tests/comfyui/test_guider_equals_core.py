@@ -33,3 +33,76 @@ def test_domain_weight_zero_is_core_bit_for_bit(comfyui, tiny, guiders, sampler,
         assert torch.equal(result["samples"], expected["samples"])
         assert expected["samples"].abs().max() > 0.1
         assert {key for key in result} == {key for key in expected}
+
+
+def noisy(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * 3.0
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def dual_cfg(comfyui, model, positive, middle, negative, domain_weight, control_weight):
+    guider = comfyui.nodes_custom_sampler.Guider_DualCFG(model)
+    guider.set_conds(positive, middle, negative)
+    guider.set_cfg(control_weight, domain_weight + control_weight, nested=False)
+    return guider
+
+
+@pytest.mark.parametrize("weights", [(2.5, 2.5), (0.7, 4.0), (-1.5, 2.0), (1.0, -1.0), (0.5, 0.5)])
+@pytest.mark.parametrize("sigma", [14.0, 3.0, 0.2])
+def test_one_model_equals_dual_cfg(comfyui, tiny, internals, weights, sigma):
+    # DualCFG: u + cfg2 (middle - u) + cfg1 (positive - middle); one model for all terms makes the two the same formula.
+    prior = tiny.prior()
+    positive, middle, negative = (tiny.conditioning(i) for i in (1, 2, 3))
+    domain_weight, control_weight = weights
+    guider = internals.MultiGuidanceGuider(
+        prior,
+        negative,
+        [
+            internals.TermInput("domain", domain_weight, conditioning=middle),
+            internals.TermInput("control", control_weight, conditioning=positive),
+        ],
+    )
+    x = noisy(11)
+    expected = tiny.predict(dual_cfg(comfyui, prior, positive, middle, negative, *weights), x, sigma)
+    result = tiny.predict(guider, x, sigma)
+    assert relative(result, expected) < 1e-5
+    alone = tiny.denoised(prior, positive, x, sigma)
+    assert relative(result, alone) > 1e-3, "the guidance must do something for the comparison to mean anything"
+
+
+def test_domain_weight_zero_leaves_the_domain_model_alone(tiny, internals, guiders):
+    prior, domain = tiny.prior(), tiny.prior(seed=5)
+    guider = internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(2), 0.0, 2.5)
+    assert guider.model_patcher.get_additional_models() == []
+    tiny.sample(guider)
+    assert guider.evaluations == {"base": 3, "control": 3}
+
+
+def test_untrained_cached_domain_model_with_control_nets_is_core(comfyui, tiny, internals):
+    # The cached form equals the prior on the empty prompt, so the domain term vanishes where it sees what the base sees.
+    prior, positive, negative = tiny.prior(), tiny.conditioning(1), tiny.conditioning(2)
+    domain = tiny.cached_domain(prior, negative[0][0])
+    control = tiny.control_net()
+    x = noisy(12)
+    plain = comfyui.samplers.CFGGuider(prior)
+    plain.set_conds(positive, negative)
+    plain.set_cfg(3.0)
+    without = tiny.predict(plain, x, 2.0)
+    assert relative(tiny.predict(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 3.0), x, 2.0), without) < 1e-4
+
+    controlled = [tiny.with_options(c, control=control, control_apply_to_uncond=False) for c in (positive, negative)]
+    plain.set_conds(*controlled)
+    expected = tiny.predict(plain, x, 2.0)
+    result = tiny.predict(internals.in_domain_guider(prior, domain, *controlled, 2.5, 3.0), x, 2.0)
+    assert relative(result, expected) < 1e-4
+    assert relative(expected, without) > 1e-2, "the ControlNet must change the prediction"
+
+    # The older Apply ControlNet marks the positive conditioning only, and core spreads it to the negative one.
+    spread = tiny.with_options(positive, control=control, control_apply_to_uncond=True)
+    plain.set_conds(spread, negative)
+    expected = tiny.predict(plain, x, 2.0)
+    result = tiny.predict(internals.in_domain_guider(prior, domain, spread, negative, 2.5, 3.0), x, 2.0)
+    assert relative(result, expected) < 1e-4

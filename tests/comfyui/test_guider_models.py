@@ -1,0 +1,260 @@
+"""Several models in one run: prediction types, shared checkpoints, patches, hooks, and what is refused."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+
+LOGGER = "indomain_guidance.nodes.comfy_internals.guider"
+
+
+def noisy(seed: int, batch: int = 2) -> torch.Tensor:
+    return torch.randn(batch, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * 3.0
+
+
+def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((result - expected).abs().max() / expected.abs().max())
+
+
+def by_hand(tiny, base, terms, x, sigma):
+    """D_u + sum w (D_i - D_u), every prediction from core alone."""
+    predicted = tiny.denoised(*base, x, sigma)
+    return predicted + sum(weight * (tiny.denoised(model, cond, x, sigma) - predicted) for model, cond, weight in terms)
+
+
+@pytest.mark.parametrize("sigma", [12.0, 1.5])
+@pytest.mark.parametrize(("prior_type", "domain_type"), [("EPS", "V_PREDICTION"), ("V_PREDICTION", "EPS")])
+def test_eps_and_v_models_mix(tiny, internals, sigma, prior_type, domain_type):
+    prior, domain = tiny.prior(0, prediction=prior_type), tiny.prior(1, prediction=domain_type)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    x = noisy(1)
+    guider = internals.in_domain_guider(prior, domain, positive, negative, 1.5, 3.0)
+    expected = by_hand(tiny, (prior, negative), [(domain, negative, 1.5), (prior, positive, 3.0)], x, sigma)
+    assert relative(tiny.predict(guider, x, sigma), expected) < 1e-5
+
+
+def test_references_and_third_models(tiny, internals):
+    prior, strong, weak = tiny.prior(0), tiny.prior(1), tiny.prior(2)
+    base, cond, own = tiny.conditioning(1), tiny.conditioning(2), tiny.conditioning(3)
+    guider = internals.MultiGuidanceGuider(
+        prior,
+        base,
+        [
+            internals.TermInput("weak", 0.0, model=weak, conditioning=cond),
+            internals.TermInput("strong", 2.0, model=strong, conditioning=cond, reference="weak"),
+            internals.TermInput("third", -0.5, model=weak, conditioning=own),
+        ],
+    )
+    x = noisy(2)
+    d = {name: tiny.denoised(m, c, x, 2.0) for name, m, c in (
+        ("u", prior, base), ("weak", weak, cond), ("strong", strong, cond), ("third", weak, own),
+    )}  # fmt: skip
+    expected = d["u"] + 2.0 * (d["strong"] - d["weak"]) - 0.5 * (d["third"] - d["u"])
+    assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
+    assert guider.evaluations == {"base": 1, "weak": 1, "strong": 1, "third": 1}
+
+
+def two_loras(tiny):
+    checkpoint = tiny.prior(0)
+    return tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 2)
+
+
+def check_two_loras(tiny, internals, prior, domain):
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    x = noisy(3)
+    expected = by_hand(tiny, (prior, negative), [(domain, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    confused = by_hand(tiny, (prior, negative), [(prior, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    assert relative(confused, expected) > 1e-2, "the LoRAs must differ"
+    guider = internals.in_domain_guider(prior, domain, positive, negative, 1.5, 3.0)
+    for _ in range(2):
+        assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
+    # And afterwards each still predicts what it did.
+    again = by_hand(tiny, (prior, negative), [(domain, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    assert torch.equal(again, expected)
+    return guider
+
+
+def test_two_loras_on_one_checkpoint_get_a_copy(tiny, internals, caplog):
+    prior, domain = two_loras(tiny)
+    with caplog.at_level(logging.INFO, LOGGER):
+        guider = check_two_loras(tiny, internals, prior, domain)
+    assert "own copy of the weights" in caplog.text
+    (branch,) = guider._branches.values()
+    assert branch.patcher.model is not prior.model
+    assert guider.model_patcher.get_additional_models() == [branch.patcher]
+
+
+def test_two_loras_on_one_checkpoint_take_turns_where_memory_is_short(comfyui, tiny, internals, caplog, monkeypatch):
+    prior, domain = two_loras(tiny)
+    free = comfyui.model_management.get_free_memory
+
+    def little(device=None, torch_free_too=False):
+        return free(device, True) if torch_free_too else 2**20
+
+    monkeypatch.setattr(comfyui.model_management, "get_free_memory", little)
+    with caplog.at_level(logging.INFO, LOGGER):
+        guider = check_two_loras(tiny, internals, prior, domain)
+    assert "patched anew" in caplog.text
+    (branch,) = guider._branches.values()
+    assert branch.patcher.model is prior.model
+    # A whole run, in which the prior has to be back in place whenever core asks for it.
+    first = tiny.sample(guider)
+    monkeypatch.undo()
+    copied = internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(2), 1.5, 3.0)
+    assert relative(first, tiny.sample(copied)) < 1e-4
+
+
+def test_copies_do_not_disturb_a_loaded_checkpoint(tiny, internals):
+    # The prior is loaded, with its LoRA, when the copy is made: the copy must start from the clean weights.
+    prior, domain = two_loras(tiny)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    tiny.denoised(prior, positive, noisy(3), 2.0)
+    check_two_loras(tiny, internals, prior, domain)
+
+
+def test_another_noise_schedule_on_one_checkpoint(comfyui, tiny, internals):
+    # An object patch is no weight patch, and core's own comparison of clones does not see it.
+    prior = tiny.prior(0)
+    domain = prior.clone()
+
+    class VPrediction(comfyui.model_sampling.ModelSamplingDiscrete, comfyui.model_sampling.V_PREDICTION):
+        pass
+
+    domain.add_object_patch("model_sampling", VPrediction(prior.model.model_config))
+    check_two_loras(tiny, internals, prior, domain)
+
+
+def test_clone_with_the_same_weights_needs_no_second_copy(tiny, internals):
+    prior = tiny.prior(0)
+    other = prior.clone()
+    other.model_options["transformer_options"]["marker"] = 1
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    guider = internals.in_domain_guider(prior, other, positive, negative, 1.5, 3.0)
+    assert guider.model_patcher.get_additional_models() == []
+    x = noisy(4)
+    expected = by_hand(tiny, (prior, negative), [(prior, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
+
+
+def hooked(comfyui, tiny, conditioning, seed, keyframes=()):
+    """A conditioning under a LoRA hook, with strengths over sampling if given."""
+    model = tiny.prior(0)
+    generator = torch.Generator().manual_seed(seed)
+    weights = {
+        key: ("diff", (0.5 * weight.std() * torch.randn(weight.shape, generator=generator),))
+        for key, weight in model.model.state_dict().items()
+        if "attn1" in key and key.endswith("weight")
+    }
+    hook = comfyui.hooks.WeightHook(1.0, 1.0)
+    hook.weights, hook.need_weight_init = weights, False
+    group = comfyui.hooks.HookGroup()
+    group.add(hook)
+    if keyframes:
+        frames = comfyui.hooks.HookKeyframeGroup()
+        for start, strength in keyframes:
+            frames.add(comfyui.hooks.HookKeyframe(strength, start, guarantee_steps=0))
+        group.set_keyframes_on_hooks(frames)
+    return tiny.with_options(conditioning, hooks=group)
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_hooks_of_the_base_act_on_the_domain_model(comfyui, tiny, internals, shared):
+    prior = tiny.prior(0)
+    domain = prior.clone() if shared else tiny.prior(1)
+    domain.model_options["transformer_options"]["marker"] = 1
+    positive, negative = tiny.conditioning(1), hooked(comfyui, tiny, tiny.conditioning(2), 9)
+    x = noisy(5)
+    expected = by_hand(tiny, (prior, negative), [(domain, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    bare = tiny.conditioning(2)
+    assert relative(by_hand(tiny, (prior, bare), [(domain, bare, 1.5), (prior, positive, 3.0)], x, 2.0), expected) > 1e-2
+    guider = internals.in_domain_guider(prior, domain, positive, negative, 1.5, 3.0)
+    for _ in range(2):
+        assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
+    assert not prior.hook_patches and not domain.hook_patches
+
+
+def test_hook_keyframes_reach_every_model(comfyui, tiny, internals):
+    # With the prior's own weights as "domain model" the whole is a CFG, whatever the hook does over time.
+    prior, twin = tiny.prior(0), tiny.prior(0)
+    positive = hooked(comfyui, tiny, tiny.conditioning(1), 9, keyframes=[(0.0, 1.0), (0.5, -2.0)])
+    negative = hooked(comfyui, tiny, tiny.conditioning(2), 9, keyframes=[(0.0, 0.0), (0.4, 3.0)])
+    latent = tiny.latent(batch=2)
+    (expected,) = comfyui.nodes.common_ksampler(prior, 1, 6, 3.0, "euler", "normal", positive, negative, latent)
+    guider = internals.in_domain_guider(prior, twin, positive, negative, 2.5, 3.0)
+    assert relative(tiny.sample(guider, seed=1, steps=6, latent=latent), expected["samples"]) < 1e-4
+
+
+# ---- refusals and warnings ------------------------------------------------------------------------------------------
+
+
+def refusal(internals, prior, domain, tiny, weight=2.5):
+    with pytest.raises(ValueError) as problem:
+        internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(2), weight, 2.5)
+    message = str(problem.value)
+    assert "\n" not in message and message.endswith(".")
+    return message
+
+
+def test_other_latent_space_is_refused(comfyui, tiny, internals):
+    message = refusal(internals, tiny.prior(0), tiny.prior(1, family="SDXL", adm_in_channels=None, num_heads=4), tiny)
+    assert "SD15" in message and "SDXL" in message and "latent space" in message
+
+
+def test_flow_with_eps_is_refused(comfyui, tiny, internals):
+    message = refusal(internals, tiny.prior(0, prediction="FLOW"), tiny.prior(1), tiny)
+    assert "flow" in message and "diffusion" in message
+
+
+def test_other_text_family_is_refused(tiny, internals):
+    message = refusal(internals, tiny.prior(0), tiny.prior(1, context_dim=40), tiny)
+    assert "24" in message and "40" in message
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), -float("inf")])
+def test_weights_must_be_finite(tiny, internals, weight):
+    assert "finite" in refusal(internals, tiny.prior(0), tiny.prior(1), tiny, weight)
+
+
+def test_zero_snr_prior_and_eps_domain_must_meet(tiny, internals):
+    prior, domain = tiny.prior(0, prediction="V_PREDICTION", zero_snr=True), tiny.prior(1)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    with pytest.raises(ValueError, match=r"sigma 4519 .*0\.02917 to 14\.61.*prior 0\.02917 to 4519") as problem:
+        tiny.sample(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 2.5))
+    assert "\n" not in str(problem.value)
+    # Not active there, nothing to refuse; and the other way round the prior's whole range is covered.
+    late = internals.in_domain_guider(prior, domain, positive, negative, 2.5, 2.5, domain_start=0.5)
+    assert tiny.sample(late).isfinite().all() and late.evaluations["domain"] > 0
+    assert tiny.sample(internals.in_domain_guider(domain, prior, positive, negative, 2.5, 2.5)).isfinite().all()
+
+
+def test_lora_on_the_prior_alone_is_warned_about(tiny, internals, caplog):
+    checkpoint, domain = tiny.prior(0), tiny.prior(1)
+    prior = tiny.lora(checkpoint, 1)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    internals.in_domain_guider(prior, domain, positive, negative)
+    assert caplog.text.count("same LoRA") == 1
+    caplog.clear()
+    internals.in_domain_guider(checkpoint, domain, positive, negative)
+    internals.in_domain_guider(prior, tiny.lora(domain, 1), positive, negative)
+    remedy = [
+        internals.TermInput("plain", 0.0, model=checkpoint),
+        internals.TermInput("domain", 2.5, model=domain, reference="plain"),
+    ]
+    internals.MultiGuidanceGuider(prior, negative, remedy)
+    assert "LoRA" not in caplog.text
+
+
+def test_sampling_hooks_on_other_models_are_ignored_with_one_warning(tiny, internals, caplog):
+    prior, domain = tiny.prior(0), tiny.prior(1)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    x = noisy(6)
+    expected = tiny.predict(internals.in_domain_guider(prior, domain, positive, negative), x, 2.0)
+    domain.set_model_sampler_cfg_function(lambda args: torch.zeros_like(args["input"]))
+    domain.set_model_sampler_post_cfg_function(lambda args: torch.zeros_like(args["input"]))
+    guider = internals.in_domain_guider(prior, domain, positive, negative)
+    assert torch.equal(tiny.predict(guider, x, 2.0), expected)
+    tiny.sample(guider)
+    assert caplog.text.count("is ignored") == 1
+    assert "sampler_cfg_function, sampler_post_cfg_function" in caplog.text
