@@ -24,6 +24,31 @@ _MODULE_OF_NAME = {
         ),
         "sampling": ("sample", "sigmas_karras", "sigmas_uniform"),
         "diffusion": ("Denoiser", "NoiseSchedule"),
+        "null_text": (
+            "NullContext",
+            "build_cached",
+            "build_constant",
+            "collect_probes",
+            "load_unet",
+            "unconditional_error",
+        ),
+        "networks.unet": ("UNet", "UNetConfig", "unet_config_from_state_dict"),
+        "networks.text_encoder": (
+            "TextEncoder",
+            "TextEncoderConfig",
+            "empty_prompt_tokens",
+            "text_encoder_config_from_state_dict",
+            "text_encoder_from_openclip",
+        ),
+        "networks.autoencoder": ("Autoencoder", "AutoencoderConfig", "autoencoder_config_from_state_dict"),
+        "files": (
+            "DomainMetadata",
+            "FileProblem",
+            "read_domain_file",
+            "read_state_dict",
+            "write_domain_file",
+            "write_safetensors",
+        ),
     }.items()
     for name in names
 }

@@ -1,0 +1,437 @@
+"""The combination against brute force, and the runner on plain callables against evaluating every source by itself."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+import torch
+
+from indomain_guidance.guidance.combination import Guidance, GuidanceError, MultiGuidance, combine
+from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
+from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.schedules import Interval, Keyframes
+from indomain_guidance.guidance.terms import Source, Term
+
+
+def brute_force(guidance: Guidance, weights: dict, predictions: dict) -> torch.Tensor:
+    """D = D_u + sum_i w_i (D_i - R_i), term by term as it is written, in float64."""
+    terms = {term.name: term for term in guidance.terms}
+    result = predictions[guidance.base].double()
+    for name, term in terms.items():
+        reference = guidance.base if term.reference is None else terms[term.reference].source
+        result = result + weights[name] * (predictions[term.source].double() - predictions[reference].double())
+    return result
+
+
+def random_guidance(rng: random.Random) -> Guidance:
+    """Terms over few models and conditionings, so that sources coincide, with references that form trees."""
+    models = [object() for _ in range(rng.randint(1, 3))]
+    conds = [{} for _ in range(rng.randint(1, 3))]
+    names = [f"t{i}" for i in range(rng.randint(1, 7))]
+    terms = []
+    for i, name in enumerate(names):
+        reference = rng.choice([None, *names[:i]])
+        weight = rng.choice([0.0, 1.0, 1.0, -1.0, 0.3, 0.7, 2.5, rng.uniform(-5, 5)])
+        terms.append(Term(name, rng.choice(models), rng.choice(conds), weight, reference))
+    rng.shuffle(terms)
+    return Guidance(Source(rng.choice(models), rng.choice(conds)), terms)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_random_term_graphs_equal_brute_force(seed):
+    rng = random.Random(seed)
+    guidance = random_guidance(rng)
+    weights = {term.name: term.weight.at(1.0) for term in guidance.terms}
+    # One-hot predictions read the coefficient of every source off the brute-force result.
+    identity = torch.eye(len(guidance.sources), dtype=torch.float64)
+    exact = brute_force(guidance, weights, dict(zip(guidance.sources, identity)))
+    step = guidance.at(1.0)
+    for source, coefficient in zip(guidance.sources, exact.tolist()):
+        assert step.coefficients.get(source, 0.0) == pytest.approx(coefficient, abs=1e-12)
+        assert (source in step.needed) == (abs(coefficient) > 1e-12)
+    assert step.samples == len(step.needed) == len(set(step.needed))
+    assert math.fsum(step.coefficients.values()) == pytest.approx(1.0, abs=1e-12)
+    assert step.weights == weights and step.total_weight == pytest.approx(sum(weights.values()))
+
+    generator = torch.Generator().manual_seed(seed)
+    everything = {s: torch.randn(2, 3, generator=generator, dtype=torch.float64) for s in guidance.sources}
+    expected = brute_force(guidance, weights, everything)
+    only_needed = {source: everything[source] for source in step.needed}
+    torch.testing.assert_close(step.combine(only_needed), expected, rtol=1e-12, atol=1e-12)
+
+    kept = guidance.at(1.0, keep_base=True)
+    assert guidance.base in kept.needed and kept.samples - step.samples in (0, 1)
+    only_needed = {source: everything[source] for source in kept.needed}
+    torch.testing.assert_close(kept.combine(only_needed), expected, rtol=1e-12, atol=1e-12)
+    condition, base, scale = kept.effective(only_needed)
+    assert base is everything[guidance.base]
+    torch.testing.assert_close(base + scale * (condition - base), expected, rtol=1e-9, atol=1e-9)
+
+
+def one_term(weight, **more) -> Guidance:
+    return Guidance(Source("prior", "u"), [Term("control", "prior", "c", weight, **more)])
+
+
+def test_only_what_is_needed_is_needed():
+    u, c = Source("prior", "u"), Source("prior", "c")
+    assert one_term(7.5).at(1.0).needed == (u, c)
+    assert one_term(1.0).at(1.0).needed == (c,)
+    assert one_term(0.0).at(1.0).needed == (u,)
+    assert one_term(1.0).at(1.0, keep_base=True).needed == (u, c)
+    assert one_term(1.0).at(1.0, keep_base=True).coefficients[u] == 0.0
+    outside = Interval(7.5, 5.0, 1.0, "sigma")
+    assert one_term(outside).at(6.0).needed == (u,)
+    assert one_term(outside).at(5.0).needed == (u, c)
+
+
+def test_decimal_weights_that_sum_to_one_drop_the_base():
+    guidance = Guidance(Source("p", "u"), [Term("a", "p", "a", 0.3), Term("b", "q", "b", 0.7)])
+    assert math.fsum([1.0, -0.3, -0.7]) != 0.0
+    assert guidance.at(1.0).needed == (Source("p", "a"), Source("q", "b"))
+
+
+def test_a_small_weight_is_not_rounding():
+    assert one_term(1e-12).at(1.0).samples == 2
+
+
+def test_a_reference_of_weight_zero_is_still_evaluated():
+    guidance = Guidance(
+        Source("prior", "u"), [Term("plain", "plain prior", "u", 0.0), Term("domain", "d", "u", 2.5, reference="plain")]
+    )
+    step = guidance.at(1.0)
+    assert set(step.needed) == {Source("prior", "u"), Source("plain prior", "u"), Source("d", "u")}
+    assert step.coefficients == {Source("prior", "u"): 1.0, Source("d", "u"): 2.5, Source("plain prior", "u"): -2.5}
+
+
+def test_identical_pairs_count_once():
+    terms = [Term("a", "p", "c", 2.0), Term("b", "p", "c", 3.0), Term("n", "p", "u", 9.0)]
+    guidance = Guidance(Source("p", "u"), terms)
+    step = guidance.at(1.0)
+    assert step.coefficients == {Source("p", "u"): -4.0, Source("p", "c"): 5.0}
+    assert guidance.names(Source("p", "u")) == ("base", "n") and guidance.names(Source("p", "c")) == ("a", "b")
+
+
+def test_effective_condition_of_one_term_is_its_prediction_bit_for_bit():
+    predictions = {Source("prior", "u"): torch.randn(3, 4), Source("prior", "c"): torch.randn(3, 4)}
+    for weight in (0.1, 1.0, 7.3, -2.2):
+        condition, base, scale = one_term(weight).at(1.0, keep_base=True).effective(predictions)
+        assert torch.equal(condition, predictions[Source("prior", "c")])
+        assert torch.equal(base, predictions[Source("prior", "u")])
+        assert scale == weight
+
+
+def test_gcfg_is_cfg_of_the_total_weight_on_the_effective_condition():
+    sources = [Source("p", "u"), Source("d", "u"), Source("p", "c")]
+    u, d, c = (torch.randn(2, 5, dtype=torch.float64) for _ in range(3))
+    guidance = Guidance(sources[0], [Term("domain", "d", "u", 2.5), Term("control", "p", "c", 1.5)])
+    condition, base, scale = guidance.at(1.0, keep_base=True).effective(dict(zip(sources, (u, d, c))))
+    assert scale == 4.0
+    torch.testing.assert_close(condition, u + (2.5 * (d - u) + 1.5 * (c - u)) / 4.0, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(base + scale * (condition - base), u + 2.5 * (d - u) + 1.5 * (c - u))
+
+
+@pytest.mark.parametrize("weights", [(2.0, -2.0), (2.0, -1.999), (0.0, 0.0)])
+def test_cancelling_weights_hand_over_the_result_itself(weights):
+    sources = [Source("p", "u"), Source("d", "u"), Source("p", "c")]
+    predictions = {source: torch.randn(2, 5, dtype=torch.float64) for source in sources}
+    guidance = Guidance(sources[0], [Term("a", "d", "u", weights[0]), Term("b", "p", "c", weights[1])])
+    step = guidance.at(1.0, keep_base=True)
+    condition, base, scale = step.effective(predictions)
+    assert scale == 1.0 and torch.equal(condition, step.combine(predictions))
+
+
+def test_effective_needs_the_base():
+    step = one_term(1.0).at(1.0)
+    with pytest.raises(GuidanceError, match="keep_base"):
+        step.effective({Source("prior", "c"): torch.ones(1)})
+
+
+def test_combining_denoised_equals_combining_eps_as_the_released_code_does():
+    """eps = (1 - sum w) eps_u + sum w_i eps_i, at several noise levels, in float64."""
+    weights, x = {"domain": 2.5, "control": 2.5, "style": -1.25}, torch.randn(2, 4, dtype=torch.float64)
+    sources = {name: Source(name, None) for name in ("u", *weights)}
+    guidance = Guidance(sources["u"], [Term(name, name, None, weight) for name, weight in weights.items()])
+    for sigma in (0.03, 1.0, 14.6):
+        eps = {name: torch.randn(2, 4, dtype=torch.float64) for name in sources}
+        combined = (1 - sum(weights.values())) * eps["u"] + sum(w * eps[name] for name, w in weights.items())
+        denoised = guidance.at(sigma).combine({sources[name]: x - sigma * e for name, e in eps.items()})
+        torch.testing.assert_close(denoised, x - sigma * combined, rtol=1e-11, atol=1e-11)
+
+
+def test_eps_and_v_models_mix():
+    """A v-model's output becomes eps at the same (x, sigma); combining the eps by hand gives the same."""
+    x, sigma = torch.randn(2, 4, dtype=torch.float64), 3.7
+    eps_u, v_c = torch.randn(2, 4, dtype=torch.float64), torch.randn(2, 4, dtype=torch.float64)
+    alpha, noise_share = 1 / math.sqrt(1 + sigma**2), sigma / math.sqrt(1 + sigma**2)
+    eps_c = alpha * v_c + noise_share * (alpha * x)
+    eps = eps_u + 4.0 * (eps_c - eps_u)
+    v_denoised = alpha * (alpha * x) - noise_share * v_c
+    predictions = {Source("prior", "u"): x - sigma * eps_u, Source("prior", "c"): v_denoised}
+    torch.testing.assert_close(one_term(4.0).at(sigma).combine(predictions), x - sigma * eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_low_precision_rounds_once(dtype):
+    base = torch.randn(1000)
+    predictions = {
+        "u": base.to(dtype), "c": (base + 0.01 * torch.randn(1000)).to(dtype), "d": (base + 0.01).to(dtype),
+    }  # fmt: skip
+    coefficients = {"u": -4.0, "c": 2.5, "d": 2.5}
+    result = combine(predictions, coefficients, pivot="u")
+    exact = sum(c * predictions[key].double() for key, c in coefficients.items())
+    assert result.dtype == dtype
+    assert ((result.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
+
+
+@pytest.mark.parametrize(
+    "terms, message",
+    [
+        ([], "at least one guidance term"),
+        ([Term("a", 1, 1, 1), Term("a", 2, 2, 2)], "'a' twice"),
+        ([Term("a", 1, 1, 1, "b")], "'b', which is none of: base, a"),
+        ([Term("a", 1, 1, 1, "a")], "refers to itself"),
+        ([Term("a", 1, 1, 1, "b"), Term("b", 1, 1, 1, "a")], "cycle: a -> b -> a"),
+        (
+            [Term("a", 1, 1, 0, "b"), Term("b", 1, 1, 0, "c"), Term("c", 1, 1, 0, "d"), Term("d", 1, 1, 0, "b")],
+            "cycle: .*b -> c -> d -> b",
+        ),
+        ([("a", 1, 1, 1)], "Term objects, got tuple"),
+    ],
+)
+def test_impossible_guidance_is_refused(terms, message):
+    with pytest.raises(GuidanceError, match=message):
+        Guidance(Source(0, 0), terms)
+
+
+def test_a_base_that_is_no_source_is_refused():
+    with pytest.raises(GuidanceError, match="Source"):
+        Guidance(("model", "cond"), [Term("a", 1, 1, 1)])
+
+
+def test_missing_and_misshapen_predictions_are_refused():
+    step = one_term(3.0).at(1.0)
+    with pytest.raises(GuidanceError, match="found none"):
+        step.combine({Source("prior", "u"): torch.ones(1)})
+    with pytest.raises(GuidanceError, match="one latent space"):
+        step.combine({Source("prior", "u"): torch.ones(1, 4, 8, 8), Source("prior", "c"): torch.ones(1, 16, 8, 8)})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MultiGuidance
+
+
+class Affine:
+    """A denoiser that uses every argument per image, so that no mix-up of rows, sigmas or conditions stays unseen."""
+
+    def __init__(self, seed: int, width: int = 3) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.mix = torch.randn(width, width, generator=generator, dtype=torch.float64)
+        self.calls: list[int] = []
+
+    def __call__(self, x, sigma, context=None, y=None, strength=1.0):
+        self.calls.append(x.shape[0])
+        sigma = torch.as_tensor(sigma, dtype=x.dtype)
+        sigma = sigma.reshape(-1, 1) if sigma.ndim else sigma
+        result = x @ self.mix.to(x.dtype) / (1 + sigma)
+        if context is not None:
+            assert context.shape[0] == x.shape[0]
+            result = result + strength * context.mean(1)
+        if y is not None:
+            result = result * y
+        return result
+
+
+def text(seed: int, batch: int = 1, tokens: int = 4) -> dict:
+    generator = torch.Generator().manual_seed(seed)
+    return {"context": torch.randn(batch, tokens, 3, generator=generator, dtype=torch.float64)}
+
+
+def separately(guidance: Guidance, x, sigmas, percent_to_sigma=None, **kwargs):
+    """Every source of every image in a call of its own, combined by brute force."""
+    rows = []
+    for i, sigma in enumerate(sigmas):
+        predictions = {}
+        for source in guidance.sources:
+            cond = {**kwargs, **(source.cond or {})}
+            cond = {
+                key: value[i : i + 1] if isinstance(value, torch.Tensor) and value.shape[0] == len(x) else value
+                for key, value in cond.items()
+            }
+            predictions[source] = source.model(x[i : i + 1], sigma, **cond)
+        weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in guidance.terms}
+        rows.append(brute_force(guidance, weights, predictions))
+    return torch.cat(rows)
+
+
+def in_domain(prior, domain, u, c, w_d=2.5, w_c=2.5) -> Guidance:
+    return Guidance(Source(prior, u), [Term("domain", domain, u, w_d), Term("control", prior, c, w_c)])
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("cond_batch", ["one", "all"])
+def test_conditionings_of_one_model_run_in_one_call(batch, cond_batch):
+    prior, domain = Affine(0), Affine(1)
+    rows = batch if cond_batch == "all" else 1
+    guidance = in_domain(prior, domain, text(2, rows), text(3, rows))
+    denoise = MultiGuidance(guidance)
+    x = torch.randn(batch, 3, dtype=torch.float64)
+    result = denoise(x, 2.0)
+    assert prior.calls == [2 * batch] and domain.calls == [batch]
+    assert denoise.samples_per_step == [3] and denoise.calls_per_step == [2]
+    torch.testing.assert_close(result, separately(guidance, x, [2.0] * batch), rtol=1e-12, atol=1e-12)
+
+
+def test_conditionings_that_do_not_fit_together_run_one_by_one():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    unlike = [
+        text(3, tokens=8),
+        {**text(3), "y": torch.full((1, 1), 2.0, dtype=torch.float64)},
+        {**text(3), "strength": 0.5},
+        {"context": text(3)["context"].float()},
+        None,
+    ]
+    for cond in unlike:
+        prior = Affine(0)
+        guidance = Guidance(Source(prior, text(2)), [Term("a", prior, cond, 2.0), Term("b", prior, text(4), 3.0)])
+        result = MultiGuidance(guidance)(x, 2.0)
+        assert sorted(prior.calls) == [2, 4]
+        torch.testing.assert_close(result, separately(guidance, x, [2.0] * 2), rtol=1e-6, atol=1e-6)
+
+
+def test_equal_values_that_carry_no_batch_are_passed_along():
+    prior = Affine(0)
+    conds = [{**text(i), "strength": 0.5, "y": torch.tensor(3.0, dtype=torch.float64)} for i in (1, 2)]
+    guidance = Guidance(Source(prior, conds[0]), [Term("a", prior, conds[1], 2.0)])
+    x = torch.randn(2, 3, dtype=torch.float64)
+    prediction = MultiGuidance(guidance)(x, 1.0)
+    assert prior.calls == [4]
+    by_hand = [prior(x, 1.0, **{**cond, "context": cond["context"].expand(2, 4, 3)}) for cond in conds]
+    torch.testing.assert_close(prediction, by_hand[0] + 2.0 * (by_hand[1] - by_hand[0]))
+
+
+def test_keyword_arguments_reach_every_model_and_conditionings_come_first():
+    prior, domain = Affine(0), Affine(1)
+    guidance = in_domain(prior, domain, text(2), {**text(3), "strength": 2.0})
+    x = torch.randn(2, 3, dtype=torch.float64)
+    y = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    result = MultiGuidance(guidance)(x, 1.0, y=y, strength=0.5)
+    torch.testing.assert_close(result, separately(guidance, x, [1.0] * 2, y=y, strength=0.5))
+
+
+def test_max_batch_limits_each_call():
+    x = torch.randn(2, 3, dtype=torch.float64)
+    results = []
+    for max_batch, calls in ((None, [8]), (8, [8]), (6, [6, 2]), (4, [4, 4]), (3, [2] * 4), (1, [2] * 4)):
+        prior = Affine(0)
+        guidance = Guidance(Source(prior, text(1)), [Term(f"t{i}", prior, text(i), float(i)) for i in (2, 3, 4)])
+        results.append(MultiGuidance(guidance, max_batch=max_batch)(x, 1.0))
+        assert prior.calls == calls
+        torch.testing.assert_close(results[-1], results[0], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((3,), 2.0)], ids=str)
+def test_every_form_of_one_sigma(sigma):
+    guidance = in_domain(Affine(0), Affine(1), text(2), text(3))
+    x = torch.randn(3, 3, dtype=torch.float64)
+    torch.testing.assert_close(MultiGuidance(guidance)(x, sigma), separately(guidance, x, [2.0] * 3))
+
+
+def test_images_of_one_batch_may_differ_in_sigma():
+    prior, domain = Affine(0), Affine(1)
+    sigmas = torch.tensor([9.0, 1.0, 6.0, 0.5, 9.0], dtype=torch.float64)
+    x = torch.randn(5, 3, dtype=torch.float64)
+    guidance = in_domain(prior, domain, text(2, 5), text(3, 5), w_d=Interval(2.5, 5.0, 0.9, "sigma"))
+    denoise = MultiGuidance(guidance)
+    result = denoise(x, sigmas)
+    # Only the image at sigma 1 is inside the interval: the four others run together, without the domain model.
+    assert domain.calls == [1] and sorted(prior.calls) == [2, 8]
+    assert denoise.samples_per_step == [(4 * 2 + 1 * 3) / 5]
+    torch.testing.assert_close(result, separately(guidance, x, sigmas.tolist()), rtol=1e-12, atol=1e-12)
+
+    prior.calls.clear()
+    constant = in_domain(prior, domain, text(2, 5), text(3, 5))
+    result = MultiGuidance(constant)(x, sigmas)
+    assert prior.calls == [10]
+    torch.testing.assert_close(result, separately(constant, x, sigmas.tolist()), rtol=1e-12, atol=1e-12)
+
+
+def test_a_ramp_gives_every_image_its_own_weight():
+    guidance = in_domain(Affine(0), Affine(1), text(2), text(3), w_d=Keyframes([(10.0, 0.0), (0.1, 5.0)], "sigma"))
+    sigmas = torch.tensor([20.0, 3.0, 1.0, 0.01], dtype=torch.float64)
+    x = torch.randn(4, 3, dtype=torch.float64)
+    torch.testing.assert_close(MultiGuidance(guidance)(x, sigmas), separately(guidance, x, sigmas.tolist()))
+
+
+def test_counts_follow_the_interval_and_reset():
+    prior, domain = Affine(0), Affine(1)
+    guidance = in_domain(prior, domain, text(2), text(3), w_d=Interval(2.5, 0.5, 1.0), w_c=Interval(2.5, 0.0, 0.75))
+    denoise = MultiGuidance(guidance, NoiseSchedule.scaled_linear().percent_to_sigma)
+    x = torch.randn(1, 3, dtype=torch.float64)
+    schedule = NoiseSchedule.scaled_linear()
+    for percent in (0.1, 0.4, 0.6, 0.9):
+        denoise(x, schedule.percent_to_sigma(percent))
+    assert denoise.samples_per_step == [2, 2, 3, 2] and denoise.calls_per_step == [1, 1, 2, 2]
+    denoise.reset()
+    assert denoise.samples_per_step == [] and denoise.calls_per_step == []
+
+
+def test_a_guidance_can_be_a_model_of_another():
+    prior, domain, style = Affine(0), Affine(1), Affine(2)
+    inner = MultiGuidance(in_domain(prior, domain, text(2), text(3)))
+    outer = Guidance(Source(inner, None), [Term("style", style, text(4), 0.5)])
+    x = torch.randn(2, 3, dtype=torch.float64)
+    expected = inner(x, 1.0) + 0.5 * (style(x, 1.0, context=text(4)["context"].expand(2, 4, 3)) - inner(x, 1.0))
+    torch.testing.assert_close(MultiGuidance(outer)(x, 1.0), expected)
+
+
+def test_gradients_flow_through():
+    guidance = in_domain(Affine(0), Affine(1), text(2), text(3))
+    denoise = MultiGuidance(guidance)
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: denoise(x, torch.tensor([1.0, 2.0])), (x,))
+
+
+def test_the_runner_refuses_what_it_cannot_run():
+    prior = Affine(0)
+    with pytest.raises(GuidanceError, match="percent_to_sigma.*control"):
+        MultiGuidance(Guidance(Source(prior), [Term("control", prior, {}, Interval(1.0, 0.1, 0.5))]))
+    with pytest.raises(GuidanceError, match="model of control to be a callable, got str"):
+        MultiGuidance(Guidance(Source(prior), [Term("control", "prior", {}, 2.0)]))
+    with pytest.raises(GuidanceError, match="conditioning of control to be a dict or None, got Tensor"):
+        MultiGuidance(Guidance(Source(prior), [Term("control", prior, torch.ones(1), 2.0)]))
+    with pytest.raises(GuidanceError, match="max_batch"):
+        MultiGuidance(Guidance(Source(prior), [Term("control", prior, {}, 2.0)]), max_batch=0)
+    guidance = Guidance(Source(prior), [Term("control", prior, {}, 2.0)])
+    x = torch.randn(3, 3, dtype=torch.float64)
+    for shape in ((2,), (3, 1)):
+        with pytest.raises(GuidanceError, match="one per image"):
+            MultiGuidance(guidance)(x, torch.ones(shape))
+    shrinking = Guidance(Source(lambda x, sigma: x[:1]), [Term("control", prior, {}, 2.0)])
+    with pytest.raises(GuidanceError, match=r"shape it was given, \[3, 3\], got \[1, 3\]"):
+        MultiGuidance(shrinking)(x, 1.0)
+
+
+def test_the_library_networks_as_models():
+    """A prior with text and a text-free domain model, batched, against the three separate predictions (fp32)."""
+    torch.manual_seed(0)
+    shape = dict(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1),
+        transformer_depth_middle=1, transformer_depth_output=(0, 0, 1, 1), context_dim=16, num_heads=2,
+        use_linear_in_transformer=False, adm_in_channels=None,
+    )  # fmt: skip
+    unets = [UNet(UNetConfig(**shape, null_text=form)).eval() for form in ("none", "constant")]
+    for unet in unets:
+        for parameter in unet.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)  # the zero-initialised outputs too
+    schedule = NoiseSchedule.scaled_linear()
+    prior, domain = (Denoiser(unet, schedule) for unet in unets)
+    u, c = {"context": torch.randn(1, 7, 16)}, {"context": torch.randn(1, 7, 16)}
+    x, sigma = 5 * torch.randn(2, 4, 8, 8), torch.tensor([5.0, 0.7])
+    with torch.no_grad():
+        result = MultiGuidance(in_domain(prior, domain, u, c))(x, sigma)
+        d_u, d_c = (prior(x, sigma, context=cond["context"].expand(2, 7, 16)) for cond in (u, c))
+        d_d = domain(x, sigma)
+    assert (d_u - d_c).abs().max() > 1e-3
+    torch.testing.assert_close(result, d_u + 2.5 * (d_d - d_u) + 2.5 * (d_c - d_u), rtol=1e-4, atol=1e-4)
