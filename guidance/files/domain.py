@@ -191,8 +191,11 @@ def read_domain_file(
     if described is None:
         try:
             config = unet_config_from_state_dict(state_dict)
-        except ValueError as error:
-            raise FileProblem(f"{path}: {error}") from error
+        except (ValueError, IndexError, ZeroDivisionError) as error:
+            raise FileProblem(
+                f"{path}: its architecture cannot be read from its weights ({str(error).rstrip('.')}); use a file with "
+                "metadata, or a UNet of a published family."
+            ) from error
         described = DomainMetadata(
             config, latent_format=_published_latent_format(config), prediction_type=_marked_prediction(keys, metadata),
             zero_snr="ztsnr" in keys, domain_name=Path(path).stem, licence=metadata.get("modelspec.license", ""),

@@ -138,8 +138,17 @@ def _family(keys: list[str]) -> str:
 
 def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str | os.PathLike) -> None:
     """Compare names and shapes with those of the architecture; raise FileProblem naming the first difference."""
-    with torch.device("meta"):
-        expected = UNet(config).state_dict()
+    # A damaged configuration must not keep a loader busy: more blocks than tensors cannot be right.
+    depths = [*config.transformer_depth, *config.transformer_depth_output, config.transformer_depth_middle]
+    try:
+        if sum(depths) + sum(config.num_res_blocks) > len(state_dict):
+            raise ValueError("it has more blocks than the file has tensors")
+        with torch.device("meta"):
+            expected = UNet(config).state_dict()
+    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+        raise FileProblem(
+            f"{source}: the architecture its metadata describes cannot be built ({error}); make the file again."
+        ) from error
     missing = [key for key in expected if key not in state_dict]
     unexpected = [key for key in state_dict if key not in expected]
     if missing or unexpected:

@@ -54,8 +54,22 @@ class UNetConfig:
     null_tokens: int = 77
 
     def __post_init__(self) -> None:
-        for name in ("channel_mult", "num_res_blocks", "transformer_depth", "transformer_depth_output"):
-            object.__setattr__(self, name, tuple(int(value) for value in getattr(self, name)))
+        lists = ("channel_mult", "num_res_blocks", "transformer_depth", "transformer_depth_output")
+        optional = ("context_dim", "adm_in_channels")
+        for name in (item.name for item in fields(self)):
+            value = getattr(self, name)
+            if name in lists:
+                valid = isinstance(value, (list, tuple)) and all(type(item) is int and item >= 0 for item in value)
+                object.__setattr__(self, name, tuple(value) if valid else value)
+            elif name == "null_text":
+                valid = True  # checked below
+            elif name == "use_linear_in_transformer":
+                valid = isinstance(value, bool)
+            else:
+                valid = type(value) is int or (value is None and name in optional)
+            if not valid:
+                wanted = "whole numbers" if name in lists else "true or false" if "use" in name else "a whole number"
+                raise ValueError(f"UNet configuration: {name} must be {wanted}, got {value!r}.")
         if self.null_text not in NULL_TEXT_FORMS:
             raise ValueError(f"UNet configuration: null_text must be one of {NULL_TEXT_FORMS}, got {self.null_text!r}.")
         if (self.num_heads > 0) == (self.num_head_channels > 0):

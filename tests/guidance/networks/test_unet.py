@@ -12,10 +12,13 @@ from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_
 
 # The published topologies at reduced width (and SDXL's transformers at reduced depth).
 SD15 = UNetConfig(
-    model_channels=32, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2), transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
-    transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0), context_dim=768, num_heads=8,
+    model_channels=32, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
+    transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0), context_dim=768, num_heads=8,
 )
-SD21 = replace(SD15, model_channels=64, context_dim=1024, num_heads=-1, num_head_channels=64, use_linear_in_transformer=True)
+SD21 = replace(
+    SD15, model_channels=64, context_dim=1024, num_heads=-1, num_head_channels=64, use_linear_in_transformer=True
+)
 SDXL = UNetConfig(
     model_channels=64, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), transformer_depth=(0, 0, 1, 1, 3, 3),
     transformer_depth_middle=3, transformer_depth_output=(0, 0, 0, 1, 1, 1, 3, 3, 3), context_dim=2048,

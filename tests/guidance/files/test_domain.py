@@ -1,0 +1,189 @@
+"""Domain model files: what is written comes back, and what does not fit is refused in one sentence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from indomain_guidance.guidance.files import (
+    DomainMetadata,
+    FileProblem,
+    prior_content_hash,
+    read_domain_file,
+    read_metadata,
+    write_domain_file,
+    write_safetensors,
+)
+from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.null_text import NullContext, Probes, build_cached, build_constant
+
+SMALL = UNetConfig(
+    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1), context_dim=768, num_heads=8,
+)
+CONTEXT = NullContext(torch.ones(1, 3, 768), {"layer": "-1"})
+
+
+@pytest.fixture
+def prior(randomise):
+    return randomise(UNet(SMALL)).state_dict()
+
+
+def described(config, **changes):
+    values = dict(
+        latent_format="mini_world", prediction_type="v_prediction", zero_snr=True, null_text_error={"a.b": 0.125},
+        null_context=CONTEXT.to_dict(), prior_hash="ab" * 32, domain_name="porcelain", dataset_size=8000,
+        dataset_hash="cd" * 32, steps=5000, ema=0.999, resolution=64, licence="Apache-2.0", extra={"note": "x"},
+    )
+    return DomainMetadata(config, **values | changes)
+
+
+def forms(prior):
+    probes = Probes(torch.randn(2, 4, 8, 8), torch.tensor([10.0, 900.0]))
+    constant, constant_config, _ = build_constant(prior, SMALL, CONTEXT, probes)
+    return {
+        "none": (dict(prior), SMALL),
+        "cached": build_cached(prior, SMALL, CONTEXT),
+        "constant": (constant, constant_config),
+    }
+
+
+@pytest.mark.parametrize("form", ["none", "cached", "constant"])
+def test_round_trip(form, prior, tmp_path):
+    state_dict, config = forms(prior)[form]
+    metadata = described(config)
+    path = write_domain_file(tmp_path / "a.safetensors", state_dict, metadata)
+    read, found = read_domain_file(path, latent_format="mini_world")
+    assert found == metadata and found.null_text == form
+    assert read.keys() == state_dict.keys() and all(torch.equal(read[key], state_dict[key]) for key in read)
+    strings = read_metadata(path)
+    assert strings["format"] == "indomain_guidance.domain_unet" and strings["version"] == "1"
+    assert json.loads(strings["config"])["null_text"] == form
+    assert strings["modelspec.title"] == "porcelain" and strings["modelspec.license"] == "Apache-2.0"
+    assert strings["modelspec.prediction_type"] == "v" and strings["modelspec.resolution"] == "64x64"
+
+
+def test_unset_fields_stay_unset(prior, tmp_path):
+    metadata = DomainMetadata(SMALL)
+    path = write_domain_file(tmp_path / "a.safetensors", prior, metadata)
+    assert read_domain_file(path)[1] == metadata
+    assert not {"ema", "dataset_size", "prior_hash"} & read_metadata(path).keys()
+
+
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
+def test_full_unets_without_metadata(prefix, suffix, prior, tmp_path):
+    tensors = {f"{prefix}{key}": tensor for key, tensor in prior.items()}
+    tensors["first_stage_model.encoder.conv_in.weight"] = torch.full((1,), float("nan"))  # not the UNet's business
+    tensors |= {"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}
+    path = tmp_path / f"tuned{suffix}"
+    if suffix == ".ckpt":
+        torch.save({"state_dict": tensors}, path)
+    else:
+        write_safetensors(path, tensors)
+    read, found = read_domain_file(path)
+    assert found == DomainMetadata(SMALL, prediction_type="v_prediction", zero_snr=True, domain_name="tuned")
+    assert read.keys() == prior.keys() and all(torch.equal(read[key], prior[key]) for key in read)
+
+
+@pytest.mark.parametrize(
+    "config, latent_format",
+    [
+        (dict(context_dim=768, num_heads=8), "sd15"),
+        (dict(context_dim=1024, num_head_channels=64, num_heads=-1, use_linear_in_transformer=True), "sd15"),
+        (dict(context_dim=2048, num_head_channels=64, num_heads=-1, use_linear_in_transformer=True), "sdxl"),
+    ],
+)
+def test_published_families_name_their_latent_space(config, latent_format, tmp_path):
+    config = replace(SMALL, model_channels=320, channel_mult=(1,), num_res_blocks=(1,), transformer_depth=(1,),
+                     transformer_depth_output=(1, 1), transformer_depth_middle=-1, **config)
+    path = write_safetensors(tmp_path / "a.safetensors", UNet(config).half().state_dict())
+    _, found = read_domain_file(path, latent_format=latent_format)
+    assert (found.config, found.latent_format, found.prediction_type) == (config, latent_format, None)
+    other = {"sd15": "sdxl", "sdxl": "sd15"}[latent_format]
+    with pytest.raises(FileProblem, match=f"for the latent space '{other}', found one for '{latent_format}'"):
+        read_domain_file(path, latent_format=other)
+
+
+def test_refusals_when_reading(prior, tmp_path):
+    path = tmp_path / "a.safetensors"
+    metadata = described(SMALL).to_strings()
+    broken = {**prior, "out.2.bias": torch.tensor([0.0, float("nan"), 0.0, 0.0])}
+    cached, cached_config = forms(prior)["cached"]
+
+    def hostile(**changes):
+        return json.dumps(SMALL.to_dict() | changes)
+
+    cases = [
+        (prior, {**metadata, "version": "2"}, "expected version 1 .* found '2'; update"),
+        (prior, {**metadata, "config": "{"}, "the metadata field config cannot be read"),
+        (prior, {**metadata, "config": "[]"}, "the metadata field config cannot be read"),
+        (prior, {**metadata, "config": '{"model_channels": 32}'}, "the metadata field config cannot be read"),
+        (prior, {key: text for key, text in metadata.items() if key != "config"}, "field config, found none"),
+        (prior, {**metadata, "steps": "many"}, "the metadata field steps cannot be read"),
+        (prior, {**metadata, "zero_snr": "perhaps"}, "the metadata field zero_snr cannot be read"),
+        (prior, {**metadata, "null_text_error": '{"a": null}'}, "the metadata field null_text_error cannot be read"),
+        (prior, {**metadata, "null_text_error": '{"a": NaN}'}, "expected finite errors"),
+        (prior, {**metadata, "prediction_type": "flow"}, "expected a prediction type out of"),
+        (prior, described(cached_config).to_strings(), "says text-free form 'cached', its weights are of form 'none'"),
+        (
+            cached, described(replace(cached_config, null_tokens=5)).to_strings(),
+            r"null_k of shape \[5, 32\], found \[3, 32\]",
+        ),
+        (prior, {**metadata, "config": hostile(model_channels=33)}, "cannot be built"),
+        (prior, {**metadata, "config": hostile(transformer_depth_middle=10**12)}, "cannot be built"),
+        (prior, {**metadata, "config": hostile(channel_mult=[1, 10**6])}, "expected .* of shape"),
+        (prior, {**metadata, "config": hostile(num_heads="8")}, "config cannot be read"),
+        (prior, {**metadata, "config": hostile(channel_mult=7)}, "config cannot be read"),
+        ({**prior, "input_blocks.0.0.weight": torch.zeros(())}, {}, "cannot be read from its weights"),
+        (broken, metadata, "expected finite weights.* in 1 of the 4 numbers of out.2.bias"),
+        ({k: v for k, v in prior.items() if k != "out.2.bias"}, metadata, "1 missing and 0 unknown"),
+        ({"double_blocks.0.x": torch.zeros(1)}, {}, "found a Flux model"),
+        (UNet(replace(SMALL, context_dim=96)).state_dict(), {}, "number of attention heads cannot be read"),
+    ]
+    for state_dict, strings, message in cases:
+        write_safetensors(path, state_dict, strings)
+        with pytest.raises(FileProblem, match=message) as caught:
+            read_domain_file(path)
+        assert str(caught.value).startswith(str(path)) and "\n" not in str(caught.value)
+    write_safetensors(path, prior, metadata)
+    with pytest.raises(FileProblem, match="for the latent space 'sdxl', found one for 'mini_world'"):
+        read_domain_file(path, latent_format="sdxl")
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(FileProblem, match="truncated"):
+        read_domain_file(path)
+    with pytest.raises(FileProblem, match="found nothing at this path"):
+        read_domain_file(tmp_path / "absent.safetensors")
+
+
+def test_refusals_when_writing(prior, tmp_path):
+    path = tmp_path / "a.safetensors"
+    with pytest.raises(FileProblem, match="expected finite weights"):
+        write_domain_file(path, {**prior, "out.2.bias": torch.full((4,), float("inf"))}, described(SMALL))
+    with pytest.raises(FileProblem, match="missing"):
+        write_domain_file(path, prior, described(replace(SMALL, null_text="cached")))
+    with pytest.raises(FileProblem, match="ends in .safetensors"):
+        write_domain_file(tmp_path / "a.ckpt", prior, described(SMALL))
+    with pytest.raises(ValueError, match="'prior_hash' is a field of the format"):
+        write_domain_file(path, prior, described(SMALL, extra={"prior_hash": "x"}))
+    with pytest.raises(ValueError, match="prediction type"):
+        described(SMALL, prediction_type="flow")
+    assert not path.exists()
+
+
+def test_prior_content_hash(prior):
+    """Over sorted key, shape and fp16 bytes, computed here with numpy."""
+    oracle = hashlib.sha256()
+    for key in sorted(prior):
+        values = prior[key].numpy().astype("<f2")
+        oracle.update(f"{key}\n{','.join(map(str, values.shape))}\n".encode() + values.tobytes())
+    expected = oracle.hexdigest()
+    assert prior_content_hash(prior) == expected
+    checkpoint = {f"model.diffusion_model.{key}": tensor.half() for key, tensor in reversed(prior.items())}
+    assert prior_content_hash({**checkpoint, "first_stage_model.x": torch.zeros(1)}) == expected
+    changed = {**prior, "out.2.bias": prior["out.2.bias"] + 0.01}
+    assert prior_content_hash(changed) != expected

@@ -1,0 +1,185 @@
+"""Reading and writing tensors: every fault of a file gets its own sentence, and writing is atomic."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+
+from indomain_guidance.guidance.files import (
+    FileProblem,
+    check_finite,
+    read_keys,
+    read_metadata,
+    read_state_dict,
+    write_safetensors,
+)
+from indomain_guidance.guidance.files import tensors as module
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
+
+
+def header(entries, length=None):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def test_round_trip(tmp_path):
+    path = write_safetensors(tmp_path / "new" / "a.safetensors", TENSORS, {"who": "me"})
+    read = read_state_dict(path)
+    assert read.keys() == TENSORS.keys() and all(torch.equal(read[key], TENSORS[key]) for key in TENSORS)
+    assert read["b.bias"].dtype == torch.float16
+    assert read_metadata(path) == {"who": "me"} and set(read_keys(path)) == set(TENSORS)
+    oracle = safetensors.torch.load_file(path)
+    assert all(torch.equal(oracle[key], TENSORS[key]) for key in TENSORS)
+    assert read_state_dict(path, prefix="a.").keys() == {"weight"}
+    with pytest.raises(FileProblem, match="expected weights under 'c.', found none"):
+        read_state_dict(path, prefix="c.")
+
+
+def test_views_shared_and_strided_tensors_are_written(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    odd = {"whole": whole, "again": whole, "view": whole[1:], "turned": whole.t(), "scalar": torch.tensor(2.0)}
+    odd["last"] = torch.rand(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    odd["trained"] = torch.nn.Parameter(torch.rand(2))
+    read = read_state_dict(write_safetensors(tmp_path / "a.safetensors", odd))
+    assert all(torch.equal(read[key], odd[key]) for key in odd)
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch):
+    path = write_safetensors(tmp_path / "a.safetensors", TENSORS)
+    before = path.read_bytes()
+
+    def full_disk(handle):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module.os, "fsync", full_disk)
+    with pytest.raises(FileProblem, match="could not be written.*No space left"):
+        write_safetensors(path, {"a": torch.zeros(3)})
+    assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
+    with pytest.raises(ValueError, match="metadata must be strings"):
+        write_safetensors(path, TENSORS, {"steps": 3})
+
+
+def test_the_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
+    calls = []
+    sync, rename = os.fsync, os.replace
+    monkeypatch.setattr(module.os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
+    monkeypatch.setattr(module.os, "replace", lambda *paths: (calls.append("replace"), rename(*paths)))
+    write_safetensors(tmp_path / "a.safetensors", TENSORS)
+    assert calls[:2] == ["fsync", "replace"]
+
+
+def test_each_fault_has_its_sentence(tmp_path):
+    good = write_safetensors(tmp_path / "good.safetensors", TENSORS).read_bytes()
+    overlapping = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    unknown_type = {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}
+    faults = {
+        "": "expected a model file, found an empty one",
+        good[:-5]: f"truncated: expected {len(good)} bytes, found {len(good) - 5}",
+        good[:40]: "truncated: expected a header of",
+        good[:5]: "expected a safetensors file, found something else",
+        good + b"tail": "found a damaged one",
+        b"<!DOCTYPE html><title>Log in</title>": "found a web page",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "found a Git LFS pointer",
+        b"GGUF" + bytes(300): "found a GGUF file",
+        b"hello world, no weights in here": "found something else",
+        header({"a": 1}): "found a damaged header",
+        header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
+        struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
+        header(overlapping) + bytes(8): "found a damaged one",
+        header(unknown_type) + bytes(8): "found a damaged one",
+        header({"__metadata__": {"a": "b"}}): "expected weights, found none",
+        struct.pack("<Q", 2**40) + b"{}": "found something else",
+    }
+    path = tmp_path / "faulty.safetensors"
+    for content, message in faults.items():
+        path.write_bytes(content or b"")
+        with pytest.raises(FileProblem) as caught:
+            read_state_dict(path)
+        text = str(caught.value)
+        assert message in text, text
+        assert text.startswith(f"{path}: ") and text.endswith(".") and "\n" not in text, text
+    with pytest.raises(FileProblem, match="found nothing at this path"):
+        read_state_dict(tmp_path / "absent.safetensors")
+    with pytest.raises(FileProblem, match="found a folder"):
+        read_metadata(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_finiteness(dtype, bad):
+    tensors = {"fine": torch.ones(5).to(dtype), "count": torch.tensor([3]), "broken": torch.ones(2, 3)}
+    tensors["broken"][1, 1] = bad
+    tensors["broken"] = tensors["broken"].to(dtype)
+    if dtype == torch.float8_e4m3fn and not bool(tensors["broken"].float().isnan().any()):
+        pytest.skip("this type has no infinity")
+    with pytest.raises(FileProblem, match="model.safetensors: expected finite weights.* in 1 of the 6 numbers of broken"):
+        check_finite(tensors, "model.safetensors")
+    tensors["broken"] = torch.ones(2, 3).to(dtype)
+    check_finite(tensors, "model.safetensors")
+
+
+# ---- pickles ----------------------------------------------------------------------------------------------------
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, (os.environ["INDOMAIN_TEST_EVIL"],)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".safetensors"])
+def test_pickles_are_read_as_plain_data(tmp_path, suffix, monkeypatch):
+    path = tmp_path / f"model{suffix}"
+    torch.save({"state_dict": {**TENSORS, "epoch": 3}, "global_step": 5}, path)
+    read = read_state_dict(path)
+    assert read.keys() == TENSORS.keys() and all(torch.equal(read[key], TENSORS[key]) for key in TENSORS)
+    assert read_metadata(path) == {} and set(read_keys(path)) == set(TENSORS)
+    torch.save(TENSORS, path)
+    assert read_state_dict(path, prefix="b.").keys() == {"bias"}
+
+
+def test_pickles_run_no_code(tmp_path, monkeypatch):
+    monkeypatch.setenv("INDOMAIN_TEST_EVIL", str(tmp_path / "evil"))
+    path = tmp_path / "model.pt"
+    torch.save({"a": torch.zeros(2), "b": Evil()}, path)
+    with pytest.raises(FileProblem, match="cannot be read safely"):
+        read_state_dict(path)
+    assert not (tmp_path / "evil").exists()
+    torch.load(path, weights_only=False)  # the payload is live: a careless reader would have run it
+    assert (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "version, accepted", [("2.9.1+cu128", False), ("1.13.1", False), ("2.10.0", True), ("3.0.0a0", True)]
+)
+def test_pickles_need_a_torch_without_known_holes(tmp_path, version, accepted, monkeypatch):
+    path = tmp_path / "model.pt"
+    torch.save(TENSORS, path)
+    monkeypatch.setattr(torch, "__version__", version)
+    if accepted:
+        assert read_state_dict(path).keys() == TENSORS.keys()
+    else:
+        with pytest.raises(FileProblem, match="torch 2.10 or newer.*convert the file to .safetensors"):
+            read_state_dict(path)
+
+
+def test_other_pickles_and_disguises(tmp_path):
+    path = tmp_path / "model.pt"
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(FileProblem, match="dictionary of tensors, found list"):
+        read_state_dict(path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(FileProblem, match="expected weights, found none"):
+        read_state_dict(path)
+    path.write_bytes(write_safetensors(tmp_path / "a.safetensors", TENSORS).read_bytes())
+    assert read_state_dict(path).keys() == TENSORS.keys()  # safetensors under the wrong name
+    whole = tmp_path / "whole.pt"
+    torch.save(TENSORS, whole)
+    path.write_bytes(whole.read_bytes()[:300])
+    with pytest.raises(FileProblem, match="cannot be read safely"):
+        read_state_dict(path)
