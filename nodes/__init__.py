@@ -27,10 +27,9 @@ def create_extension():
     from .comfy_internals.loading import register_domain_unet_folder
 
     class InDomainGuidanceExtension(ComfyExtension):
-        async def on_load(self) -> None:
-            register_domain_unet_folder()
-
         async def get_node_list(self) -> list[type]:
+            # Here and not in on_load, which ComfyUI 0.3.75 never calls; the loader's schema lists the folder.
+            register_domain_unet_folder()
             return node_classes()
 
     return InDomainGuidanceExtension()
