@@ -203,11 +203,12 @@ class Guidance:
         same, for hooks and CFG++ samplers. Raises GuidanceError where a weight needs `percent_to_sigma` and none is
         given.
         """
+        sigma = float(sigma)  # one copy from the device, whatever the number of terms
         weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
         for name, weight in weights.items():
             if not math.isfinite(weight):
                 raise GuidanceError(
-                    f"Expected the weight of term {name!r} to be finite at sigma {float(sigma):g}, got {weight}."
+                    f"Expected the weight of term {name!r} to be finite at sigma {sigma:g}, got {weight}."
                 )
         differences = tuple(
             (term.source, self.reference(term), weights[term.name]) for term in self.terms if weights[term.name] != 0.0
