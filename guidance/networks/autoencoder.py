@@ -1,0 +1,267 @@
+"""The KL autoencoder of latent diffusion (arXiv 2112.10752, section 3.1) with LDM key names.
+
+One class serves Stable Diffusion 1.x, 2.x and XL checkpoints and the mini world: only the configuration differs.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any, Mapping
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of an autoencoder; the defaults are Stable Diffusion's.
+
+    ch: channels at full resolution. ch_mult: multiplier of every level; each level after the first halves the
+    resolution, so the factor is ``2 ** (len(ch_mult) - 1)``. attention: self-attention in the middle block.
+    """
+
+    ch: int = 128
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    z_channels: int = 4
+    embed_dim: int = 4
+    in_channels: int = 3
+    out_ch: int = 3
+    attention: bool = True
+
+    @property
+    def factor(self) -> int:
+        """Image pixels per latent pixel along one side."""
+        return 2 ** (len(self.ch_mult) - 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-able dictionary that :meth:`from_dict` reads back."""
+        return {**asdict(self), "ch_mult": list(self.ch_mult)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any] | str) -> AutoencoderConfig:
+        """Read :meth:`to_dict`'s output, or its JSON text as file metadata holds it."""
+        values = dict(json.loads(values) if isinstance(values, str) else values)
+        values["ch_mult"] = tuple(values["ch_mult"])
+        return cls(**values)
+
+    def to_ldm_params(self) -> dict[str, Any]:
+        """The same shape under the names LDM's own ``AutoencoderKL`` configurations use (``ddconfig``)."""
+        return {
+            "embed_dim": self.embed_dim,
+            "ddconfig": {
+                "double_z": True, "z_channels": self.z_channels, "resolution": 256, "in_channels": self.in_channels,
+                "out_ch": self.out_ch, "ch": self.ch, "ch_mult": list(self.ch_mult),
+                "num_res_blocks": self.num_res_blocks, "attn_resolutions": [], "dropout": 0.0,
+                "attn_type": "vanilla" if self.attention else "none",
+            },
+        }
+
+
+def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> AutoencoderConfig:
+    """Read the configuration off key names and shapes (keys without prefix: ``encoder.conv_in.weight`` ...).
+
+    Raises ValueError when the keys are not those of an LDM autoencoder.
+    """
+    try:
+        ch = state_dict["encoder.conv_in.weight"].shape[0]
+        in_channels = state_dict["encoder.conv_in.weight"].shape[1]
+        levels = 1 + max(int(k.split(".")[2]) for k in state_dict if k.startswith("encoder.down."))
+        blocks = 1 + max(int(k.split(".")[4]) for k in state_dict if k.startswith("encoder.down.0.block."))
+        mult = tuple(state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in range(levels))
+        return AutoencoderConfig(
+            ch=ch, ch_mult=mult, num_res_blocks=blocks, in_channels=in_channels,
+            z_channels=state_dict["encoder.conv_out.weight"].shape[0] // 2,
+            embed_dim=state_dict["post_quant_conv.weight"].shape[1],
+            out_ch=state_dict["decoder.conv_out.weight"].shape[0],
+            attention="encoder.mid.attn_1.q.weight" in state_dict)
+    except (KeyError, ValueError) as problem:
+        found = ", ".join(sorted(state_dict)[:3]) or "no keys"
+        raise ValueError(
+            f"expected the keys of an LDM autoencoder (encoder.conv_in.weight, ...), found {found}; "
+            "give the autoencoder's own weights, without a prefix") from problem
+
+
+def _norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(32, channels, eps=1e-6)
+
+
+class ResnetBlock(nn.Module):
+    """Two normalised 3x3 convolutions with a residual: [B, C_in, H, W] -> [B, C_out, H, W]."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = _norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        if in_channels != out_channels:
+            self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over all pixels with a residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = _norm(channels)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(channels, channels, 1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = rearrange(F.scaled_dot_product_attention(q, k, v), "b 1 (h w) c -> b c h w", h=x.shape[2])
+        return x + self.proj_out(h)
+
+
+class Downsample(nn.Module):
+    """Halve the resolution; LDM pads one pixel at the right and the bottom only."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+def _level(blocks: list[nn.Module]) -> nn.Module:
+    level = nn.Module()
+    level.block = nn.ModuleList(blocks)
+    level.attn = nn.ModuleList()
+    return level
+
+
+def _middle(channels: int, attention: bool) -> nn.Module:
+    middle = nn.Module()
+    middle.block_1 = ResnetBlock(channels, channels)
+    if attention:
+        middle.attn_1 = AttnBlock(channels)
+    middle.block_2 = ResnetBlock(channels, channels)
+    return middle
+
+
+def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
+    h = middle.block_1(h)
+    if hasattr(middle, "attn_1"):
+        h = middle.attn_1(h)
+    return middle.block_2(h)
+
+
+class Encoder(nn.Module):
+    """Image [B, 3, H, W] -> moments [B, 2 z_channels, H / factor, W / factor]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
+        self.down = nn.ModuleList()
+        channels = config.ch
+        for i, mult in enumerate(config.ch_mult):
+            blocks = []
+            for _ in range(config.num_res_blocks):
+                blocks.append(ResnetBlock(channels, config.ch * mult))
+                channels = config.ch * mult
+            level = _level(blocks)
+            if i < len(config.ch_mult) - 1:
+                level.downsample = Downsample(channels)
+            self.down.append(level)
+        self.mid = _middle(channels, config.attention)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.down:
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "downsample"):
+                h = level.downsample(h)
+        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+
+
+class Decoder(nn.Module):
+    """Latent [B, z_channels, h, w] -> image [B, 3, h * factor, w * factor]."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        channels = config.ch * config.ch_mult[-1]
+        self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
+        self.mid = _middle(channels, config.attention)
+        levels = []
+        for i, mult in reversed(list(enumerate(config.ch_mult))):
+            blocks = []
+            for _ in range(config.num_res_blocks + 1):
+                blocks.append(ResnetBlock(channels, config.ch * mult))
+                channels = config.ch * mult
+            level = _level(blocks)
+            if i > 0:
+                level.upsample = Upsample(channels)
+            levels.insert(0, level)  # keys count from full resolution, computation from the smallest
+        self.up = nn.ModuleList(levels)
+        self.norm_out = _norm(channels)
+        self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = _run_middle(self.mid, self.conv_in(z))
+        for level in reversed(self.up):
+            for block in level.block:
+                h = block(h)
+            if hasattr(level, "upsample"):
+                h = level.upsample(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(nn.Module):
+    """Section 3.1 of arXiv 2112.10752: images [B, 3, H, W] in -1..1 to Gaussian latents and back.
+
+    H and W are multiples of ``config.factor``. Latents are unscaled: multiply the mean by the model's latent scale
+    factor (0.18215 for SD 1.x) before diffusion and divide before :meth:`decode`.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.embed_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.embed_dim, config.z_channels, 1)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Posterior mean and log-variance, each [B, embed_dim, H / factor, W / factor].
+
+        Raises ValueError for an image whose sides are not multiples of the factor.
+        """
+        factor = self.config.factor
+        if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
+            raise ValueError(f"expected images [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}, "
+                             f"found {list(x.shape)}; resize or crop them first")
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30.0, 20.0)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Image [B, 3, H, W], about -1..1 and not clamped, of an unscaled latent [B, embed_dim, h, w]."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
+    """KL of the posterior to the unit Gaussian, in nats, summed over a sample: [B, C, h, w] twice -> [B]."""
+    return 0.5 * (mean.square() + logvar.exp() - 1.0 - logvar).flatten(1).sum(1)

@@ -1,0 +1,137 @@
+"""The shipped miniature: where its files are and how to get its parts, without ComfyUI."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from ...guidance.diffusion import Denoiser, NoiseSchedule
+from ...guidance.files import FileProblem, check_finite, read_domain_file, read_metadata, read_state_dict
+from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
+from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
+from ...guidance.networks.unet import UNet, UNetConfig
+from .classifier import Classifier
+from .tokens import expand_embedding, tokenize
+
+LATENT_FORMAT = "mini_world"
+EMBEDDING = "text_model.embeddings.token_embedding.weight"
+COMPONENTS = {"prior_unet", "text_encoder", "autoencoder", "classifier"}
+
+
+def weights_dir() -> Path:
+    """The folder of the shipped weights."""
+    return Path(__file__).resolve().parent / "weights"
+
+
+def domain_unets_dir() -> Path:
+    """The folder of the shipped domain models; ComfyUI lists it under domain_unets."""
+    return weights_dir() / "domain_unets"
+
+
+def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """fp16 weights and metadata of ``prior_unet``, ``text_encoder``, ``autoencoder`` or ``classifier``.
+
+    Raises FileProblem when the file is missing, damaged or holds NaN.
+    """
+    if name not in COMPONENTS:
+        raise ValueError(f"expected one of {', '.join(sorted(COMPONENTS))}, found {name!r}")
+    path = weights_dir() / f"{name}.safetensors"
+    state_dict, metadata = read_state_dict(path), read_metadata(path)
+    check_finite(state_dict, path)
+    if name != "classifier" and "config" not in metadata:
+        raise FileProblem(f"{path}: expected the mini world's own file with a configuration in its metadata, found none; "
+                          "take the file from the repository again")
+    return state_dict, metadata
+
+
+def _fp32(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value.float() for key, value in state_dict.items()}
+
+
+def load_autoencoder() -> tuple[Autoencoder, float]:
+    """The autoencoder in fp32 and its scale: diffusion latent = mean * scale."""
+    state_dict, metadata = read_component("autoencoder")
+    model = Autoencoder(AutoencoderConfig.from_dict(metadata["config"]))
+    model.load_state_dict(_fp32(state_dict))
+    return model.eval().requires_grad_(False), float(metadata["scale_factor"])
+
+
+def load_text_encoder() -> tuple[TextEncoder, TextEncoderConfig]:
+    """The text encoder in fp32, its embedding expanded to CLIP's 49,408 token ids."""
+    state_dict, metadata = read_component("text_encoder")
+    state_dict = _fp32(state_dict)
+    state_dict[EMBEDDING] = expand_embedding(state_dict[EMBEDDING], json.loads(metadata["token_ids"]))
+    config = TextEncoderConfig.from_dict(json.loads(metadata["config"]))
+    model = TextEncoder(config)
+    model.load_state_dict(state_dict)
+    return model.eval().requires_grad_(False), config
+
+
+def load_prior() -> tuple[dict[str, Tensor], UNetConfig]:
+    """The prior's UNet in fp32 and its configuration."""
+    state_dict, metadata = read_component("prior_unet")
+    return _fp32(state_dict), UNetConfig.from_json(metadata["config"])
+
+
+def load_classifier() -> Classifier:
+    """The judge in fp32."""
+    model = Classifier()
+    model.load_state_dict(_fp32(read_component("classifier")[0]))
+    return model.eval().requires_grad_(False)
+
+
+def load_domain(name: str = "mini-handwriting") -> UNet:
+    """A shipped domain model's text-free UNet in fp32."""
+    state_dict, metadata = read_domain_file(domain_unets_dir() / f"{name}.safetensors")
+    model = UNet(metadata.config)
+    model.load_state_dict(_fp32(state_dict))
+    return model.eval().requires_grad_(False)
+
+
+@dataclass
+class MiniWorld:
+    """The prior with everything around it: ``prior`` is a denoiser on scaled latents [B, 4, 8, 8]."""
+
+    autoencoder: Autoencoder
+    scale: float
+    text_encoder: TextEncoder
+    prior: Denoiser
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.prior.schedule
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> Tensor:
+        """Prompts -> context [B, 77, 128]."""
+        return self.text_encoder(torch.stack([tokenize(prompt) for prompt in prompts]))[0]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, h, w] -> pictures [B, 3, 8 h, 8 w] in -1..1."""
+        return self.autoencoder.decode(latents / self.scale).clamp(-1, 1)
+
+    def domain(self, name: str = "mini-handwriting") -> Denoiser:
+        """A shipped domain model as a denoiser that takes no text."""
+        return text_free_denoiser(load_domain(name), self.schedule)
+
+
+def text_free_denoiser(unet: UNet, schedule: NoiseSchedule) -> Denoiser:
+    """Denoiser of a text-free UNet: a context that a guidance passes along is ignored by the network itself."""
+    return Denoiser(unet, schedule)
+
+
+def load_mini_world() -> MiniWorld:
+    """The shipped miniature, ready to sample from."""
+    autoencoder, scale = load_autoencoder()
+    text_encoder, _ = load_text_encoder()
+    state_dict, config = load_prior()
+    unet = UNet(config)
+    unet.load_state_dict(state_dict)
+    prior = Denoiser(unet.eval().requires_grad_(False), NoiseSchedule.scaled_linear())
+    return MiniWorld(autoencoder, scale, text_encoder, prior)

@@ -1,0 +1,92 @@
+"""The judge of the mini world: one small network that names digit, ink, ground and world, and whose features measure distance."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from . import render
+from .loop import LoopConfig, run_loop
+
+HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
+FEATURES = 64
+LOOP = LoopConfig(name="classifier", steps=3000, rate=3e-3, ema=0.998)
+BATCH = 96
+
+
+class Classifier(nn.Module):
+    """Images [B, 3, 64, 64] in -1..1 -> features [B, 64]; :meth:`forward` adds the logits of the four heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = (3, 24, 48, 72, 96)
+        layers: list[nn.Module] = []
+        for index, (before, after) in enumerate(zip(widths, widths[1:])):
+            layers += [nn.Conv2d(before, after, 5 if index == 0 else 3, stride=2, padding=2 if index == 0 else 1),
+                       nn.GroupNorm(8, after), nn.SiLU()]
+            if index:
+                layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
+        self.trunk = nn.Sequential(*layers)
+        self.feature = nn.Linear(widths[-1] * 16, FEATURES)
+        self.heads = nn.ModuleDict({name: nn.Linear(FEATURES, count) for name, count in HEADS.items()})
+
+    def features(self, images: Tensor) -> Tensor:
+        return self.feature(self.trunk(images).flatten(1))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.features(images)
+        return features, {name: head(F.silu(features)) for name, head in self.heads.items()}
+
+
+def draw_batch(count: int, generator: Generator, fonts_held_out: bool = False) -> render.Pictures:
+    """Half rendered, half handwritten, all 56 colour pairs, lightly blurred and noised so that codec traces say nothing."""
+    printed = render.rendered(count // 2, generator, held_out=fonts_held_out)
+    written = render.handwritten(render.TRAIN_ROWS, render.colour_pairs(), generator, count=count - count // 2)
+    both = render.Pictures(*(torch.cat([getattr(printed, name), getattr(written, name)])
+                             for name in ("images", "digit", "ink", "ground", "world")))
+    both.images = _degrade(both.images, generator)
+    return both
+
+
+def _degrade(images: Tensor, generator: Generator) -> Tensor:
+    batch = len(images)
+    soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    share = torch.rand(batch, 1, 1, 1, generator=generator)
+    images = torch.lerp(images, soft, share * (torch.rand(batch, 1, 1, 1, generator=generator) < 0.7))
+    tint = 0.06 * torch.randn(batch, 3, 1, 1, generator=generator)
+    grain = 0.08 * torch.rand(batch, 1, 1, 1, generator=generator) * torch.randn(images.shape, generator=generator)
+    shift = torch.randint(-2, 3, (2,), generator=generator).tolist()
+    return torch.roll(images + tint + grain, shift, dims=(2, 3))
+
+
+def classification_loss(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
+    """Sum of the four cross-entropies of one batch."""
+    pictures = draw_batch(BATCH, generator)
+    features, logits = model(pictures.images)
+    labels = pictures.labels()
+    losses = {name: F.cross_entropy(logits[name].float(), labels[name], label_smoothing=0.02) for name in HEADS}
+    right = {name: float((logits[name].argmax(1) == labels[name]).float().mean()) for name in HEADS}
+    # A slight pull to the origin keeps the feature scale, and with it the distances, from drifting with training length.
+    return sum(losses.values()) + 1e-3 * features.float().square().mean(), right
+
+
+@torch.no_grad()
+def judge(model: Classifier, images: Tensor, batch: int = 200) -> tuple[Tensor, dict[str, Tensor]]:
+    """Features [N, 64] and the named class of every head, long [N], of images [N, 3, 64, 64]."""
+    features, named = [], {name: [] for name in HEADS}
+    for part in images.split(batch):
+        feature, logits = model(part)
+        features.append(feature)
+        for name in HEADS:
+            named[name].append(logits[name].argmax(1))
+    return torch.cat(features), {name: torch.cat(parts) for name, parts in named.items()}
+
+
+def train(work: Path, seed: int = 0, steps: int | None = None) -> Classifier:
+    """Train (or finish) the classifier in folder ``work``."""
+    torch.manual_seed(seed + 4)
+    loop = LoopConfig(**{**LOOP.__dict__, "seed": seed + 4, "steps": steps or LOOP.steps})
+    return run_loop(loop, Classifier(), classification_loss, work)

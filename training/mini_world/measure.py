@@ -1,0 +1,168 @@
+"""What the mini world measures: quality of its own parts, validity of the set-up, and any sampler against exact targets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable
+
+import torch
+from torch import Generator, Tensor
+
+from ...guidance import presets
+from ...guidance.combination import Guidance, MultiGuidance
+from ...guidance.diffusion import Denoiser
+from ...guidance.networks.autoencoder import Autoencoder
+from ...guidance.sampling import sample, sigmas_uniform
+from ..metrics import frechet_distance, kernel_distance, within_class_diversity
+from . import render
+from .assets import MiniWorld
+from .classifier import Classifier, judge
+from .loop import Progress
+
+
+def psnr(images: Tensor, reference: Tensor) -> float:
+    """Mean over images of 10 log10(peak^2 / MSE) in dB, pictures [N, 3, H, W] in -1..1 (peak 2)."""
+    error = (images.clamp(-1, 1) - reference).square().flatten(1).mean(1).clamp(min=1e-10)
+    return float((10 * torch.log10(4 / error)).mean())
+
+
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 100) -> Tensor:
+    """Decode the posterior mean: pictures [N, 3, 64, 64] in and out, clamped to -1..1."""
+    return torch.cat([autoencoder.decode(autoencoder.encode(part)[0]).clamp(-1, 1) for part in images.split(batch)])
+
+
+def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]:
+    """Share of pictures whose digit, ink, ground and world the classifier names rightly."""
+    named = judge(model, pictures.images)[1]
+    return {name: float((named[name] == wanted).float().mean()) for name, wanted in pictures.labels().items()}
+
+
+def target_pictures(digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS, seed: int = 0) -> render.Pictures:
+    """The exact targets of a set of prompts: handwriting of the same digits, digit by digit, in the prompted colours.
+
+    digits [N] and pairs [N, 2]; every handwritten image of a digit is used before one is used twice.
+    """
+    images, labels = render.load_handwriting(rows)
+    generator, chosen = Generator().manual_seed(seed), torch.empty(len(digits), dtype=torch.long)
+    for digit in digits.unique():
+        wanted = (digits == digit).nonzero()[:, 0]
+        have = (labels == digit).nonzero()[:, 0]
+        rounds = -(-len(wanted) // len(have))
+        order = torch.cat([have[torch.randperm(len(have), generator=generator)] for _ in range(rounds)])
+        chosen[wanted] = order[:len(wanted)]
+    painted = render.paint(render.handwriting_masks(images[chosen]), pairs)
+    return render.Pictures(painted, digits, pairs[:, 0], pairs[:, 1], torch.ones(len(digits), dtype=torch.long))
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is asked for: digits [N], colour pairs [N, 2] and the captions that say so."""
+
+    digits: Tensor
+    pairs: Tensor
+    captions: tuple[str, ...]
+
+
+def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
+    """``count`` prompts, digits in equal shares, colour pairs drawn from ``pairs`` [options, 2]."""
+    generator = Generator().manual_seed(seed)
+    digits = torch.arange(count) % 10
+    chosen = pairs[torch.randint(len(pairs), (count,), generator=generator)]
+    texts = tuple(render.caption(int(d), int(i), int(g)) for d, (i, g) in zip(digits, chosen.tolist()))
+    return Prompts(digits, chosen, texts)
+
+
+@torch.no_grad()
+def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidance], prompts: Prompts, *, steps: int = 25,
+                   seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m") -> tuple[Tensor, float]:
+    """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
+
+    guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
+    Noise depends on the seed alone, so that methods are compared on the same noise.
+    """
+    noise = torch.randn(len(prompts.captions), 4, 8, 8, generator=Generator().manual_seed(seed))
+    empty, sigmas, pictures, counts = world.encode_text([""]), sigmas_uniform(world.schedule, steps), [], []
+    progress = Progress(name, -(-len(noise) // batch))
+    for block, start in enumerate(range(0, len(noise), batch)):
+        part = slice(start, start + batch)
+        guided = MultiGuidance(guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])}),
+                               percent_to_sigma=world.schedule.percent_to_sigma)
+        pictures.append(world.decode(sample(guided, noise[part], sigmas, method)))
+        counts += guided.samples_per_step
+        progress.update(block + 1, "")
+    return torch.cat(pictures), sum(counts) / len(counts)
+
+
+def cfg_of(world: MiniWorld, scale: float) -> Callable[[dict, dict], Guidance]:
+    """The prior alone with classifier-free guidance."""
+    return lambda uncond, cond: presets.cfg(world.prior, uncond, cond, scale)
+
+
+def in_domain_of(world: MiniWorld, domain: Denoiser, domain_weight, control_weight) -> Callable[[dict, dict], Guidance]:
+    """Multi-guidance of the prior and a domain model."""
+    return lambda uncond, cond: presets.in_domain(world.prior, domain, uncond, cond, domain_weight, control_weight)
+
+
+@dataclass(frozen=True)
+class Score:
+    """One set of pictures against its target set; accuracies and in_domain are shares of 0..1."""
+
+    distance: float
+    kernel: float
+    digit: float
+    ink: float
+    ground: float
+    both_colours: float
+    in_domain: float
+    diversity: float
+
+
+def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor | None = None) -> Score:
+    """Measure pictures [N, 3, 64, 64] of the prompts against their exact targets' features [M, 64]."""
+    if target is None:
+        target = judge(model, target_pictures(prompts.digits, prompts.pairs).images)[0]
+    features, named = judge(model, pictures)
+    right = {"digit": named["digit"] == prompts.digits, "ink": named["ink"] == prompts.pairs[:, 0],
+             "ground": named["ground"] == prompts.pairs[:, 1]}
+    share = {key: float(value.float().mean()) for key, value in right.items()}
+    return Score(frechet_distance(features, target), kernel_distance(features, target), **share,
+                 both_colours=float((right["ink"] & right["ground"]).float().mean()),
+                 in_domain=float((named["world"] == 1).float().mean()),
+                 diversity=within_class_diversity(features, named["digit"]))
+
+
+def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int = 2000, seed: int = 0) -> dict[str, float]:
+    """PSNR (dB) and what the classifier loses on reconstructions, on held-out fonts and held-out handwriting."""
+    generator = Generator().manual_seed(seed)
+    printed = render.rendered(count, generator, held_out=True)
+    written = render.handwritten(render.HELD_OUT_ROWS, render.colour_pairs(), generator)
+    results: dict[str, float] = {}
+    for name, pictures in (("rendered", printed), ("handwritten", written)):
+        again = reconstruct(autoencoder, pictures.images)
+        results[f"psnr_{name}"] = psnr(again, pictures.images)
+        before = accuracies(model, pictures)
+        after = accuracies(model, render.Pictures(again, **pictures.labels()))
+        for head in before:
+            results[f"accuracy_{name}_{head}"] = before[head]
+            results[f"accuracy_lost_{name}_{head}"] = before[head] - after[head]
+    return results
+
+
+def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwriting", seed: int = 0) -> dict[str, float]:
+    """Floor, autoencoder floor and ceiling of a domain: Frechet distances to held-out handwriting in the domain's colours.
+
+    floor: training handwriting. autoencoder_floor: reconstructions of the held-out images against themselves.
+    ceiling: rendered digits in the same colours.
+    """
+    generator, pairs = Generator().manual_seed(seed), render.domain_pairs(domain)
+    held_out = render.handwritten(render.HELD_OUT_ROWS, pairs, generator)
+    target = judge(model, held_out.images)[0]
+    own = render.handwritten(slice(0, 2000), pairs, generator)
+    printed = render.rendered(2000, generator, held_out=True, pairs=pairs[torch.randint(len(pairs), (2000,), generator=generator)])
+
+    def distance(images: Tensor) -> float:
+        return frechet_distance(judge(model, images)[0], target)
+
+    return {"floor": distance(own.images), "autoencoder_floor": distance(reconstruct(autoencoder, held_out.images)),
+            "ceiling": distance(printed.images)}

@@ -1,0 +1,119 @@
+"""The whole recipe, stage after stage: autoencoder, classifier, prior, domain models, export. Each stage resumes by itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor
+
+from ...guidance.files import DomainMetadata, prior_content_hash, write_domain_file, write_safetensors
+from ...guidance.networks.autoencoder import Autoencoder
+from ...guidance.networks.text_encoder import END_TOKEN
+from ...guidance.null_text import NullContext
+from . import assets, classifier, render, tokens, train_autoencoder, train_domain, train_prior
+
+LICENCE = "Apache-2.0"
+DATA_LICENCES = {"fonts": "OFL-1.1 and Apache-2.0 families listed in data/README.md",
+                 "handwriting": "MNIST (Yann LeCun, Corinna Cortes; from NIST Special Databases 1 and 3), CC BY-SA 3.0"}
+
+
+def half(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the files hold them, fp16."""
+    return {key: value.detach().to(torch.float16) for key, value in state_dict.items()}
+
+
+def rounded(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with its weights rounded to fp16, so that later stages train against what ships."""
+    module.load_state_dict({key: value.float() for key, value in half(module.state_dict()).items()})
+    return module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def latent_statistics(autoencoder: Autoencoder, seed: int = 0, count: int = 2048) -> tuple[float, Tensor, Tensor]:
+    """(scale, rgb factors [4, 3], rgb bias [3]): scale makes the latents' deviation 1; the factors preview a latent as colours.
+
+    The preview is the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its 8 x 8 image pixels.
+    """
+    images = train_autoencoder.both_worlds(count, Generator().manual_seed(seed + 99))
+    latents = train_prior.encode_latents(autoencoder, images)
+    scale = 1.0 / float(latents.std())
+    rows = rearrange(latents * scale, "b c h w -> (b h w) c")
+    colours = rearrange(torch.nn.functional.avg_pool2d(images, 8), "b c h w -> (b h w) c")
+    solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), colours).solution
+    return scale, solution[:4], solution[4]
+
+
+def null_context(text_encoder: torch.nn.Module) -> NullContext:
+    """The mini world's empty prompt as its UNet sees it."""
+    with torch.no_grad():
+        hidden, _ = text_encoder(tokens.to_rows(tokens.tokenize("")[None]))
+    return NullContext(hidden, {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded"})
+
+
+def _write(name: str, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    common = {"format": "indomain_guidance.mini_world", "licence": LICENCE, "data": json.dumps(DATA_LICENCES)}
+    return write_safetensors(assets.weights_dir() / f"{name}.safetensors", half(state_dict), {**common, **metadata})
+
+
+def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
+    """Stage 1: train, write, and return the autoencoder as shipped with its latent scale."""
+    model = rounded(train_autoencoder.train(work, seed))
+    scale, factors, bias = latent_statistics(model, seed)
+    _write("autoencoder", model.state_dict(), {
+        "config": json.dumps(model.config.to_dict()), "scale_factor": repr(scale), "seed": str(seed),
+        "latent_rgb_factors": json.dumps(factors.tolist()), "latent_rgb_bias": json.dumps(bias.tolist()),
+        "steps": str(train_autoencoder.LOOP.steps)})
+    return model, scale
+
+
+def make_classifier(work: Path, seed: int = 0) -> classifier.Classifier:
+    """Stage 2: the judge."""
+    model = rounded(classifier.train(work, seed))
+    _write("classifier", model.state_dict(), {"heads": json.dumps(classifier.HEADS), "steps": str(classifier.LOOP.steps),
+                                              "seed": str(seed)})
+    return model
+
+
+def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> train_prior.Prior:
+    """Stage 3: UNet and text encoder."""
+    model = rounded(train_prior.train(work, autoencoder, scale, seed))
+    about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
+    _write("prior_unet", model.unet.state_dict(), {
+        "config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": assets.LATENT_FORMAT, **about})
+    shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
+    _write("text_encoder", model.text.state_dict(), {
+        "config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about})
+    return model
+
+
+def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float, seed: int = 0) -> Path:
+    """Stage 4: one domain model."""
+    context = null_context(prior.text)
+    weights = prior.unet.state_dict()
+    model = train_domain.train(work, domain, weights, train_prior.UNET, context, autoencoder, scale, seed)
+    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    metadata = DomainMetadata(
+        config=model.config, latent_format=assets.LATENT_FORMAT, prediction_type="epsilon", null_context=context.to_dict(),
+        prior_hash=prior_content_hash(weights), domain_name=train_domain.FILE_NAMES[domain], dataset_size=len(images),
+        dataset_hash=_content_hash(images), steps=train_domain.LOOP.steps, ema=train_domain.LOOP.ema,
+        resolution=render.SIDE_PX, licence=LICENCE, extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)})
+    path = assets.domain_unets_dir() / f"{train_domain.FILE_NAMES[domain]}.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_domain_file(path, half(model.state_dict()), metadata)
+
+
+def _content_hash(images: Tensor) -> str:
+    import hashlib
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+
+
+def make_everything(work: Path, seed: int = 0) -> None:
+    """All stages in order; what is finished in ``work`` is not trained again."""
+    autoencoder, scale = make_autoencoder(work, seed)
+    make_classifier(work, seed)
+    prior = make_prior(work, autoencoder, scale, seed)
+    for domain in train_domain.DOMAINS:
+        make_domain(work, domain, prior, autoencoder, scale, seed)
