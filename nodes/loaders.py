@@ -58,7 +58,7 @@ class LoadMiniWorld(io.ComfyNode):
             node_id="InDomainLoadMiniWorld",
             display_name="Load Mini World",
             category=CATEGORY,
-            description="Loads the miniature Stable Diffusion that ships with this pack: coloured digits, 64x64 pixels, "
+            description="Loads the miniature Stable Diffusion that ships with this pack: coloured digits, 64x64 px, "
             "prompts such as 'a red seven on a yellow background'. For trying things out in seconds, even on a CPU.",
             inputs=[],
             outputs=[

@@ -21,18 +21,22 @@ class TextFreeUNet(io.ComfyNode):
             "(LoRA) on the model are baked in. The file lands in models/domain_unets.",
             is_output_node=True,
             inputs=[
-                io.Model.Input("model", tooltip="The prior: a Stable Diffusion 1.x, 2.x or XL UNet, or the mini world's."),
-                io.Clip.Input("clip", tooltip="The prior's own text encoder. It encodes the empty prompt, nothing else."),
+                io.Model.Input(
+                    "model", tooltip="The prior: a Stable Diffusion 1.x, 2.x or XL model, or the mini world's."
+                ),
+                io.Clip.Input(
+                    "clip", tooltip="The prior's own text encoder. It encodes the empty prompt, nothing else."
+                ),
                 io.Combo.Input(
                     "form", options=["cached", "constant"], default="cached",
-                    tooltip="cached: keeps the empty prompt's keys and values; equals the prior on the empty prompt until "
-                    "it is trained. constant: one constant a block, the paper's form; smaller and faster, but an "
+                    tooltip="cached: keeps the empty prompt's keys and values; equals the prior on the empty prompt "
+                    "until it is trained. constant: one constant a block, the paper's form; smaller and faster, but an "
                     "approximation, whose error is reported.",
                 ),
                 io.String.Input(
                     "filename", default="text_free",
-                    tooltip="Name of the file in models/domain_unets, with or without .safetensors; subfolders are allowed. "
-                    "An untrained file of that name is replaced, a trained one never.",
+                    tooltip="Name of the file in models/domain_unets, with or without .safetensors; subfolders are "
+                    "allowed. An untrained file of that name is replaced, a trained one never.",
                 ),
                 io.Combo.Input(
                     "file_dtype", options=list(export.FILE_DTYPES), default="fp16",
@@ -41,8 +45,8 @@ class TextFreeUNet(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "probe_size", default=512, min=64, max=2048, step=64,
-                    tooltip="constant only: side in pixels of the images on which the constants are measured, 64 to 2048; "
-                    "use the size the prior was trained on (64 for the mini world). No effect on cached.",
+                    tooltip="constant only: side in pixels of the images on which the constants are measured, 64 to "
+                    "2048; use the size the prior was trained on (64 for the mini world). No effect on cached.",
                 ),
             ],
             outputs=[

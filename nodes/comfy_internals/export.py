@@ -47,7 +47,8 @@ def exported_config(model) -> UNetConfig:
     info = domain_info(model)
     if info is not None and info.form != "full":
         raise ValueError(
-            f"Text-Free UNet: expected a model that takes text, found the text-free model '{info.name}'; give it the prior."
+            f"Text-Free UNet: expected a model that takes text, found the text-free model '{info.name}'; connect the "
+            "prior."
         )
     if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
         raise ValueError(
@@ -56,7 +57,9 @@ def exported_config(model) -> UNetConfig:
         )
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
-        raise ValueError("Text-Free UNet: expected a UNet for images, found one for video; it has no text-free form here.")
+        raise ValueError(
+            "Text-Free UNet: expected a UNet for images, found one for video; connect an image model."
+        )
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     return UNetConfig(
         model_channels=core["model_channels"], channel_mult=tuple(core["channel_mult"]),
@@ -170,12 +173,14 @@ def vector_conditioning(model, pooled: Tensor | None, side_px: int) -> Tensor | 
 
 
 def output_path(filename: str) -> Path:
-    """Where a new domain model goes. Raises FileProblem for names that leave the folder or would replace trained work."""
+    """Where a new domain model goes. Raises FileProblem for names outside the folder or of trained models."""
     folder = domain_unet_folder()
     name = filename.strip().removesuffix(".safetensors")
     path = Path(f"{folder / name}.safetensors")
     if not name or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileProblem(f"Text-Free UNet: expected a file name inside {folder}, found '{filename}'; use a plain name.")
+        raise FileProblem(
+            f"Text-Free UNet: expected a file name inside {folder}, found '{filename}'; use a plain name."
+        )
     if path.exists():
         try:
             steps = int(read_metadata(path).get("steps", "-1"))

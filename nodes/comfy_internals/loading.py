@@ -49,7 +49,11 @@ WEIGHT_DTYPES = {
     "fp8_e4m3fn_fast": torch.float8_e4m3fn,
     "fp8_e5m2": torch.float8_e5m2,
 }
-LATENT_FORMATS = {"sd15": comfy.latent_formats.SD15, "sdxl": comfy.latent_formats.SDXL, MINI_WORLD: MiniWorldLatentFormat}
+LATENT_FORMATS = {
+    "sd15": comfy.latent_formats.SD15,
+    "sdxl": comfy.latent_formats.SDXL,
+    MINI_WORLD: MiniWorldLatentFormat,
+}
 MODEL_TYPES = {
     "epsilon": comfy.model_base.ModelType.EPS,
     "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
@@ -282,7 +286,9 @@ def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: 
     Raises FileProblem for files that are missing, damaged, not finite, of another family or another latent space.
     """
     if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"Load Domain UNet: expected a weight_dtype out of {', '.join(WEIGHT_DTYPES)}, got '{weight_dtype}'.")
+        raise ValueError(
+            f"Load Domain UNet: expected a weight_dtype out of {', '.join(WEIGHT_DTYPES)}, got '{weight_dtype}'."
+        )
     layout = unet_layout(read_keys(path), path)
     with ordinary_tensors():
         if layout == "full" and read_metadata(path).get("format") is None:
@@ -312,8 +318,9 @@ def _load_core_unet(path: str, weight_dtype: str):
             f"{path}: expected a UNet of a family that ComfyUI knows, found one that its loader refuses "
             f"({str(error).splitlines()[0]}); use a fine-tuned UNet of the prior's family."
         ) from error
-    plain = {key: tensor for key, tensor in patcher.model.diffusion_model.state_dict().items() if type(tensor) is Tensor}
-    check_finite(plain, path)
+    weights = patcher.model.diffusion_model.state_dict()
+    # Quantised tensors are a subclass, and hold integers.
+    check_finite({key: tensor for key, tensor in weights.items() if type(tensor) is Tensor}, path)
     patcher.model.indomain_domain = DomainInfo(Path(path).stem, str(path), "full", None)
     return patcher
 
