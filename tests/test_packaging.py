@@ -30,7 +30,8 @@ def package_folders() -> dict[str, Path]:
     found = {"indomain_guidance": ROOT}
     for folder in sorted(path for path in ROOT.rglob("*") if path.is_dir()):
         parts = folder.relative_to(ROOT).parts
-        if parts[0] in NOT_PACKAGED or any(part.startswith((".", "__")) or part.endswith(".egg-info") for part in parts):
+        hidden = any(part.startswith((".", "__")) or part.endswith(".egg-info") for part in parts)
+        if parts[0] in NOT_PACKAGED or hidden:
             continue
         if any(folder.glob("*.py")):
             found[".".join(("indomain_guidance", *parts))] = folder

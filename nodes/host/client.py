@@ -65,11 +65,15 @@ def describe_rejection(body: Mapping[str, Any], prompt: Prompt) -> str:
     for node_id, found in (body.get("node_errors") or {}).items():
         kind = found.get("class_type") or prompt.get(node_id, {}).get("class_type", "?")
         for error in found.get("errors", []):
-            parts.append(f"node {node_id} ({kind}): {error.get('message', '')}: {error.get('details', '')}".rstrip(": "))
+            parts.append(f"node {node_id} ({kind}): {_message(error)}")
     error = body.get("error")
     if not parts and error:
-        parts.append(f"{error.get('message', '')}: {error.get('details', '')}" if isinstance(error, Mapping) else str(error))
+        parts.append(_message(error) if isinstance(error, Mapping) else str(error))
     return "; ".join(parts) or "ComfyUI refused the prompt without saying why."
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    return f"{error.get('message', '')}: {error.get('details', '')}".rstrip(": ")
 
 
 class ComfyClient:

@@ -181,7 +181,7 @@ class ComfyServer:
         self.client = ComfyClient(self.url)
 
     def _wait_until_ready(self, port: int) -> bool:
-        """True once the server answers; False when its process ended. Another server on the port is not taken for it."""
+        """True once the server answers, False when its process ended. Another server on the port does not count."""
         deadline = time.monotonic() + self.start_timeout_s
         while time.monotonic() < deadline:
             if self._process.poll() is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import pytest
 from indomain_guidance.nodes.host.client import ExecutionFailed
 
 SHIPPED = "mini-handwriting.safetensors"
+SEEDS = itertools.count(1000)
 
 
 @pytest.fixture(scope="module")
@@ -43,13 +45,9 @@ def message_of(server, prompt, node_type: str) -> str:
 @pytest.fixture
 def still_serving(server, graphs):
     yield
-    prompt = graphs.in_domain(steps=1, seed=still_serving_seed())
+    # A new seed each time, so that nothing is answered from a cache.
+    prompt = graphs.in_domain(steps=1, seed=next(SEEDS))
     assert len(server.client.run(prompt).images("save")) == 1
-
-
-def still_serving_seed(counter=[1000]) -> int:  # noqa: B006 - a new seed a call, so that nothing is answered from a cache
-    counter[0] += 1
-    return counter[0]
 
 
 pytestmark = pytest.mark.usefixtures("still_serving")
@@ -126,7 +124,8 @@ def test_weights_that_are_not_finite(server, graphs, value):
     if value == "nan":
         message = message_of(server, graphs.in_domain(domain_weight=weight), "InDomainSampler")
         assert "finite" in message.lower()
-        message = message_of(server, graphs.multi_guidance([{"name": "odd", "weight": weight}]), "InDomainGuidanceTerm")
+        prompt = graphs.multi_guidance([{"name": "odd", "weight": weight}])
+        message = message_of(server, prompt, "InDomainMultiGuidanceGuider")
         assert "odd" in message
     else:
         from indomain_guidance.nodes.host.client import PromptRejected

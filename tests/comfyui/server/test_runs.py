@@ -49,7 +49,8 @@ def test_live_previews_arrive_and_are_pictures(server, graphs):
 
     run = server.client.run(graphs.in_domain(seed=7, steps=8))
     assert run.previews
-    with Image.open(io.BytesIO(run.previews[-1][8:])) as preview:  # two 4-byte numbers: kind of message, kind of picture
+    # Two numbers of 4 bytes say what the message and the picture are.
+    with Image.open(io.BytesIO(run.previews[-1][8:])) as preview:
         assert min(preview.size) >= 8
 
 

@@ -1,0 +1,100 @@
+"""The graph editor in a real browser: the shared workflow opens from the template browser's address and runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+# No sandbox, because CI runs as root; the rest keeps the browser from looking for anything on the internet.
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync"]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright: start with `python run.py test`")
+    path = os.environ.get("INDOMAIN_CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)
+    if path is None:
+        pytest.skip(f"no browser found ({', '.join(BROWSERS)}): install chromium, or name one in INDOMAIN_CHROMIUM")
+    with sync_api.sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=path, args=FLAGS)
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def page(server, browser):
+    """A page with the editor loaded; what it logs as an error is kept in `page.problems`."""
+    context = browser.new_context(viewport={"width": 1600, "height": 1000})
+    page = context.new_page()
+    page.problems = []
+    page.on("pageerror", lambda error: page.problems.append(str(error)))
+    yield page
+    context.close()
+
+
+def open_template(page, url: str, name: str) -> None:
+    """Open the editor with a template of this pack, the way its template browser links it."""
+    page.goto(f"{url}/?template={name}&source=in-domain-guidance", wait_until="domcontentloaded")
+    page.wait_for_function("() => window.app?.graph?.nodes?.length > 3", timeout=120_000)
+    # The graph is complete when its number of nodes no longer changes.
+    last, since = -1, time.monotonic()
+    while time.monotonic() - since < 1.0:
+        count = page.evaluate("() => window.app.graph.nodes.length")
+        if count != last:
+            last, since = count, time.monotonic()
+        page.wait_for_timeout(100)
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "workflows").glob("*.json")))
+def test_template_opens_and_says_the_same_as_the_api_workflow(server, page, name):
+    open_template(page, server.url, name)
+    missing = page.evaluate(
+        "() => window.app.graph.nodes.filter(n => n.has_errors || !(n.type in window.LiteGraph.registered_node_types))"
+        ".map(n => n.type)"
+    )
+    assert [kind for kind in missing if kind not in ("Note", "MarkdownNote")] == []
+    prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
+    shared = json.loads((ROOT / "workflows" / "api" / f"{name}.json").read_text(encoding="utf-8"))
+
+    def essence(graph: dict) -> dict:
+        return {i: (node["class_type"], {k: v for k, v in node["inputs"].items() if v not in (None, "")})
+                for i, node in graph.items()}  # fmt: skip
+
+    assert essence(prompt) == essence(shared)
+    assert page.problems == []
+
+
+def test_workflow_runs_from_the_editor(server, page, tmp_path):
+    open_template(page, server.url, "in_domain_text_to_image")
+    # Fewer steps than the workflow has, set in the widgets as a person would.
+    page.evaluate(
+        "() => window.app.graph.nodes.forEach(n => n.widgets?.filter(w => w.name === 'steps')"
+        ".forEach(w => { w.value = 3; w.callback?.(3); }))"
+    )
+    before = set(server.client.get("/history"))
+    button = page.get_by_test_id("queue-button")
+    button.first.click()
+    deadline = time.monotonic() + 180
+    while time.monotonic() < deadline:
+        new = [entry for key, entry in server.client.get("/history").items() if key not in before]
+        if new:
+            break
+        page.wait_for_timeout(250)
+    assert new, "the editor's Run button queued nothing"
+    assert new[0]["status"]["status_str"] == "success", new[0]["status"]
+    pictures = [image for output in new[0]["outputs"].values() for image in output.get("images", [])]
+    assert len(pictures) >= 3
+    # The pictures appear in the graph's own preview.
+    page.wait_for_function(
+        "() => window.app.graph.nodes.filter(n => n.type === 'SaveImage' && n.imgs?.length).length >= 3", timeout=60_000
+    )
+    page.screenshot(path=str(tmp_path / "editor.png"))
+    assert page.problems == []
