@@ -59,7 +59,7 @@ def serve(order: dict) -> int:
 
 def test(order: dict) -> int:
     # `python -m pytest` would put the checkout on sys.path, where its nodes/ shadows ComfyUI's nodes.py.
-    start = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.console_main())"
+    start = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
     return _child([sys.executable, "-c", start, *order["rest"]], cwd=CHECKOUT)
 
 
