@@ -15,8 +15,7 @@ from torch import Tensor
 
 from ...guidance.networks.autoencoder import AutoencoderConfig
 from ...guidance.networks.text_encoder import END_TOKEN, TextEncoderConfig
-
-CLIP_VOCABULARY = 49408
+from ...training.mini_world.tokens import expand_embedding
 
 
 class MiniWorldLatentFormat(comfy.latent_formats.LatentFormat):
@@ -41,20 +40,12 @@ class MiniWorldTextEncoder(comfy.sd1_clip.SDClipModel):
         )
 
 
-def expand_token_embedding(rows: Tensor, token_ids: list[int], vocabulary: int = CLIP_VOCABULARY) -> Tensor:
-    """[R, W] rows for `token_ids`, the last one for every other token, to the full table [vocabulary, W]."""
-    table = rows[-1:].repeat(vocabulary, 1)
-    known = [(row, token) for row, token in enumerate(token_ids) if 0 <= token < vocabulary]
-    table[[token for _, token in known]] = rows[[row for row, _ in known]]
-    return table
-
-
 def build_clip(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> comfy.sd.CLIP:
     """CLIP with core's SD1 tokenizer around the mini world's text encoder (Hugging Face keys, shrunken embedding)."""
     config = TextEncoderConfig.from_dict(json.loads(metadata["config"]))
     state_dict = dict(state_dict)
     embedding = "text_model.embeddings.token_embedding.weight"
-    state_dict[embedding] = expand_token_embedding(state_dict[embedding], json.loads(metadata["token_ids"]))
+    state_dict[embedding] = expand_embedding(state_dict[embedding], json.loads(metadata["token_ids"]))
     # SD 1.x does not use the projection; core has the layer all the same and would leave it uninitialised.
     state_dict.setdefault("text_projection.weight", torch.eye(config.width))
     core_config = {
@@ -65,7 +56,7 @@ def build_clip(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> co
         "hidden_act": config.activation,
         "max_position_embeddings": config.max_length,
         "eos_token_id": END_TOKEN,
-        "vocab_size": CLIP_VOCABULARY,
+        "vocab_size": config.vocab_size,
         "model_type": "clip_text_model",
     }
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)

@@ -173,6 +173,34 @@ def test_takes_the_memory_that_text_free_promises(library, write, load, form):
     assert held == sum(t.nbytes for t in library.forms[form][0].values())
 
 
+@pytest.mark.parametrize("family, form, millions, percent", [
+    ("SD15", "constant", 44.0, 5.1), ("SD15", "cached", 17.2, 2.0), ("SDXL", "constant", 545.8, 21.3),
+])
+def test_published_families_shrink_by_what_the_documentation_says(comfyui, family, form, millions, percent):
+    """Counted on core's own networks of full size, without memory for their weights."""
+    openaimodel = importlib.import_module("comfy.ldm.modules.diffusionmodules.openaimodel")
+    shapes = {
+        "SD15": dict(
+            channel_mult=[1, 2, 4, 4], num_res_blocks=[2] * 4, transformer_depth=[1] * 6 + [0] * 2, context_dim=768,
+            transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, num_heads=8,
+        ),
+        "SDXL": dict(
+            channel_mult=[1, 2, 4], num_res_blocks=[2] * 3, transformer_depth=[0, 0, 2, 2, 10, 10], context_dim=2048,
+            transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, num_head_channels=64,
+            use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=2816,
+        ),
+    }
+    network = openaimodel.UNetModel(
+        image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,
+        device="meta", operations=comfyui.ops.disable_weight_init, **shapes[family],
+    )
+    before = sum(p.numel() for p in network.parameters())
+    module("nodes.comfy_internals.text_free").remove_text(network, form, 77)
+    gone = before - sum(p.numel() for p in network.parameters())
+    assert gone / 1e6 == pytest.approx(millions, abs=0.1)
+    assert 100 * gone / before == pytest.approx(percent, abs=0.06)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype, bytes_a_weight, tolerance", [
     ("bf16", 2, 0.03), ("fp16", 2, 0.005), ("fp8_e4m3fn", 1, 0.4), ("fp8_e4m3fn_fast", 1, 0.4), ("fp8_e5m2", 1, 0.7),
@@ -218,6 +246,19 @@ def test_lora_reaches_what_is_left_and_skips_the_rest(comfyui, library, write, l
     assert error(core_eps(patched, x), reference) < 1e-4
     assert error(core_eps(model, x), reference) > 1e-3  # and the unpatched model is itself again
     assert error(core_eps(model, x), library_eps(library, form, x)) < 1e-5
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_lora_as_a_hook_equals_lora_on_the_model(comfyui, tiny, write, load, form):
+    model, x = load(write(form)), noisy(1)
+    key = "lora_unet_middle_block_1_transformer_blocks_0_attn1_to_v"
+    lora = {f"{key}.lora_down.weight": torch.randn(2, 64), f"{key}.lora_up.weight": torch.randn(64, 2) * 0.2}
+    hooks = comfyui.hooks.create_hook_lora(lora, 1.0, 0.0)
+    text = torch.zeros(1, 7, 96)
+    hooked = tiny.denoised(model, [[text, {"hooks": hooks}]], x, 3.0)
+    patched, _ = comfyui.sd.load_lora_for_models(model, None, lora, 1.0, 0.0)
+    assert error(hooked, tiny.denoised(patched, [[text, {}]], x, 3.0)) < 1e-5
+    assert error(hooked, tiny.denoised(model, [[text, {}]], x, 3.0)) > 1e-4
 
 
 @pytest.mark.parametrize("form", FORMS)

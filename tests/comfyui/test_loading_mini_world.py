@@ -14,7 +14,7 @@ import pytest
 import torch
 
 # Rows of the shrunken token embedding: CLIP ids of some words, start and end; one more row stands for all others.
-TOKEN_IDS = [320, 736, 2543, 525, 4481, 5994, 49406, 49407]
+TOKEN_IDS = [320, 736, 5757, 525, 4481, 5994, 49406, 49407]
 SCALE = 1.375
 
 
@@ -102,11 +102,19 @@ def test_clip_equals_the_librarys_text_encoder(world, loaded, text):
     assert error(context, hidden) < 1e-4 and error(core_pooled, pooled) < 1e-4
 
 
+def test_cores_tokenizer_gives_the_ids_that_the_mini_world_was_trained_with(loaded):
+    tokens = module("training.mini_world.tokens")
+    for text in ("", "a digit", *(f"an {word} on a {word} background" for word in tokens.TOKEN_IDS)):
+        (pairs,) = loaded.clip.tokenize(text)["l"]
+        assert [int(token) for token, _ in pairs] == tokens.tokenize(text).tolist()
+
+
 @torch.inference_mode()
 def test_unknown_words_are_one_word_and_known_ones_are_not(loaded):
     dog, cat, red = (encode(loaded.clip, text)[0] for text in ("dog", "cat", "red"))
     assert torch.equal(dog, cat)
-    assert not torch.allclose(red, dog, atol=1e-3)
+    seven, _ = encode(loaded.clip, "seven")
+    assert not torch.allclose(red, dog, atol=1e-3) and not torch.allclose(red, seven, atol=1e-3)
 
 
 @torch.inference_mode()

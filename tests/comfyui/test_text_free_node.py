@@ -166,8 +166,8 @@ def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, to
     unet = module("guidance.networks.unet")
     weights = dict(tiny.prior().model.diffusion_model.state_dict())
     prior = loading.build_unet_model(
-        weights, unet.unet_config_from_state_dict(weights, num_heads=8), info=None, latent_format="sd15", source="prior",
-        prediction_type="epsilon", weight_dtype=dtype,
+        weights, unet.unet_config_from_state_dict(weights, num_heads=8), info=None, latent_format="sd15",
+        source="prior", prediction_type="epsilon", weight_dtype=dtype,
     )
     x = noisy()
     made = make(prior, clip, "cached", file_dtype="fp16")
@@ -237,7 +237,10 @@ def test_inpainting_priors_have_a_cached_form_only(comfyui, tiny, clip, make):
     assert make(prior, clip, "cached").model.model.model_config.unet_config["in_channels"] == 9
 
 
-@pytest.mark.parametrize("filename", ["", "  ", ".safetensors", "../outside", "a/../../outside", "/etc/outside", "folder/"])
+OUTSIDE = ["", "  ", ".safetensors", "../outside", "a/../../outside", "/etc/outside", "folder/"]
+
+
+@pytest.mark.parametrize("filename", OUTSIDE)
 def test_names_that_leave_the_folder_are_refused(comfyui, tiny, clip, make, filename):
     with pytest.raises(ValueError, match="file name inside"):
         make(tiny.prior(), clip, "cached", filename)
