@@ -42,8 +42,8 @@ def _domain_interval_inputs() -> list:
     return [
         io.Float.Input(
             "domain_start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
-            tooltip="Where in sampling the domain term begins: 0 (the default) is the start, at the highest noise, 1 the end. "
-            "Beginning later leaves the composition to the prior and saves time.",
+            tooltip="Where in sampling the domain term begins: 0 (the default) is the start, at the highest noise, 1 "
+            "the end. Beginning later leaves the composition to the prior and saves time.",
         ),
         io.Float.Input(
             "domain_end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True,
@@ -55,16 +55,17 @@ def _domain_interval_inputs() -> list:
 def _domain_weight_input():
     return io.Float.Input(
         "domain_weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
-        tooltip="How strongly the image is drawn into the domain. Typical 0.5 to 5; 0 turns the domain model off, and the "
-        "result is the prior's own; negative values push away from the domain.",
+        tooltip="How strongly the image is drawn into the domain. Typical 0.5 to 5; 0 turns the domain model off, and "
+        "the result is the prior's own; negative values push away from the domain.",
     )  # fmt: skip
 
 
 def _control_weight_input():
     return io.Float.Input(
         "control_weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
-        tooltip="How strongly the image follows the positive conditioning: the CFG scale of the prior. Typical 1 to 8; 0 "
-        "ignores the positive conditioning. With domain weight 0, 1 means no classifier-free guidance, as in KSampler.",
+        tooltip="How strongly the image follows the positive conditioning: the CFG scale of the prior. Typical 1 to "
+        "8; 0 ignores the positive conditioning. With domain weight 0, 1 means no classifier-free guidance, as in "
+        "KSampler.",
     )  # fmt: skip
 
 
@@ -79,8 +80,8 @@ def _prior_input():
 def _domain_input():
     return io.Model.Input(
         "domain",
-        tooltip="The domain model, from Load Domain UNet. It takes no text; ControlNets, areas and masks of the negative "
-        "conditioning act on it.",
+        tooltip="The domain model, from Load Domain UNet. It takes no text; ControlNets, areas and masks of the "
+        "negative conditioning act on it.",
     )
 
 
@@ -91,8 +92,9 @@ def _positive_input():
 def _negative_input():
     return io.Conditioning.Input(
         "negative",
-        tooltip="The base conditioning that both guidances start from: the empty prompt in the paper, a negative prompt if "
-        "you like. Apply ControlNets to both conditionings (Apply ControlNet does), so that the domain model sees them too.",
+        tooltip="The base conditioning that both guidances start from: the empty prompt in the paper, a negative "
+        "prompt if you like. Apply ControlNets to both conditionings (Apply ControlNet does), so that the domain "
+        "model sees them too.",
     )
 
 
@@ -105,22 +107,23 @@ class GuidanceTerm(io.ComfyNode):
             node_id="InDomainGuidanceTerm",
             display_name="Guidance Term",
             category=CATEGORY,
-            description="One guidance: what a model predicts for a conditioning, minus a reference, times a weight. Chain terms "
-            "and feed them to the Multi-Guidance Guider.",
+            description="One guidance: what a model predicts for a conditioning, minus a reference, times a weight. "
+            "Chain terms and feed them to the Multi-Guidance Guider.",
             inputs=[
                 io.String.Input(
                     "name", default="domain",
-                    tooltip="What this term is called in messages and in the reference of other terms. Names must differ within "
-                    "a chain.",
+                    tooltip="What this term is called in messages and in the reference of other terms. Names must "
+                    "differ within a chain.",
                 ),
                 io.Float.Input(
                     "weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
-                    tooltip="The strength of this term. Typical 0.5 to 8; 0 turns it off (its model is not even run); negative "
-                    "values push away.",
+                    tooltip="The strength of this term. Typical 0.5 to 8; 0 turns it off (its model is not even run); "
+                    "negative values push away.",
                 ),
                 io.Float.Input(
                     "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="Where in sampling this term begins: 0 (the default) is the start, at the highest noise, 1 the end.",
+                    tooltip="Where in sampling this term begins: 0 (the default) is the start, at the highest noise, 1 "
+                    "the end.",
                 ),
                 io.Float.Input(
                     "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
@@ -128,13 +131,13 @@ class GuidanceTerm(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "ramp", options=list(RAMPS), default="constant",
-                    tooltip="How the weight moves between start and end: constant (the default) keeps it, rise goes from 0 to the "
-                    "weight, fall from the weight to 0, in a straight line or along half a cosine.",
+                    tooltip="How the weight moves between start and end: constant (the default) keeps it, rise goes "
+                    "from 0 to the weight, fall from the weight to 0, in a straight line or along half a cosine.",
                 ),
                 io.String.Input(
                     "reference", default="", optional=True,
-                    tooltip="The name of the term whose prediction is subtracted. Empty (the default) or 'base' means the base "
-                    "conditioning of the prior.",
+                    tooltip="The name of the term whose prediction is subtracted. Empty (the default) or 'base' means "
+                    "the base conditioning of the prior.",
                 ),
                 io.Model.Input(
                     "model", optional=True,
@@ -144,7 +147,8 @@ class GuidanceTerm(io.ComfyNode):
                     "conditioning", optional=True,
                     tooltip="The conditioning of this prediction. Not connected: the guider's base conditioning.",
                 ),
-                GuidanceTerms.Input("terms", optional=True, tooltip="Terms to add this one to. Not connected: a new chain."),
+                GuidanceTerms.Input("terms", optional=True, tooltip="Terms to add this one to. Not connected: a new "
+                "chain."),
             ],
             outputs=[GuidanceTerms.Output(display_name="terms", tooltip="The terms so far, this one last.")],
         )  # fmt: skip
@@ -172,8 +176,8 @@ class MultiGuidanceGuider(io.ComfyNode):
             node_id="InDomainMultiGuidanceGuider",
             display_name="Multi-Guidance Guider",
             category=CATEGORY,
-            description="Generalized classifier-free guidance: the prior on the base conditioning, plus any number of weighted "
-            "terms from any number of models. For SamplerCustomAdvanced.",
+            description="Generalized classifier-free guidance: the prior on the base conditioning, plus any number of "
+            "weighted terms from any number of models. For SamplerCustomAdvanced.",
             inputs=[
                 _prior_input(),
                 io.Conditioning.Input(
@@ -190,7 +194,9 @@ class MultiGuidanceGuider(io.ComfyNode):
     @classmethod
     def execute(cls, prior, base, terms=()) -> io.NodeOutput:
         if not terms:
-            raise GuidanceError("Multi-Guidance Guider: expected at least one Guidance Term, got none; connect a Guidance Term.")
+            raise GuidanceError(
+                "Multi-Guidance Guider: expected at least one Guidance Term, got none; connect a Guidance Term."
+            )
         return io.NodeOutput(Guider(prior, base, terms))
 
 
@@ -203,7 +209,8 @@ class InDomainGuider(io.ComfyNode):
             node_id="InDomainGuider",
             display_name="In-Domain Guider",
             category=CATEGORY,
-            description="Guides the prior with a prompt and with a domain model (arXiv 2312.08195). For SamplerCustomAdvanced.",
+            description="Guides the prior with a prompt and with a domain model (arXiv 2312.08195). For "
+            "SamplerCustomAdvanced.",
             inputs=[
                 _prior_input(),
                 _domain_input(),
@@ -223,7 +230,14 @@ class InDomainGuider(io.ComfyNode):
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             in_domain_guider(
-                prior, domain, positive, negative, domain_weight, control_weight, domain_start_percent, domain_end_percent
+                prior,
+                domain,
+                positive,
+                negative,
+                domain_weight,
+                control_weight,
+                domain_start_percent,
+                domain_end_percent,
             )
         )
 
@@ -244,7 +258,8 @@ class InDomainSampler(io.ComfyNode):
                 _domain_input(),
                 _positive_input(),
                 _negative_input(),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise, empty or encoded; its noise mask is kept to."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise, empty or encoded; its noise mask is "
+                "kept to."),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
                     tooltip="The random seed of the noise: 0 to 2^64 - 1, no value is neutral.",
@@ -265,8 +280,8 @@ class InDomainSampler(io.ComfyNode):
                 _control_weight_input(),
                 io.Float.Input(
                     "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
-                    tooltip="How much of the image is made anew: 1 all of it, lower values keep the structure of the latent, 0 "
-                    "returns it unchanged.",
+                    tooltip="How much of the image is made anew: 1 all of it, lower values keep the structure of the "
+                    "latent, 0 returns it unchanged.",
                 ),
                 *_domain_interval_inputs(),
             ],

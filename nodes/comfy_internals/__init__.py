@@ -1,4 +1,4 @@
-"""Everything that touches ComfyUI's internals. A new ComfyUI version is checked against this package and nothing else."""
+"""Everything that touches ComfyUI's internals: what a new ComfyUI version is checked against, and nothing else."""
 
 from __future__ import annotations
 

@@ -88,8 +88,8 @@ class _PreparedElsewhere:
 class Branch:
     """A model besides the prior.
 
-    `patcher` may be replaced by ComfyUI's own substitute for it between runs. `weights` is the same object for all models whose
-    module holds the right weights for this one too.
+    `patcher` may be replaced by ComfyUI's own substitute for it between runs. `weights` is the same object for all
+    models whose module holds the right weights for this one too.
     """
 
     def __init__(self, patcher: ModelPatcher, name: str, weights: object = None) -> None:
@@ -136,8 +136,15 @@ class Branch:
         return comfy.sampler_helpers.get_additional_models_from_model_options(self.options)
 
     def start(
-        self, noise: Tensor, latent_image: Tensor | None, device: Any, sigmas: Tensor, denoise_mask: Tensor | None,
-        seed: int | None, latent_shapes: Any, controls_of_prior: set[int],
+        self,
+        noise: Tensor,
+        latent_image: Tensor | None,
+        device: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None,
+        seed: int | None,
+        latent_shapes: Any,
+        controls_of_prior: set[int],
     ) -> None:
         """What `CFGGuider.outer_sample` and `inner_sample` do once models are loaded, up to the sampler."""
         comfy.samplers.cast_to_load_options(self.options, device=device, dtype=self.patcher.model_dtype())
@@ -186,8 +193,9 @@ def controls(conds: Conditionings) -> dict[int, Any]:
 def _own_hooks(conds: Conditionings) -> None:
     """Give a branch its own hook objects.
 
-    A hook's keyframes report a change of strength once. Shared with the prior, the model that asks second would never hear of
-    it and keep yesterday's weights. Hooks with one origin stay equal, which is what registration and caching go by.
+    A hook's keyframes report a change of strength once. Shared with the prior, the model that asks second would never
+    hear of it and keep yesterday's weights. Hooks with one origin stay equal, which is what registration and caching go
+    by.
     """
     groups: dict[int, Any] = {}
     keyframes: dict[int, Any] = {}

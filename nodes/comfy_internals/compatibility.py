@@ -68,8 +68,8 @@ def check_same_noise(prior: ModelPatcher, other: ModelPatcher, term: str) -> Non
     ours, theirs = (noise_family(p.get_model_object("model_sampling")) for p in (prior, other))
     if ours != theirs:
         raise GuidanceError(
-            f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the {display_name(other)} "
-            f"is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
+            f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the "
+            f"{display_name(other)} is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
         )
 
 
@@ -81,8 +81,9 @@ def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -
     widths = [p.model.model_config.unet_config.get("context_dim") for p in (prior, other)]
     if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
         raise GuidanceError(
-            f"Term {term!r}: expected a model that reads text conditionings of width {widths[0]} as the prior does, but the "
-            f"{display_name(other)} reads width {widths[1]}; use a model of the prior's family or a text-free one."
+            f"Term {term!r}: expected a model that reads text conditionings of width {widths[0]} as the prior does, "
+            f"but the {display_name(other)} reads width {widths[1]}; use a model of the prior's family or a text-free "
+            f"one."
         )
 
 
@@ -117,7 +118,8 @@ def check_sigma_ranges(
             )
             raise GuidanceError(
                 f"Term {term!r}: expected a model that covers noise level sigma {asked:.4g} of this run, but the "
-                f"{display_name(other)} covers sigma {low:.4g} to {high:.4g} (the prior {own[0]:.4g} to {own[1]:.4g}); {remedy}."
+                f"{display_name(other)} covers sigma {low:.4g} to {high:.4g} (the prior {own[0]:.4g} to {own[1]:.4g}); "
+                f"{remedy}."
             )
 
 

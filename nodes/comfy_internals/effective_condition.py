@@ -1,15 +1,16 @@
 """Hooks of the sampling function under multi-guidance: they see one plain CFG of the same result.
 
-A multi-guidance step equals a CFG of scale W = sum w_i on the effective condition c_eff = D_u + sum w_i (D_i - R_i) / W.
-Core's hooks know a (cond, uncond, scale) triple, so they get (c_eff, D_u, W). What that means for each kind:
+A multi-guidance step equals a CFG of scale W = sum w_i on the effective condition c_eff = D_u + sum w_i (D_i - R_i) /
+W. Core's hooks know a (cond, uncond, scale) triple, so they get (c_eff, D_u, W). What that means for each kind:
 
 * `sampler_calc_cond_batch_function` replaces the evaluation of the prior: called with [control, base], as core does.
 * `sampler_pre_cfg_function`, `sampler_cfg_function`, `sampler_post_cfg_function`: called with c_eff as the conditional
-  prediction, D_u as the unconditional one and W as the scale; `cond` and `uncond` are the control and base conditionings.
-* a hook that runs the model again on `cond` (PAG, SLG) compares what it gets with c_eff, while the model itself would answer
-  D_control. Inside hooks the answer is therefore moved by c_eff - D_control: an undisturbed run answers exactly c_eff, a
-  disturbed one differs from it by the model's own difference. Runs on `uncond` (SAG) answer as they are, since D_u is the
-  prior's own prediction.
+  prediction, D_u as the unconditional one and W as the scale; `cond` and `uncond` are the control and base
+  conditionings.
+* a hook that runs the model again on `cond` (PAG, SLG) compares what it gets with c_eff, while the model itself would
+  answer D_control. Inside hooks the answer is therefore moved by c_eff - D_control: an undisturbed run answers exactly
+  c_eff, a disturbed one differs from it by the model's own difference. Runs on `uncond` (SAG) answer as they are, since
+  D_u is the prior's own prediction.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ def apply_hooks(
 ) -> Tensor:
     """The denoised result [B, C, ...] after the pre-cfg, cfg and post-cfg hooks of `model_options`.
 
-    effective, base, scale: the triple of `Step.effective`. control_prediction: gives D_control when a hook runs the model
-    again; evaluated only then.
+    effective, base, scale: the triple of `Step.effective`. control_prediction: gives D_control when a hook runs the
+    model again; evaluated only then.
     """
     options = _with_translation(model, effective, control_prediction, control_cond, x, model_options)
     predictions = [effective, base]
@@ -65,12 +66,24 @@ def apply_hooks(
             }
         )  # fmt: skip
     return comfy.samplers.cfg_function(
-        model, predictions[0], predictions[1], scale, x, timestep, model_options=options, cond=control_cond, uncond=base_cond
+        model,
+        predictions[0],
+        predictions[1],
+        scale,
+        x,
+        timestep,
+        model_options=options,
+        cond=control_cond,
+        uncond=base_cond,
     )
 
 
 def _with_translation(
-    model: Any, effective: Tensor, control_prediction: Callable[[], Tensor], control_cond: list, x: Tensor,
+    model: Any,
+    effective: Tensor,
+    control_prediction: Callable[[], Tensor],
+    control_cond: list,
+    x: Tensor,
     model_options: dict[str, Any],
 ) -> dict[str, Any]:
     """`model_options` in which running `model` on `control_cond` answers around c_eff instead of D_control."""
@@ -83,5 +96,7 @@ def _with_translation(
         return outputs
 
     options = comfy.model_patcher.create_model_options_clone(model_options)
-    comfy.patcher_extension.add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, _KEY, translate, options, is_model_options=True)
+    comfy.patcher_extension.add_wrapper_with_key(
+        WrappersMP.CALC_COND_BATCH, _KEY, translate, options, is_model_options=True
+    )
     return options

@@ -1,7 +1,8 @@
 """Multi-guidance (arXiv 2312.08195) as a ComfyUI guider: several models and conditionings in one sampling run.
 
-The prior is the guider's own model, exactly as in core's `CFGGuider`; every other model is a `Branch`. Where only the prior's
-own control conditioning is left to guide, core's `predict_noise` runs, so that the result is core's to the last bit.
+The prior is the guider's own model, exactly as in core's `CFGGuider`; every other model is a `Branch`. Where only the
+prior's own control conditioning is left to guide, core's `predict_noise` runs, so that the result is core's to the last
+bit.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _HOOK_MODELS = "indomain_guidance hook models"
 
 @dataclass(frozen=True)
 class TermInput:
-    """One guidance term as the user wired it. No model means the prior, no conditioning the base's, no reference the base."""
+    """One term as the user wired it. No model means the prior, no conditioning the base's, no reference the base."""
 
     name: str
     weight: WeightLike
@@ -52,12 +53,12 @@ class TermInput:
 class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     """D = D_u + sum_i w_i(sigma) (D_i - R_i) of arXiv 2312.08195, D_u the prior on the base conditioning.
 
-    Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit, weights
-    that are not finite, models of another latent space or another way of adding noise; and at the start of sampling a model
-    whose sigma range does not cover the steps it is active in.
+    Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit,
+    weights that are not finite, models of another latent space or another way of adding noise; and at the start of
+    sampling a model whose sigma range does not cover the steps it is active in.
 
-    After a run, `samples_per_step` is the number of predictions per image and step, `evaluations` the number of predictions
-    for each term.
+    After a run, `samples_per_step` is the number of predictions per image and step, `evaluations` the number of
+    predictions for each term.
     """
 
     def __init__(self, prior: ModelPatcher, base: list, terms: Sequence[TermInput]) -> None:
@@ -70,7 +71,13 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self.guidance = Guidance(
             Source(prior, base),
             [
-                Term(term.name, model, base if term.conditioning is None else term.conditioning, term.weight, term.reference)
+                Term(
+                    term.name,
+                    model,
+                    base if term.conditioning is None else term.conditioning,
+                    term.weight,
+                    term.reference,
+                )
                 for term, model in given
             ],
         )
@@ -86,6 +93,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._loaded_branches: list[Branch] = []
         self._add_branches()
         self._active: dict[int, tuple[ModelPatcher, object]] = {}
+        self._memory_required = 0.0
         self._percent_to_sigma = self._percent_scale()
         self.evaluations: Counter[str] = Counter()
         self.steps = 0
@@ -100,8 +108,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             ignored = Branch(source.model, names).ignored_hooks()
             if ignored:
                 LOG.warning(
-                    "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling function "
-                    "belong on the prior.", ", ".join(ignored), names,
+                    "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling "
+                    "function belong on the prior.", ", ".join(ignored), names,
                 )  # fmt: skip
         for term in self.guidance.terms:
             against_prior = self.guidance.reference(term).model is prior
@@ -109,9 +117,9 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 continue
             if compatibility.missing_weight_patches(prior, term.model):
                 LOG.warning(
-                    "Multi-guidance: the prior carries weight patches (LoRAs) that the model of term '%s' lacks, so this term "
-                    "pushes against them; put the same LoRA on that model, or add the unpatched prior as a term of weight 0 and "
-                    "make it this term's reference.", term.name,
+                    "Multi-guidance: the prior carries weight patches (LoRAs) that the model of term '%s' lacks, so "
+                    "this term pushes against them; put the same LoRA on that model, or add the unpatched prior as a "
+                    "term of weight 0 and make it this term's reference.", term.name,
                 )  # fmt: skip
 
     def _name_conditionings(self) -> Source | None:
@@ -139,10 +147,12 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _add_branches(self) -> None:
         """One branch for each model that can ever be needed; core loads them together with the prior, in one call.
 
-        Models on one module with the same weights need no loading of their own. With different weights each gets its own copy
-        of the module, or, where that is not possible, they take turns in it.
+        Models on one module with the same weights need no loading of their own. With different weights each gets its
+        own copy of the module, or, where that is not possible, they take turns in it.
         """
-        holders: dict[int, tuple[ModelPatcher, object]] = {id(self.model_patcher.model): (self.model_patcher, self._weights)}
+        holders: dict[int, tuple[ModelPatcher, object]] = {
+            id(self.model_patcher.model): (self.model_patcher, self._weights)
+        }
         for source in self._sources_ever_needed():
             if source.model is self._given_prior or id(source.model) in self._branches:
                 continue
@@ -156,7 +166,9 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 holders[id(patcher.model)] = (patcher, weights)
                 self._loaded_branches.append(branch)
         if self._loaded_branches:
-            self.model_patcher.set_additional_models(_ADDITIONAL_MODELS, [branch.patcher for branch in self._loaded_branches])
+            self.model_patcher.set_additional_models(
+                _ADDITIONAL_MODELS, [branch.patcher for branch in self._loaded_branches]
+            )
 
     def _term_names(self, source: Source) -> str:
         return " and ".join(self.guidance.names(source))
@@ -181,14 +193,14 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         own = on_own_weights(patcher)
         if own is not None:
             LOG.info(
-                "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched differently; "
-                "it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
+                "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
+                "differently; it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
             )  # fmt: skip
             return own, None
         LOG.warning(
-            "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched differently, and "
-            "there is no room or way for a second copy; the weights are patched anew twice a step, which is slow. Loading the "
-            "checkpoint for it from a second file avoids that.", name,
+            "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
+            "differently, and there is no room or way for a second copy; the weights are patched anew twice a step, "
+            "which is slow. Loading the checkpoint for it from a second file avoids that.", name,
         )  # fmt: skip
         return patcher, holder
 
@@ -202,13 +214,16 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         """Predictions per image and step of the last run, all models together."""
         return sum(self.evaluations.values()) / max(self.steps, 1)
 
-    def outer_sample(self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def outer_sample(
+        self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         self.evaluations, self.steps = Counter(), max(len(sigmas) - 1, 0)
         self._percent_to_sigma = self._percent_scale()
         compatibility.check_sigma_ranges(
             self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior, self._patcher_of
         )
-        # Newer versions may have replaced the prior, and with it the models that hang on it, by another kind of patcher.
+        # Newer versions may have replaced the prior, and with it the models that hang on it, by another kind of
+        # patcher.
         for branch, patcher in zip(
             self._loaded_branches, self.model_patcher.get_additional_models_with_key(_ADDITIONAL_MODELS)
         ):
@@ -240,7 +255,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         return {key: [entry.copy() for entry in entries] for key, entries in originals.items()}
 
     def _visible_to_loading(self, branches: Sequence[Branch]) -> Conditionings:
-        """The prior's conditionings, and beside them whatever makes core load the branches' ControlNets and hook models."""
+        """The prior's conditionings, and whatever makes core load the branches' ControlNets and hook models."""
         visible: Conditionings = dict(self.conds)
         for branch in branches:
             for key in self._branch_conds:
@@ -251,19 +266,27 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         return visible
 
     def inner_sample(
-        self, noise: Tensor, latent_image: Tensor | None, device: Any, sampler: Any, sigmas: Tensor, denoise_mask: Tensor | None,
-        callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
+        self, noise: Tensor, latent_image: Tensor | None, device: Any, sampler: Any, sigmas: Tensor,
+        denoise_mask: Tensor | None, callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         self.conds = {key: entries for key, entries in self.conds.items() if key in self.original_conds}
         holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
         self._active = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
+        self._memory_required = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         latent = latent_image
         if self._branches and latent is not None and torch.count_nonzero(latent) > 0:
             latent = self.inner_model.process_latent_in(latent)
         for branch in self._branches.values():
             self._activate(branch.patcher, branch.weights)
             branch.start(
-                noise, latent, device, sigmas, denoise_mask, seed, kwargs.get("latent_shapes"), set(controls(self.conds))
+                noise,
+                latent,
+                device,
+                sigmas,
+                denoise_mask,
+                seed,
+                kwargs.get("latent_shapes"),
+                set(controls(self.conds)),
             )
         self._activate(self.model_patcher, self._weights)
         return super().inner_sample(
@@ -280,13 +303,15 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 current.patch_hooks(None)
             if held is not weights:
                 beside = [m for m in [self.model_patcher, *self.loaded_models] if m.model is not module]
-                comfy.model_management.load_models_gpu([patcher, *beside])
+                comfy.model_management.load_models_gpu([patcher, *beside], memory_required=self._memory_required)
         self._active[id(module)] = (patcher, weights)
         module.current_patcher = patcher
 
     # ---- one prediction ---------------------------------------------------------------------------------------------
 
-    def predict_noise(self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None) -> Tensor:
+    def predict_noise(
+        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
+    ) -> Tensor:
         hooked = effective_condition.has_hooks(model_options)
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])
@@ -304,7 +329,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _predict(
         self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> dict[Source, Tensor]:
-        """Denoised predictions [B, C, ...] of all `sources`, one call for each model, the prior last so that it stays active."""
+        """Denoised predictions [B, C, ...] of all `sources`, the prior last so that it stays active."""
         self._count(sources)
         predictions: dict[Source, Tensor] = {}
         for model, branch in self._branches.items():
@@ -331,7 +356,15 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
         outputs = run(others, x, timestep, model_options) if others else {}
         if any(cond is not None for cond in pair):
-            hooked = hook({"conds": pair, "input": x, "sigma": timestep, "model": self.inner_model, "model_options": model_options})
+            hooked = hook(
+                {
+                    "conds": pair,
+                    "input": x,
+                    "sigma": timestep,
+                    "model": self.inner_model,
+                    "model_options": model_options,
+                }
+            )
             outputs.update(zip((POSITIVE, NEGATIVE), hooked))
         return outputs
 
@@ -349,8 +382,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             return predictions[control]
 
         return effective_condition.apply_hooks(
-            self.inner_model, effective, base, scale, control_prediction, control_cond, self.conds[NEGATIVE], x, timestep,
-            model_options,
+            self.inner_model, effective, base, scale, control_prediction, control_cond, self.conds[NEGATIVE],
+            x, timestep, model_options,
         )  # fmt: skip
 
     def _count(self, sources: Sequence[Source]) -> None:
@@ -367,9 +400,11 @@ def in_domain_guider(
     domain_start: float = 0.0,
     domain_end: float = 1.0,
 ) -> MultiGuidanceGuider:
-    """D_u + w_d (D_domain - D_u) + w_c (D_control - D_u) of arXiv 2312.08195, the domain term within an interval of sampling.
+    """D_u + w_d (D_domain - D_u) + w_c (D_control - D_u) of arXiv 2312.08195, the domain term within an interval of
+    sampling.
 
-    domain_start, domain_end: sampling percent, 0 to 1; (0, 1) is the whole run. Weights of 0 are neutral and cost nothing.
+    domain_start, domain_end: sampling percent, 0 to 1; (0, 1) is the whole run. Weights of 0 are neutral and cost
+    nothing.
     """
     weight: WeightLike = domain_weight
     if weight != 0 and (domain_start, domain_end) != (0.0, 1.0):
@@ -382,12 +417,18 @@ def in_domain_guider(
 
 
 def sample_latent(
-    guider: MultiGuidanceGuider, latent: dict[str, Any], seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+    guider: MultiGuidanceGuider,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
 ) -> dict[str, Any]:
     """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
 
-    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not know,
-    which core itself would silently replace by others.
+    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not
+    know, which core itself would silently replace by others.
     """
     for what, name, known in (
         ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
@@ -404,7 +445,8 @@ def sample_latent(
     )  # fmt: skip
     result = guider.sample(
         noise, samples, comfy.samplers.sampler_object(sampler_name), plan.sigmas, denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
     )  # fmt: skip
     out = latent.copy()
     out.pop(_EMPTY_RATIO, None)

@@ -23,8 +23,8 @@ _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
 def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
     """Whether two MODELs on one module can run without touching it in between.
 
-    Stricter than core's `clone_has_same_weights`, which does not look at object patches (another noise schedule, say), and
-    more lenient in what does not reach the weights (wrappers, callbacks).
+    Stricter than core's `clone_has_same_weights`, which does not look at object patches (another noise schedule, say),
+    and more lenient in what does not reach the weights (wrappers, callbacks).
     """
     if a is b:
         return True
@@ -52,8 +52,8 @@ def _same_list(a: Any, b: Any) -> bool:
 def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
     """The same MODEL on a private copy of its module, so that it can be loaded beside its siblings.
 
-    None where a copy cannot stand in for the original (something else holds on to the module: compiled code, injections,
-    wrappers, dynamic loading) or where main memory does not allow it.
+    None where a copy cannot stand in for the original (something else holds on to the module: compiled code,
+    injections, wrappers, dynamic loading) or where main memory does not allow it.
     """
     if not _is_copyable(patcher):
         return None
@@ -67,7 +67,7 @@ def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
         LOG.debug("Could not copy %s: %s", type(patcher.model).__name__, problem)
         return None
     own = patcher.clone()
-    own.model = module
+    own.model, own.parent = module, None
     # Clones share these with their siblings: they describe what is patched into the module, and this one is pristine.
     own.backup, own.object_patches_backup, own.hook_backup = {}, {}, {}
     own.cached_hook_patches, own.pinned, own.current_hooks = {}, set(), None

@@ -61,9 +61,9 @@ def comfyui() -> SimpleNamespace:
     cli_args.args.cpu = True
     names = (
         "comfy.conds", "comfy.controlnet", "comfy.cldm.cldm", "comfy.hooks", "comfy.latent_formats", "comfy.lora",
-        "comfy.model_base", "comfy.model_management", "comfy.model_patcher", "comfy.model_sampling", "comfy.nested_tensor",
-        "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.samplers", "comfy.sd", "comfy.supported_models",
-        "comfy.utils", "comfy_extras.nodes_custom_sampler", "latent_preview", "nodes",
+        "comfy.model_base", "comfy.model_management", "comfy.model_patcher", "comfy.model_sampling",
+        "comfy.nested_tensor", "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.samplers",
+        "comfy.sd", "comfy.supported_models", "comfy.utils", "comfy_extras.nodes_custom_sampler", "latent_preview", "nodes",
     )  # fmt: skip
     modules = {name: importlib.import_module(name) for name in names}
     # A checkout on sys.path would put this project's package `nodes` in the place of ComfyUI's module.
@@ -108,8 +108,10 @@ class Tiny:
         cpu = torch.device("cpu")
         return self.comfy.model_patcher.ModelPatcher(model, load_device=cpu, offload_device=cpu)
 
-    def cached_domain(self, prior: Any, context: torch.Tensor, seed: int | None = None, prediction: str = "epsilon") -> Any:
-        """The text-free `cached` form of a tiny prior for `context` [1, T, D]; with a seed, trained away from it at random."""
+    def cached_domain(
+        self, prior: Any, context: torch.Tensor, seed: int | None = None, prediction: str = "epsilon"
+    ) -> Any:
+        """The `cached` form of a tiny prior for `context` [1, T, D]; with a seed, trained away from it at random."""
         null_text = importlib.import_module("indomain_guidance.guidance.null_text")
         unet = importlib.import_module("indomain_guidance.guidance.networks.unet")
         loading = importlib.import_module("indomain_guidance.nodes.comfy_internals.loading")
@@ -118,7 +120,10 @@ class Tiny:
         weights, config = null_text.build_cached(weights, config, null_text.NullContext(context, {}))
         if seed is not None:
             generator = torch.Generator().manual_seed(seed)
-            weights = {k: v + 0.3 * v.std().nan_to_num() * torch.randn(v.shape, generator=generator) for k, v in weights.items()}
+            weights = {
+                k: v + 0.3 * v.std().nan_to_num() * torch.randn(v.shape, generator=generator)
+                for k, v in weights.items()
+            }
         info = loading.DomainInfo("tiny domain", "tiny.safetensors", "cached", None)
         return loading.build_unet_model(
             weights, config, info=info, latent_format="sd15", source="tiny", prediction_type=prediction
@@ -164,7 +169,15 @@ class Tiny:
         """A copy of a conditioning with more options, as core's conditioning nodes make."""
         return [[tensor, {**old, **options}] for tensor, old in conditioning]
 
-    def sample(self, guider: Any, seed: int = 1, steps: int = 3, sampler: str = "euler", scheduler: str = "normal", **latent: Any):
+    def sample(
+        self,
+        guider: Any,
+        seed: int = 1,
+        steps: int = 3,
+        sampler: str = "euler",
+        scheduler: str = "normal",
+        **latent: Any,
+    ):
         """Sample an empty tiny latent (or `latent=`) with a guider; the samples."""
         internals = importlib.import_module("indomain_guidance.nodes.comfy_internals.guider")
         given = latent.pop("latent", None) or self.latent(**latent)

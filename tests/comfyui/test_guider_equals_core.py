@@ -9,7 +9,9 @@ SAMPLERS = ["euler", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2m_sde"]
 
 
 def k_sampler(comfyui, model, positive, negative, latent, cfg, sampler, denoise):
-    (out,) = comfyui.nodes.common_ksampler(model, 7, 4, cfg, sampler, "karras", positive, negative, latent, denoise=denoise)
+    (out,) = comfyui.nodes.common_ksampler(
+        model, 7, 4, cfg, sampler, "karras", positive, negative, latent, denoise=denoise
+    )
     return out
 
 
@@ -82,7 +84,8 @@ def test_domain_weight_zero_leaves_the_domain_model_alone(tiny, internals, guide
 
 
 def test_untrained_cached_domain_model_with_control_nets_is_core(comfyui, tiny, internals):
-    # The cached form equals the prior on the empty prompt, so the domain term vanishes where it sees what the base sees.
+    # The cached form equals the prior on the empty prompt, so the domain term vanishes where it sees what the base
+    # sees.
     prior, positive, negative = tiny.prior(), tiny.conditioning(1), tiny.conditioning(2)
     domain = tiny.cached_domain(prior, negative[0][0])
     control = tiny.control_net()
@@ -91,7 +94,10 @@ def test_untrained_cached_domain_model_with_control_nets_is_core(comfyui, tiny, 
     plain.set_conds(positive, negative)
     plain.set_cfg(3.0)
     without = tiny.predict(plain, x, 2.0)
-    assert relative(tiny.predict(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 3.0), x, 2.0), without) < 1e-4
+    assert (
+        relative(tiny.predict(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 3.0), x, 2.0), without)
+        < 1e-4
+    )
 
     controlled = [tiny.with_options(c, control=control, control_apply_to_uncond=False) for c in (positive, negative)]
     plain.set_conds(*controlled)

@@ -1,7 +1,8 @@
 """Core's nodes that change the sampling function, on the prior of a multi-guidance run.
 
-Two kinds of oracle. With twins for all models and one conditioning for all terms, multi-guidance is a plain CFG of scale W, so a
-core node must give what it gives on core's own CFG. And for different models the result is computed by hand from c_eff.
+Two kinds of oracle. With twins for all models and one conditioning for all terms, multi-guidance is a plain CFG of
+scale W, so a core node must give what it gives on core's own CFG. And for different models the result is computed by
+hand from c_eff.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def skip_middle_layer(model):
     model = model.clone()
 
     def post(args):
-        options = set_replace(args["model_options"].copy(), lambda q, k, v, extra_options, mask=None: v, "attn1", "middle", 0)
+        options = set_replace(
+            args["model_options"].copy(), lambda q, k, v, extra_options, mask=None: v, "attn1", "middle", 0
+        )
         (weak,) = calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
         return args["denoised"] + (args["cond_denoised"] - weak) * 2.0
 
@@ -84,8 +87,8 @@ def nodes(tiny) -> dict:
 
 
 NAMES = [
-    "RescaleCFG", "APG", "APG momentum", "TCFG", "CFGZeroStar", "CFGNorm", "Mahiro", "FreSca", "RenormCFG", "EpsilonScaling",
-    "LatentApplyOperationCFG", "PAG", "SLG", "SLG DiT", "SLG DiT simple", "SAG", "PerpNeg",
+    "RescaleCFG", "APG", "APG momentum", "TCFG", "CFGZeroStar", "CFGNorm", "Mahiro", "FreSca", "RenormCFG",
+    "EpsilonScaling", "LatentApplyOperationCFG", "PAG", "SLG", "SLG DiT", "SLG DiT simple", "SAG", "PerpNeg",
 ]  # fmt: skip
 
 # A UNet has no DiT layers to skip; what remains is that the hook is called with the pair that it expects.
@@ -157,9 +160,14 @@ def test_all_kinds_see_one_cfg_in_their_order(tiny, two_models):
     def node(model):
         model = model.clone()
         model.set_model_sampler_calc_cond_batch_function(
-            lambda a: (seen.append(("batch", len(a["conds"]))), calc(a["model"], a["conds"], a["input"], a["sigma"], a["model_options"]))[1]
+            lambda a: (
+                seen.append(("batch", len(a["conds"]))),
+                calc(a["model"], a["conds"], a["input"], a["sigma"], a["model_options"]),
+            )[1]
         )
-        model.set_model_sampler_pre_cfg_function(lambda a: (seen.append(("pre", a)), [p + 1.0 for p in a["conds_out"]])[1])
+        model.set_model_sampler_pre_cfg_function(
+            lambda a: (seen.append(("pre", a)), [p + 1.0 for p in a["conds_out"]])[1]
+        )
         model.set_model_sampler_cfg_function(
             lambda a: (seen.append(("cfg", a)), a["uncond"] + a["cond_scale"] * (a["cond"] - a["uncond"]))[1]
         )
@@ -176,7 +184,10 @@ def test_all_kinds_see_one_cfg_in_their_order(tiny, two_models):
     assert relative(pre["conds_out"][0], d["effective"]) < 1e-5 and relative(pre["conds_out"][1], d["u"]) < 1e-5
     for args in (pre, cfg, post):
         assert args["cond_scale"] == SCALE and args["model"] is guider.model_patcher.model
-    assert relative(cfg["cond_denoised"], d["effective"] + 1.0) < 1e-5 and cfg["input_cond"] is post["cond"] is pre["conds"][0]
+    assert (
+        relative(cfg["cond_denoised"], d["effective"] + 1.0) < 1e-5
+        and cfg["input_cond"] is post["cond"] is pre["conds"][0]
+    )
     assert relative(post["denoised"], d["result"] + 1.0) < 1e-5
     assert relative(result, (d["result"] + 1.0) * 2.0 + 3.0) < 1e-5
 
@@ -219,7 +230,9 @@ def test_cancelling_weights_hand_over_the_result_itself(tiny, internals, two_mod
 def test_hooks_survive_a_whole_run_and_the_next(comfyui, tiny, internals):
     positive, negative = tiny.conditioning(1), tiny.conditioning(2)
     for name in ("RescaleCFG", "PAG", "SAG", "SLG DiT"):
-        guider = internals.in_domain_guider(nodes(tiny)[name](tiny.prior(0)), tiny.prior(1), positive, negative, 1.5, 2.0)
+        guider = internals.in_domain_guider(
+            nodes(tiny)[name](tiny.prior(0)), tiny.prior(1), positive, negative, 1.5, 2.0
+        )
         first = tiny.sample(guider, steps=3, size=16)
         assert first.isfinite().all() and torch.equal(tiny.sample(guider, steps=3, size=16), first)
 

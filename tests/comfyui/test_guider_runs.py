@@ -1,4 +1,4 @@
-"""Whole sampling runs: every sampler and scheduler, repeated, broken off, masked, nested, with areas and ControlNets."""
+"""Whole sampling runs: every sampler and scheduler, repeated, broken off, masked, with areas and ControlNets."""
 
 from __future__ import annotations
 
@@ -93,7 +93,9 @@ def test_mask_batch_and_denoise(comfyui, tiny, internals, sampler):
 
 def test_denoise_zero_returns_the_latent(tiny, internals, in_domain):
     latent = tiny.latent(3)
-    assert torch.equal(internals.sample_latent(in_domain(), latent, 1, 4, "euler", "normal", 0.0)["samples"], latent["samples"])
+    assert torch.equal(
+        internals.sample_latent(in_domain(), latent, 1, 4, "euler", "normal", 0.0)["samples"], latent["samples"]
+    )
 
 
 def test_twice_in_a_row(tiny, in_domain):
@@ -202,7 +204,10 @@ def test_one_model_call_for_the_conditionings_of_one_model(comfyui, tiny, intern
     conds = [tiny.conditioning(i) for i in range(4)]
     terms = [internals.TermInput(f"t{i}", 1.0, conditioning=conds[i]) for i in (1, 2)]
     terms += [internals.TermInput("again", 0.5, conditioning=conds[1])]
-    terms += [internals.TermInput("d0", 1.0, model=domain), internals.TermInput("d3", 1.0, model=domain, conditioning=conds[3])]
+    terms += [
+        internals.TermInput("d0", 1.0, model=domain),
+        internals.TermInput("d3", 1.0, model=domain, conditioning=conds[3]),
+    ]
     guider = internals.MultiGuidanceGuider(prior, conds[0], terms)
     batches = []
     for patcher in (prior, domain):
@@ -285,7 +290,10 @@ def test_areas_of_the_control_alone_are_core_with_a_twin(comfyui, tiny, internal
     core.set_conds(positive, negative)
     core.set_cfg(2.0)
     expected = tiny.predict(core, x, 2.0)
-    assert relative(tiny.predict(internals.in_domain_guider(prior, twin, positive, negative, *weights), x, 2.0), expected) < 1e-5
+    assert (
+        relative(tiny.predict(internals.in_domain_guider(prior, twin, positive, negative, *weights), x, 2.0), expected)
+        < 1e-5
+    )
     blind = tiny.denoised(prior, negative, x, 2.0)
     assert relative(blind, expected) > 1e-3
 
@@ -295,11 +303,16 @@ def test_control_net_of_a_branch_alone_is_loaded_prepared_and_cleaned(comfyui, t
     prior, other = tiny.prior(0), tiny.prior(1)
     base, control = tiny.conditioning(1), tiny.control_net()
     own = tiny.with_options(tiny.conditioning(2), control=control)
-    guider = internals.MultiGuidanceGuider(prior, base, [internals.TermInput("other", 1.5, model=other, conditioning=own)])
+    guider = internals.MultiGuidanceGuider(
+        prior, base, [internals.TermInput("other", 1.5, model=other, conditioning=own)]
+    )
     x = noisy(3)
     loaded = []
     load = comfyui.model_management.load_models_gpu
-    comfyui.model_management.load_models_gpu = lambda models, *a, **k: (loaded.append(list(models)), load(models, *a, **k))[1]
+    comfyui.model_management.load_models_gpu = lambda models, *a, **k: (
+        loaded.append(list(models)),
+        load(models, *a, **k),
+    )[1]
     try:
         result = tiny.predict(guider, x, 2.0)
     finally:
@@ -357,7 +370,9 @@ def test_nested_latents(comfyui, tiny, internals):
     core.set_cfg(2.0)
     for guider in (core, internals.in_domain_guider(prior, twin, positive, negative, *weights)):
         sigmas = torch.tensor([10.0, 3.0, 0.0])
-        results.append(guider.sample(nested(noise), nested(parts), comfyui.samplers.sampler_object("euler"), sigmas, seed=1))
+        results.append(
+            guider.sample(nested(noise), nested(parts), comfyui.samplers.sampler_object("euler"), sigmas, seed=1)
+        )
     for ours, theirs in zip(results[1].unbind(), results[0].unbind()):
         assert relative(ours, theirs) < 1e-4
     assert {id(patcher) for patcher, seen in shapes if patcher is twin and seen is not None} == {id(twin)}
