@@ -127,8 +127,13 @@ else:
     def _try_lock(handle) -> bool:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             return False
+        except OSError as error:  # some network file systems have no locks; waiting for one would never end
+            raise SetupProblem(
+                f"Expected a file system with locks for {handle.name}, found one that answers {error}: set INDOMAIN_CACHE "
+                "to a folder on a local disk."
+            ) from error
         return True
 
     def _unlock(handle) -> None:
@@ -309,6 +314,9 @@ def build_pinned_environment(folder: Path) -> dict:
     if not runs(venv_python(folder / "venv"), "import torch, torchvision, aiohttp, transformers, safetensors"):
         raise SetupProblem(f"The environment in {folder} was built but cannot import torch: see {log}.")
     say(f"environment ready after {time.monotonic() - started:.0f} s")
+    others = [other.name for other in folder.parent.iterdir() if other.is_dir() and other != folder]
+    if others:
+        say(f"environments of other versions, which you may delete, in {folder.parent}: {', '.join(others)}")
     return {"comfyui": COMFYUI_WHEEL, "python": this_python(), "seconds": round(time.monotonic() - started)}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -19,10 +18,6 @@ def _load_bootstrap():
     spec.loader.exec_module(module)
     return module
 
-
-# Tests of CUDA code ask for it themselves; everything else is compared on the CPU.
-os.environ.setdefault("PYTHONUTF8", "1")
-sys.dont_write_bytecode = sys.dont_write_bytecode or bool(os.environ.get("CI"))
 
 bootstrap = _load_bootstrap()
 bootstrap.forget_checkout_on_path()

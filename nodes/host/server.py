@@ -133,9 +133,11 @@ class ComfyServer:
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
         link = self.base / "custom_nodes" / PACK_NAME
-        unlink_folder(link)
-        # A link, because a copy would go stale and a forwarding module would hide the templates.
-        link_folder(link, self.checkout)
+        # A link, because a copy would go stale and a forwarding module would hide the templates. In a base directory
+        # that is kept, another server may be using the same one.
+        if not link.exists() or link.resolve() != self.checkout.resolve():
+            unlink_folder(link)
+            link_folder(link, self.checkout)
 
     def _command(self, port: int) -> list[str]:
         return [
@@ -145,7 +147,7 @@ class ComfyServer:
             "--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}",
             "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME,
             "--disable-api-nodes", "--disable-auto-launch",
-            *([] if "--cpu" in self.flags or has_accelerator() else ["--cpu"]),
+            *([] if {"--cpu", "--directml"} & set(self.flags) or has_accelerator() else ["--cpu"]),
             *self.flags,
         ]  # fmt: skip
 
@@ -226,8 +228,8 @@ class ComfyServer:
         try:
             self._end_process()
         finally:
-            unlink_folder(self.base / "custom_nodes" / PACK_NAME)
             if self._owns_base:
+                unlink_folder(self.base / "custom_nodes" / PACK_NAME)
                 shutil.rmtree(self.base, ignore_errors=True)
 
     def _end_process(self, patience_s: float = 8.0) -> None:
