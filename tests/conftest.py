@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,21 @@ def comfyui_path() -> Path:
     if not path:
         pytest.skip("needs a ComfyUI: start the tests with `python run.py test`")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def core():
+    """Imports modules of ComfyUI in this process, on the CPU: ``core("comfy.model_sampling")``."""
+    root = os.environ.get("INDOMAIN_COMFYUI_PATH")
+    if not root:
+        pytest.skip("INDOMAIN_COMFYUI_PATH names no ComfyUI to compare with")
+    if root not in sys.path:
+        sys.path.insert(0, root)
+    arguments = importlib.import_module("comfy.cli_args").args
+    assert os.path.realpath(sys.modules["comfy.cli_args"].__file__).startswith(os.path.realpath(root))
+    if "comfy.model_management" not in sys.modules:
+        arguments.cpu = True  # read when model_management is imported
+    return importlib.import_module
 
 
 @pytest.fixture(scope="session")

@@ -96,8 +96,11 @@ def write_safetensors(
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's default; safetensors would make the file private
         save_file(plain, str(temporary), metadata=dict(metadata or {}))
         _flush(temporary)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
         if os.name == "posix":
             _flush(path.parent)

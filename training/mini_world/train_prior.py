@@ -21,7 +21,7 @@ UNET = UNetConfig(model_channels=32, channel_mult=(2, 3), num_res_blocks=(2, 2),
 TEXT = TextEncoderConfig(width=128, layers=2, heads=4, mlp_width=512, vocab_size=tokens.ROWS, end_token=tokens.END_ROW)
 LOOP = LoopConfig(name="prior", steps=5000, rate=1.5e-3, ema=0.999, save_every=500)
 CAPTIONS_A_BATCH, IMAGES_A_CAPTION = 32, 4
-PER_KIND = 96            # latents kept for each of the 560 (digit, ink, ground) kinds
+PER_KIND = 64            # latents kept for each of the 560 (digit, ink, ground) kinds
 EMPTY_SHARE = 0.12       # captions dropped so that the unconditional exists
 PARTIAL_SHARE = 0.2      # captions that leave a part unsaid
 

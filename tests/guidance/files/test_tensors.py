@@ -183,3 +183,11 @@ def test_other_pickles_and_disguises(tmp_path):
     path.write_bytes(whole.read_bytes()[:300])
     with pytest.raises(FileProblem, match="cannot be read safely"):
         read_state_dict(path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="file modes are POSIX")
+def test_a_written_file_is_as_readable_as_the_users_other_files(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    written = write_safetensors(tmp_path / "weights.safetensors", {"a": torch.zeros(2)})
+    assert written.stat().st_mode == plain.stat().st_mode
