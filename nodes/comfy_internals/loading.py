@@ -218,6 +218,14 @@ def _model_config(config: UNetConfig, state_dict: Mapping[str, Tensor], latent_f
     return model_config
 
 
+def _fit_output_layer(unet: torch.nn.Module, config: UNetConfig) -> None:
+    """Give core's last convolution the width of the level before it; core assumes that its multiplier is 1."""
+    last, channels = unet.out[-1], config.model_channels * config.channel_mult[0]
+    if last.in_channels != channels:
+        like = {"dtype": last.weight.dtype, "device": last.weight.device}
+        unet.out[-1] = type(last)(channels, config.out_channels, 3, padding=1, **like)
+
+
 def build_unet_model(
     state_dict: Mapping[str, Tensor],
     config: UNetConfig,
@@ -263,6 +271,7 @@ def build_unet_model(
     model_config.optimizations["fp8"] = weight_dtype.endswith("_fast")
 
     model = model_config.get_model(weights, "")
+    _fit_output_layer(model.diffusion_model, config)
     if config.null_text != "none":
         # Core allocates the cross-attention without touching its memory; it is gone before any weight is loaded.
         remove_text(model.diffusion_model, config.null_text, config.null_tokens)

@@ -40,8 +40,8 @@ def world(comfyui, request):
     """Random components in the format of training/mini_world/weights, and library networks of the same weights."""
     unet, text, auto = (module(f"guidance.networks.{name}") for name in ("unet", "text_encoder", "autoencoder"))
     unet_config = unet.UNetConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1),
-        transformer_depth_middle=1, transformer_depth_output=(0, 0, 1, 1), context_dim=48, num_heads=4,
+        model_channels=32, channel_mult=(2, 3), num_res_blocks=(1, 1), transformer_depth=(1, 0),
+        transformer_depth_middle=1, transformer_depth_output=(1, 1, 0, 0), context_dim=48, num_heads=4,
     )
     text_config = text.TextEncoderConfig(width=48, layers=2, heads=4, mlp_width=96)
     auto_config = auto.AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 2), num_res_blocks=1, attention=request.param)
