@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ __all__ = ["Guidance", "GuidanceError", "MultiGuidance", "Step", "combine"]
 # and its share is below the resolution of float32.
 _NEGLIGIBLE = 1e-9
 
+# How far from 1 the sum of coefficients may be, as a share of their sizes: rounding, and no mistake.
+_SUM_TOLERANCE = 1e-6
+
 # Weights that cancel up to this share have no useful common scale for hooks.
 _CANCELLED = 1e-3
 
@@ -37,12 +41,14 @@ def combine(
 
     predictions: tensors of one shape, e.g. [B, C, H, W]; only those with a non-zero coefficient are looked at.
     Computed as D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which
-    is accurate where predictions are nearly equal, and in float32 at least. A single coefficient of 1 returns the
-    prediction itself. Raises GuidanceError for a missing prediction or for shapes that differ.
+    is accurate where predictions are nearly equal, and in float32 at least; the result has the predictions' dtype. A
+    single coefficient of 1 returns the prediction itself. Raises GuidanceError for coefficients of another sum, for a
+    missing prediction and for shapes that differ.
     """
     active = [key for key, coefficient in coefficients.items() if coefficient != 0.0]
-    if not active:
-        raise GuidanceError("Expected coefficients that sum to 1, got none that differs from 0.")
+    total = math.fsum(coefficients[key] for key in active)
+    if not abs(total - 1.0) <= _SUM_TOLERANCE * math.fsum(abs(coefficients[key]) for key in active):
+        raise GuidanceError(f"Expected coefficients that sum to 1, got a sum of {total:g} over {len(active)} sources.")
     for key in active:
         if key not in predictions:
             raise GuidanceError(f"Expected a prediction for each of {len(active)} sources, found none for {key!r}.")
@@ -57,13 +63,14 @@ def combine(
             )
     if len(active) == 1:
         return center
-    dtype = torch.promote_types(center.dtype, torch.float32)
-    wide = center.to(dtype)
-    result = wide
+    dtype = reduce(torch.promote_types, (predictions[key].dtype for key in active))
+    wide = torch.promote_types(dtype, torch.float32)
+    center = center.to(wide)
+    result = center
     for key in active:
         if key != pivot:
-            result = result + coefficients[key] * (predictions[key].to(dtype) - wide)
-    return result.to(center.dtype)
+            result = result + coefficients[key] * (predictions[key].to(wide) - center)
+    return result.to(dtype)
 
 
 def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, float]:
@@ -234,6 +241,8 @@ def _is_batched(value: Any) -> bool:
 
 def _same_value(left: Any, right: Any) -> bool:
     """Whether two arguments that carry no batch may be passed once for both."""
+    if isinstance(left, (list, tuple, set, Mapping)):
+        return False  # it may hold one entry per image, which nobody would join
     if left is right:
         return True
     plain = (str, bytes, bool, int, float, type(None))
@@ -267,8 +276,8 @@ class MultiGuidance:
 
     What is not needed at a noise level is not evaluated, identical (model, conditioning) pairs are evaluated once, and
     the conditionings of one model run in one call: tensors, whose first dimension is the batch (1 is expanded), are
-    joined along it where their shapes agree, everything else must be equal. Conditionings that do not fit together are
-    called one by one.
+    joined along it where their shapes agree, everything else must be equal. Conditionings that do not fit together,
+    and those with lists or dicts, whose entries may belong to single images, are called one by one.
 
     percent_to_sigma: needed when a weight has positions in percent (e.g. `NoiseSchedule.percent_to_sigma`).
     max_batch: the most images in one model call, None for no limit; one conditioning is never split.
@@ -415,6 +424,8 @@ class MultiGuidance:
             if isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == batch:
                 sigma = sigma.repeat(count)
             joined = model(x.repeat(count, *[1] * (x.ndim - 1)), sigma, **arguments)
+        if not isinstance(joined, Tensor):
+            raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(joined).__name__}.")
         if joined.shape != (count * batch, *x.shape[1:]):
             raise GuidanceError(
                 f"Expected a model to return the shape it was given, {[count * batch, *x.shape[1:]]}, "

@@ -145,6 +145,6 @@ def interpolate_weights(
         if not target.is_floating_point():
             result[key] = target.clone()
             continue
-        wide = torch.promote_types(target.dtype, torch.float32)
+        wide = torch.float64 if target.dtype == torch.float64 else torch.float32  # fp8 does not promote
         result[key] = torch.lerp(start.to(target.device, wide), target.to(wide), omega).to(target.dtype)
     return result

@@ -35,14 +35,14 @@ class Source:
         return hash((id(self.model), id(self.cond)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
     """One guidance w(sigma) * (D_i - R_i) of generalized classifier-free guidance (arXiv 2312.08195).
 
     `name` identifies the term in references, errors and reports. `model` and `cond` make D_i. `weight` is a number or
     a Weight; 0 is neutral and costs nothing, negative pushes away. `reference` names the term whose prediction is R_i;
-    None (or "base") means the base. Raises GuidanceError for an empty or reserved name and for weights that are not
-    finite.
+    None (or "base") means the base. Like sources, terms are compared by identity. Raises GuidanceError for an empty or
+    reserved name and for weights that are not finite.
     """
 
     name: str

@@ -185,6 +185,19 @@ def test_low_precision_rounds_once(dtype):
     assert ((result.double() - exact).abs() <= torch.finfo(dtype).eps * exact.abs() + 1e-7).all()
 
 
+def test_mixed_precision_keeps_the_finer():
+    predictions = {"u": torch.full((2,), 1.5).half(), "c": torch.tensor([1.2345678, 2.0])}
+    for pivot in ("u", "c"):
+        result = combine(predictions, {"u": 0.5, "c": 0.5}, pivot)
+        torch.testing.assert_close(result, torch.tensor([1.3672839, 1.75]), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("coefficients", [{}, {"u": 0.0}, {"u": 2.0}, {"u": 0.5, "c": 0.4}, {"u": math.nan, "c": 1.0}])
+def test_coefficients_of_another_sum_are_refused(coefficients):
+    with pytest.raises(GuidanceError, match="coefficients that sum to 1"):
+        combine({"u": torch.ones(1), "c": torch.ones(1)}, coefficients)
+
+
 @pytest.mark.parametrize(
     "terms, message",
     [
@@ -311,6 +324,23 @@ def test_equal_values_that_carry_no_batch_are_passed_along():
     torch.testing.assert_close(prediction, by_hand[0] + 2.0 * (by_hand[1] - by_hand[0]))
 
 
+@pytest.mark.parametrize("wrap", [lambda rows: {"y": rows}, lambda rows: [rows]], ids=["dict", "list"])
+def test_arguments_that_may_hold_an_entry_per_image_are_never_joined(wrap):
+    class Nested(Affine):
+        def __call__(self, x, sigma, context=None, extra=None):
+            rows = extra["y"] if isinstance(extra, dict) else extra[0]
+            assert len(rows) == len(x)
+            return super().__call__(x, sigma, context, rows)
+
+    prior, plain = Nested(0), Affine(0)
+    rows = torch.tensor([[1.0], [3.0]], dtype=torch.float64)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    result = MultiGuidance(Guidance(Source(prior, text(2)), [Term("a", prior, text(4), 3.0)]))(x, 2.0, extra=wrap(rows))
+    expected = Guidance(Source(plain, text(2)), [Term("a", plain, text(4), 3.0)])
+    torch.testing.assert_close(result, separately(expected, x, [2.0] * 2, y=rows))
+    assert prior.calls == [2, 2]
+
+
 def test_keyword_arguments_reach_every_model_and_conditionings_come_first():
     prior, domain = Affine(0), Affine(1)
     guidance = in_domain(prior, domain, text(2), {**text(3), "strength": 2.0})
@@ -411,6 +441,9 @@ def test_the_runner_refuses_what_it_cannot_run():
     shrinking = Guidance(Source(lambda x, sigma: x[:1]), [Term("control", prior, {}, 2.0)])
     with pytest.raises(GuidanceError, match=r"shape it was given, \[3, 3\], got \[1, 3\]"):
         MultiGuidance(shrinking)(x, 1.0)
+    packed = Guidance(Source(lambda x, sigma: (x,)), [Term("control", prior, {}, 2.0)])
+    with pytest.raises(GuidanceError, match="return a tensor, the denoised x, got tuple"):
+        MultiGuidance(packed)(x, 1.0)
 
 
 def test_the_library_networks_as_models():

@@ -158,6 +158,12 @@ def test_interpolated_weights_keep_ends_types_and_integers():
         assert result["n"] == 5
 
 
+def test_fp8_weights_interpolate_in_float32():
+    start, end = (torch.tensor(values).to(torch.float8_e4m3fn) for values in ([1.0, -2.0], [2.0, 6.0]))
+    result = presets.interpolate_weights({"a": start}, {"a": end}, 0.25)["a"]
+    assert result.dtype == torch.float8_e4m3fn and result.float().tolist() == [1.25, 0.0]
+
+
 @pytest.mark.parametrize(
     "left, right, omega, message",
     [

@@ -40,6 +40,12 @@ def test_a_term_knows_its_source_and_makes_numbers_weights():
     assert Term("control", model, cond, weight).weight is weight
 
 
+def test_terms_compare_and_hash_whatever_they_hold():
+    cond = {"context": torch.ones(2)}
+    one, other = Term("control", [], cond, 1), Term("control", [], {"context": torch.ones(2)}, 1)
+    assert one == one and one != other and len({one, other, one}) == 2
+
+
 def test_base_as_a_reference_is_the_default():
     assert Term("control", None, None, 1, reference="base").reference is None
     assert Term("control", None, None, 1, reference="middle").reference == "middle"
