@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.model_sampling
+import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...guidance.combination import Guidance, GuidanceError
-from ...guidance.terms import Source
 from . import domain_info
 
 LOG = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ def noise_family(model_sampling: Any) -> str:
     ):
         if kind is not None and isinstance(model_sampling, kind):
             return name
-    return type(model_sampling).__mro__[-2].__name__
+    bases = [base.__name__ for base in type(model_sampling).__mro__[1:-1] if base is not torch.nn.Module]
+    return "/".join(bases) or type(model_sampling).__name__
 
 
 def check_same_noise(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
@@ -92,7 +93,6 @@ def check_sigma_ranges(
     sigmas: Iterable[float],
     percent_to_sigma: Callable[[float], float],
     prior: ModelPatcher,
-    patcher_of: Callable[[Source], ModelPatcher],
 ) -> None:
     """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
 
@@ -104,7 +104,7 @@ def check_sigma_ranges(
             continue
         asked = min(max(sigma, own[0]), own[1])
         for source in guidance.at(sigma, percent_to_sigma).coefficients:
-            other = patcher_of(source)
+            other = source.model
             if other is prior:
                 continue
             low, high = _sigma_range(other)

@@ -7,6 +7,7 @@ bit.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import logging
@@ -217,28 +218,22 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def outer_sample(
         self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
+        """Core's run of the prior, with the branches prepared around it and tidied up whatever happens."""
         self.evaluations, self.steps = Counter(), max(len(sigmas) - 1, 0)
         self._percent_to_sigma = self._percent_scale()
-        compatibility.check_sigma_ranges(
-            self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior, self._patcher_of
-        )
-        # Newer versions may have replaced the prior, and with it the models that hang on it, by another kind of
-        # patcher.
+        compatibility.check_sigma_ranges(self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior)
+        # Newer versions may have replaced the prior, and the models that hang on it, by another kind of patcher.
         for branch, patcher in zip(
             self._loaded_branches, self.model_patcher.get_additional_models_with_key(_ADDITIONAL_MODELS)
         ):
             branch.patcher = patcher
-        prepared: list[Branch] = []
-        try:
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._active.clear)
             for branch in self._branches.values():
-                prepared.append(branch)
+                stack.callback(branch.finish)
                 branch.prepare(self._copy_conditionings())
-            self.conds = self._visible_to_loading(prepared)
+            self.conds = self._visible_to_loading()
             output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        finally:
-            for branch in reversed(prepared):
-                branch.finish()
-            self._active = {}
         LOG.info("Multi-guidance: %s", self.report())
         return output
 
@@ -247,20 +242,17 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         parts = ", ".join(f"{name} {count}" for name, count in self.evaluations.items())
         return f"{self.steps} steps, {self.samples_per_step:.2f} samples per step ({parts or 'none'})"
 
-    def _patcher_of(self, source: Source) -> ModelPatcher:
-        return source.model
-
     def _copy_conditionings(self) -> Conditionings:
         originals = {**self.original_conds, **self._branch_conds}
         return {key: [entry.copy() for entry in entries] for key, entries in originals.items()}
 
-    def _visible_to_loading(self, branches: Sequence[Branch]) -> Conditionings:
+    def _visible_to_loading(self) -> Conditionings:
         """The prior's conditionings, and whatever makes core load the branches' ControlNets and hook models."""
         visible: Conditionings = dict(self.conds)
-        for branch in branches:
+        for branch in self._branches.values():
             for key in self._branch_conds:
                 visible[key] = branch.conds[key]
-        hook_models = [model for branch in branches for model in branch.additional_models()]
+        hook_models = [model for branch in self._branches.values() for model in branch.additional_models()]
         if hook_models:
             visible[_HOOK_MODELS] = [{"additional_models": hook_models, "model_conds": {}}]
         return visible
@@ -269,6 +261,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self, noise: Tensor, latent_image: Tensor | None, device: Any, sampler: Any, sigmas: Tensor,
         denoise_mask: Tensor | None, callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
+        """Core's inner run, once each branch has processed its conditionings; models are loaded here."""
         self.conds = {key: entries for key, entries in self.conds.items() if key in self.original_conds}
         holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
         self._active = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
@@ -312,6 +305,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def predict_noise(
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
     ) -> Tensor:
+        """The combined denoised prediction [B, C, ...] for x [B, C, ...] at the sigma `timestep` [B]."""
         hooked = effective_condition.has_hooks(model_options)
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])

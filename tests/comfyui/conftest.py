@@ -63,7 +63,8 @@ def comfyui() -> SimpleNamespace:
         "comfy.conds", "comfy.controlnet", "comfy.cldm.cldm", "comfy.hooks", "comfy.latent_formats", "comfy.lora",
         "comfy.model_base", "comfy.model_management", "comfy.model_patcher", "comfy.model_sampling",
         "comfy.nested_tensor", "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.samplers",
-        "comfy.sd", "comfy.supported_models", "comfy.utils", "comfy_extras.nodes_custom_sampler", "latent_preview", "nodes",
+        "comfy.sd", "comfy.supported_models", "comfy.utils", "comfy_extras.nodes_custom_sampler", "latent_preview",
+        "nodes",
     )  # fmt: skip
     modules = {name: importlib.import_module(name) for name in names}
     # A checkout on sys.path would put this project's package `nodes` in the place of ComfyUI's module.

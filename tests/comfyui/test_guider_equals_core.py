@@ -112,3 +112,19 @@ def test_untrained_cached_domain_model_with_control_nets_is_core(comfyui, tiny, 
     expected = tiny.predict(plain, x, 2.0)
     result = tiny.predict(internals.in_domain_guider(prior, domain, spread, negative, 2.5, 3.0), x, 2.0)
     assert relative(result, expected) < 1e-4
+
+
+def test_core_itself_predicts_where_only_the_control_guides(comfyui, tiny, internals, monkeypatch):
+    scales, sampling_function = [], comfyui.samplers.sampling_function
+
+    def spy(model, x, timestep, uncond, cond, cond_scale, **kwargs):
+        scales.append(cond_scale)
+        return sampling_function(model, x, timestep, uncond, cond, cond_scale, **kwargs)
+
+    monkeypatch.setattr(comfyui.samplers, "sampling_function", spy)
+    # The domain term acts in the second half; the first is core's, with the control weight as its scale.
+    guider = internals.in_domain_guider(
+        tiny.prior(0), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2), 1.0, 2.5, domain_start=0.5
+    )
+    tiny.sample(guider, steps=4, scheduler="sgm_uniform")
+    assert scales == [2.5, 2.5] and guider.evaluations == {"base": 4, "control": 4, "domain": 2}

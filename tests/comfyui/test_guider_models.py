@@ -187,6 +187,44 @@ def test_hook_keyframes_reach_every_model(comfyui, tiny, internals):
     assert relative(tiny.sample(guider, seed=1, steps=6, latent=latent), expected["samples"]) < 1e-4
 
 
+def test_sdxl_sizes_reach_every_model(comfyui, tiny, internals):
+    # SDXL's y is made from pooled text, sizes and crops by each model itself, once for the positive, once for the base.
+    unet = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
+    prior, twin = (tiny.prior(0, family="SDXL", **unet) for _ in range(2))
+    pooled = torch.randn(2, 1, 1280, generator=torch.Generator().manual_seed(0))
+    sizes = [{"width": 512, "height": 768, "crop_h": 64}, {"width": 1024, "target_width": 256}]
+    positive, negative = (tiny.conditioning(i, pooled_output=pooled[i], **sizes[i]) for i in range(2))
+    core = comfyui.samplers.CFGGuider(prior)
+    core.set_conds(positive, negative)
+    core.set_cfg(2.0)
+    x = noisy(7)
+    expected = tiny.predict(core, x, 2.0)
+    assert (
+        relative(tiny.predict(internals.in_domain_guider(prior, twin, positive, negative, 1.5, 2.0), x, 2.0), expected)
+        < 1e-5
+    )
+    assert (
+        relative(tiny.predict(internals.in_domain_guider(prior, twin, positive, positive, 1.5, 2.0), x, 2.0), expected)
+        > 1e-3
+    )
+
+
+def test_every_model_keeps_its_own_options(tiny, internals):
+    prior, domain = tiny.prior(0).clone(), tiny.prior(1).clone()
+    prior.set_model_attn1_patch(lambda q, k, v, extra_options: (q, k, 0.5 * v))
+    domain.set_model_unet_function_wrapper(lambda run, args: 1.1 * run(args["input"], args["timestep"], **args["c"]))
+    domain.set_model_attn2_patch(lambda q, k, v, extra_options: (q, k, -v))
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    x = noisy(8)
+    expected = by_hand(tiny, (prior, negative), [(domain, negative, 1.5), (prior, positive, 3.0)], x, 2.0)
+    assert (
+        relative(
+            tiny.predict(internals.in_domain_guider(prior, domain, positive, negative, 1.5, 3.0), x, 2.0), expected
+        )
+        < 1e-5
+    )
+
+
 # ---- refusals and warnings ------------------------------------------------------------------------------------------
 
 
@@ -199,7 +237,7 @@ def refusal(internals, prior, domain, tiny, weight=2.5):
 
 
 def test_other_latent_space_is_refused(comfyui, tiny, internals):
-    message = refusal(internals, tiny.prior(0), tiny.prior(1, family="SDXL", adm_in_channels=None, num_heads=4), tiny)
+    message = refusal(internals, tiny.prior(0), tiny.prior(1, family="SDXL", model_channels=64), tiny)
     assert "SD15" in message and "SDXL" in message and "latent space" in message
 
 
