@@ -131,8 +131,8 @@ else:
             return False
         except OSError as error:  # some network file systems have no locks; waiting for one would never end
             raise SetupProblem(
-                f"Expected a file system with locks for {handle.name}, found one that answers {error}: set INDOMAIN_CACHE "
-                "to a folder on a local disk."
+                f"Expected a file system with locks for {handle.name}, found one that answers {error}: set "
+                "INDOMAIN_CACHE to a folder on a local disk."
             ) from error
         return True
 
