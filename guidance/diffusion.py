@@ -128,7 +128,9 @@ class Denoiser:
 
     `denoiser(x, sigma, **cond)`: x [B, C, H, W] = x0 + sigma * noise, sigma a number or [B], cond what the network
     takes (context, y) -> x0 [B, C, H, W]. The network sees x / sqrt(sigma^2 + 1) at the timestep of sigma; `quantize`
-    rounds that to a trained timestep, as ComfyUI does, else it is fractional.
+    rounds that to a trained timestep, as ComfyUI does, else it is fractional. It runs in the dtype of its own first
+    parameter, everything around it in float32 at least, and x0 has the dtype of x. Raises ValueError for another
+    prediction type or shape of sigma.
     """
 
     def __init__(
@@ -148,5 +150,6 @@ class Denoiser:
         sigma = sigma.expand(len(x))
         wide = sigma.reshape(-1, *[1] * (x.ndim - 1))
         timesteps = self.schedule.timestep(sigma, nearest=self.quantize)
-        output = self.unet((x / (wide**2 + 1).sqrt()).to(x.dtype), timesteps, **cond)
+        parameter = next(self.unet.parameters(), x) if isinstance(self.unet, nn.Module) else x
+        output = self.unet((x / (wide**2 + 1).sqrt()).to(parameter.dtype), timesteps, **cond)
         return denoised_from_output(output, x, wide, self.prediction_type).to(x.dtype)

@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -161,13 +162,14 @@ def measure_cross_attention(
     """What each block's cross-attention adds, by block name (`input_blocks.1.1.transformer_blocks.0`).
 
     unet: any module with LDM names that is called as (x, timesteps, context=, y=), ComfyUI's included; it runs on the
-    device and in the dtype of its own first parameter. context [1, T, D]. on_probe(done, of) after each batch.
+    device and in the dtype of its own first parameter. context [1, T, D]. on_probe(done, of) after each batch. Raises
+    ValueError for a UNet without cross-attention and for one that overflows.
     """
     statistics: dict[str, AttentionStatistics] = {}
 
     def record(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-            a = output.detach().double().flatten(0, -2).cpu()
+            a = output.detach().flatten(0, -2).cpu().double()
             seen = statistics.setdefault(name, AttentionStatistics(0, torch.zeros_like(a[0]), 0.0))
             seen.count += len(a)
             seen.total += a.sum(dim=0)
@@ -190,6 +192,12 @@ def measure_cross_attention(
                 on_probe(min(start + batch, len(probes)), len(probes))
     if not statistics:
         raise ValueError("Text-free UNet: expected a UNet with cross-attention (attn2), found none; give it the prior.")
+    for name, seen in statistics.items():
+        if not math.isfinite(seen.energy):
+            raise ValueError(
+                f"Text-free UNet: expected finite numbers from the prior, found NaN or infinity in {name}.attn2 while "
+                f"running in {str(parameter.dtype).removeprefix('torch.')}; run the prior in float32."
+            )
     return statistics
 
 
@@ -276,8 +284,8 @@ def unconditional_error(prior: nn.Module, text_free: nn.Module, context: Tensor,
     for index in range(len(probes)):
         x, timesteps = probes.x[index : index + 1].to(**to), probes.timesteps[index : index + 1].to(parameter.device)
         y = {} if probes.y is None else {"y": probes.y[index : index + 1].to(**to)}
-        expected = prior(x, timesteps, context=context.to(**to), **y).double()
-        difference += float((text_free(x, timesteps, **y).double() - expected).square().sum())
+        expected = prior(x, timesteps, context=context.to(**to), **y).cpu().double()
+        difference += float((text_free(x, timesteps, **y).cpu().double() - expected).square().sum())
         energy += float(expected.square().sum())
     return (difference / energy) ** 0.5 if energy > 0 else difference**0.5
 

@@ -313,8 +313,9 @@ class UNet(nn.Module):
     """The noise-predicting UNet of latent diffusion (arXiv 2112.10752, eq. 3), parameters named as in LDM.
 
     `forward(x, timesteps, context, y)`: x [B, C, H, W] is the noisy latent scaled to unit variance, timesteps [B] lie
-    in 0..999 (fractions allowed), context [B, T, D] is the encoded text, y [B, A] SDXL's vector conditioning. The
-    result [B, C, H, W] is eps, v or x0, whatever the weights were trained for. A text-free UNet ignores context.
+    in 0..999 (fractions allowed), context [B or 1, T, D] is the encoded text, y [B or 1, A] SDXL's vector conditioning.
+    The result [B, C, H, W] is eps, v or x0, whatever the weights were trained for. A text-free UNet ignores context.
+    x has the weights' dtype, context and y are cast to it. Raises ValueError for inputs that do not fit.
     `gradient_checkpointing = True` trades a second forward pass of each block for its activations while training.
     """
 
@@ -380,7 +381,7 @@ class UNet(nn.Module):
         embedding = self.time_embed(timestep_embedding(timesteps, self.config.model_channels).to(x.dtype))
         if y is not None:
             embedding = embedding + self.label_emb(y.to(x.dtype))
-        context = None if self.text_free else context
+        context = None if self.text_free or context is None else context.to(x.dtype)
 
         skips = []
         for layers in self.input_blocks:
@@ -416,9 +417,10 @@ class UNet(nn.Module):
         if timesteps.shape != x.shape[:1]:
             raise ValueError(f"UNet: expected {x.shape[0]} timesteps, got shape {list(timesteps.shape)}.")
         if config.null_text == "none" and config.context_dim is not None:
-            if context is None or context.ndim != 3 or context.shape[-1] != config.context_dim:
+            fits = context is not None and context.ndim == 3 and context.shape[-1] == config.context_dim
+            if not fits or context.shape[0] not in (1, x.shape[0]):
                 found = "none" if context is None else list(context.shape)
-                raise ValueError(f"UNet: expected encoded text [B, T, {config.context_dim}], got {found}.")
+                raise ValueError(f"UNet: expected encoded text [{x.shape[0]}, T, {config.context_dim}], got {found}.")
         if (y is None) != (config.adm_in_channels is None) or (y is not None and y.shape[-1] != config.adm_in_channels):
             found = "none" if y is None else list(y.shape)
             wanted = "none" if config.adm_in_channels is None else f"[B, {config.adm_in_channels}]"

@@ -109,6 +109,20 @@ def test_half_precision_stays():
     assert Denoiser(Remembers(), NoiseSchedule.scaled_linear())(x, 2.0).dtype == torch.float16
 
 
+@pytest.mark.parametrize("weights, latents", [(torch.float16, torch.float32), (torch.float32, torch.bfloat16)])
+def test_network_and_latents_may_differ_in_precision(weights, latents, relative_error):
+    class Network(torch.nn.Conv2d):
+        def forward(self, x, timesteps):
+            return super().forward(x)
+
+    network = Network(4, 4, 3, padding=1)
+    x, schedule = 3 * torch.randn(2, 4, 8, 8), NoiseSchedule.scaled_linear()
+    with torch.no_grad():
+        expected = Denoiser(network, schedule)(x, 2.0)
+        actual = Denoiser(network.to(weights), schedule)(x.to(latents), 2.0)
+    assert actual.dtype == latents and relative_error(actual, expected) < 2 * torch.finfo(torch.bfloat16).eps
+
+
 def test_refuses_impossible_schedules_and_sigmas():
     with pytest.raises(ValueError, match="between 0 and 1"):
         NoiseSchedule(torch.tensor([0.9, 0.0]))

@@ -275,6 +275,14 @@ def test_refuses_what_it_cannot_make_text_free(prior):
         build_cached(state_dict, replace(SMALL, adm_in_channels=2816), context)
 
 
+def test_refuses_a_prior_that_overflows(prior):
+    """fp16 attention of some priors does (2.1 is known for it); a NaN must not pass as an error of 0."""
+    with torch.no_grad():
+        prior.middle_block[1].transformer_blocks[0].attn2.to_out[0].bias[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or infinity in middle_block.1.* while running in float32; run"):
+        build_constant(prior.state_dict(), SMALL, null_context(), random_probes(count=1), unet=prior)
+
+
 def test_refuses_broken_contexts_and_probes():
     with pytest.raises(ValueError, match=r"expected encoded text \[1, T, D\], got \[2, 7, 48\]"):
         NullContext(torch.zeros(2, 7, 48))

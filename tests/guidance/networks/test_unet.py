@@ -168,6 +168,17 @@ def test_text_free_ignores_context(null_text, randomise):
         assert torch.equal(unet(x, timesteps), unet(x, timesteps, context))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_takes_conditionings_in_single(dtype, randomise, relative_error):
+    config = replace(SMALL, adm_in_channels=24)
+    unet = randomise(UNet(config))
+    x, timesteps, context, y = inputs(config)
+    with torch.no_grad():
+        expected = unet(x, timesteps, context[:1].expand(2, -1, -1), y)
+        half = unet.to(dtype)(x.to(dtype), timesteps, context[:1], y)
+    assert half.dtype == dtype and relative_error(half, expected) < 10 * torch.finfo(dtype).eps
+
+
 def test_born_silent_and_trains():
     """Every residual branch and the output start at zero (as in LDM), and every parameter then receives a gradient."""
     torch.manual_seed(0)
@@ -216,7 +227,8 @@ def test_timestep_embedding_equals_core(core):
     [
         ({"x": torch.zeros(2, 3, 8, 8)}, r"expected a latent \[B, 4, H, W\], got \[2, 3, 8, 8\]"),
         ({"timesteps": torch.zeros(3)}, "expected 2 timesteps"),
-        ({"context": None}, r"expected encoded text \[B, T, 48\], got none"),
+        ({"context": None}, r"expected encoded text \[2, T, 48\], got none"),
+        ({"context": torch.zeros(3, 5, 48)}, r"expected encoded text \[2, T, 48\], got \[3, 5, 48\]"),
         ({"context": torch.zeros(2, 5, 32)}, r"got \[2, 5, 32\]"),
         ({"y": torch.zeros(2, 7)}, "vector conditioning y of none"),
     ],
