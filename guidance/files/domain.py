@@ -251,10 +251,14 @@ def _marked_prediction(keys: list[str], metadata: Mapping[str, str]) -> str | No
 def prior_content_hash(state_dict: Mapping[str, Tensor]) -> str:
     """SHA-256 (hex) over sorted key, shape and fp16 bytes of the UNet's tensors, prefix and other parts ignored.
 
-    So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16.
+    So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16. Raises ValueError where there is
+    no UNet to hash.
     """
     digest = hashlib.sha256()
     unet = strip_unet_prefix(state_dict)
+    if not unet:
+        found = next(iter(state_dict), "none")
+        raise ValueError(f"Prior: expected the weights of a UNet in LDM layout to hash, found keys such as {found}.")
     for key in sorted(unet):
         tensor = unet[key]
         digest.update(f"{key}\n{','.join(str(size) for size in tensor.shape)}\n".encode())

@@ -10,6 +10,7 @@ import json
 import os
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -109,7 +110,8 @@ def write_safetensors(
             f"{path}: could not be written ({_first_line(error)}); free some space or check the folder's permissions."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # gone after renaming, and never there where the path itself is impossible
+            temporary.unlink()
     return path
 
 
@@ -177,7 +179,7 @@ def _read_header(path: Path) -> dict:
         metadata = header.get("__metadata__", {})
         ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
         valid = all(isinstance(end, int) for end in ends) and all(isinstance(text, str) for text in metadata.values())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
         valid = False
     if not valid:
         raise FileProblem(f"{path}: expected a safetensors file, found a damaged header; download or copy it again.")

@@ -43,10 +43,14 @@ class AutoencoderConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any] | str) -> AutoencoderConfig:
-        """Read :meth:`to_dict`'s output, or its JSON text as file metadata holds it."""
-        values = dict(json.loads(values) if isinstance(values, str) else values)
-        values["ch_mult"] = tuple(values["ch_mult"])
-        return cls(**values)
+        """Read :meth:`to_dict`'s output, or its JSON text as file metadata holds it. Raises ValueError for others."""
+        try:
+            values = dict(json.loads(values) if isinstance(values, str) else values)
+            return cls(**{**values, "ch_mult": tuple(values["ch_mult"])})
+        except (ValueError, TypeError, KeyError) as problem:
+            raise ValueError(
+                f"Autoencoder configuration: expected the fields of AutoencoderConfig, found {values!r}."
+            ) from problem
 
     def to_ldm_params(self) -> dict[str, Any]:
         """The same shape under the names LDM's own ``AutoencoderKL`` configurations use (``ddconfig``)."""
@@ -78,10 +82,10 @@ def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> Auto
             embed_dim=state_dict["post_quant_conv.weight"].shape[1],
             out_ch=state_dict["decoder.conv_out.weight"].shape[0],
             attention="encoder.mid.attn_1.q.weight" in state_dict)
-    except (KeyError, ValueError) as problem:
+    except (KeyError, ValueError, IndexError) as problem:
         found = ", ".join(sorted(state_dict)[:3]) or "no keys"
         raise ValueError(
-            f"expected the keys of an LDM autoencoder (encoder.conv_in.weight, ...), found {found}; "
+            f"Autoencoder: expected the keys of an LDM autoencoder (encoder.conv_in.weight, ...), found {found}; "
             "give the autoencoder's own weights, without a prefix") from problem
 
 
@@ -252,8 +256,10 @@ class Autoencoder(nn.Module):
         """
         factor = self.config.factor
         if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(f"expected images [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}, "
-                             f"found {list(x.shape)}; resize or crop them first")
+            raise ValueError(
+                f"Autoencoder: expected images [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}, "
+                f"found {list(x.shape)}; resize or crop them first."
+            )
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 

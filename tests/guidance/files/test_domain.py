@@ -187,3 +187,5 @@ def test_prior_content_hash(prior):
     assert prior_content_hash({**checkpoint, "first_stage_model.x": torch.zeros(1)}) == expected
     changed = {**prior, "out.2.bias": prior["out.2.bias"] + 0.01}
     assert prior_content_hash(changed) != expected
+    with pytest.raises(ValueError, match="found keys such as encoder.x"):
+        prior_content_hash({"encoder.x": torch.zeros(1)})

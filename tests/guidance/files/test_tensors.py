@@ -65,6 +65,14 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
         write_safetensors(path, TENSORS, {"steps": 3})
 
 
+def test_an_impossible_path_has_its_sentence(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file" / "a.safetensors", tmp_path / ("a" * 300 + ".safetensors")):
+        with pytest.raises(FileProblem, match="a.safetensors: could not be written") as caught:
+            write_safetensors(path, TENSORS)
+        assert "\n" not in str(caught.value)
+
+
 def test_the_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
     sync, rename = os.fsync, os.replace
@@ -91,6 +99,7 @@ def test_each_fault_has_its_sentence(tmp_path):
         header({"a": 1}): "found a damaged header",
         header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
         struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
+        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header",
         header(overlapping) + bytes(8): "found a damaged one",
         header(unknown_type) + bytes(8): "found a damaged one",
         header({"__metadata__": {"a": "b"}}): "expected weights, found none",
