@@ -26,6 +26,7 @@ _MODULE_OF_NAME = {
         "diffusion": ("Denoiser", "NoiseSchedule"),
         "null_text": (
             "NullContext",
+            "Probes",
             "build_cached",
             "build_constant",
             "collect_probes",
@@ -44,8 +45,10 @@ _MODULE_OF_NAME = {
         "files": (
             "DomainMetadata",
             "FileProblem",
+            "prior_content_hash",
             "read_domain_file",
             "read_state_dict",
+            "split_checkpoint",
             "write_domain_file",
             "write_safetensors",
         ),
