@@ -335,12 +335,16 @@ def test_control_net_is_prepared_once_by_the_prior(comfyui, tiny, internals):
     assert set(map(id, prepared)) == {id(prior.model)}
 
 
-def test_inpainting_models_see_the_masked_image(comfyui, tiny, internals):
-    # Such UNets take mask and masked image as further channels, which every model encodes from the conditioning itself.
+@pytest.mark.parametrize("given", [True, False])
+def test_inpainting_models_see_the_masked_image(comfyui, tiny, internals, given):
+    # Such UNets take mask and masked image as further channels, which every model encodes for itself: from the
+    # conditioning, or from the latent and its noise mask.
     prior, twin = tiny.prior(0, in_channels=9), tiny.prior(0, in_channels=9)
-    extra = {"concat_latent_image": tiny.latent(5)["samples"], "concat_mask": torch.ones(1, 1, 64, 64)}
+    mask = torch.zeros(1, 1, 64, 64)
+    mask[..., 32:] = 1.0
+    extra = {"concat_latent_image": tiny.latent(5)["samples"], "concat_mask": mask} if given else {}
     positive, negative = (tiny.with_options(tiny.conditioning(i), **extra) for i in (1, 2))
-    latent = tiny.latent(5, noise_mask=torch.ones(1, 1, 64, 64))
+    latent = tiny.latent(5, noise_mask=mask)
     (expected,) = comfyui.nodes.common_ksampler(prior, 1, 3, 2.0, "euler", "normal", positive, negative, latent)
     result = tiny.sample(internals.in_domain_guider(prior, twin, positive, negative, 1.5, 2.0), latent=latent)
     assert relative(result, expected["samples"]) < 1e-4
