@@ -100,7 +100,7 @@ class ComfyServer:
         flags: Sequence[str] = (),
         port: int = 0,
         checkout: Path = CHECKOUT,
-        start_timeout_s: float = 300.0,
+        start_timeout_s: float = 600.0,
     ):
         self.comfyui = Path(comfyui)
         self.python = python
