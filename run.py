@@ -221,11 +221,11 @@ def venv_python(folder: Path) -> Path:
 
 
 def runs(python: Path | str, *code: str) -> bool:
-    """Whether `python` exists and runs `code` without an error."""
+    """Whether `python` exists and runs `code` without an error. Patient: a busy machine is no broken environment."""
     try:
         result = subprocess.run(
             [str(python), "-c", "; ".join(code) or "pass"], env=clean_environ(), cwd=os.path.expanduser("~"),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120,
+            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False

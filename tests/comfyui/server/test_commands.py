@@ -81,6 +81,25 @@ def test_demo_from_the_command_line(run_py, tmp_path):
     assert processes_naming(str(temporary)) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_demo_interrupted_in_the_middle_leaves_nothing_running(run_py, tmp_path):
+    process = subprocess.Popen(
+        run_py("demo", "--output", str(tmp_path / "pictures")), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True,
+    )  # fmt: skip
+    try:
+        # The first sampler of the first prompt is done, the second one is running.
+        assert any(line.startswith("1/") for line in process.stderr)
+        assert processes_naming(str(tmp_path / "indomain-comfyui-"))
+        process.send_signal(signal.SIGINT)
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130 and output == ""
+    assert processes_naming(str(tmp_path / "indomain-comfyui-")) == []
+    assert list(tmp_path.glob("indomain-comfyui-*")) == []
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and only Linux ends the children of a killed process")
 def test_serve_ends_its_server_however_it_is_ended(run_py, tmp_path):
     ways = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
