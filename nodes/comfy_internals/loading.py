@@ -102,14 +102,20 @@ def list_domain_unets() -> list[str]:
     return [*names, *(name for name in folder_paths.get_filename_list("diffusion_models") if name not in names)]
 
 
+def _path_of(name: str) -> Path | None:
+    # Core's look-up keeps names such as ../../x inside the folders.
+    for folder in (FOLDER, "diffusion_models"):
+        path = folder_paths.get_full_path(folder, name) if name else None
+        if path is not None:
+            return Path(path)
+    return None
+
+
 def find_domain_unet(name: str) -> Path:
     """The path of a listed file. Raises FileProblem with the folders to use when there is none of that name."""
-    for folder in (FOLDER, "diffusion_models"):
-        # Only listed names: a name from a request could point outside the folders.
-        if name and name in folder_paths.get_filename_list(folder):
-            path = folder_paths.get_full_path(folder, name)
-            if path is not None:
-                return Path(path)
+    path = _path_of(name)
+    if path is not None:
+        return path
     if not list_domain_unets():
         raise FileProblem(
             f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {domain_unet_folder()} "
@@ -123,12 +129,11 @@ def find_domain_unet(name: str) -> Path:
 
 def file_fingerprint(name: str) -> str:
     """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
-    for folder in (FOLDER, "diffusion_models"):
-        path = folder_paths.get_full_path(folder, name) if name else None
-        if path is not None:
-            status = os.stat(path)
-            return f"{path} {status.st_size} {status.st_mtime_ns}"
-    return "missing"
+    path = _path_of(name)
+    if path is None:
+        return "missing"
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
 
 
 def ordinary_tensors() -> contextlib.AbstractContextManager:

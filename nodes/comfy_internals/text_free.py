@@ -31,9 +31,12 @@ class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
 
     def forward(self, like: Tensor, batch: int) -> Tensor:
         """The tokens [B, T, C] in the dtype and on the device of `like`."""
-        weight, _ = comfy.ops.cast_bias_weight(self, like)
-        # Contiguous, because attention kernels of other packs may not take a batch stride of zero.
-        return weight.expand(batch, -1, -1).contiguous()
+        weight, bias, stream = comfy.ops.cast_bias_weight(self, like, offloadable=True)
+        # A copy, because attention kernels of other packs may not take a batch stride of zero, and because an offloaded
+        # weight may be reused as soon as it is given back.
+        tokens = weight.repeat(batch, 1, 1)
+        comfy.ops.uncast_bias_weight(self, weight, bias, stream)
+        return tokens
 
 
 class CachedTextAttention(nn.Module):

@@ -175,6 +175,7 @@ def test_takes_the_memory_that_text_free_promises(library, write, load, form):
 
 @pytest.mark.parametrize("family, form, millions, percent", [
     ("SD15", "constant", 44.0, 5.1), ("SD15", "cached", 17.2, 2.0), ("SDXL", "constant", 545.8, 21.3),
+    ("SDXL", "cached", 328.0, 12.8),
 ])
 def test_published_families_shrink_by_what_the_documentation_says(comfyui, family, form, millions, percent):
     """Counted on core's own networks of full size, without memory for their weights."""
@@ -324,9 +325,15 @@ def test_control_net_acts_as_on_the_full_model(comfyui, tiny, library, write, lo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_conditioning_without_text_is_enough(tiny, library, write, load, form):
+    """Also for the patches and ControlNets that want to see some text."""
     model, x = load(write(form)), noisy(1)
+    attention = importlib.import_module("comfy.ldm.modules.attention")
+    model.set_model_attn2_replace(lambda q, k, v, o: attention.optimized_attention(q, k, v, o["n_heads"]), "middle", 0)
+    unet = {"num_res_blocks": [1, 1], "transformer_depth": [1, 2], "context_dim": 96}
     with_text = tiny.denoised(model, [[torch.randn(1, 77, 96), {}]], x, 3.0)
     assert torch.equal(tiny.denoised(model, [[None, {}]], x, 3.0), with_text)
+    control = {"control": tiny.control_net(1, **unet), "control_apply_to_uncond": True}
+    assert not torch.equal(tiny.denoised(model, [[None, control]], x, 3.0), with_text)
 
 
 @pytest.mark.parametrize("form", FORMS)
