@@ -13,7 +13,7 @@ from .loop import LoopConfig, run_loop
 
 HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
 FEATURES = 64
-LOOP = LoopConfig(name="classifier", steps=3000, rate=3e-3, ema=0.998)
+LOOP = LoopConfig(name="classifier", steps=2000, rate=3e-3, ema=0.998)
 BATCH = 96
 
 

@@ -18,9 +18,9 @@ from .train_prior import cached_latents, noised
 
 DOMAINS = ("handwriting", "narrow")
 FILE_NAMES = {"handwriting": "mini-handwriting", "narrow": "mini-narrow-handwriting"}
-LOOP = LoopConfig(name="domain", steps=3500, rate=6e-4, ema=0.999, save_every=500)
-BATCH = 96
-COLOURINGS = 4           # colour pairs drawn for each handwritten image of the coloured domain
+LOOP = LoopConfig(name="domain", steps=1500, rate=8e-4, ema=0.998, bf16=False)
+BATCH = 64
+COLOURINGS = 2           # colour pairs drawn for each handwritten image of the coloured domain
 
 
 def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed: int) -> Tensor:
