@@ -54,7 +54,8 @@ class Plan:
 
 FULL = Plan(
     pairs=24, step_sizes=((32, math.inf), (64, math.inf)), forward_sizes=((32, math.inf), (64, math.inf)),
-    sdxl_sizes=((64, math.inf), (128, 1800.0)), no_op_pairs=1000, runs=40, run_steps=20, imports=9, memory_of_steps=True,
+    sdxl_sizes=((64, math.inf), (128, 1800.0)), no_op_pairs=1000, runs=40, run_steps=20, imports=9,
+    memory_of_steps=True,
 )  # fmt: skip
 # Together below ten minutes on two cores, building the models and starting processes included.
 QUICK = Plan(
@@ -68,7 +69,7 @@ TINY = Plan(
 )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------- (a) in-domain step
+# --------------------------------------------------------------------------------------------------- (a) in-domain step
 
 
 def inside_run(guider: Any, size: int, body: Callable[[Any, dict], None]) -> None:
@@ -86,7 +87,9 @@ def inside_run(guider: Any, size: int, body: Callable[[Any, dict], None]) -> Non
         guider.sample(latent, latent, Once(), torch.tensor([SIGMA, 0.0]), seed=0, disable_pbar=True)
 
 
-def step_contestants(guider: Any, extra: dict, domain: Any, contexts: tuple, size: int, seed: int) -> dict[str, Callable]:
+def step_contestants(
+    guider: Any, extra: dict, domain: Any, contexts: tuple, size: int, seed: int
+) -> dict[str, Callable]:
     """One in-domain step, by the guider and one by one; both return x0 [1, 4, size, size]."""
     import torch
 
@@ -128,7 +131,9 @@ def in_domain_models(config: Any, seed: int, weight_dtype: str = "default") -> t
     return guider, prior, domain, contexts
 
 
-def bench_steps(report: Report, plan: Plan, models: tuple, label: str, target: dict[int, float], tolerance: float) -> None:
+def bench_steps(
+    report: Report, plan: Plan, models: tuple, label: str, target: dict[int, float], tolerance: float
+) -> None:
     import torch
 
     guider, prior, domain, contexts = models
@@ -154,7 +159,7 @@ def bench_steps(report: Report, plan: Plan, models: tuple, label: str, target: d
         inside_run(guider, size, body)
 
 
-# ------------------------------------------------------------------------------------------------- (c) text-free forward
+# ------------------------------------------------------------------------------------------------ (c) text-free forward
 
 
 def bench_forward(
@@ -202,7 +207,8 @@ def part_sdxl(report: Report, plan: Plan) -> None:
 
     comfy_models.comfyui()
     config = comfy_models.TINY if plan.tiny else comfy_models.SDXL_BLOCKS
-    bench_forward(report, plan, comfy_models.random_weights(config, report.seed), config, "sdxl_blocks", plan.sdxl_sizes)
+    weights = comfy_models.random_weights(config, report.seed)
+    bench_forward(report, plan, weights, config, "sdxl_blocks", plan.sdxl_sizes)
 
 
 def part_cuda(report: Report, plan: Plan) -> None:
@@ -228,7 +234,7 @@ def child_cuda(report: Report, plan: Plan, arguments: list[str]) -> None:
     bench_steps(report, plan, models, "sd15_cuda_fp16", {32: 0.85}, tolerance=5e-2)
 
 
-# --------------------------------------------------------------------------------------------------- (b) guider overhead
+# -------------------------------------------------------------------------------------------------- (b) guider overhead
 
 
 def part_guider(report: Report, plan: Plan) -> None:
@@ -267,7 +273,8 @@ def bench_no_op(report: Report, plan: Plan) -> None:
         times = interleave(contestants, plan.no_op_pairs, what="guider/over_calc_cond_batch", warm_up=10)
         report.median(
             "guider/over_calc_cond_batch", [1e3 * s for s in times.differences("guider", "calc_cond_batch")], "ms/step",
-            target=2.0, guider_ms=1e3 * times.median("guider"), calc_cond_batch_ms=1e3 * times.median("calc_cond_batch"),
+            target=2.0, guider_ms=1e3 * times.median("guider"),
+            calc_cond_batch_ms=1e3 * times.median("calc_cond_batch"),
         )  # fmt: skip
 
     inside_run(guider, size, body)
@@ -319,7 +326,8 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
 
     contestants = {"DualCFGGuider": run(dual), "same terms": run(same), "in-domain": run(in_domain)}
     with torch.inference_mode():
-        check_equal({name: contestants[name]() for name in ("DualCFGGuider", "same terms")}, 1e-3, "guider/over_dual_cfg")
+        results = {name: contestants[name]() for name in ("DualCFGGuider", "same terms")}
+        check_equal(results, 1e-3, "guider/over_dual_cfg")
         times = interleave(contestants, plan.runs, what="guider/over_dual_cfg")
     step_ms = {name: 1e3 * times.median(name) / plan.run_steps for name in contestants}
     for name, contestant, target in (
@@ -332,7 +340,7 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
         )  # fmt: skip
 
 
-# -------------------------------------------------------------------------------------------------- (d) samples per step
+# ------------------------------------------------------------------------------------------------- (d) samples per step
 
 
 def part_samples(report: Report, plan: Plan) -> None:
@@ -352,7 +360,7 @@ def part_samples(report: Report, plan: Plan) -> None:
         "in_domain/domain_weight_0": lambda p, o, u, c: presets.in_domain(p, o, u, c, domain_weight=0.0),
         "in_domain/control_weight_0": lambda p, o, u, c: presets.in_domain(p, o, u, c, control_weight=0.0),
         "in_domain/weights_sum_to_1": lambda p, o, u, c: presets.in_domain(p, o, u, c, 0.4, 0.6),
-        "in_domain/domain_interval_0.2_0.8": lambda p, o, u, c: presets.in_domain(p, o, u, c, domain_weight=middle(2.5)),
+        "in_domain/domain_interval_0.2_0.8": lambda p, o, u, c: presets.in_domain(p, o, u, c, middle(2.5)),
         "in_domain/domain_interval_0.4_1": lambda p, o, u, c: presets.in_domain(p, o, u, c, Interval(2.5, 0.4, 1.0)),
         "domain_guidance": lambda p, o, u, c: presets.domain_guidance(p, o, u),
         "unconditional_prior": lambda p, o, u, c: presets.unconditional_prior(p, o, u, c),
@@ -392,7 +400,7 @@ def count_samples(guidance: Callable[[Callable[[str], Callable]], Any], seed: in
     return counted / (batch * STEPS)
 
 
-# ---------------------------------------------------------------------------------------------------------- (e) import
+# ----------------------------------------------------------------------------------------------------------- (e) import
 
 
 def part_import(report: Report, plan: Plan) -> None:
@@ -407,7 +415,7 @@ def part_import(report: Report, plan: Plan) -> None:
 
 
 def child_import(report: Report, plan: Plan, arguments: list[str]) -> None:
-    """Time one import: `pack` by ComfyUI's own loader, after ComfyUI and its own nodes; `library` with all its names."""
+    """Time one import: `pack` by ComfyUI's own loader, after ComfyUI and its nodes; `library` with all its names."""
     import torch  # noqa: F401 - not part of what is measured
 
     (kind,) = arguments
@@ -442,7 +450,7 @@ async def _import_pack(comfy_models: Any) -> float:
     return seconds
 
 
-# ---------------------------------------------------------------------------------------------------------------- memory
+# --------------------------------------------------------------------------------------------------------------- memory
 
 
 def part_memory(report: Report, plan: Plan) -> None:
@@ -490,7 +498,7 @@ def child_memory(report: Report, plan: Plan, arguments: list[str]) -> None:
     print(json.dumps({"bytes": peak_memory() - before}), file=report.stream, flush=True)
 
 
-# ------------------------------------------------------------------------------------------------------------------ main
+# ----------------------------------------------------------------------------------------------------------------- main
 
 PARTS = {
     "samples": part_samples,
