@@ -66,7 +66,8 @@ def test_demo_from_the_command_line(run_py, tmp_path):
     summary = json.loads(lines[-1])
     assert set(summary) == {"images", "contact_sheet", "seconds", "samples_per_step"}
     assert summary["seconds"] > 0
-    assert list(summary["samples_per_step"].values()) == [2.0, 1.0, 3.0]
+    prior, domain, both = summary["samples_per_step"].values()
+    assert prior == 2.0 and domain == 1.0 and 2.0 < both <= 3.0  # below 3 where the domain term has an interval
     assert len(summary["images"]) >= 3 * 4 and len(set(summary["images"])) == len(summary["images"])
     for path in map(Path, summary["images"]):
         assert path.parent == output
@@ -76,7 +77,8 @@ def test_demo_from_the_command_line(run_py, tmp_path):
     with Image.open(summary["contact_sheet"]) as sheet:
         assert sheet.width > 1000 and sheet.height > 600
     # A bar for each sampling node went to standard error, and the private base directory is gone with its server.
-    assert "25/25" in result.stderr and "Multi-guidance" in result.stderr
+    steps = json.loads((ROOT / "workflows/api/in_domain_text_to_image.json").read_text())["13"]["inputs"]["steps"]
+    assert f"{steps}/{steps}" in result.stderr and "Multi-guidance" in result.stderr
     assert list(temporary.glob("indomain-comfyui-*")) == []
     assert processes_naming(str(temporary)) == []
 
