@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from ...guidance.diffusion import NoiseSchedule
@@ -14,11 +13,11 @@ from ...guidance.networks.unet import UNet, UNetConfig
 from ...guidance.null_text import NullContext, build_cached
 from . import render
 from .loop import LoopConfig, run_loop, step_generator
-from .train_prior import cached_latents, noised
+from .train_prior import NOISY_SHARE, cached_latents, loss_weight, noised
 
 DOMAINS = ("handwriting", "narrow")
 FILE_NAMES = {"handwriting": "mini-handwriting", "narrow": "mini-narrow-handwriting"}
-LOOP = LoopConfig(name="domain", steps=1500, rate=8e-4, ema=0.998, bf16=False)
+LOOP = LoopConfig(name="domain", steps=700, rate=8e-4, ema=0.995, bf16=False)
 BATCH = 64
 COLOURINGS = 2           # colour pairs drawn for each handwritten image of the coloured domain
 
@@ -46,8 +45,9 @@ def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig,
 
     def loss_of(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
-        noisy, timesteps, noise = noised(latents[chosen], schedule, generator)
-        return F.mse_loss(model(noisy, timesteps).float(), noise), {}
+        noisy, timesteps, noise = noised(latents[chosen], schedule, generator, NOISY_SHARE)
+        error = (model(noisy, timesteps).float() - noise).square().mean(dim=(1, 2, 3))
+        return (error * loss_weight(schedule, timesteps)).mean(), {}
 
     loop = LoopConfig(**{**LOOP.__dict__, "name": f"domain-{domain}", "seed": seed + 6 + DOMAINS.index(domain),
                          "steps": steps or LOOP.steps})

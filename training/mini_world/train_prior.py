@@ -19,7 +19,7 @@ from .loop import LoopConfig, Progress, run_loop, save_atomically, step_generato
 UNET = UNetConfig(model_channels=32, channel_mult=(2, 3), num_res_blocks=(2, 2), transformer_depth=(1, 1, 0, 0),
                   transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 0, 0, 0), context_dim=128, num_heads=4)
 TEXT = TextEncoderConfig(width=128, layers=2, heads=4, mlp_width=512, vocab_size=tokens.ROWS, end_token=tokens.END_ROW)
-LOOP = LoopConfig(name="prior", steps=4600, rate=1.5e-3, ema=0.999, bf16=False)
+LOOP = LoopConfig(name="prior", steps=5800, rate=1.5e-3, ema=0.999, bf16=False)
 CAPTIONS_A_BATCH, IMAGES_A_CAPTION = 16, 4
 PER_KIND = 64            # latents kept for each of the 560 (digit, ink, ground) kinds
 EMPTY_SHARE = 0.12       # captions dropped so that the unconditional exists

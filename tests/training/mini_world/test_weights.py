@@ -1,0 +1,85 @@
+"""The shipped weights are what their data sheet says, on samples small enough for every test run."""
+
+import pytest
+import torch
+from indomain_guidance.guidance import presets
+from indomain_guidance.guidance.files import prior_content_hash, read_domain_file, read_state_dict
+from indomain_guidance.guidance.schedules import Interval
+from indomain_guidance.training.mini_world import assets, measure, render
+
+FILES = sorted(assets.weights_dir().rglob("*.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def world():
+    return assets.load_mini_world()
+
+
+@pytest.fixture(scope="module")
+def judge_model():
+    return assets.load_classifier()
+
+
+def test_the_files_are_half_precision_and_30_mb_together():
+    assert {file.stem for file in FILES} == {"autoencoder", "classifier", "prior_unet", "text_encoder",
+                                             "mini-handwriting", "mini-narrow-handwriting"}
+    assert sum(file.stat().st_size for file in FILES) <= 30_000_000
+    for file in FILES:
+        tensors = read_state_dict(file)
+        assert all(tensor.dtype == torch.float16 and bool(tensor.isfinite().all()) for tensor in tensors.values()), file
+        assert sum(tensor.numel() for tensor in tensors.values()) <= 3_500_000, file
+
+
+@pytest.mark.parametrize("name", ["mini-handwriting", "mini-narrow-handwriting"])
+def test_domain_files_say_where_they_come_from(name):
+    state_dict, metadata = read_domain_file(assets.domain_unets_dir() / f"{name}.safetensors", latent_format="mini_world")
+    prior, _ = assets.load_prior()
+    assert metadata.prior_hash == prior_content_hash(prior)
+    assert metadata.null_text == "cached" and metadata.dataset_size == 8000 and metadata.steps > 0
+    assert not any("to_k" in key and "attn2" in key for key in state_dict)
+
+
+def test_the_autoencoder_keeps_digits_of_both_worlds(judge_model):
+    autoencoder, _ = assets.load_autoencoder()
+    found = measure.autoencoder_quality(autoencoder, judge_model, count=200)
+    assert min(found["psnr_rendered"], found["psnr_handwritten"]) >= 26.0
+    for world_name in ("rendered", "handwritten"):
+        assert found[f"accuracy_{world_name}_digit"] >= 0.95
+        assert all(found[f"accuracy_{world_name}_{colour}"] >= 0.99 for colour in ("ink", "ground"))
+        assert found[f"accuracy_lost_{world_name}_digit"] <= 0.02
+
+
+def test_latents_have_unit_deviation_and_decode_to_their_image(world):
+    images = render.rendered(64, torch.Generator().manual_seed(0), held_out=True).images
+    latents = world.autoencoder.encode(images)[0] * world.scale
+    assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
+    assert measure.psnr(world.decode(latents), images) > 26.0
+
+
+def test_the_prior_draws_what_the_prompt_says(world, judge_model):
+    prompts = measure.draw_prompts(100, render.colour_pairs(), seed=1)
+    pictures, samples = measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, seed=1)
+    score = measure.score(judge_model, pictures, prompts)
+    assert samples == 2.0
+    assert score.digit >= 0.9 and score.ink >= 0.9 and score.ground >= 0.9
+    assert score.in_domain <= 0.15
+
+
+def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
+    """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and far more obedient than the domain model."""
+    prompts = measure.draw_prompts(100, render.domain_pairs("handwriting"), seed=2)
+    domain = world.domain("mini-handwriting")
+    guided = measure.in_domain_of(world, domain, Interval(1.0, 0.0, 1.0), 2.0)
+    alone = lambda uncond, cond: presets.domain_guidance(world.prior, domain, uncond, scale=1.0)  # noqa: E731
+    scores = {name: measure.score(judge_model, measure.sample_prompts(world, of, prompts, seed=2)[0], prompts)
+              for name, of in (("prior", measure.cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))}
+    assert scores["guided"].distance < 0.6 * scores["prior"].distance
+    assert scores["guided"].in_domain > scores["prior"].in_domain + 0.4
+    assert scores["guided"].digit > scores["domain"].digit + 0.4
+
+
+def test_a_domain_model_takes_no_text(world):
+    domain = world.domain("mini-handwriting")
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    told = domain(x, 1.0, context=world.encode_text(["a red seven", "a blue two"]))
+    assert torch.equal(told, domain(x, 1.0))
