@@ -30,7 +30,7 @@ def check(samples: int, seed: int) -> None:
             report(f"mini_world/{name}", value, "share", samples, seed, None, "higher")
     prompts = measure.draw_prompts(samples, render.colour_pairs(), seed)
     best = None
-    for scale in (1.0, 1.5, 2.0, 3.0, 4.0):
+    for scale in (1.5, 2.0, 3.0):
         pictures, _ = measure.sample_prompts(world, measure.cfg_of(world, scale), prompts, seed=seed, name=f"prior {scale}")
         result = measure.score(model, pictures, prompts)
         if best is None or result.digit + result.both_colours > best[1].digit + best[1].both_colours:

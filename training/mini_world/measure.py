@@ -136,7 +136,8 @@ def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int 
     """PSNR (dB) and what the classifier loses on reconstructions, on held-out fonts and held-out handwriting."""
     generator = Generator().manual_seed(seed)
     printed = render.rendered(count, generator, held_out=True)
-    written = render.handwritten(render.HELD_OUT_ROWS, render.colour_pairs(), generator)
+    first = render.HELD_OUT_ROWS.start
+    written = render.handwritten(slice(first, min(first + count, render.HELD_OUT_ROWS.stop)), render.colour_pairs(), generator)
     results: dict[str, float] = {}
     for name, pictures in (("rendered", printed), ("handwritten", written)):
         again = reconstruct(autoencoder, pictures.images)

@@ -67,13 +67,13 @@ def test_the_prior_draws_what_the_prompt_says(world, judge_model):
 
 def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
     """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and far more obedient than the domain model."""
-    prompts = measure.draw_prompts(100, render.domain_pairs("handwriting"), seed=2)
+    prompts = measure.draw_prompts(80, render.domain_pairs("handwriting"), seed=2)
     domain = world.domain("mini-handwriting")
-    guided = measure.in_domain_of(world, domain, Interval(1.0, 0.0, 1.0), 2.0)
+    guided = measure.in_domain_of(world, domain, Interval(1.5, 0.0, 1.0), 3.0)
     alone = lambda uncond, cond: presets.domain_guidance(world.prior, domain, uncond, scale=1.0)  # noqa: E731
     scores = {name: measure.score(judge_model, measure.sample_prompts(world, of, prompts, seed=2)[0], prompts)
               for name, of in (("prior", measure.cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))}
-    assert scores["guided"].distance < 0.6 * scores["prior"].distance
+    assert scores["guided"].distance < 0.5 * scores["prior"].distance
     assert scores["guided"].in_domain > scores["prior"].in_domain + 0.4
     assert scores["guided"].digit > scores["domain"].digit + 0.4
 
