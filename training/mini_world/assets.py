@@ -118,12 +118,7 @@ class MiniWorld:
 
     def domain(self, name: str = "mini-handwriting") -> Denoiser:
         """A shipped domain model as a denoiser that takes no text."""
-        return text_free_denoiser(load_domain(name), self.schedule)
-
-
-def text_free_denoiser(unet: UNet, schedule: NoiseSchedule) -> Denoiser:
-    """Denoiser of a text-free UNet: a context that a guidance passes along is ignored by the network itself."""
-    return Denoiser(unet, schedule)
+        return Denoiser(load_domain(name), self.schedule)
 
 
 def load_mini_world() -> MiniWorld:

@@ -1,6 +1,6 @@
 """Rasterise the ten digits of every listed font once, so that training and measuring need no font files.
 
-The fonts are fetched with ``npm pack @fontsource/NAME@VERSION``; only families whose package names a licence that allows it are used.
+The fonts are fetched with ``npm pack @fontsource/NAME`` (the newest version; those of the shipped raster are kept in it); only families whose package names a licence that allows it are used.
 ``data/glyphs.npz`` holds the result: masks uint8 [fonts, 10, 64, 64] (255 = ink), names, licences and package versions.
 """
 

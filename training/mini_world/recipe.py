@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -106,7 +107,6 @@ def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: 
 
 
 def _content_hash(images: Tensor) -> str:
-    import hashlib
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 

@@ -52,8 +52,9 @@ def cached_latents(work: Path, name: str, autoencoder: Autoencoder, count: int, 
     for block in range(count):
         parts.append(encode_latents(autoencoder, draw(block)))
         progress.update(block + 1, "")
-    save_atomically(torch.stack(parts), path)
-    return torch.stack(parts)
+    latents = torch.stack(parts)
+    save_atomically(latents, path)
+    return latents
 
 
 def rendered_latents(work: Path, autoencoder: Autoencoder, seed: int) -> Tensor:
