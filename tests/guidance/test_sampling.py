@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -222,19 +220,9 @@ def test_an_interval_on_the_domain_term_saves_its_predictions():
 
 
 @pytest.fixture(scope="module")
-def k_diffusion():
+def k_diffusion(core):
     """ComfyUI's sampling loops: a foreign library that knows nothing of this one."""
-    path = os.environ.get("INDOMAIN_COMFYUI_PATH")
-    if not path:
-        pytest.skip("INDOMAIN_COMFYUI_PATH is not set")
-    if path not in sys.path:
-        sys.path.append(path)
-    import comfy.cli_args
-
-    comfy.cli_args.args.cpu = True  # before anything asks for a device
-    import comfy.k_diffusion.sampling as sampling
-
-    return sampling
+    return core("comfy.k_diffusion.sampling")
 
 
 @pytest.mark.comfy
