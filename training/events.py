@@ -1,0 +1,397 @@
+"""What a training run reports, and who listens: the log, TensorBoard, the loss curve and the terminal.
+
+Every event is a frozen dataclass of plain values; `to_dict` makes a JSON line of it and `event_from_dict` the event
+again, so that a run in another process reports the same things.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from .atomic import replacing
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in a run."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"event": name, field: value, ...}` of JSON values."""
+        return {"event": type(self).__name__.lower(), **dataclasses.asdict(self)}
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The run begins: its folder, the resolved configuration, the step it continues from (0: anew), the estimate."""
+
+    run: str
+    config: Mapping[str, Any]
+    step: int
+    steps: int
+    images: int
+    estimate: str = ""
+
+
+@dataclass(frozen=True)
+class Caching(Event):
+    """Images encoded (or found in the cache) so far."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Step(Event):
+    """An optimizer step is finished. loss: of its global batch; rate: learning rate; eta_s: seconds left, None at first.
+
+    gradient_norm: before clipping.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+    gradient_norm: float
+    seconds_per_step: float
+    eta_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Validated(Event):
+    """Loss on the held-out images: the mean over noise levels, and per timestep (its number as text)."""
+
+    step: int
+    loss: float
+    per_level: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Sampled(Event):
+    """A grid of samples was written."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Saved(Event):
+    """A checkpoint was written."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Warned(Event):
+    """Something the user should know that does not stop the run."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Stopped(Event):
+    """The run was asked to stop: the step was finished and saved in `path` (empty: nothing was trained yet)."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Finished(Event):
+    """The run is complete: `path` is the domain model."""
+
+    step: int
+    path: str
+
+
+EVENTS: dict[str, type[Event]] = {
+    kind.__name__.lower(): kind
+    for kind in (Started, Caching, Step, Validated, Sampled, Saved, Warned, Stopped, Finished)
+}
+Listener = Callable[[Event], None]
+
+
+def event_from_dict(values: Mapping[str, Any]) -> Event:
+    """The event `to_dict` made. Raises ValueError for anything else; unknown fields of a known event are ignored."""
+    kind = EVENTS.get(values.get("event", "")) if isinstance(values, Mapping) else None
+    if kind is None:
+        raise ValueError(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
+    known = {one.name for one in dataclasses.fields(kind)}
+    try:
+        return kind(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise ValueError(f"Expected a complete {values['event']} event, found {values!r:.80}.") from error
+
+
+def read_log(path: str | os.PathLike) -> list[Event]:
+    """The events of a log.jsonl, oldest first; lines torn by a kill are left out. Empty where there is no file."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
+    except FileNotFoundError:
+        return []
+    events = []
+    for line in lines:
+        try:
+            events.append(event_from_dict(json.loads(line)))
+        except ValueError:
+            continue
+    return events
+
+
+class LogFile:
+    """Listener that appends events to a JSON-lines file, with the time.
+
+    Steps are averaged: one line every `every` steps carries their mean loss. A torn last line stays a line of its own.
+    """
+
+    def __init__(self, path: str | os.PathLike, every: int = 10) -> None:
+        self.path, self.every = Path(path), every
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size > 0 and self.path.read_bytes()[-1:] != b"\n"
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")
+        if torn:
+            self._file.write("\n")
+        self._losses: list[float] = []
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Caching) and event.done < event.total:
+            return
+        if isinstance(event, Step):
+            self._losses.append(event.loss)
+            if event.step % self.every and event.step != event.steps:
+                return
+            event = dataclasses.replace(event, loss=sum(self._losses) / len(self._losses))
+            self._losses.clear()
+        self._file.write(json.dumps({**event.to_dict(), "time": round(time.time(), 3)}, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoard:
+    """Listener that writes scalars and sample grids for TensorBoard (optional package tensorboard)."""
+
+    def __init__(self, folder: str | os.PathLike, every: int = 10) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard: expected the package tensorboard, which is not installed; pip install tensorboard, or turn "
+                "the option off (log.jsonl and loss.png are always written)."
+            ) from error
+        self.every = every
+        self._writer = SummaryWriter(str(folder))
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step) and (event.step % self.every == 0 or event.step == event.steps):
+            for name in ("loss", "rate", "gradient_norm", "seconds_per_step"):
+                self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+        elif isinstance(event, Validated):
+            self._writer.add_scalar("held_out/loss", event.loss, event.step)
+            for level, loss in event.per_level.items():
+                self._writer.add_scalar(f"held_out/t{level}", loss, event.step)
+        elif isinstance(event, Sampled):
+            import numpy
+            from PIL import Image
+
+            with Image.open(event.path) as image:
+                self._writer.add_image("samples", numpy.asarray(image.convert("RGB")), event.step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Console:
+    """Listener for a terminal: one status line that is rewritten, other events on lines of their own.
+
+    Where the stream is no terminal, a line every `every` steps.
+    """
+
+    def __init__(self, stream: TextIO | None = None, every: int = 50) -> None:
+        self.stream = stream if stream is not None else sys.stderr
+        self.every = every
+        self._live = bool(getattr(self.stream, "isatty", lambda: False)())
+        self._width = 0
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, Step):
+            last = event.step == event.steps
+            if self._live or last or event.step % self.every == 0:
+                self._status(describe(event), last)
+        elif isinstance(event, Caching):
+            if self._live or event.done == event.total:
+                self._status(describe(event), event.done >= event.total)
+        else:
+            self._status(describe(event), True)
+
+    def _status(self, text: str, ends: bool) -> None:
+        if not self._live:
+            self.stream.write(text + "\n")
+        else:
+            self.stream.write("\r" + text.ljust(self._width) + ("\n" if ends else ""))
+            self._width = 0 if ends else len(text)
+        self.stream.flush()
+
+
+def describe(event: Event) -> str:
+    """An event in one line (a start in several) for people."""
+    if isinstance(event, Started):
+        where = f"continues {event.run} at step {event.step}" if event.step else f"starts in {event.run}"
+        head = f"training {where}: {event.images} images, {event.steps} steps"
+        return f"{head}\n{event.estimate}".rstrip()
+    if isinstance(event, Caching):
+        return f"latents {_bar(event.done, event.total)} {event.done}/{event.total}"
+    if isinstance(event, Step):
+        left = "" if event.eta_s is None else f", {duration(event.eta_s)} left"
+        return (f"step {_bar(event.step, event.steps)} {event.step}/{event.steps}  loss {event.loss:.4f}  "
+                f"{event.seconds_per_step:.3g} s/step{left}")
+    if isinstance(event, Validated):
+        return f"held-out loss at step {event.step}: {event.loss:.4f}"
+    if isinstance(event, Sampled):
+        return f"samples at step {event.step}: {event.path}"
+    if isinstance(event, Saved):
+        return f"checkpoint at step {event.step}: {event.path}"
+    if isinstance(event, Warned):
+        return f"warning: {event.text}"
+    if isinstance(event, Stopped):
+        if not event.path:
+            return "stopped before the first step; nothing was trained"
+        return f"stopped after step {event.step}, saved in {event.path}; the same command with resume continues there"
+    if isinstance(event, Finished):
+        return f"finished after step {event.step}: {event.path}"
+    return str(event)
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 42 s, 7 min, 3 h 05 min, 2 d 4 h."""
+    minutes = round(seconds / 60)
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    if minutes < 100:
+        return f"{minutes} min"
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _bar(done: int, total: int, width: int = 24) -> str:
+    return f"[{'#' * (width * done // max(1, total)):<{width}}]"
+
+
+class LossCurve:
+    """Listener that keeps the losses and draws loss.png (with Pillow): the mean loss, and held-out losses as dots.
+
+    `history`: events of an earlier part of the run; those after step `start` are dropped, because a run that was killed
+    repeats them.
+    """
+
+    def __init__(self, path: str | os.PathLike, history: Iterable[Event] = (), start: int = 0, every: int = 10) -> None:
+        self.path, self.every = Path(path), every
+        self.train: dict[int, float] = {}
+        self.held_out: dict[int, float] = {}
+        for event in history:
+            if getattr(event, "step", 0) <= start:
+                self._keep(event)
+
+    def __call__(self, event: Event) -> None:
+        self._keep(event)
+        if isinstance(event, (Validated, Saved, Stopped, Finished)):
+            self.draw()
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, Step) and math.isfinite(event.loss):
+            self.train[event.step] = event.loss
+        elif isinstance(event, Validated) and math.isfinite(event.loss):
+            self.held_out[event.step] = event.loss
+
+    def draw(self) -> None:
+        """Write the picture, complete or not at all; nothing while there is nothing to draw."""
+        if self.train or self.held_out:
+            with replacing(self.path) as file:
+                draw_losses(self.train, self.held_out).save(file, format="PNG")
+
+
+def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Running mean over `share` of the values on both sides, fewer at the ends so that it stays centred."""
+    reach = int(len(values) * share)
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    result = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        result.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
+    return result
+
+
+def draw_losses(train: Mapping[int, float], held_out: Mapping[int, float], width: int = 960, height: int = 480) -> Any:
+    """The loss curve as a Pillow image: single steps grey, their running mean blue, held-out losses orange."""
+    from PIL import Image, ImageDraw
+
+    steps = sorted(train)
+    mean = smoothed([train[step] for step in steps])
+    # The range follows the means: single steps scatter widely and would flatten the curve.
+    shown = sorted(mean + list(held_out.values()))
+    spread = sorted(train.values())
+    low = min(shown[0], spread[len(spread) // 20] if spread else shown[0])
+    high = max(shown[-1], spread[len(spread) * 19 // 20] if spread else shown[-1])
+    ticks = _ticks(low, high if high > low else low + max(abs(low) * 0.1, 1e-6))
+    low, high = min(ticks[0], low), max(ticks[-1], high)
+    first, last = min([*steps, *held_out]), max([*steps, *held_out])
+
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), _font(13)
+    left, top, right, bottom = 70, 40, width - 24, height - 44
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + (right - left) * (step - first) / max(1, last - first)
+        return x, min(max(bottom - (bottom - top) * (loss - low) / (high - low), top), bottom)
+
+    for tick in ticks:
+        y = place(first, tick)[1]
+        draw.line([(left, y), (right, y)], fill=(225, 225, 225))
+        draw.text((left - 8, y), f"{tick:g}", fill=(90, 90, 90), font=font, anchor="rm")
+    for tick in _ticks(first, max(last, first + 1)):
+        if first <= tick <= last and tick == int(tick):
+            x = place(tick, low)[0]
+            draw.line([(x, bottom), (x, bottom + 5)], fill=(90, 90, 90))
+            draw.text((x, bottom + 8), f"{int(tick)}", fill=(90, 90, 90), font=font, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill=(90, 90, 90))
+    if len(steps) > 1:
+        draw.line([place(step, train[step]) for step in steps], fill=(205, 213, 225), width=1)
+        draw.line([place(step, loss) for step, loss in zip(steps, mean)], fill=(31, 95, 191), width=2)
+    for step, loss in held_out.items():
+        x, y = place(step, loss)
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=(224, 124, 24))
+    label = f"loss at step {last}: {mean[-1]:.4f}" if mean else f"loss at step {last}"
+    if held_out:
+        label += f"     held out: {held_out[max(held_out)]:.4f} (dots)"
+    draw.text((left, 14), label, fill=(40, 40, 40), font=font)
+    return image
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers that cover low..high."""
+    size = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (size * factor) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(index * step, 12) for index in range(first, last + 1)]
+
+
+def _font(size: int) -> Any:
+    from PIL import ImageFont
+
+    try:
+        return ImageFont.load_default(size)
+    except (TypeError, ImportError, OSError):  # Pillow before 10.1, or one without FreeType: its small built-in font
+        return ImageFont.load_default()
