@@ -379,7 +379,10 @@ def interpreter_candidates(comfyui: Path) -> list[Path]:
 def own_interpreter(comfyui: Path, argument: str | None) -> Path:
     """The Python of the ComfyUI at `comfyui`: one that can import torch and serve."""
     find = "from importlib.util import find_spec as f; assert all(map(f, ('torch', 'aiohttp', 'yaml', 'safetensors')))"
-    candidates = [Path(argument).expanduser().absolute()] if argument else interpreter_candidates(comfyui)
+    candidates = interpreter_candidates(comfyui)
+    if argument:
+        # A plain name is looked up as a shell would.
+        candidates = [Path(shutil.which(argument) or Path(argument).expanduser()).absolute()]
     for candidate in candidates:
         if runs(candidate, "import sys; assert sys.version_info >= (3, 10)", find):
             return candidate
@@ -492,6 +495,10 @@ def main(arguments: Sequence[str]) -> int:
             environ["PYTHONPATH"] = str(test_tools(python))
     except SetupProblem as problem:
         say(f"run.py: {problem}")
+        return 2
+    except OSError as problem:  # a cache that cannot be written, a full disk
+        say(f"run.py: the folder for downloads and environments, {cache_root()}, cannot be used ({problem}): set "
+            "INDOMAIN_CACHE to a folder that can be written to.")
         return 2
     order = {key: value for key, value in vars(options).items() if key != "python"}
     order["comfyui"] = str(comfyui)

@@ -121,6 +121,14 @@ def test_named_python_is_taken_and_no_other(tmp_path):
         run.own_interpreter(comfyui, str(named))
 
 
+@posix
+def test_python_may_be_named_as_in_a_shell(tmp_path, monkeypatch):
+    comfyui = make_comfyui(tmp_path / "ComfyUI")
+    named = make_python(tmp_path / "bin/comfy-python")
+    monkeypatch.setenv("PATH", str(named.parent))
+    assert run.own_interpreter(comfyui, "comfy-python") == named
+
+
 # ------------------------------------------------------------------------------------------------- built folders
 
 
@@ -291,6 +299,15 @@ def test_stage_one_needs_only_the_standard_library(tmp_path):
                             capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode == 0 and "mini-world" in result.stdout, result.stderr
     assert time.monotonic() - started < 20
+
+
+def test_a_cache_that_cannot_be_written_ends_with_one_sentence(tmp_path):
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    environ = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"}
+    result = subprocess.run([sys.executable, str(ROOT / "run.py"), "bench", "--list"], capture_output=True, text=True,
+                            env={**environ, "INDOMAIN_CACHE": str(tmp_path / "file" / "cache")})
+    assert result.returncode == 2 and result.stdout == ""
+    assert "INDOMAIN_CACHE" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_wrong_comfyui_path_ends_with_one_sentence(tmp_path):
