@@ -491,8 +491,9 @@ def main(arguments: Sequence[str]) -> int:
         else:
             python = own_interpreter(comfyui, options.python)
         environ = clean_environ(INDOMAIN_COMFYUI_PATH=str(comfyui))
-        if options.command == "test":
-            environ["PYTHONPATH"] = str(test_tools(python))
+        tools = str(test_tools(python)) if options.command == "test" else None
+        if tools:
+            environ["PYTHONPATH"] = tools
     except SetupProblem as problem:
         say(f"run.py: {problem}")
         return 2
@@ -503,6 +504,7 @@ def main(arguments: Sequence[str]) -> int:
     order = {key: value for key, value in vars(options).items() if key != "python"}
     order["comfyui"] = str(comfyui)
     order["cache"] = str(cache_root())
+    order["tools"] = tools
     return hand_over(python, order, environ)
 
 

@@ -60,9 +60,13 @@ def serve(order: dict) -> int:
 def test(order: dict) -> int:
     # The models of the tests are tiny: more threads than one only wait for each other.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    # `python -m pytest` would put the checkout on sys.path, where its nodes/ shadows ComfyUI's nodes.py.
-    start = "import sys; sys.path[:] = [p for p in sys.path if p]; import pytest; sys.exit(pytest.main())"
-    return _child([sys.executable, "-c", start, *order["rest"]], cwd=CHECKOUT)
+    # `python -m pytest` would put the checkout on sys.path, where its nodes/ shadows ComfyUI's nodes.py. The tools are
+    # named once more because the Python of the portable Windows package does not read PYTHONPATH.
+    start = (
+        "import sys; tools = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; "
+        "sys.path[:0] = [tools] if tools and tools not in sys.path else []; import pytest; sys.exit(pytest.main())"
+    )
+    return _child([sys.executable, "-c", start, order.get("tools") or "", *order["rest"]], cwd=CHECKOUT)
 
 
 def bench(order: dict) -> int:
