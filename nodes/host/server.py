@@ -218,8 +218,11 @@ class ComfyServer:
         return "\n".join(self.log().splitlines()[-lines:])
 
     def wait(self) -> int:
-        """Block until the server's process ends."""
-        return self._process.wait()
+        """Block until the server's process ends; its exit status."""
+        # Not Popen.wait(), which on Windows lets no Ctrl+C through until the process has ended.
+        while (status := self._process.poll()) is None:
+            time.sleep(0.2)
+        return status
 
     # ------------------------------------------------------------------------------------------------ ending
 
