@@ -1,0 +1,107 @@
+"""What a terminal shows of a run: messages and a progress line on standard error, results on standard output."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TextIO
+
+from .events import Caching, Event, Started, Step, Stopped, Warned, describe
+
+if TYPE_CHECKING:
+    from .train import Result
+
+# A log file gets a line this often instead of a moving bar.
+QUIET_SECONDS = 15.0
+
+
+class Console:
+    """A listener of a run, for one terminal; call it with each event, and `result` at the end.
+
+    as_json: events and the result as JSON lines on standard output, else the finished file's path alone. quiet: only
+    warnings on standard error. Of several processes only the first speaks. A terminal that has gone away ends no run.
+    """
+
+    def __init__(self, as_json: bool = False, quiet: bool = False, errors: TextIO | None = None) -> None:
+        self._errors = sys.stderr if errors is None else errors
+        self._speaks = int(os.environ.get("RANK", "0")) == 0
+        self._as_json, self._quiet = as_json, quiet
+        self._moving = not quiet and self._errors.isatty()
+        self._width = 0
+        self._told = -QUIET_SECONDS
+
+    def __call__(self, event: Event) -> None:
+        if not self._speaks:
+            return
+        if self._as_json:
+            self._out(json.dumps(event.to_dict()))
+        if isinstance(event, (Caching, Step)):
+            done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
+            self._progress(describe(event), done >= total)
+        elif isinstance(event, Started):
+            self._say(f"{_settings(event.config)}\n{describe(event)}")
+        else:
+            self._say(describe(event), always=isinstance(event, (Warned, Stopped)))
+
+    def stop_requested(self, number: int) -> None:
+        """To be called by a signal handler, which may have interrupted a write: so it uses no buffered stream."""
+        if self._speaks:
+            text = "finishing this step and saving ..." + (" (Ctrl+C again: do not wait)" if number == 2 else "")
+            with suppress(OSError, ValueError):
+                os.write(self._errors.fileno(), f"\n{text}\n".encode())
+
+    def result(self, result: Result) -> None:
+        """The run's last word on standard output: a JSON object, or the path of what it made."""
+        if not self._speaks:
+            return
+        if self._as_json:
+            self._out(json.dumps({"event": "result", **vars(result)}, default=str))
+        elif result.path is not None:
+            self._out(str(result.path))
+        elif result.status == "stopped":
+            self._say(f"go on with: indomain resume {result.run}", always=True)
+
+    def _out(self, line: str) -> None:
+        print(line, flush=True)
+
+    def _say(self, text: str, always: bool = False) -> None:
+        if not self._quiet or always:
+            self._write(self._cleared() + text + "\n")
+
+    def _progress(self, text: str, last: bool) -> None:
+        """The one line that moves; where nothing can move, a line now and then."""
+        if self._quiet:
+            return
+        if self._moving:
+            with suppress(OSError, ValueError):
+                text = text[: os.get_terminal_size(self._errors.fileno()).columns - 1]
+            self._write(self._cleared() + text + ("\n" if last else ""))
+            self._width = 0 if last else len(text)
+        elif last or time.monotonic() - self._told > QUIET_SECONDS:
+            self._told = time.monotonic()
+            self._write(text + "\n")
+
+    def _cleared(self) -> str:
+        cleared, self._width = ("\r" + " " * self._width + "\r" if self._width else ""), 0
+        return cleared
+
+    def _write(self, text: str) -> None:
+        with suppress(OSError, ValueError):
+            self._errors.write(text)
+            self._errors.flush()
+
+
+def _settings(config: Mapping[str, Any]) -> str:
+    """The resolved configuration, a line a field."""
+    width = max(map(len, config))
+    return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in config.items())
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
