@@ -9,13 +9,11 @@ from torch import Generator, Tensor
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features (arXiv 1706.08500, eq. 6); 0 for identical sets.
 
-    features [N, F] and reference [M, F], N and M above F for a covariance of full rank. Computed in float64; the trace
-    of the square root comes from eigenvalues, so there is no complex remainder.
-    Raises ValueError for other shapes or fewer than two samples.
+    features [N, F] and reference [M, F], N and M above F for a covariance of full rank. Computed in float64; the trace of
+    the square root comes from eigenvalues, so there is no complex remainder.
+    Raises ValueError for other shapes, numbers that are not finite, or fewer than two samples.
     """
-    a, b = _checked(features), _checked(reference)
-    if a.shape[1] != b.shape[1]:
-        raise ValueError(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; use one feature network")
+    a, b = _pair(features, reference)
     covariance_a, covariance_b = a.T.cov(), b.T.cov()
     values, vectors = torch.linalg.eigh(covariance_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
@@ -27,9 +25,12 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 def kernel_distance(features: Tensor, reference: Tensor, subsets: int = 50, size: int = 500, seed: int = 0) -> float:
     """KID (arXiv 1801.01401, section 4): unbiased squared MMD with the kernel (x.y / F + 1)^3, mean over random subsets.
 
-    About 0, also slightly below, for sets of one distribution.
+    features [N, F], reference [M, F]. About 0, also slightly below, for sets of one distribution. subsets: at least 1;
+    size: samples drawn from each set for a subset, at least 2, at most N and M count. Raises ValueError as above.
     """
-    a, b = _checked(features), _checked(reference)
+    a, b = _pair(features, reference)
+    if subsets < 1 or size < 2:
+        raise ValueError(f"expected at least 1 subset of at least 2 samples, found {subsets} of {size}")
     size = min(size, len(a), len(b))
     generator = Generator().manual_seed(seed)
     total = 0.0
@@ -52,7 +53,17 @@ def within_class_diversity(features: Tensor, classes: Tensor) -> float:
     return float(torch.stack(spreads).mean()) if spreads else 0.0
 
 
+def _pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = _checked(features), _checked(reference)
+    if a.shape[1] != b.shape[1]:
+        raise ValueError(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; use one network for both")
+    return a, b
+
+
 def _checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
         raise ValueError(f"expected features [N, F] of at least two images, found {list(features.shape)}")
+    if not bool(features.isfinite().all()):
+        # Else max(0, NaN) would call broken pictures perfect.
+        raise ValueError("expected finite features, found NaN or infinity; look at the pictures they come from")
     return features.detach().double().cpu()

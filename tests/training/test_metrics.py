@@ -50,3 +50,25 @@ def test_diversity_is_the_mean_distance_to_the_class_mean():
 def test_too_few_features_are_refused_in_a_sentence(features):
     with pytest.raises(ValueError, match="at least two images"):
         frechet_distance(features, torch.zeros(5, 4))
+
+
+def test_features_that_are_not_finite_are_refused_rather_than_called_perfect():
+    good = torch.randn(20, 4, generator=torch.Generator().manual_seed(4))
+    for bad in (float("nan"), float("inf")):
+        broken = good.clone()
+        broken[3, 1] = bad
+        for distance in (frechet_distance, kernel_distance):
+            for pair in ((broken, good), (good, broken)):
+                with pytest.raises(ValueError, match="finite"):
+                    distance(*pair)
+
+
+@pytest.mark.parametrize("distance", [frechet_distance, kernel_distance])
+def test_features_of_two_widths_are_refused_in_a_sentence(distance):
+    with pytest.raises(ValueError, match="one width, found 4 and 5"):
+        distance(torch.zeros(9, 4), torch.zeros(9, 5))
+
+
+def test_subsets_too_small_for_an_unbiased_estimate_are_refused():
+    with pytest.raises(ValueError, match="at least 2 samples, found 50 of 1"):
+        kernel_distance(torch.zeros(9, 4), torch.zeros(9, 4), size=1)

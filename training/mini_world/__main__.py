@@ -5,71 +5,183 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from functools import cached_property
 from pathlib import Path
+from typing import Callable
+
+SCALES = (1.5, 2.0, 3.0)   # of classifier-free guidance, among which the prior's best is chosen
+COLOUR_TARGET, DIGIT_TARGET = 0.95, 0.97
 
 
-def report(name: str, value: float, unit: str, samples: int, seed: int, target: float | None = None, better: str = "lower") -> None:
+def report(name: str, value: float, unit: str, samples: int, seed: int, target: float | None = None,
+           better: str = "lower", **more: object) -> None:
     """One measured number as a JSON line on standard output."""
-    print(json.dumps({"name": name, "value": round(value, 5), "unit": unit, "target": target, "better": better,
-                      "samples": samples, "seed": seed}), flush=True)
+    line = {"name": f"mini_world/{name}", "value": round(value, 5), "unit": unit, "target": target,
+            "better": better, "samples": samples, "seed": seed, **more}
+    print(json.dumps(line, allow_nan=False), flush=True)
 
 
-def check(samples: int, seed: int) -> None:
-    """Measure the shipped weights against what the set-up needs to be valid."""
-    from . import measure, render
-    from .assets import load_autoencoder, load_classifier, load_mini_world
+class Check:
+    """Measures the shipped weights against what the set-up needs to be valid; one method a part, each prints its lines."""
 
-    model, world = load_classifier(), load_mini_world()
-    autoencoder, _ = load_autoencoder()
-    for name, value in measure.autoencoder_quality(autoencoder, model, samples, seed).items():
-        if name.startswith("psnr"):
-            report(f"mini_world/{name}", value, "dB", samples, seed, 26.0, "higher")
-        elif "lost" in name:
-            report(f"mini_world/{name}", value, "share", samples, seed, 0.01)
-        else:
-            report(f"mini_world/{name}", value, "share", samples, seed, None, "higher")
-    prompts = measure.draw_prompts(samples, render.colour_pairs(), seed)
-    best = None
-    for scale in (1.5, 2.0, 3.0):
-        pictures, _ = measure.sample_prompts(world, measure.cfg_of(world, scale), prompts, seed=seed, name=f"prior {scale}")
-        result = measure.score(model, pictures, prompts)
-        if best is None or result.digit + result.both_colours > best[1].digit + best[1].both_colours:
-            best = scale, result
-    scale, result = best
-    report("mini_world/prior_best_scale", scale, "cfg", samples, seed, None, "higher")
-    for name, target in (("digit", 0.97), ("ink", 0.95), ("ground", 0.95)):
-        report(f"mini_world/prior_{name}_accuracy", getattr(result, name), "share", samples, seed, target, "higher")
-    for domain in ("handwriting", "narrow"):
-        floors = measure.validity(autoencoder, model, domain, seed)
-        inside = measure.draw_prompts(samples, render.domain_pairs(domain), seed)
-        pictures, _ = measure.sample_prompts(world, measure.cfg_of(world, scale), inside, seed=seed, name=f"prior in {domain}")
-        distance = measure.score(model, pictures, inside).distance
-        for name, value in floors.items():
-            report(f"mini_world/{domain}_{name}", value, "frechet", 2000, seed)
-        report(f"mini_world/{domain}_prior_distance", distance, "frechet", samples, seed)
-        report(f"mini_world/{domain}_ceiling_over_floor", floors["ceiling"] / floors["floor"], "ratio", 2000, seed, 20.0, "higher")
-        report(f"mini_world/{domain}_autoencoder_floor_over_prior", floors["autoencoder_floor"] / distance, "ratio", samples, seed, 0.05)
+    def __init__(self, samples: int, seed: int, keep: Path | None = None) -> None:
+        self.samples, self.seed, self.keep = samples, seed, keep
+
+    @cached_property
+    def world(self):
+        from .assets import load_mini_world
+
+        return load_mini_world()
+
+    @cached_property
+    def judges(self) -> dict:
+        """Prefix of the names of what a judge says -> the judge: the first one has none."""
+        from .assets import load_classifier
+
+        return {"": load_classifier(), "held_out_judge/": load_classifier(held_out=True)}
+
+    @cached_property
+    def prior(self):
+        """(best scale, prompts in all 56 colour pairs, pictures); the scale that the first judge likes best."""
+        from . import measure, render
+
+        prompts, best = measure.draw_prompts(self.samples, render.colour_pairs(), self.seed), None
+        for scale in SCALES:
+            pictures = self.sample(prompts, scale, f"prior, CFG {scale}")
+            result = measure.score(self.judges[""], pictures, prompts)
+            if best is None or result.digit + result.both_colours > best[0]:
+                best = result.digit + result.both_colours, scale, pictures
+        return best[1], prompts, best[2]
+
+    def sample(self, prompts, scale: float, name: str):
+        from . import measure
+
+        guidance = measure.cfg_of(self.world, scale)
+        return measure.sample_prompts(self.world, guidance, prompts, seed=self.seed, name=name, keep=self.keep)[0]
+
+    def part_judges(self) -> None:
+        """Each judge's own accuracy on the fonts and rows that it was not trained on."""
+        from . import measure
+
+        for prefix, model in self.judges.items():
+            for kind, pictures in measure.unseen_pictures(self.samples, self.seed, trained=bool(prefix)).items():
+                for head, share in measure.accuracies(model, pictures).items():
+                    report(f"{prefix}accuracy_{kind}_{head}", share, "share", len(pictures), self.seed, None, "higher")
+
+    def part_autoencoder(self) -> None:
+        """PSNR, and the accuracy that reconstructions lose, on held-out fonts and held-out handwriting."""
+        from . import measure
+
+        found = measure.autoencoder_quality(self.world.autoencoder, self.judges[""], self.samples, self.seed)
+        counts = {kind: len(pictures) for kind, pictures in measure.unseen_pictures(self.samples, self.seed).items()}
+        for name, value in found.items():
+            count = counts["rendered" if "rendered" in name else "handwritten"]
+            if name.startswith("psnr"):
+                report(name, value, "dB", count, self.seed, 26.0, "higher")
+            elif "lost" in name:
+                report(name, value, "share", count, self.seed, 0.01)
+
+    def part_prior(self) -> None:
+        """How well the prior's pictures obey the prompt at its best scale, as both judges see them, colour by colour."""
+        from . import measure
+        from .classifier import judge
+
+        targets = {"digit": DIGIT_TARGET, "ink": COLOUR_TARGET, "ground": COLOUR_TARGET}
+        scale, prompts, pictures = self.prior
+        report("prior_best_scale", scale, "cfg", self.samples, self.seed, None, "higher")
+        for prefix, model in self.judges.items():
+            result = measure.score(model, pictures, prompts)
+            for head, target in targets.items():
+                report(f"{prefix}prior_{head}_accuracy", getattr(result, head), "share", self.samples, self.seed, target,
+                       "higher")
+            for head, colours in measure.accuracies_by_colour(judge(model, pictures)[1], prompts).items():
+                name = f"{prefix}prior_{head}_accuracy"
+                for colour, (share, count) in colours.items():
+                    report(f"{name}/{colour}", share, "share", count, self.seed, COLOUR_TARGET, "higher")
+                worst, (share, count) = min(colours.items(), key=lambda item: item[1][0])
+                report(f"{name}/worst", share, "share", count, self.seed, COLOUR_TARGET, "higher", colour=worst)
+
+    def part_domains(self) -> None:
+        """Floors, ceiling and the prior's distance of both domains: is there something to measure?"""
+        from . import measure, render
+
+        scale, model = self.prior[0], self.judges[""]
+        for domain in ("handwriting", "narrow"):
+            count, floors = measure.VALIDITY_PICTURES, measure.validity(self.world.autoencoder, model, domain, self.seed)
+            inside = measure.draw_prompts(self.samples, render.domain_pairs(domain), self.seed)
+            pictures = self.sample(inside, scale, f"prior in {domain}, CFG {scale}")
+            distance = measure.score(model, pictures, inside).distance
+            for name, value in floors.items():
+                better = "higher" if name == "ceiling" else "lower"
+                report(f"{domain}_{name}", value, "frechet", count, self.seed, None, better)
+            report(f"{domain}_prior_distance", distance, "frechet", self.samples, self.seed)
+            ratio = floors["ceiling"] / floors["floor"]
+            report(f"{domain}_ceiling_over_floor", ratio, "ratio", count, self.seed, 20.0, "higher")
+            ratio = floors["autoencoder_floor"] / distance
+            report(f"{domain}_autoencoder_floor_over_prior", ratio, "ratio", self.samples, self.seed, 0.05)
+
+
+
+PARTS: dict[str, Callable[[Check], None]] = {
+    "judges": Check.part_judges,
+    "autoencoder": Check.part_autoencoder,
+    "prior": Check.part_prior,
+    "domains": Check.part_domains,
+}
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 10:
+        raise argparse.ArgumentTypeError(f"expected at least 10, one prompt a digit, found {value}")
+    return value
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py mini-world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    make = commands.add_parser("make", help="train everything again (about two hours on two cores); run again to continue")
-    make.add_argument("--work", type=Path, default=Path("mini_world_work"), help="folder of checkpoints and cached latents")
-    make.add_argument("--seed", type=int, default=0)
-    make.add_argument("--fonts", action="store_true", help="fetch the fonts and rasterise them again first (needs npm)")
-    measure = commands.add_parser("check", help="measure the shipped weights; one JSON object a line")
-    measure.add_argument("--samples", type=int, default=1000)
-    measure.add_argument("--seed", type=int, default=0)
+    about = ("train everything again (about two hours on two cores) and replace the shipped weights when all is finished; "
+             "stop it at will and run it again to continue")
+    make = commands.add_parser("make", help=about, description=about[0].upper() + about[1:] + ".")
+    make.add_argument("--work", type=Path, default=Path("mini_world_work"),
+                      help="folder of checkpoints, cached latents and finished files, 0.3 GB (default: %(default)s)")
+    make.add_argument("--seed", type=int, default=0, help="of weights, pictures and noise (default: 0, the shipped one)")
+    make.add_argument("--fonts", action="store_true",
+                      help="first fetch the fonts, in the pinned versions, and rasterise them again (needs npm)")
+    about = "measure the shipped weights; one JSON object a line, progress on standard error"
+    measure = commands.add_parser("check", help=about, description=about[0].upper() + about[1:] + ".")
+    measure.add_argument("--samples", type=_count, default=1000,
+                         help="pictures or prompts of a measurement, at least 10 (default: 1000)")
+    measure.add_argument("--seed", type=int, default=0, help="of prompts, pictures and noise (default: 0)")
+    measure.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
+    measure.add_argument("--keep", type=Path, metavar="DIR",
+                         help="keep sampled latents here, and use those that an interrupted run left")
     options = parser.parse_args(arguments)
-    if options.command == "check":
-        check(options.samples, options.seed)
-        return 0
+    try:
+        if options.command == "check":
+            check = Check(options.samples, options.seed, options.keep)
+            for name in options.part or PARTS:
+                PARTS[name](check)
+        else:
+            _make(options)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        resumable = options.command == "make" or options.keep is not None
+        more = "run it again to continue" if resumable else "with --keep DIR it can be continued"
+        print(f"\nstopped; {more}", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _make(options: argparse.Namespace) -> None:
     from . import glyphs, recipe, render
+
     if options.fonts:
         glyphs.build(render.DATA / "glyphs.npz", progress=lambda line: print(line, file=sys.stderr))
-    recipe.make_everything(options.work, options.seed)
-    return 0
+    for path in recipe.make_everything(options.work, options.seed):
+        print(path)
 
 
 if __name__ == "__main__":

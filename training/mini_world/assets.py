@@ -20,7 +20,8 @@ from .tokens import expand_embedding, tokenize
 
 LATENT_FORMAT = "mini_world"
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
-COMPONENTS = {"prior_unet", "text_encoder", "autoencoder", "classifier"}
+JUDGES = {"classifier", "classifier_held_out"}
+COMPONENTS = {"prior_unet", "text_encoder", "autoencoder", *JUDGES}
 
 
 def weights_dir() -> Path:
@@ -34,7 +35,7 @@ def domain_unets_dir() -> Path:
 
 
 def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """fp16 weights and metadata of ``prior_unet``, ``text_encoder``, ``autoencoder`` or ``classifier``.
+    """fp16 weights and metadata of ``prior_unet``, ``text_encoder``, ``autoencoder``, ``classifier`` or ``classifier_held_out``.
 
     Raises FileProblem when the file is missing, damaged or holds NaN.
     """
@@ -43,7 +44,7 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = weights_dir() / f"{name}.safetensors"
     state_dict, metadata = read_state_dict(path), read_metadata(path)
     check_finite(state_dict, path)
-    if name != "classifier" and "config" not in metadata:
+    if name not in JUDGES and "config" not in metadata:
         raise FileProblem(f"{path}: expected the mini world's own file with a configuration in its metadata, found none; "
                           "take the file from the repository again")
     return state_dict, metadata
@@ -78,10 +79,10 @@ def load_prior() -> tuple[dict[str, Tensor], UNetConfig]:
     return _fp32(state_dict), UNetConfig.from_json(metadata["config"])
 
 
-def load_classifier() -> Classifier:
-    """The judge in fp32."""
+def load_classifier(held_out: bool = False) -> Classifier:
+    """The judge in fp32, or the second one, trained on the held-out fonts and rows alone."""
     model = Classifier()
-    model.load_state_dict(_fp32(read_component("classifier")[0]))
+    model.load_state_dict(_fp32(read_component("classifier_held_out" if held_out else "classifier")[0]))
     return model.eval().requires_grad_(False)
 
 

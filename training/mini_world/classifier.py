@@ -1,7 +1,13 @@
-"""The judge of the mini world: one small network that names digit, ink, ground and world, and whose features measure distance."""
+"""The judges of the mini world: one small network that names digit, ink, ground and world, and whose features measure distance.
+
+The judge is trained on the fonts and rows that the generative models saw, and measured on the held-out ones; the second
+judge the other way round, so that what it says of samples cannot come from shapes that both have learned by heart.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +20,7 @@ from .loop import LoopConfig, run_loop
 HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
 FEATURES = 64
 LOOP = LoopConfig(name="classifier", steps=2000, rate=3e-3, ema=0.998)
+HELD_OUT_LOOP = replace(LOOP, name="classifier_held_out", steps=1500)   # fewer pictures to learn
 BATCH = 96
 
 
@@ -41,10 +48,13 @@ class Classifier(nn.Module):
         return features, {name: head(F.silu(features)) for name, head in self.heads.items()}
 
 
-def draw_batch(count: int, generator: Generator, fonts_held_out: bool = False) -> render.Pictures:
-    """Half rendered, half handwritten, all 56 colour pairs, lightly blurred and noised so that codec traces say nothing."""
-    printed = render.rendered(count // 2, generator, held_out=fonts_held_out)
-    written = render.handwritten(render.TRAIN_ROWS, render.colour_pairs(), generator, count=count - count // 2)
+def draw_batch(count: int, generator: Generator, held_out: bool = False) -> render.Pictures:
+    """Half rendered, half handwritten, all 56 colour pairs, lightly blurred and noised so that codec traces say nothing.
+
+    held_out: from the fonts and rows that no generative model trained on, instead of those they did.
+    """
+    printed = render.rendered(count // 2, generator, held_out=held_out)
+    written = render.handwritten(render.HELD_OUT_ROWS if held_out else render.TRAIN_ROWS, render.colour_pairs(), generator, count=count - count // 2)
     both = render.Pictures(*(torch.cat([getattr(printed, name), getattr(written, name)])
                              for name in ("images", "digit", "ink", "ground", "world")))
     both.images = _degrade(both.images, generator)
@@ -62,9 +72,9 @@ def _degrade(images: Tensor, generator: Generator) -> Tensor:
     return torch.roll(images + tint + grain, shift, dims=(2, 3))
 
 
-def classification_loss(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
+def classification_loss(model: nn.Module, generator: Generator, step: int, held_out: bool = False) -> tuple[Tensor, dict[str, float]]:
     """Sum of the four cross-entropies of one batch."""
-    pictures = draw_batch(BATCH, generator)
+    pictures = draw_batch(BATCH, generator, held_out)
     features, logits = model(pictures.images)
     labels = pictures.labels()
     losses = {name: F.cross_entropy(logits[name].float(), labels[name], label_smoothing=0.02) for name in HEADS}
@@ -85,8 +95,9 @@ def judge(model: Classifier, images: Tensor, batch: int = 200) -> tuple[Tensor, 
     return torch.cat(features), {name: torch.cat(parts) for name, parts in named.items()}
 
 
-def train(work: Path, seed: int = 0, steps: int | None = None) -> Classifier:
-    """Train (or finish) the classifier in folder ``work``."""
-    torch.manual_seed(seed + 4)
-    loop = LoopConfig(**{**LOOP.__dict__, "seed": seed + 4, "steps": steps or LOOP.steps})
-    return run_loop(loop, Classifier(), classification_loss, work)
+def train(work: Path, seed: int = 0, steps: int | None = None, held_out: bool = False) -> Classifier:
+    """Train (or finish) a judge in folder ``work``: on the trained fonts and rows, or on the held-out ones alone."""
+    loop, seed = (HELD_OUT_LOOP, seed + 8) if held_out else (LOOP, seed + 4)
+    torch.manual_seed(seed)
+    loop = replace(loop, seed=seed, steps=steps or loop.steps)
+    return run_loop(loop, Classifier(), partial(classification_loss, held_out=held_out), work)

@@ -1,6 +1,7 @@
 """Rasterise the ten digits of every listed font once, so that training and measuring need no font files.
 
-The fonts are fetched with ``npm pack @fontsource/NAME`` (the newest version; those of the shipped raster are kept in it); only families whose package names a licence that allows it are used.
+The fonts are fetched with ``npm pack @fontsource/NAME@VERSION``, in the versions that the shipped raster was made of; only
+families whose package names a licence that allows it are used.
 ``data/glyphs.npz`` holds the result: masks uint8 [fonts, 10, 64, 64] (255 = ink), names, licences and package versions.
 """
 
@@ -8,12 +9,16 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Callable, Sequence
 
 import numpy as np
+
+from ..atomic import replacing
 
 CELL_PX = 64      # raster of one glyph
 GLYPH_PX = 60     # its longer side, so that every glyph fills its cell alike
@@ -30,6 +35,13 @@ sora lexend chivo public-sans red-hat-display asap catamaran hind kanit prompt s
 anonymous-pro courier-prime roboto-slab roboto-mono source-serif-4 source-code-pro jetbrains-mono fira-mono concert-one
 passion-one alfa-slab-one ultra
 """.split()
+VERSION = "5.3.0"
+OTHER_VERSIONS = {"source-sans-3": "5.3.1", "source-serif-4": "5.3.1", "source-code-pro": "5.3.1"}
+
+
+def package_of(family: str) -> str:
+    """The pinned npm package of a family, ``@fontsource/lato@5.3.0``."""
+    return f"@fontsource/{family}@{OTHER_VERSIONS.get(family, VERSION)}"
 
 
 def rasterise_digit(font_bytes: bytes, digit: int) -> np.ndarray:
@@ -60,21 +72,36 @@ def read_package(path: Path) -> tuple[dict, bytes]:
         return about, archive.extractfile(names[0]).read()
 
 
-def build(target: Path, progress=print) -> None:
-    """Fetch every family, rasterise it and write ``target`` (npz). Needs npm and a package registry."""
-    masks, names, licences, versions = [], [], [], []
+def fetch(family: str, folder: Path) -> Path:
+    """The archive of a family's package, fetched into ``folder``. Raises ValueError where npm is missing or fails."""
+    npm = shutil.which("npm")
+    if npm is None:
+        raise ValueError("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts out: "
+                         "the rasterised digits are in the repository")
+    packed = subprocess.run([npm, "pack", "--silent", package_of(family)], cwd=folder, capture_output=True, text=True)
+    if packed.returncode or not packed.stdout.split():
+        raise ValueError(f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "
+                         "check the connection and run again")
+    return folder / packed.stdout.split()[-1]
+
+
+def build(target: Path, families: Sequence[str] = FAMILIES, progress: Callable[[str], None] = print) -> None:
+    """Fetch the families, rasterise them and replace ``target`` (npz). Needs npm and a package registry.
+
+    Raises ValueError for a licence that does not allow it: a family less would move others between the trained and the
+    held-out ones.
+    """
+    masks, licences = [], []
     with tempfile.TemporaryDirectory() as folder:
-        for family in FAMILIES:
-            packed = subprocess.run(["npm", "pack", "--silent", f"@fontsource/{family}"], cwd=folder, check=True,
-                                    capture_output=True, text=True)
-            about, font = read_package(Path(folder) / packed.stdout.split()[-1])
+        for family in families:
+            about, font = read_package(fetch(family, Path(folder)))
             if about.get("license") not in ALLOWED_LICENCES:
-                progress(f"{family}: licence {about.get('license')!r} is not on the list, left out")
-                continue
+                raise ValueError(f"{package_of(family)}: expected a licence of {', '.join(ALLOWED_LICENCES)}, found "
+                                 f"{about.get('license')!r}; take the family off the list")
             masks.append(np.stack([rasterise_digit(font, digit) for digit in range(10)]))
-            names.append(family)
             licences.append(about["license"])
-            versions.append(about["version"])
-            progress(f"{family} {about['version']} ({about['license']})")
-    np.savez_compressed(target, masks=np.stack(masks), names=np.array(names), licences=np.array(licences),
-                        versions=np.array(versions))
+            progress(f"{package_of(family)} ({about['license']})")
+    versions = [package_of(family).rsplit("@", 1)[1] for family in families]
+    with replacing(target) as file:
+        np.savez_compressed(file, masks=np.stack(masks), names=np.array(families), licences=np.array(licences),
+                            versions=np.array(versions))

@@ -6,17 +6,22 @@ The production trainer is a different thing; this one exists so that every shipp
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import math
-import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Callable, TextIO
 
 import torch
 from torch import Generator, Tensor, nn
+
+from ...guidance.files import FileProblem
+from ..atomic import replacing
+
+SECONDS_BETWEEN_LINES = 20.0  # of progress, where there is no terminal to overwrite one in
 
 
 @dataclass(frozen=True)
@@ -49,12 +54,31 @@ def one_cycle(progress: float, warmup: float) -> float:
 
 def save_atomically(state: object, path: Path) -> None:
     """torch.save to a temporary name in the same folder, flushed, then renamed."""
-    temporary = path.with_name(path.name + ".part")
-    with open(temporary, "wb") as file:
+    with replacing(path) as file:
         torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+
+
+def load_saved(path: Path) -> dict:
+    """What :func:`save_atomically` wrote. Raises FileProblem for a damaged or a foreign file."""
+    try:
+        state = torch.load(path, weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"holds a {type(state).__name__}")
+        return state
+    except Exception as error:  # torch.load has no exception of its own: zip, pickle and I/O errors all occur
+        reason = str(error).strip().split("\n")[0]
+        raise FileProblem(f"{path}: expected a file of this recipe, found something unreadable ({reason}); "
+                            "delete it to make it again") from error
+
+
+def weights_hash(*modules: nn.Module) -> str:
+    """SHA-256 (hex) over names, shapes and fp32 bytes of the modules' tensors."""
+    digest = hashlib.sha256()
+    for module in modules:
+        for key, value in module.state_dict().items():
+            digest.update(f"{key} {list(value.shape)}\n".encode())
+            digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 class Progress:
@@ -62,13 +86,15 @@ class Progress:
 
     def __init__(self, name: str, total: int, stream: TextIO = sys.stderr) -> None:
         self.name, self.total, self.stream, self.started, self.first = name, total, stream, time.monotonic(), None
-        self.live = stream.isatty()
+        self.live, self.said = stream.isatty(), self.started
 
     def update(self, done: int, note: str) -> None:
         self.first = done - 1 if self.first is None else self.first
-        if not self.live and done % 100 and done != self.total:
+        now = time.monotonic()
+        if not self.live and done != self.total and now - self.said < SECONDS_BETWEEN_LINES:
             return
-        left = (time.monotonic() - self.started) / max(1, done - self.first) * (self.total - done)
+        self.said = now
+        left = (now - self.started) / max(1, done - self.first) * (self.total - done)
         bar = "#" * (24 * done // self.total)
         self.stream.write(f"{self.name} [{bar:<24}] {done}/{self.total} {note} {left / 60:.1f} min left"
                           + ("\r" if self.live and done < self.total else "\n"))
@@ -79,7 +105,8 @@ def run_loop(config: LoopConfig, model: nn.Module, loss_of: Callable[[nn.Module,
              folder: Path) -> nn.Module:
     """Train ``model`` in place, resuming from ``folder/NAME.ckpt``; returns the EMA copy when one is kept, else the model.
 
-    loss_of(model, generator, step) -> (scalar loss, numbers to log). Raises RuntimeError at a non-finite loss.
+    loss_of(model, generator, step) -> (scalar loss, numbers to log). Raises RuntimeError at a non-finite loss and
+    FileProblem for a checkpoint that is damaged or of a run with another seed, length or rate.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / f"{config.name}.ckpt"
@@ -88,7 +115,8 @@ def run_loop(config: LoopConfig, model: nn.Module, loss_of: Callable[[nn.Module,
     average = copy.deepcopy(model).requires_grad_(False) if config.ema else None
     start = 0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+        state = load_saved(checkpoint)
+        _check_same_run(checkpoint, state.get("settings"), config)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
@@ -121,5 +149,20 @@ def run_loop(config: LoopConfig, model: nn.Module, loss_of: Callable[[nn.Module,
             progress.update(done, f"loss {loss.item():.4f}")
             if done % config.save_every == 0 or done == config.steps:
                 save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "average": average.state_dict() if average is not None else None, "step": done}, checkpoint)
+                                 "average": average.state_dict() if average is not None else None, "step": done,
+                                 "settings": _settings(config)}, checkpoint)
     return (average if average is not None else model).eval()
+
+
+def _settings(config: LoopConfig) -> dict[str, int | float | bool]:
+    """What decides a run's numbers; how often it saves does not."""
+    return {key: value for key, value in asdict(config).items() if key not in ("name", "save_every")}
+
+
+def _check_same_run(checkpoint: Path, found: dict | None, config: LoopConfig) -> None:
+    expected = _settings(config)
+    if found == expected:
+        return
+    wrong = next((key for key in expected if (found or {}).get(key) != expected[key]), "settings")
+    raise FileProblem(f"{checkpoint}: expected a run with {wrong} {expected.get(wrong)}, found "
+                        f"{(found or {}).get(wrong, 'none recorded')}; use another working folder or delete the file")

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Callable
 
 import torch
@@ -17,7 +20,9 @@ from ..metrics import frechet_distance, kernel_distance, within_class_diversity
 from . import render
 from .assets import MiniWorld
 from .classifier import Classifier, judge
-from .loop import Progress
+from .loop import Progress, load_saved, save_atomically, weights_hash
+
+VALIDITY_PICTURES = 2000   # of each set that floors and ceilings compare
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
@@ -29,7 +34,11 @@ def psnr(images: Tensor, reference: Tensor) -> float:
 @torch.no_grad()
 def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 100) -> Tensor:
     """Decode the posterior mean: pictures [N, 3, 64, 64] in and out, clamped to -1..1."""
-    return torch.cat([autoencoder.decode(autoencoder.encode(part)[0]).clamp(-1, 1) for part in images.split(batch)])
+    progress, parts = Progress("reconstructions", len(images)), []
+    for part in images.split(batch):
+        parts.append(autoencoder.decode(autoencoder.encode(part)[0]).clamp(-1, 1))
+        progress.update(sum(map(len, parts)), "")
+    return torch.cat(parts)
 
 
 def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]:
@@ -64,6 +73,20 @@ class Prompts:
     captions: tuple[str, ...]
 
 
+def accuracies_by_colour(named: dict[str, Tensor], prompts: Prompts) -> dict[str, dict[str, tuple[float, int]]]:
+    """Ink and ground accuracy of each colour by itself: {"ink": {"red": (share, pictures asked for in it)}, "ground": ...}.
+
+    named: what :func:`classifier.judge` named. Colours that no prompt asks for are left out.
+    """
+    found: dict[str, dict[str, tuple[float, int]]] = {}
+    for head, column in (("ink", 0), ("ground", 1)):
+        asked, found[head] = prompts.pairs[:, column], {}
+        for index in asked.unique().tolist():
+            right = named[head][asked == index] == index
+            found[head][render.COLOUR_NAMES[index]] = float(right.float().mean()), len(right)
+    return found
+
+
 def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
     """``count`` prompts, digits in equal shares, colour pairs drawn from ``pairs`` [options, 2]."""
     generator = Generator().manual_seed(seed)
@@ -75,22 +98,38 @@ def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
 
 @torch.no_grad()
 def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidance], prompts: Prompts, *, steps: int = 25,
-                   seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m") -> tuple[Tensor, float]:
+                   seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m",
+                   keep: Path | None = None) -> tuple[Tensor, float]:
     """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
 
     guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
-    Noise depends on the seed alone, so that methods are compared on the same noise.
+    Noise depends on the seed alone, so that methods are compared on the same noise. keep: a folder for finished blocks of
+    latents, so that an interrupted run goes on where it was; ``name`` must then say all about the guidance, and only the
+    prior may be in it: blocks are told apart by name, prompts, settings and the prior's weights.
     """
     noise = torch.randn(len(prompts.captions), 4, 8, 8, generator=Generator().manual_seed(seed))
     empty, sigmas, pictures, counts = world.encode_text([""]), sigmas_uniform(world.schedule, steps), [], []
-    progress = Progress(name, -(-len(noise) // batch))
-    for block, start in enumerate(range(0, len(noise), batch)):
+    key = ""
+    if keep is not None:
+        keep.mkdir(parents=True, exist_ok=True)
+        weights = weights_hash(world.prior.unet, world.text_encoder)
+        what = [name, prompts.captions, steps, seed, batch, method, weights]
+        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+    progress = Progress(name, len(noise))
+    for start in range(0, len(noise), batch):
         part = slice(start, start + batch)
-        guided = MultiGuidance(guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])}),
-                               percent_to_sigma=world.schedule.percent_to_sigma)
-        pictures.append(world.decode(sample(guided, noise[part], sigmas, method)))
-        counts += guided.samples_per_step
-        progress.update(block + 1, "")
+        path = None if keep is None else keep / f"{key}-{start}.latents"
+        if path is not None and path.exists():
+            block = load_saved(path)
+        else:
+            guided = MultiGuidance(guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])}),
+                                   percent_to_sigma=world.schedule.percent_to_sigma)
+            block = {"latents": sample(guided, noise[part], sigmas, method), "counts": list(guided.samples_per_step)}
+            if path is not None:
+                save_atomically(block, path)
+        pictures.append(world.decode(block["latents"]))
+        counts += block["counts"]
+        progress.update(min(start + batch, len(noise)), "")
     return torch.cat(pictures), sum(counts) / len(counts)
 
 
@@ -132,14 +171,22 @@ def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor 
                  diversity=within_class_diversity(features, named["digit"]))
 
 
+def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict[str, render.Pictures]:
+    """``rendered`` and ``handwritten`` pictures, all 56 colour pairs, of the held-out fonts and the first held-out rows.
+
+    trained: of the trained fonts and rows instead, which the second judge never saw. There are 2,000 held-out rows.
+    """
+    generator = Generator().manual_seed(seed)
+    printed = render.rendered(count, generator, held_out=not trained)
+    rows = render.TRAIN_ROWS if trained else render.HELD_OUT_ROWS
+    rows = slice(rows.start, min(rows.start + count, rows.stop))
+    return {"rendered": printed, "handwritten": render.handwritten(rows, render.colour_pairs(), generator)}
+
+
 def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int = 2000, seed: int = 0) -> dict[str, float]:
     """PSNR (dB) and what the classifier loses on reconstructions, on held-out fonts and held-out handwriting."""
-    generator = Generator().manual_seed(seed)
-    printed = render.rendered(count, generator, held_out=True)
-    first = render.HELD_OUT_ROWS.start
-    written = render.handwritten(slice(first, min(first + count, render.HELD_OUT_ROWS.stop)), render.colour_pairs(), generator)
     results: dict[str, float] = {}
-    for name, pictures in (("rendered", printed), ("handwritten", written)):
+    for name, pictures in unseen_pictures(count, seed).items():
         again = reconstruct(autoencoder, pictures.images)
         results[f"psnr_{name}"] = psnr(again, pictures.images)
         before = accuracies(model, pictures)
@@ -159,8 +206,9 @@ def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwri
     generator, pairs = Generator().manual_seed(seed), render.domain_pairs(domain)
     held_out = render.handwritten(render.HELD_OUT_ROWS, pairs, generator)
     target = judge(model, held_out.images)[0]
-    own = render.handwritten(slice(0, 2000), pairs, generator)
-    printed = render.rendered(2000, generator, held_out=True, pairs=pairs[torch.randint(len(pairs), (2000,), generator=generator)])
+    own = render.handwritten(slice(0, VALIDITY_PICTURES), pairs, generator)
+    chosen = pairs[torch.randint(len(pairs), (VALIDITY_PICTURES,), generator=generator)]
+    printed = render.rendered(VALIDITY_PICTURES, generator, held_out=True, pairs=chosen)
 
     def distance(images: Tensor) -> float:
         return frechet_distance(judge(model, images)[0], target)

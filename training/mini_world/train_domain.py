@@ -32,7 +32,7 @@ def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed:
         generator, part = step_generator(seed + 5, block), slice(block * rows, (block + 1) * rows)
         return torch.cat([render.handwritten(part, pairs, generator).images for _ in range(copies)])
 
-    return cached_latents(work, f"{domain}-latents", autoencoder, blocks, draw).flatten(0, 1)
+    return cached_latents(work, f"{domain}-latents", autoencoder, blocks, draw, f"{copies} x {rows} a block, seed {seed}").flatten(0, 1)
 
 
 def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig, null_context: NullContext,

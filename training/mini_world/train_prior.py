@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ...guidance.networks.unet import UNet, UNetConfig
 from . import render, tokens
-from .loop import LoopConfig, Progress, run_loop, save_atomically, step_generator
+from .loop import LoopConfig, Progress, load_saved, run_loop, save_atomically, step_generator, weights_hash
 
 UNET = UNetConfig(model_channels=32, channel_mult=(2, 3), num_res_blocks=(2, 2), transformer_depth=(1, 1, 0, 0),
                   transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 0, 0, 0), context_dim=128, num_heads=4)
@@ -43,17 +44,25 @@ def encode_latents(autoencoder: Autoencoder, images: Tensor, batch: int = 64) ->
     return torch.cat([autoencoder.encode(part)[0] for part in images.split(batch)])
 
 
-def cached_latents(work: Path, name: str, autoencoder: Autoencoder, count: int, draw) -> Tensor:
-    """Latents of ``count`` blocks of pictures, from ``work/NAME.latents`` or encoded there: draw(block) -> [B, 3, 64, 64]."""
+def cached_latents(work: Path, name: str, autoencoder: Autoencoder, count: int, draw: Callable[[int], Tensor],
+                   drawn: str) -> Tensor:
+    """Latents of ``count`` blocks of pictures, draw(block) -> [B, 3, 64, 64]; kept in ``work/NAME.latents``.
+
+    ``drawn`` says what was drawn. Kept latents count only when the same autoencoder made them of the same pictures;
+    others are made again.
+    """
     path = work / f"{name}.latents"
+    source = f"autoencoder {weights_hash(autoencoder)}, {count} blocks, {drawn}"
     if path.exists():
-        return torch.load(path, weights_only=True)
+        kept = load_saved(path)
+        if kept.get("source") == source:
+            return kept["latents"]
     progress, parts = Progress(f"{name} latents", count), []
     for block in range(count):
         parts.append(encode_latents(autoencoder, draw(block)))
         progress.update(block + 1, "")
     latents = torch.stack(parts)
-    save_atomically(latents, path)
+    save_atomically({"latents": latents, "source": source}, path)
     return latents
 
 
@@ -65,7 +74,7 @@ def rendered_latents(work: Path, autoencoder: Autoencoder, seed: int) -> Tensor:
         digit, pair = every[kind, 0].expand(PER_KIND), every[kind, 1:].expand(PER_KIND, 2)
         return render.rendered(PER_KIND, step_generator(seed + 1, kind), digits=digit, pairs=pair).images
 
-    return cached_latents(work, "rendered", autoencoder, len(every), draw)
+    return cached_latents(work, "rendered", autoencoder, len(every), draw, f"{PER_KIND} a kind, seed {seed}")
 
 
 def draw_said(kind: Tensor, generator: Generator) -> tuple[int, int, int] | None:
