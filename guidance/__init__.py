@@ -11,6 +11,9 @@ _MODULE_OF_NAME = {
     for module, names in {
         "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
         "terms": ("Source", "Term"),
+        "shaping": ("Shaping",),
+        "orthogonal": ("Orthogonal",),
+        "frequency": ("HighPass", "LowPass"),
         "combination": ("Guidance", "MultiGuidance", "Step", "combine"),
         "presets": (
             "autoguidance",

@@ -2,8 +2,8 @@
 
     D = D_u + sum_i  w_i(sigma) * (D_i - R_i)
 
-D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). All predictions are *denoised*
-latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or
+D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). A term may shape its direction
+D_i - R_i first (`shaping`); all else is linear. All predictions are *denoised* latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or
 v) at the same (x, sigma), and models of different prediction types mix.
 """
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .schedules import GuidanceError, PercentToSigma
+from .shaping import Shaping
 from .terms import BASE, Source, Term
 
 __all__ = ["Guidance", "GuidanceError", "MultiGuidance", "Step", "combine"]
@@ -86,11 +87,50 @@ def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, floa
 
 
 @dataclass(frozen=True)
+class ShapedDirection:
+    """weight * shaping(D_source - D_reference): a term whose direction is changed before it is added.
+
+    others: (source, reference) of the directions that the shaping looks at.
+    """
+
+    source: Source
+    reference: Source
+    weight: float
+    shaping: Shaping
+    others: tuple[tuple[Source, Source], ...] = ()
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Every source that must have been evaluated."""
+        return (self.reference, self.source, *(source for pair in self.others for source in reversed(pair)))
+
+    def apply(self, predictions: Mapping[Source, Tensor]) -> Tensor:
+        """weight * S(d), in float32 at least."""
+
+        def direction(source: Source, reference: Source) -> Tensor:
+            for one in (source, reference):
+                if one not in predictions:
+                    raise GuidanceError("Expected a prediction for each source of a shaped term, found one missing.")
+            near, far = predictions[source], predictions[reference]
+            if near.shape != far.shape:
+                raise GuidanceError(
+                    f"Expected predictions of one shape, got {tuple(near.shape)} and {tuple(far.shape)}; all models "
+                    "must share one latent space."
+                )
+            wide = torch.promote_types(torch.promote_types(near.dtype, far.dtype), torch.float32)
+            return near.to(wide) - far.to(wide)
+
+        shaped = self.shaping(direction(self.source, self.reference), [direction(*pair) for pair in self.others])
+        return self.weight * shaped
+
+
+@dataclass(frozen=True)
 class Step:
     """A guidance at one noise level: which predictions it needs and how they combine.
 
-    weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source (they sum to
-    1), and the base's, even if 0, when it is kept. needed: the sources to evaluate, each once, base first.
+    weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source in the linear
+    part (they sum to 1), and the base's, even if 0, when it is kept. shaped: what is added to the linear part. needed:
+    the sources to evaluate, each once, base first.
     """
 
     base: Source
@@ -98,6 +138,12 @@ class Step:
     coefficients: Mapping[Source, float]
     needed: tuple[Source, ...]
     _differences: tuple[tuple[Source, Source, float], ...]
+    shaped: tuple[ShapedDirection, ...] = ()
+
+    @property
+    def recipe(self) -> tuple:
+        """What decides the arithmetic: steps with equal recipes combine alike."""
+        return (tuple(self.coefficients.items()), self.shaped)
 
     @property
     def samples(self) -> int:
@@ -111,7 +157,14 @@ class Step:
 
     def combine(self, predictions: Mapping[Source, Tensor]) -> Tensor:
         """D = D_u + sum_i w_i (D_i - R_i) of arXiv 2312.08195, from the predictions of the `needed` sources."""
-        return combine(predictions, self.coefficients, pivot=self.base)
+        return self._add_shaped(combine(predictions, self.coefficients, pivot=self.base), predictions, 1.0)
+
+    def _add_shaped(self, linear: Tensor, predictions: Mapping[Source, Tensor], scale: float) -> Tensor:
+        if not self.shaped:
+            return linear
+        total = sum(one.apply(predictions) for one in self.shaped)
+        wide = torch.promote_types(linear.dtype, total.dtype)
+        return (linear.to(wide) + scale * total.to(wide)).to(linear.dtype)
 
     def effective(self, predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor, float]:
         """(c_eff, D_u, W): this step as a plain CFG, D = D_u + W (c_eff - D_u), for methods that know only those.
@@ -131,7 +184,8 @@ class Step:
         shares = [(self.base, 1.0)]
         for source, reference, weight in self._differences:
             shares += [(source, weight / scale), (reference, -weight / scale)]
-        return combine(predictions, _collect(shares), pivot=self.base), base, scale
+        linear = combine(predictions, _collect(shares), pivot=self.base)
+        return self._add_shaped(linear, predictions, 1.0 / scale), base, scale
 
 
 class Guidance:
@@ -158,6 +212,10 @@ class Guidance:
             self._by_name[term.name] = term
         for term in self.terms:
             self._check_references(term)
+            for other in term.shaping.others if term.shaping else ():
+                if other not in self._by_name or other == term.name:
+                    known = ", ".join(name for name in self._by_name if name != term.name) or "none"
+                    raise GuidanceError(f"Term {term.name!r} is shaped by {other!r}, which is no other term: {known}.")
 
     def _check_references(self, term: Term) -> None:
         path = [term.name]
@@ -217,9 +275,11 @@ class Guidance:
                 raise GuidanceError(
                     f"Expected the weight of term {name!r} to be finite at sigma {sigma:g}, got {weight}."
                 )
+        active = [term for term in self.terms if weights[term.name] != 0.0]
         differences = tuple(
-            (term.source, self.reference(term), weights[term.name]) for term in self.terms if weights[term.name] != 0.0
+            (term.source, self.reference(term), weights[term.name]) for term in active if term.shaping is None
         )
+        shaped = tuple(self._shaped(term, weights) for term in active if term.shaping is not None)
         contributions = [(self.base, 1.0)]
         for source, reference, weight in differences:
             contributions += [(source, weight), (reference, -weight)]
@@ -228,7 +288,15 @@ class Guidance:
             for source, value in _collect(contributions).items()
             if value != 0.0 or (keep_base and source == self.base)
         }
-        return Step(self.base, weights, coefficients, tuple(coefficients), differences)
+        needed = dict.fromkeys([*coefficients, *(source for one in shaped for source in one.sources)])
+        if self.base in needed:
+            needed = {self.base: None, **needed}
+        return Step(self.base, weights, coefficients, tuple(needed), differences, shaped)
+
+    def _shaped(self, term: Term, weights: Mapping[str, float]) -> ShapedDirection:
+        others = [self._by_name[name] for name in term.shaping.others if weights[name] != 0.0]
+        pairs = tuple((other.source, self.reference(other)) for other in others)
+        return ShapedDirection(term.source, self.reference(term), weights[term.name], term.shaping, pairs)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +403,7 @@ class MultiGuidance:
         groups: dict[tuple, tuple[Step, list[int]]] = {}
         for index, level in enumerate(levels):
             step = steps[level]
-            groups.setdefault(tuple(step.coefficients.items()), (step, []))[1].append(index)
+            groups.setdefault(step.recipe, (step, []))[1].append(index)
         if len(groups) == 1:
             step = steps[levels[0]]
             result, calls = self._run(step, x, sigma, kwargs, None, batch)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .schedules import GuidanceError, Weight, WeightLike, as_weight
+from .shaping import Shaping
 
 __all__ = ["BASE", "GuidanceError", "Source", "Term"]
 
@@ -41,8 +42,9 @@ class Term:
 
     `name` identifies the term in references, errors and reports. `model` and `cond` make D_i. `weight` is a number or
     a Weight; 0 is neutral and costs nothing, negative pushes away. `reference` names the term whose prediction is R_i;
-    None (or "base") means the base. Like sources, terms are compared by identity. Raises GuidanceError for an empty or
-    reserved name and for weights that are not finite.
+    None (or "base") means the base. `shaping` changes the direction D_i - R_i before it is weighted (`orthogonal`,
+    `frequency`); None leaves it. Like sources, terms are compared by identity. Raises GuidanceError for an empty or
+    reserved name, for weights that are not finite and for a shaping that is none.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Term:
     cond: Any
     weight: WeightLike
     reference: str | None = None
+    shaping: Shaping | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -62,6 +65,10 @@ class Term:
             object.__setattr__(self, "weight", as_weight(self.weight))
         except GuidanceError as problem:
             raise GuidanceError(f"Term {self.name!r}: {problem}") from None
+        if self.shaping is not None and not isinstance(self.shaping, Shaping):
+            raise GuidanceError(
+                f"Term {self.name!r}: Expected a Shaping or None, got {type(self.shaping).__name__}."
+            )
 
     @property
     def source(self) -> Source:
@@ -70,4 +77,5 @@ class Term:
 
     def __repr__(self) -> str:
         weight = self.weight.to_json() if isinstance(self.weight, Weight) else self.weight
-        return f"Term({self.name!r}, weight={weight}, reference={self.reference or BASE!r})"
+        shaping = f", shaping={self.shaping}" if self.shaping else ""
+        return f"Term({self.name!r}, weight={weight}, reference={self.reference or BASE!r}{shaping})"

@@ -103,7 +103,7 @@ def check_sigma_ranges(
         if sigma <= 0.0:
             continue
         asked = min(max(sigma, own[0]), own[1])
-        for source in guidance.at(sigma, percent_to_sigma).coefficients:
+        for source in guidance.at(sigma, percent_to_sigma).needed:
             other = source.model
             if other is prior:
                 continue

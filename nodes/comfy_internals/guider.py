@@ -310,7 +310,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])
         step = self.guidance.at(sigma, self._percent_to_sigma, keep_base=hooked or always_base)
-        if self._control in step.coefficients and all(s in (self._control, self.guidance.base) for s in step.needed):
+        plain = not step.shaped and all(s in (self._control, self.guidance.base) for s in step.needed)
+        if plain and self._control in step.coefficients:
             self.cfg = step.coefficients[self._control]
             self._count([self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed)
             return super().predict_noise(x, timestep, model_options, seed)
