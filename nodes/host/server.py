@@ -22,6 +22,8 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 # The pack's folder name inside custom_nodes, hence its name in the editor and in /workflow_templates.
 PACK_NAME = "in-domain-guidance"
 _ATTEMPTS = 5
+# A waiting person hears this often that the start goes on; it takes 10 s on a quick machine and minutes on a busy one.
+_NEWS_EVERY_S = 15.0
 
 
 class ServerProblem(RuntimeError):
@@ -184,14 +186,19 @@ class ComfyServer:
 
     def _wait_until_ready(self, port: int) -> bool:
         """True once the server answers, False when its process ended. Another server on the port does not count."""
-        deadline = time.monotonic() + self.start_timeout_s
-        while time.monotonic() < deadline:
+        started = time.monotonic()
+        news = started + _NEWS_EVERY_S
+        while time.monotonic() < started + self.start_timeout_s:
             if self._process.poll() is not None:
                 return False
             with contextlib.suppress(urllib.error.URLError, OSError, json.JSONDecodeError):
                 stats = self.client.get("/system_stats", timeout_s=5.0)
                 if str(self.base) in stats.get("system", {}).get("argv", []):
                     return True
+            if time.monotonic() > news:
+                news += _NEWS_EVERY_S
+                waited, last = time.monotonic() - started, self.log_tail(1)
+                print(f"... {waited:.0f} s, {last or 'importing PyTorch'}", file=sys.stderr, flush=True)
             time.sleep(0.2)
         raise ServerProblem(
             f"{self.log_tail()}\nComfyUI did not answer on port {port} within {self.start_timeout_s:.0f} s; "

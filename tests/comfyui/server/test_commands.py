@@ -141,6 +141,17 @@ def test_server_that_cannot_start_shows_its_log(comfyui_path):
             pass
 
 
+def test_a_start_that_takes_long_says_that_it_goes_on(tmp_path, monkeypatch, capfd):
+    from indomain_guidance.nodes.host import server as module
+
+    (tmp_path / "main.py").write_text("import time; print('reading models'); time.sleep(60)", encoding="utf-8")
+    monkeypatch.setattr(module, "_NEWS_EVERY_S", 0.5)
+    with pytest.raises(module.ServerProblem, match="(?s)reading models.*did not answer .* within 4 s"):
+        with module.ComfyServer(tmp_path, flags=["--cpu"], start_timeout_s=4.0):
+            pass
+    assert " s, reading models\n" in capfd.readouterr().err
+
+
 def test_taken_port_is_given_up_for_another(comfyui_path, monkeypatch):
     from indomain_guidance.nodes.host import server as module
 
