@@ -13,15 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def _load_bootstrap():
-    path = ROOT / "training" / "bootstrap.py"
-    spec = importlib.util.spec_from_file_location("indomain_bootstrap", path)
+def _load(name: str, path: Path):
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses look their own module up
     spec.loader.exec_module(module)
     return module
 
 
-bootstrap = _load_bootstrap()
+bootstrap = _load("indomain_bootstrap", ROOT / "training" / "bootstrap.py")
 bootstrap.forget_checkout_on_path()
 bootstrap.register()
 
@@ -57,3 +57,17 @@ def server(comfyui_path: Path):
 
     with ComfyServer(comfyui_path, flags=["--preview-method", "auto"]) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory):
+    """Makes checkpoints of nothing in LDM layout, once each: ``tiny_checkpoint("sd1" | "sd2" | "sdxl")``."""
+    module = _load("indomain_tiny_checkpoints", ROOT / "tests" / "tiny_checkpoints.py")
+    made: dict = {}
+
+    def get(family: str):
+        if family not in made:
+            made[family] = module.make(tmp_path_factory.mktemp("tiny"), family)
+        return made[family]
+
+    return get

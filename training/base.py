@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 MINI_WORLD = "mini_world"
-PREDICTIONS = ("auto", "epsilon", "v_prediction", "v_prediction_zero_snr")
+PREDICTIONS = ("auto", "epsilon", "v_prediction", "v_prediction_zero_snr", "sample")
 # Scaled latent = mean * factor: 1 / standard deviation of the training latents, as each family was published with.
 LATENT_SCALES = {"sd15": 0.18215, "sdxl": 0.13025}
 SIZE_EMBEDDING = 256  # channels of each of SDXL's six size and crop numbers
@@ -366,7 +366,7 @@ def open_checkpoint(
         )
     return Base(
         path.name, weights, config, NoiseSchedule.scaled_linear(zero_snr=zero_snr),
-        "epsilon" if prediction == "epsilon" else "v_prediction", zero_snr, family.latent_format,
+        prediction.removesuffix("_zero_snr"), zero_snr, family.latent_format,
         LATENT_SCALES[family.latent_format], null, network, encoders.encode if tokenizer else None, tuple(notes), path,
     )
 
