@@ -31,7 +31,8 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
         flush_folder(path.parent)
     except OSError as error:
         raise FileProblem(
-            f"{path}: could not be written ({error.strerror or error}); free some space or check the folder's permissions."
+            f"{path}: could not be written ({error.strerror or error}); free some space or check the folder's "
+            "permissions."
         ) from error
     finally:
         with suppress(OSError):  # gone after renaming

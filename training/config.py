@@ -48,8 +48,8 @@ class TrainConfig:
     """
 
     # what
-    base: str = _option(dataclasses.MISSING, "what", "prior to start from: a checkpoint (.safetensors in LDM layout: SD "
-                        "1.x, 2.x, SDXL) or mini_world", path=True, free=True)
+    base: str = _option(dataclasses.MISSING, "what", "prior to start from: a checkpoint (.safetensors in LDM layout: "
+                        "SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True)
     data: tuple[str, ...] = _option((), "what", "folders of images (searched recursively) or .tar shards of them; "
                                     "shard-{0000..0003}.tar names several", path=True, free=True)
     name: str = _option("domain", "what", "name of the domain model; the finished file is NAME.safetensors", free=True)
@@ -57,14 +57,14 @@ class TrainConfig:
                           path=True, free=True)
     export_to: str = _option("", "what", "folder the finished file is also put in, for instance ComfyUI's "
                              "models/domain_unets; empty: only the run's folder", path=True, free=True)
-    vae: str = _option("", "what", "file with another VAE than the checkpoint's own; empty: the checkpoint's", path=True,
-                       free=True)
+    vae: str = _option("", "what", "file with another VAE than the checkpoint's own; empty: the checkpoint's",
+                       path=True, free=True)
     tokenizer: str = _option("", "what", "folder with CLIP's vocab.json and merges.txt; only needed to draw samples "
                              "with prompts from published models", path=True, free=True)
 
     # model
-    form: str = _option("cached", "model", "cached: text-free, starts equal to the prior on the empty prompt; constant: "
-                        "text-free, the paper's, smaller and faster; full: keeps text (fine-tuning baseline)",
+    form: str = _option("cached", "model", "cached: text-free, starts equal to the prior on the empty prompt; "
+                        "constant: text-free, the paper's, smaller and faster; full: keeps text (fine-tuning baseline)",
                         choices=FORMS)
     caption: str = _option("", "model", "form full only: the one caption all images are trained with; empty: the empty "
                            "prompt")
@@ -75,8 +75,9 @@ class TrainConfig:
                                     "the rank, a scale of 1", min=0.0, max=4096.0)
     gradient_checkpointing: bool = _option(False, "model", "compute activations twice instead of storing them: about a "
                                            "third slower, far less memory", free=True)
-    prediction: str = _option("auto", "model", "what the prior predicts; auto: as the checkpoint says, else epsilon",
-                              choices=("auto", "epsilon", "v_prediction", "sample"))
+    prediction: str = _option("auto", "model", "what the prior predicts; auto: as the checkpoint says or, "
+                              "where it says nothing, as measured",
+                              choices=("auto", "epsilon", "v_prediction", "v_prediction_zero_snr"))
 
     # data
     resolution: int = _option(512, "data", "side of a square training image in pixels, a multiple of 8; other shapes "
@@ -116,14 +117,15 @@ class TrainConfig:
     warmup: int = _option(100, "optimisation", "steps over which the learning rate rises from 0; 0: none", min=0,
                           max=1_000_000)
     clip: float = _option(1.0, "optimisation", "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
-    ema: float = _option(0.999, "optimisation", "decay of the average of the weights that is sampled and exported, warmed "
-                         "up as (1+n)/(10+n); 0: no average", min=0.0, max=0.9999999)
+    ema: float = _option(0.999, "optimisation", "decay of the average of the weights that is sampled and exported, "
+                         "warmed up as (1+n)/(10+n); 0: no average", min=0.0, max=0.9999999)
     min_snr_gamma: float = _option(5.0, "optimisation", "min-SNR loss weights (arXiv 2303.09556), usually 5; 0: the "
                                    "plain loss", min=0.0, max=1e6)
     noisy_share: float = _option(0.0, "optimisation", "share of the samples whose timestep comes from the noisier half "
                                  "only, where the composition is decided; 0: all uniform", min=0.0, max=1.0)
-    noise_offset: float = _option(0.0, "optimisation", "standard deviation of a constant per channel added to the noise, "
-                                  "usually 0.05 to 0.1 for very dark or bright domains; 0: none", min=0.0, max=1.0)
+    noise_offset: float = _option(0.0, "optimisation", "standard deviation of a constant per channel added to the "
+                                  "noise, usually 0.05 to 0.1 for very dark or bright domains; 0: none", min=0.0,
+                                  max=1.0)
     precision: str = _option("auto", "optimisation", "of the forward and backward pass (the weights stay fp32); auto: "
                              "bf16 on GPUs that have it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
     seed: int = _option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
@@ -136,8 +138,8 @@ class TrainConfig:
                                     free=True)
     sample_every: int = _option(250, "reporting", "steps between sample grids, drawn with multi-guidance against the "
                                 "prior, the first at step 0; 0: none", min=0, max=10_000_000, free=True)
-    sample_prompts: tuple[str, ...] = _option((), "reporting", "prompts of the sample grid, a row each; none: the domain "
-                                              "model alone", free=True)
+    sample_prompts: tuple[str, ...] = _option((), "reporting", "prompts of the sample grid, a row each; none: the "
+                                              "domain model alone", free=True)
     sample_count: int = _option(4, "reporting", "images per row of the grid, each with its own fixed seed", min=1,
                                 max=64, free=True)
     sample_steps: int = _option(20, "reporting", "sampling steps of the grid", min=1, max=1000, free=True)
@@ -147,8 +149,8 @@ class TrainConfig:
                                     free=True)
     validate_every: int = _option(250, "reporting", "steps between losses on held-out images; 0: none", min=0,
                                   max=10_000_000, free=True)
-    held_out_share: float = _option(0.05, "reporting", "share of the images kept out of training (at most 256) for that "
-                                    "loss; 0: none", min=0.0, max=0.5)
+    held_out_share: float = _option(0.05, "reporting", "share of the images kept out of training (at most 256) for "
+                                    "that loss; 0: none", min=0.0, max=0.5)
     log_every: int = _option(10, "reporting", "steps between lines of the log", min=1, max=1_000_000, free=True)
     tensorboard: bool = _option(False, "reporting", "also write events for TensorBoard (needs tensorboard)", free=True)
     file_dtype: str = _option("fp16", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"),
@@ -159,11 +161,11 @@ class TrainConfig:
         for one in dataclasses.fields(self):
             object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
         if not self.base:
-            raise ConfigProblem("base: expected a checkpoint file or mini_world, found nothing; name the prior to start from.")
+            raise ConfigProblem("base: expected a checkpoint file or mini_world, found nothing; name the prior.")
         if not self.name.strip() or set(self.name) & FORBIDDEN_IN_NAMES or self.name.strip(". ") != self.name:
             raise ConfigProblem(
-                f"name: expected a plain file name without folders or ending, found {self.name!r}; use letters, digits, "
-                "- and _."
+                f"name: expected a plain file name without folders or ending, found {self.name!r}; use letters, "
+                "digits, - and _."
             )
         if self.resolution % RESOLUTION_STEP:
             raise ConfigProblem(
@@ -176,8 +178,8 @@ class TrainConfig:
             )
         if self.caption and self.form != "full":
             raise ConfigProblem(
-                f"caption: expected none with form {self.form}, which takes no text, found {self.caption!r}; remove it or "
-                "choose form full."
+                f"caption: expected none with form {self.form}, which takes no text, found {self.caption!r}; remove it "
+                "or choose form full."
             )
         if not _plausible_device(self.device):
             raise ConfigProblem(f"device: expected auto, cpu, cuda, cuda:N, mps or xpu, found {self.device!r}.")
@@ -208,7 +210,7 @@ class TrainConfig:
                 hint = f"did you mean {near[0]}?" if near else "indomain train --help lists the fields."
                 raise ConfigProblem(f"{source}: {name!r} is no field of the configuration; {hint}")
         if "base" not in values:
-            raise ConfigProblem(f"{source}: expected a field base, the prior to start from (a checkpoint file or mini_world).")
+            raise ConfigProblem(f"{source}: expected a field base, the prior (a file or mini_world), found none.")
         try:
             return cls(**values)
         except ConfigProblem as problem:
@@ -268,12 +270,14 @@ def read_values(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     if path.suffix.lower() not in (".toml", ".json"):
-        raise FileProblem(f"{path}: expected a configuration in .toml or .json, found the ending {path.suffix or 'none'!r}.")
+        raise FileProblem(f"{path}: expected a configuration in .toml or .json, found another ending.")
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise FileProblem(f"{path}: cannot be read as a configuration ({reason}); check name, folder and permissions.") from error
+        raise FileProblem(
+            f"{path}: cannot be read as a configuration ({reason}); check name, folder and permissions."
+        ) from error
     try:
         values = json.loads(text) if path.suffix.lower() == ".json" else _toml(path).loads(text)
     except ValueError as error:
@@ -291,8 +295,8 @@ def _toml(path: Path) -> Any:
             import tomli as tomllib
         except ImportError as error:
             raise FileProblem(
-                f"{path}: Python 3.10 reads TOML only with the package tomli; install it, use Python 3.11, or write the "
-                "configuration as .json."
+                f"{path}: Python 3.10 reads TOML only with the package tomli; install it, use Python 3.11, or write "
+                "the configuration as .json."
             ) from error
     return tomllib
 

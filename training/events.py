@@ -1,4 +1,4 @@
-"""What a training run reports, and who listens: the log, TensorBoard, the loss curve and the terminal.
+"""What a training run reports, and who listens: the log, TensorBoard and the loss curve (a terminal: console.py).
 
 Every event is a frozen dataclass of plain values; `to_dict` makes a JSON line of it and `event_from_dict` the event
 again, so that a run in another process reports the same things.
@@ -10,7 +10,6 @@ import dataclasses
 import json
 import math
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,9 +50,9 @@ class Caching(Event):
 
 @dataclass(frozen=True)
 class Step(Event):
-    """An optimizer step is finished. loss: of its global batch; rate: learning rate; eta_s: seconds left, None at first.
+    """An optimizer step is finished.
 
-    gradient_norm: before clipping.
+    loss: of its global batch; rate: learning rate; gradient_norm: before clipping; eta_s: seconds left, None at first.
     """
 
     step: int
@@ -186,8 +185,8 @@ class TensorBoard:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
             raise ValueError(
-                "tensorboard: expected the package tensorboard, which is not installed; pip install tensorboard, or turn "
-                "the option off (log.jsonl and loss.png are always written)."
+                "tensorboard: expected the package tensorboard, which is not installed; pip install tensorboard, or "
+                "turn the option off (log.jsonl and loss.png are always written)."
             ) from error
         self.every = every
         self._writer = SummaryWriter(str(folder))
@@ -209,38 +208,6 @@ class TensorBoard:
 
     def close(self) -> None:
         self._writer.close()
-
-
-class Console:
-    """Listener for a terminal: one status line that is rewritten, other events on lines of their own.
-
-    Where the stream is no terminal, a line every `every` steps.
-    """
-
-    def __init__(self, stream: TextIO | None = None, every: int = 50) -> None:
-        self.stream = stream if stream is not None else sys.stderr
-        self.every = every
-        self._live = bool(getattr(self.stream, "isatty", lambda: False)())
-        self._width = 0
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, Step):
-            last = event.step == event.steps
-            if self._live or last or event.step % self.every == 0:
-                self._status(describe(event), last)
-        elif isinstance(event, Caching):
-            if self._live or event.done == event.total:
-                self._status(describe(event), event.done >= event.total)
-        else:
-            self._status(describe(event), True)
-
-    def _status(self, text: str, ends: bool) -> None:
-        if not self._live:
-            self.stream.write(text + "\n")
-        else:
-            self.stream.write("\r" + text.ljust(self._width) + ("\n" if ends else ""))
-            self._width = 0 if ends else len(text)
-        self.stream.flush()
 
 
 def describe(event: Event) -> str:

@@ -1,0 +1,176 @@
+"""Checkpoints to resume from: written completely or not at all, the last K kept, damaged ones noticed by name.
+
+A checkpoint is a torch zip file followed by 40 bytes: a mark and the SHA-256 of everything before it. torch reads the
+file as it is; the digest tells a torn or altered file from a whole one. Files are read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from ..guidance.files import FileProblem
+from .atomic import replacing
+
+FORMAT, VERSION = "indomain_guidance_checkpoint", 1
+MARK = b"IDGSHA01"
+TRAILER = len(MARK) + hashlib.sha256().digest_size
+FOLDER, NAME = "checkpoints", re.compile(r"step-(\d+)\.ckpt")
+# What a state must hold to be resumed from; see Learner.state.
+FIELDS = ("step", "config", "prior", "dataset", "facts", "weights", "average", "optimizer", "scaler")
+
+
+class CheckpointProblem(FileProblem):
+    """A checkpoint that cannot be used, in one sentence that names the file."""
+
+
+class _Hashing:
+    """A file opened for writing that hashes what passes through."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.digest = file, hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def checkpoint_path(run: str | os.PathLike, step: int) -> Path:
+    """Where the run's checkpoint of a step is: RUN/checkpoints/step-000250.ckpt."""
+    return Path(run) / FOLDER / f"step-{step:06d}.ckpt"
+
+
+def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> Path:
+    """Write a state (nested dicts of tensors and plain values); what was at `path` stays until the new one is complete.
+
+    Raises FileProblem when it cannot be written.
+    """
+    path = Path(path)
+    with replacing(path) as file:
+        hashing = _Hashing(file)
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
+        except RuntimeError as error:  # torch wraps a full disk into its own error
+            raise OSError(None, str(error).splitlines()[0]) from error
+        file.write(MARK + hashing.digest.digest())
+    return path
+
+
+def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
+    """The state of a checkpoint on the CPU; its tensors lie in the file until they are read.
+
+    Raises CheckpointProblem for a file that is missing, torn, altered, of another program or of a newer version.
+    """
+    path = Path(path)
+    try:
+        whole = _is_whole(path)
+    except OSError as error:
+        raise CheckpointProblem(f"{path}: cannot be read ({error.strerror or error}).") from error
+    if whole is None:
+        raise CheckpointProblem(
+            f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was written."
+        )
+    if not whole:
+        raise CheckpointProblem(f"{path}: expected the checkpoint that was written, found one damaged since.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # unpickling reports damage in many ways
+        raise CheckpointProblem(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}).") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise CheckpointProblem(f"{path}: expected a checkpoint of this trainer, found something else.")
+    if state.get("version") != VERSION:
+        raise CheckpointProblem(
+            f"{path}: expected a checkpoint of version {VERSION}, found {state.get('version')}; resume with the "
+            "program that wrote it."
+        )
+    missing = [name for name in FIELDS if name not in state]
+    if missing:
+        raise CheckpointProblem(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
+    return state
+
+
+def find_checkpoints(run: str | os.PathLike) -> list[tuple[int, Path]]:
+    """(step, file) of the run's checkpoints, oldest step first; damaged ones included."""
+    with suppress(OSError):
+        found = [(NAME.fullmatch(path.name), path) for path in (Path(run) / FOLDER).iterdir()]
+        return sorted((int(match[1]), path) for match, path in found if match)
+    return []
+
+
+def latest_checkpoint(
+    run: str | os.PathLike, warn: Callable[[str], None] = lambda text: None
+) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint that can be used; each newer one that cannot is named through `warn`. None without any."""
+    for _, path in reversed(find_checkpoints(run)):
+        try:
+            return path, load_checkpoint(path)
+        except CheckpointProblem as problem:
+            warn(f"{str(problem).rstrip('.')}; the checkpoint before it is used.")
+    return None
+
+
+def prune_checkpoints(run: str | os.PathLike, step: int, keep: int) -> None:
+    """Delete all but the last `keep` checkpoints up to `step`.
+
+    Later ones are left alone: they are not this run's (a damaged file, or one of a run that was set back).
+    """
+    past = [path for at, path in find_checkpoints(run) if at <= step]
+    for path in past[:-keep]:
+        with suppress(OSError):  # somebody reads it, on Windows; the next turn takes it
+            path.unlink()
+
+
+def machine_facts(device: torch.device | str = "cpu", processes: int = 1) -> dict[str, str]:
+    """What the exact bits of a run depend on beside its configuration."""
+    device = torch.device(device)
+    facts = {
+        "torch": str(torch.__version__),
+        "threads": str(torch.get_num_threads()),
+        "machine": platform.machine(),
+        "device": device.type,
+        "processes": str(processes),
+    }
+    if device.type == "cpu":
+        facts["cpu"] = torch.backends.cpu.get_cpu_capability()
+    elif device.type == "cuda":
+        facts["device"] = torch.cuda.get_device_name(device)
+    return facts
+
+
+def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """The facts that changed, as text ("torch 2.5.0 -> 2.6.0, threads 4 -> 8"); empty when none did."""
+    names = dict.fromkeys([*before, *now])
+    changed = [name for name in names if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} {before.get(name, 'unknown')} -> {now.get(name, 'unknown')}" for name in changed)
+
+
+def _is_whole(path: Path) -> bool | None:
+    """True when the digest at the end is that of the rest, False when not, None when there is no digest."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= TRAILER:
+            return None
+        file.seek(size - TRAILER)
+        trailer = file.read(TRAILER)
+        if not trailer.startswith(MARK):
+            return None
+        file.seek(0)
+        digest, left = hashlib.sha256(), size - TRAILER
+        while left:
+            chunk = file.read(min(left, 1 << 22))
+            if not chunk:
+                return False
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.digest() == trailer[len(MARK):]

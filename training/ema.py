@@ -1,0 +1,42 @@
+"""The exponential moving average of the trained weights, which is what gets sampled and exported."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_decay(limit: float, updates: int) -> float:
+    """The decay of update number `updates` (0 is the first): min(limit, (1 + n) / (10 + n)).
+
+    The warm-up makes a young average forget the starting weights; after 10 limit / (1 - limit) updates it is `limit`.
+    """
+    return min(limit, (1 + updates) / (10 + updates))
+
+
+class WeightAverage:
+    """fp32 average of named parameters; parameters that do not train are not averaged."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], limit: float) -> None:
+        self.limit, self.updates = limit, 0
+        self._parameters = dict(parameters)
+        self.average = {name: one.detach().float().clone() for name, one in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average <- decay average + (1 - decay) weights."""
+        decay = ema_decay(self.limit, self.updates)
+        current = [one.detach().float() for one in self._parameters.values()]
+        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - decay)
+        self.updates += 1
+
+    def state(self) -> dict[str, Tensor | int]:
+        return {"updates": self.updates, **{f"average.{name}": one for name, one in self.average.items()}}
+
+    @torch.no_grad()
+    def load(self, state: Mapping[str, Tensor | int]) -> None:
+        self.updates = int(state["updates"])
+        for name, one in self.average.items():
+            one.copy_(state[f"average.{name}"])

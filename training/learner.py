@@ -1,0 +1,303 @@
+"""The learner: a UNet, images as latents, and one optimizer step after the other.
+
+A step is a pure function of (configuration, dataset, step, state): what it draws comes from `BatchPlan` and per-sample
+generators, so a run that was killed and resumed repeats the very same steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Generator, Tensor, nn
+
+from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
+from .checkpoints import different_facts, machine_facts
+from .config import ConfigProblem, TrainConfig
+from .ema import WeightAverage
+from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
+from .optimizers import build_optimizer, rate_at, set_rate
+from .processes import OneProcess
+from .randomness import Batch, BatchPlan, Draw
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# A loss scale this small means that fp16 overflows whatever the scale.
+SMALLEST_SCALE = 2.0**-14
+
+
+class LatentSource(Protocol):
+    """What the learner needs of a dataset: see training/data/latent_cache.py."""
+
+    content_hash: str
+
+    def __len__(self) -> int: ...
+
+    @property
+    def groups(self) -> Mapping[tuple[int, int], Sequence[int]]: ...
+
+    def latent(self, index: int, generator: Generator) -> Tensor: ...
+
+    def size_of(self, index: int) -> Any: ...
+
+    def name_of(self, index: int) -> str: ...
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or its gradient became NaN or infinite; the weights are those before the step.
+
+    step: the step that failed, counted from 1. names: the images of its batch.
+    """
+
+    def __init__(self, what: str, step: int, names: Sequence[str]) -> None:
+        self.what, self.step, self.names = what, step, tuple(names)
+        shown = ", ".join(dict.fromkeys(names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        super().__init__(f"{what} became NaN or infinite at step {step} on the batch {shown}")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished step: the loss of its global batch, gradient norm before clipping, learning rate."""
+
+    step: int
+    loss: float
+    gradient_norm: float
+    rate: float
+    stop: bool
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass of this process sees, on the CPU."""
+
+    latents: Tensor        # [B, C, h, w]
+    noise: Tensor          # [B, C, h, w]
+    timesteps: Tensor      # [B]
+    conditioning: dict[str, Tensor]
+
+
+class Learner:
+    """Trains those parameters of `unet` that require gradients, on `dataset`, from step 0 or from a loaded state.
+
+    schedule, prediction_type: the prior's noise. conditioning(sizes) -> what the UNet takes beside x and t (`context`,
+    `y`) for images of these sizes; None: nothing. prior: content hash of the prior, kept with the state. The UNet is
+    moved to the processes' device. Raises ConfigProblem for batches that cannot be split over the processes.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        unet: nn.Module,
+        dataset: LatentSource,
+        schedule: NoiseSchedule,
+        prediction_type: str,
+        conditioning: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+        *,
+        prior: str = "",
+        processes: OneProcess | None = None,
+    ) -> None:
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        self.processes = processes or OneProcess(config.device)
+        if config.batch_size % self.processes.world:
+            raise ConfigProblem(
+                f"batch_size: expected a multiple of the {self.processes.world} processes, found {config.batch_size}."
+            )
+        self.config, self.dataset, self.schedule, self.prediction_type = config, dataset, schedule, prediction_type
+        self.conditioning = conditioning or (lambda sizes: {})
+        self.prior, self.step = prior, 0
+        self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.global_batch)
+        self.device = self.processes.device
+        self.unet = unet.to(self.device).train()
+        if hasattr(self.unet, "gradient_checkpointing"):
+            self.unet.gradient_checkpointing = config.gradient_checkpointing
+        self.parameters = {name: one for name, one in self.unet.named_parameters() if one.requires_grad}
+        if not self.parameters:
+            raise ValueError("Learner: expected a UNet with parameters that require gradients, found none.")
+        self.optimizer = build_optimizer(config, self.parameters.values())
+        self.average = WeightAverage(self.parameters, config.ema) if config.ema else None
+        precision = config.precision if config.precision != "auto" else "fp32"
+        self.dtype = DTYPES[precision]
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+        self._model = self.processes.wrap(self.unet)
+        self._loader = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._ahead: tuple[int, Future[list[Pass]]] | None = None
+
+    def close(self) -> None:
+        """Let the loading thread go."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Learner:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def values(self) -> dict[str, Tensor]:
+        """What a finished model would hold, by parameter name: the average where one is kept, else the weights."""
+        if self.average is not None:
+            return self.average.average
+        return {name: one.detach() for name, one in self.parameters.items()}
+
+    def take_step(self, should_stop: Callable[[], bool] = lambda: False) -> Outcome:
+        """One optimizer step. should_stop is asked once and shared, so that all processes stop after the same step.
+
+        Raises NonFiniteLoss before anything is changed.
+        """
+        config, rate = self.config, rate_at(self.config, self.step)
+        passes = self._passes(self.step)
+        set_rate(self.optimizer, rate)
+        self.optimizer.zero_grad(set_to_none=True)
+        sums = torch.zeros(2, device=self.device)
+        for number, one in enumerate(passes):
+            last = number == len(passes) - 1
+            with nullcontext() if last else self.processes.accumulating(self._model):
+                loss = self._losses(one).sum() / config.global_batch
+                # Several processes average their gradients: times their number that is the sum.
+                self.scaler.scale(loss * self.processes.world).backward()
+            sums[0] += loss.detach()
+        sums[1] = float(should_stop())
+        self.scaler.unscale_(self.optimizer)
+        parameters = list(self.parameters.values())
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        total = self.processes.total(sums)
+        loss, stop, norm = torch.stack([total[0], total[1], norm.float()]).tolist()  # one wait for the device
+        # A finite loss with an infinite gradient is what the scaler is for: it skips the step and lowers its scale.
+        skipped = self.scaler.is_enabled() and math.isfinite(loss) and not math.isfinite(norm)
+        if not math.isfinite(loss) or not (math.isfinite(norm) or skipped and self.scaler.get_scale() > SMALLEST_SCALE):
+            what = "the loss" if not math.isfinite(loss) else "the gradient"
+            self.optimizer.zero_grad(set_to_none=True)
+            raise NonFiniteLoss(what, self.step + 1, self.names(self.plan.batch_for(self.step)))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None and not skipped:
+            self.average.update()
+        self.step += 1
+        return Outcome(self.step, loss, norm, rate, bool(stop))
+
+    def names(self, batch: Batch) -> list[str]:
+        """The images of a batch, for messages."""
+        return [self.dataset.name_of(index) for index in batch.indices]
+
+    def has_finite_weights(self) -> bool:
+        """Whether the trained weights and their average are free of NaN and infinity."""
+        tensors = [one.detach() for one in self.parameters.values()]
+        tensors += list(self.average.average.values()) if self.average is not None else []
+        return all(bool(one.isfinite().all()) for one in tensors)
+
+    def state(self) -> dict[str, Any]:
+        """Everything a resumed run needs to go on bit for bit (see `load`)."""
+        epoch, position = divmod(self.step, self.plan.per_epoch)
+        return {
+            "step": self.step,
+            "config": self.config.to_dict(),
+            "prior": self.prior,
+            "dataset": {"hash": self.dataset.content_hash, "images": len(self.dataset)},
+            "position": {"epoch": epoch, "batch": position},
+            "schedule": {"rate": rate_at(self.config, self.step)},
+            "facts": self.facts(),
+            "weights": {name: one.detach() for name, one in self.parameters.items()},
+            "average": None if self.average is None else self.average.state(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict() if self.scaler.is_enabled() else None,
+        }
+
+    def facts(self) -> dict[str, str]:
+        """`machine_facts` of this run, and the precision it computes in."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        return {**machine_facts(self.device, self.processes.world), "precision": names[self.dtype]}
+
+    def load(self, state: Mapping[str, Any], source: str = "checkpoint") -> list[str]:
+        """Go on from a state; returns what makes the continuation other than bit-identical, as warnings.
+
+        Raises ConfigProblem when the state belongs to another configuration or prior.
+        """
+        theirs = TrainConfig.from_mapping(state["config"], source)
+        different = self.config.differences(theirs)
+        if different:
+            listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
+            raise ConfigProblem(
+                f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
+                "name or output folder for a new run."
+            )
+        if state["prior"] != self.prior:
+            raise ConfigProblem(
+                f"{source}: expected a run from the same prior, found one from another checkpoint (content "
+                f"{state['prior'][:12] or 'unknown'} instead of {self.prior[:12] or 'unknown'}); use that one."
+            )
+        if {name: tuple(one.shape) for name, one in self.parameters.items()} != {
+            name: tuple(one.shape) for name, one in state["weights"].items()
+        }:
+            raise ConfigProblem(f"{source}: expected weights of the same network, found others; start a new run.")
+        warnings = []
+        if state["dataset"]["hash"] != self.dataset.content_hash:
+            warnings.append(
+                f"the images changed since {source} was written ({state['dataset']['images']} then, "
+                f"now {len(self.dataset)}); the run goes on with those of now, and its weights will "
+                "differ from an uninterrupted run's."
+            )
+        changed = different_facts(state["facts"], self.facts())
+        if changed:
+            warnings.append(
+                f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can "
+                "differ from an uninterrupted run's in their last bits."
+            )
+        with torch.no_grad():
+            for name, one in self.parameters.items():
+                one.copy_(state["weights"][name])
+        # The optimizer would adopt tensors that lie in the file as they are: give it its own.
+        optimizer = state["optimizer"]
+        own = {key: {name: _own(value) for name, value in values.items()} for key, values in optimizer["state"].items()}
+        self.optimizer.load_state_dict({**optimizer, "state": own})
+        if self.average is not None:
+            self.average.load(state["average"])
+        if self.scaler.is_enabled() and state["scaler"] is not None:
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = int(state["step"])
+        return warnings
+
+    def _losses(self, one: Pass) -> Tensor:
+        """Weighted loss of each sample of a pass [B]."""
+        latents, noise = (part.to(self.device, non_blocking=True) for part in (one.latents, one.noise))
+        timesteps = one.timesteps.to(self.device)
+        conditioning = {name: value.to(self.device) for name, value in one.conditioning.items()}
+        abar = abar_at(self.schedule, timesteps)
+        noisy = add_noise(latents, noise, abar)
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            output = self._model(noisy, timesteps, **conditioning)
+        weight = min_snr_weight(self.prediction_type, abar, self.config.min_snr_gamma)
+        return sample_losses(output, target_of(self.prediction_type, latents, noise, abar), weight)
+
+    def _passes(self, step: int) -> list[Pass]:
+        """The passes of a step; those of the next one are loaded while this one computes."""
+        ahead, self._ahead = self._ahead, None
+        passes = ahead[1].result() if ahead is not None and ahead[0] == step else self._load(step)
+        if step + 1 < self.config.steps:
+            self._ahead = (step + 1, self._loader.submit(self._load, step + 1))
+        return passes
+
+    def _load(self, step: int) -> list[Pass]:
+        size, share = self.config.batch_size, self.config.batch_size // self.processes.world
+        draws, first = self.plan.batch_for(step).draws, self.processes.rank * share
+        return [
+            self._load_pass(draws[start + first : start + first + share]) for start in range(0, len(draws), size)
+        ]
+
+    def _load_pass(self, draws: Sequence[Draw]) -> Pass:
+        config, latents, noise, timesteps = self.config, [], [], []
+        for draw in draws:
+            latent = self.dataset.latent(draw.index, draw.generator(config.seed, "data")).float()
+            generator = draw.generator(config.seed, "noise")
+            timesteps.append(draw_timestep(generator, len(self.schedule), config.noisy_share))
+            noise.append(draw_noise(generator, tuple(latent.shape), config.noise_offset))
+            latents.append(latent)
+        conditioning = self.conditioning([self.dataset.size_of(draw.index) for draw in draws])
+        return Pass(torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), conditioning)
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,121 @@
+"""One process, or several through `accelerate`: the only module that knows how many there are.
+
+Several processes train data-parallel (every one holds the whole model); gradients are averaged by torch's
+DistributedDataParallel. They share the run's folder, so machines need a common file system.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+
+import torch
+from torch import Tensor, nn
+
+from .config import ConfigProblem
+
+# The first process may fill the latent cache or draw samples for long while the others wait.
+PATIENCE = timedelta(days=2)
+
+
+class OneProcess:
+    """The plain case: nothing to wrap, share or wait for."""
+
+    rank, world = 0, 1
+
+    def __init__(self, device: str = "auto") -> None:
+        self.device = pick_device(device)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and reports."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model to call in training; its parameters are the given model's."""
+        return model
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager:
+        """Around a forward and backward pass whose gradients are not shared yet."""
+        return nullcontext()
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes."""
+        return values
+
+    def wait(self) -> None:
+        """Until every process is here."""
+
+    def main_first(self, work: Callable[[], object]) -> object:
+        """Run `work` in the first process, then in the others, which find its files. Returns this process's result."""
+        return work()
+
+
+class Accelerated(OneProcess):
+    """A process started by `accelerate launch` (or torchrun), through the optional package accelerate."""
+
+    def __init__(self, device: str = "auto") -> None:
+        try:
+            from accelerate import Accelerator, InitProcessGroupKwargs
+        except ImportError as error:
+            raise ConfigProblem(
+                "device: several processes need the package accelerate, which is not installed; pip install "
+                "accelerate, or start one process."
+            ) from error
+        # Precision stays ours, so that one process and several compute alike.
+        self._accelerator = Accelerator(
+            cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
+        )
+        self.device = self._accelerator.device
+        self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        return self._accelerator.prepare_model(model)
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager:
+        return self._accelerator.no_sync(model)
+
+    def total(self, values: Tensor) -> Tensor:
+        return self._accelerator.reduce(values, reduction="sum")
+
+    def wait(self) -> None:
+        self._accelerator.wait_for_everyone()
+
+    def main_first(self, work: Callable[[], object]) -> object:
+        with self._accelerator.main_process_first():
+            return work()
+
+
+def open_processes(device: str = "auto") -> OneProcess:
+    """The process as it was started: several when a launcher says so (WORLD_SIZE above 1), else one."""
+    return Accelerated(device) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else OneProcess(device)
+
+
+def pick_device(name: str) -> torch.device:
+    """"auto" is the first of CUDA (ROCm too), XPU and MPS that works, else the CPU. Raises ConfigProblem."""
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        return torch.device(next(kind for kind, works in available.items() if works))
+    device = torch.device(name)
+    if not available.get(device.type, False):
+        raise ConfigProblem(
+            f"device: expected one that works here ({', '.join(kind for kind, works in available.items() if works)}), "
+            f"found {name}."
+        )
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ConfigProblem(f"device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, found {name}.")
+    return device
+
+
+def pick_precision(name: str, device: torch.device) -> str:
+    """"auto" is bf16 where a GPU computes in it, else fp32."""
+    if name != "auto":
+        return name
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
