@@ -8,11 +8,15 @@ def node_classes() -> list[type]:
     from .guiders import GuidanceTerm, InDomainGuider, InDomainSampler, MultiGuidanceGuider
     from .loaders import LoadDomainUNet, LoadMiniWorld
     from .text_free import TextFreeUNet
+    from .training import DomainTrainingOptions, MiniWorldImages, TrainDomainUNet
 
     return [
         LoadMiniWorld,
         LoadDomainUNet,
         TextFreeUNet,
+        MiniWorldImages,
+        TrainDomainUNet,
+        DomainTrainingOptions,
         InDomainSampler,
         InDomainGuider,
         GuidanceTerm,

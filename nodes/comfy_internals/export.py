@@ -35,30 +35,34 @@ from ...guidance.null_text import (
 from . import domain_info
 from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
 
+NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
 FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What quantised layers keep beside their weights; it is used up when the weights are turned back into numbers.
 QUANTISATION_KEYS = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 
 
-def exported_config(model) -> UNetConfig:
-    """The architecture of a MODEL. Raises ValueError when it is not a Stable Diffusion UNet that takes text."""
+def exported_config(model, node: str = NODE) -> UNetConfig:
+    """The architecture of a MODEL. Raises ValueError when it is not a Stable Diffusion UNet that takes text.
+
+    node: whose error it is, here and below.
+    """
     unet = model.model.diffusion_model
     info = domain_info(model)
     if info is not None and info.form != "full":
         raise ValueError(
-            f"Text-Free UNet: expected a model that takes text, found the text-free model '{info.name}'; connect the "
+            f"{node}: expected a model that takes text, found the text-free model '{info.name}'; connect the "
             "prior."
         )
     if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
         raise ValueError(
-            f"Text-Free UNet: expected a Stable Diffusion UNet (1.x, 2.x, SDXL), found {type(unet).__name__} "
+            f"{node}: expected a Stable Diffusion UNet (1.x, 2.x, SDXL), found {type(unet).__name__} "
             f"({type(model.model.model_config).__name__}); this architecture has no text-free form here."
         )
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
         raise ValueError(
-            "Text-Free UNet: expected a UNet for images, found one for video; connect an image model."
+            f"{node}: expected a UNet for images, found one for video; connect an image model."
         )
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     return UNetConfig(
@@ -72,7 +76,7 @@ def exported_config(model) -> UNetConfig:
     )
 
 
-def exported_prediction(model) -> tuple[str, bool]:
+def exported_prediction(model, node: str = NODE) -> tuple[str, bool]:
     """("epsilon" | "v_prediction", zero terminal SNR?) of a MODEL, patches such as Model Sampling Discrete included.
 
     Raises ValueError for samplings that a domain file cannot describe (flow, EDM, other noise schedules).
@@ -89,20 +93,20 @@ def exported_prediction(model) -> tuple[str, bool]:
             if sigmas.shape == reference.shape and torch.allclose(sigmas.cpu(), reference, rtol=1e-3):
                 return prediction, is_zero_snr
     raise ValueError(
-        "Text-Free UNet: expected an eps- or v-prediction model on Stable Diffusion's noise schedule (with or without "
+        f"{node}: expected an eps- or v-prediction model on Stable Diffusion's noise schedule (with or without "
         f"zero terminal SNR), found {', '.join(kind.__name__ for kind in kinds[1:3])}; give it the model without "
         "sampling patches, or another prior."
     )
 
 
-def exported_latent_format(model) -> str:
+def exported_latent_format(model, node: str = NODE) -> str:
     """The name of a MODEL's latent space in a domain file. Raises ValueError for one without a name."""
     found = type(model.model.latent_format)
     for name, kind in LATENT_FORMATS.items():
         if found is kind:
             return name
     raise ValueError(
-        f"Text-Free UNet: expected a latent space out of {', '.join(LATENT_FORMATS)}, found {found.__name__}; this "
+        f"{node}: expected a latent space out of {', '.join(LATENT_FORMATS)}, found {found.__name__}; this "
         "prior is not supported."
     )
 

@@ -14,6 +14,8 @@ NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 # Nodes that only the editor knows.
 NOTES = {"MarkdownNote", "Note"}
 CONTROL_AFTER_GENERATE = {"fixed", "increment", "decrement", "randomize"}
+# Their seed has no such control: a training run continues only with the seed it was started with.
+KEEP_THEIR_SEED = {"InDomainTrainDomainUNet", "InDomainMiniWorldImages"}
 
 
 def api(name: str) -> dict:
@@ -32,7 +34,7 @@ def editor_inputs(graph: dict, node: dict) -> dict:
     for index, entry in enumerate(node["inputs"]):
         if "widget" in entry:
             value = next(widgets)
-            if entry["name"] in ("seed", "noise_seed"):
+            if entry["name"] in ("seed", "noise_seed") and node["type"] not in KEEP_THEIR_SEED:
                 assert next(widgets) in CONTROL_AFTER_GENERATE
             inputs[entry["name"]] = value
         if entry["link"] is not None:

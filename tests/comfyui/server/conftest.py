@@ -96,6 +96,16 @@ def graphs() -> type[Graphs]:
 
 
 @pytest.fixture(scope="session")
+def handwriting(tmp_path_factory) -> Path:
+    """A folder of 24 images of the mini world's handwriting."""
+    from indomain_guidance.training.mini_world.pictures import export_pictures
+
+    folder = tmp_path_factory.mktemp("images") / "handwriting"
+    export_pictures(folder, count=24)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pixels(server):
     """The saved images of a run's node as one array [B, H, W, 3]."""
     import io

@@ -1,0 +1,451 @@
+"""Training inside ComfyUI: the graph's MODEL, CLIP and VAE as a base, progress and cancel, folders, memory.
+
+Nothing of `training/` is imported before a node runs.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import comfy.sd
+import comfy.sd1_clip
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from comfy_execution.graph_utils import ExecutionBlocker
+from comfy_execution.utils import get_executing_context
+from PIL import Image
+from torch import Tensor
+
+from ...guidance.files import FileProblem, read_keys, read_metadata
+from ...guidance.null_text import POOLED_TEXT_ADM
+from .export import (
+    encode_empty_prompt,
+    exported_config,
+    exported_latent_format,
+    exported_prediction,
+    exported_state_dict,
+)
+from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
+
+if TYPE_CHECKING:
+    from ...training.config import TrainConfig
+    from ...training.events import Event
+    from ...training.exported_base import ExportedBase
+    from ...training.train import Result
+
+NODE = "Train Domain UNet"
+CONNECTED, MINI_WORLD = "connected", "mini_world"
+MINI_WORLD_DOMAINS = ("handwriting", "narrow")
+RUNS = "domain_training"
+PREVIEW_PX = 1024
+# Often enough to read along, seldom enough to cost nothing.
+TEXT_EVERY_S = 0.25
+
+
+# ---- the prior --------------------------------------------------------------------------------------------------
+
+
+def list_checkpoints() -> list[str]:
+    """The choices for the prior: what is connected, the mini world, ComfyUI's checkpoints."""
+    return [CONNECTED, MINI_WORLD, *folder_paths.get_filename_list("checkpoints")]
+
+
+def find_checkpoint(name: str) -> str:
+    """The path of a listed checkpoint, or "mini_world". Raises FileProblem naming the folder."""
+    if name == MINI_WORLD:
+        return name
+    path = folder_paths.get_full_path("checkpoints", name) if name else None
+    if path is None:
+        folder = folder_paths.get_folder_paths("checkpoints")[0]
+        raise FileProblem(f"{NODE}: expected a checkpoint named '{name}' in {folder}, found none; pick a listed one.")
+    return path
+
+
+@torch.no_grad()
+def export_base(model, clip, vae, prompts: Sequence[str]) -> ExportedBase:
+    """MODEL, CLIP and VAE as plain tensors, weight patches (LoRA) baked in; call it outside inference mode.
+
+    prompts: the prompts that the run will need. Raises ValueError for models that cannot be trained from.
+    """
+    from ...training.exported_base import ExportedBase
+
+    config = exported_config(model, NODE)
+    prediction_type, zero_snr = exported_prediction(model, NODE)
+    has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
+    latent_format = exported_latent_format(model, NODE)
+    return ExportedBase(
+        unet=exported_state_dict(model, _exported_dtype(model)),
+        config=config,
+        prediction_type=prediction_type,
+        zero_snr=zero_snr,
+        latent_format=latent_format,
+        latent_scale=float(model.model.latent_format.scale_factor),
+        autoencoder=export_autoencoder(vae, config.out_channels),
+        null_context=encode_empty_prompt(clip, has_pooled),
+        prompts={prompt: _encode(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt},
+        name=f"the connected {type(model.model.model_config).__name__} model",
+    )
+
+
+def _exported_dtype(model) -> torch.dtype:
+    """What keeps all that the MODEL knows: fp32 once patches are baked in, fp16 for quantised weights."""
+    dtype = model.model.get_dtype()
+    if model.patches or dtype == torch.float32:
+        return torch.float32
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
+
+
+def _encode(clip, prompt: str, has_pooled: bool) -> tuple[Tensor, Tensor | None]:
+    context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    pooled = pooled.detach().float().cpu().clone() if has_pooled and pooled is not None else None
+    return context.detach().float().cpu().clone(), pooled
+
+
+def export_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
+    """A VAE's weights on the CPU under LDM keys. Raises ValueError for other kinds of VAE."""
+    stage = getattr(vae, "first_stage_model", None)
+    weights = {} if stage is None else {key: t.detach().to("cpu", copy=True) for key, t in stage.state_dict().items()}
+    channels = getattr(weights.get("post_quant_conv.weight"), "shape", (0, 0))[1]
+    if "encoder.conv_in.weight" not in weights or channels != latent_channels:
+        found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels or 'other'} latent channels"
+        raise ValueError(
+            f"{NODE}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found {found}; "
+            "connect the VAE that belongs to the model."
+        )
+    # Core gives every autoencoder a middle attention; all-zero output weights mean that the file has none.
+    for side in ("encoder.mid.attn_1.", "decoder.mid.attn_1."):
+        if f"{side}proj_out.weight" in weights and not weights[f"{side}proj_out.weight"].any():
+            weights = {key: tensor for key, tensor in weights.items() if not key.startswith(side)}
+    return weights
+
+
+# ---- folders and images -----------------------------------------------------------------------------------------
+
+
+def resolve_data(text: str) -> tuple[str, ...]:
+    """The folder input's parts, divided by ";" or lines, as paths; relative ones are looked up in ComfyUI's input folder.
+
+    Raises FileProblem for a path that is not there. Shards with braces are left to the trainer.
+    """
+    paths = []
+    for path in _paths(text):
+        if "{" not in path and not os.path.exists(path):
+            raise FileProblem(
+                f"{NODE}: expected a folder of images, found nothing at {path}; give a full path, or the name of a folder "
+                "in ComfyUI's input folder."
+            )
+        paths.append(path)
+    return tuple(paths)
+
+
+def _paths(text: str) -> list[str]:
+    parts = (part.strip().strip('"') for part in text.replace("\n", ";").split(";"))
+    # An absolute path stays as it is when it is joined.
+    return [os.path.join(folder_paths.get_input_directory(), os.path.expanduser(part)) for part in parts if part]
+
+
+def data_fingerprint(text: str) -> str:
+    """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
+    digest = hashlib.sha256()
+    for path in _paths(text):
+        for folder, folders, files in os.walk(path):
+            folders.sort()
+            for name in sorted(files):
+                try:
+                    status = os.stat(os.path.join(folder, name))
+                except OSError:
+                    continue
+                digest.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
+        if os.path.isfile(path):
+            digest.update(f"{path} {os.stat(path).st_mtime_ns}\n".encode("utf-8", "replace"))
+    return digest.hexdigest()
+
+
+def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
+    """Write IMAGE batches ([B, H, W, C] in 0..1) as PNG files named by their content, into a folder named likewise.
+
+    Files make the same run continue from a terminal and in a process of its own. Returns the folder.
+    """
+    pictures, names = [], []
+    for batch in batches:
+        for image in batch:
+            image = image.detach().float().cpu()
+            if not bool(image.isfinite().all()):
+                raise ValueError(f"{NODE}: expected finite images, found NaN; check the node that makes them.")
+            pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
+            pictures.append(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
+            names.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24])
+    folder = folder / f"images-{hashlib.sha256(''.join(sorted(names)).encode()).hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
+    progress = comfy.utils.ProgressBar(len(pictures))
+    for name, pixels in zip(names, pictures):
+        path = folder / f"{name}.png"
+        if not path.exists():
+            temporary = folder / f".{name}.tmp"
+            Image.fromarray(pixels).save(temporary, format="PNG", compress_level=1)
+            os.replace(temporary, path)
+        progress.update(1)
+    return folder
+
+
+def gather_data(text: str, images: Sequence[Tensor] | None, run: Path) -> tuple[str, ...]:
+    """The images to train on, as folders: those named in `text`, or IMAGE batches written into the run's folder.
+
+    Raises ValueError when there are neither or both.
+    """
+    folders = resolve_data(text)
+    if folders and images:
+        raise ValueError(
+            f"{NODE}: expected an image folder or the images input, found both; empty the one or disconnect the other."
+        )
+    if images:
+        return (str(write_images(images, run)),)
+    if not folders:
+        raise ValueError(f"{NODE}: expected images to train on, found none; name an image folder or connect images.")
+    return folders
+
+
+def places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Where a run's files go and what it computes on, in the words of a configuration."""
+    folder = domain_unet_folder()
+    if options.get("train") == "low_rank" and options.get("form") == "full":
+        # The baseline's file is an ordinary LoRA.
+        folder = Path(folder_paths.get_folder_paths("loras")[0])
+    return {
+        "output": str(Path(folder_paths.get_output_directory()) / RUNS / name), "export_to": str(folder),
+        "tokenizer": str(Path(comfy.sd1_clip.__file__).with_name("sd1_tokenizer")),
+        "device": str(comfy.model_management.get_torch_device()),
+    }  # fmt: skip
+
+
+def finished_file(config: TrainConfig) -> Path:
+    """Where the finished file of a run is put for ComfyUI."""
+    return Path(config.export_to) / f"{config.name}.safetensors"
+
+
+def check_name(config: TrainConfig) -> None:
+    """Refuse to replace a domain model that another run made. Raises FileProblem."""
+    path = finished_file(config)
+    if not path.exists() or config.run_folder.exists():
+        return
+    try:
+        steps = int(read_metadata(path).get("steps", "-1"))
+    except ValueError:
+        steps = -1
+    if steps != 0:
+        raise FileProblem(
+            f"{path}: expected no domain model under this name, found one that this run did not make; choose another name "
+            "or move the file away."
+        )
+
+
+def load_image(path: Path | None) -> Tensor | None:
+    """A picture as IMAGE [1, H, W, 3]; None where there is none."""
+    if path is None or not Path(path).is_file():
+        return None
+    with Image.open(path) as image:
+        return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0)[None]
+
+
+# ---- running ----------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Listener of a run: progress bar, text and sample previews on the node; its `should_stop` is ComfyUI's cancel."""
+
+    def __init__(self) -> None:
+        context = get_executing_context()
+        self._node_id = None if context is None else context.node_id
+        self._bar = comfy.utils.ProgressBar(1)
+        self._last_text = 0.0
+        self._interrupted: BaseException | None = None
+
+    def __call__(self, event: Event) -> None:
+        from ...training import events
+
+        if isinstance(event, (events.Step, events.Caching)):
+            done, total = (event.step, event.steps) if isinstance(event, events.Step) else (event.done, event.total)
+            self._update(done, total)
+            self.text(describe(event), last=done == total)
+        elif isinstance(event, events.Sampled):
+            self._preview(event.path)
+        elif not isinstance(event, events.Saved):
+            self.text(describe(event), last=True)
+
+    def should_stop(self) -> bool:
+        return self._interrupted is not None or comfy.model_management.processing_interrupted()
+
+    def raise_if_cancelled(self) -> None:
+        """End the node the way ComfyUI ends a cancelled one."""
+        if self._interrupted is not None:
+            raise self._interrupted
+        comfy.model_management.throw_exception_if_processing_interrupted()
+
+    def text(self, text: str, last: bool = True) -> None:
+        """Show a line on the node; lines that come too fast are left out unless `last`."""
+        now = time.monotonic()
+        if self._node_id is None or not (last or now - self._last_text > TEXT_EVERY_S):
+            return
+        self._last_text = now
+        from server import PromptServer
+
+        server = getattr(PromptServer, "instance", None)
+        if server is not None:
+            server.send_progress_text(text, self._node_id)
+
+    def _update(self, value: int, total: int, preview: tuple | None = None) -> None:
+        try:
+            self._bar.update_absolute(value, total, preview)
+        except comfy.model_management.InterruptProcessingException as interrupted:
+            # Raised here it would tear the run apart in the middle of a step; as a question it lets the run save.
+            self._interrupted = interrupted
+
+    def _preview(self, path: str) -> None:
+        try:
+            with Image.open(path) as image:
+                picture = image.convert("RGB")
+        except OSError:
+            return
+        self._update(self._bar.current, self._bar.total, ("JPEG", picture, PREVIEW_PX))
+
+
+def describe(event: Event) -> str:
+    """An event in the few words that fit on a node."""
+    from ...training import events
+
+    if isinstance(event, events.Step):
+        left = "" if event.eta_s is None else f", {events.duration(event.eta_s)} left"
+        return f"step {event.step} of {event.steps}: loss {event.loss:.4f}{left}"
+    if isinstance(event, events.Caching):
+        return f"encoding images: {event.done} of {event.total}"
+    if isinstance(event, events.Started):
+        return event.estimate or f"{event.images} images, {event.steps} steps"
+    if isinstance(event, events.Stopped):
+        return f"stopped and saved at step {event.step}; run again to continue"
+    return events.describe(event)
+
+
+@contextmanager
+def job_folder() -> Iterator[Path]:
+    """A folder for a training process's files in ComfyUI's temporary folder, gone afterwards."""
+    temporary = folder_paths.get_temp_directory()
+    os.makedirs(temporary, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix="domain_training_", dir=temporary)
+    try:
+        yield Path(folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def free_memory() -> None:
+    """Move ComfyUI's models out of the accelerator and give its memory back."""
+    comfy.model_management.unload_all_models()
+    gc.collect()
+    comfy.model_management.soft_empty_cache()
+
+
+def run(config: TrainConfig, base: ExportedBase | None, resume: bool | str, isolated: bool) -> Result:
+    """Train; returns when the run is finished. Call it outside inference mode.
+
+    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
+    one sentence for everything a user can do something about.
+    """
+    from ...training.isolated import memory_problem, run_isolated
+    from ...training.train import train
+
+    progress = Progress()
+    free_memory()
+    try:
+        if isolated:
+            with job_folder() as folder:
+                result = run_isolated(
+                    config, folder=folder, resume=resume, base=base, listener=progress,
+                    should_stop=progress.should_stop,
+                )
+        else:
+            result = train(
+                config, resume=resume, base=None if base is None else base.open(), listener=progress,
+                should_stop=progress.should_stop,
+            )
+    except (RuntimeError, MemoryError) as problem:
+        message = memory_problem(problem, config)
+        if message is None:
+            raise
+        # The traceback holds the tensors of the step that did not fit.
+        raise ValueError(message) from problem.with_traceback(None)
+    finally:
+        free_memory()
+    if result.status == "stopped":
+        progress.raise_if_cancelled()
+    return result
+
+
+def prepare(model, clip, vae, checkpoint: str, prompts: Sequence[str]) -> tuple[str, ExportedBase | None]:
+    """(the configuration's base, the exported prior or None for one that is opened from its file).
+
+    Raises ValueError when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both.
+    """
+    connected = {"model": model, "clip": clip, "vae": vae}
+    missing = [name for name, value in connected.items() if value is None]
+    if checkpoint != CONNECTED:
+        if len(missing) < 3:
+            raise ValueError(
+                f"{NODE}: expected either a checkpoint or connected inputs, found both ('{checkpoint}' and "
+                f"{', '.join(name for name in connected if name not in missing)}); set checkpoint to '{CONNECTED}' or "
+                "disconnect them."
+            )
+        return find_checkpoint(checkpoint), None
+    if missing:
+        raise ValueError(
+            f"{NODE}: expected a prior, found no {', no '.join(missing)}; connect model, clip and vae, or choose a "
+            "checkpoint."
+        )
+    base = export_base(model, clip, vae, prompts)
+    return base.name, base
+
+
+def load_trained(config: TrainConfig, model):
+    """The finished file as a MODEL; a LoRA (the low-rank baseline) on the prior it was trained on."""
+    path = finished_file(config)
+    if not any(key.startswith("lora_") for key in read_keys(path)):
+        return load_domain_unet(str(path))
+    if model is None and config.base == MINI_WORLD:
+        model = load_mini_world_prior()
+    elif model is None:
+        model = comfy.sd.load_checkpoint_guess_config(config.base, output_vae=False, output_clip=False)[0]
+    return comfy.sd.load_lora_for_models(model, None, comfy.utils.load_torch_file(str(path)), 1.0, 0.0)[0]
+
+
+def or_blocked(value: Any) -> Any:
+    """The value, or for None what makes ComfyUI skip the nodes that would have used it."""
+    return ExecutionBlocker(None) if value is None else value
+
+
+def one_of(name: str, choices: Mapping[str, Any], value: str) -> Any:
+    """The meaning of a combo's value, which ComfyUI does not check. Raises ValueError for others."""
+    if value not in choices:
+        raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, found {value!r}.")
+    return choices[value]
+
+
+def mini_world_images(domain: str, count: int, seed: int) -> tuple[Path, Tensor]:
+    """Handwriting in the colours of a mini world's domain: (folder in ComfyUI's input folder, IMAGE batch)."""
+    from ...training.mini_world.pictures import export_pictures
+
+    domain = one_of("domain", {name: name for name in MINI_WORLD_DOMAINS}, domain)
+    folder = Path(folder_paths.get_input_directory()) / "mini_world" / f"{domain}-{count}-seed-{seed}"
+    progress = comfy.utils.ProgressBar(count)
+    paths = export_pictures(folder, domain, count, seed, progress.update_absolute)
+    return folder, torch.cat([load_image(path) for path in paths])

@@ -1,0 +1,216 @@
+"""Training in a process of its own, seen from the program that wants it: job as files, events back, a stop that saves.
+
+The child (`worker`) gets a folder with ``job.json`` and, when the prior exists only in memory here,
+``base.safetensors``. It writes one JSON object a line to its standard output: the events of the run as they happen, at
+the end a result or a failure. A line "stop" on its standard input, or the end of that stream because this program died,
+makes it finish the step, save and leave; signals are not needed, which Windows could not send.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..guidance.files import FileProblem
+from .atomic import write_text
+from .config import TrainConfig
+from .events import Event, event_from_dict
+
+if TYPE_CHECKING:
+    from .exported_base import ExportedBase
+    from .train import Result
+
+JOB, BASE, LOG = "job.json", "base.safetensors", "worker.log"
+RESULT, FAILURE = "result", "failure"
+STOP = "stop"
+POLL_S = 0.1
+# One step of a large model on a CPU, a sample grid or an image being cached may take minutes before it can stop.
+PATIENCE_S = 900.0
+
+
+class IsolatedProblem(ValueError):
+    """The training process failed or died; the message is one sentence for the user."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training process is to do. base: file with the exported prior, None to open `config.base`."""
+
+    config: TrainConfig
+    resume: bool | str = "auto"
+    base: Path | None = None
+
+    def write(self, folder: Path) -> None:
+        values = {
+            "config": self.config.to_dict(), "resume": self.resume, "base": None if self.base is None else str(self.base)
+        }
+        write_text(folder / JOB, json.dumps(values, indent=2))
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        path = folder / JOB
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            base = None if values["base"] is None else Path(values["base"])
+            return cls(TrainConfig.from_mapping(values["config"], str(path)), values["resume"], base)
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+            raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
+
+
+def memory_problem(error: BaseException, config: TrainConfig) -> str | None:
+    """One sentence when `error` says that memory ran out, else None."""
+    words = str(error).lower()
+    out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+        sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate")
+    )
+    if not out_of_memory:
+        return None
+    return (
+        f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use a smaller batch "
+        "size with more accumulation, gradient checkpointing, the form constant, train low_rank, or a lower resolution."
+    )
+
+
+def run_isolated(
+    config: TrainConfig,
+    *,
+    folder: Path,
+    resume: bool | str = "auto",
+    base: ExportedBase | None = None,
+    listener: Callable[[Event], None] = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    python: str = sys.executable,
+    patience_s: float = PATIENCE_S,
+) -> Result:
+    """`train.train` in a process of its own; `folder` is an existing empty folder for the job's files.
+
+    listener and should_stop are called in this thread. After should_stop the process has `patience_s` seconds to finish
+    its step and save. Raises IsolatedProblem with the process's own error, or with how it died.
+    """
+    where = None
+    if base is not None:
+        where = base.write(folder / BASE)
+    Job(config, resume, where).write(folder)
+    outcome: dict[str, Any] | None = None
+    with _process(folder, python, patience_s) as process:
+        deadline = None
+        for message in _messages(process):
+            if message is not None:
+                kind = message.get("event")
+                if kind in (RESULT, FAILURE):
+                    outcome = message
+                else:
+                    listener(event_from_dict(message))
+            if deadline is None and should_stop():
+                deadline = time.monotonic() + patience_s
+                _ask_to_stop(process)
+            if deadline is not None and time.monotonic() > deadline:
+                raise IsolatedProblem(
+                    f"Expected the training process to stop within {patience_s:.0f} s, it did not and was ended; run "
+                    "again to continue from its last checkpoint."
+                )
+        code = process.wait()
+    if outcome is None:
+        raise IsolatedProblem(_obituary(code, folder, config))
+    if outcome["event"] == FAILURE:
+        raise IsolatedProblem(outcome["message"])
+    return _result(outcome)
+
+
+@contextmanager
+def _process(folder: Path, python: str, patience_s: float) -> Iterator[subprocess.Popen]:
+    """The running child; whatever happens in the block, it has ended afterwards."""
+    options: dict[str, Any] = {"start_new_session": True}  # Ctrl+C in the server's terminal is the server's to handle
+    if os.name == "nt":
+        options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
+    flags = ["-s"] if sys.flags.no_user_site else []  # portable ComfyUI keeps the user's packages out
+    command = [
+        python, *flags, str(Path(__file__).with_name("bootstrap.py")), "indomain_guidance.training.worker", str(folder)
+    ]
+    with open(folder / LOG, "wb") as log:
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+            env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}, **options,
+        )
+    try:
+        yield process
+    except BaseException:
+        _ask_to_stop(process)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(patience_s, 60.0))
+        raise
+    finally:
+        if process.poll() is None:
+            process.kill()
+        for stream in (process.stdin, process.stdout):
+            with suppress(OSError):
+                stream.close()
+        process.wait()
+
+
+def _messages(process: subprocess.Popen) -> Iterator[dict[str, Any] | None]:
+    """The child's messages until it closes its output; None every now and then while there is none."""
+    lines: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        with suppress(OSError, ValueError):
+            for line in process.stdout:
+                lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, name="indomain-training-reader", daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=POLL_S)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        with suppress(ValueError):  # a torn last line of a process that died
+            yield json.loads(line)
+
+
+def _ask_to_stop(process: subprocess.Popen) -> None:
+    with suppress(OSError, ValueError):
+        process.stdin.write(f"{STOP}\n".encode())
+        process.stdin.flush()
+
+
+def _result(message: dict[str, Any]) -> Result:
+    from .train import Result
+
+    paths = {name: None if message[name] is None else Path(message[name]) for name in ("path", "run", "samples", "plot")}
+    return Result(status=message["status"], step=message["step"], loss=message["loss"], **paths)
+
+
+def _obituary(code: int, folder: Path, config: TrainConfig) -> str:
+    """One sentence on a process that left no word."""
+    try:
+        lines = [line for line in (folder / LOG).read_text("utf-8", "replace").splitlines() if line.strip()]
+    except OSError:
+        lines = []
+    if code in (-9, 137):
+        cause = "it was killed, usually because the system ran out of memory"
+    elif code < 0:
+        cause = f"signal {-code}"
+    else:
+        cause = f"exit code {code}"
+    said = f", its last words: {lines[-1].strip()[:200]}" if lines and code != -9 else ""
+    kept = sorted((config.run_folder / "checkpoints").glob("*.ckpt"))
+    step = re.search(r"(\d+)", kept[-1].stem) if kept else None
+    remedy = f"run again to continue from step {int(step[1])}" if step else "it had not saved anything yet"
+    return f"The training process ended unexpectedly ({cause}{said}); {remedy}, with a smaller batch size if memory ran out."
