@@ -13,7 +13,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable, TextIO
+from typing import Any, Callable, TextIO
 
 import torch
 from torch import Generator, Tensor, nn
@@ -69,6 +69,19 @@ def load_saved(path: Path) -> dict:
         reason = str(error).strip().split("\n")[0]
         raise FileProblem(f"{path}: expected a file of this recipe, found something unreadable ({reason}); "
                             "delete it to make it again") from error
+
+
+def made_once(path: Path, source: str, make: Callable[[], object]) -> Any:
+    """What ``make`` returns, kept in the file ``path`` with ``source``, which says what it is made of; a kept result of
+    another source is made again. The same bits come back in a continued run, which measuring again would not promise."""
+    if path.exists():
+        kept = load_saved(path)
+        if kept.get("source") == source:
+            return kept["result"]
+    result = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_atomically({"result": result, "source": source}, path)
+    return result
 
 
 def weights_hash(*modules: nn.Module) -> str:

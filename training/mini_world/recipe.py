@@ -21,6 +21,7 @@ from ...guidance.networks.text_encoder import END_TOKEN
 from ...guidance.null_text import NullContext
 from ..atomic import replacing
 from . import assets, classifier, render, tokens, train_autoencoder, train_domain, train_prior
+from .loop import made_once, weights_hash
 
 LICENCE = "Apache-2.0"
 STATISTICS_IMAGES = 2048   # on which the latents' scale and preview colours are measured
@@ -40,8 +41,8 @@ def rounded(module: torch.nn.Module) -> torch.nn.Module:
 
 
 @torch.no_grad()
-def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, Tensor, Tensor]:
-    """(scale, rgb factors [4, 3], rgb bias [3]): scale makes the latents' deviation 1; the factors preview a latent as colours.
+def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, list[list[float]], list[float]]:
+    """(scale, rgb factors [4][3], rgb bias [3]): scale makes the latents' deviation 1; the factors preview them as colours.
 
     The preview is the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its 8 x 8 image pixels.
     """
@@ -51,7 +52,7 @@ def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, T
     rows = rearrange(latents * scale, "b c h w -> (b h w) c")
     colours = rearrange(torch.nn.functional.avg_pool2d(images, 8), "b c h w -> (b h w) c")
     solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), colours).solution
-    return scale, solution[:4], solution[4]
+    return scale, solution[:4].tolist(), solution[4].tolist()
 
 
 def null_context(text_encoder: torch.nn.Module) -> NullContext:
@@ -74,10 +75,11 @@ def _write(work: Path, name: str, state_dict: dict[str, Tensor], metadata: dict[
 def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
     """Stage 1: train, write, and return the autoencoder as shipped with its latent scale."""
     model = rounded(train_autoencoder.train(work, seed))
-    scale, factors, bias = latent_statistics(model, seed)
+    source = f"autoencoder {weights_hash(model)}, {STATISTICS_IMAGES} images, seed {seed}"
+    scale, factors, bias = made_once(work / "autoencoder.statistics", source, lambda: latent_statistics(model, seed))
     _write(work, "autoencoder", model.state_dict(), {
         "config": json.dumps(model.config.to_dict()), "scale_factor": repr(scale), "seed": str(seed),
-        "latent_rgb_factors": json.dumps(factors.tolist()), "latent_rgb_bias": json.dumps(bias.tolist()),
+        "latent_rgb_factors": json.dumps(factors), "latent_rgb_bias": json.dumps(bias),
         "steps": str(train_autoencoder.LOOP.steps)})
     return model, scale
 

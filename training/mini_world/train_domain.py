@@ -19,20 +19,21 @@ DOMAINS = ("handwriting", "narrow")
 FILE_NAMES = {"handwriting": "mini-handwriting", "narrow": "mini-narrow-handwriting"}
 LOOP = LoopConfig(name="domain", steps=700, rate=8e-4, ema=0.995, bf16=False)
 BATCH = 64
+BLOCKS = 100             # in which the training images are encoded
 COLOURINGS = 2           # colour pairs drawn for each handwritten image of the coloured domain
 
 
 def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed: int) -> Tensor:
     """Latents of the 8,000 training images in the domain's colours: [N, 4, 8, 8], unscaled."""
-    pairs, blocks = render.domain_pairs(domain), 100
+    pairs = render.domain_pairs(domain)
     copies = COLOURINGS if len(pairs) > 1 else 1
-    rows = render.TRAIN_ROWS.stop // blocks
+    rows = render.TRAIN_ROWS.stop // BLOCKS
 
     def draw(block: int) -> Tensor:
         generator, part = step_generator(seed + 5, block), slice(block * rows, (block + 1) * rows)
         return torch.cat([render.handwritten(part, pairs, generator).images for _ in range(copies)])
 
-    return cached_latents(work, f"{domain}-latents", autoencoder, blocks, draw, f"{copies} x {rows} a block, seed {seed}").flatten(0, 1)
+    return cached_latents(work, domain, autoencoder, BLOCKS, draw, f"{copies} x {rows} a block, seed {seed}").flatten(0, 1)
 
 
 def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig, null_context: NullContext,

@@ -15,7 +15,7 @@ from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ...guidance.networks.unet import UNet, UNetConfig
 from . import render, tokens
-from .loop import LoopConfig, Progress, load_saved, run_loop, save_atomically, step_generator, weights_hash
+from .loop import LoopConfig, Progress, made_once, run_loop, step_generator, weights_hash
 
 UNET = UNetConfig(model_channels=32, channel_mult=(2, 3), num_res_blocks=(2, 2), transformer_depth=(1, 1, 0, 0),
                   transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 0, 0, 0), context_dim=128, num_heads=4)
@@ -46,24 +46,19 @@ def encode_latents(autoencoder: Autoencoder, images: Tensor, batch: int = 64) ->
 
 def cached_latents(work: Path, name: str, autoencoder: Autoencoder, count: int, draw: Callable[[int], Tensor],
                    drawn: str) -> Tensor:
-    """Latents of ``count`` blocks of pictures, draw(block) -> [B, 3, 64, 64]; kept in ``work/NAME.latents``.
+    """Latents of ``count`` blocks of pictures, draw(block) -> [B, 3, 64, 64], encoded once: ``work/NAME.latents``.
 
-    ``drawn`` says what was drawn. Kept latents count only when the same autoencoder made them of the same pictures;
-    others are made again.
+    drawn: what the pictures are. Latents of another autoencoder or of other pictures are made again.
     """
-    path = work / f"{name}.latents"
+    def encode() -> Tensor:
+        progress, parts = Progress(f"{name} latents", count), []
+        for block in range(count):
+            parts.append(encode_latents(autoencoder, draw(block)))
+            progress.update(block + 1, "")
+        return torch.stack(parts)
+
     source = f"autoencoder {weights_hash(autoencoder)}, {count} blocks, {drawn}"
-    if path.exists():
-        kept = load_saved(path)
-        if kept.get("source") == source:
-            return kept["latents"]
-    progress, parts = Progress(f"{name} latents", count), []
-    for block in range(count):
-        parts.append(encode_latents(autoencoder, draw(block)))
-        progress.update(block + 1, "")
-    latents = torch.stack(parts)
-    save_atomically({"latents": latents, "source": source}, path)
-    return latents
+    return made_once(work / f"{name}.latents", source, encode)
 
 
 def rendered_latents(work: Path, autoencoder: Autoencoder, seed: int) -> Tensor:
