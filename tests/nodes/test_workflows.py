@@ -76,15 +76,34 @@ def test_links_join_outputs_to_inputs_of_one_type(name):
     assert graph["last_node_id"] >= max(nodes) and graph["last_link_id"] >= max(seen)
 
 
+# What a sampler's live preview adds below its widgets.
+PREVIEW_PX = 200
+SAMPLERS = ("KSampler", "SamplerCustomAdvanced", "InDomainSampler")
+
+
 @pytest.mark.parametrize("name", NAMES)
-def test_nodes_do_not_cover_each_other(name):
-    boxes = [(node["type"], *node["pos"], *node["size"]) for node in editor(name)["nodes"]]
+def test_nodes_do_not_cover_each_other_even_while_sampling(name):
+    boxes = []
+    for node in editor(name)["nodes"]:
+        width, height = node["size"]
+        boxes.append((node["type"], *node["pos"], width, height + PREVIEW_PX * (node["type"] in SAMPLERS)))
     for index, (kind, x, y, width, height) in enumerate(boxes):
         assert width > 0 and height > 0
         for other, x2, y2, width2, height2 in boxes[:index]:
             # A node's title bar, 30 px, lies above its position.
             apart = x + width <= x2 or x2 + width2 <= x or y + height <= y2 - 30 or y2 + height2 <= y - 30
             assert apart, f"{kind} covers {other}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_graph_opens_below_and_beside_the_editors_own_bars(name):
+    graph = editor(name)
+    view = graph["extra"]["ds"]
+    left = min(node["pos"][0] for node in graph["nodes"])
+    top = min(node["pos"][1] - 30 for node in graph["nodes"])
+    # The tabs and the name of the workflow take 130 px, the side bar 58.
+    assert (top + view["offset"][1]) * view["scale"] >= 130
+    assert (left + view["offset"][0]) * view["scale"] >= 58
 
 
 def test_the_demo_saves_the_three_methods_under_their_names():
