@@ -9,8 +9,8 @@ from torch import Generator, Tensor
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features (arXiv 1706.08500, eq. 6); 0 for identical sets.
 
-    features [N, F] and reference [M, F], N and M above F for a covariance of full rank. Computed in float64; the trace of
-    the square root comes from eigenvalues, so there is no complex remainder.
+    features [N, F] and reference [M, F], N and M above F for a covariance of full rank. Computed in float64; the trace
+    of the square root comes from eigenvalues, so there is no complex remainder.
     Raises ValueError for other shapes, numbers that are not finite, or fewer than two samples.
     """
     a, b = _pair(features, reference)
@@ -23,7 +23,7 @@ def frechet_distance(features: Tensor, reference: Tensor) -> float:
 
 
 def kernel_distance(features: Tensor, reference: Tensor, subsets: int = 50, size: int = 500, seed: int = 0) -> float:
-    """KID (arXiv 1801.01401, section 4): unbiased squared MMD with the kernel (x.y / F + 1)^3, mean over random subsets.
+    """KID (arXiv 1801.01401, section 4): unbiased squared MMD, kernel (x.y / F + 1)^3, mean over random subsets.
 
     features [N, F], reference [M, F]. About 0, also slightly below, for sets of one distribution. subsets: at least 1;
     size: samples drawn from each set for a subset, at least 2, at most N and M count. Raises ValueError as above.
@@ -56,7 +56,7 @@ def within_class_diversity(features: Tensor, classes: Tensor) -> float:
 def _pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _checked(features), _checked(reference)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; use one network for both")
+        raise ValueError(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; take one network's")
     return a, b
 
 

@@ -22,7 +22,7 @@ def report(name: str, value: float, unit: str, samples: int, seed: int, target: 
 
 
 class Check:
-    """Measures the shipped weights against what the set-up needs to be valid; one method a part, each prints its lines."""
+    """Measures the shipped weights against what the set-up needs to be valid; each part prints its lines."""
 
     def __init__(self, samples: int, seed: int, keep: Path | None = None) -> None:
         self.samples, self.seed, self.keep = samples, seed, keep
@@ -82,7 +82,7 @@ class Check:
                 report(name, value, "share", count, self.seed, 0.01)
 
     def part_prior(self) -> None:
-        """How well the prior's pictures obey the prompt at its best scale, as both judges see them, colour by colour."""
+        """How well the prior's pictures obey the prompt at its best scale, in the eyes of both judges, by colour."""
         from . import measure
         from .classifier import judge
 
@@ -92,8 +92,8 @@ class Check:
         for prefix, model in self.judges.items():
             result = measure.score(model, pictures, prompts)
             for head, target in targets.items():
-                report(f"{prefix}prior_{head}_accuracy", getattr(result, head), "share", self.samples, self.seed, target,
-                       "higher")
+                share = getattr(result, head)
+                report(f"{prefix}prior_{head}_accuracy", share, "share", self.samples, self.seed, target, "higher")
             for head, colours in measure.accuracies_by_colour(judge(model, pictures)[1], prompts).items():
                 name = f"{prefix}prior_{head}_accuracy"
                 for colour, (share, count) in colours.items():
@@ -107,7 +107,8 @@ class Check:
 
         scale, model = self.prior[0], self.judges[""]
         for domain in ("handwriting", "narrow"):
-            count, floors = measure.VALIDITY_PICTURES, measure.validity(self.world.autoencoder, model, domain, self.seed)
+            count = measure.VALIDITY_PICTURES
+            floors = measure.validity(self.world.autoencoder, model, domain, self.seed)
             inside = measure.draw_prompts(self.samples, render.domain_pairs(domain), self.seed)
             pictures = self.sample(inside, scale, f"prior in {domain}, CFG {scale}")
             distance = measure.score(model, pictures, inside).distance
@@ -140,12 +141,12 @@ def _count(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py mini-world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = ("train everything again (about two hours on two cores) and replace the shipped weights when all is finished; "
+    about = ("train everything again (about two hours on two cores) and replace the shipped weights when all is done; "
              "stop it at will and run it again to continue")
     make = commands.add_parser("make", help=about, description=about[0].upper() + about[1:] + ".")
     make.add_argument("--work", type=Path, default=Path("mini_world_work"),
                       help="folder of checkpoints, cached latents and finished files, 0.3 GB (default: %(default)s)")
-    make.add_argument("--seed", type=int, default=0, help="of weights, pictures and noise (default: 0, the shipped one)")
+    make.add_argument("--seed", type=int, default=0, help="of weights, pictures and noise (default: 0, as shipped)")
     make.add_argument("--fonts", action="store_true",
                       help="first fetch the fonts, in the pinned versions, and rasterise them again (needs npm)")
     about = "measure the shipped weights; one JSON object a line, progress on standard error"

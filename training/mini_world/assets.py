@@ -35,7 +35,7 @@ def domain_unets_dir() -> Path:
 
 
 def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """fp16 weights and metadata of ``prior_unet``, ``text_encoder``, ``autoencoder``, ``classifier`` or ``classifier_held_out``.
+    """fp16 weights and metadata of one of COMPONENTS.
 
     Raises FileProblem when the file is missing, damaged or holds NaN.
     """
@@ -45,8 +45,8 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     state_dict, metadata = read_state_dict(path), read_metadata(path)
     check_finite(state_dict, path)
     if name not in JUDGES and "config" not in metadata:
-        raise FileProblem(f"{path}: expected the mini world's own file with a configuration in its metadata, found none; "
-                          "take the file from the repository again")
+        raise FileProblem(f"{path}: expected the mini world's own file with a configuration in its metadata, found none"
+                          "; take the file from the repository again")
     return state_dict, metadata
 
 

@@ -1,4 +1,4 @@
-"""The judges of the mini world: one small network that names digit, ink, ground and world, and whose features measure distance.
+"""The judges of the mini world: a small network that names digit, ink, ground and world; its features measure distance.
 
 The judge is trained on the fonts and rows that the generative models saw, and measured on the held-out ones; the second
 judge the other way round, so that what it says of samples cannot come from shapes that both have learned by heart.
@@ -49,12 +49,13 @@ class Classifier(nn.Module):
 
 
 def draw_batch(count: int, generator: Generator, held_out: bool = False) -> render.Pictures:
-    """Half rendered, half handwritten, all 56 colour pairs, lightly blurred and noised so that codec traces say nothing.
+    """Half rendered, half handwritten, all 56 colour pairs, lightly blurred and noised to hide codec traces.
 
     held_out: from the fonts and rows that no generative model trained on, instead of those they did.
     """
     printed = render.rendered(count // 2, generator, held_out=held_out)
-    written = render.handwritten(render.HELD_OUT_ROWS if held_out else render.TRAIN_ROWS, render.colour_pairs(), generator, count=count - count // 2)
+    rows = render.HELD_OUT_ROWS if held_out else render.TRAIN_ROWS
+    written = render.handwritten(rows, render.colour_pairs(), generator, count=count - count // 2)
     both = render.Pictures(*(torch.cat([getattr(printed, name), getattr(written, name)])
                              for name in ("images", "digit", "ink", "ground", "world")))
     both.images = _degrade(both.images, generator)
@@ -72,14 +73,15 @@ def _degrade(images: Tensor, generator: Generator) -> Tensor:
     return torch.roll(images + tint + grain, shift, dims=(2, 3))
 
 
-def classification_loss(model: nn.Module, generator: Generator, step: int, held_out: bool = False) -> tuple[Tensor, dict[str, float]]:
+def classification_loss(model: nn.Module, generator: Generator, step: int,
+                        held_out: bool = False) -> tuple[Tensor, dict[str, float]]:
     """Sum of the four cross-entropies of one batch."""
     pictures = draw_batch(BATCH, generator, held_out)
     features, logits = model(pictures.images)
     labels = pictures.labels()
     losses = {name: F.cross_entropy(logits[name].float(), labels[name], label_smoothing=0.02) for name in HEADS}
     right = {name: float((logits[name].argmax(1) == labels[name]).float().mean()) for name in HEADS}
-    # A slight pull to the origin keeps the feature scale, and with it the distances, from drifting with training length.
+    # A slight pull to the origin keeps the feature scale, and with it distances, from drifting with training length.
     return sum(losses.values()) + 1e-3 * features.float().square().mean(), right
 
 

@@ -1,7 +1,7 @@
 """Rasterise the ten digits of every listed font once, so that training and measuring need no font files.
 
-The fonts are fetched with ``npm pack @fontsource/NAME@VERSION``, in the versions that the shipped raster was made of; only
-families whose package names a licence that allows it are used.
+The fonts are fetched with ``npm pack @fontsource/NAME@VERSION``, in the versions that the shipped raster was made of;
+only families whose package names a licence that allows it are used.
 ``data/glyphs.npz`` holds the result: masks uint8 [fonts, 10, 64, 64] (255 = ink), names, licences and package versions.
 """
 
@@ -68,7 +68,7 @@ def read_package(path: Path) -> tuple[dict, bytes]:
         about = json.load(archive.extractfile("package/package.json"))
         names = [n for n in archive.getnames() if n.endswith("-latin-400-normal.woff")]
         if not names:
-            raise ValueError(f"expected a file *-latin-400-normal.woff in {path.name}, found none; leave this family out")
+            raise ValueError(f"expected a file *-latin-400-normal.woff in {path.name}, found none; leave it out")
         return about, archive.extractfile(names[0]).read()
 
 
@@ -76,8 +76,8 @@ def fetch(family: str, folder: Path) -> Path:
     """The archive of a family's package, fetched into ``folder``. Raises ValueError where npm is missing or fails."""
     npm = shutil.which("npm")
     if npm is None:
-        raise ValueError("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts out: "
-                         "the rasterised digits are in the repository")
+        raise ValueError("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts "
+                         "out: the rasterised digits are in the repository")
     packed = subprocess.run([npm, "pack", "--silent", package_of(family)], cwd=folder, capture_output=True, text=True)
     if packed.returncode or not packed.stdout.split():
         raise ValueError(f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "

@@ -26,7 +26,7 @@ SECONDS_BETWEEN_LINES = 20.0  # of progress, where there is no terminal to overw
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What one stage of the recipe trains with; ``rate`` is the peak of a one-cycle schedule, ``ema`` 0 keeps no average."""
+    """What one stage trains with; ``rate`` is the peak of a one-cycle schedule, ``ema`` 0 keeps no average."""
 
     name: str
     steps: int
@@ -41,7 +41,7 @@ class LoopConfig:
 
 
 def step_generator(seed: int, step: int) -> Generator:
-    """Randomness of one step, a function of (seed, step) alone, so that a resumed run draws what the first would have."""
+    """Randomness of one step, a function of (seed, step) alone: a resumed run draws what the first would have."""
     return Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
 
 
@@ -72,8 +72,10 @@ def load_saved(path: Path) -> dict:
 
 
 def made_once(path: Path, source: str, make: Callable[[], object]) -> Any:
-    """What ``make`` returns, kept in the file ``path`` with ``source``, which says what it is made of; a kept result of
-    another source is made again. The same bits come back in a continued run, which measuring again would not promise."""
+    """What ``make`` returns, kept in the file ``path`` with ``source``, which says what it is made of.
+
+    A result of another source is made again. A continued run gets the same bits, which measuring would not promise.
+    """
     if path.exists():
         kept = load_saved(path)
         if kept.get("source") == source:
@@ -114,9 +116,10 @@ class Progress:
         self.stream.flush()
 
 
-def run_loop(config: LoopConfig, model: nn.Module, loss_of: Callable[[nn.Module, Generator, int], tuple[Tensor, dict[str, float]]],
+def run_loop(config: LoopConfig, model: nn.Module,
+             loss_of: Callable[[nn.Module, Generator, int], tuple[Tensor, dict[str, float]]],
              folder: Path) -> nn.Module:
-    """Train ``model`` in place, resuming from ``folder/NAME.ckpt``; returns the EMA copy when one is kept, else the model.
+    """Train ``model`` in place, resuming from ``folder/NAME.ckpt``; returns the EMA copy if there is one, else it.
 
     loss_of(model, generator, step) -> (scalar loss, numbers to log). Raises RuntimeError at a non-finite loss and
     FileProblem for a checkpoint that is damaged or of a run with another seed, length or rate.

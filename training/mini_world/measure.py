@@ -1,4 +1,4 @@
-"""What the mini world measures: quality of its own parts, validity of the set-up, and any sampler against exact targets."""
+"""What the mini world measures: its own parts, the validity of the set-up, and any sampler against exact targets."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]
     return {name: float((named[name] == wanted).float().mean()) for name, wanted in pictures.labels().items()}
 
 
-def target_pictures(digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS, seed: int = 0) -> render.Pictures:
+def target_pictures(digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS,
+                    seed: int = 0) -> render.Pictures:
     """The exact targets of a set of prompts: handwriting of the same digits, digit by digit, in the prompted colours.
 
     digits [N] and pairs [N, 2]; every handwritten image of a digit is used before one is used twice.
@@ -74,7 +75,7 @@ class Prompts:
 
 
 def accuracies_by_colour(named: dict[str, Tensor], prompts: Prompts) -> dict[str, dict[str, tuple[float, int]]]:
-    """Ink and ground accuracy of each colour by itself: {"ink": {"red": (share, pictures asked for in it)}, "ground": ...}.
+    """Ink and ground accuracy of each colour by itself: {"ink": {"red": (share, pictures)}, "ground": ...}.
 
     named: what :func:`classifier.judge` named. Colours that no prompt asks for are left out.
     """
@@ -97,15 +98,15 @@ def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
 
 
 @torch.no_grad()
-def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidance], prompts: Prompts, *, steps: int = 25,
-                   seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m",
+def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidance], prompts: Prompts, *,
+                   steps: int = 25, seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m",
                    keep: Path | None = None) -> tuple[Tensor, float]:
     """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
 
     guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
-    Noise depends on the seed alone, so that methods are compared on the same noise. keep: a folder for finished blocks of
-    latents, so that an interrupted run goes on where it was; ``name`` must then say all about the guidance, and only the
-    prior may be in it: blocks are told apart by name, prompts, settings and the prior's weights.
+    Noise depends on the seed alone, so that methods are compared on the same noise. keep: a folder for finished blocks
+    of latents, so that an interrupted run goes on where it was; ``name`` must then say all about the guidance, and only
+    the prior may be in it: blocks are told apart by name, prompts, settings and the prior's weights.
     """
     noise = torch.randn(len(prompts.captions), 4, 8, 8, generator=Generator().manual_seed(seed))
     empty, sigmas, pictures, counts = world.encode_text([""]), sigmas_uniform(world.schedule, steps), [], []
@@ -122,8 +123,8 @@ def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidanc
         if path is not None and path.exists():
             block = load_saved(path)
         else:
-            guided = MultiGuidance(guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])}),
-                                   percent_to_sigma=world.schedule.percent_to_sigma)
+            guidance = guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])})
+            guided = MultiGuidance(guidance, percent_to_sigma=world.schedule.percent_to_sigma)
             block = {"latents": sample(guided, noise[part], sigmas, method), "counts": list(guided.samples_per_step)}
             if path is not None:
                 save_atomically(block, path)
@@ -172,7 +173,7 @@ def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor 
 
 
 def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict[str, render.Pictures]:
-    """``rendered`` and ``handwritten`` pictures, all 56 colour pairs, of the held-out fonts and the first held-out rows.
+    """``rendered`` and ``handwritten`` pictures, all 56 colour pairs, of the held-out fonts and first held-out rows.
 
     trained: of the trained fonts and rows instead, which the second judge never saw. There are 2,000 held-out rows.
     """
@@ -183,7 +184,8 @@ def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict
     return {"rendered": printed, "handwritten": render.handwritten(rows, render.colour_pairs(), generator)}
 
 
-def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int = 2000, seed: int = 0) -> dict[str, float]:
+def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int = 2000,
+                        seed: int = 0) -> dict[str, float]:
     """PSNR (dB) and what the classifier loses on reconstructions, on held-out fonts and held-out handwriting."""
     results: dict[str, float] = {}
     for name, pictures in unseen_pictures(count, seed).items():
@@ -197,8 +199,9 @@ def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int 
     return results
 
 
-def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwriting", seed: int = 0) -> dict[str, float]:
-    """Floor, autoencoder floor and ceiling of a domain: Frechet distances to held-out handwriting in the domain's colours.
+def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwriting",
+             seed: int = 0) -> dict[str, float]:
+    """Floor, autoencoder floor and ceiling: Frechet distances to held-out handwriting in a domain's colours.
 
     floor: training handwriting. autoencoder_floor: reconstructions of the held-out images against themselves.
     ceiling: rendered digits in the same colours.

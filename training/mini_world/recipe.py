@@ -42,9 +42,10 @@ def rounded(module: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, list[list[float]], list[float]]:
-    """(scale, rgb factors [4][3], rgb bias [3]): scale makes the latents' deviation 1; the factors preview them as colours.
+    """(scale, rgb factors [4][3], rgb bias [3]): scale makes the latents' deviation 1.
 
-    The preview is the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its 8 x 8 image pixels.
+    Factors and bias preview latents: the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its
+    8 x 8 image pixels.
     """
     images = train_autoencoder.both_worlds(STATISTICS_IMAGES, Generator().manual_seed(seed + 99))
     latents = train_prior.encode_latents(autoencoder, images)
@@ -99,21 +100,24 @@ def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0
     model = rounded(train_prior.train(work, autoencoder, scale, seed))
     about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
     _write(work, "prior_unet", model.unet.state_dict(), {
-        "config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": assets.LATENT_FORMAT, **about})
+        "config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": assets.LATENT_FORMAT,
+        **about})
     shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
     _write(work, "text_encoder", model.text.state_dict(), {
         "config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about})
     return model
 
 
-def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float, seed: int = 0) -> Path:
+def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float,
+                seed: int = 0) -> Path:
     """Stage 4: one domain model."""
     context = null_context(prior.text)
     weights = prior.unet.state_dict()
     model = train_domain.train(work, domain, weights, train_prior.UNET, context, autoencoder, scale, seed)
     images, _ = render.load_handwriting(render.TRAIN_ROWS)
     metadata = DomainMetadata(
-        config=model.config, latent_format=assets.LATENT_FORMAT, prediction_type="epsilon", null_context=context.to_dict(),
+        config=model.config, latent_format=assets.LATENT_FORMAT, prediction_type="epsilon",
+        null_context=context.to_dict(),
         prior_hash=prior_content_hash(weights), domain_name=train_domain.FILE_NAMES[domain], dataset_size=len(images),
         dataset_hash=_content_hash(images), steps=train_domain.LOOP.steps, ema=train_domain.LOOP.ema,
         resolution=render.SIDE_PX, licence=LICENCE, extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)})

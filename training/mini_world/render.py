@@ -1,4 +1,4 @@
-"""The two worlds of the miniature: rendered digits with captions, handwritten digits without, both as coloured 64 px images.
+"""The two worlds of the miniature: rendered digits with captions, handwritten ones without, as coloured 64 px images.
 
 An image is a mask (how much ink, 0..1) painted with an ink and a ground colour, so the exact picture of any prompt in
 the other world's shapes exists: that is what distances are measured against.
@@ -122,7 +122,8 @@ def place(masks: Tensor, generator: Generator | None, *, height_px: tuple[float,
           shift_px: float = 5.0, turn_degrees: float = 6.0) -> Tensor:
     """Random size, place and turn of glyph masks: uint8 [B, 64, 64] -> [B, 64, 64] in 0..1.
 
-    height_px: range of a glyph's longer side. shift_px: largest shift along each axis; 0 centres. turn_degrees: largest turn.
+    height_px: range of a glyph's longer side. shift_px: largest shift along each axis; 0 centres. turn_degrees: largest
+    turn; 0 keeps upright.
     """
     from .glyphs import GLYPH_PX
 
@@ -131,8 +132,9 @@ def place(masks: Tensor, generator: Generator | None, *, height_px: tuple[float,
 
     zoom = GLYPH_PX / uniform(*height_px)
     angle = uniform(-turn_degrees, turn_degrees) * (math.pi / 180.0)
-    matrix = torch.stack([torch.stack([zoom * angle.cos(), -zoom * angle.sin(), uniform(-1, 1) * zoom * shift_px * 2 / SIDE_PX], 1),
-                          torch.stack([zoom * angle.sin(), zoom * angle.cos(), uniform(-1, 1) * zoom * shift_px * 2 / SIDE_PX], 1)], 1)
+    shift_x, shift_y = (uniform(-1, 1) * zoom * shift_px * 2 / SIDE_PX for _ in range(2))
+    matrix = torch.stack([torch.stack([zoom * angle.cos(), -zoom * angle.sin(), shift_x], 1),
+                          torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1)], 1)
     grid = F.affine_grid(matrix, [len(masks), 1, SIDE_PX, SIDE_PX], align_corners=False)
     return F.grid_sample(masks[:, None].float() / 255.0, grid, align_corners=False)[:, 0].clamp(0.0, 1.0)
 
@@ -145,7 +147,7 @@ def paint(masks: Tensor, pairs: Tensor) -> Tensor:
 
 @dataclass
 class Pictures:
-    """A labelled batch: images [B, 3, 64, 64] in -1..1; digit, ink, ground and world (0 rendered, 1 handwritten), long [B]."""
+    """A labelled batch: images [B, 3, 64, 64] in -1..1; digit, ink, ground, world (1: handwritten), long [B]."""
 
     images: Tensor
     digit: Tensor
@@ -178,7 +180,7 @@ def rendered(count: int, generator: Generator | None, *, held_out: bool = False,
 
 
 def handwritten(rows: slice, pairs: Tensor, generator: Generator | None, *, count: int | None = None) -> Pictures:
-    """Handwriting of the given rows painted with colours drawn from ``pairs`` [options, 2]; ``count`` random rows, or all in order."""
+    """Handwriting of the rows in colours drawn from ``pairs`` [options, 2]; ``count`` random rows, or all in order."""
     images, labels = load_handwriting(rows)
     chosen = torch.arange(len(images)) if count is None else torch.randint(len(images), (count,), generator=generator)
     colours = _choose(pairs, len(chosen), generator)

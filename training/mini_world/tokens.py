@@ -38,7 +38,8 @@ def to_rows(tokens: Tensor) -> Tensor:
     return table[tokens]
 
 
-def expand_embedding(compact: Tensor, token_ids: list[int] | tuple[int, ...], vocab_size: int = END_TOKEN + 1) -> Tensor:
+def expand_embedding(compact: Tensor, token_ids: list[int] | tuple[int, ...],
+                     vocab_size: int = END_TOKEN + 1) -> Tensor:
     """Stored rows [R + 1, W] -> the full embedding [vocab_size, W]; ids without a row get the last one."""
     full = compact[-1].expand(vocab_size, -1).clone()
     full[list(token_ids)] = compact[:-1]

@@ -36,7 +36,8 @@ def reconstruction_loss(model: nn.Module, generator: Generator, step: int) -> tu
     kl = kl_divergence(mean, logvar).mean() / mean[0].numel()
     squared = error.square().mean()
     loss = error.abs().mean() + SQUARED_WEIGHT * squared + KL_WEIGHT * kl
-    return loss, {"psnr": float(10 * torch.log10(4 / squared.detach())), "kl": float(kl.detach()), "std": float(mean.detach().std())}
+    psnr = float(10 * torch.log10(4 / squared.detach()))
+    return loss, {"psnr": psnr, "kl": float(kl.detach()), "std": float(mean.detach().std())}
 
 
 def train(work: Path, seed: int = 0, steps: int | None = None) -> Autoencoder:

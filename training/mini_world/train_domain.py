@@ -1,4 +1,4 @@
-"""Stage 4 of the recipe: text-free domain models (arXiv 2312.08195, section 3.2) on handwriting, no captions and no labels."""
+"""Stage 4 of the recipe: text-free domain models (arXiv 2312.08195, section 3.2) on handwriting, without any labels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed:
         generator, part = step_generator(seed + 5, block), slice(block * rows, (block + 1) * rows)
         return torch.cat([render.handwritten(part, pairs, generator).images for _ in range(copies)])
 
-    return cached_latents(work, domain, autoencoder, BLOCKS, draw, f"{copies} x {rows} a block, seed {seed}").flatten(0, 1)
+    drawn = f"{copies} x {rows} a block, seed {seed}"
+    return cached_latents(work, domain, autoencoder, BLOCKS, draw, drawn).flatten(0, 1)
 
 
 def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig, null_context: NullContext,

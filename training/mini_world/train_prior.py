@@ -1,4 +1,4 @@
-"""Stage 3 of the recipe: the open-world prior, UNet and text encoder together, on latents of rendered digits with captions."""
+"""Stage 3 of the recipe: the open-world prior, UNet and text encoder together, on rendered digits with captions."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def caption_of(said: tuple[int, int, int] | None) -> str:
 
 
 def word_probe_loss(hidden: Tensor, said: Tensor, generator: Generator) -> Tensor:
-    """Cross-entropy of reading digit, ink and ground off random tokens of the encoded text with fixed random directions.
+    """Cross-entropy of reading digit, ink and ground off random tokens of the encoded text by fixed random directions.
 
     It stands in for CLIP's pre-training: without it the encoder passes on the colours, which matter most to the pixels,
     and learns to tell digits apart only after thousands of steps. hidden [B, 77, W]; said [B, 3], -1 for what the
@@ -104,8 +104,10 @@ def word_probe_loss(hidden: Tensor, said: Tensor, generator: Generator) -> Tenso
     directions = directions / directions.norm(dim=1, keepdim=True)
     positions = torch.randint(10, hidden.shape[1], (PROBE_TOKENS,), generator=generator)
     logits = (hidden[:, positions] @ directions.T).split(counts, dim=2)
-    losses = [F.cross_entropy(part.flatten(0, 1), torch.where(said[:, i] < 0, part.shape[2] - 1, said[:, i]).repeat_interleave(PROBE_TOKENS))
-              for i, part in enumerate(logits)]
+    losses = []
+    for part, wanted in zip(logits, said.unbind(1)):
+        wanted = torch.where(wanted < 0, part.shape[2] - 1, wanted).repeat_interleave(PROBE_TOKENS)
+        losses.append(F.cross_entropy(part.flatten(0, 1), wanted))
     return sum(losses) / len(losses)
 
 
@@ -127,7 +129,8 @@ def loss_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     return ((1 - abar) / abar).clamp(max=WEIGHT_CAP).sqrt()
 
 
-def noised(latents: Tensor, schedule: NoiseSchedule, generator: Generator, noisy_share: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def noised(latents: Tensor, schedule: NoiseSchedule, generator: Generator,
+           noisy_share: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv 2006.11239, eq. 4): (x_t, timesteps [B], noise).
 
     Timesteps are uniform, but a ``noisy_share`` (0: none) of them falls into the noisier half of the schedule.

@@ -28,7 +28,8 @@ def font_bytes():
 
 def archive(path, licence, font, name="lato-latin-400-normal.woff"):
     with tarfile.open(path, "w:gz") as file:
-        for member, content in (("package/package.json", json.dumps({"license": licence}).encode()), (f"package/files/{name}", font)):
+        about = json.dumps({"license": licence}).encode()
+        for member, content in (("package/package.json", about), (f"package/files/{name}", font)):
             info = tarfile.TarInfo(member)
             info.size = len(content)
             file.addfile(info, io.BytesIO(content))
@@ -47,7 +48,8 @@ def test_digits_fill_their_cells_alike(font_bytes):
 
 def test_building_writes_what_the_world_reads_and_refuses_other_licences(tmp_path, monkeypatch, font_bytes):
     licence = {"lato": "OFL-1.1", "roboto": "OFL-1.1"}
-    monkeypatch.setattr(glyphs, "fetch", lambda family, folder: archive(folder / f"{family}.tgz", licence[family], font_bytes))
+    fetch = lambda family, folder: archive(folder / f"{family}.tgz", licence[family], font_bytes)  # noqa: E731
+    monkeypatch.setattr(glyphs, "fetch", fetch)
     said = []
     glyphs.build(tmp_path / "glyphs.npz", ["lato", "roboto"], said.append)
     with np.load(tmp_path / "glyphs.npz") as data:

@@ -9,8 +9,9 @@ import torch
 from indomain_guidance.guidance.files import (
     FileProblem, prior_content_hash, read_domain_file, read_metadata, read_state_dict,
 )
+from indomain_guidance.training.mini_world import __main__ as command
 from indomain_guidance.training.mini_world import (
-    __main__ as command, assets, classifier, loop, measure, recipe, render, train_autoencoder, train_domain, train_prior,
+    assets, classifier, loop, measure, recipe, render, train_autoencoder, train_domain, train_prior,
 )
 
 
@@ -43,8 +44,8 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     assert command.main(arguments) == 0
     first = contents(tiny / "shipped")
     assert first.keys() == {
-        "autoencoder.safetensors", "classifier.safetensors", "classifier_held_out.safetensors", "prior_unet.safetensors",
-        "text_encoder.safetensors", "domain_unets/mini-handwriting.safetensors",
+        "autoencoder.safetensors", "classifier.safetensors", "classifier_held_out.safetensors",
+        "prior_unet.safetensors", "text_encoder.safetensors", "domain_unets/mini-handwriting.safetensors",
         "domain_unets/mini-narrow-handwriting.safetensors"}
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert all(metadata.get("steps", "2") == "2" for metadata, _ in first.values())
@@ -53,7 +54,8 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     world, prompts = assets.load_mini_world(), measure.draw_prompts(4, render.colour_pairs())
     pictures, _ = measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, steps=2)
     assert pictures.shape == (4, 3, 64, 64) and bool(pictures.isfinite().all())
-    assert not torch.equal(assets.load_classifier().feature.weight, assets.load_classifier(held_out=True).feature.weight)
+    judges = [assets.load_classifier(held_out) for held_out in (False, True)]
+    assert not torch.equal(judges[0].feature.weight, judges[1].feature.weight)
     for name in train_domain.FILE_NAMES.values():
         _, metadata = read_domain_file(assets.domain_unets_dir() / f"{name}.safetensors", latent_format="mini_world")
         assert metadata.prior_hash == prior_content_hash(assets.load_prior()[0])
@@ -68,7 +70,8 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     assert command.main(arguments) == 0
     again = contents(tiny / "shipped")
     for name, (metadata, tensors) in first.items():
-        assert again[name][0] == metadata and all(torch.equal(again[name][1][key], tensors[key]) for key in tensors), name
+        assert again[name][0] == metadata, name
+        assert all(torch.equal(again[name][1][key], tensors[key]) for key in tensors), name
 
 
 def test_a_stopped_run_leaves_the_shipped_world_alone(tiny, monkeypatch, capsys):

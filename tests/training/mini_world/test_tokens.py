@@ -7,7 +7,8 @@ from indomain_guidance.training.mini_world import render, tokens
 def test_every_caption_gets_the_ids_core_gives_it(core):
     tokenizer = core("comfy.sd1_clip").SD1Tokenizer()
     red, orange = render.COLOUR_NAMES.index("red"), render.COLOUR_NAMES.index("orange")
-    captions = ["", *(render.caption(d, red, orange) for d in range(10)), *(render.caption(None, i, None) for i in range(8))]
+    captions = ["", *(render.caption(d, red, orange) for d in range(10))]
+    captions += [render.caption(None, i, None) for i in range(8)]
     for text in captions:
         ids = [token for token, weight in tokenizer.tokenize_with_weights(text)["l"][0]]
         assert tokens.tokenize(text).tolist() == ids, text
