@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from .server import CHECKOUT, ComfyServer, ServerProblem
+from .server import CHECKOUT, PACK_NAME, ComfyServer, ServerProblem
 
 BOOTSTRAP = CHECKOUT / "training" / "bootstrap.py"
 BENCHMARKS = CHECKOUT / "tests" / "benchmarks"
@@ -51,8 +51,10 @@ def serve(order: dict) -> int:
     flags = ["--preview-method", "auto", *(order.get("flags") or ())]
     with ComfyServer(Path(order["comfyui"]), base, flags=flags, port=order.get("port") or 0) as server:
         print(server.url, flush=True)
-        _say(f"the graph editor is at {server.url}, its files are in {base}")
-        _say("example graphs: menu Workflow > Browse Templates > In-Domain Guidance; Ctrl+C ends the server")
+        _say(f"the graph editor is at {server.url}; to begin, open this graph and press Run:")
+        _say(f"    {server.url}/?template=in_domain_text_to_image&source={PACK_NAME}")
+        _say(f"more graphs: Templates (left bar) > Extensions > {PACK_NAME}")
+        _say(f"models, images and server.log are in {base}; Ctrl+C ends the server")
         status = server.wait()
         raise ServerProblem(f"{server.log_tail()}\nComfyUI ended by itself (exit status {status}); its log is above.")
 

@@ -111,7 +111,7 @@ def test_serve_ends_its_server_however_it_is_ended(run_py, tmp_path):
         for number in ways:
             base = tmp_path / signal.Signals(number).name
             process = subprocess.Popen(
-                run_py("serve", "--output", str(base)), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+                run_py("serve", "--output", str(base)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                 start_new_session=True,
             )  # fmt: skip
             started.append((number, base, process))
@@ -127,6 +127,10 @@ def test_serve_ends_its_server_however_it_is_ended(run_py, tmp_path):
             while processes_naming(str(base / "comfyui.db")) and time.monotonic() < deadline:
                 time.sleep(0.1)
             assert processes_naming(str(base / "comfyui.db")) == [] and not answers(urls[number])
+            # The address with which the editor's own test opens a template, and where things are.
+            told = process.stderr.read()
+            assert f"{urls[number]}/?template=in_domain_text_to_image&source=in-domain-guidance" in told
+            assert str(base) in told
     finally:
         for _, _, process in started:
             process.kill()
