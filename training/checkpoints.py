@@ -116,7 +116,7 @@ def latest_checkpoint(
         try:
             return path, load_checkpoint(path)
         except CheckpointProblem as problem:
-            warn(f"{str(problem).rstrip('.')}; the checkpoint before it is used.")
+            warn(f"{str(problem).rstrip('.')}; an earlier checkpoint is used, if there is one.")
     return None
 
 

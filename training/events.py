@@ -285,7 +285,15 @@ class LossCurve:
         """Write the picture, complete or not at all; nothing while there is nothing to draw."""
         if self.train or self.held_out:
             with replacing(self.path) as file:
-                draw_losses(self.train, self.held_out).save(file, format="PNG")
+                draw_losses(thinned(self.train), self.held_out).save(file, format="PNG")
+
+
+def thinned(values: Mapping[int, float], most: int = 2000) -> dict[int, float]:
+    """At most about `most` values by step: means of neighbours under the step of the last."""
+    steps = sorted(values)
+    size = -(-len(steps) // most)
+    parts = [steps[at : at + size] for at in range(0, len(steps), size or 1)]
+    return {part[-1]: sum(values[step] for step in part) / len(part) for part in parts}
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:

@@ -17,8 +17,10 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
+from .base import ImageSize
 from .checkpoints import different_facts, machine_facts
 from .config import ConfigProblem, TrainConfig
+from .data import Sample
 from .ema import WeightAverage
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .optimizers import build_optimizer, rate_at, set_rate
@@ -31,7 +33,7 @@ SMALLEST_SCALE = 2.0**-14
 
 
 class LatentSource(Protocol):
-    """What the learner needs of a dataset: see training/data/latent_cache.py."""
+    """What the learner needs of a dataset; `data.LatentDataset` is one."""
 
     content_hash: str
 
@@ -40,9 +42,7 @@ class LatentSource(Protocol):
     @property
     def groups(self) -> Mapping[tuple[int, int], Sequence[int]]: ...
 
-    def latent(self, index: int, generator: Generator) -> Tensor: ...
-
-    def size_of(self, index: int) -> Any: ...
+    def draw(self, index: int, generator: Generator) -> Sample: ...
 
     def name_of(self, index: int) -> str: ...
 
@@ -50,13 +50,16 @@ class LatentSource(Protocol):
 class NonFiniteLoss(ValueError):
     """The loss or its gradient became NaN or infinite; the weights are those before the step.
 
-    step: the step that failed, counted from 1. names: the images of its batch.
+    step: the step that failed, counted from 1. names: the images of its batch. advice: what was kept, what to do.
     """
 
-    def __init__(self, what: str, step: int, names: Sequence[str]) -> None:
+    def __init__(self, what: str, step: int, names: Sequence[str], advice: str = "") -> None:
         self.what, self.step, self.names = what, step, tuple(names)
         shown = ", ".join(dict.fromkeys(names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        super().__init__(f"{what} became NaN or infinite at step {step} on the batch {shown}")
+        super().__init__(
+            f"Training stopped: {what} became NaN or infinite at step {step} on the batch {shown}"
+            + (f"; {advice}" if advice else ".")
+        )
 
 
 @dataclass(frozen=True)
@@ -95,7 +98,7 @@ class Learner:
         dataset: LatentSource,
         schedule: NoiseSchedule,
         prediction_type: str,
-        conditioning: Callable[[Sequence[Any]], dict[str, Tensor]] | None = None,
+        conditioning: Callable[[Sequence[ImageSize]], dict[str, Tensor]] | None = None,
         *,
         prior: str = "",
         processes: OneProcess | None = None,
@@ -216,14 +219,7 @@ class Learner:
 
         Raises ConfigProblem when the state belongs to another configuration or prior.
         """
-        theirs = TrainConfig.from_mapping(state["config"], source)
-        different = self.config.differences(theirs)
-        if different:
-            listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
-            raise ConfigProblem(
-                f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
-                "name or output folder for a new run."
-            )
+        check_same_run(self.config, state, source)
         if state["prior"] != self.prior:
             raise ConfigProblem(
                 f"{source}: expected a run from the same prior, found one from another checkpoint (content "
@@ -288,15 +284,26 @@ class Learner:
         ]
 
     def _load_pass(self, draws: Sequence[Draw]) -> Pass:
-        config, latents, noise, timesteps = self.config, [], [], []
+        config, latents, noise, timesteps, sizes = self.config, [], [], [], []
         for draw in draws:
-            latent = self.dataset.latent(draw.index, draw.generator(config.seed, "data")).float()
+            sample = self.dataset.draw(draw.index, draw.generator(config.seed, "data"))
             generator = draw.generator(config.seed, "noise")
             timesteps.append(draw_timestep(generator, len(self.schedule), config.noisy_share))
-            noise.append(draw_noise(generator, tuple(latent.shape), config.noise_offset))
-            latents.append(latent)
-        conditioning = self.conditioning([self.dataset.size_of(draw.index) for draw in draws])
-        return Pass(torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), conditioning)
+            noise.append(draw_noise(generator, tuple(sample.latent.shape), config.noise_offset))
+            latents.append(sample.latent.float())
+            sizes.append(ImageSize(sample.original, sample.crop, sample.size))
+        return Pass(torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), self.conditioning(sizes))
+
+
+def check_same_run(config: TrainConfig, state: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigProblem, naming the fields, when a state was trained with other settings that change the numbers."""
+    different = config.differences(TrainConfig.from_mapping(state["config"], source))
+    if different:
+        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
+        raise ConfigProblem(
+            f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another name "
+            "or output folder for a new run."
+        )
 
 
 def _own(value: Any) -> Any:

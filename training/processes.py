@@ -7,7 +7,6 @@ DistributedDataParallel. They share the run's folder, so machines need a common 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .config import ConfigProblem
 
-# The first process may fill the latent cache or draw samples for long while the others wait.
+# The first process may encode images or draw samples for long while the others wait.
 PATIENCE = timedelta(days=2)
 
 
@@ -48,10 +47,6 @@ class OneProcess:
     def wait(self) -> None:
         """Until every process is here."""
 
-    def main_first(self, work: Callable[[], object]) -> object:
-        """Run `work` in the first process, then in the others, which find its files. Returns this process's result."""
-        return work()
-
 
 class Accelerated(OneProcess):
     """A process started by `accelerate launch` (or torchrun), through the optional package accelerate."""
@@ -82,10 +77,6 @@ class Accelerated(OneProcess):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
-
-    def main_first(self, work: Callable[[], object]) -> object:
-        with self._accelerator.main_process_first():
-            return work()
 
 
 def open_processes(device: str = "auto") -> OneProcess:

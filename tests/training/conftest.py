@@ -9,6 +9,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.training.config import TrainConfig
+from indomain_guidance.training.data import Sample
 from torch import Generator, Tensor
 
 
@@ -28,12 +29,11 @@ class MemoryLatents:
     def __len__(self) -> int:
         return len(self.latents)
 
-    def latent(self, index: int, generator: Generator) -> Tensor:
+    def draw(self, index: int, generator: Generator) -> Sample:
         mirrored = self.flip and bool(torch.rand((), generator=generator) < 0.5)
-        return self.latents[index].flip(-1) if mirrored else self.latents[index]
-
-    def size_of(self, index: int) -> tuple[int, int]:
-        return tuple(self.latents[index].shape[-2:])
+        latent = self.latents[index]
+        size = (latent.shape[1] * 8, latent.shape[2] * 8)
+        return Sample(latent.flip(-1) if mirrored else latent, (size[0] + index, size[1]), size, (0, 0))
 
     def name_of(self, index: int) -> str:
         return f"image-{index}.png"

@@ -219,14 +219,14 @@ def test_conditioning_follows_the_images(configure, tiny_unet, latents):
     seen = []
 
     def conditioning(sizes):
-        seen.append(list(sizes))
-        return {"y": torch.tensor([[float(h), float(w)] for h, w in sizes])}
+        seen.append([size.original for size in sizes])
+        return {"y": torch.tensor(seen[-1], dtype=torch.float32)}
 
     unet = tiny_unet(adm_in_channels=2)
     with Learner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning) as learner:
         learner.take_step()
-        batch = learner.plan.batch_for(0)
-        assert seen == [[latents.size_of(index) for index in batch.indices]]
+        indices = learner.plan.batch_for(0).indices
+        assert seen == [[latents.draw(index, torch.Generator()).original for index in indices]]
 
 
 def test_rate_warms_up_and_falls():

@@ -1,0 +1,414 @@
+"""A training run from images to a domain model: what command line, node and separate process call."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Base, ImageSize, open_base
+from .checkpoints import checkpoint_path, find_checkpoints, latest_checkpoint, prune_checkpoints, save_checkpoint
+from .config import ConfigProblem, TrainConfig
+from .data import CachingStopped, LatentDataset, find_images, open_dataset
+from .events import (
+    Caching,
+    Event,
+    Finished,
+    Listener,
+    LogFile,
+    LossCurve,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    TensorBoard,
+    Validated,
+    Warned,
+    read_log,
+)
+from .export import write_domain_model, write_low_rank
+from .held_out import held_out_loss
+from .learner import DTYPES, Learner, NonFiniteLoss, Outcome, check_same_run
+from .parts import Trainee, start_model
+from .previews import Preview, save_png
+from .processes import OneProcess, open_processes, pick_precision
+from .run_lock import locked
+
+RECENT = 50  # steps that the reported loss and speed are means of
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    status: "finished"; "stopped" (asked to: the step was finished and saved, nothing is lost); "dry_run". path: the
+    domain model, None unless finished. run: the run's folder. loss: mean of the last steps, None without any. samples:
+    the last sample grid; plot: the loss curve; None where there is none.
+    """
+
+    status: str
+    step: int
+    path: Path | None
+    run: Path
+    loss: float | None = None
+    samples: Path | None = None
+    plot: Path | None = None
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool | str = "auto",
+    base: Base | None = None,
+    images: Sequence[Tensor] | Tensor | None = None,
+    listener: Listener = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    dry_run: bool = False,
+) -> Result:
+    """Train a domain model (arXiv 2312.08195, section 3.2) as the configuration says; returns when it is finished.
+
+    resume: "auto" goes on where the run's folder has a checkpoint, else starts; True: there must be one; False: there
+    must be none. base: an opened prior instead of `config.base`. images: IMAGE tensors [H, W, 3] in 0..1 to train on
+    beside or instead of `config.data`. listener gets every event, in this thread; what it raises ends the run after the
+    step was saved. should_stop is asked after every step (and while images are encoded): True finishes the step, saves
+    and returns. dry_run: resolve and estimate, write nothing.
+
+    A run that was killed and goes on ends with the same bits as one that was not (fp32, CPU, same torch, threads and
+    machine; a difference is reported as a warning). In a process started by `accelerate launch` it takes part in a run
+    of several; the first process alone writes and reports.
+
+    Raises ConfigProblem for a configuration that does not fit the run, FileProblem for files, DataProblem when no image
+    can be used, NonFiniteLoss.
+    """
+    if resume not in (True, False, "auto"):
+        raise ConfigProblem(f"resume: expected True, False or 'auto', found {resume!r}.")
+    # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        run = _Run(config, open_processes(config.device), listener, should_stop)
+        return run.dry(base) if dry_run else run.train(resume, base, images)
+
+
+class _Run:
+    """One call of `train`: who listens, where things are, what is due."""
+
+    def __init__(
+        self, config: TrainConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool]
+    ) -> None:
+        self.config, self.processes, self.should_stop = config, processes, should_stop
+        self.folder = config.run_folder.absolute()
+        self.plot = self.folder / "loss.png"
+        self.listeners: list[Listener] = [listener]
+        self.learner: Learner | None = None
+        self.saved_step = -1
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
+
+    # ---- beginning
+
+    def dry(self, base: Base | None) -> Result:
+        """Everything that can be known before the first image is read."""
+        from .estimate import estimate
+
+        self._resolve(None)
+        base = base or open_base(self.config)
+        for note in base.notes:
+            self.tell(Warned(note))
+        images = len(find_images(self.config.data)) if self.config.data else 0
+        self.tell(self._started(0, images, estimate(base, self.config, images).to_text()))
+        return Result("dry_run", 0, None, self.folder)
+
+    def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
+        from .estimate import estimate
+
+        with ExitStack() as stack:
+            if self.processes.is_main:
+                stack.enter_context(locked(self.folder))
+            self.processes.wait()
+            found = self._checkpoint(resume)
+            state = None if found is None else found[1]
+            self._resolve(state)
+            if found is not None:
+                check_same_run(self.config, found[1], str(found[0]))
+            base = base or open_base(self.config)
+            start = 0 if state is None else int(state["step"])
+            self._open_reports(stack, start)
+            for note in base.notes:
+                self.tell(Warned(note))
+            dataset = self._dataset(base, images)
+            if dataset is None:
+                self.tell(Stopped(start, "" if found is None else str(found[0])))
+                return self._result("stopped", start)
+            learning, held_out = dataset.split(self.config.held_out_share if self.config.validate_every else 0.0)
+            trainee = self._trainee(base, state)
+            self.learner = stack.enter_context(Learner(
+                self.config, trainee.unet, learning, base.schedule, base.prediction_type,
+                lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash, processes=self.processes,
+            ))
+            if found is not None:
+                for warning in self.learner.load(found[1], str(found[0])):
+                    self.tell(Warned(warning))
+                self.saved_step = start
+            del state, found  # what lies in the checkpoint's file has been copied out of it
+            self.tell(self._started(start, len(learning), estimate(base, self.config, len(learning)).to_text()))
+            return self._loop(base, trainee, learning, held_out)
+
+    def _resolve(self, state: Mapping[str, Any] | None) -> None:
+        """Fill in what the configuration leaves to the machine; a run that goes on keeps what it began with."""
+        precision = pick_precision(self.config.precision, self.processes.device)
+        if state is not None and self.config.precision == "auto":
+            precision = TrainConfig.from_mapping(state["config"]).precision
+        self.config = self.config.with_changes(precision=precision)
+
+    def _checkpoint(self, resume: bool | str) -> tuple[Path, dict[str, Any]] | None:
+        """The checkpoint to go on from, as (file, state), or None to begin anew."""
+        any_there = find_checkpoints(self.folder)
+        if resume is False and any_there:
+            raise ConfigProblem(
+                f"{self.folder}: expected a folder without a run, found its checkpoints (the last of step "
+                f"{any_there[-1][0]}); resume that run, or choose another name or output."
+            )
+        found = latest_checkpoint(self.folder, lambda text: self.tell(Warned(text)))
+        if found is None and resume is True:
+            raise ConfigProblem(
+                f"{self.folder}: expected a run to resume, found {'damaged checkpoints only' if any_there else 'none'}"
+                "; start it without resume, or name the run's folder as output."
+            )
+        if found is not None and int(found[1]["step"]) > self.config.steps:
+            raise ConfigProblem(
+                f"{found[0]}: expected a run of at most {self.config.steps} steps, found one that has done "
+                f"{found[1]['step']}; raise steps, or choose another name for a shorter run."
+            )
+        return found
+
+    def _open_reports(self, stack: ExitStack, start: int) -> None:
+        """The configuration, log, loss curve and TensorBoard of the run's folder, in the first process."""
+        if not self.processes.is_main:
+            return
+        every, log = self.config.log_every, self.folder / "log.jsonl"
+        board = TensorBoard(self.folder / "tensorboard", every) if self.config.tensorboard else None
+        self.config.write_json(self.folder / "config.json")
+        self.curve = LossCurve(self.plot, read_log(log), start)
+        # Files come before the caller: what it shows lies on the disk already.
+        files: list[Any] = [LogFile(log, every), *([board] if board else [])]
+        for one in files:
+            stack.callback(one.close)
+        self.listeners[:0] = [*files, self.curve]
+
+    def _dataset(self, base: Base, images: Sequence[Tensor] | Tensor | None) -> LatentDataset | None:
+        """The images as latents; None when somebody asked to stop meanwhile."""
+        dataset, stopped = None, 0.0
+        try:
+            with base.on(self.processes.device):
+                dataset = open_dataset(
+                    self.config, base, images, progress=lambda done, total: self.tell(Caching(done, total)),
+                    should_stop=self.should_stop, warn=lambda text: self.tell(Warned(text)),
+                    turn=self.processes.rank, turns=self.processes.world,
+                )
+        except CachingStopped:
+            stopped = 1.0
+        if self.anywhere(stopped):
+            return None
+        if dataset.skipped:
+            named = "; ".join(f"{name} {reason}" for name, reason in dataset.skipped[:3])
+            more = f"; and {len(dataset.skipped) - 3} more" if len(dataset.skipped) > 3 else ""
+            self.tell(Warned(f"{len(dataset.skipped)} images cannot be used and are left out: {named}{more}."))
+        if dataset.upscaled:
+            self.tell(Warned(
+                f"{dataset.upscaled} of {len(dataset)} images are smaller than the resolution and were enlarged."
+            ))
+        return dataset
+
+    def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee:
+        """The UNet that learns; the prior is measured for form constant only when a run begins."""
+        config, begun = self.config, (state or {}).get("start") or {}
+        return start_model(
+            base, config.form, config.train, caption=config.caption, rank=config.rank, alpha=config.low_rank_alpha,
+            gradient_checkpointing=config.gradient_checkpointing, resolution=config.resolution, seed=config.seed,
+            device=self.processes.device, constants=begun.get("constants") or None,
+            null_text_error=begun.get("null_text_error"),
+        )
+
+    def _started(self, step: int, images: int, text: str) -> Started:
+        return Started(str(self.folder), self.config.to_dict(), step, self.config.steps, images, text)
+
+    # ---- the steps
+
+    def _loop(self, base: Base, trainee: Trainee, learning: LatentDataset, held_out: LatentDataset) -> Result:
+        config, learner = self.config, self.learner
+        report = _Reports(self, base, trainee, held_out)
+        if self.anywhere(float(self.should_stop())):
+            return self._stop(trainee)
+        if learner.step < config.steps and report(learner.step):
+            return self._stop(trainee)
+        while learner.step < config.steps:
+            outcome = self._step(trainee)
+            last = learner.step == config.steps
+            if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0):
+                self._save(trainee)
+            if (outcome.stop or report(learner.step)) and not last:
+                return self._stop(trainee)
+        return self._finish(base, trainee, learning)
+
+    def _step(self, trainee: Trainee) -> Outcome:
+        learner, began = self.learner, time.perf_counter()
+        try:
+            outcome = learner.take_step(self.should_stop)
+        except NonFiniteLoss as problem:
+            raise NonFiniteLoss(problem.what, problem.step, problem.names, self._keep_last_good(trainee)) from None
+        self.recent.append((outcome.loss, time.perf_counter() - began))
+        seconds = sum(duration for _, duration in self.recent) / len(self.recent)
+        left = seconds * (self.config.steps - outcome.step)
+        self.tell(Step(
+            outcome.step, self.config.steps, outcome.loss, outcome.rate, outcome.gradient_norm, seconds,
+            left if len(self.recent) > 1 else None,
+        ), trainee)
+        return outcome
+
+    def _keep_last_good(self, trainee: Trainee) -> str:
+        """Save the weights before a step that failed, if they are sound; the advice to give."""
+        advice = "lower the learning rate or look at these images, and start a run of another name"
+        if self.learner.has_finite_weights():
+            path = checkpoint_path(self.folder, self.learner.step)
+            if self.learner.step != self.saved_step:
+                self._save(trainee)
+            return f"the last good weights, of step {self.learner.step}, are in {path}; {advice}."
+        before = [path for step, path in find_checkpoints(self.folder) if step <= self.learner.step]
+        return f"the last good weights are in {before[-1]}; {advice}." if before else f"{advice}."
+
+    def _save(self, trainee: Trainee, quietly: bool = False) -> Path:
+        """Write a checkpoint of the last finished step; damaged weights never replace good ones."""
+        learner = self.learner
+        path = checkpoint_path(self.folder, learner.step)
+        if not learner.has_finite_weights():
+            batch = learner.plan.batch_for(max(0, learner.step - 1))
+            raise NonFiniteLoss("the weights", learner.step, learner.names(batch), self._keep_last_good(trainee))
+        if self.processes.is_main:
+            start = {"constants": dict(trainee.constants), "null_text_error": dict(trainee.null_text_error)}
+            save_checkpoint(path, {**learner.state(), "start": start})
+            prune_checkpoints(self.folder, learner.step, self.config.keep_checkpoints)
+        self.saved_step = learner.step
+        if not quietly:
+            self.tell(Saved(learner.step, str(path)))
+        self.processes.wait()
+        return path
+
+    # ---- the end
+
+    def _stop(self, trainee: Trainee) -> Result:
+        step = self.learner.step
+        if step != self.saved_step and step > 0:
+            self._save(trainee)
+        self.tell(Stopped(step, str(checkpoint_path(self.folder, step)) if step > 0 else ""))
+        return self._result("stopped", step)
+
+    def _finish(self, base: Base, trainee: Trainee, learning: LatentDataset) -> Result:
+        """Write the domain model into the run's folder, and where else it is wanted."""
+        config, name = self.config, f"{self.config.name}.safetensors"
+        places = [self.folder / name, *([Path(config.export_to) / name] if config.export_to else [])]
+        if self.processes.is_main:
+            values = self.learner.values()
+            facts: dict[str, Any] = {"config": config, "steps": self.learner.step, "dataset_size": len(learning)}
+            for place in places:
+                if trainee.form == "full" and trainee.train == "low_rank":
+                    write_low_rank(place, trainee, base, values=values, **facts)
+                else:
+                    write_domain_model(
+                        place, trainee.weights(values), trainee.config, base, dataset_hash=learning.content_hash,
+                        ema=config.ema or None, null_text_error=trainee.null_text_error, **facts,
+                    )
+        self.processes.wait()
+        self.tell(Finished(self.learner.step, str(places[-1])))
+        return self._result("finished", self.learner.step, places[-1])
+
+    def _result(self, status: str, step: int, path: Path | None = None) -> Result:
+        loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
+        grids = sorted((self.folder / "samples").glob("step-*.png"))
+        return Result(
+            status, step, path, self.folder, loss, grids[-1] if grids else None,
+            self.plot if self.plot.exists() else None,
+        )
+
+    # ---- small things
+
+    def samples_path(self, step: int) -> Path:
+        return self.folder / "samples" / f"step-{step:06d}.png"
+
+    def anywhere(self, flag: float) -> bool:
+        """Whether any process raised its flag."""
+        return bool(self.processes.total(torch.tensor([flag], device=self.processes.device)).item())
+
+    def tell(self, event: Event, trainee: Trainee | None = None) -> None:
+        """Report to all listeners, from the first process.
+
+        After a step (`trainee` given) an exception of a listener, such as a cancel, first saves what was learned.
+        """
+        if not self.processes.is_main:
+            return
+        try:
+            for listener in self.listeners:
+                listener(event)
+        except BaseException:
+            if trainee is not None and self.processes.world == 1 and self.learner.step != self.saved_step:
+                self._save(trainee, quietly=True)
+            raise
+
+
+class _Reports:
+    """Held-out loss and sample grids where they are due, with the averaged weights; the first process makes them."""
+
+    def __init__(self, run: _Run, base: Base, trainee: Trainee, held_out: LatentDataset) -> None:
+        config, main = run.config, run.processes.is_main
+        self.run, self.base, self.trainee = run, base, trainee
+        self.validates = config.validate_every if len(held_out) else 0
+        self.held = [held_out.mean(index) for index in range(len(held_out))] if main and self.validates else []
+        self.sizes = [
+            ImageSize(*held_out.size_of(index), (latent.shape[-2] * base.factor, latent.shape[-1] * base.factor))
+            for index, latent in enumerate(self.held)
+        ]
+        self.preview = Preview(base, config, run.processes.device) if config.sample_every and main else None
+
+    def __call__(self, step: int) -> bool:
+        """Report on a step, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
+        run, config = self.run, self.run.config
+        validates, samples = _due(step, self.validates, config.steps), _due(step, config.sample_every, config.steps)
+        if not validates and not samples:
+            return False
+        if run.processes.is_main:
+            if validates and step not in run.curve.held_out:
+                self._validate(step)
+            if samples and not run.samples_path(step).exists():
+                self._sample(step)
+        return run.anywhere(float(run.should_stop()))
+
+    def _validate(self, step: int) -> None:
+        run, base = self.run, self.base
+        with self.trainee.using(run.learner.values()) as unet:
+            loss, levels = held_out_loss(
+                unet, base.schedule, base.prediction_type, self.held,
+                lambda sizes: base.conditioning(sizes, self.trainee.text), self.sizes, seed=run.config.seed,
+                batch=run.config.batch_size, device=run.processes.device, dtype=DTYPES[run.config.precision],
+                should_stop=run.should_stop,
+            )
+        if levels:  # else it was asked to stop
+            run.tell(Validated(step, loss, {str(level): value for level, value in levels.items()}))
+
+    def _sample(self, step: int) -> None:
+        run, path = self.run, self.run.samples_path(step)
+        with self.trainee.using(run.learner.values()) as unet:
+            picture = self.preview.draw(
+                unet, self.trainee.text, title=f"{run.config.name}, step {step}", should_stop=run.should_stop
+            )
+        if not run.should_stop():  # a grid that was broken off is drawn again when the run goes on
+            run.tell(Sampled(step, str(save_png(picture, path))))
+
+
+def _due(step: int, every: int, steps: int) -> bool:
+    """Step 0, every `every` steps, and the last; never with every 0."""
+    return every > 0 and (step % every == 0 or step == steps)
