@@ -61,3 +61,29 @@ def test_registering_another_copy_is_refused(tmp_path):
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert result.returncode != 0 and "already imported" in result.stderr
+
+
+def test_the_checkout_is_the_same_through_a_link_and_a_folder_registers_twice_but_not_two(tmp_path):
+    link = tmp_path / "link"
+    try:
+        link.symlink_to(ROOT, target_is_directory=True)
+    except OSError:
+        link = ROOT  # no permission to make links here
+    for parent in ("a", "b"):
+        (tmp_path / parent / "scripts_here").mkdir(parents=True)
+    code = (
+        "import importlib.util as u, pathlib\n"
+        f"s = u.spec_from_file_location('b', {str(BOOTSTRAP)!r}); b = u.module_from_spec(s); s.loader.exec_module(b)\n"
+        f"assert b.register(pathlib.Path({str(link)!r})) is b.register()\n"
+        f"one, other = (pathlib.Path({str(tmp_path)!r}, parent, 'scripts_here') for parent in 'ab')\n"
+        "assert b.register_folder(one) == b.register_folder(one) == 'scripts_here'\n"
+        "b.register_folder(other)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.stderr.splitlines()[-1].startswith("ImportError: Expected the name 'scripts_here' to be free")
+
+
+def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path):
+    result = subprocess.run([sys.executable, str(BOOTSTRAP), "nowhere.py"], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.splitlines()[-1].endswith("found no file nowhere.py")
+    assert len(result.stderr.splitlines()) == 1

@@ -38,6 +38,7 @@ def forget_checkout_on_path(*folders: Path) -> None:
 
 def register(root: Path = ROOT) -> ModuleType:
     """Import the folder `root` as ``indomain_guidance`` and return the module; a second call returns the first's."""
+    root = root.resolve()  # as the checkout's own path is, also where a link leads to it
     loaded = sys.modules.get(PACKAGE)
     if loaded is not None:
         if Path(loaded.__file__ or "").resolve().parent != root:
@@ -62,11 +63,11 @@ def register(root: Path = ROOT) -> ModuleType:
 
 
 def register_folder(folder: Path) -> str:
-    """Make `folder` importable as a package named after itself, without putting anything on sys.path."""
+    """Make `folder` importable as a package named after itself, without putting anything on sys.path; its name."""
     name = folder.name
     package = ModuleType(name)
     package.__path__ = [str(folder)]
-    if sys.modules.setdefault(name, package) is not package:
+    if list(getattr(sys.modules.setdefault(name, package), "__path__", [])) != package.__path__:
         raise ImportError(f"Expected the name {name!r} to be free for {folder}, but a module of that name is loaded.")
     return name
 
@@ -83,6 +84,8 @@ def main(arguments: list[str]) -> None:
     register()
     if target.endswith(".py"):
         path = Path(target).resolve()
+        if not path.is_file():
+            raise SystemExit(f"bootstrap.py: expected a file or the name of a module to run, found no file {target}")
         target = f"{register_folder(path.parent)}.{path.stem}"
     sys.argv = arguments
     runpy.run_module(target, run_name="__main__", alter_sys=True)

@@ -80,6 +80,8 @@ class Report:
 def _rounded(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_rounded(item) for item in value]
+    if value is None or isinstance(value, (str, bool)):
+        return value
     return float(f"{value:.5g}")
 
 

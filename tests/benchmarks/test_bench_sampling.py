@@ -130,11 +130,11 @@ def test_rounds_are_interleaved_and_budgets_end_them(reporting):
 def test_report_says_what_json_can_hold(reporting):
     stream = io.StringIO()
     report = reporting.Report(stream, seed=3)
-    report.median("a/b", [3.0, 1.0, 2.0], "ratio", target=0.5)
+    report.median("a/b", [3.0, 1.0, 2.0], "ratio", target=0.5, full_s=0.123456, device="cpu")
     (line,) = map(json.loads, stream.getvalue().splitlines())
     assert line == {
         "name": "a/b", "value": 2.0, "unit": "ratio", "target": 0.5, "better": "lower", "samples": 3, "seed": 3,
-        "interval": [1.0, 3.0],
+        "interval": [1.0, 3.0], "full_s": 0.12346, "device": "cpu",
     }  # fmt: skip
     with pytest.raises(ValueError, match="finite"):
         report.line("a", float("nan"), "s", samples=1)
