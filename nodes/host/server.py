@@ -197,8 +197,7 @@ class ComfyServer:
                     return True
             if time.monotonic() > news:
                 news += _NEWS_EVERY_S
-                waited, last = time.monotonic() - started, self.log_tail(1)
-                print(f"... {waited:.0f} s, {last or 'importing PyTorch'}", file=sys.stderr, flush=True)
+                print(f"... still starting, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
             time.sleep(0.2)
         raise ServerProblem(
             f"{self.log_tail()}\nComfyUI did not answer on port {port} within {self.start_timeout_s:.0f} s; "
