@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything: ``python run.py demo | test | serve | bench | mini-world``.
+"""One command for everything: ``python run.py demo | test | serve | indomain | bench | claims | mini-world``.
 
 This is stage one. It needs nothing but the standard library: it finds or builds a Python environment that can run
 ComfyUI, and starts that environment's Python on stage two (``nodes/host/``), which does the work.
@@ -434,18 +434,23 @@ COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
     "test": "run every test, the ones that drive a real ComfyUI included (further arguments go to pytest)",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
+    "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",
+    "claims": "measure a paper's claims on the mini world, by its name: idg (further arguments go to it, as --quick)",
     "mini-world": "run the recipe that makes the mini world (further arguments go to it)",
 }
+# These answer --help themselves.
+OWN_HELP = ("indomain", "claims")
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The command line. What test, bench and mini-world do not know is handed on, in order, in `.rest`."""
+    """The command line. What the commands that start another program do not know is handed on, in order, in `.rest`."""
     parser = argparse.ArgumentParser(prog="run.py", description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False)
+        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False,
+                                      add_help=name not in OWN_HELP)
         command.add_argument("--comfyui", metavar="PATH", help="a ComfyUI of your own, used as it is")
         command.add_argument("--python", metavar="EXE", help="that ComfyUI's Python, where it is not found by itself")
         if name == "demo":

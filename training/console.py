@@ -32,7 +32,7 @@ class Console:
         self._as_json, self._quiet = as_json, quiet
         self._moving = not quiet and self._errors.isatty()
         self._width = 0
-        self._told = -QUIET_SECONDS
+        self._told = time.monotonic()
 
     def __call__(self, event: Event) -> None:
         if not self._speaks:
@@ -47,10 +47,19 @@ class Console:
         else:
             self._say(describe(event), always=isinstance(event, (Warned, Stopped)))
 
+    def warn(self, text: str) -> None:
+        """Something the user should know."""
+        self._say(describe(Warned(text)), always=True)
+
+    def count(self, what: str, done: int, total: int) -> None:
+        """Progress of something else than training steps, `done` of `total`."""
+        bar = "#" * (24 * done // max(1, total))
+        self._progress(f"{what} [{bar:<24}] {done}/{total}", done >= total)
+
     def stop_requested(self, number: int) -> None:
         """To be called by a signal handler, which may have interrupted a write: so it uses no buffered stream."""
         if self._speaks:
-            text = "finishing this step and saving ..." + (" (Ctrl+C again: do not wait)" if number == 2 else "")
+            text = "stopping as soon as all is saved ..." + (" (Ctrl+C again: do not wait)" if number == 2 else "")
             with suppress(OSError, ValueError):
                 os.write(self._errors.fileno(), f"\n{text}\n".encode())
 

@@ -91,6 +91,28 @@ def mini_world(order: dict) -> int:
     return _child([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world", *order["rest"]])
 
 
+def indomain(order: dict) -> int:
+    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance", *order["rest"]])
+
+
+def claims(order: dict) -> int:
+    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world.claims", *order["rest"]])
+
+
+def _become(command: list[str]) -> int:
+    """Run `command` in the place of this process, so that it gets every signal once and may take its time to save.
+
+    Windows has no such thing: there this process waits, and leaves Ctrl+C to the command, which shares the console.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if os.name != "nt":
+        os.execv(command[0], command)
+    for name in _ENDING:
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+    return subprocess.call(command)
+
+
 def _child(command: list[str], cwd: Path | None = None) -> int:
     """Run `command` in this terminal; its exit status. It gets the signals that end this process, and time to obey."""
     with subprocess.Popen(command, cwd=cwd) as process:
@@ -112,7 +134,10 @@ def _child(command: list[str], cwd: Path | None = None) -> int:
             raise
 
 
-COMMANDS = {"demo": demo, "serve": serve, "test": test, "bench": bench, "mini-world": mini_world}
+COMMANDS = {
+    "demo": demo, "serve": serve, "test": test, "bench": bench, "mini-world": mini_world, "indomain": indomain,
+    "claims": claims,
+}  # fmt: skip
 
 
 def main() -> int:

@@ -1,0 +1,438 @@
+"""The command line: ``indomain train | resume | check-data | convert | inspect | sample | mini-data``.
+
+Results go to standard output (JSON with ``--json``), progress and messages to standard error. The exit status is 0 when
+everything was done, 1 for a problem in the data, a file or the run, 2 for a command or settings that make no sense, and
+128 + the signal's number (130 for Ctrl+C, 143 for SIGTERM) after a stop with everything saved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from ..guidance.files import FileProblem
+from .config import GROUPS, ConfigProblem, TrainConfig, field_kinds
+from .console import Console
+from .signals import StopRequest
+
+if TYPE_CHECKING:
+    from .train import Result
+
+DONE, PROBLEM, USAGE = 0, 1, 2
+EXIT_CODES = """exit status:
+  0    done
+  1    a problem in the data, a file or the run, named in the last line of standard error
+  2    a command or configuration that makes no sense; nothing was started
+  130  stopped by Ctrl+C, 143 by SIGTERM: the step was finished and everything saved (a second Ctrl+C does not wait)
+"""
+GROUP_TITLES = {
+    "what": "what to train",
+    "model": "the model",
+    "data": "the images",
+    "optimisation": "optimisation",
+    "reporting": "checkpoints, samples, the finished file",
+}
+# Single letters for what a first run needs.
+SHORT = {"data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s"}
+MINI_WORLD = "mini_world"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Full option names only, help that keeps the epilog's lines, and one-line errors."""
+
+    def __init__(self, **more: Any) -> None:
+        more = {"allow_abbrev": False, "formatter_class": _formatter, "epilog": EXIT_CODES, **more}
+        super().__init__(**more)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message}\n(help: {self.prog} --help)\n")
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return argparse.RawDescriptionHelpFormatter(prog, max_help_position=32)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line; the options of train and resume are the fields of `TrainConfig`."""
+    parser = _Parser(
+        prog="indomain",
+        description="Train, inspect and try domain models: text-free UNets that learn a folder of images.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for add in (_add_train, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data):
+        add(commands)
+    return parser
+
+
+def _command(commands: Any, name: str, run: Callable, summary: str, description: str = "") -> argparse.ArgumentParser:
+    first = summary[0].upper() + summary[1:] + "."
+    command = commands.add_parser(name, help=summary, description=f"{first} {description}".strip())
+    command.set_defaults(run=run, parser=command)
+    return command
+
+
+def _add_json(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("--json", action="store_true", help=f"standard output: {what}")
+
+
+def _add_fields(command: argparse.ArgumentParser, keep: Callable[[dataclasses.Field], bool]) -> None:
+    """An option for every field of TrainConfig that `keep` accepts; options that are not given leave no trace."""
+    kinds = field_kinds()
+    groups = {name: command.add_argument_group(GROUP_TITLES[name]) for name in GROUPS}
+    for one in dataclasses.fields(TrainConfig):
+        if keep(one):
+            _add_field(groups[one.metadata["group"]], one, kinds[one.name])
+
+
+def _add_field(group: Any, one: dataclasses.Field, kind: type) -> None:
+    about, flags = one.metadata, [f"--{one.name.replace('_', '-')}"]
+    if one.name in SHORT:
+        flags.insert(0, SHORT[one.name])
+    more: dict[str, Any] = {"dest": one.name, "default": argparse.SUPPRESS}
+    if kind is bool:
+        more |= {"action": argparse.BooleanOptionalAction}
+    elif kind is tuple:
+        more |= {"nargs": "+", "action": "extend", "metavar": "PATH" if about["path"] else "TEXT"}
+    elif "choices" in about:
+        more |= {"choices": about["choices"], "metavar": "{" + ",".join(about["choices"]) + "}"}
+    else:
+        more |= {"type": kind, "metavar": {int: "N", float: "X"}.get(kind, "PATH" if about["path"] else "TEXT")}
+    group.add_argument(*flags, help=_field_help(one, kind), **more)
+
+
+def _field_help(one: dataclasses.Field, kind: type) -> str:
+    about, facts = one.metadata, []
+    if one.default is not dataclasses.MISSING and one.default not in ((), ""):
+        facts.append(f"default {'on' if one.default is True else 'off' if one.default is False else one.default}")
+    if kind in (int, float):
+        facts.append(f"{about['min']:g} to {about['max']:g}" if about["max"] < 1e5 else f"at least {about['min']:g}")
+    return (about["help"] + (f" ({'; '.join(facts)})" if facts else "")).replace("%", "%%")
+
+
+# ------------------------------------------------------------------------------------------------------ train, resume
+
+
+def _add_train(commands: Any) -> None:
+    command = _command(
+        commands, "train", _train, "learn a folder of images",
+        "Needs --base and --data, as options or in a file of settings. Called again with the same settings, a stopped "
+        "run goes on where it was.",
+    )  # fmt: skip
+    command.add_argument(
+        "--config", metavar="FILE",
+        help="settings from a .toml or .json file, such as another run's config.json; options given here come first",
+    )
+    _add_run_options(command)
+    command.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default="auto",
+        help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
+    )
+    _add_fields(command, lambda one: True)
+
+
+def _add_resume(commands: Any) -> None:
+    command = _command(
+        commands, "resume", _resume, "go on with a stopped run",
+        "The options are those that do not change what is learned: with --steps a finished run learns on.",
+    )  # fmt: skip
+    command.add_argument("folder", metavar="RUN", help="the run's folder, which holds its config.json")
+    _add_run_options(command)
+    _add_fields(command, lambda one: one.metadata["free"] and one.name not in ("output", "name"))
+
+
+def _add_run_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--dry-run", action="store_true",
+                         help="print the settings and the estimate of memory and time, and stop")  # fmt: skip
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error, only problems")
+    _add_json(command, "one JSON object a line, an event each, the result last")
+
+
+def _train(options: argparse.Namespace) -> int:
+    values = _given(options)
+    if options.config is not None:
+        config = _usage(lambda: TrainConfig.read(options.config, **values))
+    else:
+        if "base" not in values:
+            options.parser.error("expected --base FILE, the prior to start from (mini_world is the one that ships).")
+        config = _usage(lambda: TrainConfig.from_mapping(values, source="options"))
+    if not config.data:
+        options.parser.error("expected --data FOLDER, the images to learn.")
+    return _learn(config, options, options.resume)
+
+
+def _resume(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    settings = folder / "config.json"
+    if not settings.is_file():
+        raise UsageProblem(f"{folder}: expected a run's folder, found no config.json in it; runs lie in runs/NAME.")
+    config = _usage(lambda: TrainConfig.read(settings, **_given(options), output=str(folder)))
+    return _learn(config, options, True)
+
+
+def _given(options: argparse.Namespace, names: Sequence[str] | None = None) -> dict[str, Any]:
+    """The fields of TrainConfig (or those of `names`) that were given as options."""
+    return {name: getattr(options, name) for name in names or field_kinds() if hasattr(options, name)}
+
+
+def _learn(config: TrainConfig, options: argparse.Namespace, resume: bool | str) -> int:
+    from .train import train
+
+    config = absolute(config)
+    console = Console(options.json, options.quiet)
+    with StopRequest(console.stop_requested) as request:
+        result = train(config, resume=resume, listener=console, should_stop=request, dry_run=options.dry_run)
+    console.result(result)
+    return request.exit_code if result.status == "stopped" else DONE
+
+
+def absolute(config: TrainConfig) -> TrainConfig:
+    """The configuration with absolute paths, so that a run can be continued from any folder."""
+
+    def place(path: str) -> str:
+        return path if path in ("", MINI_WORLD) else os.path.abspath(os.path.expanduser(path))
+
+    changes: dict[str, Any] = {}
+    for one in dataclasses.fields(config):
+        if one.metadata["path"]:
+            value = getattr(config, one.name)
+            changes[one.name] = tuple(map(place, value)) if isinstance(value, tuple) else place(value)
+    changes["output"] = place(str(config.run_folder))
+    return config.with_changes(**changes)
+
+
+# ---------------------------------------------------------------------------------------------- check-data, mini-data
+
+
+def _add_check_data(commands: Any) -> None:
+    command = _command(
+        commands, "check-data", _check_data, "report what is wrong with a folder of images",
+        "Corrupt, truncated, too small and duplicate images, and what training makes of the others; nothing is "
+        "changed. The exit status is 1 when an image has to be left out, or none can be used.",
+    )  # fmt: skip
+    command.add_argument("data", nargs="+", metavar="PATH", help="folders, searched recursively, or .tar shards")
+    kinds = field_kinds()
+    for one in dataclasses.fields(TrainConfig):
+        if one.name in CHECKED_BY:
+            _add_field(command, one, kinds[one.name])
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    _add_json(command, "the report as one JSON object")
+
+
+# What check-data does with the images depends on these fields of TrainConfig.
+CHECKED_BY = ("resolution", "min_side", "buckets", "bucket_step", "bucket_max_ratio")
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from .data.check import check_data
+
+    config = _usage(lambda: TrainConfig(base=MINI_WORLD, data=options.data, **_given(options, CHECKED_BY)))
+    console = Console(quiet=options.quiet)
+    with StopRequest(console.stop_requested) as request:
+        report = check_data(
+            config.data, **{name: getattr(config, name) for name in CHECKED_BY}, should_stop=request,
+            progress=lambda done, total: console.count("looking at images", done, total),
+        )  # fmt: skip
+    _print(report.to_dict() if options.json else report.to_text())
+    if report.stopped:
+        return request.exit_code
+    return PROBLEM if report.bad or not report.ok else DONE
+
+
+def _add_mini_data(commands: Any) -> None:
+    command = _command(
+        commands, "mini-data", _mini_data, "write images of the mini world, to try training on",
+        "Handwritten digits as PNG files of 64 x 64 pixels, without captions: a domain for --base mini_world.",
+    )  # fmt: skip
+    command.add_argument("folder", metavar="DIR", help="a new or empty folder")
+    command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
+                         help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
+    command.add_argument("--count", type=int, default=500, metavar="N", help="how many (default 500; 1 to 8000)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the colours (default 0)")
+    _add_json(command, "folder and count as one JSON object")
+
+
+def _mini_data(options: argparse.Namespace) -> int:
+    from .mini_world.pictures import export_pictures
+
+    paths = export_pictures(Path(options.folder), options.domain, options.count, options.seed)
+    _print({"folder": os.path.abspath(options.folder), "count": len(paths)} if options.json else options.folder)
+    return DONE
+
+
+# --------------------------------------------------------------------------------------------------- files of models
+
+
+def _add_inspect(commands: Any) -> None:
+    command = _command(
+        commands, "inspect", _inspect, "tell everything a model file knows about itself",
+        "Domain models of every form, LoRAs, checkpoints and UNets.",
+    )  # fmt: skip
+    command.add_argument("file", metavar="FILE", help="a .safetensors file")
+    _add_json(command, "all of it as one JSON object")
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from .export import inspect, inspect_text
+
+    _print(inspect(options.file) if options.json else inspect_text(options.file))
+    return DONE
+
+
+def _add_convert(commands: Any) -> None:
+    kinds = {one.name: one for one in dataclasses.fields(TrainConfig)}
+    command = _command(
+        commands, "convert", _convert, "make a domain model file from a checkpoint, or change its number format",
+        "From a checkpoint: an untrained text-free UNet, or with --form full its UNet alone. From a domain model: the "
+        "same in another number format.",
+    )  # fmt: skip
+    command.add_argument("source", metavar="FROM", help="a checkpoint, a domain model, or mini_world")
+    command.add_argument("target", metavar="TO", help="the .safetensors file to write")
+    command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
+                         help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
+                              "(default)")  # fmt: skip
+    command.add_argument("--file-dtype", choices=kinds["file_dtype"].metadata["choices"], default="fp16",
+                         help="numbers of the file (default fp16)")  # fmt: skip
+    command.add_argument("--prediction", choices=kinds["prediction"].metadata["choices"], default="auto",
+                         help=kinds["prediction"].metadata["help"])  # fmt: skip
+    command.add_argument("--resolution", type=int, default=None, metavar="PIXELS",
+                         help="form constant: size of the pictures it is measured on (default 512; mini_world: 64)")
+    command.add_argument("--name", default="", metavar="TEXT", help="what to call the model (default: the file's name)")
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
+    command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    _add_json(command, "what inspect says of the new file")
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from .export import convert, inspect
+    from .processes import pick_device
+
+    if os.path.exists(options.target) and not options.overwrite:
+        raise FileProblem(f"{options.target}: expected a new file to write, found one there; add --overwrite.")
+    console, mini = Console(quiet=options.quiet), options.source == MINI_WORLD
+    path = convert(
+        options.source, options.target, form=options.form, file_dtype=options.file_dtype, prediction=options.prediction,
+        resolution=options.resolution or (64 if mini else 512), name=options.name,
+        device=_usage(lambda: pick_device(options.device)),
+        on_probe=lambda done, total: console.count("measuring", done, total),
+    )  # fmt: skip
+    _print(inspect(path) if options.json else str(path))
+    return DONE
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def _add_sample(commands: Any) -> None:
+    command = _command(
+        commands, "sample", _sample, "draw pictures with a base and a domain model",
+        "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
+        "--domain-weight 1 --control-weight 0 is the domain model alone.",
+    )  # fmt: skip
+    command.add_argument("domain", metavar="DOMAIN",
+                         help="a domain model file, a run's folder, or mini-handwriting, which ships")  # fmt: skip
+    command.add_argument("-b", "--base", metavar="PATH", help="the prior, a file or mini_world (default: the run's)")
+    command.add_argument("-p", "--prompt", action="append", metavar="TEXT",
+                         help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
+    command.add_argument("--negative", default="", metavar="TEXT", help="prompt of the base (default: empty)")
+    command.add_argument("-o", "--output", default="pictures", metavar="DIR", help="folder (default: pictures)")
+    command.add_argument("-c", "--count", type=int, default=4, metavar="N", help="pictures per prompt (default 4)")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the first; the next one has N + 1")
+    command.add_argument("--domain-weight", type=float, default=2.5, metavar="X", help="usually 0 to 5 (default 2.5)")
+    command.add_argument("--control-weight", type=float, default=2.5, metavar="X", help="usually 0 to 8 (default 2.5)")
+    command.add_argument("--domain-start", type=float, default=0.0, metavar="X",
+                         help="where in sampling the domain model begins, 0 to 1 (default 0)")  # fmt: skip
+    command.add_argument("--domain-end", type=float, default=1.0, metavar="X", help="and where it ends (default 1)")
+    command.add_argument("--steps", type=int, default=25, metavar="N", help="model steps (default 25)")
+    command.add_argument("--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m",
+                         help="(default dpmpp_2m)")  # fmt: skip
+    command.add_argument("--spacing", choices=("uniform", "karras"), default="uniform",
+                         help="of the noise levels (default uniform)")  # fmt: skip
+    command.add_argument("--width", type=int, metavar="PIXELS", help="(default: the resolution it was trained at)")
+    command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the width)")
+    command.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures drawn at once (default 4)")
+    command.add_argument("--vae", default="", metavar="PATH", help="another VAE than the checkpoint's")
+    command.add_argument("--tokenizer", default="", metavar="PATH",
+                         help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")
+    command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+                         help="auto: bf16 on GPUs that have it, else fp32")  # fmt: skip
+    command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
+    command.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    _add_json(command, "one JSON object a picture")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from . import sample_command
+
+    console = Console(quiet=options.quiet)
+    for picture in sample_command.run(options, console):
+        _print(picture if options.json else picture["path"])
+    return DONE
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+class UsageProblem(ValueError):
+    """A command that makes no sense, in one sentence."""
+
+
+def _usage(make: Callable[[], Any]) -> Any:
+    """The result of `make`, with its complaints about a configuration marked as wrong usage."""
+    try:
+        return make()
+    except (ConfigProblem, FileProblem) as problem:
+        raise UsageProblem(str(problem)) from problem
+
+
+def _print(result: Any) -> None:
+    print(result if isinstance(result, str) else json.dumps(result), flush=True)
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The command and its options; leaves the process with status 2 and a hint when something is misspelt."""
+    parser = build_parser()
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        known = [flag for action in options.parser._actions for flag in action.option_strings]
+        word = unknown[0].partition("=")[0]
+        near = difflib.get_close_matches(word.replace("_", "-"), known, n=1) if word.startswith("-") else []
+        hint = f"; did you mean {near[0]}?" if near else "."
+        options.parser.error(f"{unknown[0]!r} is not understood here{hint}")
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; the exit status."""
+    options = parse(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        _complain(options, "stopped at once; no file was left half written, training goes on from its last checkpoint.")
+        return 130
+    except BrokenPipeError:  # whoever reads the output has gone, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PROBLEM
+    except (UsageProblem, ConfigProblem) as problem:
+        _complain(options, str(problem))
+        return USAGE
+    except (ValueError, OSError, MemoryError) as problem:
+        if os.environ.get("INDOMAIN_TRACEBACK"):
+            raise
+        _complain(options, str(problem) or type(problem).__name__)
+        return PROBLEM
+
+
+def _complain(options: argparse.Namespace, message: str) -> None:
+    print(f"{options.parser.prog}: {message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

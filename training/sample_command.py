@@ -1,0 +1,128 @@
+"""``indomain sample``: finds the files that its options name, draws, and saves pictures that say how they were made."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..guidance.files import DomainMetadata, FileProblem, check_latent_format, read_domain_file
+from .atomic import replacing
+from .base import MINI_WORLD, open_base
+from .config import ConfigProblem, TrainConfig
+from .console import Console
+from .drawing import Artist, Drawn, Settings
+from .learner import DTYPES
+from .processes import pick_device, pick_precision
+
+
+def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
+    """Draw what the options of ``indomain sample`` say; a description of each picture once its file is there."""
+    path, trained = find_domain(options.domain)
+    weights, metadata = read_domain_file(path)
+    config = base_config(options, metadata, trained, path)
+    if options.count < 1:
+        raise ConfigProblem(f"count: expected at least 1 picture, found {options.count}.")
+    width = options.width or metadata.resolution or (64 if metadata.latent_format == "mini_world" else 512)
+    settings = Settings(
+        options.domain_weight, options.control_weight, options.domain_start, options.domain_end, options.steps,
+        options.method, options.spacing, (options.height or width, width), options.batch_size,
+    )  # fmt: skip
+    device = pick_device(options.device)
+    base = open_base(config)
+    check_latent_format(metadata, base.latent_format, path)
+    if metadata.prior_hash and metadata.prior_hash != base.prior_hash:
+        console.warn(f"{path.name} was made from another prior than {base.name}; pictures may suffer.")
+    artist = Artist(base, weights, metadata, device=device, dtype=DTYPES[pick_precision(options.precision, device)])
+    del weights
+    prompts = options.prompt or [""]
+    seeds = range(options.seed, options.seed + options.count)
+    pictures = artist.draw(
+        prompts, seeds, settings, options.negative, lambda done, total: console.count("drawing", done, total)
+    )
+    for number, drawn in enumerate(pictures):
+        prompt_number = number // options.count
+        target = Path(options.output) / f"{prompt_number + 1:02d}-{slug(drawn.prompt)}-{drawn.seed}.png"
+        about = describe(drawn, settings, options.negative, path, base.name)
+        save(drawn, target, about)
+        yield {"path": str(target), **about}
+
+
+def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
+    """The file a name stands for, and the configuration of its run where the name is a run's folder.
+
+    A file, a run's folder, or the name of a domain model that ships. Raises FileProblem where nothing is.
+    """
+    path = Path(name)
+    if path.is_dir():
+        settings = path / "config.json"
+        if not settings.is_file():
+            raise FileProblem(f"{path}: expected a domain model or a run's folder, found no config.json in it.")
+        config = TrainConfig.read(settings)
+        file = path / f"{config.name}.safetensors"
+        if not file.is_file():
+            raise FileProblem(
+                f"{file}: expected the run's finished domain model, found none; go on with indomain resume {path}."
+            )
+        return file, config
+    if not path.exists() and path.name == name:
+        from .mini_world.assets import domain_unets_dir
+
+        shipped = domain_unets_dir() / f"{name}.safetensors"
+        if shipped.is_file():
+            return shipped, None
+    return path, None
+
+
+def base_config(
+    options: argparse.Namespace, metadata: DomainMetadata, trained: TrainConfig | None, path: Path
+) -> TrainConfig:
+    """What `open_base` needs: the base, its VAE and tokenizer, from the options, the run, or what the file says."""
+    base = options.base or (trained.base if trained else "")
+    if not base and metadata.latent_format == "mini_world":
+        base = MINI_WORLD
+    if not base:
+        raise ConfigProblem(f"expected --base FILE, the checkpoint that {path.name} was made from.")
+    vae = options.vae or (trained.vae if trained and not options.base else "")
+    tokenizer = options.tokenizer or (trained.tokenizer if trained else "") or comfyui_tokenizer()
+    return TrainConfig(base=base, vae=vae, tokenizer=tokenizer)
+
+
+def comfyui_tokenizer() -> str:
+    """The folder of CLIP's tokenizer in the ComfyUI that run.py found, "" where there is none."""
+    comfyui = os.environ.get("INDOMAIN_COMFYUI_PATH", "")
+    folder = os.path.join(comfyui, "comfy", "sd1_tokenizer") if comfyui else ""
+    return folder if folder and os.path.isfile(os.path.join(folder, "vocab.json")) else ""
+
+
+def slug(prompt: str) -> str:
+    """A prompt as part of a file name on any system."""
+    words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
+    return words[:48].rstrip("-") or "picture"
+
+
+def describe(drawn: Drawn, settings: Settings, negative: str, domain: Path, base: str) -> dict[str, Any]:
+    """How a picture was made, as JSON values."""
+    height, width = settings.size
+    return {
+        "prompt": drawn.prompt, "negative": negative, "seed": drawn.seed, "base": base, "domain": domain.name,
+        "domain_weight": settings.domain_weight, "control_weight": settings.control_weight,
+        "domain_start": settings.domain_start, "domain_end": settings.domain_end, "steps": settings.steps,
+        "method": settings.method, "spacing": settings.spacing, "width": width, "height": height,
+        "samples_per_step": round(drawn.samples_per_step, 4),
+    }  # fmt: skip
+
+
+def save(drawn: Drawn, path: Path, about: dict[str, Any]) -> None:
+    """Write a picture as PNG with its description in the text field "indomain"."""
+    from PIL import Image, PngImagePlugin
+
+    values = ((drawn.pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
+    text = PngImagePlugin.PngInfo()
+    text.add_text("indomain", json.dumps(about))
+    with replacing(path) as file:
+        Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG", pnginfo=text)
