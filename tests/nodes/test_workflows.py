@@ -106,6 +106,18 @@ def test_graph_opens_below_and_beside_the_editors_own_bars(name):
     assert (left + view["offset"][0]) * view["scale"] >= 58
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_titles_of_groups_can_be_read(name):
+    graph = editor(name)
+    for group in graph["groups"]:
+        x, y, width, height = group["bounding"]
+        inside = [node["pos"] for node in graph["nodes"] if 0 <= node["pos"][0] - x < width
+                  and 0 <= node["pos"][1] - y < height]  # fmt: skip
+        assert inside, group["title"]
+        # The group's title, then the title of its first node.
+        assert min(top for _, top in inside) >= y + group.get("font_size", 24) + 10 + 30, group["title"]
+
+
 def test_the_demo_saves_the_three_methods_under_their_names():
     prefixes = [node["inputs"]["filename_prefix"] for node in api("in_domain_text_to_image").values()
                 if node["class_type"] == "SaveImage"]
