@@ -1,0 +1,93 @@
+"""The report on a folder that holds one of everything."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, PngImagePlugin
+
+from indomain_guidance.training.data import DataProblem, check_data
+
+
+def picture(seed: int, height: int = 80, width: int = 80) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    root = tmp_path / "images"
+    (root / "deep").mkdir(parents=True)
+    picture(0).save(root / "good.png")
+    picture(1, 60, 120).save(root / "deep" / "wide.jpg")
+    picture(2, 30, 40).save(root / "small.png")
+    picture(3, 60, 61).save(root / "enlarged.png")
+    data = (root / "good.png").read_bytes()
+    (root / "copy.png").write_bytes(data)
+    (root / "broken.png").write_bytes(data[: len(data) // 2])
+    (root / "damaged.png").write_bytes(data[:200] + b"\0\1\2\3" * 8 + data[232:])
+    (root / "empty.jpg").write_bytes(b"")
+    note = PngImagePlugin.PngInfo()
+    note.add_text("comment", "the same pixels in another file")
+    picture(0).save(root / "same.png", pnginfo=note)
+    clear = picture(4).convert("RGBA")
+    clear.putalpha(100)
+    clear.save(root / "clear.png")
+    exif = Image.Exif()
+    exif[274] = 6
+    picture(5, 80, 160).save(root / "turned.jpg", exif=exif)
+    Image.fromarray(np.random.default_rng(6).integers(0, 65536, (80, 80), dtype=np.uint16)).save(root / "deep.png")
+    picture(7).convert("CMYK").save(root / "print.jpg")
+    picture(8).save(root / "moving.gif", save_all=True, append_images=[picture(9)])
+    (root / "notes.txt").write_text("x")
+    (root / "shard.tar").write_text("no tar")
+    return root
+
+
+def test_everything_is_found_and_nothing_is_touched(folder):
+    before = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
+    calls = []
+    report = check_data([str(folder)], resolution=64, bucket_step=8, min_side=40, workers=2,
+                        progress=lambda done, total: calls.append((done, total)))
+    assert {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()} == before
+    assert (report.total, report.ok, report.bad) == (14, 10, 4)
+    assert calls == [(number, 14) for number in range(1, 15)]
+    assert set(report.corrupt) == {"damaged.png", "empty.jpg"} and set(report.truncated) == {"broken.png"}
+    assert set(report.too_small) == {"small.png"} and "40 x 30" in report.too_small["small.png"]
+    assert report.upscaled == ["enlarged.png"]
+    assert report.same_file == [["copy.png", "good.png"]] and report.same_picture == [["copy.png", "same.png"]]
+    assert report.alpha == ["clear.png"] and report.rotated == ["turned.jpg"] and report.sixteen_bit == ["deep.png"]
+    assert report.cmyk == ["print.jpg"] and report.animated == ["moving.gif"]
+    assert report.formats == {"PNG": 7, "JPEG": 3, "GIF": 1}
+    assert sum(report.buckets.values()) == report.ok and report.buckets["48x80"] == report.buckets["80x48"] == 1
+    assert report.megapixels == {"below 0.1 MP": 11}
+    assert report.ignored == {".txt": 1} and list(report.places) == [str(folder / "shard.tar")]
+    assert json.loads(json.dumps(report.to_dict()))["bad"] == 4
+    text = report.to_text()
+    assert text.startswith(f"14 images in {folder}: 10 can be used, 4 cannot.")
+    for name in ("broken.png", "damaged.png", "empty.jpg", "small.png", "copy.png = good.png", "shard.tar", "80x48"):
+        assert name in text, name
+
+
+def test_long_lists_are_cut_in_the_text_only(tmp_path):
+    for number in range(15):
+        (tmp_path / f"{number:02d}.png").write_bytes(b"bad %d" % number)
+    report = check_data([tmp_path])
+    assert len(report.corrupt) == 15 and report.ok == 0
+    assert "09.png" in report.to_text() and "10.png" not in report.to_text() and "... and 5 more" in report.to_text()
+
+
+def test_no_images_and_no_folder(tmp_path):
+    (tmp_path / "a.heic").write_bytes(b"x")
+    report = check_data([tmp_path])
+    assert report.total == report.ok == 0 and "found none, only other files (1 .heic)" in report.to_text()
+    with pytest.raises(DataProblem, match="found nothing there"):
+        check_data([tmp_path / "gone"])
+
+
+def test_a_stop_says_so(folder):
+    report = check_data([folder], should_stop=lambda: True)
+    assert report.stopped and report.total == 1 and "Stopped before" in report.to_text()

@@ -1,0 +1,171 @@
+"""Encoded images on disk, shared by all runs: keyed by content, VAE, size, crop and flip; safe for several processes.
+
+One small safetensors file per encoded picture, with a digest over name and numbers. Files appear under a temporary name
+and are renamed, and the first one written stays, so that processes that meet in one folder read the same numbers. Nothing
+is flushed to the disk on purpose: an entry that a power failure tears fails its digest and is encoded again, which costs
+far less than thousands of flushes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from ...guidance.files import FileProblem
+from .buckets import Size
+
+# Part of every key: raise it when pictures are decoded, scaled or stored differently.
+PIPELINE = 1
+ABANDONED_SECONDS = 24 * 3600.0
+
+
+def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
+    """Where latents are kept unless a run says otherwise: ``latents`` in the user's cache folder for this project."""
+    if environ.get("INDOMAIN_CACHE"):
+        root = Path(environ["INDOMAIN_CACHE"]).expanduser().absolute()
+    elif os.name == "nt" and environ.get("LOCALAPPDATA"):
+        root = Path(environ["LOCALAPPDATA"]) / "indomain-guidance"
+    elif environ.get("XDG_CACHE_HOME"):
+        root = Path(environ["XDG_CACHE_HOME"]).expanduser().absolute() / "indomain-guidance"
+    else:
+        root = Path.home() / ".cache" / "indomain-guidance"
+    return root / "latents"
+
+
+def log_warning(text: str) -> None:
+    """Where warnings go unless the caller wants them."""
+    logging.getLogger(__name__).warning(text)
+
+
+class LatentCache:
+    """Posterior mean and standard deviation of encoded pictures, under a folder.
+
+    vae_id: content hash of the autoencoder. dtype of the stored numbers: float32 keeps what the VAE gave; float16 halves
+    the files and rounds means by up to 5e-4 of their size, below the posterior's own spread for published VAEs. warn gets
+    a sentence for each damaged entry. Raises FileProblem when the folder cannot be made.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike,
+        vae_id: str,
+        dtype: torch.dtype = torch.float32,
+        warn: Callable[[str], None] = log_warning,
+    ) -> None:
+        self.root = Path(folder)
+        self.folder = self.root / hashlib.sha256(vae_id.encode()).hexdigest()[:20]
+        self.vae_id, self.dtype, self._warn = vae_id, dtype, warn
+        self._scratch = self.folder / "unfinished"
+        try:
+            self._scratch.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FileProblem(
+                f"{self.root}: could not be made a latent cache ({error.strerror or error}); set cache to a folder you can "
+                "write to."
+            ) from error
+        self._forget_abandoned()
+
+    def key(self, content: str, size: Size, crop: tuple[int, int] = (0, 0), flipped: bool = False) -> str:
+        """Name of one encoded picture. content: SHA-256 of the image file; size, crop: (height, width), (top, left)."""
+        parts = (PIPELINE, content, self.vae_id, *size, *crop, bool(flipped), str(self.dtype))
+        return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
+
+    def path(self, key: str) -> Path:
+        """The file of one entry, whether it is there or not."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether there is a file for the key; only reading tells whether it is whole."""
+        return self.path(key).is_file()
+
+    def get(self, key: str) -> tuple[Tensor, Tensor] | None:
+        """(mean, std) [C, h, w] each, fp32; None when there is no entry. A damaged one is reported, removed, and None."""
+        path = self.path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            self._warn(f"{path}: cannot be read ({error.strerror or error}); the image is encoded again.")
+            return None
+        try:
+            tensors = load(data)
+            mean, std = tensors["mean"], tensors["std"]
+            whole = bytes(tensors["digest"].tolist()) == _digest(key, mean, std)
+        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
+            whole = False
+        if not whole:
+            self._warn(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
+            with suppress(OSError):
+                path.unlink()
+            return None
+        return mean.float(), std.float()
+
+    def put(self, key: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
+        """Store an entry and return (mean, std) as `get` will, which is another process' when that was first.
+
+        Raises FileProblem when the disk is full or the folder cannot be written.
+        """
+        # Copies of their own: as parts of a batch they would keep all of it in memory.
+        mean, std = (one.detach().to("cpu", self.dtype, copy=True).contiguous() for one in (mean, std))
+        digest = torch.tensor(list(_digest(key, mean, std)), dtype=torch.uint8)
+        path, temporary = self.path(key), self._scratch / uuid.uuid4().hex
+        try:
+            for folder in (self._scratch, path.parent):  # somebody may have emptied the cache
+                folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(save({"mean": mean, "std": std, "digest": digest}))
+            placed = _place(temporary, path)
+        except OSError as error:
+            raise FileProblem(
+                f"{path}: could not be written ({error.strerror or error}); free some space or set cache to another folder."
+            ) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+        other = None if placed else self.get(key)
+        return other or (mean.float(), std.float())
+
+    def _forget_abandoned(self) -> None:
+        """Remove unfinished files of processes that were killed, once they are a day old."""
+        with suppress(OSError):
+            for path in self._scratch.iterdir():
+                with suppress(OSError):
+                    if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                        path.unlink()
+
+
+def _place(temporary: Path, path: Path) -> bool:
+    """Give a finished file its name unless the name is taken; whether it got it."""
+    try:
+        os.link(temporary, path)  # unlike renaming, never replaces what another process has put there
+        return True
+    except FileExistsError:
+        return False
+    except OSError:  # a file system without hard links
+        pass
+    try:
+        os.replace(temporary, path)
+    except PermissionError:
+        # Windows: another process has just put its own there and is reading it.
+        if not path.is_file():
+            raise
+        return False
+    return True
+
+
+def _digest(key: str, mean: Tensor, std: Tensor) -> bytes:
+    digest = hashlib.sha256(f"{key} {mean.dtype} {list(mean.shape)} {list(std.shape)}".encode())
+    for tensor in (mean, std):
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.digest()
