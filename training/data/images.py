@@ -68,7 +68,7 @@ class ImageFacts:
 
 def probe(data: bytes) -> ImageFacts:
     """Facts of an image file's content without decoding its pixels. Raises BadImage when it is none."""
-    with _named_faults(data), _opened(data) as image:
+    with _named_faults(data), _strictly(), _opened(data) as image:
         orientation, (height, width) = _orientation(image, data), _stored_size(image)
         if orientation >= 5:
             height, width = width, height
@@ -91,15 +91,14 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     at_least: (height, width) that will be needed after orientation; large JPEGs are then decoded at 1/2, 1/4 or 1/8, never
     below twice that size, which saves most of the time. Raises BadImage for files that are damaged or too large.
     """
-    with _named_faults(data), _opened(data) as image:
+    with _named_faults(data), _strictly(), _opened(data) as image:
         orientation = _orientation(image, data)
         if at_least is not None and image.format == "JPEG":
             height, width = at_least if orientation < 5 else at_least[::-1]
             image.draft(image.mode, (2 * width, 2 * height))
-        with _strictly():
-            image.load()
-        if image.format == "TIFF" and ORIENTATION not in image.tag_v2:
-            orientation = 1  # newer Pillows have turned it while loading
+        image.load()
+        if image.format == "TIFF":
+            orientation = 1  # Pillow turns these while it loads them
         picture = _to_srgb(image, _deep_grey(image) if _needs_scaling(image) else image)
         if orientation in TURNS:
             picture = picture.transpose(TURNS[orientation])
@@ -201,6 +200,8 @@ def _opened(data: bytes) -> Iterator[Image.Image]:
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MOST_PIXELS:
             raise BadImage("too large", f"has {image.width} x {image.height} pixels, more than {MOST_PIXELS}; scale it down")
+        if image.width * image.height == 0:
+            raise BadImage("corrupt", f"has no pixels ({image.width} x {image.height})")
         yield image
 
 

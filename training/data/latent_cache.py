@@ -27,6 +27,7 @@ from .buckets import Size
 
 # Part of every key: raise it when pictures are decoded, scaled or stored differently.
 PIPELINE = 1
+MOST_WARNINGS = 10
 ABANDONED_SECONDS = 24 * 3600.0
 
 
@@ -51,9 +52,9 @@ def log_warning(text: str) -> None:
 class LatentCache:
     """Posterior mean and standard deviation of encoded pictures, under a folder.
 
-    vae_id: content hash of the autoencoder. dtype of the stored numbers: float32 keeps what the VAE gave; float16 halves
+    vae_id: content hash of the autoencoder. The folder may be deleted at any time. dtype of the stored numbers: float32 keeps what the VAE gave; float16 halves
     the files and rounds means by up to 5e-4 of their size, below the posterior's own spread for published VAEs. warn gets
-    a sentence for each damaged entry. Raises FileProblem when the folder cannot be made.
+    a sentence for each of the first damaged entries. Raises FileProblem when the folder cannot be made.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class LatentCache:
     ) -> None:
         self.root = Path(folder)
         self.folder = self.root / hashlib.sha256(vae_id.encode()).hexdigest()[:20]
-        self.vae_id, self.dtype, self._warn = vae_id, dtype, warn
+        self.vae_id, self.dtype, self._warn, self._warned = vae_id, dtype, warn, 0
         self._scratch = self.folder / "unfinished"
         try:
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -97,7 +98,7 @@ class LatentCache:
         except FileNotFoundError:
             return None
         except OSError as error:
-            self._warn(f"{path}: cannot be read ({error.strerror or error}); the image is encoded again.")
+            self._complain(f"{path}: cannot be read ({error.strerror or error}); the image is encoded again.")
             return None
         try:
             tensors = load(data)
@@ -106,7 +107,7 @@ class LatentCache:
         except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
             whole = False
         if not whole:
-            self._warn(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
+            self._complain(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
             with suppress(OSError):
                 path.unlink()
             return None
@@ -135,6 +136,13 @@ class LatentCache:
                 temporary.unlink()
         other = None if placed else self.get(key)
         return other or (mean.float(), std.float())
+
+    def _complain(self, text: str) -> None:
+        """Warn, but not once per image of a cache that is damaged altogether."""
+        self._warned += 1
+        if self._warned <= MOST_WARNINGS:
+            more = " There are more of them, not listed here." if self._warned == MOST_WARNINGS else ""
+            self._warn(text + more)
 
     def _forget_abandoned(self) -> None:
         """Remove unfinished files of processes that were killed, once they are a day old."""

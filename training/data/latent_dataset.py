@@ -81,6 +81,7 @@ class _Store:
     room: int
     warn: Callable[[str], None]
     held: dict[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+    warned: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def keep(self, key: str, mean: Tensor, std: Tensor) -> None:
@@ -102,7 +103,9 @@ class _Store:
         if found is not None:
             return found
         with self.lock:
-            self.warn(f"{record.entry.name}: its cached latents are gone; the image is encoded again.")
+            if not self.warned:
+                self.warn(f"{record.entry.name}: its cached latents are gone; such images are encoded again (said once).")
+            self.warned = True
             (_, pixels), = _cut(record, [picture])
             mean, std = _encoded(self.encode, [pixels], record)
             return self.cache.put(picture.key, mean[0], std[0])

@@ -210,17 +210,21 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
         except OSError as error:
             found.skipped.append((str(folder), f"cannot be read ({error.strerror or error}); check its permissions"))
             continue
-        here, deeper = os.path.realpath(folder), []
+        deeper = []
         for entry in entries:
             if _unwanted(entry.name):
                 continue
-            if entry.is_dir():
-                # Only the links can lead back to where the search has been.
-                real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(here, entry.name)
+            try:
+                is_folder, is_file = entry.is_dir(), entry.is_file()
+            except OSError:  # a link to itself
+                continue
+            if is_folder:
+                # Links, and Windows' junctions, which do not look like links, may lead back to where the search has been.
+                real = os.path.realpath(entry.path)
                 if real not in visited:
                     visited.add(real)
                     deeper.append((Path(entry.path), (*parts, entry.name)))
-            elif entry.is_file():
+            elif is_file:
                 files.append(((*parts, entry.name), Path(entry.path)))
         waiting.extend(reversed(deeper))
     for parts, path in sorted(files):

@@ -41,17 +41,28 @@ def apart(one: Image.Image, other: Image.Image) -> float:
     return float(np.abs(np.asarray(one, float) - np.asarray(other, float)).mean())
 
 
+# Where the stored row 0 and column 0 are shown, from the EXIF standard, as array operations.
+SHOWN = {
+    1: lambda a: a,
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.transpose(1, 0, 2),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda a: np.rot90(a, 1),
+}
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_orientation_is_applied_once(kind, orientation):
     exif = Image.Exif()
     exif[274] = orientation
     data = encoded(pattern(), kind, exif=exif, **({"lossless": True} if kind == "WEBP" else {}))
-    with Image.open(io.BytesIO(data)) as file:
-        file.load()
-        oracle = ImageOps.exif_transpose(file).convert("RGB")
+    shown = SHOWN[orientation](np.asarray(pattern()))
     picture, facts = decode(data), probe(data)
-    assert apart(picture, oracle) == 0.0
+    assert apart(picture, Image.fromarray(np.ascontiguousarray(shown))) < (4.0 if kind == "JPEG" else 1e-9)
     assert (facts.width, facts.height) == picture.size
     assert facts.rotated is (orientation != 1)
     assert picture.size == ((24, 40) if orientation >= 5 else (40, 24))

@@ -69,6 +69,7 @@ def test_symbolic_links_are_followed_but_not_in_circles(tmp_path):
         os.symlink(tmp_path / "elsewhere", tmp_path / "set" / "more", target_is_directory=True)
         os.symlink(tmp_path / "set", tmp_path / "elsewhere" / "deep" / "back", target_is_directory=True)
         os.symlink(tmp_path / "set" / "1.png", tmp_path / "set" / "same.png")
+        os.symlink("itself.png", tmp_path / "set" / "itself.png")
         os.symlink(tmp_path / "gone.png", tmp_path / "set" / "broken.png")
     except OSError:
         pytest.skip("this system makes no symbolic links")
