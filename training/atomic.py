@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from ..guidance.files import FileProblem
+
+UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
@@ -37,6 +40,15 @@ def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
     finally:
         with suppress(OSError):  # gone after renaming
             temporary.unlink()
+
+
+def clear_unfinished(*folders: Path) -> None:
+    """Delete what killed processes left half-written in these folders; only where nobody else is writing."""
+    for folder in folders:
+        for path in folder.glob(".*.tmp"):
+            if UNFINISHED.fullmatch(path.name):
+                with suppress(OSError):
+                    path.unlink()
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

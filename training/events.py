@@ -297,8 +297,8 @@ def thinned(values: Mapping[int, float], most: int = 2000) -> dict[int, float]:
 
 
 def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Running mean over `share` of the values on both sides, fewer at the ends so that it stays centred."""
-    reach = int(len(values) * share)
+    """Running mean over `share` of the values on both sides (of few values over more), fewer at the ends."""
+    reach = max(int(len(values) * share), min(10, len(values) // 8))
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)

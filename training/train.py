@@ -13,10 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .atomic import clear_unfinished
 from .base import Base, ImageSize, open_base
-from .checkpoints import checkpoint_path, find_checkpoints, latest_checkpoint, prune_checkpoints, save_checkpoint
+from .checkpoints import (
+    FOLDER,
+    checkpoint_path,
+    find_checkpoints,
+    latest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from .config import ConfigProblem, TrainConfig
 from .data import CachingStopped, LatentDataset, find_images, open_dataset
+from .estimate import estimate
 from .events import (
     Caching,
     Event,
@@ -42,6 +51,7 @@ from .previews import Preview, save_png
 from .processes import OneProcess, open_processes, pick_precision
 from .run_lock import locked
 
+SAMPLES = "samples"
 RECENT = 50  # steps that the reported loss and speed are means of
 
 
@@ -114,8 +124,6 @@ class _Run:
 
     def dry(self, base: Base | None) -> Result:
         """Everything that can be known before the first image is read."""
-        from .estimate import estimate
-
         self._resolve(None)
         base = base or open_base(self.config)
         for note in base.notes:
@@ -125,11 +133,10 @@ class _Run:
         return Result("dry_run", 0, None, self.folder)
 
     def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
-        from .estimate import estimate
-
         with ExitStack() as stack:
             if self.processes.is_main:
                 stack.enter_context(locked(self.folder))
+                clear_unfinished(self.folder, self.folder / FOLDER, self.folder / SAMPLES)
             self.processes.wait()
             found = self._checkpoint(resume)
             state = None if found is None else found[1]
@@ -329,7 +336,7 @@ class _Run:
 
     def _result(self, status: str, step: int, path: Path | None = None) -> Result:
         loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
-        grids = sorted((self.folder / "samples").glob("step-*.png"))
+        grids = sorted((self.folder / SAMPLES).glob("step-*.png"))
         return Result(
             status, step, path, self.folder, loss, grids[-1] if grids else None,
             self.plot if self.plot.exists() else None,
@@ -338,7 +345,7 @@ class _Run:
     # ---- small things
 
     def samples_path(self, step: int) -> Path:
-        return self.folder / "samples" / f"step-{step:06d}.png"
+        return self.folder / SAMPLES / f"step-{step:06d}.png"
 
     def anywhere(self, flag: float) -> bool:
         """Whether any process raised its flag."""

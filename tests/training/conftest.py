@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,3 +80,13 @@ def configure() -> Callable[..., TrainConfig]:
         })
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_run():
+    """The module tiny_run.py beside this file: whole runs on a prior of nothing."""
+    path = Path(__file__).with_name("tiny_run.py")
+    spec = importlib.util.spec_from_file_location("indomain_tiny_run", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

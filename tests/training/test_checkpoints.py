@@ -1,0 +1,159 @@
+"""Checkpoints: whole, torn, altered, foreign; which is used and which are kept."""
+
+from __future__ import annotations
+
+import os
+import threading
+
+import pytest
+import torch
+from indomain_guidance.guidance.files import FileProblem
+from indomain_guidance.training.atomic import clear_unfinished, replacing
+from indomain_guidance.training.checkpoints import (
+    CheckpointProblem,
+    checkpoint_path,
+    different_facts,
+    find_checkpoints,
+    latest_checkpoint,
+    load_checkpoint,
+    machine_facts,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from indomain_guidance.training.run_lock import locked
+
+
+def state(step=1):
+    return {
+        "step": step, "config": {"base": "m"}, "prior": "p", "dataset": {"hash": "h", "images": 3}, "facts": {},
+        "weights": {"a": torch.arange(40000.0) + step, "b": torch.ones(3, dtype=torch.float16)}, "average": None,
+        "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
+        "scaler": None,
+    }
+
+
+def save(run, *steps):
+    return [save_checkpoint(checkpoint_path(run, step), state(step)) for step in steps]
+
+
+def test_a_state_comes_back(tmp_path):
+    (path,) = save(tmp_path, 250)
+    assert path == tmp_path / "checkpoints" / "step-000250.ckpt"
+    loaded = load_checkpoint(path)
+    assert torch.equal(loaded["weights"]["a"], state(250)["weights"]["a"])
+    assert loaded["weights"]["b"].dtype == torch.float16
+    assert loaded["optimizer"]["param_groups"] == [{"lr": 0.1, "betas": (0.9, 0.99)}]
+    assert torch.load(path, weights_only=True)["step"] == 250  # plain torch reads it too
+    assert os.listdir(path.parent) == [path.name]
+
+
+def torn(data):
+    return data[: len(data) * 2 // 3]
+
+
+def altered(data):
+    middle = len(data) // 2
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+
+
+@pytest.mark.parametrize("damage, message", [
+    (torn, "cut off while it was written"),
+    (altered, "damaged since"),
+    (lambda data: b"", "another file or one cut off"),
+    (lambda data: data[:-1], "cut off"),
+    (lambda data: b"PK" + b"x" * 5000, "another file"),
+])
+def test_the_one_before_a_damaged_checkpoint_is_used_and_both_are_named(tmp_path, damage, message):
+    good, bad = save(tmp_path, 10, 20)
+    bad.write_bytes(damage(bad.read_bytes()))
+    with pytest.raises(CheckpointProblem, match=message):
+        load_checkpoint(bad)
+    said = []
+    path, loaded = latest_checkpoint(tmp_path, said.append)
+    assert path == good and loaded["step"] == 10
+    assert len(said) == 1 and str(bad) in said[0] and message in said[0]
+
+
+def test_foreign_checkpoints_are_named(tmp_path):
+    (good,) = save(tmp_path, 10)
+    other = checkpoint_path(tmp_path, 30)
+    torch.save({"state_dict": {"a": torch.ones(2)}}, other)
+    newer = save_checkpoint(checkpoint_path(tmp_path, 40), {**state(40), "version": 2})
+    partial = save_checkpoint(checkpoint_path(tmp_path, 50), {"step": 50})
+    wrong = save_checkpoint(checkpoint_path(tmp_path, 60), {**state(60), "format": "something"})
+    said = []
+    assert latest_checkpoint(tmp_path, said.append)[0] == good
+    assert [name for text in said for name in (wrong, partial, newer, other) if str(name) in text] == [
+        wrong, partial, newer, other,
+    ]
+    assert "something else" in said[0] and "config is missing" in said[1] and "version 1, found 2" in said[2]
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("evil",)
+
+
+def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), "scaler": Evil()})
+    with pytest.raises(CheckpointProblem, match="cannot be read"):
+        load_checkpoint(path)
+    assert not (tmp_path / "evil").exists()
+
+
+def test_none_and_missing(tmp_path):
+    assert latest_checkpoint(tmp_path) is None and find_checkpoints(tmp_path / "nowhere") == []
+    with pytest.raises(CheckpointProblem, match="No such file"):
+        load_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_the_last_are_kept_and_later_ones_of_others_left_alone(tmp_path):
+    save(tmp_path, 10, 20, 30, 40, 900)
+    prune_checkpoints(tmp_path, 40, 2)
+    assert [step for step, _ in find_checkpoints(tmp_path)] == [30, 40, 900]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    with pytest.raises(RuntimeError), replacing(path) as file:
+        file.write(b"half")
+        raise RuntimeError
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
+    with pytest.raises(FileProblem, match="could not be written"), replacing(path / "below"):
+        pass
+
+
+def test_only_half_written_files_of_ours_are_cleared(tmp_path):
+    ours, other = tmp_path / f".step-000001.ckpt.{'0af' * 10}12.tmp", tmp_path / ".notes.tmp"
+    ours.touch()
+    other.touch()
+    clear_unfinished(tmp_path, tmp_path / "nowhere")
+    assert os.listdir(tmp_path) == [other.name]
+
+
+def test_facts_that_change_are_named():
+    facts = machine_facts("cpu", 2)
+    assert facts["torch"] == torch.__version__ and facts["processes"] == "2" and facts["device"] == "cpu"
+    assert different_facts(facts, dict(facts)) == ""
+    assert different_facts({**facts, "threads": "64"}, facts) == f"threads 64 -> {facts['threads']}"
+
+
+def test_one_run_at_a_time_in_a_folder(tmp_path):
+    """flock is per open file, so a second opening in this process stands for another process."""
+    said = []
+
+    def second():
+        try:
+            with locked(tmp_path / "run"):
+                said.append("entered")
+        except FileProblem as problem:
+            said.append(str(problem))
+
+    with locked(tmp_path / "run"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join()
+    second()
+    assert "another process is training" in said[0] and said[1] == "entered"
