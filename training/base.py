@@ -63,8 +63,8 @@ class Family:
     text_encoders: tuple[tuple[str, int, bool, int], ...]
 
 
-# By width of the text conditioning. SD 1.x: CLIP-L's last layer; 2.x: the last but one of ViT-H, through the final norm;
-# XL: the last but one of CLIP-L and of ViT-bigG side by side, without the norm, and bigG's projected pooled vector.
+# By width of the text conditioning. SD 1.x: CLIP-L's last layer; 2.x: the last but one of ViT-H, through the final
+# norm; XL: the last but one of CLIP-L and of ViT-bigG side by side, without the norm, and bigG's pooled vector.
 FAMILIES = {
     768: Family("Stable Diffusion 1.x", "sd15", (("clip_l", -1, True, END_TOKEN),)),
     1024: Family("Stable Diffusion 2.x", "sd15", (("clip_h", -2, True, 0),)),
@@ -140,7 +140,9 @@ class Base:
         """
         if latent_scale is None:
             if latent_format not in LATENT_SCALES:
-                raise ValueError(f"Base: expected the scale of the latent space '{latent_format}', found none; give it.")
+                raise ValueError(
+                    f"{name}: expected the scale of the latent space '{latent_format}', found none; give latent_scale."
+                )
             latent_scale = LATENT_SCALES[latent_format]
         with torch.inference_mode(False):
             # Tensors made under inference mode, as ComfyUI's nodes make them, could never be trained: copy those.
@@ -161,7 +163,7 @@ class Base:
 
     @cached_property
     def vae_id(self) -> str:
-        """SHA-256 over the autoencoder's weights, number formats included, and the scale: latents depend on nothing else."""
+        """SHA-256 over the autoencoder's weights, number formats included, and the scale: what latents depend on."""
         digest = hashlib.sha256(f"{self.latent_scale!r}\n{self.autoencoder.config.to_dict()}\n".encode())
         for key, tensor in sorted(self.autoencoder.state_dict().items()):
             digest.update(f"{key} {tensor.dtype} {list(tensor.shape)}\n".encode())
@@ -203,8 +205,8 @@ class Base:
         mean, logvar = self.autoencoder.encode(images.to(where, torch.float32))
         if not bool(mean.isfinite().all()):
             raise FileProblem(
-                f"{self.name}: expected finite latents, found NaN or infinity from its autoencoder; give another one as "
-                "vae."
+                f"{self.name}: expected finite latents, found NaN or infinity from its autoencoder; give another one "
+                "as vae."
             )
         scaled = mean * self.latent_scale, (0.5 * logvar).exp() * self.latent_scale
         return scaled[0].to(images.device), scaled[1].to(images.device)
@@ -224,7 +226,7 @@ class Base:
         if any(prompts):
             raise ValueError(
                 f"{self.name}: expected a tokenizer to encode the prompt {next(filter(None, prompts))!r}, found none; "
-                "set tokenizer to a folder with CLIP's vocab.json and merges.txt (ComfyUI has one: comfy/sd1_tokenizer)."
+                "set tokenizer to a folder with CLIP's vocab.json and merges.txt, such as ComfyUI's comfy/sd1_tokenizer."
             )
         pooled = self.null_context.pooled
         return Text(
@@ -306,7 +308,8 @@ def open_mini_world(prediction: str = "auto") -> Base:
     def encode(prompts: Sequence[str]) -> Text:
         return Text(encoder(torch.stack([tokenize(prompt) for prompt in prompts]))[0])
 
-    null = NullContext(encode([""]).context, {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded empty prompt"})
+    description = {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded empty prompt"}
+    null = NullContext(encode([""]).context, description)
     return Base(
         "the mini world", weights, config, NoiseSchedule.scaled_linear(), "epsilon", False, LATENT_FORMAT, scale, null,
         autoencoder, encode,
@@ -329,7 +332,8 @@ def open_checkpoint(
     keys, metadata = read_keys(path), read_metadata(path)
     if unet_layout(keys, path) != "full":
         raise FileProblem(
-            f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was made of."
+            f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was made "
+            "of."
         )
     state_dict = read_state_dict(path, prefix=unet_prefix(keys))
     weights = {key: _trainable(tensor) for key, tensor in strip_unet_prefix(state_dict).items()}
@@ -446,8 +450,8 @@ class TextEncoders:
             weights = split_checkpoint({prefix + key: tensor for key, tensor in part.items()}).text_encoders[name]
             return self._build(name, weights)
         raise FileProblem(
-            f"{self.path}: expected a full checkpoint of {self.family.name} with its text encoder {name}, found none; the "
-            "empty prompt has to be encoded once, so use a checkpoint that has UNet, VAE and text encoder."
+            f"{self.path}: expected a full checkpoint of {self.family.name} with its text encoder {name}, found none; "
+            "the empty prompt has to be encoded once, so use a checkpoint that has UNet, VAE and text encoder."
         )
 
     def _build(self, name: str, weights: Mapping[str, Tensor]) -> TextEncoder:
@@ -552,7 +556,7 @@ def _load_autoencoder(weights: Mapping[str, Tensor], source: str | os.PathLike) 
         network.load_state_dict(plain, strict=True, assign=True)
     except (ValueError, RuntimeError, TypeError) as error:
         raise FileProblem(
-            f"{source}: its autoencoder cannot be read ({str(error).splitlines()[0].rstrip('.')}); name another file as "
-            "vae."
+            f"{source}: its autoencoder cannot be read ({str(error).splitlines()[0].rstrip('.')}); name another file "
+            "as vae."
         ) from error
     return network.eval().requires_grad_(False)

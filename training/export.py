@@ -221,8 +221,8 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a model file knows about itself, as JSON values.
 
     kind: "domain model", "checkpoint", "UNet" or "LoRA"; file: name, bytes, tensors, parameters, number formats. A
-    domain model: form, architecture, latent space, prediction, prior, null context, errors of the constants, data, steps,
-    training configuration; a checkpoint: family and parts. Weights are read only where the header does not tell.
+    domain model: form, architecture, latent space, prediction, prior, null context, errors of the constants, data,
+    steps, training configuration; a checkpoint: family and parts. Weights are read only where the header does not tell.
     Raises FileProblem for a file that is no model of these kinds.
     """
     path = Path(path)
@@ -328,8 +328,8 @@ def inspect_text(path: str | os.PathLike) -> str:
     file = about.pop("file")
     add("file", file["path"])
     add("kind", about.pop("kind"))
-    add("size", f"{file['bytes'] / 2**20:.1f} MiB, {file['parameters'] / 1e6:.2f} M numbers in {file['tensors']} tensors "
-                f"({', '.join(file['numbers'])})")  # fmt: skip
+    add("size", f"{file['bytes'] / 2**20:.1f} MiB, {file['parameters'] / 1e6:.2f} M numbers in {file['tensors']} "
+                f"tensors ({', '.join(file['numbers'])})")  # fmt: skip
     errors = about.pop("null_text_error", None)
     for key, value in about.items():
         label = key.replace("_", " ")

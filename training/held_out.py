@@ -1,4 +1,4 @@
-"""The loss on images that are not trained on, at fixed noise levels and with fixed noise, so that it can be compared."""
+"""The loss on images that are not trained on, at fixed noise levels with fixed noise, so that steps can be compared."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -28,6 +29,8 @@ from .low_rank import DOWN, UP, add_low_rank, merged_weights
 
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
+SELF_ATTENTION = re.compile(r"\.attn1\.")
+LOW_RANK = re.compile(rf"\.({DOWN}|{UP})$")
 PROBE_STEPS = 20  # of the prior's own trajectory, 8 of them used (design: section 3.2)
 PROBE_USE = 8
 
@@ -140,18 +143,21 @@ def start_model(
             unet = UNet(config)
         unet.load_state_dict(weights, strict=True, assign=True)
         unet.gradient_checkpointing = gradient_checkpointing
-        unet.requires_grad_(train == "all").train()
-        if train == "self_attention":
-            for name, parameter in unet.named_parameters():
-                parameter.requires_grad_(".attn1." in name)
-        elif train == "low_rank":
-            add_low_rank(unet, rank, alpha or float(rank), seed)
-            for name, parameter in unet.named_parameters():
-                parameter.requires_grad_(name.endswith((f".{DOWN}", f".{UP}")))
-        trainee = Trainee(unet, form, train, text, folded, errors)
-        if not trainee.parameters():
-            raise ValueError(f"Expected a UNet with attention to train {train}, found none; train all weights.")
-        return trainee
+        choose_trainable(unet.train(), train, rank, alpha, seed)
+        return Trainee(unet, form, train, text, folded, errors)
+
+
+def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0, seed: int = 0) -> None:
+    """Let exactly the parameters that `train` names require gradients, in place; see `start_model`."""
+    unet.requires_grad_(train == "all")
+    if train == "low_rank":
+        add_low_rank(unet, rank, alpha or float(rank), seed)
+    learns = {"self_attention": SELF_ATTENTION, "low_rank": LOW_RANK}.get(train)
+    if learns is not None:
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(learns.search(name) is not None)
+    if not any(parameter.requires_grad for parameter in unet.parameters()):
+        raise ValueError(f"Expected a UNet with attention to train {train}, found none; train all weights.")
 
 
 def measured_constants(
