@@ -1,0 +1,77 @@
+"""``python run.py claims idg``: measure the sweep, decide the claims, write table, plot and JSON lines."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+from ..assets import load_autoencoder, load_classifier, load_mini_world
+
+PAPERS = ("idg",)
+
+
+def parser() -> argparse.ArgumentParser:
+    found = argparse.ArgumentParser(
+        prog="run.py claims", description="Measure a paper's claims on the mini world. Results go to standard output, one "
+        "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on.")
+    found.add_argument("paper", choices=PAPERS, help="idg: in-domain guidance (arXiv 2312.08195)")
+    size = found.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="a coarse look in about ten minutes on two cores")
+    size.add_argument("--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing")
+    found.add_argument("--work", type=Path, default=Path("mini_world_work") / "claims", metavar="DIR",
+                       help="folder of points, trained models and latents (default: %(default)s)")
+    found.add_argument("--report", type=Path, metavar="DIR", help="folder for idg.md, idg.png and idg.jsonl (default: WORK/SIZE)")
+    found.add_argument("--limit", type=int, metavar="N", help="measure at most N new points, then report")
+    found.add_argument("--report-only", action="store_true", help="measure nothing, report what was measured before")
+    found.add_argument("--list", action="store_true", help="list the points in order and whether they were measured")
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 0 also when stopped by Ctrl+C after a report was written, 130 when there was nothing to report."""
+    options = parser().parse_args(arguments)
+    if options.limit is not None and options.limit < 0:
+        parser().error(f"--limit: expected 0 or more, found {options.limit}")
+    from .models import Models
+    from .points import Bench, Row
+    from .report import say_lines, verdict_line, floor_lines, row_line, write_report
+    from .sweep import PLANS
+    from .verdicts import all_verdicts
+
+    plan = PLANS["tiny" if options.tiny else "quick" if options.quick else "full"]()
+    world = load_mini_world()
+    folder = options.work / plan.name if options.tiny else options.work
+    models = Models(folder / "models", world, plan.images, plan.batch)
+    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling)
+    if options.list:
+        for point in plan.points:
+            print(f"{'measured' if bench.find(point) else '-':<9}{point}")
+        return 0
+    rows: list[Row] = []
+    measured, stopped, started = 0, False, time.monotonic()
+    for number, point in enumerate(plan.points, 1):
+        row = bench.find(point)
+        if row is None and not (options.report_only or stopped or measured == options.limit):
+            print(f"{number}/{len(plan.points)} after {(time.monotonic() - started) / 60:.1f} min", file=sys.stderr, flush=True)
+            try:
+                row = bench.measure(point)
+                measured += 1
+                say_lines([row_line(row)])
+            except KeyboardInterrupt:
+                stopped = True
+                print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+        if row is not None:
+            rows.append(row)
+    if not rows:
+        print("nothing measured yet, so there is nothing to report", file=sys.stderr)
+        return 130 if stopped else 0
+    autoencoder, _ = load_autoencoder()
+    asked = dict.fromkeys(row.point.question for row in rows)
+    floors = {name: bench.floors(name, autoencoder) for name in asked}
+    verdicts = all_verdicts(rows, {name: values["ceiling"] for name, values in floors.items()})
+    say_lines([*floor_lines(floors, plan), *(verdict_line(verdict, plan) for verdict in verdicts)])
+    for path in write_report(options.report or folder / plan.name, plan, rows, floors, verdicts):
+        print(f"wrote {path}", file=sys.stderr)
+    return 0

@@ -1,0 +1,132 @@
+"""A scatter plot with Pareto fronts, drawn with Pillow alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw, ImageFont
+
+from .statistics import is_on_front
+
+# Distinguishable also without red and green (Okabe and Ito).
+COLOURS = ("#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f")
+SHAPES = ("circle", "square", "triangle", "diamond")
+OVERSAMPLING = 3  # drawn larger and reduced, which smooths the lines
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points (x, y) with optional intervals ((x low, x high), (y low, y high)); its front is joined by a line."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    intervals: Sequence[tuple[tuple[float, float], tuple[float, float]]] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One plot: x on a logarithmic axis, lower is better; y a share in 0..1, higher is better."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+
+
+def draw_panels(panels: Sequence[Panel], columns: int = 2, width_px: int = 640, height_px: int = 480) -> Image.Image:
+    """The panels in rows, with one legend for all of them below. Raises ValueError without a point to draw."""
+    panels = [panel for panel in panels if any(series.points for series in panel.series)]
+    if not panels:
+        raise ValueError("expected at least one point to plot, found none; measure some first")
+    labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series if series.points))
+    style = {label: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, label in enumerate(labels)}
+    columns = min(columns, len(panels))
+    rows, line_px = -(-len(panels) // columns), 22
+    per_row = max(1, columns * width_px // 310)
+    legend_px = line_px * -(-len(labels) // per_row) + 16
+    canvas = _Canvas(columns * width_px, rows * height_px + legend_px)
+    for index, panel in enumerate(panels):
+        _draw_panel(canvas, panel, style, (index % columns) * width_px, index // columns * height_px, width_px, height_px)
+    for index, label in enumerate(labels):
+        x, y = 24 + index % per_row * 310, rows * height_px + 12 + index // per_row * line_px
+        canvas.marker(x, y, *style[label], 5)
+        canvas.text(x + 14, y, label, anchor="lm")
+    return canvas.finished()
+
+
+class _Canvas:
+    """Pillow's drawing in plain pixels, at several times the size."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.size = (width, height)
+        self.image = Image.new("RGB", (width * OVERSAMPLING, height * OVERSAMPLING), "white")
+        self.draw = ImageDraw.Draw(self.image)
+
+    def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
+        self.draw.line([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points], fill=colour,
+                       width=max(1, round(width * OVERSAMPLING)), joint="curve")
+
+    def text(self, x: float, y: float, words: str, size: int = 13, anchor: str = "la", colour: str = "#222222") -> None:
+        try:
+            font = ImageFont.load_default(size * OVERSAMPLING)
+        except TypeError:  # Pillow before 10.1 has one small bitmap font, without anchors
+            font = ImageFont.load_default()
+            across = {"l": 0, "m": 0.5, "r": 1}[anchor[0]] * self.draw.textlength(words, font=font)
+            self.draw.text((x * OVERSAMPLING - across, y * OVERSAMPLING - 5), words, fill=colour, font=font)
+            return
+        self.draw.text((x * OVERSAMPLING, y * OVERSAMPLING), words, fill=colour, font=font, anchor=anchor)
+
+    def marker(self, x: float, y: float, colour: str, shape: str, radius: float) -> None:
+        x, y, r = x * OVERSAMPLING, y * OVERSAMPLING, radius * OVERSAMPLING
+        corners = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "triangle": [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
+                   "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]}
+        if shape == "circle":
+            self.draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
+        else:
+            self.draw.polygon([(x + dx * r, y + dy * r) for dx, dy in corners[shape]], fill=colour)
+
+    def finished(self) -> Image.Image:
+        return self.image.resize(self.size, Image.LANCZOS)
+
+
+def _draw_panel(canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]], left: int, top: int, width: int,
+                height: int) -> None:
+    x0, x1, y0, y1 = left + 70, left + width - 20, top + 40, top + height - 56
+    values = [max(x, 1e-3) for series in panel.series for x, _ in series.points]
+    low, high = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        share = (math.log10(max(x, 1e-3)) - low) / (high - low)
+        return x0 + min(max(share, 0.0), 1.0) * (x1 - x0), y1 - min(max(y, 0.0), 1.0) * (y1 - y0)
+
+    for tick in range(0, 11, 2):
+        _, y = place(1.0, tick / 10)
+        canvas.line([(x0, y), (x1, y)], "#e4e4e4")
+        canvas.text(x0 - 8, y, f"{tick * 10} %", 12, "rm")
+    for tick in log_ticks(10**low, 10**high):
+        x, _ = place(tick, 0.0)
+        canvas.line([(x, y0), (x, y1)], "#e4e4e4")
+        canvas.text(x, y1 + 8, f"{tick:g}", 12, "ma")
+    canvas.line([(x0, y0), (x0, y1), (x1, y1)], "#444444", 1.2)
+    canvas.text((x0 + x1) / 2, top + 12, panel.title, 15, "ma")
+    canvas.text((x0 + x1) / 2, y1 + 28, panel.x_label, 13, "ma")
+    canvas.text(left + 14, top + 22, panel.y_label, 13, "la")
+    for series in panel.series:
+        colour, shape = style.get(series.label, (COLOURS[0], SHAPES[0]))
+        for (x, y), ((x_low, x_high), (y_low, y_high)) in zip(series.points, series.intervals):
+            canvas.line([place(x_low, y), place(x_high, y)], colour, 0.7)
+            canvas.line([place(x, y_low), place(x, y_high)], colour, 0.7)
+        front = is_on_front([x for x, _ in series.points], [y for _, y in series.points])
+        joined = sorted(point for point, on in zip(series.points, front) if on)
+        if len(joined) > 1:
+            canvas.line([place(*point) for point in joined], colour, 1.6)
+        for point in series.points:
+            canvas.marker(*place(*point), colour, shape, 4)
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Round numbers between low and high, both above 0: 1, 2 and 5 times powers of ten."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5) if low <= step * 10.0**power <= high]

@@ -1,0 +1,201 @@
+"""One measured point: a method at one setting, answering one question; measured once and kept as a small JSON file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....guidance.networks.autoencoder import Autoencoder
+from ...atomic import write_text
+from ...metrics import kernel_distance, within_class_diversity
+from .. import measure
+from ..assets import MiniWorld
+from ..classifier import Classifier, judge
+from .methods import METHODS
+from .models import ModelSpec, Models
+from .questions import QUESTIONS, Examiner
+from .statistics import Measured, measure_distance, measure_share, resampling_counts
+
+# Part of every key: raise it when the meaning of a stored number changes.
+VERSION = 1
+FILE_DIGITS = 5
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to measure: a question, a method, its settings (plain JSON) and the model it uses besides the prior.
+
+    `settings` is kept as JSON text so that points can be compared and hashed.
+    """
+
+    question: str
+    method: str
+    settings: str
+    model: ModelSpec | None = None
+
+    @classmethod
+    def of(cls, question: str, method: str, model: ModelSpec | None = None, **settings: Any) -> Point:
+        if question not in QUESTIONS:
+            raise ValueError(f"expected one of the questions {', '.join(QUESTIONS)}, found {question!r}")
+        if method not in METHODS:
+            raise ValueError(f"expected one of the methods {', '.join(METHODS)}, found {method!r}")
+        return cls(question, method, json.dumps(settings, sort_keys=True), model)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return json.loads(self.settings)
+
+    def with_seed(self, seed: int) -> Point:
+        """The same point with its model trained from another seed."""
+        return replace(self, model=replace(self.model, seed=seed)) if self.model else self
+
+    def __str__(self) -> str:
+        settings = ", ".join(f"{name} {_short(value)}" for name, value in self.values.items())
+        return f"{self.question}: {self.method}{f' [{self.model}]' if self.model else ''} {settings}"
+
+
+def _short(value: Any) -> str:
+    """A setting in few characters: numbers as they are, schedules as value@start-end or as their points."""
+    if isinstance(value, Mapping) and value.get("type") == "interval":
+        outside = f" else {value['outside']:g}" if value.get("outside") else ""
+        return f"{_short(value['value'])}@{value['start']:g}-{value['end']:g}{outside}"
+    if isinstance(value, Mapping) and value.get("type") == "keyframes":
+        return "/".join(f"{weight:g}@{position:g}" for position, weight in value["points"])
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How points are drawn and measured: part of their keys. targets: pictures in the target set."""
+
+    samples: int
+    steps: int = 25
+    seed: int = 0
+    sampler: str = "dpmpp_2m"
+    replicates: int = 400
+    targets: int = 2000
+
+
+@dataclass
+class Row:
+    """A measured point. ``numbers`` are plain values; ``draws`` the bootstrap replicates of the shares and the distance."""
+
+    point: Point
+    sampling: Sampling
+    numbers: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    draws: dict[str, Tensor] = field(repr=False)
+
+    def column(self, name: str) -> Tensor:
+        """Value and replicates of one measure, [1 + R] in float64."""
+        return torch.cat([torch.tensor([self.numbers[name]], dtype=torch.float64), self.draws[name].double()])
+
+
+class Bench:
+    """Measures points and keeps them: `measure` computes, `find` only looks into the folder.
+
+    A point's file is named by the hash of everything that decides its numbers: method, settings, sampling and the
+    content of all weight files used. Files appear complete or not at all, so a run may be killed at any time.
+    """
+
+    def __init__(self, folder: Path, models: Models, world: MiniWorld, judge_model: Classifier, sampling: Sampling) -> None:
+        self.folder, self.models, self.world, self.judge_model = folder, models, world, judge_model
+        self.sampling = sampling
+        self._examiners: dict[str, Examiner] = {}
+
+    def examiner(self, question: str) -> Examiner:
+        if question not in self._examiners:
+            self._examiners[question] = Examiner(QUESTIONS[question], self.judge_model, self.sampling.seed,
+                                                  self.sampling.targets)
+        return self._examiners[question]
+
+    def key(self, point: Point) -> str:
+        """The hash that names the point's file. Needs the point's model to exist."""
+        facts = {"version": VERSION, "question": point.question, "method": point.method, "settings": point.values,
+                 "sampling": asdict(self.sampling), "world": self.models.world_hash,
+                 "model": self.models.file_hash(point.model) if point.model else None}
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+
+    def find(self, point: Point) -> Row | None:
+        """The point as measured before, or None; a damaged file counts as not there."""
+        if point.model is not None and not self.models.exists(point.model):
+            return None
+        path = self.folder / f"{self.key(point)}.json"
+        try:
+            kept = json.loads(path.read_text(encoding="utf-8"))
+            draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in kept["draws"].items()}
+            intervals = {name: (low, high) for name, (low, high) in kept["intervals"].items()}
+            return Row(point, self.sampling, kept["numbers"], intervals, draws)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def floors(self, question: str, autoencoder: Autoencoder) -> dict[str, float]:
+        """`Examiner.floors` of a question, kept like a point."""
+        facts = {"version": VERSION, "floors": question, "seed": self.sampling.seed, "targets": self.sampling.targets,
+                 "world": self.models.world_hash}
+        path = self.folder / f"floors-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}.json"
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            found = _rounded(self.examiner(question).floors(autoencoder))
+            write_text(path, json.dumps(found) + "\n")
+            return found
+
+    def measure(self, point: Point) -> Row:
+        """The point from the folder, or else measured now and put there."""
+        found = self.find(point)
+        if found is not None:
+            return found
+        started = time.monotonic()
+        model = self.models.denoiser(point.model) if point.model else None
+        guidance_of, settings = METHODS[point.method], point.values
+        examiner = self.examiner(point.question)
+        prompts = examiner.question.prompts(self.sampling.samples, self.sampling.seed)
+        pictures, cost = measure.sample_prompts(
+            self.world, lambda uncond, cond: guidance_of(self.world.prior, model, settings, uncond, cond), prompts,
+            steps=self.sampling.steps, seed=self.sampling.seed, name=str(point), method=self.sampling.sampler)
+        measured, numbers = examine(examiner, pictures, prompts, self.sampling)
+        numbers |= {"samples_per_step": cost, "seconds": time.monotonic() - started}
+        intervals = {name: one.interval() for name, one in measured.items()}
+        draws = {name: one.draws for name, one in measured.items()}
+        path = self.folder / f"{self.key(point)}.json"
+        write_text(path, json.dumps({
+            "question": point.question, "method": point.method, "settings": point.values,
+            "model": str(point.model) if point.model else None, "sampling": asdict(self.sampling),
+            "numbers": _rounded(numbers), "intervals": _rounded(intervals),
+            "draws": {name: _rounded(values.tolist()) for name, values in draws.items()}}) + "\n")
+        return self.find(point)  # what a continued run will read, to the last digit
+
+
+def examine(examiner: Examiner, pictures: Tensor, prompts: measure.Prompts,
+            sampling: Sampling) -> tuple[dict[str, Measured], dict[str, float]]:
+    """(measures with bootstrap replicates, all numbers) of pictures [N, 3, 64, 64] that answer the prompts."""
+    features, named = judge(examiner.judge_model, pictures)
+    counts = resampling_counts(prompts.digits, sampling.replicates, sampling.seed)
+    ink, ground = named["ink"] == prompts.pairs[:, 0], named["ground"] == prompts.pairs[:, 1]
+    measured = {"distance": measure_distance(features, examiner.target, counts),
+                "digit": measure_share(named["digit"] == prompts.digits, counts),
+                "both_colours": measure_share(ink & ground, counts),
+                "in_domain": measure_share(named["world"] == 1, counts)}
+    numbers = {name: one.value for name, one in measured.items()}
+    numbers |= {"distance_uncorrected": measured["distance"].uncorrected,
+                "kernel": kernel_distance(features, examiner.features), "ink": float(ink.double().mean()),
+                "ground": float(ground.double().mean()),
+                "diversity": within_class_diversity(features, named["digit"])}
+    return measured, numbers
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return round(value, FILE_DIGITS)
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,184 @@
+"""Which points are measured, in which order: headline rows first, so that a full run is worth something early on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ....guidance.schedules import Keyframes
+from .models import FIXED_CAPTION, ModelSpec
+from .points import Point, Sampling
+from .questions import QUESTIONS
+
+# One sweep of scales for everything of the form u + w (c - u).
+SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
+# Training lengths of the fine-tunes and of the domain model; stopping early is fine-tuning's best defence.
+LENGTHS = (30, 100, 300, 1000)
+HEADLINE_STEPS = 300
+DOMAIN_STEPS = 1000
+CAPTIONS = ("", FIXED_CAPTION)
+# (w_d, w_c): the released defaults, and a grid of strengths and ratios.
+HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (2.0, 4.0), (1.0, 2.0), (2.0, 6.0))
+MORE_WEIGHTS = ((1.0, 4.0), (0.5, 2.0), (1.0, 1.0), (1.5, 2.0), (2.5, 5.0), (1.0, 6.0), (3.0, 3.0), (3.0, 6.0), (0.5, 4.0),
+                (4.0, 4.0), (4.0, 8.0))
+# (a, b, w_d, w_c): the control alone to percent a, both terms to b, the domain model alone (w_d 1, w_c 0: one sample)
+# from there. 1 + 2 b - a samples a step on average, so b = (1 + a) / 2 costs two.
+SCHEDULES = ((0.2, 0.6, 2.0, 4.0), (0.2, 0.6, 1.5, 3.0), (0.0, 0.5, 1.5, 5.0), (0.3, 0.65, 2.0, 4.0), (0.1, 0.55, 1.5, 4.0),
+             (0.4, 0.7, 2.5, 4.0), (0.2, 0.6, 2.5, 6.0), (0.0, 0.5, 1.0, 3.0), (0.5, 0.75, 3.0, 4.0), (0.1, 0.55, 2.0, 6.0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep: how its points are drawn, how its models are trained, and the points themselves in order."""
+
+    name: str
+    sampling: Sampling
+    points: tuple[Point, ...]
+    images: int = 8000
+    batch: int = 64
+
+
+def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, object]:
+    """w_d and w_c of multi-guidance as step schedules: (0, w_c) to percent a, (w_d, w_c) to b, (1, 0) to the end."""
+    domain, control = [(a, w_d), (b, 1.0)], [(0.0, w_c), (b, 0.0)]
+    if a > 0:
+        domain.insert(0, (0.0, 0.0))
+    return {"w_d": Keyframes(tuple(domain), ramp="step").to_json(), "w_c": Keyframes(tuple(control), ramp="step").to_json()}
+
+
+def shipped(question: str) -> ModelSpec:
+    return ModelSpec("shipped", QUESTIONS[question].domain)
+
+
+def trained_domain(question: str, steps: int = DOMAIN_STEPS, seed: int = 0) -> ModelSpec:
+    return ModelSpec("domain", QUESTIONS[question].domain, steps, seed=seed)
+
+
+def fine_tune(question: str, kind: str, steps: int, caption: str, seed: int = 0) -> ModelSpec:
+    return ModelSpec(kind, QUESTIONS[question].domain, steps, caption, seed)
+
+
+def priors(question: str, scales: tuple[float, ...] = SCALES) -> list[Point]:
+    return [Point.of(question, "prior", scale=scale) for scale in scales]
+
+
+def multi(question: str, weights: tuple[tuple[float, float], ...], model: ModelSpec | None = None) -> list[Point]:
+    return [Point.of(question, "multi_guidance", model or shipped(question), w_d=w_d, w_c=w_c) for w_d, w_c in weights]
+
+
+def scheduled(question: str, schedules: tuple[tuple[float, ...], ...], model: ModelSpec | None = None) -> list[Point]:
+    return [Point.of(question, "scheduled", model or shipped(question), **cheap_schedule(*one)) for one in schedules]
+
+
+def fine_tunes(question: str, model: ModelSpec, scales: tuple[float, ...] = SCALES) -> list[Point]:
+    """Both unconditionals at every scale; at scale 1 there is none, and the point is the same."""
+    own = [Point.of(question, "fine_tune", model, scale=scale) for scale in scales]
+    return own + [Point.of(question, "fine_tune_prior_u", model, scale=scale) for scale in scales if scale != 1.0]
+
+
+def shaped(question: str) -> list[Point]:
+    """Domain terms orthogonal to the control, or split by frequency, also together with a late start."""
+    model, late = shipped(question), Keyframes(((0.0, 0.0), (0.3, 2.0)), ramp="step").to_json()
+    points = []
+    for w_d, w_c in ((1.5, 3.0), (2.5, 4.0)):
+        points += [Point.of(question, "orthogonal", model, w_d=w_d, w_c=w_c, per=per) for per in ("image", "position")]
+        points += [Point.of(question, "bands", model, w_low=low, w_high=w_d, w_c=w_c, width=width)
+                   for low, width in ((0.0, "inf"), (0.3, 1.0))]
+    points += [Point.of(question, "orthogonal", model, w_d=late, w_c=4.0, per="position"),
+               Point.of(question, "bands", model, w_low=0.0, w_high=late, w_c=4.0, width=1.0),
+               Point.of(question, "orthogonal", model, w_d=1.5, w_c=3.0, per="position", only_opposing=True)]
+    return points
+
+
+def full_points() -> Iterator[Point]:
+    """Everything, most telling first."""
+    main, foreign, narrow, narrow_foreign = QUESTIONS
+    # 1. The handwriting's own colours: the prior, the paper's method, the usual fine-tune.
+    yield from priors(main, (2.0, 1.5, 3.0))
+    yield Point.of(main, "domain", shipped(main), scale=1.0)
+    yield from multi(main, HEADLINE_WEIGHTS)
+    yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION))
+    # 2. Colours it never had, then narrow handwriting.
+    yield from priors(foreign, (2.0, 1.5, 3.0))
+    yield from multi(foreign, HEADLINE_WEIGHTS)
+    yield from scheduled(main, SCHEDULES[:4])
+    yield from scheduled(foreign, SCHEDULES[:4])
+    for question in (narrow, narrow_foreign):
+        yield from priors(question, (2.0, 1.5, 3.0))
+        yield from multi(question, HEADLINE_WEIGHTS[:4])
+    yield from shaped(narrow_foreign)
+    yield from scheduled(narrow_foreign, SCHEDULES[:4])
+    # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
+    for steps in (HEADLINE_STEPS, 100, 1000, 30):
+        for kind in ("full", "low_rank"):
+            for caption in reversed(CAPTIONS):
+                yield from fine_tunes(main, fine_tune(main, kind, steps, caption), (1.5, 3.0, 1.0, 2.0, 5.0))
+    # 4. Other training seeds of the headline rows, with domain models of the same trainer.
+    for seed in (0, 1, 2):
+        yield from multi(main, HEADLINE_WEIGHTS, trained_domain(main, seed=seed))
+        yield from multi(foreign, HEADLINE_WEIGHTS, trained_domain(main, seed=seed))
+        yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION, seed), (1.5, 3.0, 2.0))
+    # 5. The rest of the grids.
+    for question in QUESTIONS:
+        yield from priors(question)
+        yield from multi(question, HEADLINE_WEIGHTS + MORE_WEIGHTS)
+        yield from scheduled(question, SCHEDULES)
+        yield Point.of(question, "domain", shipped(question), scale=1.0)
+        yield from shaped(question)
+    for question in (narrow, foreign, narrow_foreign):
+        for steps in (HEADLINE_STEPS, 100, 1000, 30):
+            for kind in ("full", "low_rank"):
+                for caption in reversed(CAPTIONS):
+                    yield from fine_tunes(question, fine_tune(question, kind, steps, caption))
+    for steps in LENGTHS:
+        yield from multi(main, HEADLINE_WEIGHTS, trained_domain(main, steps))
+    constant = ModelSpec("domain", "handwriting", DOMAIN_STEPS, form="constant")
+    yield from multi(main, HEADLINE_WEIGHTS, constant)
+    for seed in (1, 2):
+        for question in (narrow, narrow_foreign):
+            yield from multi(question, HEADLINE_WEIGHTS[:4], trained_domain(question, seed=seed))
+
+
+def quick_points() -> Iterator[Point]:
+    """A coarse look at every claim in about ten minutes on two cores."""
+    main, foreign, narrow, narrow_foreign = QUESTIONS
+    yield from priors(main, (2.0, 1.5))
+    yield from multi(main, ((1.5, 3.0), (1.0, 3.0), (1.5, 5.0)))
+    for steps in (100, 200):
+        yield from fine_tunes(main, fine_tune(main, "full", steps, FIXED_CAPTION), (1.5, 3.0))
+    yield from scheduled(main, SCHEDULES[:2])
+    yield from priors(foreign, (2.0,))
+    yield from multi(foreign, ((1.0, 3.0), (1.5, 5.0)))
+    yield from scheduled(foreign, SCHEDULES[:1])
+    yield from priors(narrow, (2.0,))
+    yield from multi(narrow, ((1.5, 3.0), (1.0, 3.0)))
+    yield from priors(narrow_foreign, (2.0,))
+    yield from multi(narrow_foreign, ((1.0, 3.0),))
+    yield from scheduled(narrow_foreign, SCHEDULES[:1])
+    yield from shaped(narrow_foreign)[1:4:2]
+
+
+def tiny_points() -> Iterator[Point]:
+    """Shows that everything runs, in seconds; the numbers mean nothing."""
+    main, foreign, _, narrow_foreign = QUESTIONS
+    yield from priors(main, (2.0,))
+    yield from multi(main, ((1.5, 3.0),))
+    yield from fine_tunes(main, fine_tune(main, "full", 1, FIXED_CAPTION), (1.5,))
+    yield from fine_tunes(main, fine_tune(main, "low_rank", 2, ""), (1.5,))
+    yield from multi(main, ((1.5, 3.0),), trained_domain(main, 1))
+    yield from scheduled(main, SCHEDULES[:1])
+    yield from priors(foreign, (2.0,))
+    yield from multi(foreign, ((1.5, 3.0),))
+    yield from shaped(narrow_foreign)[1:4:2]
+
+
+PLANS = {
+    "full": lambda: Plan("full", Sampling(2000), _once(full_points())),
+    "quick": lambda: Plan("quick", Sampling(200, steps=15), _once(quick_points()), images=2000),
+    "tiny": lambda: Plan("tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), images=16, batch=4),
+}
+
+
+def _once(points: Iterator[Point]) -> tuple[Point, ...]:
+    """The points in order, repetitions left out."""
+    return tuple(dict.fromkeys(points))

@@ -1,0 +1,229 @@
+"""The claims, decided by code from the measured points: confirmed, refuted or undecided, each with one number.
+
+Every claim is one number with a target and a 95 % bootstrap interval over samples: confirmed when the whole interval
+reaches the target, refuted when none of it does, else undecided; also undecided where points are missing. Refuted means
+refuted by the points of this sweep: settings nobody tried could still do it. Choosing the best of a sweep on the same
+samples makes every method look a little better than it is; the interval repeats the choice in every replicate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .points import Row
+from .questions import QUESTIONS
+from .statistics import hypervolume, interval, lowest, worst_ratio
+
+PAPER = ("multi_guidance",)
+BEYOND = ("multi_guidance", "scheduled", "orthogonal", "bands")
+FINE_TUNES = ("fine_tune", "fine_tune_prior_u")
+DIGIT_TOLERANCE = 0.03
+COLOURS_RIGHT = 0.8
+AFFORDABLE_SAMPLES = 2.0
+METHOD_SETS = {"paper": PAPER, "beyond": BEYOND}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One decided claim. value: None where there are no points, infinity where no point qualifies. details: further
+    numbers by name."""
+
+    claim: str
+    domain: str
+    methods: str
+    statement: str
+    unit: str
+    value: float | None
+    low: float | None
+    high: float | None
+    target: float
+    better: str
+    outcome: str
+    details: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return f"{self.domain}/{self.claim}" + ("" if self.methods == "paper" else f"/{self.methods}")
+
+
+def decide(values: Tensor, target: float, better: str) -> tuple[float, float, float, str]:
+    """(value, low, high, outcome) of one number with its replicates [1 + R], the value first."""
+    value, (low, high) = float(values[0]), interval(values[1:])
+    if better == "lower":
+        outcome = "confirmed" if high <= target else "refuted" if low > target else "undecided"
+    else:
+        outcome = "confirmed" if low >= target else "refuted" if high < target else "undecided"
+    return value, low, high, outcome
+
+
+class Evidence:
+    """The rows of one domain, in its own colours and in foreign ones, of one training seed; ceilings: the worst
+    distances, against which hypervolumes are measured, by question."""
+
+    def __init__(self, rows: Iterable[Row], domain: str, ceilings: dict[str, float], seed: int = 0) -> None:
+        self.domain, self.ceilings = domain, ceilings
+        mine = [row for row in rows if QUESTIONS[row.point.question].domain == domain]
+        self.rows = [row for row in mine if row.point.model is None or row.point.model.seed == seed]
+
+    def question(self, own: bool) -> str:
+        return next(name for name, one in QUESTIONS.items() if one.domain == self.domain and one.own_colours == own)
+
+    def of(self, own: bool, methods: Sequence[str], keep: Callable[[Row], bool] = lambda row: True) -> list[Row]:
+        name = self.question(own)
+        return [row for row in self.rows if row.point.question == name and row.point.method in methods and keep(row)]
+
+    def ceiling(self, own: bool) -> float:
+        return self.ceilings[self.question(own)]
+
+
+def columns(rows: Sequence[Row], name: str) -> Tensor:
+    """[P, 1 + R] of one measure."""
+    return torch.stack([row.column(name) for row in rows])
+
+
+def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
+    """Multi-guidance against every fine-tune over digit accuracy, in the domain's own colours."""
+    statement = "at every digit accuracy that both reach, its distance over that of the best fine-tune is below 1"
+    ours, theirs = evidence.of(True, METHOD_SETS[methods]), evidence.of(True, FINE_TUNES)
+    if not ours or not theirs:
+        return _missing("a", evidence, methods, statement, "ratio", 1.0)
+    own = columns(ours, "distance"), columns(ours, "digit")
+    values = worst_ratio(*own, columns(theirs, "distance"), columns(theirs, "digit"))
+    details = {"hypervolume": float(hypervolume(*own, evidence.ceiling(True))[0]),
+               "hypervolume of the fine-tunes": float(hypervolume(columns(theirs, "distance"), columns(theirs, "digit"),
+                                                                  evidence.ceiling(True))[0])}
+    for method, title in (("fine_tune", "own unconditional"), ("fine_tune_prior_u", "prior's unconditional")):
+        some = evidence.of(True, (method,))
+        if some:
+            ratio = worst_ratio(*own, columns(some, "distance"), columns(some, "digit"))
+            details[f"ratio against fine-tunes with the {title}"] = float(ratio[0])
+    return _decided("a", evidence, methods, statement, "ratio", values, 1.0, "lower", details)
+
+
+def claim_b(evidence: Evidence, methods: str = "paper") -> Verdict:
+    """Half the prior's distance at nearly the prior's digit accuracy, which is taken at the prior's most accurate scale."""
+    statement = "its best distance with digits within 3 points of the prior's, over the prior's best distance, is at most 0.5"
+    ours, prior = evidence.of(True, METHOD_SETS[methods]), evidence.of(True, ("prior",))
+    if not ours or not prior:
+        return _missing("b", evidence, methods, statement, "ratio", 0.5)
+    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE
+    best = columns(prior, "distance").amin(0)
+    values = lowest(columns(ours, "distance"), columns(ours, "digit"), wanted) / best
+    details = {"prior's best distance": float(best[0]), "digit accuracy asked for": float(wanted[0]),
+               **_best(ours, "digit", float(wanted[0]))}
+    return _decided("b", evidence, methods, statement, "ratio", values, 0.5, "lower", details)
+
+
+def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
+    """`u + w (ft(c) - u)` with the fine-tune's own u against the prior's u, at the scales that both were measured at."""
+    statement = "hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over fine-tunes, is above 0"
+    differences = []
+    for model in dict.fromkeys(row.point.model for row in evidence.of(True, ("fine_tune",))):
+        own, theirs = ({row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}
+                       for method in FINE_TUNES)
+        both = [settings for settings in own if settings in theirs]
+        if both:
+            volumes = [hypervolume(columns([rows[s] for s in both], "distance"), columns([rows[s] for s in both], "digit"),
+                                   evidence.ceiling(True)) for rows in (theirs, own)]
+            differences.append(volumes[0] - volumes[1])
+    if not differences:
+        return _missing("c", evidence, methods, statement, "share", 0.0, "higher")
+    outcomes = [decide(one, 0.0, "higher")[3] for one in differences]
+    details = {"fine-tunes compared": len(differences), "better with the prior's u": outcomes.count("confirmed"),
+               "worse with the prior's u": outcomes.count("refuted")}
+    return _decided("c", evidence, methods, statement, "share", torch.stack(differences).mean(0), 0.0, "higher", details)
+
+
+def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
+    """Colours the domain never had: prompts are obeyed and the distance still falls."""
+    statement = ("its best distance with both colours right in at least 80 %, over the prior's best distance, "
+                 "is at most 0.7")
+    ours, prior = evidence.of(False, METHOD_SETS[methods]), evidence.of(False, ("prior",))
+    if not ours or not prior:
+        return _missing("d", evidence, methods, statement, "ratio", 0.7)
+    best = columns(prior, "distance").amin(0)
+    values = lowest(columns(ours, "distance"), columns(ours, "both_colours"), COLOURS_RIGHT) / best
+    details = {"prior's best distance": float(best[0]), **_best(ours, "both_colours", COLOURS_RIGHT)}
+    return _decided("d", evidence, methods, statement, "ratio", values, 0.7, "lower", details)
+
+
+def claim_e(evidence: Evidence, own: bool) -> Verdict:
+    """Beyond the paper: schedules at plain CFG's cost against constant weights, at the accuracy asked for in (b) or (d)."""
+    share, where = ("digit", "own colours") if own else ("both_colours", "foreign colours")
+    statement = (f"{where}: the best distance of schedules at an average of at most 2 samples a step, over the best of "
+                 f"constant weights, at the accuracy that ({'b' if own else 'd'}) asks for, is at most 1")
+    name = "e" if own else "e, foreign colours"
+    cheap = evidence.of(own, ("scheduled",), lambda row: row.numbers["samples_per_step"] <= AFFORDABLE_SAMPLES)
+    constant, prior = evidence.of(own, PAPER), evidence.of(own, ("prior",))
+    if not cheap or not constant or not prior:
+        return _missing(name, evidence, "paper", statement, "ratio", 1.0)
+    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.full((1,), COLOURS_RIGHT).double()
+    ours, theirs = (lowest(columns(rows, "distance"), columns(rows, share), wanted) for rows in (cheap, constant))
+    if bool(ours[0].isinf() & theirs[0].isinf()):
+        return _missing(name, evidence, "paper", statement, "ratio", 1.0, reason="neither reaches the accuracy asked for")
+    # Where only one of the two reaches it, the ratio is 0 or infinite.
+    values = torch.where(theirs.isinf(), torch.where(ours.isinf(), 1.0, 0.0), ours / theirs)
+    details = {"best distance of constant weights": float(theirs[0]), **_best(cheap, share, float(wanted[0])),
+               "hypervolume of the schedules": float(hypervolume(columns(cheap, "distance"), columns(cheap, share),
+                                                                 evidence.ceiling(own))[0]),
+               "hypervolume of constant weights": float(hypervolume(columns(constant, "distance"), columns(constant, share),
+                                                                    evidence.ceiling(own))[0])}
+    return _decided(name, evidence, "paper", statement, "ratio", values, 1.0, "lower", details)
+
+
+def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float]) -> list[Verdict]:
+    """Claims (a) to (d) for both domains, with the paper's constant weights and with everything beyond; and (e)."""
+    found = []
+    for domain in dict.fromkeys(question.domain for question in QUESTIONS.values()):
+        evidence = Evidence(rows, domain, ceilings)
+        for claim in (claim_a, claim_b, claim_c, claim_d):
+            for methods in METHOD_SETS if claim is not claim_c else ("paper",):
+                verdict = claim(evidence, methods)
+                if methods == "paper":
+                    _add_other_seeds(verdict, claim, rows, domain, ceilings)
+                found.append(verdict)
+        found += [claim_e(evidence, True), claim_e(evidence, False)]
+    return found
+
+
+def _add_other_seeds(verdict: Verdict, claim: Callable, rows: Sequence[Row], domain: str, ceilings: dict[str, float]) -> None:
+    """The same number from models of other training seeds, where they were measured."""
+    seeds = sorted({row.point.model.seed for row in rows if row.point.model is not None} - {0})
+    for seed in seeds:
+        again = claim(Evidence(rows, domain, ceilings, seed))
+        if again.value is not None:
+            verdict.details[f"training seed {seed}"] = again.value
+
+
+def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float | str]:
+    """The point of the lowest distance among those whose share is at least so high."""
+    good = [row for row in rows if row.numbers[share] >= at_least]
+    if not good:
+        return {"best point": "none qualifies"}
+    best = min(good, key=lambda row: row.numbers["distance"])
+    return {"best point": str(best.point), "its distance": best.numbers["distance"], f"its {share}": best.numbers[share],
+            "its samples per step": best.numbers["samples_per_step"]}
+
+
+def _decided(claim: str, evidence: Evidence, methods: str, statement: str, unit: str, values: Tensor, target: float,
+             better: str, details: dict[str, float | str]) -> Verdict:
+    value, low, high, outcome = decide(values, target, better)
+    return Verdict(claim, evidence.domain, methods, statement, unit, value, low, high, target, better, outcome, details)
+
+
+def _missing(claim: str, evidence: Evidence, methods: str, statement: str, unit: str, target: float,
+             better: str = "lower", reason: str = "points not measured yet") -> Verdict:
+    return Verdict(claim, evidence.domain, methods, statement, unit, None, None, None, target, better, "undecided",
+                   {"reason": reason})
+
+
+def shown(value: float | None) -> str:
+    """A number for people: three digits, and words where there is none."""
+    if value is None:
+        return "not measured"
+    return "no point qualifies" if math.isinf(value) else f"{value:.3g}"
