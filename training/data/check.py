@@ -17,6 +17,7 @@ from .sources import Entry, nothing_found, search
 
 SIZE_CLASSES = {limit: f"below {limit:g} MP" for limit in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)}  # megapixels
 SIZE_CLASSES[float("inf")] = "32 MP and more"
+SHOWN_EQUAL = 4
 SHOWN = 10  # names per list in the text; the dictionary has all
 
 
@@ -83,8 +84,8 @@ class DataReport:
         ):
             lines += _listed(title, [f"{name}: {reason}" for name, reason in faults.items()])
         lines += _listed(f"smaller than their shape at resolution {self.resolution}, enlarged", self.upscaled)
-        lines += _listed("groups of equal files", [" = ".join(group) for group in self.same_file])
-        lines += _listed("groups of equal pictures in different files", [" = ".join(group) for group in self.same_picture])
+        lines += _listed("groups of equal files", [_equal(group) for group in self.same_file])
+        lines += _listed("groups of equal pictures in different files", [_equal(group) for group in self.same_picture])
         lines += _listed("with transparency, laid over white", self.alpha)
         lines += _listed("turned by their EXIF orientation", self.rotated)
         lines += _listed("with more than 8 bits per channel, reduced to 8", self.sixteen_bit)
@@ -202,8 +203,13 @@ def _size_class(facts: ImageFacts) -> str:
     return next(name for limit, name in SIZE_CLASSES.items() if pixels < limit)
 
 
+def _equal(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - SHOWN_EQUAL} more" if len(names) > SHOWN_EQUAL else ""
+    return " = ".join(names[:SHOWN_EQUAL]) + rest
+
+
 def _listed(title: str, names: Sequence[str]) -> list[str]:
     if not names:
         return []
     rest = [f"  ... and {len(names) - SHOWN} more"] if len(names) > SHOWN else []
-    return [f"{len(names)} {title}:", *(f"  {name}" for name in names[:SHOWN]), *rest]
+    return [f"{title} ({len(names)}):", *(f"  {name}" for name in names[:SHOWN]), *rest]

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ..config import TrainConfig
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
+INDEX = "content-index.jsonl"  # in the cache folder
 POSTERIORS = ("sample", "mean")
 MOST_MEMORY = 8 * 2**30  # bytes of latents kept in memory, or a quarter of the machine's, whichever is less
 LOOKS = 64               # files between two looks at should_stop while reading
@@ -279,7 +280,7 @@ def _read_all(
     progress: Callable[[int, int], None], should_stop: Callable[[], bool], workers: int | None,
 ) -> tuple[list[_Record], list[tuple[str, str]]]:
     """Records of the images whose header can be read, sorted by content, and (name, reason) of the others."""
-    index = ContentIndex(cache.root / "content-index.jsonl")
+    index = ContentIndex(cache.root / INDEX)
 
     def look(entry: Entry) -> tuple[Entry, Known | BadImage, tuple[str, int, int] | None]:
         known = index.look_up(entry)
@@ -359,7 +360,10 @@ def _cut(record: _Record, pictures: Sequence[_Picture]) -> list[tuple[_Picture, 
     """The pictures of one image as tensors [3, H, W], decoded once. Raises BadImage."""
     data = record.entry.read()
     if hashlib.sha256(data).hexdigest() != record.content:
-        raise BadImage("corrupt", "changed while it was being read; start again when the folder is at rest")
+        raise BadImage(
+            "corrupt", f"changed while it was being read, or {INDEX} in the cache folder is wrong about it; start again, in the "
+            "second case without that file"
+        )
     image = decode(data, at_least=cover(record.original, record.size))
     return [
         (picture, to_tensor(crop_to(image, record.original, record.size, picture.crop, picture.flipped)))

@@ -80,6 +80,15 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     assert "09.png" in report.to_text() and "10.png" not in report.to_text() and "... and 5 more" in report.to_text()
 
 
+def test_many_copies_are_one_short_line(tmp_path):
+    picture(0).save(tmp_path / "0.png")
+    for number in range(1, 9):
+        (tmp_path / f"{number}.png").write_bytes((tmp_path / "0.png").read_bytes())
+    report = check_data([tmp_path], resolution=64)
+    assert len(report.same_file) == 1 and len(report.same_file[0]) == 9 and report.same_picture == []
+    assert "groups of equal files (1):\n  0.png = 1.png = 2.png = 3.png and 5 more\n" in report.to_text()
+
+
 def test_no_images_and_no_folder(tmp_path):
     (tmp_path / "a.heic").write_bytes(b"x")
     report = check_data([tmp_path])

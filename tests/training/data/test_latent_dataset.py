@@ -380,7 +380,7 @@ for turns in (1, 2):
 def test_two_processes_prepare_the_same_images_at_once(tmp_path):
     """Two runs (turns 1), then two ranks of one run (turns 2): equal latents in both, and ranks share the work."""
     for number in range(60):
-        save(tmp_path / "images" / f"{number}.png", number, 32, 32)
+        os.utime(save(tmp_path / "images" / f"{number}.png", number, 32, 32), (1e9, 1e9))
     bootstrap = Path(__file__).resolve().parents[3] / "training" / "bootstrap.py"
     runs = [
         subprocess.Popen(
@@ -400,6 +400,8 @@ def test_two_processes_prepare_the_same_images_at_once(tmp_path):
         # As ranks they encode twice only what both had begun when they met.
         assert 60 <= sum(encoded) <= {1: 120, 2: 60 + 4 * 12}[turns]
         files = [path for path in (tmp_path / f"cache{turns}").rglob("*") if path.is_file()]
-        assert sorted({path.suffix for path in files}) in ([".jsonl", ".safetensors"], [".safetensors"])
+        assert {path.suffix for path in files} == {".jsonl", ".safetensors"}
         assert sum(path.suffix == ".safetensors" for path in files) == 60
+        index = ContentIndex(tmp_path / f"cache{turns}" / "content-index.jsonl")
+        assert all(index.look_up(entry) for entry in find_images([str(tmp_path / "images")]))
     assert [run.wait(timeout=60) for run in runs] == [0, 0]
