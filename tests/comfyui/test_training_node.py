@@ -1,0 +1,350 @@
+"""Train Domain UNet inside ComfyUI's process, under inference mode as ComfyUI runs nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+SIGMAS = torch.tensor([9.0, 0.7])
+CONTEXT = 24
+
+
+def module(name: str):
+    return importlib.import_module(f"indomain_guidance.{name}")
+
+
+def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    assert actual.shape == expected.shape
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.fixture
+def world(comfyui, tmp_path, monkeypatch):
+    """ComfyUI's folders in a folder of this test's own, and the modules under test."""
+    folder_paths, loading = importlib.import_module("folder_paths"), module("nodes.comfy_internals.loading")
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
+        **folder_paths.folder_names_and_paths,
+        "checkpoints": ([str(tmp_path / "models" / "checkpoints")], {".safetensors"}),
+        "loras": ([str(tmp_path / "models" / "loras")], {".safetensors"}),
+    })
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
+    loading.register_domain_unet_folder()
+    for kind in ("input", "output", "temp"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return SimpleNamespace(
+        tmp=tmp_path, folder_paths=folder_paths, loading=loading, nodes=module("nodes.training"),
+        internals=module("nodes.comfy_internals.training"),
+    )
+
+
+@pytest.fixture
+def train(world):
+    """Runs the node on the mini world: a few steps, few images, no previews unless asked."""
+
+    def run(**inputs):
+        options = {"cache": str(world.tmp / "cache"), "held_out_share": 0.0, "validate_every": 0, "warmup": 0,
+                   **inputs.pop("options", {})}  # fmt: skip
+        values = {
+            "name": "made", "checkpoint": "mini_world", "image_folder": "", "form": "cached", "steps": 3,
+            "batch_size": 2, "learning_rate": 1e-3, "resolution": 64, "sample_every": 0, "seed": 0, "resume": "auto",
+            "isolated": False, "options": options, **inputs,
+        }
+        with torch.inference_mode():
+            lists = {name: value if name == "images" else [value] for name, value in values.items() if value is not None}
+            out = world.nodes.TrainDomainUNet.execute(**lists)
+        model, samples, loss, path = out.result
+        return SimpleNamespace(model=model, samples=samples, loss=loss, path=path, ui=out.ui)
+
+    return run
+
+
+@pytest.fixture
+def pictures():
+    """Six coloured pictures as an IMAGE batch, made under inference mode as ComfyUI's nodes make them."""
+    with torch.inference_mode():
+        return torch.rand(6, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+
+
+def weights_of(path) -> dict[str, torch.Tensor]:
+    return module("guidance.files").read_domain_file(path)[0]
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+# ---- the export -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(comfyui):
+    """A CLIP of the tiny priors' text width, with random weights."""
+    text, mini_world = module("guidance.networks.text_encoder"), module("nodes.comfy_internals.mini_world")
+    config = text.TextEncoderConfig(width=CONTEXT, layers=2, heads=4, mlp_width=48)
+    torch.manual_seed(4)
+    weights = {key: value + 0.3 * torch.randn_like(value) for key, value in text.TextEncoder(config).state_dict().items()}
+    table = "text_model.embeddings.token_embedding.weight"
+    weights[table] = weights[table][:2]
+    return mini_world.build_clip(weights, {"config": json.dumps(config.to_dict()), "token_ids": "[49406]"})
+
+
+@pytest.fixture(scope="module")
+def mini(comfyui):
+    """(MODEL, CLIP, VAE) of the mini world, loaded under inference mode."""
+    with torch.inference_mode():
+        return module("nodes.comfy_internals.loading").load_mini_world()
+
+
+@torch.inference_mode()
+def core_eps(comfyui, model, x, context):
+    comfyui.model_management.load_models_gpu([model])
+    x0 = model.model.apply_model(x, SIGMAS, c_crossattn=context, transformer_options={})
+    return (x - x0) / SIGMAS[:, None, None, None]
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_an_exported_model_predicts_what_core_predicts(comfyui, tiny, clip, mini, world, lora):
+    prior = tiny.lora(tiny.prior(), seed=8, contains="attn") if lora else tiny.prior()
+    with torch.inference_mode(), world.loading.ordinary_tensors():
+        exported = world.internals.export_base(prior, clip, mini[2], ["a cat", "a cat", ""])
+    assert list(exported.prompts) == ["a cat"]
+    base = exported.open()
+    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 4
+    t = base.schedule.timestep(SIGMAS, nearest=True)
+    scaled = x / (SIGMAS.square() + 1).sqrt()[:, None, None, None]
+    for prompt in ("", "a cat"):
+        context = base.encode_text([prompt]).context.expand(2, -1, -1)
+        with torch.no_grad():
+            ours = base.load_prior()(scaled, t, context=context)
+        with torch.inference_mode():
+            expected = clip.encode_from_tokens(clip.tokenize(prompt)).expand(2, -1, -1)
+        assert error(ours, core_eps(comfyui, prior, x, expected)) < 2e-5
+
+
+def test_exported_weights_can_be_trained(tiny, clip, mini, world):
+    with torch.inference_mode():
+        inside = tiny.prior()
+        with world.loading.ordinary_tensors():
+            base = world.internals.export_base(inside, clip, mini[2], []).open()
+    unet = base.load_prior().requires_grad_(True)
+    unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), context=base.null_context.tensor).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in unet.parameters())
+
+
+def test_exported_vae_encodes_as_cores(mini, world):
+    prior, clip, vae = mini
+    with torch.inference_mode(), world.loading.ordinary_tensors():
+        base = world.internals.export_base(prior, clip, vae, []).open()
+    images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = vae.encode(images)
+    mean, _ = base.encode(images.permute(0, 3, 1, 2) * 2 - 1)
+    assert error(mean, expected * base.latent_scale) < 1e-4
+    # The same autoencoder as the mini world's own file: cached latents are shared with runs from there.
+    own = module("training.base").open_mini_world()
+    assert base.latent_scale == own.latent_scale and base.autoencoder.config == own.autoencoder.config
+
+
+def test_prediction_and_patches_are_the_models(tiny, clip, mini, world):
+    prior = tiny.prior(prediction="V_PREDICTION", zero_snr=True)
+    with world.loading.ordinary_tensors():
+        base = world.internals.export_base(prior, clip, mini[2], []).open()
+    assert (base.prediction_type, base.zero_snr, base.latent_format) == ("v_prediction", True, "sd15")
+
+
+def test_a_vae_of_another_kind_is_refused(tiny, clip, world):
+    with pytest.raises(ValueError, match="Train Domain UNet: expected the VAE.*found no VAE"):
+        world.internals.export_base(tiny.prior(), clip, SimpleNamespace(first_stage_model=None), [])
+    other = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1))
+    with pytest.raises(ValueError, match="expected the VAE.*found Linear"):
+        world.internals.export_base(tiny.prior(), clip, other, [])
+
+
+def test_errors_of_the_export_name_this_node(tiny, clip, mini, world):
+    domain = tiny.cached_domain(tiny.prior(), torch.randn(1, 77, CONTEXT))
+    with pytest.raises(ValueError, match="Train Domain UNet: expected a model that takes text"):
+        world.internals.export_base(domain, clip, mini[2], [])
+
+
+# ---- inputs -----------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_configuration_has_one_place(world):
+    from indomain_guidance.training.config import TrainConfig
+
+    main = {entry.id: entry for entry in world.nodes.TrainDomainUNet.define_schema().inputs}
+    options = {entry.id: entry for entry in world.nodes.DomainTrainingOptions.define_schema().inputs}
+    fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
+    places = [*world.nodes.ON_THE_NODE, *options, *world.nodes.DECIDED_HERE]
+    assert sorted(places) == sorted(fields) and set(world.nodes.ON_THE_NODE) <= set(main)
+    for name, entry in [*options.items(), *((name, main[name]) for name in world.nodes.ON_THE_NODE)]:
+        default = fields[name].default
+        assert name == "name" or entry.default == ("" if default == () else default), name
+        assert fields[name].metadata["help"][1:] in entry.tooltip
+
+
+def test_default_options_are_the_trainers_own(world):
+    from indomain_guidance.training.config import TrainConfig
+
+    schema = world.nodes.DomainTrainingOptions.define_schema()
+    (options,) = world.nodes.DomainTrainingOptions.execute(**{entry.id: entry.default for entry in schema.inputs}).result
+    assert TrainConfig(base="mini_world", **options) == TrainConfig(base="mini_world")
+    (options,) = world.nodes.DomainTrainingOptions.execute(sample_prompts=" a cat \n\n a dog").result
+    assert options == {"sample_prompts": ("a cat", "a dog")}
+
+
+def test_images_become_files_that_say_the_same(world, tmp_path):
+    batch = torch.rand(3, 8, 12, 3)
+    folder = world.internals.write_images([batch, batch[:1], torch.rand(1, 8, 8, 4)], tmp_path)
+    files = sorted(folder.glob("*.png"))
+    assert len(files) == 4  # one of them twice
+    stored = [np.asarray(Image.open(file)) for file in files]
+    expected = [(image * 255).round().to(torch.uint8).numpy() for image in batch]
+    assert all(any(np.array_equal(image, other) for other in stored) for image in expected)
+    assert sorted(image.shape for image in stored) == [(8, 8, 4), (8, 12, 3), (8, 12, 3), (8, 12, 3)]
+    assert world.internals.write_images([batch, batch[:1]], tmp_path) != folder
+    with pytest.raises(ValueError, match="finite"):
+        world.internals.write_images([torch.full((1, 4, 4, 3), float("nan"))], tmp_path)
+
+
+def test_folders_are_found_in_the_input_folder_or_anywhere(world):
+    (world.tmp / "input" / "faces").mkdir()
+    (world.tmp / "elsewhere").mkdir()
+    paths = world.internals.resolve_data(f' faces ;"{world.tmp / "elsewhere"}"')
+    assert paths == (str(world.tmp / "input" / "faces"), str(world.tmp / "elsewhere"))
+    with pytest.raises(ValueError, match="nothing at .*nowhere"):
+        world.internals.resolve_data("nowhere")
+
+
+def test_the_cache_of_node_outputs_notices_new_images(world):
+    folder = world.tmp / "input" / "faces"
+    folder.mkdir()
+    fingerprint = world.nodes.TrainDomainUNet.fingerprint_inputs
+    Image.new("RGB", (8, 8)).save(folder / "one.png")
+    one = fingerprint(image_folder=["faces"], name=["x"])
+    Image.new("RGB", (9, 9)).save(folder / "one.png")
+    assert len({one, fingerprint(image_folder=["faces"]), fingerprint(image_folder=[""])}) == 3
+    assert fingerprint(image_folder=[None]) == fingerprint()
+
+
+def test_mini_world_images_are_files_and_a_batch(world):
+    folder, batch = world.nodes.MiniWorldImages.execute("handwriting", 5, 0).result
+    assert batch.shape == (5, 64, 64, 3) and 0 <= batch.min() and batch.max() <= 1
+    assert len(list((world.tmp / "input").glob("mini_world/*/*.png"))) == 5
+    assert world.internals.resolve_data(folder) == (folder,)
+
+
+# ---- training ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("form", ["cached", "constant"])
+def test_connected_prior_becomes_a_domain_model(comfyui, mini, train, pictures, world, form):
+    prior, clip, vae = mini
+    made = train(checkpoint="connected", model=prior, clip=clip, vae=vae, images=[pictures], form=form, sample_every=3,
+                 options={"sample_count": 2, "sample_steps": 2, "sample_prompts": ("a red seven",)})
+    assert made.path == str(world.tmp / "models" / "domain_unets" / "made.safetensors")
+    info = module("nodes.comfy_internals").domain_info(made.model)
+    assert (info.form, info.metadata.steps, info.metadata.latent_format) == (form, 3, "mini_world")
+    prior_weights = prior.model.diffusion_model.state_dict()
+    assert info.metadata.prior_hash == module("guidance.files").prior_content_hash(prior_weights)
+    assert made.samples.ndim == 4 and made.samples.shape[-1] == 3 and made.samples.std() > 0.01
+    assert made.loss.ndim == 4 and len(made.ui["images"]) == 2 and made.ui["text"] == (made.path,)
+    # Trained: not what the untrained form of the same prior says.
+    start = train(checkpoint="mini_world", images=[pictures], form=form, name="start", steps=1, learning_rate=0.0)
+    changed = [k for k, v in weights_of(made.path).items() if not torch.equal(v, weights_of(start.path)[k])]
+    assert len(changed) > 50
+
+
+def test_the_same_run_from_inputs_and_from_the_name_is_the_same(mini, train, pictures):
+    prior, clip, vae = mini
+    by_name = train(images=[pictures], name="by_name")
+    connected = train(images=[pictures], name="connected", checkpoint="connected", model=prior, clip=clip, vae=vae)
+    for key, weight in weights_of(by_name.path).items():
+        assert error(weights_of(connected.path)[key], weight) < 1e-3 or weight.abs().max() < 1e-3
+
+
+def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, pictures, world, monkeypatch):
+    whole = train(images=[pictures], name="whole", steps=6)
+    seen = []
+
+    def interrupt(bar, value, total=None, preview=None):
+        seen.append(value)
+        if total == 6 and value == 2:
+            comfyui.model_management.interrupt_current_processing()
+        # What ComfyUI's own hook does on every update.
+        comfyui.model_management.throw_exception_if_processing_interrupted()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+        with pytest.raises(comfyui.model_management.InterruptProcessingException):
+            train(images=[pictures], name="parts", steps=6)
+    assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
+    events = module("training.events").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
+    assert [event.step for event in events if type(event).__name__ == "Stopped"] == [seen[-1]]
+    assert not (world.tmp / "models" / "domain_unets" / "parts.safetensors").exists()
+    parts = train(images=[pictures], name="parts", steps=6, resume="continue")
+    assert same_bits(weights_of(parts.path), weights_of(whole.path))
+
+
+def test_samples_are_skipped_downstream_when_there_are_none(comfyui, train, pictures):
+    made = train(images=[pictures])
+    assert type(made.samples).__name__ == "ExecutionBlocker"
+    assert isinstance(made.loss, torch.Tensor)
+
+
+def test_the_prior_stays_as_it_was(comfyui, mini, train, pictures):
+    prior, clip, vae = mini
+    before = {key: value.clone() for key, value in prior.model.diffusion_model.state_dict().items()}
+    train(checkpoint="connected", model=prior, clip=clip, vae=vae, images=[pictures], learning_rate=1e-2)
+    assert same_bits(before, prior.model.diffusion_model.state_dict())
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_what_is_missing_or_too_much_is_named(mini, train, pictures, world):
+    for inputs, words in (
+        ({"images": None}, "expected images to train on, found none"),
+        ({"images": [pictures], "image_folder": str(world.tmp)}, "found both"),
+        ({"images": [pictures], "checkpoint": "connected"}, "found no model, no clip, no vae"),
+        ({"images": [pictures], "checkpoint": "connected", "model": mini[0], "clip": mini[1]}, "found no vae"),
+        ({"images": [pictures], "model": mini[0]}, "found both .'mini_world' and model"),
+        ({"images": [pictures], "checkpoint": "absent.safetensors"}, "checkpoint named 'absent.safetensors'"),
+        ({"images": [pictures], "checkpoint": "../../etc/passwd"}, "checkpoint named"),
+        ({"images": [pictures], "resume": "perhaps"}, "resume to be one of auto, continue, new"),
+        ({"images": [pictures], "name": "../outside"}, "plain file name"),
+        ({"images": [pictures], "resolution": 65}, "multiple of 8"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train(**inputs)
+    assert not list(world.tmp.rglob("outside*"))
+
+
+def test_another_runs_model_is_not_replaced(train, pictures, world):
+    first = train(images=[pictures])
+    kept = open(first.path, "rb").read()
+    (world.tmp / "output" / "domain_training" / "made").rename(world.tmp / "moved")
+    with pytest.raises(ValueError, match="made.safetensors.*another name"):
+        train(images=[pictures])
+    assert open(first.path, "rb").read() == kept
+
+
+def test_running_out_of_memory_is_one_sentence(train, pictures, monkeypatch):
+    learner = module("training.learner")
+
+    def step(*args, **kwargs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(learner, "sample_losses", step)
+    with pytest.raises(ValueError, match="out of memory with batch size 2 at 64 px.*smaller batch"):
+        train(images=[pictures])
