@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from .config import TrainConfig
 from .events import Caching, Event, Started, Step, Stopped, Warned, describe
 
 if TYPE_CHECKING:
@@ -23,13 +26,15 @@ class Console:
     """A listener of a run, for one terminal; call it with each event, and `result` at the end.
 
     as_json: events and the result as JSON lines on standard output, else the finished file's path alone. quiet: only
-    warnings on standard error. Of several processes only the first speaks. A terminal that has gone away ends no run.
+    warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the first speaks. A terminal that has gone away ends no run.
     """
 
-    def __init__(self, as_json: bool = False, quiet: bool = False, errors: TextIO | None = None) -> None:
+    def __init__(
+        self, as_json: bool = False, quiet: bool = False, dry_run: bool = False, errors: TextIO | None = None
+    ) -> None:
         self._errors = sys.stderr if errors is None else errors
         self._speaks = int(os.environ.get("RANK", "0")) == 0
-        self._as_json, self._quiet = as_json, quiet
+        self._as_json, self._quiet, self._dry_run = as_json, quiet, dry_run
         self._moving = not quiet and self._errors.isatty()
         self._width = 0
         self._told = time.monotonic()
@@ -43,9 +48,17 @@ class Console:
             done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
             self._progress(describe(event), done >= total)
         elif isinstance(event, Started):
-            self._say(f"{_settings(event.config)}\n{describe(event)}")
+            self._started(event)
         else:
             self._say(describe(event), always=isinstance(event, (Warned, Stopped)))
+
+    def _started(self, event: Started) -> None:
+        if self._dry_run and not self._as_json:
+            self._out(f"{_settings(event.config)}\n\n{describe(event)}")
+        else:
+            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(TrainConfig)}
+            chosen = {name: value for name, value in event.config.items() if value != defaults[name]}
+            self._say(f"{_settings(chosen)}\n(the other settings are the defaults)\n{describe(event)}")
 
     def warn(self, text: str) -> None:
         """Something the user should know."""
@@ -71,8 +84,8 @@ class Console:
             self._out(json.dumps({"event": "result", **vars(result)}, default=str))
         elif result.path is not None:
             self._out(str(result.path))
-        elif result.status == "stopped":
-            self._say(f"go on with: indomain resume {result.run}", always=True)
+        if result.status == "stopped":
+            self._say(f"go on with: indomain resume {shlex.quote(str(result.run))}", always=True)
 
     def _out(self, line: str) -> None:
         print(line, flush=True)
@@ -105,9 +118,13 @@ class Console:
 
 
 def _settings(config: Mapping[str, Any]) -> str:
-    """The resolved configuration, a line a field."""
-    width = max(map(len, config))
+    """Settings, a line a field."""
+    width = max(map(len, config), default=0)
     return "\n".join(f"{name:<{width}}  {_shown(value)}" for name, value in config.items())
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _shown(value: Any) -> str:

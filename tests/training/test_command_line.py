@@ -1,0 +1,258 @@
+"""The command line in this process: options, help, files, exit statuses. Whole runs are in test_command_line_runs.py."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from indomain_guidance.guidance.files import read_domain_file
+from indomain_guidance.training import command_line
+from indomain_guidance.training.config import TrainConfig, field_kinds
+from indomain_guidance.training.mini_world.assets import domain_unets_dir
+from PIL import Image
+
+SHIPPED = domain_unets_dir() / "mini-handwriting.safetensors"
+
+
+def run(*arguments: object) -> tuple[int, str, str]:
+    """(exit status, standard output, standard error) of one command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            status = command_line.main([str(part) for part in arguments])
+        except SystemExit as ending:
+            status = ending.code
+    return status, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What `train` is asked for, without training: the last call's configuration and keywords."""
+    calls = []
+
+    def train(config, **keywords):
+        from indomain_guidance.training.train import Result
+
+        calls.append((config, keywords))
+        return Result("dry_run", 0, None, config.run_folder)
+
+    monkeypatch.setattr("indomain_guidance.training.train.train", train)
+    return calls
+
+
+# ------------------------------------------------------------------------------------------------------------- options
+
+
+def other_value(one: dataclasses.Field):
+    """A valid value of a field that is not its default."""
+    kind, about = field_kinds()[one.name], one.metadata
+    if "choices" in about:
+        return next(choice for choice in about["choices"] if choice != one.default)
+    if kind is bool:
+        return not one.default
+    if kind in (int, float):
+        return kind(about["min"] + 64) if one.default != about["min"] + 64 and about["min"] + 64 <= about["max"] else (
+            about["min"] if one.default != about["min"] else about["max"])
+    return ("one", "two words") if kind is tuple else {"device": "cpu"}.get(one.name, "other")
+
+
+def as_options(values: dict) -> list[str]:
+    options = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if isinstance(value, bool):
+            options.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            options += [flag, *value] if isinstance(value, tuple) else [flag, str(value)]
+    return options
+
+
+def test_every_field_of_the_configuration_is_an_option(started):
+    values = {one.name: other_value(one) for one in dataclasses.fields(TrainConfig)}
+    values |= {"form": "full", "resolution": 128, "bucket_step": 8}  # combinations that make sense
+    wanted = TrainConfig(**values)
+    assert all(getattr(wanted, one.name) != one.default for one in dataclasses.fields(TrainConfig))
+    status, _, err = run("train", *as_options(values))
+    assert status == 0, err
+    found = started[0][0]
+    for one in dataclasses.fields(TrainConfig):
+        if one.metadata["path"]:
+            value = getattr(found, one.name)
+            paths = value if isinstance(value, tuple) else (value,)
+            assert all(Path(path).is_absolute() for path in paths), one.name
+        else:
+            assert getattr(found, one.name) == getattr(wanted, one.name), one.name
+
+
+def test_options_that_are_not_given_keep_the_defaults(started):
+    assert run("train", "-b", "mini_world", "-d", "x")[0] == 0
+    config, keywords = started[0]
+    assert config.base == "mini_world" and keywords["resume"] == "auto" and keywords["dry_run"] is False
+    changed = [
+        one.name for one in dataclasses.fields(config)
+        if not one.metadata["path"] and getattr(config, one.name) != one.default
+    ]  # fmt: skip
+    assert changed == [] and config.output == str(Path("runs/domain").absolute())
+
+
+def test_file_and_options_together_and_options_come_first(started, tmp_path):
+    settings = tmp_path / "run.json"
+    settings.write_text(json.dumps({"base": "mini_world", "data": ["a"], "steps": 7, "flip": True}), encoding="utf-8")
+    assert run("train", "--config", settings, "--steps", "9", "--no-flip", "--dry-run", "--resume")[0] == 0
+    config, keywords = started[0]
+    assert (config.steps, config.flip, config.data) == (9, False, (str(Path("a").absolute()),))
+    assert keywords["dry_run"] is True and keywords["resume"] is True
+
+
+def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_path):
+    moved = tmp_path / "moved"
+    moved.mkdir()
+    TrainConfig("mini_world", ("/images",), "porcelain", output="/elsewhere", steps=5).write_json(moved / "config.json")
+    assert run("resume", moved, "--steps", "8")[0] == 0
+    config, keywords = started[0]
+    assert (config.name, config.output, config.steps) == ("porcelain", str(moved), 8) and keywords["resume"] is True
+    status, _, err = run("resume", moved, "--learning-rate", "1")  # would change what is learned
+    assert status == 2 and "--learning-rate" in err
+    status, _, err = run("resume", tmp_path)
+    assert status == 2 and "config.json" in err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["train", "-d", "x"], ["--base"]),
+        (["train", "-b", "mini_world"], ["--data"]),
+        (["train", "-b", "mini_world", "-d", "x", "--lerning-rate", "1"], ["--lerning-rate", "--learning-rate"]),
+        (["train", "-b", "mini_world", "-d", "x", "--batch_size", "1"], ["--batch-size"]),
+        (["train", "-b", "mini_world", "-d", "x", "--batch-size", "0"], ["batch_size", "0"]),
+        (["train", "-b", "mini_world", "-d", "x", "--steps", "many"], ["--steps", "many"]),
+        (["train", "-b", "mini_world", "-d", "x", "--form", "cashed"], ["cashed", "cached"]),
+        (["train", "--config", "missing.toml"], ["missing.toml"]),
+        (["train", "-b", "mini_world", "-d", "x", "--device", "toaster"], ["toaster"]),
+        (["sample", str(SHIPPED), "--count", "0"], ["count"]),
+        (["trian"], ["trian"]),
+        ([], ["COMMAND"]),
+    ],
+)
+def test_wrong_usage_is_status_2_and_one_sentence(arguments, words):
+    status, out, err = run(*arguments)
+    assert status == 2 and out == ""
+    assert all(word in err for word in words), err
+    assert "Traceback" not in err
+
+
+def test_unknown_field_in_a_file_is_named_with_the_nearest(tmp_path):
+    settings = tmp_path / "run.toml"
+    settings.write_text('base = "mini_world"\ndata = ["x"]\nbatchsize = 3\n', encoding="utf-8")
+    status, _, err = run("train", "--config", settings)
+    assert status == 2 and "batchsize" in err and "batch_size" in err and "run.toml" in err
+
+
+def test_help_tells_every_field_its_default_and_the_exit_statuses():
+    status, text, _ = run("train", "--help")
+    assert status == 0
+    flat = re.sub(r"\s+", "", text)  # lines also end after hyphens
+    for one in dataclasses.fields(TrainConfig):
+        assert f"--{one.name.replace('_', '-')}" in text, one.name
+        assert re.sub(r"\s+", "", one.metadata["help"]) in flat, one.name
+    assert "default2000" in flat and "130" in flat and "143" in flat
+    status, text, _ = run("--help")
+    assert status == 0
+    for command in ("train", "resume", "check-data", "convert", "inspect", "sample", "mini-data"):
+        assert re.search(rf"\n +{command}\s", text)
+        assert run(command, "--help")[0] == 0
+
+
+# --------------------------------------------------------------------------------------------------- data and files
+
+
+def test_check_data_reports_and_its_status_says_whether_all_is_well(tmp_path):
+    folder = tmp_path / "images"
+    status, out, _ = run("mini-data", folder, "--count", 6, "--json")
+    assert status == 0 and json.loads(out) == {"folder": str(folder), "count": 6}
+    status, out, _ = run("check-data", folder, "--resolution", 64, "--json")
+    report = json.loads(out)
+    assert status == 0 and (report["total"], report["ok"], report["bad"]) == (6, 6, 0)
+    (folder / "torn.png").write_bytes((folder / "handwriting-0000.png").read_bytes()[:-40])
+    status, out, _ = run("check-data", folder, "--resolution", 64)
+    assert status == 1 and "torn.png" in out and "6 can be used, 1 cannot" in out
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert run("check-data", empty)[0] == 1
+    status, _, err = run("check-data", tmp_path / "missing")
+    assert status == 1 and "missing" in err
+
+
+def test_inspect_tells_what_the_file_says(tmp_path):
+    status, out, _ = run("inspect", SHIPPED, "--json")
+    about = json.loads(out)
+    assert status == 0 and about["kind"] == "domain model" and about["form"] == "cached" and about["steps"] == 700
+    assert about["file"]["parameters"] == sum(tensor.numel() for tensor in read_domain_file(SHIPPED)[0].values())
+    status, out, _ = run("inspect", SHIPPED)
+    assert status == 0 and "mini-handwriting" in out and "700" in out
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(SHIPPED.read_bytes()[:1000])
+    status, out, err = run("inspect", broken)
+    assert status == 1 and out == "" and "broken.safetensors" in err and "Traceback" not in err
+
+
+def test_convert_changes_numbers_and_never_overwrites_unasked(tmp_path):
+    target = tmp_path / "wide.safetensors"
+    status, out, err = run("convert", SHIPPED, target, "--file-dtype", "fp32")
+    assert status == 0 and out.strip() == str(target), err
+    wide, narrow = read_domain_file(target)[0], read_domain_file(SHIPPED)[0]
+    assert all(wide[key].dtype is torch.float32 and torch.equal(wide[key], narrow[key].float()) for key in narrow)
+    before = target.read_bytes()
+    status, _, err = run("convert", SHIPPED, target)
+    assert status == 1 and "--overwrite" in err and target.read_bytes() == before
+    status, out, _ = run("convert", "mini_world", target, "--form", "cached", "--overwrite", "--json")
+    about = json.loads(out)
+    assert status == 0 and about["form"] == "cached" and about["trained"] is False
+    status, _, err = run("convert", SHIPPED, target, "--form", "constant", "--overwrite")
+    assert status == 1 and "constant" in err
+
+
+# ----------------------------------------------------------------------------------------------------------- pictures
+
+
+def test_sample_saves_pictures_that_say_how_they_were_made(tmp_path):
+    options = ["--steps", 4, "--count", 2, "--prompt", "a red seven", "--prompt", "", "--output", tmp_path / "out"]
+    status, out, err = run("sample", "mini-handwriting", *options, "--seed", 3, "--json")
+    assert status == 0, err
+    described = [json.loads(line) for line in out.splitlines()]
+    assert [(one["prompt"], one["seed"]) for one in described] == [("a red seven", 3), ("a red seven", 4), ("", 3), ("", 4)]
+    assert [Path(one["path"]).name for one in described][0] == "01-a-red-seven-3.png"
+    assert described[0]["samples_per_step"] == 3 and described[2]["samples_per_step"] == 2
+    for one in described:
+        with Image.open(one["path"]) as image:
+            assert image.size == (64, 64)
+            assert json.loads(image.text["indomain"]) == {key: value for key, value in one.items() if key != "path"}
+    # The second picture alone is the same one.
+    status, out, _ = run("sample", SHIPPED, *options[:2], "--count", 1, "--seed", 4, "--prompt", "a red seven",
+                         "--output", tmp_path / "alone")  # fmt: skip
+    assert status == 0
+    with Image.open(out.strip()) as one, Image.open(described[1]["path"]) as other:
+        difference = [abs(a - b) for a, b in zip(one.tobytes(), other.tobytes())]
+    assert max(difference) <= 2  # rounding of another batch size
+
+
+def test_sample_needs_the_right_base(tmp_path):
+    status, _, err = run("sample", tmp_path / "missing.safetensors")
+    assert status == 1 and "missing.safetensors" in err
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    status, _, err = run("sample", run_folder)
+    assert status == 1 and "config.json" in err
+    TrainConfig("mini_world", name="mine").write_json(run_folder / "config.json")
+    status, _, err = run("sample", run_folder)
+    assert status == 1 and "indomain resume" in err
+    shutil.copy(SHIPPED, run_folder / "mine.safetensors")
+    status, out, err = run("sample", run_folder, "--steps", 1, "--count", 1, "--output", tmp_path / "pictures")
+    assert status == 0 and Path(out.strip()).is_file(), err
