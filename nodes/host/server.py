@@ -62,7 +62,7 @@ def unlink_folder(link: Path) -> None:
     """Remove a link made by `link_folder`, and never what it points at."""
     if link.is_symlink():
         link.unlink()
-    elif os.name == "nt" and link.exists():
+    elif os.name == "nt" and os.path.lexists(link):  # a junction to a folder that is gone does not "exist"
         os.rmdir(link)  # a junction goes, a real folder with content stays and raises
 
 
