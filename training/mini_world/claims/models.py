@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-
 from torch import Tensor
 
 from ....guidance.diffusion import Denoiser

@@ -41,7 +41,7 @@ def draw_panels(panels: Sequence[Panel], columns: int = 2, width_px: int = 640, 
     if not panels:
         raise ValueError("expected at least one point to plot, found none; measure some first")
     labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series if series.points))
-    style = {label: (COLOURS[i % len(COLOURS)], SHAPES[i % len(SHAPES)]) for i, label in enumerate(labels)}
+    style = {label: (COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]) for i, label in enumerate(labels)}
     columns = min(columns, len(panels))
     rows, line_px = -(-len(panels) // columns), 22
     per_row = max(1, columns * width_px // 310)
@@ -95,6 +95,7 @@ def _draw_panel(canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]]
                 height: int) -> None:
     x0, x1, y0, y1 = left + 70, left + width - 20, top + 40, top + height - 56
     values = [max(x, 1e-3) for series in panel.series for x, _ in series.points]
+    values += [max(x, 1e-3) for series in panel.series for ends, _ in series.intervals for x in ends]
     low, high = math.log10(min(values)) - 0.08, math.log10(max(values)) + 0.08
 
     def place(x: float, y: float) -> tuple[float, float]:
@@ -110,9 +111,8 @@ def _draw_panel(canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]]
         canvas.line([(x, y0), (x, y1)], "#e4e4e4")
         canvas.text(x, y1 + 8, f"{tick:g}", 12, "ma")
     canvas.line([(x0, y0), (x0, y1), (x1, y1)], "#444444", 1.2)
-    canvas.text((x0 + x1) / 2, top + 12, panel.title, 15, "ma")
+    canvas.text(x0, top + 6, f"{panel.title}: {panel.y_label}", 15, "la")
     canvas.text((x0 + x1) / 2, y1 + 28, panel.x_label, 13, "ma")
-    canvas.text(left + 14, top + 22, panel.y_label, 13, "la")
     for series in panel.series:
         colour, shape = style.get(series.label, (COLOURS[0], SHAPES[0]))
         for (x, y), ((x_low, x_high), (y_low, y_high)) in zip(series.points, series.intervals):
@@ -127,6 +127,11 @@ def _draw_panel(canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers between low and high, both above 0: 1, 2 and 5 times powers of ten."""
+    """Round numbers between low and high, both above 0: 1, 2 and 5 times powers of ten, more where that is few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    return [step * 10.0**power for power in range(first, last + 1) for step in (1, 2, 5) if low <= step * 10.0**power <= high]
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(i / 10 for i in range(10, 100))):
+        ticks = [step * 10.0**power for power in range(first, last + 1) for step in steps]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) >= 3:
+            break
+    return ticks

@@ -52,13 +52,15 @@ class Verdict:
 
 
 def decide(values: Tensor, target: float, better: str) -> tuple[float, float, float, str]:
-    """(value, low, high, outcome) of one number with its replicates [1 + R], the value first."""
+    """(value, low, high, outcome) of one number with its replicates [1 + R], the value first.
+
+    An interval that ends exactly at the target, as that of a method compared with itself, leaves it undecided.
+    """
     value, (low, high) = float(values[0]), interval(values[1:])
-    if better == "lower":
-        outcome = "confirmed" if high <= target else "refuted" if low > target else "undecided"
-    else:
-        outcome = "confirmed" if low >= target else "refuted" if high < target else "undecided"
-    return value, low, high, outcome
+    below, above = high < target, low > target
+    if better == "higher":
+        below, above = above, below
+    return value, low, high, "confirmed" if below else "refuted" if above else "undecided"
 
 
 class Evidence:

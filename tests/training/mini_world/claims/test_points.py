@@ -1,0 +1,149 @@
+"""Points are measured once: found again by what decides them, whole or not at all, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from indomain_guidance.training import bootstrap
+from indomain_guidance.training.metrics import frechet_distance
+from indomain_guidance.training.mini_world import assets, measure, render
+from indomain_guidance.training.mini_world.classifier import judge
+from indomain_guidance.training.mini_world.claims import command_line, points, sweep
+from indomain_guidance.training.mini_world.claims.models import ModelSpec, Models
+from indomain_guidance.training.mini_world.claims.points import Bench, Point, Sampling
+from indomain_guidance.training.mini_world.claims.questions import QUESTIONS, Examiner
+from indomain_guidance.training.mini_world.claims.statistics import TargetSet
+
+TINY = Sampling(20, steps=2, replicates=20, targets=40)
+PRIOR = Point.of("handwriting", "prior", scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return assets.load_mini_world()
+
+
+@pytest.fixture(scope="module")
+def judge_model():
+    return assets.load_classifier()
+
+
+@pytest.fixture
+def make_bench(world, judge_model, tmp_path):
+    def make(sampling: Sampling = TINY) -> Bench:
+        return Bench(tmp_path / "points", Models(tmp_path / "models", world), world, judge_model, sampling)
+
+    return make
+
+
+def refuse_to_sample(monkeypatch):
+    def sample(*arguments, **options):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(points.measure, "sample_prompts", sample)
+
+
+def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, monkeypatch):
+    first = make_bench().measure(PRIOR)
+    assert first.numbers["samples_per_step"] == 2.0
+    assert first.draws["distance"].shape == (20,) and first.column("digit").shape == (21,)
+    low, high = first.intervals["distance"]
+    assert low < first.numbers["distance"] < high < 400
+    refuse_to_sample(monkeypatch)
+    again = make_bench().measure(PRIOR)
+    assert again.numbers == first.numbers and again.intervals == first.intervals
+    assert all(torch.equal(again.draws[name], first.draws[name]) for name in first.draws)
+    assert list(make_bench().folder.iterdir()) == [make_bench().folder / f"{make_bench().key(PRIOR)}.json"]
+
+
+def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
+    bench = make_bench()
+    keys = [bench.key(PRIOR), bench.key(Point.of("handwriting", "prior", scale=2.5)), bench.key(Point.of("narrow", "prior", scale=2.0)),
+            bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
+            bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0))]
+    for change in ({"samples": 21}, {"steps": 3}, {"seed": 1}, {"replicates": 21}, {"targets": 41}, {"sampler": "euler"}):
+        keys.append(make_bench(replace(TINY, **change)).key(PRIOR))
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"numbers": {}}'])
+def test_a_damaged_file_counts_as_not_there(make_bench, damage):
+    bench = make_bench()
+    bench.folder.mkdir(parents=True)
+    (bench.folder / f"{bench.key(PRIOR)}.json").write_text(damage)
+    assert bench.find(PRIOR) is None
+
+
+def test_a_point_of_a_model_that_does_not_exist_is_not_found_and_trains_nothing(make_bench, tmp_path):
+    point = Point.of("handwriting", "multi_guidance", ModelSpec("domain", "handwriting", 5), w_d=1.0, w_c=2.0)
+    assert make_bench().find(point) is None and not (tmp_path / "models").exists()
+
+
+def test_the_measures_are_those_of_the_mini_world(world, judge_model):
+    question = QUESTIONS["handwriting_foreign"]
+    examiner, prompts = Examiner(question, judge_model, target_size=200), question.prompts(60, 0)
+    pictures = measure.target_pictures(prompts.digits, prompts.pairs, render.TRAIN_ROWS).images
+    measured, numbers = points.examine(examiner, pictures, prompts, Sampling(60, replicates=50))
+    expected = measure.score(judge_model, pictures, prompts, examiner.features)
+    assert numbers["distance_uncorrected"] == pytest.approx(expected.distance, rel=1e-6)
+    for ours, theirs in (("kernel", "kernel"), ("digit", "digit"), ("ink", "ink"), ("both_colours", "both_colours"),
+                         ("in_domain", "in_domain"), ("diversity", "diversity")):
+        assert numbers[ours] == pytest.approx(getattr(expected, theirs), rel=1e-6), ours
+    # Training handwriting in the asked colours is nearly a right answer: few samples make it seem far, the correction less.
+    assert numbers["distance"] < 0.7 * numbers["distance_uncorrected"]
+    assert numbers["digit"] > 0.9 and numbers["both_colours"] == 1.0
+
+
+def test_targets_wear_the_asked_colours_and_floors_are_in_order(world, judge_model):
+    for question in QUESTIONS.values():
+        pairs, own = question.pairs.tolist(), render.domain_pairs(question.domain).tolist()
+        assert all(ink != ground for ink, ground in pairs)
+        assert (pairs == own) if question.own_colours else not any(pair in own for pair in pairs)
+    assert len(QUESTIONS["narrow_foreign"].pairs) == 43
+    floors = Examiner(QUESTIONS["narrow"], judge_model, target_size=120).floors(world.autoencoder)
+    assert floors["autoencoder_floor"] < floors["floor_uncorrected"] < 0.2 * floors["ceiling"]
+
+
+def test_the_target_set_gives_the_distance_of_the_metrics():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(100, 6, generator=generator) * 2 + 1, torch.randn(90, 6, generator=generator)
+    ones = torch.ones(1, 100, dtype=torch.float64)
+    assert float(TargetSet(b).distances(a, ones)[0]) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+
+
+def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, monkeypatch, capsys):
+    command = [sys.executable, bootstrap.__file__, "indomain_guidance.training.mini_world.claims", "idg", "--tiny", "--work", str(tmp_path)]
+    folder = tmp_path / "tiny" / "points"
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+    kept = sorted(folder.glob("*.json"))
+    assert kept and all(json.loads(path.read_text())["numbers"] for path in kept)
+    before = {path: path.stat().st_mtime_ns for path in kept}
+
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--limit", "1"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all({"name", "value", "unit", "target", "better", "samples", "seed"} <= line.keys() for line in lines)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert len([path for path in folder.glob("*.json") if not path.name.startswith("floors")]) == len(kept) + 1
+    report = tmp_path / "tiny" / "tiny"
+    assert "| (a) | handwriting |" in (report / "idg.md").read_text() and (report / "idg.png").stat().st_size > 1000
+    assert len((report / "idg.jsonl").read_text().splitlines()) >= len(lines) - 1
+
+    refuse_to_sample(monkeypatch)
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--report-only"]) == 0
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"]().points):]
+    assert sum(line.startswith("measured ") for line in listed) == len(kept) + 1
