@@ -61,8 +61,10 @@ def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
     if comfy.model_management.get_free_memory(torch.device("cpu")) < 1.5 * size + 2**30:
         return None
     _unload(patcher)
+    # The configuration is shared: nothing writes to it, and newer versions of core give it no way to be copied.
+    config = getattr(patcher.model, "model_config", None)
     try:
-        module = copy.deepcopy(patcher.model)
+        module = copy.deepcopy(patcher.model, {id(config): config})
     except (RuntimeError, TypeError, MemoryError) as problem:
         LOG.debug("Could not copy %s: %s", type(patcher.model).__name__, problem)
         return None

@@ -26,6 +26,8 @@ def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def extra(module: str, node: str):
+    # In ComfyUI 0.8 nodes_latent cannot be the first of the two to be imported.
+    importlib.import_module("comfy_extras.nodes_post_processing")
     return getattr(importlib.import_module(f"comfy_extras.{module}"), node)
 
 

@@ -178,6 +178,8 @@ def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, to
 
 def test_scaled_fp8_weights_are_multiplied_out(comfyui, tiny, clip, make):
     """Core's scaled fp8 layers keep weight / scale; the file must hold the product."""
+    if not hasattr(comfyui.ops, "scaled_fp8_ops"):
+        pytest.skip("this ComfyUI keeps scaled fp8 weights in tensors of their own kind")
     prior = tiny.prior()
     sampled = prior.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
     ops = comfyui.ops.scaled_fp8_ops(override_dtype=torch.float8_e4m3fn)
