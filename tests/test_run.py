@@ -281,6 +281,11 @@ def test_unknown_arguments_are_handed_on_in_order():
     assert options.rest == ["-k", "a and b", "tests/x.py", "-q"] and options.comfyui == "/c"
     assert run.parse(["bench", "sampling", "--quick"]).rest == ["sampling", "--quick"]
     assert run.parse(["demo", "--output", "o", "--", "--lowvram"]).flags == ["--lowvram"]
+    # These answer for themselves, --help included.
+    wanted = ["train", "--help", "--domain-weight", "-1.5", "-d", "a", "b", "--no-flip", "--name=x"]
+    options = run.parse(["indomain", "--comfyui", "/c", *wanted])
+    assert options.comfyui == "/c" and options.rest == wanted
+    assert run.parse(["claims", "idg", "-h"]).rest == ["idg", "-h"]
 
 
 def test_demo_refuses_an_option_it_does_not_know(capsys):

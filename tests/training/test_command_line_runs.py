@@ -24,9 +24,9 @@ def environ(**more: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **more}
 
 
-def start(*arguments: object, cwd: Path) -> subprocess.Popen:
-    command = [*INDOMAIN, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=cwd, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(*arguments: object, cwd: Path, command: list[str] = INDOMAIN) -> subprocess.Popen:
+    return subprocess.Popen([*command, *map(str, arguments)], cwd=cwd, env=environ(), stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True)  # fmt: skip
 
 
 def indomain(*arguments: object, cwd: Path, command: list[str] = INDOMAIN) -> tuple[int, str, str]:
@@ -66,9 +66,11 @@ def weights(content: bytes) -> bytes:
     return content[8 + int.from_bytes(content[:8], "little"):]
 
 
-def stop_at(step: int, number: int, *arguments: object, cwd: Path) -> tuple[int, list[dict], str]:
+def stop_at(
+    step: int, number: int, *arguments: object, cwd: Path, command: list[str] = INDOMAIN
+) -> tuple[int, list[dict], str]:
     """Start a command with --json, send a signal when `step` is reported; status, events, standard error."""
-    process = start(*arguments, "--json", cwd=cwd)
+    process = start(*arguments, "--json", cwd=cwd, command=command)
     events = []
     try:
         for line in process.stdout:
@@ -121,6 +123,16 @@ def test_second_ctrl_c_does_not_wait_and_what_was_saved_stays(place, uninterrupt
     status, out, err = indomain("resume", run, cwd=place)
     assert status == 0, err
     assert weights(Path(out.strip()).read_bytes()) == weights(uninterrupted)
+
+
+@posix
+@pytest.mark.comfy
+def test_run_py_passes_signals_and_statuses_on(place, comfyui_path):
+    own = ["--comfyui", comfyui_path, "--python", sys.executable]
+    command = [sys.executable, str(ROOT / "run.py"), "indomain", *map(str, own)]
+    found, events, err = stop_at(2, signal.SIGTERM, *training("through-run-py", 400), cwd=place, command=command)
+    assert found == 143 and events[-1]["status"] == "stopped", err
+    assert indomain("inspect", "missing", cwd=place, command=command)[0] == 1
 
 
 def test_dry_run_prints_everything_and_writes_nothing(place):
