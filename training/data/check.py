@@ -1,4 +1,4 @@
-"""What a trainer would find in a folder of images: a report that lists and counts, and never changes or deletes anything."""
+"""What a trainer would find in a folder of images: a report that lists and counts, and never changes anything."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """What is known about image files that were read before: content hash and size, so that a run need not read all again.
 
-As in git's index, an entry counts as long as path, length and time of change stay the same. It is a memory aid: lines of
-JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is read again.
+As in git's index, an entry counts as long as path, length and time of change stay the same. It is a memory aid: lines
+of JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is read
+again.
 """
 
 from __future__ import annotations

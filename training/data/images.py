@@ -88,8 +88,8 @@ def probe(data: bytes) -> ImageFacts:
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     """The picture in an image file's content, mode RGB.
 
-    at_least: (height, width) that will be needed after orientation; large JPEGs are then decoded at 1/2, 1/4 or 1/8, never
-    below twice that size, which saves most of the time. Raises BadImage for files that are damaged or too large.
+    at_least: (height, width) that will be needed after orientation; large JPEGs are then decoded at 1/2, 1/4 or 1/8,
+    never below twice that size, which saves most of the time. Raises BadImage for files that are damaged or too large.
     """
     with _named_faults(data), _strictly(), _opened(data) as image:
         orientation = _orientation(image, data)
@@ -133,9 +133,9 @@ def crop_to(
 ) -> Image.Image:
     """The part of a picture that one training sample sees: scaled to cover `size` (Lanczos, antialiased) and cut out.
 
-    original: (height, width) of the file's picture, of which `image` may be a smaller copy. crop: (top, left) in pixels of
-    the scaled picture, as SDXL counts them. flipped: mirror left and right afterwards. A picture of exactly `size` comes
-    back unchanged.
+    original: (height, width) of the file's picture, of which `image` may be a smaller copy. crop: (top, left) in pixels
+    of the scaled picture, as SDXL counts them. flipped: mirror left and right afterwards. A picture of exactly `size`
+    comes back unchanged.
     """
     (height, width), (top, left), scaled = size, crop, cover(original, size)
     down, right = image.height / scaled[0], image.width / scaled[1]
@@ -199,7 +199,8 @@ def _named_faults(data: bytes) -> Iterator[None]:
 def _opened(data: bytes) -> Iterator[Image.Image]:
     with Image.open(io.BytesIO(data)) as image:
         if image.width * image.height > MOST_PIXELS:
-            raise BadImage("too large", f"has {image.width} x {image.height} pixels, more than {MOST_PIXELS}; scale it down")
+            shape = f"{image.width} x {image.height}"
+            raise BadImage("too large", f"has {shape} pixels, more than {MOST_PIXELS}; scale it down")
         if image.width * image.height == 0:
             raise BadImage("corrupt", f"has no pixels ({image.width} x {image.height})")
         yield image
@@ -230,7 +231,8 @@ def _tiff_end(data: bytes) -> int:
     try:
         with Image.open(io.BytesIO(data)) as image:
             tags = image.tag_v2
-            starts, lengths = (tags.get(a) or tags.get(b) or () for a, b in ((STRIPS, TILES), (STRIP_BYTES, TILE_BYTES)))
+            starts = tags.get(STRIPS) or tags.get(TILES) or ()
+            lengths = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
             return max((start + length for start, length in zip(starts, lengths)), default=0)
     except Exception:  # it was damaged to begin with
         return 0
@@ -274,8 +276,8 @@ def _needs_scaling(image: Image.Image) -> bool:
 def _deep_grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits -> L, or LA where one value is transparent; Pillow itself would cut at 255.
 
-    16-bit files use their whole range. 32-bit integers and floats do not say their range: it is taken as the smallest of
-    1 (floats only), 255, 65535 and 2^32 - 1 that holds the brightest pixel.
+    16-bit files use their whole range. 32-bit integers and floats do not say their range: it is taken as the smallest
+    of 1 (floats only), 255, 65535 and 2^32 - 1 that holds the brightest pixel.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():

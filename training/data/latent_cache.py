@@ -1,9 +1,9 @@
 """Encoded images on disk, shared by all runs: keyed by content, VAE, size, crop and flip; safe for several processes.
 
 One small safetensors file per encoded picture, with a digest over name and numbers. Files appear under a temporary name
-and are renamed, and the first one written stays, so that processes that meet in one folder read the same numbers. Nothing
-is flushed to the disk on purpose: an entry that a power failure tears fails its digest and is encoded again, which costs
-far less than thousands of flushes.
+and are renamed, and the first one written stays, so that processes that meet in one folder read the same numbers.
+Nothing is flushed to the disk on purpose: an entry that a power failure tears fails its digest and is encoded again,
+which costs far less than thousands of flushes.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def log_warning(text: str) -> None:
 class LatentCache:
     """Posterior mean and standard deviation of encoded pictures, under a folder.
 
-    vae_id: content hash of the autoencoder. The folder may be deleted at any time. dtype of the stored numbers: float32 keeps what the VAE gave; float16 halves
-    the files and rounds means by up to 5e-4 of their size, below the posterior's own spread for published VAEs. warn gets
-    a sentence for each of the first damaged entries. Raises FileProblem when the folder cannot be made.
+    vae_id: content hash of the autoencoder. The folder may be deleted at any time. dtype of the stored numbers: float32
+    keeps what the VAE gave; float16 halves the files and rounds by up to 5e-4 of each number's size. warn gets a
+    sentence for each of the first damaged entries. Raises FileProblem when the folder cannot be made.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class LatentCache:
             self._scratch.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise FileProblem(
-                f"{self.root}: could not be made a latent cache ({error.strerror or error}); set cache to a folder you can "
-                "write to."
+                f"{self.root}: could not be made a latent cache ({error.strerror or error}); set cache to a folder you "
+                "can write to."
             ) from error
         self._forget_abandoned()
 
@@ -91,7 +91,7 @@ class LatentCache:
         return self.path(key).is_file()
 
     def get(self, key: str) -> tuple[Tensor, Tensor] | None:
-        """(mean, std) [C, h, w] each, fp32; None when there is no entry. A damaged one is reported, removed, and None."""
+        """(mean, std) [C, h, w] each, fp32; None when there is no entry. A damaged one is reported and removed."""
         path = self.path(key)
         try:
             data = path.read_bytes()
@@ -129,7 +129,8 @@ class LatentCache:
             placed = _place(temporary, path)
         except OSError as error:
             raise FileProblem(
-                f"{path}: could not be written ({error.strerror or error}); free some space or set cache to another folder."
+                f"{path}: could not be written ({error.strerror or error}); free some space or set cache to another "
+                "folder."
             ) from error
         finally:
             with suppress(OSError):

@@ -1,4 +1,4 @@
-"""The images of a run as latents: every usable image encoded once, cached, and drawn from with the caller's randomness."""
+"""The images of a run as latents: each usable one encoded once, cached, and drawn from with the caller's randomness."""
 
 from __future__ import annotations
 
@@ -105,7 +105,8 @@ class _Store:
             return found
         with self.lock:
             if not self.warned:
-                self.warn(f"{record.entry.name}: its cached latents are gone; such images are encoded again (said once).")
+                name = record.entry.name
+                self.warn(f"{name}: its cached latents are gone; such images are encoded again (said once).")
             self.warned = True
             (_, pixels), = _cut(record, [picture])
             mean, std = _encoded(self.encode, [pixels], record)
@@ -117,8 +118,8 @@ class LatentDataset:
 
     Made by `open_dataset` or `LatentDataset.prepare`. Drawing is a function of the index and the generator alone.
 
-    skipped: (name, reason) of the images that could not be used. upscaled: how many were enlarged. content_hash: SHA-256
-    over the images' content hashes.
+    skipped: (name, reason) of the images that could not be used. upscaled: how many were enlarged. content_hash:
+    SHA-256 over the images' content hashes.
     """
 
     def __init__(
@@ -157,22 +158,25 @@ class LatentDataset:
         """Read all entries, leave out what cannot be used, and encode what the cache lacks.
 
         encode: images [B, 3, H, W] in -1..1 -> (mean, std) of their scaled latents, [B, C, h, w] each. sizes: shapes to
-        choose from (`bucket_sizes`). flip: draw every image mirrored half of the time. random_crops: 0 the centre; k > 0:
-        k cuts per image whose places follow from its content. posterior: "sample" or "mean". min_side: images with a
-        shorter side are skipped (0: none). progress(done, total) counts images, those found in the cache included.
-        turn of turns: processes that prepare the same images at once begin at different places and take over what the
-        others have done. memory_limit: bytes of latents to keep in memory (None: a quarter of the machine's, at most
-        8 GiB); the rest is read from the cache when drawn.
+        choose from (`bucket_sizes`). flip: draw every image mirrored half of the time. random_crops: 0 the centre;
+        k: k cuts per image whose places follow from its content. posterior: "sample" or "mean". min_side: images with a
+        shorter side are skipped (0: none). progress(done, total) counts images, those found in the cache included. turn
+        of turns: processes that prepare the same images at once begin at different places and take over what the others
+        have done. memory_limit: bytes of latents to keep in memory (None: a quarter of the machine's, at most 8 GiB);
+        the rest is read from the cache when drawn.
 
-        Raises DataProblem when nothing can be used, CachingStopped when should_stop said so, FileProblem for a cache that
-        cannot be written.
+        Raises DataProblem when nothing can be used, CachingStopped when should_stop said so, FileProblem for a cache
+        that cannot be written.
         """
         if posterior not in POSTERIORS:
             raise ValueError(f"posterior: expected one of {', '.join(POSTERIORS)}, found {posterior!r}.")
-        progress, should_stop, warn = progress or (lambda done, total: None), should_stop or (lambda: False), warn or log_warning
+        progress, should_stop = progress or (lambda done, total: None), should_stop or (lambda: False)
+        warn = warn or log_warning
         # Latents made in inference mode (ComfyUI's nodes run in it) could not be trained on.
         with torch.inference_mode(False), torch.no_grad():
-            records, skipped = _read_all(entries, cache, sizes, flip, random_crops, min_side, progress, should_stop, workers)
+            records, skipped = _read_all(
+                entries, cache, sizes, flip, random_crops, min_side, progress, should_stop, workers
+            )
             limit = _memory_limit() if memory_limit is None else memory_limit
             store = _Store(cache, encode, posterior == "sample", limit, warn)
             filling = _Filling(records, store, batch, progress, should_stop, workers)
@@ -221,9 +225,9 @@ class LatentDataset:
     def split(self, share: float, most: int = 256) -> tuple[LatentDataset, LatentDataset]:
         """(training part, held-out part): views that share memory and cache.
 
-        Which part an image is in follows from its content, so it stays there when images are added (short of `most`, where
-        the images with the smallest hashes remain). About `share` of the images are held out, at least one of ten or more;
-        share 0: none. Copies of one image are always together.
+        Which part an image is in follows from its content, so it stays there when images are added (short of `most`,
+        where the images with the smallest hashes remain). About `share` of the images are held out, at least one of ten
+        or more; share 0: none. Copies of one image are always together.
         """
         if not 0.0 <= share < 1.0:
             raise ValueError(f"share: expected a number from 0 to below 1, found {share}.")
@@ -350,7 +354,10 @@ def _nothing_usable(count: int, skipped: Sequence[tuple[str, str]]) -> str:
     if not skipped:
         return "Expected images to train on, found none; name a folder with images or connect an IMAGE batch."
     name, reason = skipped[0]
-    return f"Expected images to train on, found none usable among {count}, the first: {name} {reason}; check the images."
+    return (
+        f"Expected images to train on, found none usable among {count}, the first: {name} {reason}; check-data lists "
+        "all."
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------ encoding
@@ -361,8 +368,9 @@ def _cut(record: _Record, pictures: Sequence[_Picture]) -> list[tuple[_Picture, 
     data = record.entry.read()
     if hashlib.sha256(data).hexdigest() != record.content:
         raise BadImage(
-            "corrupt", f"changed while it was being read, or {INDEX} in the cache folder is wrong about it; start again, in the "
-            "second case without that file"
+            "corrupt",
+            f"changed while it was being read, or {INDEX} in the cache folder is wrong about it; start again, in the "
+            "second case without that file",
         )
     image = decode(data, at_least=cover(record.original, record.size))
     return [
@@ -379,8 +387,8 @@ def _encoded(encode: Encode, pixels: Sequence[Tensor], record: _Record) -> tuple
         mean, std = (one.clone() if one.is_inference() else one for one in (mean, std))
     if not bool(mean.isfinite().all() and std.isfinite().all()):
         raise DataProblem(
-            f"{record.entry.name}: expected finite latents of it and its batch, found NaN or infinity from the VAE; run the "
-            "VAE in float32 or use another one."
+            f"{record.entry.name}: expected finite latents of it and its batch, found NaN or infinity from the VAE; "
+            "run the VAE in float32 or use another one."
         )
     return mean, std
 
@@ -467,7 +475,7 @@ class _Filling:
     def _make(
         self, job: tuple[_Record, list[_Picture]]
     ) -> tuple[_Record, BadImage | list[tuple[_Picture, Tensor | None, tuple[Tensor, Tensor] | None]]]:
-        """(record, [(picture, pixels, None) or (picture, None, what another process stored meanwhile)]), in a thread."""
+        """(record, [(picture, pixels, None) or (picture, None, what another process stored meanwhile)])."""
         record, pictures = job
         stored = {picture.key: self.store.cache.get(picture.key) for picture in pictures}
         try:

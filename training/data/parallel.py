@@ -1,4 +1,4 @@
-"""Work in threads with the results in order. Threads, because inside ComfyUI no class of this package can be pickled."""
+"""Work in threads, results in order. Threads, because inside ComfyUI no class of this package can be pickled."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def default_workers() -> int:
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
     """`map` in threads, with at most two results per thread waiting, so that memory stays bounded.
 
-    An exception of `function` comes out where its result would have. When the caller stops early, work that has not begun
-    is dropped.
+    An exception of `function` comes out where its result would have. When the caller stops early, work that has not
+    begun is dropped.
     """
     workers = workers or default_workers()
     waiting: deque[Future[Result]] = deque()

@@ -43,7 +43,8 @@ class ImageEntry:
                 file.seek(self.offset)
                 data = file.read(self.size)
         except OSError as error:
-            raise BadImage("unreadable", f"cannot be read ({error.strerror or error}); check its permissions") from error
+            reason = f"cannot be read ({error.strerror or error}); check its permissions"
+            raise BadImage("unreadable", reason) from error
         if len(data) < self.size:
             raise BadImage("truncated", "lies where its shard ends too early; copy or download the shard again")
         return data
@@ -110,25 +111,28 @@ def nothing_found(data: Sequence[str | os.PathLike], found: Found) -> str:
     also = f", only other files ({others})" if others else ""
     if found.skipped:
         also += f", and {len(found.skipped)} unreadable places, the first {found.skipped[0][0]}: {found.skipped[0][1]}"
-    return f"{where}: expected images ({', '.join(SUFFIXES)}), found none{also}; name a folder with images or .tar shards."
+    kinds = ", ".join(SUFFIXES)
+    return f"{where}: expected images ({kinds}), found none{also}; name a folder with images or .tar shards."
 
 
 def search(data: Sequence[str | os.PathLike]) -> Found:
     """Look for images in folders (recursively, symbolic links followed once), single files and .tar shards.
 
-    Patterns like ``shard-{0000..0003}.tar``, ``{train,more}/*.tar`` and ``~`` are expanded. Hidden files and folders and
-    macOS' ``__MACOSX`` are left out. Each place's images are sorted by name; a file that is named twice counts once.
-    Nothing is opened but shards, and of those only the headers are read. Raises DataProblem for a place that does not
-    exist or a named shard that is none.
+    Patterns like ``shard-{0000..0003}.tar``, ``{train,more}/*.tar`` and ``~`` are expanded. Hidden files and folders
+    and macOS' ``__MACOSX`` are left out. Each place's images are sorted by name; a file that is named twice counts
+    once. Nothing is opened but shards, and of those only the headers are read. Raises DataProblem for a place that does
+    not exist or a named shard that is none.
     """
     found, seen = Found(), set()
     for place in (path for one in data for path in _expanded(os.fspath(one))):
         if place.is_dir():
             _search_folder(place, found, seen)
         elif not place.is_file():
-            raise DataProblem(f"{place}: expected a folder of images or a .tar shard, found nothing there; check the path.")
+            raise DataProblem(f"{place}: expected a folder of images or a shard, found nothing there; check the path.")
         elif place.name.lower().endswith(PACKED):
-            raise DataProblem(f"{place}: expected a folder or an uncompressed .tar, found a packed archive; unpack it first.")
+            raise DataProblem(
+                f"{place}: expected a folder or an uncompressed .tar, found a packed archive; unpack it first."
+            )
         elif place.suffix.lower() == SHARD:
             try:
                 _search_shard(place, str(place), found, seen)
@@ -160,7 +164,7 @@ def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> lis
     ]
 
 
-# ------------------------------------------------------------------------------------------------------------- searching
+# ------------------------------------------------------------------------------------------------------------ searching
 
 
 def _expanded(pattern: str) -> Iterator[Path]:
@@ -175,7 +179,7 @@ def _expanded(pattern: str) -> Iterator[Path]:
             continue
         matches = sorted(glob(one, recursive=True))
         if not matches:
-            raise DataProblem(f"{one}: expected images or .tar shards, found nothing that fits the pattern; check the path.")
+            raise DataProblem(f"{one}: expected images or shards, found nothing that fits the pattern; check the path.")
         yield from map(Path, matches)
 
 
@@ -219,7 +223,7 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
             except OSError:  # a link to itself
                 continue
             if is_folder:
-                # Links, and Windows' junctions, which do not look like links, may lead back to where the search has been.
+                # Links, and Windows' junctions, which do not look like links, may lead back to where it has been.
                 real = os.path.realpath(entry.path)
                 if real not in visited:
                     visited.add(real)
@@ -268,7 +272,8 @@ def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
     except OSError as error:
         found.skipped.append((str(path), f"cannot be read ({error.strerror or error})"))
         return
-    wanted = [m for m in members if m.isreg() and not m.issparse() and not any(map(_unwanted, PurePosixPath(m.name).parts))]
+    plain = [member for member in members if member.isreg() and not member.issparse()]
+    wanted = [member for member in plain if not any(map(_unwanted, PurePosixPath(member.name).parts))]
     chosen = _one_per_key(wanted)
     for member in wanted:
         if member.name in chosen and chosen[member.name] is member:
@@ -282,8 +287,8 @@ def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
 def _one_per_key(members: Sequence[tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
     """The image of each WebDataset sample: members of one key (the name up to the first dot) belong together.
 
-    A sample's ``KEY.jpg`` (or the first of the other endings) is its image, and ``KEY.mask.png`` beside it is not. Without
-    a plain one all its images count, because then the dots are just part of file names.
+    A sample's ``KEY.jpg`` (or the first of the other endings) is its image, and ``KEY.mask.png`` beside it is not.
+    Without a plain one all its images count, because then the dots are just part of file names.
     """
     samples: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
     for member in members:

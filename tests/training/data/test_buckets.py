@@ -9,7 +9,9 @@ import pytest
 from indomain_guidance.training.data import assign, bucket_sizes
 
 
-@pytest.mark.parametrize("resolution, step, ratio", [(512, 64, 2.0), (1024, 64, 2.0), (256, 32, 3.0), (64, 8, 2.0), (500, 64, 1.5)])
+@pytest.mark.parametrize(
+    "resolution, step, ratio", [(512, 64, 2.0), (1024, 64, 2.0), (256, 32, 3.0), (64, 8, 2.0), (500, 64, 1.5)]
+)
 def test_shapes_are_the_largest_allowed_ones(resolution, step, ratio):
     sizes = bucket_sizes(resolution, step, ratio)
     assert (resolution, resolution) in sizes and sizes == sorted(set(sizes))
@@ -29,7 +31,9 @@ def test_known_lists():
     assert sdxl <= set(bucket_sizes(1024))  # the shapes SDXL was published with
 
 
-@pytest.mark.parametrize("resolution, step, ratio", [(0, 64, 2.0), (512, 0, 2.0), (512, 64, 0.5), (512, 64, float("nan"))])
+@pytest.mark.parametrize(
+    "resolution, step, ratio", [(0, 64, 2.0), (512, 0, 2.0), (512, 64, 0.5), (512, 64, float("nan"))]
+)
 def test_impossible_settings(resolution, step, ratio):
     with pytest.raises(ValueError, match="Expected a positive resolution"):
         bucket_sizes(resolution, step, ratio)

@@ -132,7 +132,8 @@ def png(depth: int, colour: int, height: int, width: int, rows: bytes, extra: by
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
     head = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    body = chunk(b"IHDR", head) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
 
 
 def test_sixteen_bit_colour():
@@ -162,7 +163,8 @@ def test_profiles_are_applied():
     swapped = standard.replace(b"rXYZ", b"tmpX", 1).replace(b"bXYZ", b"rXYZ", 1).replace(b"tmpX", b"bXYZ", 1)
     swapped = swapped.replace("sRGB".encode("utf-16-be"), "Swap".encode("utf-16-be"))
     swapped = swapped.replace(b"sRGB", b"Swap")
-    plain, other = decode(encoded(pattern(), "PNG", icc_profile=standard)), encoded(pattern(), "PNG", icc_profile=swapped)
+    plain = decode(encoded(pattern(), "PNG", icc_profile=standard))
+    other = encoded(pattern(), "PNG", icc_profile=swapped)
     assert apart(plain, pattern()) == 0.0
     turned = Image.fromarray(np.asarray(pattern())[..., ::-1].copy())
     assert apart(decode(other), turned) < 2
@@ -233,7 +235,8 @@ def test_files_that_are_no_images():
     middle = len(whole) // 2
     damaged = whole[:middle] + b"\xff" * 8 + whole[middle + 8:]
     for data, kind in (
-        (b"", "empty"), (b"hello", "corrupt"), (b"<html></html>", "corrupt"), (whole[:20], "truncated"), (damaged, "corrupt"),
+        (b"", "empty"), (b"hello", "corrupt"), (b"<html></html>", "corrupt"), (whole[:20], "truncated"),
+        (damaged, "corrupt"),
     ):
         with pytest.raises(BadImage) as caught:
             decode(data)
@@ -266,10 +269,13 @@ def test_to_tensor_is_exact():
     tensor = to_tensor(Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16)).convert("RGB"))
     assert tensor.shape == (3, 16, 16) and tensor.dtype == torch.float32 and tensor.is_contiguous()
     assert tensor.min() == -1.0 and tensor.max() == 1.0
-    assert torch.equal(((tensor[0].reshape(-1) + 1) * 127.5).round().to(torch.uint8), torch.arange(256, dtype=torch.uint8))
+    back = ((tensor[0].reshape(-1) + 1) * 127.5).round().to(torch.uint8)
+    assert torch.equal(back, torch.arange(256, dtype=torch.uint8))
 
 
-@pytest.mark.parametrize("original, size", [((100, 200), (64, 64)), ((31, 47), (64, 96)), ((64, 64), (64, 64)), ((3, 999), (64, 128))])
+@pytest.mark.parametrize(
+    "original, size", [((100, 200), (64, 64)), ((31, 47), (64, 96)), ((64, 64), (64, 64)), ((3, 999), (64, 128))]
+)
 def test_cover_covers_and_keeps_the_ratio(original, size):
     height, width = cover(original, size)
     assert height >= size[0] and width >= size[1]

@@ -43,8 +43,9 @@ def test_key_tells_everything_apart(tmp_path):
     cache = LatentCache(tmp_path, "vae")
     keys = {
         cache.key(CONTENT, (48, 64)), cache.key(CONTENT[::-1], (48, 64)), cache.key(CONTENT, (64, 48)),
-        cache.key(CONTENT, (48, 64), (0, 1)), cache.key(CONTENT, (48, 64), (1, 0)), cache.key(CONTENT, (48, 64), (0, 0), True),
-        LatentCache(tmp_path, "other").key(CONTENT, (48, 64)), LatentCache(tmp_path, "vae", torch.float16).key(CONTENT, (48, 64)),
+        cache.key(CONTENT, (48, 64), (0, 1)), cache.key(CONTENT, (48, 64), (1, 0)),
+        cache.key(CONTENT, (48, 64), (0, 0), True), LatentCache(tmp_path, "other").key(CONTENT, (48, 64)),
+        LatentCache(tmp_path, "vae", torch.float16).key(CONTENT, (48, 64)),
     }
     assert len(keys) == 8
     assert cache.key(CONTENT, (48, 64)) == LatentCache(tmp_path / "elsewhere", "vae").key(CONTENT, (48, 64))
@@ -87,7 +88,9 @@ def damage_swapped(path: Path) -> None:
     path.write_bytes(other.path(key).read_bytes())
 
 
-@pytest.mark.parametrize("damage", [damage_torn, damage_bit, damage_empty, damage_rubbish, damage_foreign, damage_swapped])
+@pytest.mark.parametrize(
+    "damage", [damage_torn, damage_bit, damage_empty, damage_rubbish, damage_foreign, damage_swapped]
+)
 def test_damaged_entries_are_reported_and_made_again(tmp_path, damage):
     warnings: list[str] = []
     cache = LatentCache(tmp_path, "vae", warn=warnings.append)

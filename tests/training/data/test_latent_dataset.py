@@ -269,7 +269,8 @@ def test_split_depends_on_content_only(tmp_path):
     assert len(few) >= 1 and len(few) + len(none) == 3
     assert train.content_hash != data.content_hash
     # Copies of one image never lie on both sides.
-    twins = prepare(entries[:40] + image_entries(torch.stack([e.pixels for e in entries[:40]]), "copy"), tmp_path / "cache")
+    copies = image_entries(torch.stack([entry.pixels for entry in entries[:40]]), "copy")
+    twins = prepare(entries[:40] + copies, tmp_path / "cache")
     train, held = twins.split(0.3)
     assert len(held) % 2 == 0 and len(train) % 2 == 0 and len(held) > 0
     with pytest.raises(ValueError, match="share"):
@@ -329,7 +330,8 @@ def test_index_survives_torn_lines_and_shrinks(tmp_path):
 def test_open_dataset_on_the_mini_world(tmp_path):
     """The whole way with a real autoencoder: configuration, folder and IMAGE batch, against the autoencoder itself."""
     save(tmp_path / "images" / "a.png", 1, 64, 64)
-    config = TrainConfig(base="mini_world", data=(str(tmp_path / "images"),), resolution=64, cache=str(tmp_path / "cache"))
+    folders = {"data": (str(tmp_path / "images"),), "cache": str(tmp_path / "cache")}
+    config = TrainConfig(base="mini_world", resolution=64, **folders)
     base = open_base(config)
     batch = torch.rand(3, 64, 64, 3, generator=draw(0)).mul(255).round().div(255)
     data = open_dataset(config, base, batch, workers=1)
@@ -369,7 +371,8 @@ for turns in (1, 2):
     sys.stdin.readline()
     encoded = 0
     cache = LatentCache(f"{sys.argv[3]}{turns}", "vae")
-    data = LatentDataset.prepare(entries, encode, cache, sizes=[(32, 32)], batch=4, turn=who % turns, turns=turns, workers=2)
+    options = dict(sizes=[(32, 32)], batch=4, turn=who % turns, turns=turns, workers=2)
+    data = LatentDataset.prepare(entries, encode, cache, **options)
     digest = hashlib.sha256()
     for index in range(len(data)):
         digest.update(data.latent(index, torch.Generator().manual_seed(index)).numpy().tobytes())
