@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from ..assets import load_autoencoder, load_classifier, load_mini_world
@@ -23,6 +24,8 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--work", type=Path, default=Path("mini_world_work") / "claims", metavar="DIR",
                        help="folder of points, trained models and latents (default: %(default)s)")
     found.add_argument("--report", type=Path, metavar="DIR", help="folder for idg.md, idg.png and idg.jsonl (default: WORK/SIZE)")
+    found.add_argument("--samples", type=int, metavar="N", help="samples a point instead of the sweep's own number")
+    found.add_argument("--minutes", type=float, metavar="M", help="start no further point after M minutes, then report")
     found.add_argument("--limit", type=int, metavar="N", help="measure at most N new points, then report")
     found.add_argument("--report-only", action="store_true", help="measure nothing, report what was measured before")
     found.add_argument("--list", action="store_true", help="list the points in order and whether they were measured")
@@ -32,8 +35,10 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 also when stopped by Ctrl+C after a report was written, 130 when there was nothing to report."""
     options = parser().parse_args(arguments)
-    if options.limit is not None and options.limit < 0:
-        parser().error(f"--limit: expected 0 or more, found {options.limit}")
+    for name, least in (("limit", 0), ("minutes", 0), ("samples", 10)):
+        given = getattr(options, name)
+        if given is not None and not given >= least:
+            parser().error(f"--{name}: expected {least} or more, found {given}")
     from .models import Models
     from .points import Bench, Row
     from .report import say_lines, verdict_line, floor_lines, row_line, write_report
@@ -41,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     from .verdicts import all_verdicts
 
     plan = PLANS["tiny" if options.tiny else "quick" if options.quick else "full"]()
+    if options.samples:
+        plan = replace(plan, sampling=replace(plan.sampling, samples=options.samples))
     world = load_mini_world()
     folder = options.work / plan.name if options.tiny else options.work
     models = Models(folder / "models", world, plan.images, plan.batch)
@@ -53,8 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     measured, stopped, started = 0, False, time.monotonic()
     for number, point in enumerate(plan.points, 1):
         row = bench.find(point)
-        if row is None and not (options.report_only or stopped or measured == options.limit):
-            print(f"{number}/{len(plan.points)} after {(time.monotonic() - started) / 60:.1f} min", file=sys.stderr, flush=True)
+        minutes = (time.monotonic() - started) / 60
+        late = options.minutes is not None and minutes >= options.minutes
+        if row is None and not (options.report_only or stopped or late or measured == options.limit):
+            print(f"{number}/{len(plan.points)} after {minutes:.1f} min", file=sys.stderr, flush=True)
             try:
                 row = bench.measure(point)
                 measured += 1

@@ -13,10 +13,12 @@ from .. import measure, render
 from ..classifier import Classifier, judge
 from .statistics import TargetSet, measure_distance, resampling_counts
 
+AUTOENCODED = 500
+
 
 @dataclass(frozen=True)
 class Question:
-    """A domain and the colours it is asked for; ``obeys`` names the share that the Pareto front is drawn over."""
+    """A domain, and whether it is asked for its own colours or for colours it never had."""
 
     name: str
     domain: str
@@ -74,20 +76,19 @@ class Examiner:
         return TargetSet(self.features)
 
     def floors(self, autoencoder: Autoencoder) -> dict[str, float]:
-        """Distances to the target set that frame every other one: training handwriting in the same colours (floor), the
-        target set through the autoencoder, and held-out fonts in the same colours (ceiling)."""
+        """Distances that frame every other one: of training handwriting in the same colours (floor) and of held-out fonts
+        in the same colours (ceiling) to the target set, and of the first `AUTOENCODED` targets through the autoencoder
+        to those targets themselves."""
         asked = self._asked
         own = measure.target_pictures(asked.digits, asked.pairs, render.TRAIN_ROWS, self.seed).images
         printed = render.rendered(self.target_size, Generator().manual_seed(self.seed), held_out=True, digits=asked.digits,
                                   pairs=asked.pairs).images
-        counts = resampling_counts(asked.digits, seed=self.seed)
-
-        def distance(images: Tensor) -> tuple[float, float]:
-            found = measure_distance(judge(self.judge_model, images)[0], self.target, counts)
-            return found.value, found.uncorrected
-
+        some = self._answers[:AUTOENCODED]
+        pairs = {"floor": (own, self.target), "ceiling": (printed, self.target),
+                 "autoencoder_floor": (measure.reconstruct(autoencoder, some), TargetSet(self.features[:AUTOENCODED]))}
         results = {}
-        for name, images in (("floor", own), ("autoencoder_floor", measure.reconstruct(autoencoder, self._answers)),
-                             ("ceiling", printed)):
-            results[name], results[f"{name}_uncorrected"] = distance(images)
+        for name, (images, target) in pairs.items():
+            counts = resampling_counts(asked.digits[:len(images)], seed=self.seed)
+            found = measure_distance(judge(self.judge_model, images)[0], target, counts)
+            results[name], results[f"{name}_uncorrected"] = found.value, found.uncorrected
         return results

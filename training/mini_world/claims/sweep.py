@@ -18,9 +18,9 @@ HEADLINE_STEPS = 300
 DOMAIN_STEPS = 1000
 CAPTIONS = ("", FIXED_CAPTION)
 # (w_d, w_c): the released defaults, and a grid of strengths and ratios.
-HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (2.0, 4.0), (1.0, 2.0), (2.0, 6.0))
-MORE_WEIGHTS = ((1.0, 4.0), (0.5, 2.0), (1.0, 1.0), (1.5, 2.0), (2.5, 5.0), (1.0, 6.0), (3.0, 3.0), (3.0, 6.0), (0.5, 4.0),
-                (4.0, 4.0), (4.0, 8.0))
+HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (1.0, 5.0), (0.5, 2.0), (2.0, 6.0))
+MORE_WEIGHTS = ((2.0, 4.0), (1.0, 2.0), (1.0, 4.0), (0.5, 3.0), (1.0, 1.0), (1.5, 2.0), (2.5, 5.0), (1.0, 7.0), (3.0, 3.0),
+                (3.0, 6.0), (0.5, 5.0), (4.0, 4.0), (4.0, 8.0))
 # (a, b, w_d, w_c): the control alone to percent a, both terms to b, the domain model alone (w_d 1, w_c 0: one sample)
 # from there. 1 + 2 b - a samples a step on average, so b = (1 + a) / 2 costs two.
 SCHEDULES = ((0.2, 0.6, 2.0, 4.0), (0.2, 0.6, 1.5, 3.0), (0.0, 0.5, 1.5, 5.0), (0.3, 0.65, 2.0, 4.0), (0.1, 0.55, 1.5, 4.0),
@@ -76,6 +76,13 @@ def fine_tunes(question: str, model: ModelSpec, scales: tuple[float, ...] = SCAL
     return own + [Point.of(question, "fine_tune_prior_u", model, scale=scale) for scale in scales if scale != 1.0]
 
 
+def all_fine_tunes(question: str, steps: int, scales: tuple[float, ...]) -> Iterator[Point]:
+    """Full and low-rank, both captions, both unconditionals."""
+    for kind in ("full", "low_rank"):
+        for caption in reversed(CAPTIONS):
+            yield from fine_tunes(question, fine_tune(question, kind, steps, caption), scales)
+
+
 def shaped(question: str) -> list[Point]:
     """Domain terms orthogonal to the control, or split by frequency, also together with a late start."""
     model, late = shipped(question), Keyframes(((0.0, 0.0), (0.3, 2.0)), ramp="step").to_json()
@@ -110,30 +117,29 @@ def full_points() -> Iterator[Point]:
     yield from scheduled(narrow_foreign, SCHEDULES[:4])
     # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
     for steps in (HEADLINE_STEPS, 100, 1000, 30):
-        for kind in ("full", "low_rank"):
-            for caption in reversed(CAPTIONS):
-                yield from fine_tunes(main, fine_tune(main, kind, steps, caption), (1.5, 3.0, 1.0, 2.0, 5.0))
+        yield from all_fine_tunes(main, steps, (1.5, 3.0))
     # 4. Other training seeds of the headline rows, with domain models of the same trainer.
     for seed in (0, 1, 2):
-        yield from multi(main, HEADLINE_WEIGHTS, trained_domain(main, seed=seed))
-        yield from multi(foreign, HEADLINE_WEIGHTS, trained_domain(main, seed=seed))
-        yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION, seed), (1.5, 3.0, 2.0))
-    # 5. The rest of the grids.
+        yield from multi(main, HEADLINE_WEIGHTS[:4], trained_domain(main, seed=seed))
+        yield from multi(foreign, HEADLINE_WEIGHTS[3:6], trained_domain(main, seed=seed))
+        yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION, seed), (1.5, 3.0))
+    # 5. Narrow handwriting against fine-tunes, and the rest of the grids.
+    for steps in (HEADLINE_STEPS, 100):
+        yield from all_fine_tunes(narrow, steps, (1.5, 3.0))
     for question in QUESTIONS:
         yield from priors(question)
-        yield from multi(question, HEADLINE_WEIGHTS + MORE_WEIGHTS)
-        yield from scheduled(question, SCHEDULES)
         yield Point.of(question, "domain", shipped(question), scale=1.0)
-        yield from shaped(question)
-    for question in (narrow, foreign, narrow_foreign):
-        for steps in (HEADLINE_STEPS, 100, 1000, 30):
-            for kind in ("full", "low_rank"):
-                for caption in reversed(CAPTIONS):
-                    yield from fine_tunes(question, fine_tune(question, kind, steps, caption))
+        yield from multi(question, HEADLINE_WEIGHTS + (MORE_WEIGHTS if question in (main, foreign) else MORE_WEIGHTS[:4]))
+        yield from scheduled(question, SCHEDULES)
+        if question != main:
+            yield from shaped(question)
     for steps in LENGTHS:
-        yield from multi(main, HEADLINE_WEIGHTS, trained_domain(main, steps))
-    constant = ModelSpec("domain", "handwriting", DOMAIN_STEPS, form="constant")
-    yield from multi(main, HEADLINE_WEIGHTS, constant)
+        yield from multi(main, HEADLINE_WEIGHTS[:4], trained_domain(main, steps))
+        yield from all_fine_tunes(main, steps, SCALES)
+    yield from multi(main, HEADLINE_WEIGHTS[:4], ModelSpec("domain", "handwriting", DOMAIN_STEPS, form="constant"))
+    for question in (foreign, narrow_foreign):
+        for kind in ("full", "low_rank"):
+            yield from fine_tunes(question, fine_tune(question, kind, HEADLINE_STEPS, FIXED_CAPTION), (1.5, 3.0))
     for seed in (1, 2):
         for question in (narrow, narrow_foreign):
             yield from multi(question, HEADLINE_WEIGHTS[:4], trained_domain(question, seed=seed))
@@ -174,7 +180,7 @@ def tiny_points() -> Iterator[Point]:
 
 PLANS = {
     "full": lambda: Plan("full", Sampling(2000), _once(full_points())),
-    "quick": lambda: Plan("quick", Sampling(200, steps=15), _once(quick_points()), images=2000),
+    "quick": lambda: Plan("quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000),
     "tiny": lambda: Plan("tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), images=16, batch=4),
 }
 

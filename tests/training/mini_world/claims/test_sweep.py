@@ -30,10 +30,15 @@ def test_the_full_sweep_asks_everything_of_everyone():
         asked = {(p.method, p.model.kind if p.model else "") for p in points if p.question == question}
         assert {("prior", ""), ("domain", "shipped"), ("multi_guidance", "shipped"), ("scheduled", "shipped")} <= asked
         assert {(method, kind) for method in ("fine_tune", "fine_tune_prior_u") for kind in ("full", "low_rank")} <= asked
-        tuned = [p for p in points if p.question == question and p.method == "fine_tune"]
-        assert {(p.model.caption, p.model.steps) for p in tuned} == {(c, s) for c in sweep.CAPTIONS for s in sweep.LENGTHS}
         scales = {p.values["scale"] for p in points if p.question == question and p.method == "prior"}
-        assert scales == set(sweep.SCALES) == {p.values["scale"] for p in tuned}
+        assert scales == set(sweep.SCALES)
+    tuned = [p for p in points if p.question == "handwriting" and p.method == "fine_tune" and p.model.seed == 0]
+    assert {(p.model.kind, p.model.caption, p.model.steps, p.values["scale"]) for p in tuned} == {
+        (kind, caption, steps, scale) for kind in ("full", "low_rank") for caption in sweep.CAPTIONS for steps in sweep.LENGTHS
+        for scale in sweep.SCALES}
+    seen = {(p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune_prior_u"}
+    assert seen == {(p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune"
+                    and p.values["scale"] != 1.0}
 
 
 def test_headline_rows_come_first_and_have_three_training_seeds():
@@ -45,7 +50,7 @@ def test_headline_rows_come_first_and_have_three_training_seeds():
     for point in points:
         if point.model is not None and point.model.kind != "shipped":
             seeds.setdefault(point.with_seed(0), set()).add(point.model.seed)
-    assert sum(found == {0, 1, 2} for found in seeds.values()) >= 15
+    assert sum(found == {0, 1, 2} for found in seeds.values()) >= 10
     assert {point.method for point, found in seeds.items() if found == {0, 1, 2}} >= {"multi_guidance", "fine_tune"}
 
 
