@@ -301,8 +301,8 @@ def check_same_run(config: TrainConfig, state: Mapping[str, Any], source: str) -
     if different:
         listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
         raise ConfigProblem(
-            f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another name "
-            "or output folder for a new run."
+            f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
+            "name or output folder for a new run."
         )
 
 

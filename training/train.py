@@ -128,8 +128,7 @@ class _Run:
         base = base or open_base(self.config)
         for note in base.notes:
             self.tell(Warned(note))
-        images = len(find_images(self.config.data)) if self.config.data else 0
-        self.tell(self._started(0, images, estimate(base, self.config, images).to_text()))
+        self._announce(0, base, None)
         return Result("dry_run", 0, None, self.folder)
 
     def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
@@ -148,6 +147,7 @@ class _Run:
             self._open_reports(stack, start)
             for note in base.notes:
                 self.tell(Warned(note))
+            self._announce(start, base, images)
             dataset = self._dataset(base, images)
             if dataset is None:
                 self.tell(Stopped(start, "" if found is None else str(found[0])))
@@ -163,7 +163,6 @@ class _Run:
                     self.tell(Warned(warning))
                 self.saved_step = start
             del state, found  # what lies in the checkpoint's file has been copied out of it
-            self.tell(self._started(start, len(learning), estimate(base, self.config, len(learning)).to_text()))
             return self._loop(base, trainee, learning, held_out)
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
@@ -242,8 +241,16 @@ class _Run:
             null_text_error=begun.get("null_text_error"),
         )
 
-    def _started(self, step: int, images: int, text: str) -> Started:
-        return Started(str(self.folder), self.config.to_dict(), step, self.config.steps, images, text)
+    def _announce(self, step: int, base: Base, images: Sequence[Tensor] | Tensor | None) -> None:
+        """Say what begins and what it will need, before anything takes long."""
+        if self.processes.is_main:
+            count = len(find_images(self.config.data)) if self.config.data else 0
+            given = [images] if isinstance(images, Tensor) else images or ()
+            count += sum(len(one) if one.ndim == 4 else 1 for one in given)
+            needs = estimate(
+                base, self.config, count, device=self.processes.device, processes=self.processes.world
+            ).to_text()
+            self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs))
 
     # ---- the steps
 

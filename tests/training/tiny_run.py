@@ -3,8 +3,8 @@
     python training/bootstrap.py tests/training/tiny_run.py train FOLDER '{"steps": 20}'
     python training/bootstrap.py tests/training/tiny_run.py kill FOLDER --kills 10
 
-`kill` trains once without interruption and once killed (SIGKILL) at random moments and resumed, and says whether the two
-ended with the same bits; `train` is one process of it, and what `accelerate launch` starts in the tests.
+`kill` trains once without interruption and once killed (SIGKILL) at random moments and resumed, and says whether the
+two ended with the same bits; `train` is one process of it, and what `accelerate launch` starts in the tests.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def tiny_base(prediction_type: str = "epsilon") -> Base:
         torch.nn.init.normal_(unet.out[2].weight, std=0.05)  # zero at first, as training would begin
         null = NullContext(torch.randn(1, 7, UNET.context_dim))
     return Base.from_parts(
-        unet.state_dict(), UNET, latent_format="tiny", prediction_type=prediction_type, zero_snr=False, null_context=null,
-        autoencoder=autoencoder.state_dict(), latent_scale=1.0, name="tiny",
+        unet.state_dict(), UNET, latent_format="tiny", prediction_type=prediction_type, zero_snr=False,
+        null_context=null, autoencoder=autoencoder.state_dict(), latent_scale=1.0, name="tiny",
     )
 
 
@@ -68,8 +68,8 @@ def draw_images(folder: Path, count: int = 14, sizes: tuple[tuple[int, int], ...
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:
     """A short run on the CPU in FOLDER/run, on the images in FOLDER/images."""
     return TrainConfig(**{
-        "base": "tiny", "data": (str(folder / "images"),), "output": str(folder / "run"), "cache": str(folder / "cache"),
-        "name": "circles", "resolution": 64, "bucket_step": 8, "flip": True, "steps": 16, "batch_size": 2,
+        "base": "tiny", "data": (str(folder / "images"),), "output": str(folder / "run"),
+        "cache": str(folder / "cache"), "name": "circles", "resolution": 64, "bucket_step": 8, "flip": True, "steps": 16, "batch_size": 2,
         "learning_rate": 1e-3, "warmup": 4, "schedule": "cosine", "ema": 0.9, "noise_offset": 0.1,
         "checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 8, "sample_count": 1, "sample_steps": 2,
         "validate_every": 8, "held_out_share": 0.2, "log_every": 1, "file_dtype": "fp32", "device": "cpu",
@@ -79,10 +79,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
 
 def command(folder: Path, **changes: object) -> list[str]:
     """The command line of one training process; it prints its events as JSON lines."""
-    return [
-        sys.executable, str(ROOT / "training" / "bootstrap.py"), str(ROOT / "tests" / "training" / "tiny_run.py"), "train",
-        str(folder), json.dumps(changes),
-    ]
+    bootstrap = str(ROOT / "training" / "bootstrap.py")
+    return [sys.executable, bootstrap, str(Path(__file__).resolve()), "train", str(folder), json.dumps(changes)]
 
 
 def fingerprint(run: Path) -> dict[str, str]:

@@ -1,0 +1,315 @@
+"""`train` as a whole on a prior of nothing: what it leaves behind, and every way a run can end or go on."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from indomain_guidance.guidance.files import FileProblem, read_domain_file
+from indomain_guidance.guidance.null_text import load_unet
+from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
+from indomain_guidance.training.config import ConfigProblem
+from indomain_guidance.training.data import DataProblem
+from indomain_guidance.training.events import (
+    Caching,
+    Finished,
+    Sampled,
+    Saved,
+    Started,
+    Step,
+    Stopped,
+    Validated,
+    Warned,
+    read_log,
+)
+from indomain_guidance.training.learner import Learner, NonFiniteLoss
+from indomain_guidance.training.run_lock import locked
+from indomain_guidance.training.train import train
+from PIL import Image
+
+
+@pytest.fixture(scope="module")
+def base(tiny_run):
+    return tiny_run.tiny_base()
+
+
+@pytest.fixture
+def folder(tiny_run, tmp_path):
+    tiny_run.draw_images(tmp_path / "images", 12)
+    return tmp_path
+
+
+@pytest.fixture
+def run(tiny_run, folder, base):
+    """Trains quietly in the folder; (result, events)."""
+
+    def go(resume="auto", should_stop=lambda: False, listener=lambda event: None, base=base, images=None, dry_run=False,
+           **changes):
+        events = []
+
+        def tell(event):
+            events.append(event)
+            listener(event)
+
+        fields = {"steps": 4, "sample_every": 0, "validate_every": 0, "warmup": 0, **changes}
+        config = tiny_run.tiny_config(folder, **fields)
+        result = train(config, resume=resume, base=base, images=images, listener=tell, should_stop=should_stop,
+                       dry_run=dry_run)
+        return result, events
+
+    return go
+
+
+def kinds(events):
+    return [type(event) for event in events]
+
+
+def stop_after(step):
+    """(should_stop, listener) of somebody who asks to stop once a step is reported."""
+    seen = []
+    return (lambda: step in seen), (lambda event: seen.append(event.step) if isinstance(event, Step) else None)
+
+
+def weights(path):
+    return load_checkpoint(path)["weights"]
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_folder_of_images_becomes_a_domain_file(run, folder, base):
+    result, events = run(
+        steps=6, sample_every=3, validate_every=3, checkpoint_every=2, export_to=str(folder / "models"), ema=0.5,
+        licence="CC0-1.0", tensorboard=False,
+    )
+    out = folder / "run"
+    assert (result.status, result.step, result.run) == ("finished", 6, out)
+    assert result.path == folder / "models" / "circles.safetensors" and result.path.exists()
+    assert result.samples == out / "samples" / "step-000006.png" and result.plot == out / "loss.png"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.jsonl", "loss.png", "samples", "checkpoints", "circles.safetensors", ".lock",
+    }
+    for path in (result.samples, result.plot):
+        with Image.open(path) as image:
+            assert image.width > 100
+    assert [step for step, _ in find_checkpoints(out)] == [4, 6]
+    assert [event.step for event in events if isinstance(event, Validated)] == [0, 3, 6]
+    assert [event.step for event in events if isinstance(event, Sampled)] == [0, 3, 6]
+    assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
+    assert kinds(events)[0] is Started and kinds(events)[-1] is Finished
+    assert events[0].images == 12 and "memory" in events[0].estimate
+    assert [event for event in events if isinstance(event, Caching)][-1].done == 12
+    assert json.loads((out / "config.json").read_text())["steps"] == 6
+    assert [type(event) for event in read_log(out / "log.jsonl")].count(Step) == 6
+
+    state_dict, metadata = read_domain_file(result.path)
+    assert metadata.null_text == "cached" and metadata.prior_hash == base.prior_hash
+    assert (metadata.steps, metadata.ema, metadata.resolution, metadata.licence) == (6, 0.5, 64, "CC0-1.0")
+    assert metadata.dataset_size in (10, 11) and metadata.domain_name == "circles"
+    state = load_checkpoint(checkpoint_path(out, 6))
+    for name, weight in state_dict.items():
+        assert torch.equal(weight, state["average"][f"average.{name}"])
+    unet = load_unet(state_dict, metadata.config)
+    with torch.no_grad():
+        assert bool(unet(torch.randn(1, 4, 8, 8), torch.tensor([500])).isfinite().all())
+
+
+def test_stopped_it_saves_and_goes_on_to_the_same_bits(run, folder):
+    whole, _ = run(output=str(folder / "whole"))
+    should_stop, listener = stop_after(1)
+    stopped, events = run(should_stop=should_stop, listener=listener, checkpoint_every=0)
+    # Asked after step 1 was reported; the next question comes at the end of step 2.
+    assert (stopped.status, stopped.step, stopped.path) == ("stopped", 2, None)
+    assert events[-1] == Stopped(2, str(checkpoint_path(folder / "run", 2)))
+    finished, events = run(resume=True)
+    assert finished.status == "finished" and events[0].step == 2
+    assert [event.step for event in events if isinstance(event, Step)] == [3, 4]
+    assert same(*(weights(checkpoint_path(folder / name, 4)) for name in ("whole", "run")))
+    assert whole.step == finished.step
+
+
+def test_stopping_before_the_first_step_leaves_nothing_to_resume(run, folder):
+    stopped, events = run(should_stop=lambda: True)
+    assert (stopped.status, stopped.step) == ("stopped", 0) and events[-1] == Stopped(0, "")
+    assert find_checkpoints(folder / "run") == []
+
+
+def test_an_exception_of_the_listener_ends_the_run_but_loses_no_step(run, folder):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(event):
+        if isinstance(event, Step) and event.step == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(listener=cancel, checkpoint_every=0)
+    assert [step for step, _ in find_checkpoints(folder / "run")] == [3]
+
+
+def test_a_finished_run_is_finished_and_can_be_made_longer(run, folder):
+    run()
+    again, events = run()
+    assert again.status == "finished" and again.step == 4 and not [e for e in events if isinstance(e, Step)]
+    longer, events = run(steps=6, schedule="cosine")
+    assert longer.step == 6 and [event.step for event in events if isinstance(event, Step)] == [5, 6]
+    with pytest.raises(ConfigProblem, match="at most 5 steps, found one that has done 6"):
+        run(steps=5)
+
+
+def test_resume_is_what_the_caller_says(run, folder):
+    with pytest.raises(ConfigProblem, match="expected a run to resume, found none"):
+        run(resume=True)
+    run(steps=2)
+    with pytest.raises(ConfigProblem, match="found its checkpoints .*step 2"):
+        run(resume=False)
+    with pytest.raises(ConfigProblem, match="seed was 0 and is 1"):
+        run(seed=1)
+    with pytest.raises(ConfigProblem, match="expected True, False or 'auto'"):
+        run(resume="yes")
+
+
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(run, folder):
+    run()
+    last = checkpoint_path(folder / "run", 4)
+    expected = weights(last)
+    expected = {name: one.clone() for name, one in expected.items()}
+    last.write_bytes(last.read_bytes()[:-1000])
+    result, events = run()
+    named = [event.text for event in events if isinstance(event, Warned) and "step-000004.ckpt" in event.text]
+    assert len(named) == 1 and "cut off" in named[0]
+    assert [event.step for event in events if isinstance(event, Step)] == [3, 4] and result.step == 4
+    assert same(weights(last), expected)
+    for _, path in find_checkpoints(folder / "run"):
+        path.write_bytes(b"")
+    with pytest.raises(ConfigProblem, match="damaged checkpoints only"):
+        run(resume=True)
+
+
+def test_other_circumstances_warn(run, folder):
+    run(steps=2)
+    path = checkpoint_path(folder / "run", 2)
+    state = load_checkpoint(path)
+    save_checkpoint(path, {**state, "facts": {**state["facts"], "torch": "1.0"}, "weights": dict(state["weights"])})
+    Image.new("RGB", (64, 64), "red").save(folder / "images" / "new.png")
+    _, events = run()
+    warnings = [event.text for event in events if isinstance(event, Warned)]
+    assert any("torch 1.0 ->" in text for text in warnings)
+    assert any("the images changed since" in text and "12 then, now 13" in text for text in warnings)
+
+
+def test_another_prior_is_refused(run, tiny_run):
+    run(steps=2)
+    other = tiny_run.tiny_base()
+    other.unet["out.2.bias"] = other.unet["out.2.bias"] + 1
+    with pytest.raises(ConfigProblem, match="same prior"):
+        run(base=other)
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(run, folder, monkeypatch):
+    real = Learner._losses
+    calls = []
+
+    def broken(self, one):
+        calls.append(1)
+        return real(self, one) * (math.nan if len(calls) == 3 else 1.0)
+
+    monkeypatch.setattr(Learner, "_losses", broken)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(checkpoint_every=0, schedule="constant")
+    text = str(caught.value)
+    assert "at step 3" in text and "circle-" in text and ".png" in text
+    assert "last good weights, of step 2, are in" in text and "step-000002.ckpt" in text
+    kept = weights(checkpoint_path(folder / "run", 2))
+    monkeypatch.undo()
+    run(output=str(folder / "good"), checkpoint_every=1, steps=2, schedule="constant")
+    assert same(kept, weights(checkpoint_path(folder / "good", 2)))
+
+
+def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, folder, monkeypatch):
+    real = Learner.take_step
+
+    def explode(self, should_stop):
+        outcome = real(self, should_stop)
+        if outcome.step == 4:
+            with torch.no_grad():
+                next(iter(self.parameters.values())).fill_(math.inf)
+        return outcome
+
+    monkeypatch.setattr(Learner, "take_step", explode)
+    with pytest.raises(NonFiniteLoss, match=r"the weights became NaN .* at step 4 .*step-000002\.ckpt"):
+        run()
+    assert [step for step, _ in find_checkpoints(folder / "run")] == [2]
+    assert not (folder / "run" / "circles.safetensors").exists()
+
+
+def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
+    before = sorted(folder.rglob("*"))
+    result, events = run(dry_run=True, precision="auto")
+    assert result.status == "dry_run" and result.path is None
+    assert kinds(events) == [Started] and events[0].config["precision"] == "fp32" and events[0].images == 12
+    assert "per step" in events[0].estimate
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_images_in_memory_and_bad_files(run, folder):
+    (folder / "images" / "broken.png").write_bytes(b"nothing")
+    picture = torch.rand(2, 80, 64, 3, generator=torch.Generator().manual_seed(0))
+    _, events = run(images=[picture], steps=1)
+    assert events[0].images == 15
+    assert any("1 images cannot be used" in event.text and "broken.png" in event.text
+               for event in events if isinstance(event, Warned))
+    result, events = run(data=(), images=picture, steps=1, output=str(folder / "memory"))
+    assert result.status == "finished" and events[0].images == 2
+    with pytest.raises(DataProblem):
+        run(data=str(folder / "images" / "none"), output=str(folder / "empty"))
+
+
+def test_one_run_at_a_time(run, folder):
+    with locked(folder / "run"), pytest.raises(FileProblem, match="another process is training"):
+        run()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [
+    {"form": "constant"},
+    {"form": "full", "caption": ""},
+    {"train": "self_attention", "form": "constant"},
+    {"train": "low_rank", "rank": 2, "ema": 0.0},
+    {"train": "low_rank", "rank": 2, "form": "full"},
+], ids=lambda changes: "-".join(map(str, changes.values())))
+def test_every_form_and_part_trains_resumes_and_is_written(run, folder, changes):
+    whole, _ = run(output=str(folder / "whole"), **changes)
+    should_stop, listener = stop_after(1)
+    run(should_stop=should_stop, listener=listener, **changes)
+    result, _ = run(resume=True, **changes)
+    assert same(*(weights(checkpoint_path(folder / name, 4)) for name in ("whole", "run")))
+    if changes.get("form") != "full":
+        (left, metadata), (right, _) = (read_domain_file(one.path) for one in (whole, result))
+        assert same(left, right) and metadata.null_text == changes.get("form", "cached")
+        assert bool(metadata.null_text_error) == (changes.get("form") == "constant")
+
+
+def test_v_prediction_and_tensorboard(run, folder, base):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    result, _ = run(base=replace(base, prediction_type="v_prediction"), tensorboard=True, steps=2, sample_every=2,
+                    validate_every=1)
+    _, metadata = read_domain_file(result.path)
+    assert metadata.prediction_type == "v_prediction"
+    written = EventAccumulator(str(folder / "run" / "tensorboard"))
+    written.Reload()
+    assert [one.step for one in written.Scalars("train/loss")] == [1, 2]
+    assert [one.step for one in written.Scalars("held_out/loss")] == [0, 1, 2]
+    assert [one.step for one in written.Images("samples")] == [0, 2]
+
+
+def test_it_trains_in_inference_mode(run):
+    """As ComfyUI calls its nodes."""
+    with torch.inference_mode():
+        assert run(steps=1)[0].status == "finished"
