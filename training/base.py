@@ -226,7 +226,7 @@ class Base:
         if any(prompts):
             raise ValueError(
                 f"{self.name}: expected a tokenizer to encode the prompt {next(filter(None, prompts))!r}, found none; "
-                "set tokenizer to a folder with CLIP's vocab.json and merges.txt, such as ComfyUI's comfy/sd1_tokenizer."
+                "set tokenizer to a folder with CLIP's vocab.json and merges.txt (in ComfyUI: comfy/sd1_tokenizer)."
             )
         pooled = self.null_context.pooled
         return Text(
@@ -332,8 +332,8 @@ def open_checkpoint(
     keys, metadata = read_keys(path), read_metadata(path)
     if unet_layout(keys, path) != "full":
         raise FileProblem(
-            f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was made "
-            "of."
+            f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was "
+            "made of."
         )
     state_dict = read_state_dict(path, prefix=unet_prefix(keys))
     weights = {key: _trainable(tensor) for key, tensor in strip_unet_prefix(state_dict).items()}

@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,9 +38,10 @@ SHORTEST_TIMING_S = 0.15
 class Estimate:
     """Bytes on the training device, bytes on the disk, seconds. Times are rough (often within a factor of 1.5).
 
-    base: the prior and its autoencoder, which wait on the CPU (0 elsewhere). weights: of the UNet in fp32; gradients, optimizer, average: of what trains; activations: what a forward pass of one
-    process' batch keeps for the backward pass, casts of the weights included; peak: the most at once; preview: the most
-    while a grid is drawn. available: of the device, None where unknown. checkpoint, latents, file: on disk.
+    base: the prior and its autoencoder, which wait on the CPU (0 elsewhere). weights: of the UNet in fp32; gradients,
+    optimizer, average: of what trains; activations: what a forward pass of one process' batch keeps for the backward
+    pass, casts of the weights included; peak: the most at once; preview: the most while a grid is drawn. available: of
+    the device, None where unknown. checkpoint, latents, file: on disk.
     """
 
     parameters: int
@@ -335,9 +336,10 @@ def _available(device: torch.device) -> int | None:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu":
-        try:
-            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        except (AttributeError, ValueError, OSError):  # Windows
+        try:  # what the system would give, disk caches included
+            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+        except (OSError, StopIteration, ValueError, IndexError):  # not Linux
             return None
     return None
 
