@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from indomain_guidance.training.ema import ema_decay
 from indomain_guidance.training.learner import Learner, NonFiniteLoss
 from indomain_guidance.training.losses import min_snr_weight
 from indomain_guidance.training.optimizers import rate_at
+from indomain_guidance.training.processes import OneProcess, pick_device, pick_precision
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -248,3 +250,28 @@ def test_noisy_share_moves_timesteps_up(configure, learn):
     high = torch.cat([noisy._load(step)[0].timesteps for step in range(12)])
     assert int(low.min()) < 120 and int(high.min()) >= 500 and int(high.max()) > 900
     assert float(min_snr_weight("epsilon", SCHEDULE.alphas_cumprod[high], 5.0).min()) == 1.0
+
+
+def test_a_missing_8_bit_optimizer_is_named(configure, learn, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigProblem, match="adamw8bit needs the package bitsandbytes.*or choose adamw"):
+        learn(configure(optimizer="adamw8bit"))
+
+
+def test_a_batch_that_does_not_divide_among_processes_is_refused(configure, learn):
+    class Two(OneProcess):
+        world = 2
+
+    with pytest.raises(ConfigProblem, match="batch_size: expected a multiple of the 2 processes, found 3"):
+        learn(configure(batch_size=3), processes=Two("cpu"))
+
+
+def test_devices_are_picked_or_refused():
+    assert pick_device("cpu") == torch.device("cpu")
+    assert pick_device("auto").type in ("cuda", "xpu", "mps", "cpu")
+    missing = next(name for name in ("xpu", "mps", "cuda") if pick_device("auto").type != name)
+    if not (torch.cuda.is_available() or torch.backends.mps.is_available()):
+        with pytest.raises(ConfigProblem, match=f"works here .cpu., found {missing}"):
+            pick_device(missing)
+    cpu = torch.device("cpu")
+    assert [pick_precision(name, cpu) for name in ("auto", "fp16")] == ["fp32", "fp16"]

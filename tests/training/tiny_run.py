@@ -69,8 +69,8 @@ def tiny_config(folder: Path, **changes: object) -> TrainConfig:
     """A short run on the CPU in FOLDER/run, on the images in FOLDER/images."""
     return TrainConfig(**{
         "base": "tiny", "data": (str(folder / "images"),), "output": str(folder / "run"),
-        "cache": str(folder / "cache"), "name": "circles", "resolution": 64, "bucket_step": 8, "flip": True, "steps": 16, "batch_size": 2,
-        "learning_rate": 1e-3, "warmup": 4, "schedule": "cosine", "ema": 0.9, "noise_offset": 0.1,
+        "cache": str(folder / "cache"), "name": "circles", "resolution": 64, "bucket_step": 8, "flip": True,
+        "steps": 16, "batch_size": 2, "learning_rate": 1e-3, "warmup": 4, "schedule": "cosine", "ema": 0.9, "noise_offset": 0.1,
         "checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 8, "sample_count": 1, "sample_steps": 2,
         "validate_every": 8, "held_out_share": 0.2, "log_every": 1, "file_dtype": "fp32", "device": "cpu",
         "precision": "fp32", **changes,
