@@ -111,14 +111,15 @@ class Check:
             floors = measure.validity(self.world.autoencoder, model, domain, self.seed)
             inside = measure.draw_prompts(self.samples, render.domain_pairs(domain), self.seed)
             pictures = self.sample(inside, scale, f"prior in {domain}, CFG {scale}")
-            distance = measure.score(model, pictures, inside).distance
+            result = measure.score(model, pictures, inside)
             for name, value in floors.items():
                 better = "higher" if name == "ceiling" else "lower"
                 report(f"{domain}_{name}", value, "frechet", count, self.seed, None, better)
-            report(f"{domain}_prior_distance", distance, "frechet", self.samples, self.seed)
+            report(f"{domain}_prior_distance", result.distance, "frechet", self.samples, self.seed)
+            report(f"{domain}_prior_kernel_distance", result.kernel, "kid", self.samples, self.seed)
             ratio = floors["ceiling"] / floors["floor"]
             report(f"{domain}_ceiling_over_floor", ratio, "ratio", count, self.seed, 20.0, "higher")
-            ratio = floors["autoencoder_floor"] / distance
+            ratio = floors["autoencoder_floor"] / result.distance
             report(f"{domain}_autoencoder_floor_over_prior", ratio, "ratio", self.samples, self.seed, 0.05)
 
 

@@ -21,7 +21,9 @@ from .tokens import expand_embedding, tokenize
 LATENT_FORMAT = "mini_world"
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
 JUDGES = {"classifier", "classifier_held_out"}
-COMPONENTS = {"prior_unet", "text_encoder", "autoencoder", *JUDGES}
+# What a component's file must say beside its weights.
+SAYS = {"prior_unet": ("config",), "text_encoder": ("config", "token_ids"), "autoencoder": ("config", "scale_factor")}
+COMPONENTS = {*SAYS, *JUDGES}
 
 
 def weights_dir() -> Path:
@@ -44,9 +46,10 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     path = weights_dir() / f"{name}.safetensors"
     state_dict, metadata = read_state_dict(path), read_metadata(path)
     check_finite(state_dict, path)
-    if name not in JUDGES and "config" not in metadata:
-        raise FileProblem(f"{path}: expected the mini world's own file with a configuration in its metadata, found none"
-                          "; take the file from the repository again")
+    missing = [key for key in SAYS.get(name, ()) if key not in metadata]
+    if missing:
+        raise FileProblem(f"{path}: expected the mini world's own file with {' and '.join(missing)} in its metadata, "
+                          "found none; take the file from the repository again")
     return state_dict, metadata
 
 

@@ -20,7 +20,7 @@ from .loop import LoopConfig, run_loop
 HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
 FEATURES = 64
 LOOP = LoopConfig(name="classifier", steps=2000, rate=3e-3, ema=0.998)
-HELD_OUT_LOOP = replace(LOOP, name="classifier_held_out", steps=1500)   # fewer pictures to learn
+HELD_OUT_LOOP = replace(LOOP, name="classifier_held_out", steps=1000)   # fewer pictures to learn
 BATCH = 96
 
 

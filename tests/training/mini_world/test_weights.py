@@ -3,7 +3,9 @@
 import pytest
 import torch
 from indomain_guidance.guidance import presets
-from indomain_guidance.guidance.files import prior_content_hash, read_domain_file, read_state_dict
+from indomain_guidance.guidance.files import (
+    FileProblem, prior_content_hash, read_domain_file, read_metadata, read_state_dict, write_safetensors,
+)
 from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.training.mini_world import assets, measure, render
 
@@ -21,8 +23,9 @@ def judge_model():
 
 
 def test_the_files_are_half_precision_and_30_mb_together():
-    assert {file.stem for file in FILES} == {"autoencoder", "classifier", "prior_unet", "text_encoder",
-                                             "mini-handwriting", "mini-narrow-handwriting"}
+    assert {file.stem for file in FILES} == {
+        "autoencoder", "classifier", "classifier_held_out", "prior_unet", "text_encoder", "mini-handwriting",
+        "mini-narrow-handwriting"}
     assert sum(file.stat().st_size for file in FILES) <= 30_000_000
     for file in FILES:
         tensors = read_state_dict(file)
@@ -32,7 +35,8 @@ def test_the_files_are_half_precision_and_30_mb_together():
 
 @pytest.mark.parametrize("name", ["mini-handwriting", "mini-narrow-handwriting"])
 def test_domain_files_say_where_they_come_from(name):
-    state_dict, metadata = read_domain_file(assets.domain_unets_dir() / f"{name}.safetensors", latent_format="mini_world")
+    path = assets.domain_unets_dir() / f"{name}.safetensors"
+    state_dict, metadata = read_domain_file(path, latent_format="mini_world")
     prior, _ = assets.load_prior()
     assert metadata.prior_hash == prior_content_hash(prior)
     assert metadata.null_text == "cached" and metadata.dataset_size == 8000 and metadata.steps > 0
@@ -66,7 +70,7 @@ def test_the_prior_draws_what_the_prompt_says(world, judge_model):
 
 
 def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
-    """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and far more obedient than the domain model."""
+    """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and it obeys, unlike the domain model."""
     prompts = measure.draw_prompts(80, render.domain_pairs("handwriting"), seed=2)
     domain = world.domain("mini-handwriting")
     guided = measure.in_domain_of(world, domain, Interval(1.5, 0.0, 1.0), 3.0)
@@ -83,3 +87,17 @@ def test_a_domain_model_takes_no_text(world):
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     told = domain(x, 1.0, context=world.encode_text(["a red seven", "a blue two"]))
     assert torch.equal(told, domain(x, 1.0))
+
+
+def test_files_that_lack_or_break_something_are_named(tmp_path, monkeypatch):
+    shipped = assets.weights_dir()
+    monkeypatch.setattr(assets, "weights_dir", lambda: tmp_path)
+    weights, metadata = (read(shipped / "text_encoder.safetensors") for read in (read_state_dict, read_metadata))
+    del metadata["token_ids"]
+    write_safetensors(tmp_path / "text_encoder.safetensors", weights, metadata)
+    with pytest.raises(FileProblem, match="text_encoder.safetensors: .* with token_ids in its metadata"):
+        assets.load_text_encoder()
+    with pytest.raises(FileProblem, match="classifier.safetensors"):
+        assets.load_classifier()
+    with pytest.raises(ValueError, match="expected one of autoencoder, classifier, .* found 'vae'"):
+        assets.read_component("vae")
