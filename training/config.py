@@ -190,6 +190,11 @@ class TrainConfig:
         return self.batch_size * self.accumulation
 
     @property
+    def held_out(self) -> float:
+        """The share of the images that is really held out: none when nobody looks at their loss."""
+        return self.held_out_share if self.validate_every else 0.0
+
+    @property
     def run_folder(self) -> Path:
         """Where the run keeps its files."""
         return Path(self.output) if self.output else Path("runs") / self.name
@@ -246,7 +251,8 @@ class TrainConfig:
 
     def binding(self) -> dict[str, Any]:
         """The fields that decide the trained numbers, which a resumed run must share."""
-        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.metadata["free"]}
+        fields = {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.metadata["free"]}
+        return {**fields, "held_out_share": self.held_out}
 
     def binding_hash(self) -> str:
         """SHA-256 of `binding`."""

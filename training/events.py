@@ -52,14 +52,15 @@ class Caching(Event):
 class Step(Event):
     """An optimizer step is finished.
 
-    loss: of its global batch; rate: learning rate; gradient_norm: before clipping; eta_s: seconds left, None at first.
+    loss: of its global batch; rate: learning rate; gradient_norm: before clipping, None where fp16 overflowed and the
+    step was skipped; eta_s: seconds left, None at first.
     """
 
     step: int
     steps: int
     loss: float
     rate: float
-    gradient_norm: float
+    gradient_norm: float | None
     seconds_per_step: float
     eta_s: float | None = None
 
@@ -194,7 +195,8 @@ class TensorBoard:
     def __call__(self, event: Event) -> None:
         if isinstance(event, Step) and (event.step % self.every == 0 or event.step == event.steps):
             for name in ("loss", "rate", "gradient_norm", "seconds_per_step"):
-                self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+                if getattr(event, name) is not None:
+                    self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
         elif isinstance(event, Validated):
             self._writer.add_scalar("held_out/loss", event.loss, event.step)
             for level, loss in event.per_level.items():

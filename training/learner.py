@@ -263,7 +263,8 @@ class Learner:
         conditioning = {name: value.to(self.device) for name, value in one.conditioning.items()}
         abar = abar_at(self.schedule, timesteps)
         noisy = add_noise(latents, noise, abar)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+        half = torch.autocast(self.device.type, self.dtype) if self.dtype is not torch.float32 else nullcontext()
+        with half:
             output = self._model(noisy, timesteps, **conditioning)
         weight = min_snr_weight(self.prediction_type, abar, self.config.min_snr_gamma)
         return sample_losses(output, target_of(self.prediction_type, latents, noise, abar), weight)

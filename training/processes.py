@@ -109,4 +109,7 @@ def pick_precision(name: str, device: torch.device) -> str:
     """"auto" is bf16 where a GPU computes in it, else fp32."""
     if name != "auto":
         return name
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type != "cuda":
+        return "fp32"
+    # Not is_bf16_supported: it also says yes to cards that emulate it, slowly.
+    return "bf16" if torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +61,8 @@ class Result:
     """How a run ended.
 
     status: "finished"; "stopped" (asked to: the step was finished and saved, nothing is lost); "dry_run". path: the
-    domain model, None unless finished. run: the run's folder. loss: mean of the last steps, None without any. samples:
-    the last sample grid; plot: the loss curve; None where there is none.
+    domain model (in `export_to` where that is set), None unless finished. run: the run's folder. loss: mean of the last
+    steps, None without any. samples: the last sample grid; plot: the loss curve; None where there is none.
     """
 
     status: str
@@ -103,7 +104,7 @@ def train(
     # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         run = _Run(config, open_processes(config.device), listener, should_stop)
-        return run.dry(base) if dry_run else run.train(resume, base, images)
+        return run.dry(base, images) if dry_run else run.train(resume, base, images)
 
 
 class _Run:
@@ -117,18 +118,19 @@ class _Run:
         self.plot = self.folder / "loss.png"
         self.listeners: list[Listener] = [listener]
         self.learner: Learner | None = None
-        self.saved_step = -1
+        self.trainee: Trainee | None = None
+        self.start = self.saved_step = 0
         self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
 
     # ---- beginning
 
-    def dry(self, base: Base | None) -> Result:
+    def dry(self, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
         """Everything that can be known before the first image is read."""
         self._resolve(None)
         base = base or open_base(self.config)
         for note in base.notes:
             self.tell(Warned(note))
-        self._announce(0, base, None)
+        self._announce(0, base, images)
         return Result("dry_run", 0, None, self.folder)
 
     def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
@@ -148,22 +150,25 @@ class _Run:
             for note in base.notes:
                 self.tell(Warned(note))
             self._announce(start, base, images)
+            for place in self._places()[1:]:
+                if start == 0 and place.exists():
+                    self.tell(Warned(f"{place} is there already and will be replaced when this run is finished."))
             dataset = self._dataset(base, images)
             if dataset is None:
                 self.tell(Stopped(start, "" if found is None else str(found[0])))
                 return self._result("stopped", start)
-            learning, held_out = dataset.split(self.config.held_out_share if self.config.validate_every else 0.0)
-            trainee = self._trainee(base, state)
+            learning, held_out = dataset.split(self.config.held_out)
+            self.trainee = trainee = self._trainee(base, state)
             self.learner = stack.enter_context(Learner(
                 self.config, trainee.unet, learning, base.schedule, base.prediction_type,
                 lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash, processes=self.processes,
             ))
+            self.start = self.saved_step = start
             if found is not None:
                 for warning in self.learner.load(found[1], str(found[0])):
                     self.tell(Warned(warning))
-                self.saved_step = start
             del state, found  # what lies in the checkpoint's file has been copied out of it
-            return self._loop(base, trainee, learning, held_out)
+            return self._loop(base, learning, held_out)
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
         """Fill in what the configuration leaves to the machine; a run that goes on keeps what it began with."""
@@ -254,58 +259,59 @@ class _Run:
 
     # ---- the steps
 
-    def _loop(self, base: Base, trainee: Trainee, learning: LatentDataset, held_out: LatentDataset) -> Result:
+    def _loop(self, base: Base, learning: LatentDataset, held_out: LatentDataset) -> Result:
         config, learner = self.config, self.learner
-        report = _Reports(self, base, trainee, held_out)
+        report = _Reports(self, base, held_out)
         if self.anywhere(float(self.should_stop())):
-            return self._stop(trainee)
+            return self._stop()
         if learner.step < config.steps and report(learner.step):
-            return self._stop(trainee)
+            return self._stop()
         while learner.step < config.steps:
-            outcome = self._step(trainee)
+            outcome = self._step()
             last = learner.step == config.steps
             if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0):
-                self._save(trainee)
+                self._save()
             if (outcome.stop or report(learner.step)) and not last:
-                return self._stop(trainee)
-        return self._finish(base, trainee, learning)
+                return self._stop()
+        return self._finish(base, learning)
 
-    def _step(self, trainee: Trainee) -> Outcome:
+    def _step(self) -> Outcome:
         learner, began = self.learner, time.perf_counter()
         try:
             outcome = learner.take_step(self.should_stop)
         except NonFiniteLoss as problem:
-            raise NonFiniteLoss(problem.what, problem.step, problem.names, self._keep_last_good(trainee)) from None
+            raise NonFiniteLoss(problem.what, problem.step, problem.names, self._keep_last_good()) from None
         self.recent.append((outcome.loss, time.perf_counter() - began))
         seconds = sum(duration for _, duration in self.recent) / len(self.recent)
         left = seconds * (self.config.steps - outcome.step)
         self.tell(Step(
-            outcome.step, self.config.steps, outcome.loss, outcome.rate, outcome.gradient_norm, seconds,
+            outcome.step, self.config.steps, outcome.loss, outcome.rate,
+            outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None, seconds,
             left if len(self.recent) > 1 else None,
-        ), trainee)
+        ))
         return outcome
 
-    def _keep_last_good(self, trainee: Trainee) -> str:
+    def _keep_last_good(self) -> str:
         """Save the weights before a step that failed, if they are sound; the advice to give."""
         advice = "lower the learning rate or look at these images, and start a run of another name"
         if self.learner.has_finite_weights():
             path = checkpoint_path(self.folder, self.learner.step)
             if self.learner.step != self.saved_step:
-                self._save(trainee)
+                self._save()
             return f"the last good weights, of step {self.learner.step}, are in {path}; {advice}."
         before = [path for step, path in find_checkpoints(self.folder) if step <= self.learner.step]
         return f"the last good weights are in {before[-1]}; {advice}." if before else f"{advice}."
 
-    def _save(self, trainee: Trainee, quietly: bool = False) -> Path:
+    def _save(self, quietly: bool = False) -> Path:
         """Write a checkpoint of the last finished step; damaged weights never replace good ones."""
         learner = self.learner
         path = checkpoint_path(self.folder, learner.step)
         if not learner.has_finite_weights():
             batch = learner.plan.batch_for(max(0, learner.step - 1))
-            raise NonFiniteLoss("the weights", learner.step, learner.names(batch), self._keep_last_good(trainee))
+            raise NonFiniteLoss("the weights", learner.step, learner.names(batch), self._keep_last_good())
         if self.processes.is_main:
-            start = {"constants": dict(trainee.constants), "null_text_error": dict(trainee.null_text_error)}
-            save_checkpoint(path, {**learner.state(), "start": start})
+            begun = {"constants": dict(self.trainee.constants), "null_text_error": dict(self.trainee.null_text_error)}
+            save_checkpoint(path, {**learner.state(), "start": begun})
             prune_checkpoints(self.folder, learner.step, self.config.keep_checkpoints)
         self.saved_step = learner.step
         if not quietly:
@@ -315,17 +321,17 @@ class _Run:
 
     # ---- the end
 
-    def _stop(self, trainee: Trainee) -> Result:
+    def _stop(self) -> Result:
         step = self.learner.step
-        if step != self.saved_step and step > 0:
-            self._save(trainee)
+        if step != self.saved_step:
+            self._save()
         self.tell(Stopped(step, str(checkpoint_path(self.folder, step)) if step > 0 else ""))
         return self._result("stopped", step)
 
-    def _finish(self, base: Base, trainee: Trainee, learning: LatentDataset) -> Result:
+    def _finish(self, base: Base, learning: LatentDataset) -> Result:
         """Write the domain model into the run's folder, and where else it is wanted."""
-        config, name = self.config, f"{self.config.name}.safetensors"
-        places = [self.folder / name, *([Path(config.export_to) / name] if config.export_to else [])]
+        config, trainee = self.config, self.trainee
+        places = self._places()
         if self.processes.is_main:
             values = self.learner.values()
             facts: dict[str, Any] = {"config": config, "steps": self.learner.step, "dataset_size": len(learning)}
@@ -351,6 +357,11 @@ class _Run:
 
     # ---- small things
 
+    def _places(self) -> list[Path]:
+        """Where the finished file goes: the run's folder, and `export_to`."""
+        folders = [self.folder, *([Path(self.config.export_to)] if self.config.export_to else [])]
+        return [folder / f"{self.config.name}.safetensors" for folder in folders]
+
     def samples_path(self, step: int) -> Path:
         return self.folder / SAMPLES / f"step-{step:06d}.png"
 
@@ -358,10 +369,10 @@ class _Run:
         """Whether any process raised its flag."""
         return bool(self.processes.total(torch.tensor([flag], device=self.processes.device)).item())
 
-    def tell(self, event: Event, trainee: Trainee | None = None) -> None:
-        """Report to all listeners, from the first process.
+    def tell(self, event: Event) -> None:
+        """Report to all listeners, from the first process; only called between steps.
 
-        After a step (`trainee` given) an exception of a listener, such as a cancel, first saves what was learned.
+        Before an exception of a listener, such as a cancel, ends the run, what was learned is saved.
         """
         if not self.processes.is_main:
             return
@@ -369,17 +380,17 @@ class _Run:
             for listener in self.listeners:
                 listener(event)
         except BaseException:
-            if trainee is not None and self.processes.world == 1 and self.learner.step != self.saved_step:
-                self._save(trainee, quietly=True)
+            if self.learner is not None and self.processes.world == 1 and self.learner.step != self.saved_step:
+                self._save(quietly=True)
             raise
 
 
 class _Reports:
     """Held-out loss and sample grids where they are due, with the averaged weights; the first process makes them."""
 
-    def __init__(self, run: _Run, base: Base, trainee: Trainee, held_out: LatentDataset) -> None:
+    def __init__(self, run: _Run, base: Base, held_out: LatentDataset) -> None:
         config, main = run.config, run.processes.is_main
-        self.run, self.base, self.trainee = run, base, trainee
+        self.run, self.base, self.trainee = run, base, run.trainee
         self.validates = config.validate_every if len(held_out) else 0
         self.held = [held_out.mean(index) for index in range(len(held_out))] if main and self.validates else []
         self.sizes = [
@@ -395,9 +406,10 @@ class _Reports:
         if not validates and not samples:
             return False
         if run.processes.is_main:
-            if validates and step not in run.curve.held_out:
+            continued = step == run.start > 0  # then this may have been done before
+            if validates and not (continued and step in run.curve.held_out):
                 self._validate(step)
-            if samples and not run.samples_path(step).exists():
+            if samples and not (continued and run.samples_path(step).exists()):
                 self._sample(step)
         return run.anywhere(float(run.should_stop()))
 

@@ -247,6 +247,29 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, folder, mon
     assert not (folder / "run" / "circles.safetensors").exists()
 
 
+def test_what_lies_there_is_named_before_it_is_replaced(run, folder):
+    models = folder / "models"
+    models.mkdir()
+    (models / "circles.safetensors").write_bytes(b"old")
+    _, events = run(steps=1, export_to=str(models))
+    assert any("will be replaced" in event.text for event in events if isinstance(event, Warned))
+    assert (models / "circles.safetensors").stat().st_size > 1000
+
+
+def test_reports_that_a_killed_run_did_not_come_to_are_made_up_for(run, folder):
+    """Checkpoint first, then held-out loss and samples: killed in between, they are due when the run goes on."""
+    changes = {"steps": 4, "sample_every": 2, "validate_every": 2, "checkpoint_every": 2}
+    fields = {name: value for name, value in changes.items() if name != "steps"}
+    run(steps=2, **fields)
+    grid = folder / "run" / "samples" / "step-000002.png"
+    before = grid.read_bytes()
+    grid.unlink()
+    _, events = run(**changes)
+    assert [event.step for event in events if isinstance(event, Sampled)] == [2, 4]
+    assert [event.step for event in events if isinstance(event, Validated)] == [4]
+    assert grid.read_bytes() == before
+
+
 def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
     before = sorted(folder.rglob("*"))
     result, events = run(dry_run=True, precision="auto")
