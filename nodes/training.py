@@ -154,7 +154,7 @@ class TrainDomainUNet(io.ComfyNode):
             config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)})
             training.check_name(config)
             config = config.with_changes(data=training.gather_data(";".join(image_folder), images, config.run_folder))
-            result = training.run(config, exported, resume, given["isolated"])
+            result, warnings = training.run(config, exported, resume, given["isolated"])
             model = training.load_trained(config, given.get("model"))
         path = str(training.finished_file(config))
         grid, plot = training.load_image(result.samples), training.load_image(result.plot)
@@ -162,7 +162,7 @@ class TrainDomainUNet(io.ComfyNode):
         preview = ui.PreviewImage(shown, cls=cls).as_dict() if shown else {}
         return io.NodeOutput(
             model, training.or_blocked(grid), training.or_blocked(plot), path,
-            ui={**preview, "text": (path,)},
+            ui={**preview, "text": (path, *warnings)},
         )
 
 

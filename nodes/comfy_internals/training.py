@@ -271,6 +271,7 @@ class Progress:
         self._bar = comfy.utils.ProgressBar(1)
         self._last_text = 0.0
         self._interrupted: BaseException | None = None
+        self.warnings: list[str] = []
 
     def __call__(self, event: Event) -> None:
         from ...training import events
@@ -282,6 +283,8 @@ class Progress:
         elif isinstance(event, events.Sampled):
             self._preview(event.path)
         elif not isinstance(event, events.Saved):
+            if isinstance(event, events.Warned):
+                self.warnings.append(event.text)
             self.text(describe(event), last=True)
 
     def should_stop(self) -> bool:
@@ -331,7 +334,9 @@ def describe(event: Event) -> str:
     if isinstance(event, events.Caching):
         return f"encoding images: {event.done} of {event.total}"
     if isinstance(event, events.Started):
-        return event.estimate or f"{event.images} images, {event.steps} steps"
+        if event.step == event.steps:
+            return f"already trained for {event.steps} steps; raise steps to go on, or choose another name"
+        return f"{event.images} images, {event.steps} steps\n{event.estimate}".rstrip()
     if isinstance(event, events.Stopped):
         return f"stopped and saved at step {event.step}; run again to continue"
     return events.describe(event)
@@ -356,8 +361,10 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def run(config: TrainConfig, base: ExportedBase | None, resume: bool | str, isolated: bool) -> Result:
-    """Train; returns when the run is finished. Call it outside inference mode.
+def run(
+    config: TrainConfig, base: ExportedBase | None, resume: bool | str, isolated: bool
+) -> tuple[Result, list[str]]:
+    """Train; (result, warnings) when the run is finished. Call it outside inference mode.
 
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
     one sentence for everything a user can do something about.
@@ -389,7 +396,7 @@ def run(config: TrainConfig, base: ExportedBase | None, resume: bool | str, isol
         free_memory()
     if result.status == "stopped":
         progress.raise_if_cancelled()
-    return result
+    return result, progress.warnings
 
 
 def prepare(model, clip, vae, checkpoint: str, prompts: Sequence[str]) -> tuple[str, ExportedBase | None]:

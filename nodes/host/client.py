@@ -20,6 +20,9 @@ from .progress import Bar
 
 Prompt = Mapping[str, Mapping[str, Any]]
 
+# The first four bytes of a binary message that is a line of text for a node; all others are pictures.
+TEXT_MESSAGE = (3).to_bytes(4, "big")
+
 
 class PromptRejected(RuntimeError):
     """ComfyUI refused a prompt before running it. `node_errors` is its answer, by node id."""
@@ -46,12 +49,13 @@ class ExecutionInterrupted(RuntimeError):
 
 @dataclass
 class Run:
-    """What one finished run left: node outputs by node id, previews received, and the nodes answered from the cache."""
+    """What one finished run left: node outputs by node id, previews and texts it sent, nodes answered from the cache."""
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
     seconds: float = 0.0
     previews: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
     cached: list[str] = field(default_factory=list)
 
     def images(self, node_id: str) -> list[dict[str, str]]:
@@ -199,7 +203,11 @@ class ComfyClient:
         failure: Exception | None = None
         async for message in socket:
             if message.type == aiohttp.WSMsgType.BINARY:
-                run.previews.append(message.data)
+                if message.data[:4] == TEXT_MESSAGE:
+                    length = int.from_bytes(message.data[4:8], "big")  # of the node's id, which comes before the text
+                    run.texts.append(message.data[8 + length :].decode("utf-8", "replace"))
+                else:
+                    run.previews.append(message.data)
                 continue
             if message.type != aiohttp.WSMsgType.TEXT:
                 continue
