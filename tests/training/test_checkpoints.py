@@ -157,3 +157,18 @@ def test_one_run_at_a_time_in_a_folder(tmp_path):
         thread.join()
     second()
     assert "another process is training" in said[0] and said[1] == "entered"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits the size of files as posix does")
+def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
+    import resource
+
+    (before,) = save(tmp_path, 1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(FileProblem, match="step-000002.ckpt: could not be written .*free some space"):
+            save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert os.listdir(before.parent) == [before.name] and load_checkpoint(before)["step"] == 1
