@@ -140,10 +140,12 @@ def estimate(
     parts = [*base.unet.values(), *base.autoencoder.parameters()]
     waiting = sum(one.numel() * one.element_size() for one in parts) if device.type == "cpu" else 0
     fixed = waiting + weights + optimizer + average + (CUDA_CONTEXT if device.type == "cuda" else 0)
-    # Gradients grow while activations are freed; between optimizer steps they are gone unless they are accumulated.
-    forward = kept + 2 * trace.largest + (gradients if config.accumulation > 1 else 0)
-    stepping = gradients + (gradients if device.type != "cpu" else 0)  # the optimizer's temporaries
-    peak = fixed + max(forward, stepping)
+    # Gradients grow while activations are freed, so the most is at the start of the backward pass, at its end (all
+    # gradients and the first block's activations), or in the optimizer. They stay between passes that accumulate.
+    start = kept + 2 * trace.largest + (gradients if config.accumulation > 1 else 0)
+    end = gradients + trace.block_bytes + 2 * trace.largest
+    temporaries = gradients if device.type != "cpu" else 0
+    peak = fixed + max(start, end, gradients + temporaries)
     drawn = preview_dtype(device)
     prior = sum(tensor.numel() for tensor in base.unet.values()) * torch.empty((), dtype=drawn).element_size()
     columns = min(config.sample_count, config.batch_size)

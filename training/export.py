@@ -34,6 +34,7 @@ from ..guidance.files.domain import FORMAT as DOMAIN_FORMAT
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
 from ..guidance.networks.unet import UNetConfig, unet_config_from_state_dict
 from .base import FAMILIES, MINI_WORLD, Base, open_checkpoint, open_mini_world
+from .checkpoints import MARK, TRAILER, load_checkpoint
 from .low_rank import kohya_tensors, low_rank_layers
 from .parts import FORMS, Trainee, start_model
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+CHECKPOINT_SUFFIX = ".ckpt"  # of old model files, and of this trainer's runs
 TRAINING = "training"  # metadata field with the run's configuration as JSON
 _KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 
@@ -220,12 +222,14 @@ def form_of(layout: str) -> str:
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a model file knows about itself, as JSON values.
 
-    kind: "domain model", "checkpoint", "UNet" or "LoRA"; file: name, bytes, tensors, parameters, number formats. A
+    kind: "domain model", "checkpoint", "UNet", "LoRA" or "training checkpoint" (of a run, to resume from); file: name, bytes, tensors, parameters, number formats. A
     domain model: form, architecture, latent space, prediction, prior, null context, errors of the constants, data,
     steps, training configuration; a checkpoint: family and parts. Weights are read only where the header does not tell.
     Raises FileProblem for a file that is no model of these kinds.
     """
     path = Path(path)
+    if path.suffix == CHECKPOINT_SUFFIX and path.is_file() and _ends_as_run_checkpoint(path):
+        return _inspect_run(path)
     keys, metadata = read_keys(path), read_metadata(path)
     shapes = _shapes(path)
     formats = Counter()
@@ -304,6 +308,33 @@ def _inspect_domain(described: DomainMetadata, parts: Mapping[str, int]) -> dict
     }
 
 
+def _ends_as_run_checkpoint(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TRAILER))
+        return file.read(len(MARK)) == MARK
+
+
+def _inspect_run(path: Path) -> dict[str, Any]:
+    state = load_checkpoint(path)
+    weights = state["weights"].values()
+    formats = Counter()
+    for tensor in weights:
+        formats[str(tensor.dtype).removeprefix("torch.")] += tensor.numel()
+    return {
+        "kind": "training checkpoint",
+        "file": {
+            "path": str(path), "bytes": path.stat().st_size, "tensors": len(weights),
+            "parameters": sum(formats.values()), "numbers": dict(formats),
+        },
+        "name": state["config"]["name"],
+        "step": state["step"],
+        "dataset": dict(state["dataset"]),
+        "prior_sha256": state["prior"],
+        "facts": dict(state["facts"]),
+        "training": dict(state["config"]),
+    }
+
+
 def _inspect_low_rank(shapes: Mapping[str, tuple], metadata: Mapping[str, str]) -> dict[str, Any]:
     downs = {key: shape for key, (shape, _) in shapes.items() if key.endswith(".lora_down.weight")}
     training = metadata.get(TRAINING)
@@ -354,6 +385,12 @@ def _short(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (list, dict)) else str(value)
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file starts as a .safetensors file does, whatever it is called."""
+    with path.open("rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _count(shape: tuple[int, ...]) -> int:
     count = 1
     for size in shape:
@@ -365,9 +402,7 @@ def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and number format of every tensor; for .safetensors from the header alone."""
     from safetensors import safe_open
 
-    with path.open("rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    if not is_safetensors:
+    if not is_safetensors(path):
         tensors = read_state_dict(path)
         return {key: (tuple(one.shape), str(one.dtype).removeprefix("torch.")) for key, one in tensors.items()}
     with safe_open(str(path), framework="pt") as file:
