@@ -51,7 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
     world = load_mini_world()
     folder = options.work / plan.name if options.tiny else options.work
     models = Models(folder / "models", world, plan.images, plan.batch)
-    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling)
+    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling,
+                  load_classifier(held_out=True))
     if options.list:
         for point in plan.points:
             print(f"{'measured' if bench.find(point) else '-':<9}{point}")

@@ -74,8 +74,8 @@ class Models:
 
     @property
     def world_hash(self) -> str:
-        """One hash over the shipped files that every number depends on: prior, autoencoder, text encoder, judge."""
-        names = ("prior_unet", "text_encoder", "autoencoder", "classifier")
+        """One hash over the shipped files that every number depends on: prior, autoencoder, text encoder, judges."""
+        names = ("prior_unet", "text_encoder", "autoencoder", "classifier", "classifier_held_out")
         return hashlib.sha256("".join(_file_hash(assets.weights_dir() / f"{name}.safetensors") for name in names).encode()).hexdigest()
 
     def path(self, spec: ModelSpec) -> Path:

@@ -25,7 +25,7 @@ from .questions import QUESTIONS, Examiner
 from .statistics import Measured, measure_distance, measure_share, resampling_counts
 
 # Part of every key: raise it when the meaning of a stored number changes.
-VERSION = 1
+VERSION = 2
 FILE_DIGITS = 5
 
 
@@ -106,9 +106,10 @@ class Bench:
     content of all weight files used. Files appear complete or not at all, so a run may be killed at any time.
     """
 
-    def __init__(self, folder: Path, models: Models, world: MiniWorld, judge_model: Classifier, sampling: Sampling) -> None:
+    def __init__(self, folder: Path, models: Models, world: MiniWorld, judge_model: Classifier, sampling: Sampling,
+                 second_judge: Classifier | None = None) -> None:
         self.folder, self.models, self.world, self.judge_model = folder, models, world, judge_model
-        self.sampling = sampling
+        self.sampling, self.second_judge = sampling, second_judge
         self._examiners: dict[str, Examiner] = {}
 
     def examiner(self, question: str) -> Examiner:
@@ -163,6 +164,8 @@ class Bench:
             self.world, lambda uncond, cond: guidance_of(self.world.prior, model, settings, uncond, cond), prompts,
             steps=self.sampling.steps, seed=self.sampling.seed, name=str(point), method=self.sampling.sampler)
         measured, numbers = examine(examiner, pictures, prompts, self.sampling)
+        if self.second_judge is not None:
+            numbers |= second_opinion(self.second_judge, pictures, prompts)
         numbers |= {"samples_per_step": cost, "seconds": time.monotonic() - started}
         intervals = {name: one.interval() for name, one in measured.items()}
         draws = {name: one.draws for name, one in measured.items()}
@@ -191,6 +194,14 @@ def examine(examiner: Examiner, pictures: Tensor, prompts: measure.Prompts,
                 "ground": float(ground.double().mean()),
                 "diversity": within_class_diversity(features, named["digit"])}
     return measured, numbers
+
+
+def second_opinion(judge_model: Classifier, pictures: Tensor, prompts: measure.Prompts) -> dict[str, float]:
+    """What a judge that never saw the generative models' training images says: shares only, since its features are others."""
+    named = judge(judge_model, pictures)[1]
+    colours = (named["ink"] == prompts.pairs[:, 0]) & (named["ground"] == prompts.pairs[:, 1])
+    right = {"digit": named["digit"] == prompts.digits, "both_colours": colours, "in_domain": named["world"] == 1}
+    return {f"{name}_second_judge": float(value.double().mean()) for name, value in right.items()}
 
 
 def _rounded(value: Any) -> Any:

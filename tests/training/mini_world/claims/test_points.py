@@ -41,7 +41,8 @@ def judge_model():
 @pytest.fixture
 def make_bench(world, judge_model, tmp_path):
     def make(sampling: Sampling = TINY) -> Bench:
-        return Bench(tmp_path / "points", Models(tmp_path / "models", world), world, judge_model, sampling)
+        return Bench(tmp_path / "points", Models(tmp_path / "models", world), world, judge_model, sampling,
+                     assets.load_classifier(held_out=True))
 
     return make
 
@@ -55,7 +56,7 @@ def refuse_to_sample(monkeypatch):
 
 def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, monkeypatch):
     first = make_bench().measure(PRIOR)
-    assert first.numbers["samples_per_step"] == 2.0
+    assert first.numbers["samples_per_step"] == 2.0 and 0 <= first.numbers["digit_second_judge"] <= 1
     assert first.draws["distance"].shape == (20,) and first.column("digit").shape == (21,)
     low, high = first.intervals["distance"]
     assert low < first.numbers["distance"] < high < 400
@@ -102,6 +103,8 @@ def test_the_measures_are_those_of_the_mini_world(world, judge_model):
     # Training handwriting in the asked colours is nearly a right answer: few samples make it seem far, the correction less.
     assert numbers["distance"] < 0.7 * numbers["distance_uncorrected"]
     assert numbers["digit"] > 0.9 and numbers["both_colours"] == 1.0
+    second = points.second_opinion(assets.load_classifier(held_out=True), pictures, prompts)
+    assert second["digit_second_judge"] > 0.8 and second["in_domain_second_judge"] > 0.8
 
 
 def test_targets_wear_the_asked_colours_and_floors_are_in_order(world, judge_model):
