@@ -120,7 +120,7 @@ def test_inspects_the_shipped_files_and_checkpoints(tiny_checkpoint):
 def test_inspects_the_checkpoint_of_a_run(tmp_path):
     state = {
         "step": 7, "config": config().to_dict(), "dataset": {"hash": "ab", "images": 3}, "prior": "cd",
-        "facts": {"torch": "2.6"}, "weights": {"a": torch.zeros(2, 3)},
+        "facts": {"torch": "2.6"}, "weights": {"a": torch.zeros(2, 3)}, "average": None, "optimizer": {}, "scaler": None,
     }
     path = save_checkpoint(tmp_path / "step-000007.ckpt", state)
     about = export.inspect(path)
