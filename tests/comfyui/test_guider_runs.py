@@ -199,6 +199,18 @@ def test_base_is_not_evaluated_where_it_cancels(tiny, in_domain):
     assert alone.evaluations == {"domain": 2}
 
 
+def test_the_base_is_evaluated_where_a_node_asks_for_it(tiny, internals):
+    prior = tiny.prior()
+    prior.model_options["disable_cfg1_optimization"] = True
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    guider = internals.in_domain_guider(prior, tiny.prior(1), positive, negative, 0.4, 0.6)
+    tiny.sample(guider, steps=2)
+    assert guider.evaluations == {"base": 2, "domain": 2, "control": 2}
+    alone = internals.in_domain_guider(prior, tiny.prior(1), positive, negative, 0.0, 1.0)
+    tiny.sample(alone, steps=2)
+    assert alone.evaluations == {"base": 2, "control": 2}
+
+
 def test_one_model_call_for_the_conditionings_of_one_model(comfyui, tiny, internals):
     prior, domain = tiny.prior(0), tiny.prior(1)
     conds = [tiny.conditioning(i) for i in range(4)]
