@@ -3,8 +3,9 @@
     D = D_u + sum_i  w_i(sigma) * (D_i - R_i)
 
 D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). A term may shape its direction
-D_i - R_i first (`shaping`); all else is linear. All predictions are *denoised* latents. Collected per source, the coefficients sum to 1; therefore combining denoised latents equals combining eps (or
-v) at the same (x, sigma), and models of different prediction types mix.
+D_i - R_i first (`shaping`); all else is linear. All predictions are *denoised* latents. Collected per source, the
+coefficients sum to 1; therefore combining denoised latents equals combining eps (or v) at the same (x, sigma), and
+models of different prediction types mix.
 """
 
 from __future__ import annotations

@@ -21,9 +21,9 @@ PER = ("image", "position")
 class Orthogonal(Shaping):
     """S(d) = d - share * sum_k <d, q_k> q_k, where the q_k are an orthonormal basis of the other terms' directions.
 
-    Where domain and control pull against each other (a domain of one colour pair, a prompt for another), the domain term
-    keeps what the control says nothing about. With `only_opposing` a component is removed only where it points against
-    the other term, <d, q_k> < 0, as gradient surgery does (arXiv 2001.06782, algorithm 1).
+    Where domain and control pull against each other (a domain of one colour pair, a prompt for another), the domain
+    term keeps what the control says nothing about. With `only_opposing` a component is removed only where it points
+    against the other term, <d, q_k> < 0, as gradient surgery does (arXiv 2001.06782, algorithm 1).
 
     others: names of the terms to be orthogonal to, at least one. share: 1 removes the components, 0 is neutral. per:
     "image" takes inner products over all values of an image, "position" over the channels at each position. Raises

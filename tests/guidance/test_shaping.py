@@ -33,14 +33,16 @@ class Counted:
         return self.value[: x.shape[0]]
 
 
-def three_models(domain_weight=2.5, control_weight=2.0, shaping: Shaping | None = None) -> tuple[Guidance, list[Counted]]:
+def three_models(
+    domain_weight=2.5, control_weight=2.0, shaping: Shaping | None = None
+) -> tuple[Guidance, list[Counted]]:
     models = [Counted(value) for value in draws(3)]
     u, d, c = models
     terms = [Term("domain", d, None, domain_weight, shaping=shaping), Term("control", c, None, control_weight)]
     return Guidance(Source(u), terms), models
 
 
-# ------------------------------------------------------------------------------------------------------------ orthogonal
+# ---------------------------------------------------------------------------------------------------------- orthogonal
 
 
 def test_the_result_is_orthogonal_to_every_other_direction_and_the_rest_stays():
@@ -87,7 +89,7 @@ def test_a_direction_of_zero_or_given_twice_removes_nothing_more():
     assert Orthogonal("control")(d, []) is d
 
 
-# ------------------------------------------------------------------------------------------------------------- frequency
+# ----------------------------------------------------------------------------------------------------------- frequency
 
 
 @pytest.mark.parametrize("width", [0.3, 1.0, 5.0, math.inf])
@@ -130,8 +132,14 @@ def test_the_sum_with_an_orthogonal_domain_term_written_out():
 def test_bands_of_equal_weight_are_the_plain_term_at_the_price_of_one_model():
     models = [Counted(value) for value in draws(3)]
     u, d, c = models
-    split = Guidance(Source(u), [Term("low", d, None, 1.5, shaping=LowPass(1.0)), Term("control", c, None, 2.0),
-                                 Term("high", d, None, 1.5, shaping=HighPass(1.0))])
+    split = Guidance(
+        Source(u),
+        [
+            Term("low", d, None, 1.5, shaping=LowPass(1.0)),
+            Term("control", c, None, 2.0),
+            Term("high", d, None, 1.5, shaping=HighPass(1.0)),
+        ],
+    )
     plain = Guidance(Source(u), [Term("domain", d, None, 1.5), Term("control", c, None, 2.0)])
     predictions = {Source(model): model.value for model in models}
     torch.testing.assert_close(split.at(1.0).combine(predictions), plain.at(1.0).combine(predictions))
@@ -160,8 +168,9 @@ def test_one_cfg_of_a_shaped_guidance_gives_the_same_sum(weights):
 def test_a_shaped_term_that_is_off_costs_nothing_and_an_absent_control_leaves_the_direction_whole():
     off, (u, d, c) = three_models(domain_weight=0.0, control_weight=1.0, shaping=Orthogonal("control"))
     assert off.at(1.0).needed == (Source(c),)
-    alone, (u, d, c) = three_models(domain_weight=1.0, control_weight=Interval(2.0, 5.0, 2.0, "sigma"),
-                                    shaping=Orthogonal("control"))
+    alone, (u, d, c) = three_models(
+        domain_weight=1.0, control_weight=Interval(2.0, 5.0, 2.0, "sigma"), shaping=Orthogonal("control")
+    )
     assert alone.at(1.0).needed == (Source(u), Source(d)) and alone.at(3.0).samples == 3
     torch.testing.assert_close(alone.at(1.0).combine({Source(m): m.value for m in (u, d)}), d.value)
 
@@ -180,11 +189,21 @@ def test_a_denoiser_of_shaped_terms_keeps_half_precision_and_mixed_noise_levels_
     assert denoise.samples_per_step == [pytest.approx((1 + 3 + 1) / 3)]
 
 
-# -------------------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("make", [lambda: Orthogonal(()), lambda: Orthogonal("a", share=math.nan), lambda: Orthogonal("a", per="row"),
-                                  lambda: LowPass(0), lambda: HighPass(-1.0), lambda: LowPass(math.nan), lambda: LowPass(True)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Orthogonal(()),
+        lambda: Orthogonal("a", share=math.nan),
+        lambda: Orthogonal("a", per="row"),
+        lambda: LowPass(0),
+        lambda: HighPass(-1.0),
+        lambda: LowPass(math.nan),
+        lambda: LowPass(True),
+    ],
+)
 def test_values_that_cannot_work_are_refused(make):
     with pytest.raises(GuidanceError, match="Expected"):
         make()

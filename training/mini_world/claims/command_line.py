@@ -15,15 +15,26 @@ PAPERS = ("idg",)
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
-        prog="run.py claims", description="Measure a paper's claims on the mini world. Results go to standard output, one "
-        "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on.")
+        prog="run.py claims",
+        description="Measure a paper's claims on the mini world. Results go to standard output, one "
+        "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on.",
+    )
     found.add_argument("paper", choices=PAPERS, help="idg: in-domain guidance (arXiv 2312.08195)")
     size = found.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="a coarse look in about ten minutes on two cores")
-    size.add_argument("--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing")
-    found.add_argument("--work", type=Path, default=Path("mini_world_work") / "claims", metavar="DIR",
-                       help="folder of points, trained models and latents (default: %(default)s)")
-    found.add_argument("--report", type=Path, metavar="DIR", help="folder for idg.md, idg.png and idg.jsonl (default: WORK/SIZE)")
+    size.add_argument(
+        "--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing"
+    )
+    found.add_argument(
+        "--work",
+        type=Path,
+        default=Path("mini_world_work") / "claims",
+        metavar="DIR",
+        help="folder of points, trained models and latents (default: %(default)s)",
+    )
+    found.add_argument(
+        "--report", type=Path, metavar="DIR", help="folder for idg.md, idg.png and idg.jsonl (default: WORK/SIZE)"
+    )
     found.add_argument("--samples", type=int, metavar="N", help="samples a point instead of the sweep's own number")
     found.add_argument("--minutes", type=float, metavar="M", help="start no further point after M minutes, then report")
     found.add_argument("--limit", type=int, metavar="N", help="measure at most N new points, then report")
@@ -41,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
             parser().error(f"--{name}: expected {least} or more, found {given}")
     from .models import Models
     from .points import Bench, Row
-    from .report import say_lines, verdict_line, floor_lines, row_line, write_report
+    from .report import floor_lines, row_line, say_lines, verdict_line, write_report
     from .sweep import PLANS
     from .verdicts import all_verdicts
 
@@ -51,8 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     world = load_mini_world()
     folder = options.work / plan.name if options.tiny else options.work
     models = Models(folder / "models", world, plan.images, plan.batch)
-    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling,
-                  load_classifier(held_out=True))
+    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling, load_classifier(held_out=True))
     if options.list:
         for point in plan.points:
             print(f"{'measured' if bench.find(point) else '-':<9}{point}")

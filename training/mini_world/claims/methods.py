@@ -1,4 +1,4 @@
-"""The compared methods by name: each turns its settings (plain JSON) into a guidance of the prior and one trained model.
+"""The compared methods by name: each turns its settings (plain JSON) into a guidance of the prior and a trained model.
 
 Weights in settings are numbers or the JSON form of a schedule (`guidance.schedules`).
 """
@@ -20,7 +20,9 @@ Settings = Mapping[str, Any]
 Conditioning = Mapping[str, Any]
 
 
-def prior(prior: Denoiser, model: Denoiser | None, settings: Settings, uncond: Conditioning, cond: Conditioning) -> Guidance:
+def prior(
+    prior: Denoiser, model: Denoiser | None, settings: Settings, uncond: Conditioning, cond: Conditioning
+) -> Guidance:
     """Classifier-free guidance of the prior alone (arXiv 2207.12598)."""
     return presets.cfg(prior, uncond, cond, _weight(settings["scale"]))
 
@@ -30,7 +32,9 @@ def domain(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditi
     return presets.domain_guidance(prior, model, uncond, scale=_weight(settings["scale"]))
 
 
-def fine_tune(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning) -> Guidance:
+def fine_tune(
+    prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning
+) -> Guidance:
     """Classifier-free guidance of a fine-tuned model."""
     return presets.cfg(model, uncond, cond, _weight(settings["scale"]))
 
@@ -49,12 +53,20 @@ def multi_guidance(
     return presets.in_domain(prior, model, uncond, cond, _weight(settings["w_d"]), _weight(settings["w_c"]))
 
 
-def orthogonal(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning) -> Guidance:
+def orthogonal(
+    prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning
+) -> Guidance:
     """Multi-guidance whose domain direction loses (a share of) its component along the control direction."""
-    shaping = Orthogonal("control", **{key: settings[key] for key in ("share", "only_opposing", "per") if key in settings})
-    return Guidance(Source(prior, uncond), [
-        Term("domain", model, uncond, _weight(settings["w_d"]), shaping=shaping),
-        Term("control", prior, cond, _weight(settings["w_c"]))])
+    shaping = Orthogonal(
+        "control", **{key: settings[key] for key in ("share", "only_opposing", "per") if key in settings}
+    )
+    return Guidance(
+        Source(prior, uncond),
+        [
+            Term("domain", model, uncond, _weight(settings["w_d"]), shaping=shaping),
+            Term("control", prior, cond, _weight(settings["w_c"])),
+        ],
+    )
 
 
 def bands(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning) -> Guidance:
@@ -63,10 +75,14 @@ def bands(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditio
     width: of the split in latent pixels; the text "inf" makes the low band each channel's mean.
     """
     width = float(settings["width"])
-    return Guidance(Source(prior, uncond), [
-        Term("domain, low", model, uncond, _weight(settings["w_low"]), shaping=LowPass(width)),
-        Term("domain, high", model, uncond, _weight(settings["w_high"]), shaping=HighPass(width)),
-        Term("control", prior, cond, _weight(settings["w_c"]))])
+    return Guidance(
+        Source(prior, uncond),
+        [
+            Term("domain, low", model, uncond, _weight(settings["w_low"]), shaping=LowPass(width)),
+            Term("domain, high", model, uncond, _weight(settings["w_high"]), shaping=HighPass(width)),
+            Term("control", prior, cond, _weight(settings["w_c"])),
+        ],
+    )
 
 
 def _weight(setting: Any) -> Weight:
@@ -74,6 +90,12 @@ def _weight(setting: Any) -> Weight:
 
 
 METHODS: dict[str, Callable[..., Guidance]] = {
-    "prior": prior, "domain": domain, "fine_tune": fine_tune, "fine_tune_prior_u": fine_tune_prior_u,
-    "multi_guidance": multi_guidance, "scheduled": multi_guidance, "orthogonal": orthogonal, "bands": bands,
+    "prior": prior,
+    "domain": domain,
+    "fine_tune": fine_tune,
+    "fine_tune_prior_u": fine_tune_prior_u,
+    "multi_guidance": multi_guidance,
+    "scheduled": multi_guidance,
+    "orthogonal": orthogonal,
+    "bands": bands,
 }

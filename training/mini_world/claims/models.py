@@ -76,7 +76,9 @@ class Models:
     def world_hash(self) -> str:
         """One hash over the shipped files that every number depends on: prior, autoencoder, text encoder, judges."""
         names = ("prior_unet", "text_encoder", "autoencoder", "classifier", "classifier_held_out")
-        return hashlib.sha256("".join(_file_hash(assets.weights_dir() / f"{name}.safetensors") for name in names).encode()).hexdigest()
+        return hashlib.sha256(
+            "".join(_file_hash(assets.weights_dir() / f"{name}.safetensors") for name in names).encode()
+        ).hexdigest()
 
     def path(self, spec: ModelSpec) -> Path:
         if spec.kind == "shipped":
@@ -94,14 +96,27 @@ class Models:
         """The trainer's configuration without paths; the same for every length of a run."""
         form = spec.form if spec.kind == "domain" else "full"
         return {
-            "base": "mini_world", "name": spec.run_name, "form": form, "caption": spec.caption,
-            "train": "low_rank" if spec.kind == "low_rank" else "all", "resolution": 64, "buckets": False,
-            "batch_size": self.batch, "learning_rate": RATES[spec.kind], "schedule": "constant", "warmup": WARMUP_STEPS,
-            "ema": EMA, "noisy_share": 0.5, "precision": "fp32", "held_out_share": 0.0, "seed": spec.seed,
+            "base": "mini_world",
+            "name": spec.run_name,
+            "form": form,
+            "caption": spec.caption,
+            "train": "low_rank" if spec.kind == "low_rank" else "all",
+            "resolution": 64,
+            "buckets": False,
+            "batch_size": self.batch,
+            "learning_rate": RATES[spec.kind],
+            "schedule": "constant",
+            "warmup": WARMUP_STEPS,
+            "ema": EMA,
+            "noisy_share": 0.5,
+            "precision": "fp32",
+            "held_out_share": 0.0,
+            "seed": spec.seed,
         }
 
     def _setting_hash(self, spec: ModelSpec) -> str:
-        facts = f"{sorted(self.settings(spec).items())} {self.images} {_file_hash(assets.weights_dir() / 'prior_unet.safetensors')}"
+        prior = _file_hash(assets.weights_dir() / "prior_unet.safetensors")
+        facts = f"{sorted(self.settings(spec).items())} {self.images} {prior}"
         return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
     def train(self, spec: ModelSpec, should_stop: Callable[[], bool] = lambda: False) -> Path:
@@ -118,10 +133,21 @@ class Models:
         run = self.folder / "runs" / f"{spec.run_name}-{self._setting_hash(spec)}"
         if any(steps > spec.steps for steps in self._finished_steps(spec)):
             run = run.with_name(f"{run.name}-to-{spec.steps}")  # the run has gone past this stop; go there once more
-        config = TrainConfig.from_mapping({
-            **self.settings(spec), "data": [str(self.image_folder(spec.domain))], "steps": spec.steps, "output": str(run),
-            "cache": str(self.folder / "latents"), "caching_batch": 100, "sample_every": 0, "validate_every": 0,
-            "checkpoint_every": 100, "keep_checkpoints": 1, "device": "cpu"})
+        config = TrainConfig.from_mapping(
+            {
+                **self.settings(spec),
+                "data": [str(self.image_folder(spec.domain))],
+                "steps": spec.steps,
+                "output": str(run),
+                "cache": str(self.folder / "latents"),
+                "caching_batch": 100,
+                "sample_every": 0,
+                "validate_every": 0,
+                "checkpoint_every": 100,
+                "keep_checkpoints": 1,
+                "device": "cpu",
+            }
+        )
         print(f"training {spec}", file=sys.stderr, flush=True)
         result = train(config, resume="auto", listener=_say, should_stop=should_stop)
         if result.status != "finished":
@@ -133,7 +159,9 @@ class Models:
     def _finished_steps(self, spec: ModelSpec) -> list[int]:
         """The lengths of this model's run that exist."""
         ending = f"-{self._setting_hash(spec)}.safetensors"
-        names = [path.name[len(spec.run_name) + 1 : -len(ending)] for path in self.folder.glob(f"{spec.run_name}-*{ending}")]
+        names = [
+            path.name[len(spec.run_name) + 1 : -len(ending)] for path in self.folder.glob(f"{spec.run_name}-*{ending}")
+        ]
         return [int(name) for name in names if name.isdigit()]
 
     def image_folder(self, domain: str) -> Path:
@@ -160,7 +188,6 @@ class Models:
             unet.load_state_dict({key: value.float() for key, value in weights.items()})
             self._loaded[spec] = Denoiser(unet.eval().requires_grad_(False), self.world.schedule)
         return self._loaded[spec]
-
 
 
 def with_additions(weights: Mapping[str, Tensor], additions: Mapping[str, Tensor]) -> dict[str, Tensor]:

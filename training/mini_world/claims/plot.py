@@ -41,14 +41,19 @@ def draw_panels(panels: Sequence[Panel], columns: int = 2, width_px: int = 640, 
     if not panels:
         raise ValueError("expected at least one point to plot, found none; measure some first")
     labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series if series.points))
-    style = {label: (COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)]) for i, label in enumerate(labels)}
+    style = {
+        label: (COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)])
+        for i, label in enumerate(labels)
+    }
     columns = min(columns, len(panels))
     rows, line_px = -(-len(panels) // columns), 22
     per_row = max(1, columns * width_px // 310)
     legend_px = line_px * -(-len(labels) // per_row) + 16
     canvas = _Canvas(columns * width_px, rows * height_px + legend_px)
     for index, panel in enumerate(panels):
-        _draw_panel(canvas, panel, style, (index % columns) * width_px, index // columns * height_px, width_px, height_px)
+        _draw_panel(
+            canvas, panel, style, (index % columns) * width_px, index // columns * height_px, width_px, height_px
+        )
     for index, label in enumerate(labels):
         x, y = 24 + index % per_row * 310, rows * height_px + 12 + index // per_row * line_px
         canvas.marker(x, y, *style[label], 5)
@@ -65,8 +70,12 @@ class _Canvas:
         self.draw = ImageDraw.Draw(self.image)
 
     def line(self, points: Sequence[tuple[float, float]], colour: str, width: float = 1.0) -> None:
-        self.draw.line([(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points], fill=colour,
-                       width=max(1, round(width * OVERSAMPLING)), joint="curve")
+        self.draw.line(
+            [(x * OVERSAMPLING, y * OVERSAMPLING) for x, y in points],
+            fill=colour,
+            width=max(1, round(width * OVERSAMPLING)),
+            joint="curve",
+        )
 
     def text(self, x: float, y: float, words: str, size: int = 13, anchor: str = "la", colour: str = "#222222") -> None:
         try:
@@ -80,8 +89,11 @@ class _Canvas:
 
     def marker(self, x: float, y: float, colour: str, shape: str, radius: float) -> None:
         x, y, r = x * OVERSAMPLING, y * OVERSAMPLING, radius * OVERSAMPLING
-        corners = {"square": [(-1, -1), (1, -1), (1, 1), (-1, 1)], "triangle": [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
-                   "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)]}
+        corners = {
+            "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
+            "triangle": [(0, -1.2), (1.1, 0.9), (-1.1, 0.9)],
+            "diamond": [(0, -1.3), (1.3, 0), (0, 1.3), (-1.3, 0)],
+        }
         if shape == "circle":
             self.draw.ellipse([x - r, y - r, x + r, y + r], fill=colour)
         else:
@@ -91,8 +103,9 @@ class _Canvas:
         return self.image.resize(self.size, Image.LANCZOS)
 
 
-def _draw_panel(canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]], left: int, top: int, width: int,
-                height: int) -> None:
+def _draw_panel(
+    canvas: _Canvas, panel: Panel, style: dict[str, tuple[str, str]], left: int, top: int, width: int, height: int
+) -> None:
     x0, x1, y0, y1 = left + 70, left + width - 20, top + 40, top + height - 56
     values = [max(x, 1e-3) for series in panel.series for x, _ in series.points]
     values += [max(x, 1e-3) for series in panel.series for ends, _ in series.intervals for x in ends]

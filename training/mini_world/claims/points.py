@@ -20,7 +20,7 @@ from .. import measure
 from ..assets import MiniWorld
 from ..classifier import Classifier, judge
 from .methods import METHODS
-from .models import ModelSpec, Models
+from .models import Models, ModelSpec
 from .questions import QUESTIONS, Examiner
 from .statistics import Measured, measure_distance, measure_share, resampling_counts
 
@@ -86,7 +86,7 @@ class Sampling:
 
 @dataclass
 class Row:
-    """A measured point. ``numbers`` are plain values; ``draws`` the bootstrap replicates of the shares and the distance."""
+    """A measured point. numbers: plain values; draws: the bootstrap replicates of the shares and the distance."""
 
     point: Point
     sampling: Sampling
@@ -106,23 +106,37 @@ class Bench:
     content of all weight files used. Files appear complete or not at all, so a run may be killed at any time.
     """
 
-    def __init__(self, folder: Path, models: Models, world: MiniWorld, judge_model: Classifier, sampling: Sampling,
-                 second_judge: Classifier | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        models: Models,
+        world: MiniWorld,
+        judge_model: Classifier,
+        sampling: Sampling,
+        second_judge: Classifier | None = None,
+    ) -> None:
         self.folder, self.models, self.world, self.judge_model = folder, models, world, judge_model
         self.sampling, self.second_judge = sampling, second_judge
         self._examiners: dict[str, Examiner] = {}
 
     def examiner(self, question: str) -> Examiner:
         if question not in self._examiners:
-            self._examiners[question] = Examiner(QUESTIONS[question], self.judge_model, self.sampling.seed,
-                                                  self.sampling.targets)
+            self._examiners[question] = Examiner(
+                QUESTIONS[question], self.judge_model, self.sampling.seed, self.sampling.targets
+            )
         return self._examiners[question]
 
     def key(self, point: Point) -> str:
         """The hash that names the point's file. Needs the point's model to exist."""
-        facts = {"version": VERSION, "question": point.question, "method": point.method, "settings": point.values,
-                 "sampling": asdict(self.sampling), "world": self.models.world_hash,
-                 "model": self.models.file_hash(point.model) if point.model else None}
+        facts = {
+            "version": VERSION,
+            "question": point.question,
+            "method": point.method,
+            "settings": point.values,
+            "sampling": asdict(self.sampling),
+            "world": self.models.world_hash,
+            "model": self.models.file_hash(point.model) if point.model else None,
+        }
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
     def find(self, point: Point) -> Row | None:
@@ -140,9 +154,16 @@ class Bench:
 
     def floors(self, question: str, autoencoder: Autoencoder) -> dict[str, float]:
         """`Examiner.floors` of a question, kept like a point."""
-        facts = {"version": VERSION, "floors": question, "seed": self.sampling.seed, "targets": self.sampling.targets,
-                 "world": self.models.world_hash}
-        path = self.folder / f"floors-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}.json"
+        facts = {
+            "version": VERSION,
+            "floors": question,
+            "seed": self.sampling.seed,
+            "targets": self.sampling.targets,
+            "world": self.models.world_hash,
+        }
+        path = (
+            self.folder / f"floors-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}.json"
+        )
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -161,8 +182,14 @@ class Bench:
         examiner = self.examiner(point.question)
         prompts = examiner.question.prompts(self.sampling.samples, self.sampling.seed)
         pictures, cost = measure.sample_prompts(
-            self.world, lambda uncond, cond: guidance_of(self.world.prior, model, settings, uncond, cond), prompts,
-            steps=self.sampling.steps, seed=self.sampling.seed, name=str(point), method=self.sampling.sampler)
+            self.world,
+            lambda uncond, cond: guidance_of(self.world.prior, model, settings, uncond, cond),
+            prompts,
+            steps=self.sampling.steps,
+            seed=self.sampling.seed,
+            name=str(point),
+            method=self.sampling.sampler,
+        )
         measured, numbers = examine(examiner, pictures, prompts, self.sampling)
         if self.second_judge is not None:
             numbers |= second_opinion(self.second_judge, pictures, prompts)
@@ -170,34 +197,51 @@ class Bench:
         intervals = {name: one.interval() for name, one in measured.items()}
         draws = {name: one.draws for name, one in measured.items()}
         path = self.folder / f"{self.key(point)}.json"
-        write_text(path, json.dumps({
-            "question": point.question, "method": point.method, "settings": point.values,
-            "model": str(point.model) if point.model else None, "sampling": asdict(self.sampling),
-            "numbers": _rounded(numbers), "intervals": _rounded(intervals),
-            "draws": {name: _rounded(values.tolist()) for name, values in draws.items()}}) + "\n")
+        write_text(
+            path,
+            json.dumps(
+                {
+                    "question": point.question,
+                    "method": point.method,
+                    "settings": point.values,
+                    "model": str(point.model) if point.model else None,
+                    "sampling": asdict(self.sampling),
+                    "numbers": _rounded(numbers),
+                    "intervals": _rounded(intervals),
+                    "draws": {name: _rounded(values.tolist()) for name, values in draws.items()},
+                }
+            )
+            + "\n",
+        )
         return self.find(point)  # what a continued run will read, to the last digit
 
 
-def examine(examiner: Examiner, pictures: Tensor, prompts: measure.Prompts,
-            sampling: Sampling) -> tuple[dict[str, Measured], dict[str, float]]:
+def examine(
+    examiner: Examiner, pictures: Tensor, prompts: measure.Prompts, sampling: Sampling
+) -> tuple[dict[str, Measured], dict[str, float]]:
     """(measures with bootstrap replicates, all numbers) of pictures [N, 3, 64, 64] that answer the prompts."""
     features, named = judge(examiner.judge_model, pictures)
     counts = resampling_counts(prompts.digits, sampling.replicates, sampling.seed)
     ink, ground = named["ink"] == prompts.pairs[:, 0], named["ground"] == prompts.pairs[:, 1]
-    measured = {"distance": measure_distance(features, examiner.target, counts),
-                "digit": measure_share(named["digit"] == prompts.digits, counts),
-                "both_colours": measure_share(ink & ground, counts),
-                "in_domain": measure_share(named["world"] == 1, counts)}
+    measured = {
+        "distance": measure_distance(features, examiner.target, counts),
+        "digit": measure_share(named["digit"] == prompts.digits, counts),
+        "both_colours": measure_share(ink & ground, counts),
+        "in_domain": measure_share(named["world"] == 1, counts),
+    }
     numbers = {name: one.value for name, one in measured.items()}
-    numbers |= {"distance_uncorrected": measured["distance"].uncorrected,
-                "kernel": kernel_distance(features, examiner.features), "ink": float(ink.double().mean()),
-                "ground": float(ground.double().mean()),
-                "diversity": within_class_diversity(features, named["digit"])}
+    numbers |= {
+        "distance_uncorrected": measured["distance"].uncorrected,
+        "kernel": kernel_distance(features, examiner.features),
+        "ink": float(ink.double().mean()),
+        "ground": float(ground.double().mean()),
+        "diversity": within_class_diversity(features, named["digit"]),
+    }
     return measured, numbers
 
 
 def second_opinion(judge_model: Classifier, pictures: Tensor, prompts: measure.Prompts) -> dict[str, float]:
-    """What a judge that never saw the generative models' training images says: shares only, since its features are others."""
+    """What a judge that never saw the generative models' training images says: shares only, its features are others."""
     named = judge(judge_model, pictures)[1]
     colours = (named["ink"] == prompts.pairs[:, 0]) & (named["ground"] == prompts.pairs[:, 1])
     right = {"digit": named["digit"] == prompts.digits, "both_colours": colours, "in_domain": named["world"] == 1}

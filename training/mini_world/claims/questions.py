@@ -1,4 +1,4 @@
-"""What every method is asked: digits in colours that a domain has, or never had, with the exact set of right answers."""
+"""What every method is asked: digits in colours that a domain has or never had, and the exact set of right answers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ class Question:
         if self.domain == "handwriting":
             return render.foreign_pairs()
         (own,) = render.domain_pairs(self.domain).tolist()
-        return torch.tensor([pair for pair in render.colour_pairs().tolist() if pair[0] != own[0] and pair[1] != own[1]])
+        return torch.tensor(
+            [pair for pair in render.colour_pairs().tolist() if pair[0] != own[0] and pair[1] != own[1]]
+        )
 
     @property
     def title(self) -> str:
@@ -43,9 +45,15 @@ class Question:
         return measure.draw_prompts(count, self.pairs, seed)
 
 
-QUESTIONS = {question.name: question for question in (
-    Question("handwriting", "handwriting", True), Question("handwriting_foreign", "handwriting", False),
-    Question("narrow", "narrow", True), Question("narrow_foreign", "narrow", False))}
+QUESTIONS = {
+    question.name: question
+    for question in (
+        Question("handwriting", "handwriting", True),
+        Question("handwriting_foreign", "handwriting", False),
+        Question("narrow", "narrow", True),
+        Question("narrow_foreign", "narrow", False),
+    )
+}
 
 
 class Examiner:
@@ -76,19 +84,25 @@ class Examiner:
         return TargetSet(self.features)
 
     def floors(self, autoencoder: Autoencoder) -> dict[str, float]:
-        """Distances that frame every other one: of training handwriting in the same colours (floor) and of held-out fonts
-        in the same colours (ceiling) to the target set, and of the first `AUTOENCODED` targets through the autoencoder
-        to those targets themselves."""
+        """Distances that frame every other one.
+
+        floor and ceiling: of training handwriting and of held-out fonts in the same colours to the target set;
+        autoencoder_floor: of the first `AUTOENCODED` targets through the autoencoder to those targets themselves.
+        """
         asked = self._asked
         own = measure.target_pictures(asked.digits, asked.pairs, render.TRAIN_ROWS, self.seed).images
-        printed = render.rendered(self.target_size, Generator().manual_seed(self.seed), held_out=True, digits=asked.digits,
-                                  pairs=asked.pairs).images
+        printed = render.rendered(
+            self.target_size, Generator().manual_seed(self.seed), held_out=True, digits=asked.digits, pairs=asked.pairs
+        ).images
         some = self._answers[:AUTOENCODED]
-        pairs = {"floor": (own, self.target), "ceiling": (printed, self.target),
-                 "autoencoder_floor": (measure.reconstruct(autoencoder, some), TargetSet(self.features[:AUTOENCODED]))}
+        pairs = {
+            "floor": (own, self.target),
+            "ceiling": (printed, self.target),
+            "autoencoder_floor": (measure.reconstruct(autoencoder, some), TargetSet(self.features[:AUTOENCODED])),
+        }
         results = {}
         for name, (images, target) in pairs.items():
-            counts = resampling_counts(asked.digits[:len(images)], seed=self.seed)
+            counts = resampling_counts(asked.digits[: len(images)], seed=self.seed)
             found = measure_distance(judge(self.judge_model, images)[0], target, counts)
             results[name], results[f"{name}_uncorrected"] = found.value, found.uncorrected
         return results

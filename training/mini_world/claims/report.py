@@ -18,12 +18,27 @@ from .sweep import Plan
 from .verdicts import Verdict, shown
 
 TITLES = {
-    "prior": "prior", "domain": "domain model alone", "multi_guidance": "multi-guidance", "scheduled": "scheduled terms",
-    "orthogonal": "orthogonal domain term", "bands": "domain term by frequency",
+    "prior": "prior",
+    "domain": "domain model alone",
+    "multi_guidance": "multi-guidance",
+    "scheduled": "scheduled terms",
+    "orthogonal": "orthogonal domain term",
+    "bands": "domain term by frequency",
 }
 FINE_TUNE_TITLES = {"full": "full fine-tune", "low_rank": "LoRA fine-tune"}
 SETTING_TITLES = {"scale": "scale"}
 Floors = dict[str, dict[str, float]]
+HOW_IT_IS_MEASURED = """\
+Distances are Frechet distances on the judge's 64 features to the whole of held-out handwriting, recoloured to the
+prompts' colours and with the prompts' mix of digits; the target set is fixed. Intervals are 95 % bootstrap intervals
+over samples ({replicates} replicates, resampled within digits, the same draws for every method, so that ratios and
+fronts are compared pair by pair). A Frechet distance of N samples is too large by about C / N, and resampling repeats that error:
+replicates exceed the estimate by about as much as the estimate exceeds the truth. Reported is the estimate less that
+excess, and replicates are moved down by twice of it (statistics.py; its tests show the coverage on Gaussians of known
+distance). The second judge was trained on the held-out fonts and rows alone, so its opinion cannot come from shapes
+that it and the generative models have both learned by heart. A claim is confirmed when its whole interval reaches the
+target, refuted when none of it does. The digit accuracy of (b) is held against the prior's most accurate scale.
+Fine-tunes stop at several lengths of one run with a constant learning rate."""
 
 
 def family(row: Row) -> str:
@@ -34,11 +49,27 @@ def family(row: Row) -> str:
     return FINE_TUNE_TITLES[point.model.kind] + (", prior's u" if point.method == "fine_tune_prior_u" else "")
 
 
-def json_line(name: str, value: float | None, unit: str, samples: int, seed: int, target: float | None = None,
-              better: str = "lower", **more: Any) -> str:
+def json_line(
+    name: str,
+    value: float | None,
+    unit: str,
+    samples: int,
+    seed: int,
+    target: float | None = None,
+    better: str = "lower",
+    **more: Any,
+) -> str:
     """One result in the benchmarks' format; a number that is not finite becomes null."""
-    record = {"name": f"claims/idg/{name}", "value": value, "unit": unit, "target": target, "better": better,
-              "samples": samples, "seed": seed, **more}
+    record = {
+        "name": f"claims/idg/{name}",
+        "value": value,
+        "unit": unit,
+        "target": target,
+        "better": better,
+        "samples": samples,
+        "seed": seed,
+        **more,
+    }
     return json.dumps(_plain(record), allow_nan=False)
 
 
@@ -53,25 +84,50 @@ def _plain(value: Any) -> Any:
 def row_line(row: Row) -> str:
     numbers = {key: value for key, value in row.numbers.items() if key != "distance"}
     return json_line(
-        f"{row.point.question}/{row.point.method}", row.numbers["distance"], "frechet", row.sampling.samples,
-        row.sampling.seed, steps=row.sampling.steps, model=str(row.point.model) if row.point.model else None,
-        training_seed=row.point.model.seed if row.point.model else None, settings=row.point.values, **numbers,
-        intervals=row.intervals)
+        f"{row.point.question}/{row.point.method}",
+        row.numbers["distance"],
+        "frechet",
+        row.sampling.samples,
+        row.sampling.seed,
+        steps=row.sampling.steps,
+        model=str(row.point.model) if row.point.model else None,
+        training_seed=row.point.model.seed if row.point.model else None,
+        settings=row.point.values,
+        **numbers,
+        intervals=row.intervals,
+    )
 
 
 def floor_lines(floors: Floors, plan: Plan) -> list[str]:
-    return [json_line(f"{question}/{name}", value, "frechet", plan.sampling.targets, plan.sampling.seed)
-            for question, values in floors.items() for name, value in values.items()]
+    return [
+        json_line(f"{question}/{name}", value, "frechet", plan.sampling.targets, plan.sampling.seed)
+        for question, values in floors.items()
+        for name, value in values.items()
+    ]
 
 
 def verdict_line(verdict: Verdict, plan: Plan) -> str:
-    more = {key: value for key, value in asdict(verdict).items()
-            if key not in ("claim", "value", "unit", "target", "better", "low", "high")}
-    return json_line(f"claim/{verdict.name}", verdict.value, verdict.unit, plan.sampling.samples, plan.sampling.seed,
-                     verdict.target, verdict.better, interval=[verdict.low, verdict.high], **more)
+    more = {
+        key: value
+        for key, value in asdict(verdict).items()
+        if key not in ("claim", "value", "unit", "target", "better", "low", "high")
+    }
+    return json_line(
+        f"claim/{verdict.name}",
+        verdict.value,
+        verdict.unit,
+        plan.sampling.samples,
+        plan.sampling.seed,
+        verdict.target,
+        verdict.better,
+        interval=[verdict.low, verdict.high],
+        **more,
+    )
 
 
-def write_report(folder: Path, plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence[Verdict]) -> list[Path]:
+def write_report(
+    folder: Path, plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence[Verdict]
+) -> list[Path]:
     """Write idg.jsonl, idg.png and idg.md into a folder; returns their paths."""
     lines = [*(verdict_line(verdict, plan) for verdict in verdicts), *floor_lines(floors, plan), *map(row_line, rows)]
     paths = [folder / f"idg.{ending}" for ending in ("jsonl", "png", "md")]
@@ -92,10 +148,18 @@ def panels(rows: Sequence[Row]) -> list[Panel]:
         series = []
         for name in names:
             own = [row for row in mine if family(row) == name]
-            series.append(Series(name, [(row.numbers["distance"], row.numbers[share]) for row in own],
-                                 [(row.intervals["distance"], row.intervals[share]) for row in own]))
-        found.append(Panel(question.title[0].upper() + question.title[1:], "Frechet distance to the exact targets", label,
-                           series))
+            series.append(
+                Series(
+                    name,
+                    [(row.numbers["distance"], row.numbers[share]) for row in own],
+                    [(row.intervals["distance"], row.intervals[share]) for row in own],
+                )
+            )
+        found.append(
+            Panel(
+                question.title[0].upper() + question.title[1:], "Frechet distance to the exact targets", label, series
+            )
+        )
     return found
 
 
@@ -107,42 +171,67 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
     """The whole result as a page."""
     sampling = plan.sampling
     parts = [
-        "# The claims of in-domain guidance, measured", "",
+        "# The claims of in-domain guidance, measured",
+        "",
         f"Made by `python run.py claims idg{'' if plan.name == 'full' else f' --{plan.name}'}`; do not edit. "
-        f"{len(set(row.point for row in rows))} of {len(plan.points)} points of the sweep are measured, {sampling.samples} "
-        f"samples each, {sampling.steps} steps of {sampling.sampler}, sampling seed {sampling.seed}, the same noise and "
-        "prompts for every method. Settings and every number: idg.jsonl.", "",
-        "![Distance against obedience](idg.png)", "", "## Verdicts", "",
-        "| claim | domain | methods | number | value (95 % interval) | target | verdict |", "|---|---|---|---|---|---|---|",
+        f"{len(rows)} of {len(plan.points)} points of the sweep are measured, {sampling.samples} samples each, "
+        f"{sampling.steps} steps of {sampling.sampler}, sampling seed {sampling.seed}, "
+        "the same noise and prompts for every method. Settings and every number: idg.jsonl.",
+        "",
+        "![Distance against obedience](idg.png)",
+        "",
+        "## Verdicts",
+        "",
+        "| claim | domain | methods | number | value (95 % interval) | target | verdict |",
+        "|---|---|---|---|---|---|---|",
     ]
     for verdict in verdicts:
         sign = "at most" if verdict.better == "lower" else "at least"
         methods = {"paper": "constant weights", "beyond": "all of ours"}[verdict.methods]
         methods = {"c": "fine-tunes", "e": "schedules"}.get(verdict.claim[0], methods)
-        parts.append(f"| ({verdict.claim[0]}) | {verdict.domain} | {methods} | {verdict.statement} | {_interval(verdict)} | "
-                     f"{sign} {verdict.target:g} | **{verdict.outcome}** |")
+        parts.append(
+            f"| ({verdict.claim[0]}) | {verdict.domain} | {methods} | {verdict.statement} | {_interval(verdict)} | "
+            f"{sign} {verdict.target:g} | **{verdict.outcome}** |"
+        )
     parts += ["", "What stands behind them:", ""]
     for verdict in verdicts:
-        details = "; ".join(f"{name} {shown(value) if isinstance(value, (int, float)) else value}"
-                            for name, value in verdict.details.items())
+        details = "; ".join(
+            f"{name} {shown(value) if isinstance(value, (int, float)) else value}"
+            for name, value in verdict.details.items()
+        )
         parts.append(f"* {verdict.name}: {details}.")
-    parts += ["", "## Validity", "",
-              "| question | floor (training handwriting) | autoencoder floor | ceiling (held-out fonts) | ceiling / floor | "
-              "autoencoder floor / prior |", "|---|---|---|---|---|---|"]
+    parts += [
+        "",
+        "## Validity",
+        "",
+        "| question | floor (training handwriting) | autoencoder floor | ceiling (held-out fonts) | ceiling / floor | "
+        "autoencoder floor / prior |",
+        "|---|---|---|---|---|---|",
+    ]
     for name, values in floors.items():
-        prior = min((row.numbers["distance"] for row in rows if row.point.question == name and row.point.method == "prior"),
-                    default=None)
+        prior = min(
+            (row.numbers["distance"] for row in rows if row.point.question == name and row.point.method == "prior"),
+            default=None,
+        )
         share = "-" if not prior else f"{values['autoencoder_floor_uncorrected'] / prior:.2%}"
-        parts.append(f"| {QUESTIONS[name].title} | {values['floor_uncorrected']:.2f} | "
-                     f"{values['autoencoder_floor_uncorrected']:.2f} | {values['ceiling']:.0f} | "
-                     f"{values['ceiling'] / values['floor_uncorrected']:.0f} | {share} |")
-    parts += ["", "Floors are given before their bias is removed, since a bootstrap says nothing near 0: they are too high "
-              "if anything. Valid is ceiling / floor of at least 20 and an autoencoder floor of at most 5 % of the prior's "
-              "distance.", ""]
+        parts.append(
+            f"| {QUESTIONS[name].title} | {values['floor_uncorrected']:.2f} | "
+            f"{values['autoencoder_floor_uncorrected']:.2f} | {values['ceiling']:.0f} | "
+            f"{values['ceiling'] / values['floor_uncorrected']:.0f} | {share} |"
+        )
+    parts += [
+        "",
+        "Floors are given before their bias is removed, since a bootstrap says nothing near 0: they are too high "
+        "if anything. Valid is ceiling / floor of at least 20 and an autoencoder floor of at most 5 % of the prior's "
+        "distance.",
+        "",
+    ]
     parts += _seeds(rows)
     for question in QUESTIONS.values():
-        parts += _table(question.name, [row for row in rows if row.point.question == question.name and _first_seed(row)])
-    parts += ["## How it is measured", "", _method_text(sampling.replicates), ""]
+        parts += _table(
+            question.name, [row for row in rows if row.point.question == question.name and _first_seed(row)]
+        )
+    parts += ["## How it is measured", "", HOW_IT_IS_MEASURED.format(replicates=sampling.replicates), ""]
     return "\n".join(parts)
 
 
@@ -161,10 +250,15 @@ def _table(question: str, rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     share = "digit" if QUESTIONS[question].own_colours else "both_colours"
-    parts = [f"## {QUESTIONS[question].title[0].upper()}{QUESTIONS[question].title[1:]}", "",
-             f"Points on the front of their own family (distance against {share.replace('_', ' ')}), nearest first.", "",
-             "| method | model | settings | distance (95 %) | KID | digit | digit, second judge | both colours | "
-             "judged handwritten | diversity | samples / step |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    parts = [
+        f"## {QUESTIONS[question].title[0].upper()}{QUESTIONS[question].title[1:]}",
+        "",
+        f"Points on the front of their own family (distance against {share.replace('_', ' ')}), nearest first.",
+        "",
+        "| method | model | settings | distance (95 %) | KID | digit | digit, second judge | both colours | "
+        "judged handwritten | diversity | samples / step |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for name in dict.fromkeys(map(family, rows)):
         own = [row for row in rows if family(row) == name]
         front = is_on_front([row.numbers["distance"] for row in own], [row.numbers[share] for row in own])
@@ -172,10 +266,12 @@ def _table(question: str, rows: Sequence[Row]) -> list[str]:
             settings = str(row.point).split("] ")[-1] if row.point.model else str(row.point).split(": prior ")[-1]
             low, high = row.intervals["distance"]
             second = f"{row.numbers['digit_second_judge']:.1%}" if "digit_second_judge" in row.numbers else ""
-            parts.append(f"| {name} | {row.point.model or ''} | {settings} | {row.numbers['distance']:.1f} ({low:.1f} to "
-                         f"{high:.1f}) | {row.numbers['kernel']:.3g} | {_share(row, 'digit')} | {second} | {_share(row, 'both_colours')} "
-                         f"| {_share(row, 'in_domain')} | {row.numbers['diversity']:.2f} | "
-                         f"{row.numbers['samples_per_step']:.2f} |")
+            parts.append(
+                f"| {name} | {row.point.model or ''} | {settings} | {row.numbers['distance']:.1f} ({low:.1f} to "
+                f"{high:.1f}) | {row.numbers['kernel']:.3g} | {_share(row, 'digit')} | {second} | "
+                f"{_share(row, 'both_colours')} | {_share(row, 'in_domain')} | {row.numbers['diversity']:.2f} | "
+                f"{row.numbers['samples_per_step']:.2f} |"
+            )
     return [*parts, ""]
 
 
@@ -193,8 +289,14 @@ def _seeds(rows: Sequence[Row]) -> list[str]:
     several = {point: group for point, group in groups.items() if len(group) > 1}
     if not several:
         return []
-    parts = ["## Training seeds", "", "Mean (lowest to highest) over models trained from different seeds.", "",
-             "| point | seeds | distance | digit | both colours |", "|---|---|---|---|---|"]
+    parts = [
+        "## Training seeds",
+        "",
+        "Mean (lowest to highest) over models trained from different seeds.",
+        "",
+        "| point | seeds | distance | digit | both colours |",
+        "|---|---|---|---|---|",
+    ]
     for point, group in several.items():
         cells = []
         for name, form in (("distance", ".1f"), ("digit", ".1%"), ("both_colours", ".1%")):
@@ -202,20 +304,6 @@ def _seeds(rows: Sequence[Row]) -> list[str]:
             cells.append(f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})")
         parts.append(f"| {point} | {len(group)} | {' | '.join(cells)} |")
     return [*parts, ""]
-
-
-def _method_text(replicates: int) -> str:
-    return (
-        "Distances are Frechet distances on the judge's 64 features to the whole of held-out handwriting, recoloured to "
-        "the prompts' colours and with the prompts' mix of digits; the target set is fixed. Intervals are bootstrap "
-        f"intervals over samples ({replicates} replicates, resampled within digits, the same draws for every method, so "
-        "that ratios and fronts are compared pair by pair). A Frechet distance of N samples is too large by about C / N, "
-        "and resampling repeats that error: replicates exceed the estimate by about as much as the estimate exceeds the "
-        "truth. Reported is the estimate less that excess, and replicates are moved down by twice of it "
-        "(claims/statistics.py; its tests show the coverage on Gaussians of known distance). The second judge was trained on the held-out fonts and rows "
-        "alone, so its opinion cannot come from shapes that it and the generative models have both learned by heart. A claim is confirmed when its "
-        "whole interval reaches the target, refuted when none of it does. The digit accuracy of (b) is held against the "
-        "prior's most accurate scale. Fine-tunes stop at several lengths of one run with a constant learning rate.")
 
 
 def say_lines(lines: Iterable[str]) -> None:

@@ -1,8 +1,8 @@
 """Uncertainty and comparison of measured points: bootstrap over samples, Pareto fronts, hypervolume.
 
 A Frechet distance of N samples on F features is too large by about C / N, since sampling noise in mean and covariance
-only ever adds distance. A bootstrap repeats that error once more: its replicates lie above the estimate by about as much
-as the estimate lies above the truth, so that plain percentile intervals miss the truth almost always. Both errors are
+only ever adds distance. A bootstrap repeats that error once more: its replicates lie above the estimate by about as
+much as the estimate lies above the truth, so that plain percentile intervals miss it almost always. Both errors are
 removed here (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 10): with b = mean of the replicates - the
 estimate, the value reported is estimate - b, and every replicate is moved down by 2 b, once for its own error and once
 for the estimate's. The target set is a fixed, exact set and is not resampled. Shares (accuracies) have no such error.
@@ -43,7 +43,9 @@ class TargetSet:
 
     def __init__(self, features: Tensor) -> None:
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(f"expected the target's features [M, F] of at least two images, found {list(features.shape)}")
+            raise ValueError(
+                f"expected the target's features [M, F] of at least two images, found {list(features.shape)}"
+            )
         features = features.detach().double().cpu()
         self.mean, self.covariance = features.mean(0), features.T.cov()
         values, vectors = torch.linalg.eigh(self.covariance)
@@ -62,7 +64,9 @@ class TargetSet:
         centred, totals = features - center, counts.sum(1, keepdim=True)
         means = counts @ centred / totals
         covariances = torch.stack([(centred * row[:, None]).T @ centred for row in counts])
-        covariances = (covariances - totals[:, :, None] * means[:, :, None] * means[:, None, :]) / (totals - 1)[:, :, None]
+        covariances = (covariances - totals[:, :, None] * means[:, :, None] * means[:, None, :]) / (totals - 1)[
+            :, :, None
+        ]
         return self.distance(means + center, covariances)
 
 
@@ -103,20 +107,22 @@ def measure_share(right: Tensor, counts: Tensor) -> Measured:
 
 def with_value(measured: Mapping[str, Measured]) -> dict[str, Tensor]:
     """Value and replicates in one row each, {name: [1 + R]}: functions of points treat all columns alike."""
-    return {name: torch.cat([torch.tensor([one.value], dtype=torch.float64), one.draws.double()])
-            for name, one in measured.items()}
+    return {
+        name: torch.cat([torch.tensor([one.value], dtype=torch.float64), one.draws.double()])
+        for name, one in measured.items()
+    }
 
 
 # ------------------------------------------------------------------------------- sets of points, column by column
 
 
 def lowest(distances: Tensor, shares: Tensor, at_least: Tensor | float) -> Tensor:
-    """The lowest distance among the points [P, R] whose share is at least `at_least` ([R] or a number): [R], else inf."""
+    """The lowest distance among the points [P, R] whose share is at least `at_least`, [R] or a number: [R] or inf."""
     return distances.masked_fill(shares < at_least, torch.inf).amin(0)
 
 
 def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> Tensor:
-    """The largest ratio, over every share that both sets reach, of the first set's lowest distance to the second's: [R].
+    """The largest ratio, over the shares that both sets reach, of the first's lowest distance to the second's: [R].
 
     Points [P, R] and [Q, R]. Below 1, the first set is nearer at every share that both reach. Both lowest distances
     change only at shares that occur, so those are all that has to be looked at.
@@ -148,5 +154,7 @@ def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Ten
 def is_on_front(distances: list[float], shares: list[float]) -> list[bool]:
     """Whether no other point is at least as near and at least as right, and better in one."""
     pairs = list(zip(distances, shares))
-    return [not any(d <= distance and s >= share and (d, s) != (distance, share) for d, s in pairs)
-            for distance, share in pairs]
+    return [
+        not any(d <= distance and s >= share and (d, s) != (distance, share) for d, s in pairs)
+        for distance, share in pairs
+    ]

@@ -19,12 +19,35 @@ DOMAIN_STEPS = 1000
 CAPTIONS = ("", FIXED_CAPTION)
 # (w_d, w_c): the released defaults, and a grid of strengths and ratios.
 HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (1.0, 5.0), (0.5, 2.0), (2.0, 6.0))
-MORE_WEIGHTS = ((2.0, 4.0), (1.0, 2.0), (1.0, 4.0), (0.5, 3.0), (1.0, 1.0), (1.5, 2.0), (2.5, 5.0), (1.0, 7.0), (3.0, 3.0),
-                (3.0, 6.0), (0.5, 5.0), (4.0, 4.0), (4.0, 8.0))
+MORE_WEIGHTS = (
+    (2.0, 4.0),
+    (1.0, 2.0),
+    (1.0, 4.0),
+    (0.5, 3.0),
+    (1.0, 1.0),
+    (1.5, 2.0),
+    (2.5, 5.0),
+    (1.0, 7.0),
+    (3.0, 3.0),
+    (3.0, 6.0),
+    (0.5, 5.0),
+    (4.0, 4.0),
+    (4.0, 8.0),
+)
 # (a, b, w_d, w_c): the control alone to percent a, both terms to b, the domain model alone (w_d 1, w_c 0: one sample)
 # from there. 1 + 2 b - a samples a step on average, so b = (1 + a) / 2 costs two.
-SCHEDULES = ((0.2, 0.6, 2.0, 4.0), (0.2, 0.6, 1.5, 3.0), (0.0, 0.5, 1.5, 5.0), (0.3, 0.65, 2.0, 4.0), (0.1, 0.55, 1.5, 4.0),
-             (0.4, 0.7, 2.5, 4.0), (0.2, 0.6, 2.5, 6.0), (0.0, 0.5, 1.0, 3.0), (0.5, 0.75, 3.0, 4.0), (0.1, 0.55, 2.0, 6.0))
+SCHEDULES = (
+    (0.2, 0.6, 2.0, 4.0),
+    (0.2, 0.6, 1.5, 3.0),
+    (0.0, 0.5, 1.5, 5.0),
+    (0.3, 0.65, 2.0, 4.0),
+    (0.1, 0.55, 1.5, 4.0),
+    (0.4, 0.7, 2.5, 4.0),
+    (0.2, 0.6, 2.5, 6.0),
+    (0.0, 0.5, 1.0, 3.0),
+    (0.5, 0.75, 3.0, 4.0),
+    (0.1, 0.55, 2.0, 6.0),
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +66,10 @@ def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, obje
     domain, control = [(a, w_d), (b, 1.0)], [(0.0, w_c), (b, 0.0)]
     if a > 0:
         domain.insert(0, (0.0, 0.0))
-    return {"w_d": Keyframes(tuple(domain), ramp="step").to_json(), "w_c": Keyframes(tuple(control), ramp="step").to_json()}
+    return {
+        "w_d": Keyframes(tuple(domain), ramp="step").to_json(),
+        "w_c": Keyframes(tuple(control), ramp="step").to_json(),
+    }
 
 
 def shipped(question: str) -> ModelSpec:
@@ -89,11 +115,15 @@ def shaped(question: str) -> list[Point]:
     points = []
     for w_d, w_c in ((1.5, 3.0), (2.5, 4.0)):
         points += [Point.of(question, "orthogonal", model, w_d=w_d, w_c=w_c, per=per) for per in ("image", "position")]
-        points += [Point.of(question, "bands", model, w_low=low, w_high=w_d, w_c=w_c, width=width)
-                   for low, width in ((0.0, "inf"), (0.3, 1.0))]
-    points += [Point.of(question, "orthogonal", model, w_d=late, w_c=4.0, per="position"),
-               Point.of(question, "bands", model, w_low=0.0, w_high=late, w_c=4.0, width=1.0),
-               Point.of(question, "orthogonal", model, w_d=1.5, w_c=3.0, per="position", only_opposing=True)]
+        points += [
+            Point.of(question, "bands", model, w_low=low, w_high=w_d, w_c=w_c, width=width)
+            for low, width in ((0.0, "inf"), (0.3, 1.0))
+        ]
+    points += [
+        Point.of(question, "orthogonal", model, w_d=late, w_c=4.0, per="position"),
+        Point.of(question, "bands", model, w_low=0.0, w_high=late, w_c=4.0, width=1.0),
+        Point.of(question, "orthogonal", model, w_d=1.5, w_c=3.0, per="position", only_opposing=True),
+    ]
     return points
 
 
@@ -129,7 +159,9 @@ def full_points() -> Iterator[Point]:
     for question in QUESTIONS:
         yield from priors(question)
         yield Point.of(question, "domain", shipped(question), scale=1.0)
-        yield from multi(question, HEADLINE_WEIGHTS + (MORE_WEIGHTS if question in (main, foreign) else MORE_WEIGHTS[:4]))
+        yield from multi(
+            question, HEADLINE_WEIGHTS + (MORE_WEIGHTS if question in (main, foreign) else MORE_WEIGHTS[:4])
+        )
         yield from scheduled(question, SCHEDULES)
         if question != main:
             yield from shaped(question)
@@ -181,7 +213,9 @@ def tiny_points() -> Iterator[Point]:
 PLANS = {
     "full": lambda: Plan("full", Sampling(2000), _once(full_points())),
     "quick": lambda: Plan("quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000),
-    "tiny": lambda: Plan("tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), images=16, batch=4),
+    "tiny": lambda: Plan(
+        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), images=16, batch=4
+    ),
 }
 
 

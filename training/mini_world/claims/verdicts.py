@@ -96,9 +96,12 @@ def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
         return _missing("a", evidence, methods, statement, "ratio", 1.0)
     own = columns(ours, "distance"), columns(ours, "digit")
     values = worst_ratio(*own, columns(theirs, "distance"), columns(theirs, "digit"))
-    details = {"hypervolume": float(hypervolume(*own, evidence.ceiling(True))[0]),
-               "hypervolume of the fine-tunes": float(hypervolume(columns(theirs, "distance"), columns(theirs, "digit"),
-                                                                  evidence.ceiling(True))[0])}
+    details = {
+        "hypervolume": float(hypervolume(*own, evidence.ceiling(True))[0]),
+        "hypervolume of the fine-tunes": float(
+            hypervolume(columns(theirs, "distance"), columns(theirs, "digit"), evidence.ceiling(True))[0]
+        ),
+    }
     for method, title in (("fine_tune", "own unconditional"), ("fine_tune_prior_u", "prior's unconditional")):
         some = evidence.of(True, (method,))
         if some:
@@ -108,43 +111,64 @@ def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
 
 
 def claim_b(evidence: Evidence, methods: str = "paper") -> Verdict:
-    """Half the prior's distance at nearly the prior's digit accuracy, which is taken at the prior's most accurate scale."""
-    statement = "its best distance with digits within 3 points of the prior's, over the prior's best distance, is at most 0.5"
+    """Half the prior's distance at nearly its digit accuracy, which is taken at the most accurate scale."""
+    statement = (
+        "its best distance with digits within 3 points of the prior's, over the prior's best distance, is at most 0.5"
+    )
     ours, prior = evidence.of(True, METHOD_SETS[methods]), evidence.of(True, ("prior",))
     if not ours or not prior:
         return _missing("b", evidence, methods, statement, "ratio", 0.5)
     wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE
     best = columns(prior, "distance").amin(0)
     values = lowest(columns(ours, "distance"), columns(ours, "digit"), wanted) / best
-    details = {"prior's best distance": float(best[0]), "digit accuracy asked for": float(wanted[0]),
-               **_best(ours, "digit", float(wanted[0]))}
+    details = {
+        "prior's best distance": float(best[0]),
+        "digit accuracy asked for": float(wanted[0]),
+        **_best(ours, "digit", float(wanted[0])),
+    }
     return _decided("b", evidence, methods, statement, "ratio", values, 0.5, "lower", details)
 
 
 def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
-    """`u + w (ft(c) - u)` with the fine-tune's own u against the prior's u, at the scales that both were measured at."""
-    statement = "hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over fine-tunes, is above 0"
+    """`u + w (ft(c) - u)` with the fine-tune's own u against the prior's u, at the scales that both have."""
+    statement = (
+        "hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over fine-tunes, is above 0"
+    )
     differences = []
     for model in dict.fromkeys(row.point.model for row in evidence.of(True, ("fine_tune",))):
-        own, theirs = ({row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}
-                       for method in FINE_TUNES)
+        own, theirs = (
+            {row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}
+            for method in FINE_TUNES
+        )
         both = [settings for settings in own if settings in theirs]
         if both:
-            volumes = [hypervolume(columns([rows[s] for s in both], "distance"), columns([rows[s] for s in both], "digit"),
-                                   evidence.ceiling(True)) for rows in (theirs, own)]
+            volumes = [
+                hypervolume(
+                    columns([rows[s] for s in both], "distance"),
+                    columns([rows[s] for s in both], "digit"),
+                    evidence.ceiling(True),
+                )
+                for rows in (theirs, own)
+            ]
             differences.append(volumes[0] - volumes[1])
     if not differences:
         return _missing("c", evidence, methods, statement, "share", 0.0, "higher")
     outcomes = [decide(one, 0.0, "higher")[3] for one in differences]
-    details = {"fine-tunes compared": len(differences), "better with the prior's u": outcomes.count("confirmed"),
-               "worse with the prior's u": outcomes.count("refuted")}
-    return _decided("c", evidence, methods, statement, "share", torch.stack(differences).mean(0), 0.0, "higher", details)
+    details = {
+        "fine-tunes compared": len(differences),
+        "better with the prior's u": outcomes.count("confirmed"),
+        "worse with the prior's u": outcomes.count("refuted"),
+    }
+    return _decided(
+        "c", evidence, methods, statement, "share", torch.stack(differences).mean(0), 0.0, "higher", details
+    )
 
 
 def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
     """Colours the domain never had: prompts are obeyed and the distance still falls."""
-    statement = ("its best distance with both colours right in at least 80 %, over the prior's best distance, "
-                 "is at most 0.7")
+    statement = (
+        "its best distance with both colours right in at least 80 %, over the prior's best distance, is at most 0.7"
+    )
     ours, prior = evidence.of(False, METHOD_SETS[methods]), evidence.of(False, ("prior",))
     if not ours or not prior:
         return _missing("d", evidence, methods, statement, "ratio", 0.7)
@@ -155,10 +179,12 @@ def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
 
 
 def claim_e(evidence: Evidence, own: bool) -> Verdict:
-    """Beyond the paper: schedules at plain CFG's cost against constant weights, at the accuracy asked for in (b) or (d)."""
+    """Beyond the paper: schedules at plain CFG's cost against constant weights, at the accuracy of (b) or (d)."""
     share, where = ("digit", "own colours") if own else ("both_colours", "foreign colours")
-    statement = (f"{where}: the best distance of schedules at an average of at most 2 samples a step, over the best of "
-                 f"constant weights, at the accuracy that ({'b' if own else 'd'}) asks for, is at most 1")
+    statement = (
+        f"{where}: the best distance of schedules at an average of at most 2 samples a step, over the best of "
+        f"constant weights, at the accuracy that ({'b' if own else 'd'}) asks for, is at most 1"
+    )
     name = "e" if own else "e, foreign colours"
     cheap = evidence.of(own, ("scheduled",), lambda row: row.numbers["samples_per_step"] <= AFFORDABLE_SAMPLES)
     constant, prior = evidence.of(own, PAPER), evidence.of(own, ("prior",))
@@ -167,14 +193,21 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
     wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.full((1,), COLOURS_RIGHT).double()
     ours, theirs = (lowest(columns(rows, "distance"), columns(rows, share), wanted) for rows in (cheap, constant))
     if bool(ours[0].isinf() & theirs[0].isinf()):
-        return _missing(name, evidence, "paper", statement, "ratio", 1.0, reason="neither reaches the accuracy asked for")
+        return _missing(
+            name, evidence, "paper", statement, "ratio", 1.0, reason="neither reaches the accuracy asked for"
+        )
     # Where only one of the two reaches it, the ratio is 0 or infinite.
     values = torch.where(theirs.isinf(), torch.where(ours.isinf(), 1.0, 0.0), ours / theirs)
-    details = {"best distance of constant weights": float(theirs[0]), **_best(cheap, share, float(wanted[0])),
-               "hypervolume of the schedules": float(hypervolume(columns(cheap, "distance"), columns(cheap, share),
-                                                                 evidence.ceiling(own))[0]),
-               "hypervolume of constant weights": float(hypervolume(columns(constant, "distance"), columns(constant, share),
-                                                                    evidence.ceiling(own))[0])}
+    details = {
+        "best distance of constant weights": float(theirs[0]),
+        **_best(cheap, share, float(wanted[0])),
+        "hypervolume of the schedules": float(
+            hypervolume(columns(cheap, "distance"), columns(cheap, share), evidence.ceiling(own))[0]
+        ),
+        "hypervolume of constant weights": float(
+            hypervolume(columns(constant, "distance"), columns(constant, share), evidence.ceiling(own))[0]
+        ),
+    }
     return _decided(name, evidence, "paper", statement, "ratio", values, 1.0, "lower", details)
 
 
@@ -193,7 +226,9 @@ def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float]) -> list[Verdic
     return found
 
 
-def _add_other_seeds(verdict: Verdict, claim: Callable, rows: Sequence[Row], domain: str, ceilings: dict[str, float]) -> None:
+def _add_other_seeds(
+    verdict: Verdict, claim: Callable, rows: Sequence[Row], domain: str, ceilings: dict[str, float]
+) -> None:
     """The same number from models of other training seeds, where they were measured."""
     seeds = sorted({row.point.model.seed for row in rows if row.point.model is not None} - {0})
     for seed in seeds:
@@ -208,20 +243,53 @@ def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float |
     if not good:
         return {"best point": "none qualifies"}
     best = min(good, key=lambda row: row.numbers["distance"])
-    return {"best point": str(best.point), "its distance": best.numbers["distance"], f"its {share}": best.numbers[share],
-            "its samples per step": best.numbers["samples_per_step"]}
+    return {
+        "best point": str(best.point),
+        "its distance": best.numbers["distance"],
+        f"its {share}": best.numbers[share],
+        "its samples per step": best.numbers["samples_per_step"],
+    }
 
 
-def _decided(claim: str, evidence: Evidence, methods: str, statement: str, unit: str, values: Tensor, target: float,
-             better: str, details: dict[str, float | str]) -> Verdict:
+def _decided(
+    claim: str,
+    evidence: Evidence,
+    methods: str,
+    statement: str,
+    unit: str,
+    values: Tensor,
+    target: float,
+    better: str,
+    details: dict[str, float | str],
+) -> Verdict:
     value, low, high, outcome = decide(values, target, better)
     return Verdict(claim, evidence.domain, methods, statement, unit, value, low, high, target, better, outcome, details)
 
 
-def _missing(claim: str, evidence: Evidence, methods: str, statement: str, unit: str, target: float,
-             better: str = "lower", reason: str = "points not measured yet") -> Verdict:
-    return Verdict(claim, evidence.domain, methods, statement, unit, None, None, None, target, better, "undecided",
-                   {"reason": reason})
+def _missing(
+    claim: str,
+    evidence: Evidence,
+    methods: str,
+    statement: str,
+    unit: str,
+    target: float,
+    better: str = "lower",
+    reason: str = "points not measured yet",
+) -> Verdict:
+    return Verdict(
+        claim,
+        evidence.domain,
+        methods,
+        statement,
+        unit,
+        None,
+        None,
+        None,
+        target,
+        better,
+        "undecided",
+        {"reason": reason},
+    )
 
 
 def shown(value: float | None) -> str:

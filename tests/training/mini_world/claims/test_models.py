@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.files import FileProblem, read_state_dict
 from indomain_guidance.training.mini_world import assets
-from indomain_guidance.training.mini_world.claims.models import ModelSpec, Models, with_additions
+from indomain_guidance.training.mini_world.claims.models import Models, ModelSpec, with_additions
 
 
 @pytest.fixture(scope="module")
@@ -17,9 +16,16 @@ def world():
 
 def test_lengths_of_one_run_share_it_and_everything_else_does_not(world, tmp_path):
     models = Models(tmp_path, world)
-    specs = [ModelSpec("full", "handwriting", 100), ModelSpec("full", "handwriting", 300), ModelSpec("full", "handwriting", 100, "a digit"),
-             ModelSpec("full", "narrow", 100), ModelSpec("full", "handwriting", 100, seed=1), ModelSpec("low_rank", "handwriting", 100),
-             ModelSpec("domain", "handwriting", 100), ModelSpec("domain", "handwriting", 100, form="constant")]
+    specs = [
+        ModelSpec("full", "handwriting", 100),
+        ModelSpec("full", "handwriting", 300),
+        ModelSpec("full", "handwriting", 100, "a digit"),
+        ModelSpec("full", "narrow", 100),
+        ModelSpec("full", "handwriting", 100, seed=1),
+        ModelSpec("low_rank", "handwriting", 100),
+        ModelSpec("domain", "handwriting", 100),
+        ModelSpec("domain", "handwriting", 100, form="constant"),
+    ]
     assert len({spec.run_name for spec in specs}) == len(specs) - 1 and specs[0].run_name == specs[1].run_name
     assert len({models.path(spec) for spec in specs}) == len(specs)
     assert models.path(ModelSpec("shipped", "narrow")).is_file()
@@ -34,12 +40,17 @@ def test_models_that_cannot_be(make):
 
 def test_additions_are_merged_as_their_formula_says():
     generator = torch.Generator().manual_seed(0)
-    weights = {"middle_block.1.attn1.to_q.weight": torch.randn(6, 5, generator=generator), "out.weight": torch.randn(3, generator=generator)}
+    weights = {
+        "middle_block.1.attn1.to_q.weight": torch.randn(6, 5, generator=generator),
+        "out.weight": torch.randn(3, generator=generator),
+    }
     down, up = torch.randn(2, 5, generator=generator), torch.randn(6, 2, generator=generator)
     name = "lora_unet_middle_block_1_attn1_to_q"
     additions = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
     merged = with_additions(weights, additions)
-    torch.testing.assert_close(merged["middle_block.1.attn1.to_q.weight"], weights["middle_block.1.attn1.to_q.weight"] + 2 * up @ down)
+    torch.testing.assert_close(
+        merged["middle_block.1.attn1.to_q.weight"], weights["middle_block.1.attn1.to_q.weight"] + 2 * up @ down
+    )
     assert torch.equal(merged["out.weight"], weights["out.weight"])
     with pytest.raises(FileProblem, match="lora_unet_other"):
         with_additions(weights, {**additions, "lora_unet_other.alpha": torch.tensor(1.0)})

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from PIL import ImageColor
-
 from indomain_guidance.training.mini_world.claims import plot
+from PIL import ImageColor
 
 
 def colour_at(image, x, y):
@@ -21,7 +20,11 @@ def place(panel_width, panel_height, low, high, x, y):
 
 
 def test_points_fronts_and_intervals_are_where_they_belong():
-    series = plot.Series("ours", [(10.0, 0.2), (100.0, 0.8), (90.0, 0.1)], [((8.0, 12.0), (0.1, 0.3))] + [((90.0, 100.0), (0.5, 0.9))] * 2)
+    series = plot.Series(
+        "ours",
+        [(10.0, 0.2), (100.0, 0.8), (90.0, 0.1)],
+        [((8.0, 12.0), (0.1, 0.3))] + [((90.0, 100.0), (0.5, 0.9))] * 2,
+    )
     image = plot.draw_panels([plot.Panel("Title", "x", "y", [series])], width_px=600, height_px=400)
     black = ImageColor.getrgb(plot.COLOURS[0])
     for point in series.points:
@@ -35,7 +38,9 @@ def test_points_fronts_and_intervals_are_where_they_belong():
 
 
 def test_panels_stand_side_by_side_with_one_legend():
-    panels = [plot.Panel(name, "x", "y", [plot.Series("a", [(1.0, 0.5)]), plot.Series("b", [(2.0, 0.5)])]) for name in "pqr"]
+    panels = [
+        plot.Panel(name, "x", "y", [plot.Series("a", [(1.0, 0.5)]), plot.Series("b", [(2.0, 0.5)])]) for name in "pqr"
+    ]
     image = plot.draw_panels(panels, width_px=400, height_px=300)
     assert image.width == 800 and image.height > 600
     found = {colour for _, colour in image.getcolors(1 << 20)}

@@ -9,17 +9,14 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
 from indomain_guidance.training import bootstrap
 from indomain_guidance.training.metrics import frechet_distance
 from indomain_guidance.training.mini_world import assets, measure, render
-from indomain_guidance.training.mini_world.classifier import judge
 from indomain_guidance.training.mini_world.claims import command_line, points, sweep
-from indomain_guidance.training.mini_world.claims.models import ModelSpec, Models
+from indomain_guidance.training.mini_world.claims.models import Models, ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Bench, Point, Sampling
 from indomain_guidance.training.mini_world.claims.questions import QUESTIONS, Examiner
 from indomain_guidance.training.mini_world.claims.statistics import TargetSet
@@ -41,8 +38,14 @@ def judge_model():
 @pytest.fixture
 def make_bench(world, judge_model, tmp_path):
     def make(sampling: Sampling = TINY) -> Bench:
-        return Bench(tmp_path / "points", Models(tmp_path / "models", world), world, judge_model, sampling,
-                     assets.load_classifier(held_out=True))
+        return Bench(
+            tmp_path / "points",
+            Models(tmp_path / "models", world),
+            world,
+            judge_model,
+            sampling,
+            assets.load_classifier(held_out=True),
+        )
 
     return make
 
@@ -69,10 +72,21 @@ def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, mo
 
 def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
     bench = make_bench()
-    keys = [bench.key(PRIOR), bench.key(Point.of("handwriting", "prior", scale=2.5)), bench.key(Point.of("narrow", "prior", scale=2.0)),
-            bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
-            bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0))]
-    for change in ({"samples": 21}, {"steps": 3}, {"seed": 1}, {"replicates": 21}, {"targets": 41}, {"sampler": "euler"}):
+    keys = [
+        bench.key(PRIOR),
+        bench.key(Point.of("handwriting", "prior", scale=2.5)),
+        bench.key(Point.of("narrow", "prior", scale=2.0)),
+        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
+        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0)),
+    ]
+    for change in (
+        {"samples": 21},
+        {"steps": 3},
+        {"seed": 1},
+        {"replicates": 21},
+        {"targets": 41},
+        {"sampler": "euler"},
+    ):
         keys.append(make_bench(replace(TINY, **change)).key(PRIOR))
     assert len(set(keys)) == len(keys)
 
@@ -97,10 +111,16 @@ def test_the_measures_are_those_of_the_mini_world(world, judge_model):
     measured, numbers = points.examine(examiner, pictures, prompts, Sampling(60, replicates=50))
     expected = measure.score(judge_model, pictures, prompts, examiner.features)
     assert numbers["distance_uncorrected"] == pytest.approx(expected.distance, rel=1e-6)
-    for ours, theirs in (("kernel", "kernel"), ("digit", "digit"), ("ink", "ink"), ("both_colours", "both_colours"),
-                         ("in_domain", "in_domain"), ("diversity", "diversity")):
+    for ours, theirs in (
+        ("kernel", "kernel"),
+        ("digit", "digit"),
+        ("ink", "ink"),
+        ("both_colours", "both_colours"),
+        ("in_domain", "in_domain"),
+        ("diversity", "diversity"),
+    ):
         assert numbers[ours] == pytest.approx(getattr(expected, theirs), rel=1e-6), ours
-    # Training handwriting in the asked colours is nearly a right answer: few samples make it seem far, the correction less.
+    # Training handwriting in the asked colours is nearly right: few samples make it seem far, the correction less.
     assert numbers["distance"] < 0.7 * numbers["distance_uncorrected"]
     assert numbers["digit"] > 0.9 and numbers["both_colours"] == 1.0
     second = points.second_opinion(assets.load_classifier(held_out=True), pictures, prompts)
@@ -125,9 +145,19 @@ def test_the_target_set_gives_the_distance_of_the_metrics():
 
 
 def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, monkeypatch, capsys):
-    command = [sys.executable, bootstrap.__file__, "indomain_guidance.training.mini_world.claims", "idg", "--tiny", "--work", str(tmp_path)]
+    command = [
+        sys.executable,
+        bootstrap.__file__,
+        "indomain_guidance.training.mini_world.claims",
+        "idg",
+        "--tiny",
+        "--work",
+        str(tmp_path),
+    ]
     folder = tmp_path / "tiny" / "points"
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}) as process:
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
         deadline = time.monotonic() + 300
         while not list(folder.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.05)
@@ -148,5 +178,5 @@ def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, monkeypatch, capsys
     refuse_to_sample(monkeypatch)
     assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--report-only"]) == 0
     assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--list"]) == 0
-    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"]().points):]
+    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"]().points) :]
     assert sum(line.startswith("measured ") for line in listed) == len(kept) + 1

@@ -7,33 +7,55 @@ import math
 from dataclasses import replace
 
 import torch
-
 from indomain_guidance.training.mini_world.claims import report, verdicts
 from indomain_guidance.training.mini_world.claims.models import ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Point, Row, Sampling
 from indomain_guidance.training.mini_world.claims.sweep import PLANS
 
-FLOORS = {"handwriting": {"floor": 0.9, "floor_uncorrected": 1.7, "autoencoder_floor": 0.05, "autoencoder_floor_uncorrected": 0.07,
-                          "ceiling": 305.0, "ceiling_uncorrected": 306.0}}
+FLOORS = {
+    "handwriting": {
+        "floor": 0.9,
+        "floor_uncorrected": 1.7,
+        "autoencoder_floor": 0.05,
+        "autoencoder_floor_uncorrected": 0.07,
+        "ceiling": 305.0,
+        "ceiling_uncorrected": 306.0,
+    }
+}
 
 
 def row(method: str, distance: float, digit: float, model: ModelSpec | None = None, **settings) -> Row:
     shares = {name: digit for name in ("digit", "both_colours", "in_domain", "ink", "ground")}
-    numbers = {"distance": distance, **shares, "kernel": 1.25, "diversity": 7.0, "samples_per_step": 3.0, "digit_second_judge": 0.95}
+    numbers = {
+        "distance": distance,
+        **shares,
+        "kernel": 1.25,
+        "diversity": 7.0,
+        "samples_per_step": 3.0,
+        "digit_second_judge": 0.95,
+    }
     intervals = {name: (value - 0.01, value + 0.01) for name, value in {"distance": distance, **shares}.items()}
-    draws = {name: torch.full((10,), value, dtype=torch.float64) for name, value in {"distance": distance, **shares}.items()}
+    draws = {
+        name: torch.full((10,), value, dtype=torch.float64) for name, value in {"distance": distance, **shares}.items()
+    }
     return Row(Point.of("handwriting", method, model, **settings), Sampling(2000), numbers, intervals, draws)
 
 
 TUNED = ModelSpec("low_rank", "handwriting", 300, "a digit")
-ROWS = [row("prior", 200.0, 0.98, scale=2.0), row("prior", 250.0, 0.9, scale=5.0),
-        row("multi_guidance", 50.0, 0.97, ModelSpec("shipped", "handwriting"), w_d=1.5, w_c=3.0),
-        *(row("fine_tune", 80.0 + 10 * seed, 0.9, replace(TUNED, seed=seed), scale=1.5) for seed in range(3))]
+ROWS = [
+    row("prior", 200.0, 0.98, scale=2.0),
+    row("prior", 250.0, 0.9, scale=5.0),
+    row("multi_guidance", 50.0, 0.97, ModelSpec("shipped", "handwriting"), w_d=1.5, w_c=3.0),
+    *(row("fine_tune", 80.0 + 10 * seed, 0.9, replace(TUNED, seed=seed), scale=1.5) for seed in range(3)),
+]
 
 
 def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     page = report.markdown(PLANS["full"](), ROWS, FLOORS, verdicts.all_verdicts(ROWS, {"handwriting": 305.0}))
-    assert "| (b) | handwriting | constant weights |" in page and "0.25 (0.25 to 0.25) | at most 0.5 | **confirmed** |" in page
+    assert (
+        "| (b) | handwriting | constant weights |" in page
+        and "0.25 (0.25 to 0.25) | at most 0.5 | **confirmed** |" in page
+    )
     assert "| prior |  | scale 2 | 200.0 (200.0 to 200.0) | 1.25 | 98.0% (97.0% to 99.0%) | 95.0% |" in page
     assert "scale 5" not in page.split("## Handwriting")[1]  # dominated
     assert "| 3 | 90.0 (80.0 to 100.0) | 90.0% (90.0% to 90.0%) |" in page
@@ -44,14 +66,15 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
 
 def test_json_lines_are_strict_json_in_the_benchmarks_format():
     lines = [report.row_line(one) for one in ROWS] + [
-        report.verdict_line(verdict, PLANS["full"]()) for verdict in verdicts.all_verdicts(ROWS, {"handwriting": 305.0})]
+        report.verdict_line(verdict, PLANS["full"]()) for verdict in verdicts.all_verdicts(ROWS, {"handwriting": 305.0})
+    ]
     lines += report.floor_lines(FLOORS, PLANS["full"]())
     for line in lines:
         record = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
         assert {"name", "value", "unit", "target", "better", "samples", "seed"} <= record.keys()
         assert record["name"].startswith("claims/idg/")
     assert json.loads(report.json_line("x", math.inf, "ratio", 1, 0, low=-math.inf))["value"] is None
-    verdict = json.loads(next(line for line in lines if "claim/handwriting/b\"" in line))
+    verdict = json.loads(next(line for line in lines if 'claim/handwriting/b"' in line))
     assert verdict["outcome"] == "confirmed" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
 
 
@@ -61,6 +84,8 @@ def test_families_tell_fine_tunes_apart():
 
 
 def test_the_report_is_written_whole(tmp_path):
-    paths = report.write_report(tmp_path / "new", PLANS["full"](), ROWS, FLOORS, verdicts.all_verdicts(ROWS, {"handwriting": 305.0}))
+    paths = report.write_report(
+        tmp_path / "new", PLANS["full"](), ROWS, FLOORS, verdicts.all_verdicts(ROWS, {"handwriting": 305.0})
+    )
     assert [path.name for path in paths] == ["idg.jsonl", "idg.png", "idg.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)

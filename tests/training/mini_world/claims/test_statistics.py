@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from indomain_guidance.training.metrics import frechet_distance
 from indomain_guidance.training.mini_world.claims import statistics as stats
 
@@ -94,15 +93,26 @@ def test_hypervolume_by_hand():
 
 def test_hypervolume_agrees_with_counting_a_grid():
     generator = torch.Generator().manual_seed(5)
-    distances, shares = torch.rand(7, 1, generator=generator).double() * 12, torch.rand(7, 1, generator=generator).double()
+    distances, shares = (
+        torch.rand(7, 1, generator=generator).double() * 12,
+        torch.rand(7, 1, generator=generator).double(),
+    )
     x, y = torch.meshgrid((torch.arange(500) + 0.5) / 50, (torch.arange(500) + 0.5) / 500, indexing="ij")
     dominated = ((distances[:, 0, None, None] <= x) & (shares[:, 0, None, None] >= y)).any(0)
-    assert float(stats.hypervolume(distances, shares, 10.0)) == pytest.approx(float(dominated.double().mean()), abs=2e-3)
+    assert float(stats.hypervolume(distances, shares, 10.0)) == pytest.approx(
+        float(dominated.double().mean()), abs=2e-3
+    )
 
 
 def test_lowest_distance_at_a_share():
     distances, shares = columns([10, 20, 30]), columns([0.2, 0.6, 0.9])
-    assert [float(stats.lowest(distances, shares, level)) for level in (0, 0.2, 0.5, 0.9, 0.95)] == [10, 10, 20, 30, math.inf]
+    assert [float(stats.lowest(distances, shares, level)) for level in (0, 0.2, 0.5, 0.9, 0.95)] == [
+        10,
+        10,
+        20,
+        30,
+        math.inf,
+    ]
 
 
 def test_worst_ratio_looks_at_every_share_that_both_reach():

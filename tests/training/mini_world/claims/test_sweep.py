@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.presets import in_domain
 from indomain_guidance.guidance.sampling import sigmas_uniform
@@ -29,16 +28,27 @@ def test_the_full_sweep_asks_everything_of_everyone():
     for question in QUESTIONS:
         asked = {(p.method, p.model.kind if p.model else "") for p in points if p.question == question}
         assert {("prior", ""), ("domain", "shipped"), ("multi_guidance", "shipped"), ("scheduled", "shipped")} <= asked
-        assert {(method, kind) for method in ("fine_tune", "fine_tune_prior_u") for kind in ("full", "low_rank")} <= asked
+        assert {
+            (method, kind) for method in ("fine_tune", "fine_tune_prior_u") for kind in ("full", "low_rank")
+        } <= asked
         scales = {p.values["scale"] for p in points if p.question == question and p.method == "prior"}
         assert scales == set(sweep.SCALES)
     tuned = [p for p in points if p.question == "handwriting" and p.method == "fine_tune" and p.model.seed == 0]
     assert {(p.model.kind, p.model.caption, p.model.steps, p.values["scale"]) for p in tuned} == {
-        (kind, caption, steps, scale) for kind in ("full", "low_rank") for caption in sweep.CAPTIONS for steps in sweep.LENGTHS
-        for scale in sweep.SCALES}
-    seen = {(p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune_prior_u"}
-    assert seen == {(p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune"
-                    and p.values["scale"] != 1.0}
+        (kind, caption, steps, scale)
+        for kind in ("full", "low_rank")
+        for caption in sweep.CAPTIONS
+        for steps in sweep.LENGTHS
+        for scale in sweep.SCALES
+    }
+    seen = {
+        (p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune_prior_u"
+    }
+    assert seen == {
+        (p.model, p.values["scale"])
+        for p in points
+        if p.question == "handwriting" and p.method == "fine_tune" and p.values["scale"] != 1.0
+    }
 
 
 def test_headline_rows_come_first_and_have_three_training_seeds():
@@ -67,7 +77,11 @@ def test_every_schedule_costs_at_most_two_samples_a_step(schedule):
 def test_the_settings_are_parts_of_the_point_and_readable():
     point = sweep.scheduled("handwriting", sweep.SCHEDULES[:1])[0]
     assert str(point) == "handwriting: scheduled [shipped handwriting] w_c 4@0/0@0.6, w_d 0@0/2@0.2/1@0.6"
-    assert Point.of("narrow", "prior", scale=2.0) == Point.of("narrow", "prior", scale=2.0) != Point.of("narrow", "prior", scale=3.0)
+    assert (
+        Point.of("narrow", "prior", scale=2.0)
+        == Point.of("narrow", "prior", scale=2.0)
+        != Point.of("narrow", "prior", scale=3.0)
+    )
     for make in (lambda: Point.of("digits", "prior"), lambda: Point.of("narrow", "magic")):
         with pytest.raises(ValueError, match="expected one of the"):
             make()

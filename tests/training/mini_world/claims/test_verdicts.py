@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from indomain_guidance.training.mini_world.claims import verdicts
 from indomain_guidance.training.mini_world.claims.models import ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Point, Row, Sampling
@@ -18,15 +17,27 @@ TUNED = ModelSpec("full", "handwriting", 300, "a digit")
 REPLICATES = 200
 
 
-def row(question: str, method: str, distance: float, share: float, model: ModelSpec | None = None, cost: float = 3.0,
-        spread: float = 0.01, colours: float | None = None, **settings) -> Row:
+def row(
+    question: str,
+    method: str,
+    distance: float,
+    share: float,
+    model: ModelSpec | None = None,
+    cost: float = 3.0,
+    spread: float = 0.01,
+    colours: float | None = None,
+    **settings,
+) -> Row:
     """A point whose replicates spread evenly: +-spread of the distance, +-spread/10 of the shares."""
     point = Point.of(question, method, model, **(settings or {"scale": distance}))
     steps = torch.linspace(-1, 1, REPLICATES, dtype=torch.float64)
     colours = share if colours is None else colours
     numbers = {"distance": distance, "digit": share, "both_colours": colours, "samples_per_step": cost}
-    draws = {"distance": distance * (1 + spread * steps), "digit": share + 0.1 * spread * steps,
-             "both_colours": colours + 0.1 * spread * steps}
+    draws = {
+        "distance": distance * (1 + spread * steps),
+        "digit": share + 0.1 * spread * steps,
+        "both_colours": colours + 0.1 * spread * steps,
+    }
     return Row(point, Sampling(2000), numbers, {}, draws)
 
 
@@ -35,8 +46,11 @@ def evidence(*rows: Row, domain: str = "handwriting", seed: int = 0) -> verdicts
 
 
 def prior() -> list[Row]:
-    return [row("handwriting", "prior", 200.0, 0.98), row("handwriting", "prior", 180.0, 0.90),
-            row("handwriting_foreign", "prior", 200.0, 0.99)]
+    return [
+        row("handwriting", "prior", 200.0, 0.98),
+        row("handwriting", "prior", 180.0, 0.90),
+        row("handwriting_foreign", "prior", 200.0, 0.99),
+    ]
 
 
 def guided(distance: float, share: float, question: str = "handwriting", **more) -> Row:
@@ -44,8 +58,16 @@ def guided(distance: float, share: float, question: str = "handwriting", **more)
 
 
 def tuned(distance: float, share: float, method: str = "fine_tune", scale: float | None = None, **more) -> Row:
-    return row("handwriting", method, distance, share, more.pop("model", TUNED), cost=2.0,
-               scale=distance if scale is None else scale, **more)
+    return row(
+        "handwriting",
+        method,
+        distance,
+        share,
+        more.pop("model", TUNED),
+        cost=2.0,
+        scale=distance if scale is None else scale,
+        **more,
+    )
 
 
 def test_a_is_confirmed_only_when_no_accuracy_belongs_to_a_fine_tune():
@@ -81,7 +103,11 @@ def test_b_asks_for_the_accuracy_of_the_priors_best_scale():
 
 
 def test_beyond_adds_our_own_methods_to_the_papers():
-    rows = [*prior(), guided(95, 0.96), row("handwriting", "scheduled", 60, 0.97, DOMAIN, cost=2.0, **cheap_schedule(*SCHEDULES[0]))]
+    rows = [
+        *prior(),
+        guided(95, 0.96),
+        row("handwriting", "scheduled", 60, 0.97, DOMAIN, cost=2.0, **cheap_schedule(*SCHEDULES[0])),
+    ]
     assert verdicts.claim_b(evidence(*rows)).outcome == "refuted"
     assert verdicts.claim_b(evidence(*rows), "beyond").outcome == "confirmed"
 
@@ -94,15 +120,27 @@ def test_c_compares_the_same_scales_of_the_same_model():
     # A scale that only one of them was measured at changes nothing.
     assert verdicts.claim_c(evidence(*rows, tuned(5, 0.99, scale=9.0))).value == pytest.approx(verdict.value)
     other = ModelSpec("low_rank", "handwriting", 300)
-    both = verdicts.claim_c(evidence(*rows, tuned(50, 0.9, scale=2.0, model=other),
-                                     tuned(100, 0.8, "fine_tune_prior_u", scale=2.0, model=other)))
+    both = verdicts.claim_c(
+        evidence(
+            *rows, tuned(50, 0.9, scale=2.0, model=other), tuned(100, 0.8, "fine_tune_prior_u", scale=2.0, model=other)
+        )
+    )
     assert both.value == pytest.approx(0.0) and both.outcome == "undecided"
     assert (both.details["better with the prior's u"], both.details["worse with the prior's u"]) == (1, 1)
-    assert verdicts.claim_c(evidence(*[tuned(50, 0.9, scale=2.0), tuned(100, 0.8, "fine_tune_prior_u", scale=2.0)])).outcome == "refuted"
+    assert (
+        verdicts.claim_c(
+            evidence(*[tuned(50, 0.9, scale=2.0), tuned(100, 0.8, "fine_tune_prior_u", scale=2.0)])
+        ).outcome
+        == "refuted"
+    )
 
 
 def test_d_asks_for_both_colours_in_foreign_colours():
-    rows = [*prior(), guided(130, 0.9, "handwriting_foreign", colours=0.85), guided(60, 0.9, "handwriting_foreign", colours=0.5)]
+    rows = [
+        *prior(),
+        guided(130, 0.9, "handwriting_foreign", colours=0.85),
+        guided(60, 0.9, "handwriting_foreign", colours=0.5),
+    ]
     verdict = verdicts.claim_d(evidence(*rows))
     assert verdict.outcome == "confirmed" and verdict.value == pytest.approx(0.65)
     assert verdicts.claim_d(evidence(*prior(), rows[-1])).outcome == "refuted"
@@ -110,13 +148,21 @@ def test_d_asks_for_both_colours_in_foreign_colours():
 
 def test_e_takes_only_schedules_that_cost_no_more_than_cfg():
     def cheap(distance: float, cost: float) -> Row:
-        return row("handwriting", "scheduled", distance, 0.97, DOMAIN, cost=cost, **cheap_schedule(0.2, 0.6, distance, 4.0))
+        return row(
+            "handwriting", "scheduled", distance, 0.97, DOMAIN, cost=cost, **cheap_schedule(0.2, 0.6, distance, 4.0)
+        )
 
     rows = [*prior(), guided(60, 0.96)]
     assert verdicts.claim_e(evidence(*rows, cheap(55, 2.0)), True).outcome == "confirmed"
     assert verdicts.claim_e(evidence(*rows, cheap(70, 2.0), cheap(10, 2.04)), True).outcome == "refuted"
-    nobody = verdicts.claim_e(evidence(*prior(), guided(60, 0.5), row("handwriting", "scheduled", 5, 0.5, DOMAIN, cost=2.0,
-                                                                      **cheap_schedule(*SCHEDULES[0]))), True)
+    nobody = verdicts.claim_e(
+        evidence(
+            *prior(),
+            guided(60, 0.5),
+            row("handwriting", "scheduled", 5, 0.5, DOMAIN, cost=2.0, **cheap_schedule(*SCHEDULES[0])),
+        ),
+        True,
+    )
     assert nobody.outcome == "undecided" and "neither" in nobody.details["reason"]
     only_cheap = verdicts.claim_e(evidence(*prior(), guided(60, 0.5), cheap(55, 2.0)), True)
     assert only_cheap.outcome == "confirmed" and only_cheap.value == 0.0
@@ -139,4 +185,8 @@ def test_other_training_seeds_are_kept_apart_and_named():
 
 
 def test_numbers_in_words():
-    assert [verdicts.shown(value) for value in (None, math.inf, 0.12345)] == ["not measured", "no point qualifies", "0.123"]
+    assert [verdicts.shown(value) for value in (None, math.inf, 0.12345)] == [
+        "not measured",
+        "no point qualifies",
+        "0.123",
+    ]
