@@ -108,7 +108,7 @@ class Branch:
     def ignored_hooks(self) -> list[str]:
         """What on this MODEL acts on the sampling loop, which only the prior can do here."""
         found = [key for key in _SAMPLER_HOOKS if self.patcher.model_options.get(key)]
-        return found + sorted(map(str, self._loop_wrapper_keys()))
+        return found + sorted("a sampling wrapper" if key is None else str(key) for key in self._loop_wrapper_keys())
 
     def _loop_wrapper_keys(self) -> set:
         return {key for kind in _LOOP_WRAPPERS for key, found in self.patcher.wrappers.get(kind, {}).items() if found}

@@ -297,3 +297,44 @@ def test_sampling_hooks_on_other_models_are_ignored_with_one_warning(tiny, inter
     tiny.sample(guider)
     assert caplog.text.count("is ignored") == 1
     assert "sampler_cfg_function, sampler_post_cfg_function" in caplog.text
+
+
+def test_a_method_whose_loop_part_cannot_run_does_not_run_in_part(comfyui, tiny, internals, caplog):
+    # Packs register a wrapper around the loop and one around the model under one key; the second counts on the first.
+    kinds = comfyui.patcher_extension.WrappersMP
+    prior, domain = tiny.prior(0), tiny.prior(1)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    x = noisy(6)
+    expected = tiny.predict(internals.in_domain_guider(prior, domain, positive, negative), x, 2.0)
+
+    def loop(executor, *args, **kwargs):
+        raise AssertionError("the loop belongs to the prior")
+
+    def apply(executor, *args, **kwargs):
+        return 2.0 * executor(*args, **kwargs)
+
+    domain.add_wrapper_with_key(kinds.APPLY_MODEL, "other pack", apply)
+    alone = tiny.predict(internals.in_domain_guider(prior, domain, positive, negative), x, 2.0)
+    assert relative(alone, expected) > 1e-2 and caplog.text == "", "a wrapper around the model alone is honoured"
+    domain.add_wrapper_with_key(kinds.OUTER_SAMPLE, "other pack", loop)
+    domain.add_wrapper(kinds.PREDICT_NOISE, loop)
+    guider = internals.in_domain_guider(prior, domain, positive, negative)
+    assert torch.equal(tiny.predict(guider, x, 2.0), expected)
+    assert "a sampling wrapper, other pack on the model of term 'domain' is ignored" in caplog.text
+
+
+def test_every_model_hears_the_sigmas_of_the_run(tiny, internals):
+    heard = {}
+
+    def listener(name):
+        def wrapper(run, args):
+            heard[name] = args["c"]["transformer_options"]["sample_sigmas"].tolist()
+            return run(args["input"], args["timestep"], **args["c"])
+
+        return wrapper
+
+    prior, domain = tiny.prior(0), tiny.prior(1)
+    prior.set_model_unet_function_wrapper(listener("prior"))
+    domain.set_model_unet_function_wrapper(listener("domain"))
+    tiny.sample(internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(2)), steps=4)
+    assert len(heard["prior"]) == 5 and heard["domain"] == heard["prior"]
