@@ -97,14 +97,13 @@ def weights_hash(*modules: nn.Module) -> str:
 
 
 class Progress:
-    """One status line on standard error: name, bar, step, loss, time left."""
+    """One status line on standard error: name, bar, step, loss, time left; ``first`` were done before it started."""
 
-    def __init__(self, name: str, total: int, stream: TextIO = sys.stderr) -> None:
-        self.name, self.total, self.stream, self.started, self.first = name, total, stream, time.monotonic(), None
+    def __init__(self, name: str, total: int, stream: TextIO = sys.stderr, first: int = 0) -> None:
+        self.name, self.total, self.stream, self.started, self.first = name, total, stream, time.monotonic(), first
         self.live, self.said = stream.isatty(), self.started
 
     def update(self, done: int, note: str) -> None:
-        self.first = done - 1 if self.first is None else self.first
         now = time.monotonic()
         if not self.live and done != self.total and now - self.said < SECONDS_BETWEEN_LINES:
             return
@@ -138,7 +137,7 @@ def run_loop(config: LoopConfig, model: nn.Module,
         if average is not None:
             average.load_state_dict(state["average"])
         start = state["step"]
-    progress = Progress(config.name, config.steps)
+    progress = Progress(config.name, config.steps, first=start)
     model.train()
     with open(folder / f"{config.name}.jsonl", "a", encoding="utf-8") as log:
         for step in range(start, config.steps):

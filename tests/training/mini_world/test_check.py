@@ -15,6 +15,7 @@ def check(monkeypatch, capsys):
     """Runs the command at one scale on 20 prompts and returns its lines by name."""
     monkeypatch.setattr(command, "SCALES", (2.0,))
     monkeypatch.setattr(measure, "VALIDITY_PICTURES", 70)
+    monkeypatch.setattr(render, "HELD_OUT_ROWS", slice(8000, 8070))
 
     def run(*arguments: str) -> dict[str, dict]:
         assert command.main(["check", "--samples", "20", "--seed", "3", *arguments]) == 0
@@ -67,12 +68,12 @@ def test_parts_say_how_many_pictures_they_measured(check):
     assert {line["samples"] for line in found.values()} == {20}
     assert all(f"{judge}accuracy_{kind}_{head}" in found for judge in ("", "held_out_judge/")
                for kind in ("rendered", "handwritten") for head in ("digit", "ink", "ground", "world"))
-    pictures = measure.unseen_pictures(3000, trained=False)
-    assert (len(pictures["rendered"]), len(pictures["handwritten"])) == (3000, 2000)  # there are no more
+    pictures = measure.unseen_pictures(100, trained=False)
+    assert (len(pictures["rendered"]), len(pictures["handwritten"])) == (100, 70)  # there are no more rows
 
 
 def test_domains_are_compared_with_floors_and_ceiling(check):
-    found = check("--part", "domains")
+    found = check("--part", "domains", "--samples", "10")
     for domain in ("handwriting", "narrow"):
         line = found[f"{domain}_ceiling_over_floor"]
         floor, ceiling = (found[f"{domain}_{name}"]["value"] for name in ("floor", "ceiling"))

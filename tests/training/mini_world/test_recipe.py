@@ -120,8 +120,9 @@ def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch):
     clock = iter(range(0, 1000, 5))
     monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     stream = io.StringIO()
-    progress = loop.Progress("stage", 10, stream)
-    for done in range(1, 11):
+    progress = loop.Progress("stage", 1000, stream, first=100)
+    for done in range(200, 1001, 100):
         progress.update(done, "")
-    said = [line.split("] ")[1].split("/")[0] for line in stream.getvalue().splitlines()]
-    assert said == ["4", "8", "10"]  # every 20 s at 5 s a step, and the end
+    said = [line.split("] ")[1].split() for line in stream.getvalue().splitlines()]
+    # Every 20 s at 5 s for a hundred, and the end.
+    assert [(done, left) for done, left, *_ in said] == [("500/1000", "0.4"), ("900/1000", "0.1"), ("1000/1000", "0.0")]

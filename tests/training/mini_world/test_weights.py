@@ -45,7 +45,7 @@ def test_domain_files_say_where_they_come_from(name):
 
 def test_the_autoencoder_keeps_digits_of_both_worlds(judge_model):
     autoencoder, _ = assets.load_autoencoder()
-    found = measure.autoencoder_quality(autoencoder, judge_model, count=200)
+    found = measure.autoencoder_quality(autoencoder, judge_model, count=100)
     assert min(found["psnr_rendered"], found["psnr_handwritten"]) >= 26.0
     for world_name in ("rendered", "handwritten"):
         assert found[f"accuracy_{world_name}_digit"] >= 0.95
@@ -61,7 +61,7 @@ def test_latents_have_unit_deviation_and_decode_to_their_image(world):
 
 
 def test_the_prior_draws_what_the_prompt_says(world, judge_model):
-    prompts = measure.draw_prompts(100, render.colour_pairs(), seed=1)
+    prompts = measure.draw_prompts(60, render.colour_pairs(), seed=1)
     pictures, samples = measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, seed=1)
     score = measure.score(judge_model, pictures, prompts)
     assert samples == 2.0
@@ -71,7 +71,7 @@ def test_the_prior_draws_what_the_prompt_says(world, judge_model):
 
 def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
     """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and it obeys, unlike the domain model."""
-    prompts = measure.draw_prompts(80, render.domain_pairs("handwriting"), seed=2)
+    prompts = measure.draw_prompts(40, render.domain_pairs("handwriting"), seed=2)
     domain = world.domain("mini-handwriting")
     guided = measure.in_domain_of(world, domain, Interval(1.5, 0.0, 1.0), 3.0)
     alone = lambda uncond, cond: presets.domain_guidance(world.prior, domain, uncond, scale=1.0)  # noqa: E731
