@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from indomain_guidance.training.checkpoints import find_checkpoints
+from indomain_guidance.training.checkpoints import find_checkpoints, latest_checkpoint
 from indomain_guidance.training.events import Step, read_log
 
 
@@ -39,6 +39,11 @@ def test_killed_at_random_it_ends_with_the_same_bits(tiny_run, tmp_path):
     assert (whole / "run/samples/step-000016.png").read_bytes() == (killed / "run/samples/step-000016.png").read_bytes()
 
 
+def processes(run) -> str:
+    """How many processes wrote a run's last checkpoint."""
+    return latest_checkpoint(run)[1]["facts"]["processes"]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs the package accelerate")
 def test_two_processes_train_like_one(tiny_run, tmp_path):
@@ -48,7 +53,9 @@ def test_two_processes_train_like_one(tiny_run, tmp_path):
     one = tiny_run.command(tmp_path, output=str(tmp_path / "one"), **fields)
     two = tiny_run.command(tmp_path, output=str(tmp_path / "two"), **fields)
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        # With --cpu it would start one process whatever the number; the run's own device says cpu.
+        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
+        "--num_machines", "1",
         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
         "--num_cpu_threads_per_process", "1",
     ]
@@ -57,5 +64,6 @@ def test_two_processes_train_like_one(tiny_run, tmp_path):
     assert ran.returncode == 0, ran.stderr[-3000:]
     left, right = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(left) == len(right) == 50
+    assert [processes(tmp_path / name) for name in ("one", "two")] == ["1", "2"]
     assert max(abs(a - b) / a for (_, a), (_, b) in zip(left, right)) < 1e-4
     assert ran.stdout.count('"event": "finished"') == 1  # the first process alone reports
