@@ -127,7 +127,8 @@ def _add_train(commands: Any) -> None:
     )  # fmt: skip
     command.add_argument(
         "--config", metavar="FILE",
-        help="settings from a .toml or .json file, such as another run's config.json; options given here come first",
+        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
+             "first run on the miniature; options given here come first",
     )
     _add_run_options(command)
     command.add_argument(
@@ -156,7 +157,11 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     values = _given(options)
-    if options.config is not None:
+    if options.config == MINI_WORLD:
+        from .mini_world.pictures import FIRST_RUN
+
+        config = _usage(lambda: TrainConfig.from_mapping({**FIRST_RUN, **values}, source="options"))
+    elif options.config is not None:
         config = _usage(lambda: TrainConfig.read(options.config, **values))
     else:
         if "base" not in values:
@@ -182,10 +187,13 @@ def _given(options: argparse.Namespace, names: Sequence[str] | None = None) -> d
 
 
 def _learn(config: TrainConfig, options: argparse.Namespace, resume: bool | str) -> int:
+    from .sample_command import comfyui_tokenizer
     from .train import train
 
     config = absolute(config)
-    console = Console(options.json, options.quiet)
+    if config.sample_prompts and not config.tokenizer:
+        config = config.with_changes(tokenizer=comfyui_tokenizer())
+    console = Console(options.json, options.quiet, options.dry_run)
     with StopRequest(console.stop_requested) as request:
         result = train(config, resume=resume, listener=console, should_stop=request, dry_run=options.dry_run)
     console.result(result)
