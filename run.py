@@ -47,6 +47,9 @@ NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
 TEST_TOOLS = ("pytest", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet", "setuptools")
 TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
+# What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
+# environment that this is no part of.
+BENCH_TOOLS = ("diffusers==0.35.2", "importlib_metadata==8.7.0", "zipp==3.23.0")
 MARKER = "complete.json"
 ENVIRONMENT_GB = 6
 
@@ -396,34 +399,47 @@ def own_interpreter(comfyui: Path, argument: str | None) -> Path:
 # ------------------------------------------------------------------------------------------------------ the test tools
 
 
-def build_test_tools(folder: Path, python: Path) -> dict:
+def build_tools(folder: Path, python: Path, what: str, names: Sequence[str]) -> dict:
     log = folder / "build.log"
-    names = list(TEST_TOOLS)
-    if runs(python, "import sys; assert sys.version_info < (3, 11)"):
-        names += TEST_TOOLS_BEFORE_311
     pip = [str(python), "-m", "pip"]
     if not runs(python, "import pip"):
         pip = [sys.executable, "-m", "pip", "--python", str(python)]
-    say("installing the test tools beside the environment")
+    say(f"installing {what} beside the environment")
     run_logged(
         [*pip, "install", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:",
          "--target", folder / "packages", "-c", CONSTRAINTS, *names],
-        log, "the test tools could not be installed",
+        log, f"{what} could not be installed",
     )
-    return {"tools": names}
+    return {"tools": list(names)}
 
 
 def test_tools(python: Path) -> Path:
-    """A folder with the test tools for `python`, to be put on PYTHONPATH: nothing is installed into its environment."""
+    """A folder with the test tools for `python`."""
+    names = list(TEST_TOOLS)
+    if runs(python, "import sys; assert sys.version_info < (3, 11)"):
+        names += TEST_TOOLS_BEFORE_311
+    return side_tools(python, "test-tools", "the test tools", names, "pytest")
+
+
+def bench_tools(python: Path) -> Path:
+    """A folder with what the benchmark `training` compares with, for `python`."""
+    return side_tools(python, "bench-tools", "what the benchmark compares with", BENCH_TOOLS, "diffusers")
+
+
+def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package: str) -> Path:
+    """A folder with packages for `python`, to be put on PYTHONPATH: nothing is installed into its environment.
+
+    `package` is one of them, by which a complete folder is recognised.
+    """
     described = subprocess.run(
         [str(python), "-c", "import platform, sys, sysconfig; print(platform.python_implementation(), "
          "sys.version_info[:2], sysconfig.get_config_var('SOABI'), sysconfig.get_platform())"],
         env=clean_environ(), capture_output=True, text=True, check=True,
     ).stdout.split("\n")
-    key = environment_key(CONSTRAINTS.read_bytes(), described, ",".join(TEST_TOOLS + TEST_TOOLS_BEFORE_311))
+    key = environment_key(CONSTRAINTS.read_bytes(), described, ",".join(names))
     folder = ensure_built(
-        cache_root() / "test-tools" / key, "the test tools", lambda f: build_test_tools(f, python),
-        lambda f: (f / "packages" / "pytest").is_dir(),
+        cache_root() / kind / key, what, lambda f: build_tools(f, python, what, names),
+        lambda f: (f / "packages" / package).is_dir(),
     )
     return folder / "packages"
 
@@ -470,6 +486,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     return known
 
 
+def benches_training(options: argparse.Namespace) -> bool:
+    """Whether the benchmark `training` will run: by its name, or among all, and not only listed."""
+    return not options.list and options.rest[:1] != ["sampling"] and not {"-h", "--help"} & set(options.rest)
+
+
 def hand_over(python: Path, order: dict, environ: dict[str, str]) -> int:
     """Start stage two under `python`; where it can, this process becomes it, so that signals reach it directly."""
     command = [str(python), str(ROOT / "training" / "bootstrap.py"), "indomain_guidance.nodes.host", json.dumps(order)]
@@ -496,7 +517,11 @@ def main(arguments: Sequence[str]) -> int:
         else:
             python = own_interpreter(comfyui, options.python)
         environ = clean_environ(INDOMAIN_COMFYUI_PATH=str(comfyui))
-        tools = str(test_tools(python)) if options.command == "test" else None
+        tools = None
+        if options.command == "test":
+            tools = str(test_tools(python))
+        elif options.command == "bench" and benches_training(options):
+            tools = str(bench_tools(python))
         if tools:
             environ["PYTHONPATH"] = tools
     except SetupProblem as problem:

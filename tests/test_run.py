@@ -288,6 +288,12 @@ def test_unknown_arguments_are_handed_on_in_order():
     assert run.parse(["claims", "idg", "-h"]).rest == ["idg", "-h"]
 
 
+def test_diffusers_is_fetched_only_for_the_benchmark_that_needs_it():
+    needed = {" ".join(words): run.benches_training(run.parse(["bench", *words])) for words in (
+        [], ["--quick"], ["training", "--quick"], ["sampling"], ["--list"])}  # fmt: skip
+    assert needed == {"": True, "--quick": True, "training --quick": True, "sampling": False, "--list": False}
+
+
 def test_demo_refuses_an_option_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         run.parse(["demo", "--outptu", "x"])

@@ -10,7 +10,7 @@ SD 1.5 and SDXL, random weights, narrowed so that training fits (`training_model
 process of its own, two at a time, and they step in turns; ratios are medians over pairs of neighbouring steps,
 "interval" holds their median with 95 % confidence. A contestant whose loss on a fixed batch does not fall is refused.
 
-diffusers is needed by this benchmark alone (``pip install diffusers``); `--part extras` runs without it.
+diffusers is needed by this benchmark alone: run.py keeps it in a folder of its own; `--part extras` runs without it.
 """
 
 from __future__ import annotations
