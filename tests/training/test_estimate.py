@@ -42,7 +42,7 @@ def one_step(trainee, setting):
     return step, optimizer, average
 
 
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True}, {"precision": "bf16"}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": True, "precision": "bf16"}], ids=str)
 def test_memory_is_what_torchs_tracker_sees(changes, base):
     """torch's memory tracker follows every tensor of a real step; the estimate adds the waiting base to that."""
     tracker = pytest.importorskip("torch.distributed._tools.mem_tracker").MemTracker()
