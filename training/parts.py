@@ -112,7 +112,7 @@ def start_model(
     """The UNet that learns, made from a base.
 
     form: "cached" and "constant" are text-free (`guidance.null_text`); "full" takes the text of `caption`, one prompt
-    for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.7 M of SD 1.5's
+    for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.6 M of SD 1.5's
     860 M, so a seventeenth of the memory for gradients, optimizer and average); "low_rank" additions of `rank` to all
     attention projections, scaled by alpha / rank (alpha 0 is rank, a scale of 1), drawn from `seed`.
 
