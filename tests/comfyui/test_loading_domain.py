@@ -375,6 +375,30 @@ def test_low_vram_loading_casts_on_the_fly(comfyui, library, write, load, form):
     assert error(result, library_eps(library, form, x)) > 5e-3
 
 
+def test_weights_taken_from_offloading_are_given_back(comfyui, write, load, monkeypatch):
+    # On a GPU the copy of an offloaded weight is reused once it is given back; one that never is stays occupied.
+    taken, given = [], []
+    cast, uncast = comfyui.ops.cast_bias_weight, comfyui.ops.uncast_bias_weight
+
+    def take(module, *args, **kwargs):
+        found = cast(module, *args, **kwargs)
+        taken.append((id(module), kwargs.get("offloadable", False), id(found[2]) if len(found) > 2 else None))
+        return found
+
+    def give(module, weight, bias, stream):
+        given.append((id(module), True, id(stream)))
+        return uncast(module, weight, bias, stream)
+
+    monkeypatch.setattr(comfyui.ops, "cast_bias_weight", take)
+    monkeypatch.setattr(comfyui.ops, "uncast_bias_weight", give)
+    model = load(write("cached"), "fp16")
+    frozen = [m for name, m in model.model.named_modules() if name.endswith(("attn2.null_k", "attn2.null_v"))]
+    assert frozen
+    for module in frozen:
+        module(torch.zeros(1, 4, module.weight.shape[1]), 2)
+    assert taken == given and len(taken) == len(frozen)
+
+
 def test_every_weight_is_in_a_module_that_core_loads(write, load):
     for form in FORMS:
         model = load(write(form))
