@@ -32,6 +32,10 @@ EXIT_CODES = """exit status:
   2    a command or configuration that makes no sense; nothing was started
   130  stopped by Ctrl+C, 143 by SIGTERM: the step was finished and everything saved (a second Ctrl+C does not wait)
 """
+MEMORY_FULL = (
+    "the memory is full; try --gradient-checkpointing, a smaller --batch-size with more --accumulation, a smaller "
+    "--resolution, or --train low_rank. What was saved is usable."
+)
 GROUP_TITLES = {
     "what": "what to train",
     "model": "the model",
@@ -431,10 +435,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageProblem, ConfigProblem) as problem:
         _complain(options, str(problem))
         return USAGE
-    except (ValueError, OSError, MemoryError) as problem:
+    except (ValueError, OSError, MemoryError, RuntimeError) as problem:
+        full = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+        if isinstance(problem, RuntimeError) and not full:
+            raise
         if os.environ.get("INDOMAIN_TRACEBACK"):
             raise
-        _complain(options, str(problem) or type(problem).__name__)
+        _complain(options, MEMORY_FULL if full else str(problem) or type(problem).__name__)
         return PROBLEM
 
 

@@ -170,6 +170,19 @@ def test_help_tells_every_field_its_default_and_the_exit_statuses():
         assert run(command, "--help")[0] == 0
 
 
+def test_full_memory_is_one_sentence_with_advice_and_bugs_are_shown(monkeypatch):
+    def train(*_, **__):
+        raise problem
+
+    monkeypatch.setattr("indomain_guidance.training.train.train", train)
+    problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    status, _, err = run("train", "-b", "mini_world", "-d", "x")
+    assert status == 1 and "--gradient-checkpointing" in err and "Traceback" not in err
+    problem = RuntimeError("a bug")
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("train", "-b", "mini_world", "-d", "x")
+
+
 # --------------------------------------------------------------------------------------------------- data and files
 
 
