@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -77,7 +78,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _command(commands: Any, name: str, run: Callable, summary: str, description: str = "") -> argparse.ArgumentParser:
     first = summary[0].upper() + summary[1:] + "."
-    command = commands.add_parser(name, help=summary, description=f"{first} {description}".strip())
+    text = textwrap.fill(f"{first} {description}".strip(), 79)
+    command = commands.add_parser(name, help=summary, description=text)
     command.set_defaults(run=run, parser=command)
     return command
 
@@ -129,6 +131,7 @@ def _add_train(commands: Any) -> None:
         "Needs --base and --data, as options or in a file of settings. Called again with the same settings, a stopped "
         "run goes on where it was.",
     )  # fmt: skip
+    command.usage = "indomain train -b PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
     command.add_argument(
         "--config", metavar="FILE",
         help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
@@ -147,6 +150,7 @@ def _add_resume(commands: Any) -> None:
         commands, "resume", _resume, "go on with a stopped run",
         "The options are those that do not change what is learned: with --steps a finished run learns on.",
     )  # fmt: skip
+    command.usage = "indomain resume RUN [OPTION ...]"
     command.add_argument("folder", metavar="RUN", help="the run's folder, which holds its config.json")
     _add_run_options(command)
     _add_fields(command, lambda one: one.metadata["free"] and one.name not in ("output", "name"))
