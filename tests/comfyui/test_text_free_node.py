@@ -134,6 +134,15 @@ def test_file_describes_what_it_is(comfyui, tiny, clip, make, form):
     assert f"form: {form}" in made.report and str(made.path) in made.report
 
 
+def test_the_mini_worlds_prior_keeps_its_latent_space(comfyui, make):
+    prior, clip, _ = module("nodes.comfy_internals.loading").load_mini_world()
+    made = make(prior, clip, "cached", file_dtype="fp16")
+    assert module("guidance.files").read_domain_file(made.path)[1].latent_format == "mini_world"
+    x, context = noisy(), empty_prompt(clip)
+    expected = core_eps(comfyui, prior, x, context)
+    assert error(core_eps(comfyui, made.model, x), expected) < 2e-3, "text-free, and the prior on the empty prompt"
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_lora_on_the_model_is_baked_in(comfyui, tiny, clip, make, form):
     prior, x = tiny.prior(), noisy()
