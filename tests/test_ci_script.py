@@ -34,10 +34,9 @@ def machine(tmp_path):
             script.chmod(0o755)
 
         def run(self, *arguments: str):
-            result = subprocess.run(
-                [shutil.which("bash"), str(tmp_path / "repo" / ".ci" / "run"), *arguments], env={"PATH": str(bin_folder)},
-                stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=tmp_path, timeout=60,
-            )  # fmt: skip
+            command = [shutil.which("bash"), str(tmp_path / "repo" / ".ci" / "run"), *arguments]
+            result = subprocess.run(command, env={"PATH": str(bin_folder)}, stdin=subprocess.DEVNULL,
+                                    capture_output=True, text=True, cwd=tmp_path, timeout=60)  # fmt: skip
             return result.returncode, result.stderr, calls.read_text().splitlines() if calls.exists() else []
 
     made = Machine()
