@@ -96,3 +96,21 @@ def test_impossible_arguments_are_refused_before_anything_runs(arguments, capsys
     with pytest.raises(SystemExit) as ended:
         command.main(arguments)
     assert ended.value.code == 2 and "error:" in capsys.readouterr().err
+
+
+def test_the_best_scale_is_the_one_whose_worst_reading_is_best_and_the_others_are_told(check, monkeypatch):
+    # Digits suffer at the low scale, one ink at the high one.
+    readings = {1.5: (0.90, 0.99), 2.0: (0.98, 0.96), 3.0: (0.999, 0.90)}
+
+    def obedience(self, prefix, scale):
+        digit, red = readings[scale]
+        colours = {"ink": {"red": (red, 5), "blue": (1.0, 15)}, "ground": {"white": (1.0, 20)}}
+        return {"digit": digit, "ink": (red * 5 + 15) / 20, "ground": 1.0, "by_colour": colours}
+
+    monkeypatch.setattr(command, "SCALES", tuple(readings))
+    monkeypatch.setattr(command.Check, "obedience", obedience)
+    found = check("--part", "prior")
+    assert found["prior_best_scale"]["value"] == 2.0 and found["prior_digit_accuracy"]["value"] == 0.98
+    assert found["prior_ink_accuracy/worst"]["value"] == 0.96 and found["prior_ink_accuracy/worst"]["colour"] == "red"
+    other = found["held_out_judge/prior_at_cfg_3.0_ink_accuracy/worst"]
+    assert other["value"] == 0.9 and other["target"] is None and found["prior_at_cfg_1.5_digit_accuracy"]["value"] == 0.9
