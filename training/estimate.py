@@ -32,6 +32,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 OPTIMIZER_TRAFFIC = 60
 CUDA_CONTEXT = 600 * 2**20  # bytes: context, libraries' workspaces
 SHORTEST_TIMING_S = 0.15
+# Images in the timed batch: enough to fill a device, few enough that a batch too large to train is still timed.
+TIMED_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -273,8 +275,12 @@ def _seconds_per_flop(
 ) -> float:
     """Seconds of forward and backward pass per FLOP of the forward pass, timed on one block of the real size."""
     _, cost, traced, shapes = block
+    batch = shapes[0][0]
+    images = min(batch, TIMED_BATCH)
     module = _with_numbers(traced).to(device).requires_grad_(weights_learn)
-    inputs = [torch.randn(shape, device=device, requires_grad=index == 0) for index, shape in enumerate(shapes)]
+    inputs = [
+        torch.randn(images, *shape[1:], device=device, requires_grad=index == 0) for index, shape in enumerate(shapes)
+    ]
     if isinstance(module, TransformerBlock) and len(inputs) == 1:
         inputs.append(None)  # text-free: no context
 
@@ -283,7 +289,7 @@ def _seconds_per_flop(
             module(*inputs).float().square().mean().backward()
 
     with torch.inference_mode(False), torch.enable_grad():
-        return _timed(run, device) / max(cost, 1)
+        return _timed(run, device) / max(cost * images / batch, 1)
 
 
 def _with_numbers(traced: nn.Module) -> nn.Module:

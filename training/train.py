@@ -53,6 +53,7 @@ from .processes import OneProcess, open_processes, pick_precision
 from .run_lock import locked
 
 SAMPLES = "samples"
+HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
 RECENT = 50  # steps that the reported loss and speed are means of
 
 
@@ -254,8 +255,17 @@ class _Run:
             count += sum(len(one) if one.ndim == 4 else 1 for one in given)
             needs = estimate(
                 base, self.config, count, device=self.processes.device, processes=self.processes.world
-            ).to_text()
-            self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs))
+            )
+            self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
+            too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
+            if too_much and self.processes.device.type == "cpu" and step < self.config.steps:
+                # Other devices say that memory ran out; here the system would kill the process, and whatever else it
+                # holds (ComfyUI), without a word.
+                raise ConfigProblem(
+                    f"batch_size: expected a batch that fits into memory, found {self.config.batch_size} images of "
+                    f"{self.config.resolution} px, which need about {needs.peak / 2**30:.0f} GiB of the "
+                    f"{needs.available / 2**30:.0f} GiB available; take fewer, with more accumulation."
+                )
 
     # ---- the steps
 

@@ -263,6 +263,17 @@ def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):
     assert "learning_rate" in message_of(server, prompt(learning_rate=learning_rate))
 
 
+@WAYS
+def test_a_batch_that_no_memory_holds_is_refused_before_it_takes_any(server, prompt, run_of, made_by, isolated):
+    graph = prompt(batch_size=65536, sample_every=0, isolated=isolated)
+    message = message_of(server, graph)
+    assert "65536 images of 64 px" in message and "GiB available" in message and "accumulation" in message
+    assert not made_by(graph).exists() and "Step" not in kinds(run_of(graph))
+    # Nothing of it stands in the way of a smaller batch.
+    graph["train"]["inputs"].update(batch_size=2, steps=1)
+    server.client.run(graph)
+
+
 def test_a_batch_larger_than_the_folder_is_filled_from_its_start(server, prompt, made_by):
     graph = prompt(batch_size=30, steps=1, sample_every=0)
     server.client.run(graph)
