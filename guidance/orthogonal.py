@@ -22,8 +22,9 @@ class Orthogonal(Shaping):
     """S(d) = d - share * sum_k <d, q_k> q_k, where the q_k are an orthonormal basis of the other terms' directions.
 
     Where domain and control pull against each other (a domain of one colour pair, a prompt for another), the domain
-    term keeps what the control says nothing about. With `only_opposing` a component is removed only where it points
-    against the other term, <d, q_k> < 0, as gradient surgery does (arXiv 2001.06782, algorithm 1).
+    term keeps what the control says nothing about. With `only_opposing` the q_k span only those other directions o that
+    it points against, <d, o> < 0: for one other, gradient surgery (arXiv 2001.06782, algorithm 1). Several are removed
+    at once, so their order does not matter; a component that one of them shares with a term that agrees goes as well.
 
     others: names of the terms to be orthogonal to, at least one. share: 1 removes the components, 0 is neutral. per:
     "image" takes inner products over all values of an image, "position" over the channels at each position. Raises
@@ -54,6 +55,8 @@ class Orthogonal(Shaping):
 
         result, basis = direction, []
         for other in others:
+            if self.only_opposing:
+                other = torch.where(inner(direction, other) < 0, other, 0.0)
             remainder = other
             for unit in basis:
                 remainder = remainder - inner(remainder, unit) * unit
@@ -61,8 +64,5 @@ class Orthogonal(Shaping):
             size, whole = inner(remainder, remainder).sqrt(), inner(other, other).sqrt()
             unit = torch.where(size > 1e-5 * whole, remainder / size.clamp(min=torch.finfo(size.dtype).tiny), 0.0)
             basis.append(unit)
-            along = inner(direction, unit)
-            if self.only_opposing:
-                along = along.clamp(max=0.0)
-            result = result - self.share * along * unit
+            result = result - self.share * inner(direction, unit) * unit
         return result

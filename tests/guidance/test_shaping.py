@@ -82,6 +82,19 @@ def test_only_opposing_leaves_images_that_agree():
     torch.testing.assert_close(shaping(d, [opposing]), Orthogonal("control")(d, [opposing]))
 
 
+def test_only_opposing_asks_each_named_direction_whatever_their_order():
+    """A direction that agrees stays out even where its remainder beside the opposing one points the other way."""
+    d, opposing, agreeing = (torch.tensor(value, dtype=torch.float64)[None] for value in ([-2, 1], [1, 0], [-1, -1]))
+    both = Orthogonal(("a", "b"), only_opposing=True)
+    for others in ([opposing, agreeing], [agreeing, opposing]):
+        torch.testing.assert_close(both(d, others), torch.tensor([[0.0, 1.0]], dtype=torch.float64))
+    d, *others = draws(3)
+    signs = [(d * other).sum((1, 2, 3), keepdim=True).sign() for other in others]
+    against = [-other * sign for other, sign in zip(others, signs)]
+    torch.testing.assert_close(both(d, against), Orthogonal(("a", "b"))(d, against))
+    torch.testing.assert_close(both(d, against[::-1]), both(d, against))
+
+
 def test_a_direction_of_zero_or_given_twice_removes_nothing_more():
     d, g = draws(2)
     assert torch.equal(Orthogonal("control")(d, [torch.zeros_like(g)]), d)
