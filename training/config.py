@@ -132,7 +132,7 @@ class TrainConfig:
     device: str = _option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
 
     # reporting
-    checkpoint_every: int = _option(250, "reporting", "steps between checkpoints to resume from; 0: only at the end",
+    checkpoint_every: int = _option(250, "reporting", "steps between checkpoints to resume from; 0: none by steps",
                                     min=0, max=10_000_000, free=True)
     keep_checkpoints: int = _option(3, "reporting", "how many of the latest checkpoints stay", min=1, max=10_000,
                                     free=True)
@@ -156,6 +156,10 @@ class TrainConfig:
     file_dtype: str = _option("fp16", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"),
                               free=True)
     licence: str = _option("", "reporting", "licence written into the finished file", free=True)
+    # New fields come last: they are inputs of a published node in this order.
+    checkpoint_minutes: float = _option(10.0, "reporting", "also save a checkpoint when the last one is this many "
+                                        "minutes old, which is the most that a crash can cost; 0: by steps only",
+                                        min=0.0, max=100_000.0, free=True)
 
     def __post_init__(self) -> None:
         for one in dataclasses.fields(self):

@@ -121,6 +121,7 @@ class _Run:
         self.learner: Learner | None = None
         self.trainee: Trainee | None = None
         self.start = self.saved_step = 0
+        self.saved_at = time.monotonic()
         self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
 
     # ---- beginning
@@ -165,6 +166,7 @@ class _Run:
                 lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash, processes=self.processes,
             ))
             self.start = self.saved_step = start
+            self.saved_at = time.monotonic()
             if found is not None:
                 for warning in self.learner.load(found[1], str(found[0])):
                     self.tell(Warned(warning))
@@ -279,7 +281,7 @@ class _Run:
         while learner.step < config.steps:
             outcome = self._step()
             last = learner.step == config.steps
-            if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0):
+            if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0) or self._overdue():
                 self._save()
             if (outcome.stop or report(learner.step)) and not last:
                 return self._stop()
@@ -300,6 +302,13 @@ class _Run:
             left if len(self.recent) > 1 else None,
         ))
         return outcome
+
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is so old that another is due, in all processes alike."""
+        if not self.config.checkpoint_minutes:
+            return False
+        late = time.monotonic() - self.saved_at >= 60.0 * self.config.checkpoint_minutes
+        return late if self.processes.world == 1 else self.anywhere(float(late))
 
     def _keep_last_good(self) -> str:
         """Save the weights before a step that failed, if they are sound; the advice to give."""
@@ -323,7 +332,7 @@ class _Run:
             begun = {"constants": dict(self.trainee.constants), "null_text_error": dict(self.trainee.null_text_error)}
             save_checkpoint(path, {**learner.state(), "start": begun})
             prune_checkpoints(self.folder, learner.step, self.config.keep_checkpoints)
-        self.saved_step = learner.step
+        self.saved_step, self.saved_at = learner.step, time.monotonic()
         if not quietly:
             self.tell(Saved(learner.step, str(path)))
         self.processes.wait()
@@ -359,7 +368,8 @@ class _Run:
 
     def _result(self, status: str, step: int, path: Path | None = None) -> Result:
         loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
-        grids = sorted((self.folder / SAMPLES).glob("step-*.png"))
+        # An earlier run with grids may have left some; who wants none now gets none.
+        grids = sorted((self.folder / SAMPLES).glob("step-*.png")) if self.config.sample_every else []
         return Result(
             status, step, path, self.folder, loss, grids[-1] if grids else None,
             self.plot if self.plot.exists() else None,

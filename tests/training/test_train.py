@@ -132,6 +132,27 @@ def test_stopped_it_saves_and_goes_on_to_the_same_bits(run, folder):
     assert whole.step == finished.step
 
 
+def test_a_checkpoint_is_saved_when_the_last_one_is_too_old(run, folder, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("indomain_guidance.training.train.time.monotonic", lambda: now[0])
+
+    def pass_time(event):
+        if isinstance(event, Step):
+            now[0] += 24.0  # seconds a step
+
+    def saved(**changes):
+        _, events = run(steps=8, checkpoint_every=0, keep_checkpoints=9, listener=pass_time, **changes)
+        return [event.step for event in events if isinstance(event, Saved)]
+
+    assert saved(output=str(folder / "timed"), checkpoint_minutes=1.0) == [3, 6, 8]
+    assert saved(output=str(folder / "by_steps"), checkpoint_minutes=0.0) == [8]
+
+
+def test_no_sample_grid_is_given_to_who_wants_none(run):
+    assert run(sample_every=2)[0].samples is not None
+    assert run(steps=5)[0].samples is None
+
+
 def test_stopping_before_the_first_step_leaves_nothing_to_resume(run, folder):
     stopped, events = run(should_stop=lambda: True)
     assert (stopped.status, stopped.step) == ("stopped", 0) and events[-1] == Stopped(0, "")
