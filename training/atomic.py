@@ -51,6 +51,14 @@ def clear_unfinished(*folders: Path) -> None:
                     path.unlink()
 
 
+def clear_unfinished_file(path: Path) -> None:
+    """Delete what killed processes left half-written of one file; only where nobody else is writing it."""
+    for other in path.parent.glob(".*.tmp"):
+        if UNFINISHED.fullmatch(other.name) and other.name[1:].rsplit(".", 2)[0] == path.name:
+            with suppress(OSError):
+                other.unlink()
+
+
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Replace the file's content by `text` in UTF-8."""
     with replacing(path) as file:
@@ -58,11 +66,12 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system lets folders be opened (not Windows)."""
+    """Make renames in a folder durable, where the system can (not Windows, nor some network drives)."""
     if os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    with suppress(OSError):  # the file is in its place already
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

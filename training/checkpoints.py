@@ -32,15 +32,24 @@ class CheckpointProblem(FileProblem):
     """A checkpoint that cannot be used, in one sentence that names the file."""
 
 
+class DamagedCheckpoint(CheckpointProblem):
+    """One that is of no use to anybody: torn, altered, or no checkpoint at all. An earlier one may be used instead."""
+
+
 class _Hashing:
     """A file opened for writing that hashes what passes through."""
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.digest = file, hashlib.sha256()
+        self.problem: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.problem = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -61,8 +70,10 @@ def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> Path:
         hashing = _Hashing(file)
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
-        except RuntimeError as error:  # torch wraps a full disk into its own error
-            raise OSError(None, str(error).splitlines()[0]) from error
+        except RuntimeError:  # torch wraps a full disk into its own error; others, of the device, stay what they are
+            if hashing.problem is None:
+                raise
+            raise hashing.problem from None
         file.write(MARK + hashing.digest.digest())
     return path
 
@@ -70,7 +81,8 @@ def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> Path:
 def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The state of a checkpoint on the CPU; its tensors lie in the file until they are read.
 
-    Raises CheckpointProblem for a file that is missing, torn, altered, of another program or of a newer version.
+    Raises DamagedCheckpoint for a file that is torn, altered or of another program; CheckpointProblem for one that is
+    missing, cannot be read now, or was written by another version.
     """
     path = Path(path)
     try:
@@ -78,17 +90,22 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     except OSError as error:
         raise CheckpointProblem(f"{path}: cannot be read ({error.strerror or error}).") from error
     if whole is None:
-        raise CheckpointProblem(
+        raise DamagedCheckpoint(
             f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was written."
         )
     if not whole:
-        raise CheckpointProblem(f"{path}: expected the checkpoint that was written, found one damaged since.")
+        raise DamagedCheckpoint(f"{path}: expected the checkpoint that was written, found one damaged since.")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # unpickling reports damage in many ways
-        raise CheckpointProblem(f"{path}: cannot be read as a checkpoint ({str(error).splitlines()[0]}).") from error
+    except (OSError, MemoryError) as error:
+        reason = getattr(error, "strerror", None) or repr(error)
+        raise CheckpointProblem(f"{path}: cannot be read ({reason}).") from error
+    except Exception as error:  # unpickling reports damage in many ways; memory that cannot be mapped, in one
+        kind = CheckpointProblem if "unable to mmap" in str(error) else DamagedCheckpoint
+        first = (str(error) or repr(error)).splitlines()[0]
+        raise kind(f"{path}: cannot be read as a checkpoint ({first}).") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise CheckpointProblem(f"{path}: expected a checkpoint of this trainer, found something else.")
+        raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found something else.")
     if state.get("version") != VERSION:
         raise CheckpointProblem(
             f"{path}: expected a checkpoint of version {VERSION}, found {state.get('version')}; resume with the "
@@ -96,26 +113,39 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         )
     missing = [name for name in FIELDS if name not in state]
     if missing:
-        raise CheckpointProblem(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
+        raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
     return state
 
 
 def find_checkpoints(run: str | os.PathLike) -> list[tuple[int, Path]]:
-    """(step, file) of the run's checkpoints, oldest step first; damaged ones included."""
-    with suppress(OSError):
-        found = [(NAME.fullmatch(path.name), path) for path in (Path(run) / FOLDER).iterdir()]
-        return sorted((int(match[1]), path) for match, path in found if match)
-    return []
+    """(step, file) of the run's checkpoints, oldest step first; damaged ones included. No folder is none.
+
+    Raises CheckpointProblem for a folder that cannot be listed: nobody knows then whether a run would be overwritten.
+    """
+    folder = Path(run) / FOLDER
+    try:
+        found = [(NAME.fullmatch(path.name), path) for path in folder.iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise CheckpointProblem(
+            f"{folder}: cannot be listed ({error.strerror or error}); check its permissions, or name another output."
+        ) from error
+    return sorted((int(match[1]), path) for match, path in found if match)
 
 
 def latest_checkpoint(
     run: str | os.PathLike, warn: Callable[[str], None] = lambda text: None
 ) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint that can be used; each newer one that cannot is named through `warn`. None without any."""
+    """The newest checkpoint that can be used; each newer one that is damaged is named through `warn`. None without any.
+
+    Raises CheckpointProblem for one that may be good and cannot be read here and now (permissions, a network drive,
+    another version): going on from an earlier one would replace it.
+    """
     for _, path in reversed(find_checkpoints(run)):
         try:
             return path, load_checkpoint(path)
-        except CheckpointProblem as problem:
+        except DamagedCheckpoint as problem:
             warn(f"{str(problem).rstrip('.')}; an earlier checkpoint is used, if there is one.")
     return None
 
@@ -125,7 +155,9 @@ def prune_checkpoints(run: str | os.PathLike, step: int, keep: int) -> None:
 
     Later ones are left alone: they are not this run's (a damaged file, or one of a run that was set back).
     """
-    past = [path for at, path in find_checkpoints(run) if at <= step]
+    past: list[Path] = []
+    with suppress(CheckpointProblem):  # the next turn takes them
+        past = [path for at, path in find_checkpoints(run) if at <= step]
     for path in past[:-keep]:
         with suppress(OSError):  # somebody reads it, on Windows; the next turn takes it
             path.unlink()

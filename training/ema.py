@@ -11,7 +11,8 @@ from torch import Tensor, nn
 def ema_decay(limit: float, updates: int) -> float:
     """The decay of update number `updates` (0 is the first): min(limit, (1 + n) / (10 + n)).
 
-    The warm-up makes a young average forget the starting weights; after 10 limit / (1 - limit) updates it is `limit`.
+    The warm-up makes a young average forget the starting weights; after (10 limit - 1) / (1 - limit) updates it is
+    `limit` (8,990 for 0.999).
     """
     return min(limit, (1 + updates) / (10 + updates))
 

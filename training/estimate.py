@@ -22,6 +22,7 @@ from ..guidance.networks.unet import ResBlock, TransformerBlock, UNet, UNetConfi
 from .base import Base
 from .parts import choose_trainable
 from .previews import preview_dtype
+from .processes import pick_precision
 
 if TYPE_CHECKING:
     from .config import TrainConfig
@@ -117,7 +118,7 @@ def estimate(
     which a batch is split. precision: "fp32", "bf16" or "fp16" where the configuration leaves it open.
     """
     device = torch.device(device)
-    precision = precision or (config.precision if config.precision in DTYPES else _precision(device))
+    precision = precision or (config.precision if config.precision in DTYPES else pick_precision("auto", device))
     dtype = DTYPES[precision]
     batch = max(1, config.batch_size // processes)
     side = config.resolution // base.factor
@@ -333,10 +334,6 @@ def _encoding_seconds(base: Base, resolution: int, device: torch.device) -> floa
     image = torch.zeros(1, base.autoencoder.config.in_channels, side, side, device=device)
     with base.on(device):
         return _timed(lambda: base.encode(image), device) * (resolution / side) ** 2
-
-
-def _precision(device: torch.device) -> str:
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 
 
 def _available(device: torch.device) -> int | None:

@@ -71,7 +71,7 @@ def low_rank_layers(unet: nn.Module) -> dict[str, LowRankLinear]:
 
 @torch.no_grad()
 def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The complete weights under LDM keys, W + (alpha / r) B A in place of the parts (computed in fp64).
+    """The complete weights under LDM keys, W + (alpha / r) B A in place of the parts (in fp64, on the CPU).
 
     values: tensors to use instead of the module's own, by name, such as an average of the additions.
     """
@@ -80,8 +80,9 @@ def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) 
     weights = {key: tensor for key, tensor in own.items() if not key.endswith((f".{DOWN}", f".{UP}"))}
     for name, layer in layers.items():
         weight = weights[f"{name}.weight"]
-        added = own[f"{name}.{UP}"].double() @ own[f"{name}.{DOWN}"].double() * (layer.alpha / layer.rank)
-        weights[f"{name}.weight"] = (weight.double() + added.to(weight.device)).to(weight.dtype)
+        # Some devices (MPS) have no fp64.
+        wide, up, down = (part.cpu().double() for part in (weight, own[f"{name}.{UP}"], own[f"{name}.{DOWN}"]))
+        weights[f"{name}.weight"] = (wide + up @ down * (layer.alpha / layer.rank)).to(weight.dtype)
     return weights
 
 

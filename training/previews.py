@@ -18,6 +18,7 @@ from ..guidance.presets import cfg, domain_guidance, in_domain
 from ..guidance.sampling import sample, sigmas_uniform
 from .atomic import replacing
 from .base import Base, ImageSize, Text
+from .processes import computes_in_bf16
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -163,7 +164,7 @@ def preview_dtype(device: torch.device) -> torch.dtype:
     """bf16 on GPUs that have it, fp16 on those that do not, else fp32."""
     if device.type != "cuda":
         return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float16
 
 
 def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image:

@@ -63,6 +63,7 @@ class Accelerated(OneProcess):
         self._accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
         )
+        refuse_sharding(self._accelerator.distributed_type.name)
         self.device = self._accelerator.device
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
 
@@ -77,6 +78,15 @@ class Accelerated(OneProcess):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
+
+
+def refuse_sharding(kind: str) -> None:
+    """Raise ConfigProblem for accelerate's ways (by name) that replace the parameters which are optimized and saved."""
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigProblem(
+            f"device: expected processes that each hold the whole model, found accelerate set to {kind}; choose plain "
+            "multi-GPU or multi-CPU with `accelerate config`."
+        )
 
 
 def open_processes(device: str = "auto") -> OneProcess:
@@ -109,7 +119,10 @@ def pick_precision(name: str, device: torch.device) -> str:
     """"auto" is bf16 where a GPU computes in it, else fp32."""
     if name != "auto":
         return name
-    if device.type != "cuda":
-        return "fp32"
+    return "bf16" if computes_in_bf16(device) else "fp32"
+
+
+def computes_in_bf16(device: torch.device) -> bool:
+    """Whether a device is a GPU with bf16 of its own."""
     # Not is_bf16_supported: it also says yes to cards that emulate it, slowly.
-    return "bf16" if torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8 else "fp32"
+    return device.type == "cuda" and bool(torch.version.hip or torch.cuda.get_device_capability(device)[0] >= 8)

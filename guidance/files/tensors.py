@@ -104,7 +104,8 @@ def write_safetensors(
         os.chmod(temporary, mode)
         os.replace(temporary, path)
         if os.name == "posix":
-            _flush(path.parent)
+            with suppress(OSError):  # some network drives cannot; the file is in its place already
+                _flush(path.parent)
     except Exception as error:
         raise FileProblem(
             f"{path}: could not be written ({_first_line(error)}); free some space or check the folder's permissions."

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import stat
 import threading
 
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem
-from indomain_guidance.training.atomic import clear_unfinished, replacing
+from indomain_guidance.guidance.files.tensors import write_safetensors
+from indomain_guidance.training.atomic import clear_unfinished, clear_unfinished_file, replacing
 from indomain_guidance.training.checkpoints import (
     CheckpointProblem,
     checkpoint_path,
@@ -78,15 +80,46 @@ def test_foreign_checkpoints_are_named(tmp_path):
     (good,) = save(tmp_path, 10)
     other = checkpoint_path(tmp_path, 30)
     torch.save({"state_dict": {"a": torch.ones(2)}}, other)
-    newer = save_checkpoint(checkpoint_path(tmp_path, 40), {**state(40), "version": 2})
     partial = save_checkpoint(checkpoint_path(tmp_path, 50), {"step": 50})
     wrong = save_checkpoint(checkpoint_path(tmp_path, 60), {**state(60), "format": "something"})
     said = []
     assert latest_checkpoint(tmp_path, said.append)[0] == good
-    assert [name for text in said for name in (wrong, partial, newer, other) if str(name) in text] == [
-        wrong, partial, newer, other,
-    ]
-    assert "something else" in said[0] and "config is missing" in said[1] and "version 1, found 2" in said[2]
+    assert [name for text in said for name in (wrong, partial, other) if str(name) in text] == [wrong, partial, other]
+    assert "something else" in said[0] and "config is missing" in said[1]
+
+
+def test_none_is_passed_over_that_may_be_good(tmp_path, monkeypatch):
+    """Going on from the one before would replace it."""
+    _, last = save(tmp_path, 10, 20)
+    real = torch.load
+    for problem in (OSError(5, "Input/output error"), MemoryError(), RuntimeError("unable to mmap 99 bytes from file")):
+        def broken(*args, problem=problem, **options):
+            raise problem
+
+        monkeypatch.setattr(torch, "load", broken)
+        with pytest.raises(CheckpointProblem, match="step-000020.ckpt: cannot be read"):
+            latest_checkpoint(tmp_path)
+    monkeypatch.setattr(torch, "load", real)
+    assert latest_checkpoint(tmp_path)[0] == last
+    save_checkpoint(last, {**state(20), "version": 2})
+    with pytest.raises(CheckpointProblem, match="version 1, found 2"):
+        latest_checkpoint(tmp_path)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_an_empty_one(tmp_path):
+    (tmp_path / "checkpoints").write_bytes(b"a file")
+    with pytest.raises(CheckpointProblem, match="cannot be listed"):
+        find_checkpoints(tmp_path)
+
+
+def test_a_problem_of_the_device_is_no_full_disk(tmp_path, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        save(tmp_path, 1)
+    assert find_checkpoints(tmp_path) == []
 
 
 class Evil:
@@ -129,8 +162,29 @@ def test_only_half_written_files_of_ours_are_cleared(tmp_path):
     ours, other = tmp_path / f".step-000001.ckpt.{'0af' * 10}12.tmp", tmp_path / ".notes.tmp"
     ours.touch()
     other.touch()
+    clear_unfinished_file(tmp_path / "step-000002.ckpt")
+    assert ours.exists()
+    clear_unfinished_file(tmp_path / "step-000001.ckpt")
+    assert os.listdir(tmp_path) == [other.name]
+    ours.touch()
     clear_unfinished(tmp_path, tmp_path / "nowhere")
     assert os.listdir(tmp_path) == [other.name]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on posix only")
+def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
+    real = os.fsync
+
+    def without_folders(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(22, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    (path,) = save(tmp_path, 1)
+    assert load_checkpoint(path)["step"] == 1
+    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
+    assert (tmp_path / "a.safetensors").exists()
 
 
 def test_facts_that_change_are_named():

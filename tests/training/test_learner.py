@@ -15,7 +15,8 @@ from indomain_guidance.training.ema import ema_decay
 from indomain_guidance.training.learner import Learner, NonFiniteLoss
 from indomain_guidance.training.losses import min_snr_weight
 from indomain_guidance.training.optimizers import rate_at
-from indomain_guidance.training.processes import OneProcess, pick_device, pick_precision
+from indomain_guidance.training.previews import preview_dtype
+from indomain_guidance.training.processes import OneProcess, pick_device, pick_precision, refuse_sharding
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -150,7 +151,10 @@ def test_average_warms_up(configure, learn):
     assert ema_decay(0.9, 0) == 0.1 and ema_decay(0.9, 10**6) == 0.9
     for name, one in learner.values().items():
         torch.testing.assert_close(one, expected[name], rtol=1e-5, atol=1e-6)
-    assert same_bits(learn(configure(ema=0.0)).values(), weights_of(learn(configure(ema=0.0))))
+    plain = learn(configure(ema=0.0))
+    plain.take_step()
+    assert same_bits(plain.values(), weights_of(plain))
+    assert not same_bits(plain.values(), weights_of(learn(configure(ema=0.0))))
 
 
 def test_only_what_requires_gradients_learns(configure, learn, tiny_unet):
@@ -275,3 +279,23 @@ def test_devices_are_picked_or_refused():
             pick_device(missing)
     cpu = torch.device("cpu")
     assert [pick_precision(name, cpu) for name in ("auto", "fp16")] == ["fp32", "fp16"]
+
+
+def test_bf16_is_for_gpus_that_compute_in_it(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)  # as cards say that emulate it
+    seen = []
+    for capability in ((7, 5), (8, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
+        seen.append((pick_precision("auto", device), preview_dtype(device)))
+    assert seen == [("fp32", torch.float16), ("bf16", torch.bfloat16)]
+
+
+def test_processes_that_share_the_weights_out_are_refused():
+    kinds = pytest.importorskip("accelerate").DistributedType
+    for kind in (kinds.NO, kinds.MULTI_GPU, kinds.MULTI_CPU):
+        refuse_sharding(kind.name)
+    for kind in (kinds.FSDP, kinds.DEEPSPEED):
+        with pytest.raises(ConfigProblem, match=f"accelerate set to {kind.name}"):
+            refuse_sharding(kind.name)
