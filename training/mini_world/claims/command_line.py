@@ -21,7 +21,9 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("paper", choices=PAPERS, help="idg: in-domain guidance (arXiv 2312.08195)")
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a coarse look in about ten minutes on two cores")
+    size.add_argument(
+        "--quick", action="store_true", help="a coarse look: 30 points of 200 samples, two models of 300 steps"
+    )
     size.add_argument(
         "--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing"
     )
@@ -90,7 +92,7 @@ def main(arguments: list[str] | None = None) -> int:
     autoencoder, _ = load_autoencoder()
     asked = dict.fromkeys(row.point.question for row in rows)
     floors = {name: bench.floors(name, autoencoder) for name in asked}
-    verdicts = all_verdicts(rows, {name: values["ceiling"] for name, values in floors.items()})
+    verdicts = all_verdicts(rows, {name: values["ceiling"] for name, values in floors.items()}, plan)
     say_lines([*floor_lines(floors, plan), *(verdict_line(verdict, plan) for verdict in verdicts)])
     for path in write_report(options.report or folder / plan.name, plan, rows, floors, verdicts):
         print(f"wrote {path}", file=sys.stderr)

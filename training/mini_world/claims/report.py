@@ -15,7 +15,7 @@ from .points import Row
 from .questions import QUESTIONS
 from .statistics import is_on_front
 from .sweep import Plan
-from .verdicts import Verdict, shown
+from .verdicts import SHIPPED, Verdict, shown
 
 TITLES = {
     "prior": "prior",
@@ -45,7 +45,7 @@ def family(row: Row) -> str:
     """What a row is called in legends and tables: its method, and of fine-tunes also their kind."""
     point = row.point
     if point.method in TITLES:
-        return TITLES[point.method]
+        return TITLES[point.method] + (", shipped model" if point.model and point.model.kind == SHIPPED else "")
     return FINE_TUNE_TITLES[point.model.kind] + (", prior's u" if point.method == "fine_tune_prior_u" else "")
 
 
@@ -176,22 +176,30 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         f"Made by `python run.py claims idg{'' if plan.name == 'full' else f' --{plan.name}'}`; do not edit. "
         f"{len(rows)} of {len(plan.points)} points of the sweep are measured, {sampling.samples} samples each, "
         f"{sampling.steps} steps of {sampling.sampler}, sampling seed {sampling.seed}, "
-        "the same noise and prompts for every method. Settings and every number: idg.jsonl.",
+        "the same noise and prompts for every method. "
+        f"{_hours(rows, plan)} Settings and every number: idg.jsonl.",
         "",
         "![Distance against obedience](idg.png)",
         "",
         "## Verdicts",
         "",
-        "| claim | domain | methods | number | value (95 % interval) | target | verdict |",
-        "|---|---|---|---|---|---|---|",
+        "The models are of one trainer and see the same images, except in rows that say `shipped model`: that one was "
+        "made by another recipe (another rate, each image in two colourings), which is no fair rival of these "
+        'fine-tunes. "So far" means that points are missing that could still turn the outcome'
+        + (", or, as in all of this coarse sweep, that few settings are asked." if plan.coarse else "."),
+        "",
+        "| claim | domain | methods | number | value (95 % interval) | target | points | verdict |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for verdict in verdicts:
         sign = "at most" if verdict.better == "lower" else "at least"
         methods = {"paper": "constant weights", "beyond": "all of ours"}[verdict.methods]
         methods = {"c": "fine-tunes", "e": "schedules"}.get(verdict.claim[0], methods)
+        methods += ", shipped model" if verdict.models == SHIPPED else ""
+        counted = f"{verdict.measured} of {verdict.planned}" if verdict.planned else "-"
         parts.append(
             f"| ({verdict.claim[0]}) | {verdict.domain} | {methods} | {verdict.statement} | {_interval(verdict)} | "
-            f"{sign} {verdict.target:g} | **{verdict.outcome}** |"
+            f"{sign} {verdict.target:g} | {counted} | **{verdict.outcome}** |"
         )
     parts += ["", "What stands behind them:", ""]
     for verdict in verdicts:
@@ -235,7 +243,19 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
     return "\n".join(parts)
 
 
+def _hours(rows: Sequence[Row], plan: Plan) -> str:
+    """What measuring took, and what the rest would take at that rate."""
+    seconds = [row.numbers["seconds"] for row in rows if "seconds" in row.numbers]
+    if not seconds:
+        return ""
+    left = (len(plan.points) - len(rows)) * sum(seconds) / len(seconds)
+    rest = f"; the rest would take {left / 3600:.1f} hours at that rate" if left else ""
+    return f"Drawing and scoring them took {sum(seconds) / 3600:.1f} hours, training not counted{rest}."
+
+
 def _interval(verdict: Verdict) -> str:
+    if verdict.words:
+        return verdict.words
     if verdict.value is None or math.isinf(verdict.value):
         return shown(verdict.value)
     return f"{shown(verdict.value)} ({_end(verdict.low)} to {_end(verdict.high)})"

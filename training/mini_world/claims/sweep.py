@@ -16,6 +16,7 @@ SCALES = (1.0, 1.5, 2.0, 3.0, 5.0)
 LENGTHS = (30, 100, 300, 1000)
 HEADLINE_STEPS = 300
 DOMAIN_STEPS = 1000
+SEEDS = (0, 1, 2)
 CAPTIONS = ("", FIXED_CAPTION)
 # (w_d, w_c): the released defaults, and a grid of strengths and ratios.
 HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (1.0, 5.0), (0.5, 2.0), (2.0, 6.0))
@@ -52,13 +53,17 @@ SCHEDULES = (
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep: how its points are drawn, how its models are trained, and the points themselves in order."""
+    """A sweep: how its points are drawn, how its models are trained, and the points themselves in order.
+
+    coarse: too few models and settings for a claim about all of them to be settled, even when every point is measured.
+    """
 
     name: str
     sampling: Sampling
     points: tuple[Point, ...]
     images: int = 8000
     batch: int = 64
+    coarse: bool = False
 
 
 def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, object]:
@@ -73,10 +78,12 @@ def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, obje
 
 
 def shipped(question: str) -> ModelSpec:
+    """The recipe's own model: another trainer and other images than the fine-tunes', so never compared with them."""
     return ModelSpec("shipped", QUESTIONS[question].domain)
 
 
 def trained_domain(question: str, steps: int = DOMAIN_STEPS, seed: int = 0) -> ModelSpec:
+    """A text-free model of the fine-tunes' trainer, images, batch, loss and rate: what the claims are decided on."""
     return ModelSpec("domain", QUESTIONS[question].domain, steps, seed=seed)
 
 
@@ -89,11 +96,16 @@ def priors(question: str, scales: tuple[float, ...] = SCALES) -> list[Point]:
 
 
 def multi(question: str, weights: tuple[tuple[float, float], ...], model: ModelSpec | None = None) -> list[Point]:
-    return [Point.of(question, "multi_guidance", model or shipped(question), w_d=w_d, w_c=w_c) for w_d, w_c in weights]
+    return [
+        Point.of(question, "multi_guidance", model or trained_domain(question), w_d=w_d, w_c=w_c)
+        for w_d, w_c in weights
+    ]
 
 
 def scheduled(question: str, schedules: tuple[tuple[float, ...], ...], model: ModelSpec | None = None) -> list[Point]:
-    return [Point.of(question, "scheduled", model or shipped(question), **cheap_schedule(*one)) for one in schedules]
+    return [
+        Point.of(question, "scheduled", model or trained_domain(question), **cheap_schedule(*one)) for one in schedules
+    ]
 
 
 def fine_tunes(question: str, model: ModelSpec, scales: tuple[float, ...] = SCALES) -> list[Point]:
@@ -109,9 +121,9 @@ def all_fine_tunes(question: str, steps: int, scales: tuple[float, ...]) -> Iter
             yield from fine_tunes(question, fine_tune(question, kind, steps, caption), scales)
 
 
-def shaped(question: str) -> list[Point]:
+def shaped(question: str, model: ModelSpec | None = None) -> list[Point]:
     """Domain terms orthogonal to the control, or split by frequency, also together with a late start."""
-    model, late = shipped(question), Keyframes(((0.0, 0.0), (0.3, 2.0)), ramp="step").to_json()
+    model, late = model or trained_domain(question), Keyframes(((0.0, 0.0), (0.3, 2.0)), ramp="step").to_json()
     points = []
     for w_d, w_c in ((1.5, 3.0), (2.5, 4.0)):
         points += [Point.of(question, "orthogonal", model, w_d=w_d, w_c=w_c, per=per) for per in ("image", "position")]
@@ -127,94 +139,123 @@ def shaped(question: str) -> list[Point]:
     return points
 
 
+def of_shipped(question: str) -> Iterator[Point]:
+    """The shipped model's rows, kept apart from the others by reports and verdicts."""
+    model = shipped(question)
+    yield from multi(question, HEADLINE_WEIGHTS, model)
+    yield from scheduled(question, SCHEDULES[:4], model)
+    yield Point.of(question, "domain", model, scale=1.0)
+
+
+def training_seeds(question: str) -> Iterator[Point]:
+    """The same few points with every model trained from three seeds, those of seed 0 included."""
+    own = QUESTIONS[question].own_colours
+    for seed in SEEDS:
+        weights = HEADLINE_WEIGHTS[:4] if own else HEADLINE_WEIGHTS[2:6]
+        yield from multi(question, weights, trained_domain(question, seed=seed))
+        if own:
+            tuned = fine_tune(question, "full", HEADLINE_STEPS, FIXED_CAPTION, seed)
+            yield from fine_tunes(question, tuned, (1.5, 3.0))
+
+
 def full_points() -> Iterator[Point]:
     """Everything, most telling first."""
     main, foreign, narrow, narrow_foreign = QUESTIONS
-    # 1. The handwriting's own colours: the prior, the paper's method, the usual fine-tune.
+    # 1. The handwriting's own colours, domain model and fine-tunes of one trainer: the prior, the paper's method, the
+    #    usual fine-tune, and the same fine-tune after as many steps as the domain model.
     yield from priors(main, (2.0, 1.5, 3.0))
-    yield Point.of(main, "domain", shipped(main), scale=1.0)
+    yield from multi(main, HEADLINE_WEIGHTS[:4])
+    yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION), (1.5, 3.0, 1.0))
+    yield from fine_tunes(main, fine_tune(main, "full", DOMAIN_STEPS, FIXED_CAPTION), (1.5, 3.0))
     yield from multi(main, HEADLINE_WEIGHTS)
-    yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION))
-    # 2. Colours it never had, then narrow handwriting.
+    yield Point.of(main, "domain", trained_domain(main), scale=1.0)
+    # 2. Colours it never had, and schedules at plain CFG's cost.
     yield from priors(foreign, (2.0, 1.5, 3.0))
     yield from multi(foreign, HEADLINE_WEIGHTS)
     yield from scheduled(main, SCHEDULES[:4])
     yield from scheduled(foreign, SCHEDULES[:4])
-    for question in (narrow, narrow_foreign):
-        yield from priors(question, (2.0, 1.5, 3.0))
-        yield from multi(question, HEADLINE_WEIGHTS[:4])
-    yield from shaped(narrow_foreign)
-    yield from scheduled(narrow_foreign, SCHEDULES[:4])
     # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
     for steps in (HEADLINE_STEPS, 100, 1000, 30):
         yield from all_fine_tunes(main, steps, (1.5, 3.0))
-    # 4. Other training seeds of the headline rows, with domain models of the same trainer.
-    for seed in (0, 1, 2):
-        yield from multi(main, HEADLINE_WEIGHTS[:4], trained_domain(main, seed=seed))
-        yield from multi(foreign, HEADLINE_WEIGHTS[3:6], trained_domain(main, seed=seed))
-        yield from fine_tunes(main, fine_tune(main, "full", HEADLINE_STEPS, FIXED_CAPTION, seed), (1.5, 3.0))
-    # 5. Narrow handwriting against fine-tunes, and the rest of the grids.
-    for steps in (HEADLINE_STEPS, 100):
+    # 4. The same again on narrow handwriting, whose colours are the extreme case.
+    for question in (narrow, narrow_foreign):
+        yield from priors(question, (2.0, 1.5, 3.0))
+        yield from multi(question, HEADLINE_WEIGHTS[:4])
+    yield from fine_tunes(narrow, fine_tune(narrow, "full", HEADLINE_STEPS, FIXED_CAPTION), (1.5, 3.0))
+    yield from shaped(narrow_foreign)
+    yield from scheduled(narrow_foreign, SCHEDULES[:4])
+    # 5. Three training seeds, and the models that the project ships.
+    for question in QUESTIONS:
+        yield from training_seeds(question)
+    for question in QUESTIONS:
+        yield from of_shipped(question)
+    # 6. The rest of the grids. Narrow handwriting has the same fine-tunes as the other domain, to the last one.
+    for steps in (HEADLINE_STEPS, 100, 1000, 30):
         yield from all_fine_tunes(narrow, steps, (1.5, 3.0))
     for question in QUESTIONS:
         yield from priors(question)
-        yield Point.of(question, "domain", shipped(question), scale=1.0)
+        yield Point.of(question, "domain", trained_domain(question), scale=1.0)
         yield from multi(
             question, HEADLINE_WEIGHTS + (MORE_WEIGHTS if question in (main, foreign) else MORE_WEIGHTS[:4])
         )
         yield from scheduled(question, SCHEDULES)
-        if question != main:
-            yield from shaped(question)
-    for steps in LENGTHS:
-        yield from multi(main, HEADLINE_WEIGHTS[:4], trained_domain(main, steps))
-        yield from all_fine_tunes(main, steps, SCALES)
+        yield from shaped(question)
+    for question in (main, narrow):
+        for steps in LENGTHS:
+            yield from multi(question, HEADLINE_WEIGHTS[:4], trained_domain(question, steps))
+            yield from all_fine_tunes(question, steps, SCALES)
     yield from multi(main, HEADLINE_WEIGHTS[:4], ModelSpec("domain", "handwriting", DOMAIN_STEPS, form="constant"))
+    # Beside the claims: what fine-tunes make of foreign colours, one caption and length at two scales.
     for question in (foreign, narrow_foreign):
         for kind in ("full", "low_rank"):
             yield from fine_tunes(question, fine_tune(question, kind, HEADLINE_STEPS, FIXED_CAPTION), (1.5, 3.0))
-    for seed in (1, 2):
-        for question in (narrow, narrow_foreign):
-            yield from multi(question, HEADLINE_WEIGHTS[:4], trained_domain(question, seed=seed))
 
 
 def quick_points() -> Iterator[Point]:
-    """A coarse look at every claim in about ten minutes on two cores."""
+    """A coarse look at every claim: one domain model and one fine-tune are trained, narrow handwriting uses the shipped
+    model, so (a) is not asked there."""
     main, foreign, narrow, narrow_foreign = QUESTIONS
+    model = trained_domain(main, HEADLINE_STEPS)
     yield from priors(main, (2.0, 1.5))
-    yield from multi(main, ((1.5, 3.0), (1.0, 3.0), (1.5, 5.0)))
-    for steps in (100, 200):
+    yield from multi(main, ((1.5, 3.0), (1.0, 3.0), (1.5, 5.0)), model)
+    for steps in (100, HEADLINE_STEPS):
         yield from fine_tunes(main, fine_tune(main, "full", steps, FIXED_CAPTION), (1.5, 3.0))
-    yield from scheduled(main, SCHEDULES[:2])
+    yield from scheduled(main, SCHEDULES[:2], model)
     yield from priors(foreign, (2.0,))
-    yield from multi(foreign, ((1.0, 3.0), (1.5, 5.0)))
-    yield from scheduled(foreign, SCHEDULES[:1])
+    yield from multi(foreign, ((1.0, 3.0), (1.5, 5.0)), model)
+    yield from scheduled(foreign, SCHEDULES[:1], model)
+    yield from multi(main, ((1.5, 3.0), (1.5, 5.0)), shipped(main))
+    yield from multi(foreign, ((1.5, 5.0),), shipped(foreign))
     yield from priors(narrow, (2.0,))
-    yield from multi(narrow, ((1.5, 3.0), (1.0, 3.0)))
+    yield from multi(narrow, ((1.5, 3.0), (1.0, 3.0)), shipped(narrow))
     yield from priors(narrow_foreign, (2.0,))
-    yield from multi(narrow_foreign, ((1.0, 3.0),))
-    yield from scheduled(narrow_foreign, SCHEDULES[:1])
-    yield from shaped(narrow_foreign)[1:4:2]
+    yield from multi(narrow_foreign, ((1.0, 3.0),), shipped(narrow_foreign))
+    yield from scheduled(narrow_foreign, SCHEDULES[:1], shipped(narrow_foreign))
+    yield from shaped(narrow_foreign, shipped(narrow_foreign))[1:4:2]
 
 
 def tiny_points() -> Iterator[Point]:
     """Shows that everything runs, in seconds; the numbers mean nothing."""
     main, foreign, _, narrow_foreign = QUESTIONS
+    model = trained_domain(main, 1)
     yield from priors(main, (2.0,))
-    yield from multi(main, ((1.5, 3.0),))
+    yield from multi(main, ((1.5, 3.0),), model)
     yield from fine_tunes(main, fine_tune(main, "full", 1, FIXED_CAPTION), (1.5,))
     yield from fine_tunes(main, fine_tune(main, "low_rank", 2, ""), (1.5,))
-    yield from multi(main, ((1.5, 3.0),), trained_domain(main, 1))
-    yield from scheduled(main, SCHEDULES[:1])
+    yield from multi(main, ((1.5, 3.0),), shipped(main))
+    yield from scheduled(main, SCHEDULES[:1], model)
     yield from priors(foreign, (2.0,))
-    yield from multi(foreign, ((1.5, 3.0),))
-    yield from shaped(narrow_foreign)[1:4:2]
+    yield from multi(foreign, ((1.5, 3.0),), shipped(foreign))
+    yield from shaped(narrow_foreign, shipped(narrow_foreign))[1:4:2]
 
 
 PLANS = {
     "full": lambda: Plan("full", Sampling(2000), _once(full_points())),
-    "quick": lambda: Plan("quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000),
+    "quick": lambda: Plan(
+        "quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000, coarse=True
+    ),
     "tiny": lambda: Plan(
-        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), images=16, batch=4
+        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), 16, batch=4, coarse=True
     ),
 }
 

@@ -1,23 +1,28 @@
 """The claims, decided by code from the measured points: confirmed, refuted or undecided, each with one number.
 
 Every claim is one number with a target and a 95 % bootstrap interval over samples: confirmed when the whole interval
-reaches the target, refuted when none of it does, else undecided; also undecided where points are missing. Refuted means
+reaches the target, refuted when none of it does, else undecided. While points of the sweep that could still turn the
+outcome are missing, and in coarse sweeps always, it is only "confirmed so far" or "refuted so far". Refuted means
 refuted by the points of this sweep: settings nobody tried could still do it. Choosing the best of a sweep on the same
 samples makes every method look a little better than it is; the interval repeats the choice in every replicate.
+
+All is decided on domain models of the fine-tunes' own trainer and images. The shipped domain models come from another
+recipe (more coloured pictures, another rate); they have verdicts of their own, which say nothing about fine-tuning.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from .points import Row
+from .points import Point, Row
 from .questions import QUESTIONS
 from .statistics import hypervolume, interval, lowest, worst_ratio
+from .sweep import Plan
 
 PAPER = ("multi_guidance",)
 BEYOND = ("multi_guidance", "scheduled", "orthogonal", "bands")
@@ -26,11 +31,15 @@ DIGIT_TOLERANCE = 0.03
 COLOURS_RIGHT = 0.8
 AFFORDABLE_SAMPLES = 2.0
 METHOD_SETS = {"paper": PAPER, "beyond": BEYOND}
+TRAINED, SHIPPED = "domain", "shipped"  # kinds of domain models
+# A part of a claim's points: in own colours or foreign ones, and the methods.
+Part = tuple[bool, tuple[str, ...]]
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """One decided claim. value: None where there are no points, infinity where no point qualifies. details: further
+    """One decided claim. value: None where there are no points, infinity where no point qualifies; words: what to say
+    in its place. models: TRAINED or SHIPPED. measured of planned: the points that the claim is about. details: further
     numbers by name."""
 
     claim: str
@@ -45,10 +54,15 @@ class Verdict:
     better: str
     outcome: str
     details: dict[str, float | str] = field(default_factory=dict)
+    models: str = TRAINED
+    measured: int = 0
+    planned: int = 0
+    words: str = ""
 
     @property
     def name(self) -> str:
-        return f"{self.domain}/{self.claim}" + ("" if self.methods == "paper" else f"/{self.methods}")
+        more = [self.methods] * (self.methods != "paper") + [self.models] * (self.models != TRAINED)
+        return "/".join([self.domain, self.claim, *more])
 
 
 def decide(values: Tensor, target: float, better: str) -> tuple[float, float, float, str]:
@@ -64,13 +78,49 @@ def decide(values: Tensor, target: float, better: str) -> tuple[float, float, fl
 
 
 class Evidence:
-    """The rows of one domain, in its own colours and in foreign ones, of one training seed; ceilings: the worst
-    distances, against which hypervolumes are measured, by question."""
+    """The rows of one domain, in its own colours and in foreign ones, of one training seed and one kind of domain
+    models; ceilings: the worst distances, against which hypervolumes are measured, by question; points: all that the
+    sweep will measure (left out: nothing but the rows); coarse: as in `sweep.Plan`."""
 
-    def __init__(self, rows: Iterable[Row], domain: str, ceilings: dict[str, float], seed: int = 0) -> None:
-        self.domain, self.ceilings = domain, ceilings
-        mine = [row for row in rows if QUESTIONS[row.point.question].domain == domain]
-        self.rows = [row for row in mine if row.point.model is None or row.point.model.seed == seed]
+    def __init__(
+        self,
+        rows: Iterable[Row],
+        domain: str,
+        ceilings: dict[str, float],
+        seed: int = 0,
+        models: str = TRAINED,
+        points: Iterable[Point] | None = None,
+        coarse: bool = False,
+    ) -> None:
+        self.domain, self.ceilings, self.seed, self.models, self.coarse = domain, ceilings, seed, models, coarse
+        self.rows = [row for row in rows if self._is_mine(row.point)]
+        points = [row.point for row in self.rows] if points is None else points
+        self.points = [point for point in points if self._is_mine(point)]
+
+    def _is_mine(self, point: Point) -> bool:
+        if QUESTIONS[point.question].domain != self.domain:
+            return False
+        model = point.model
+        other = SHIPPED if self.models == TRAINED else TRAINED
+        return model is None or (model.seed == self.seed and model.kind != other)
+
+    def progress(self, *parts: Part) -> tuple[int, int]:
+        """(measured, planned) points of some parts."""
+        sets = [
+            {
+                point
+                for own, methods in parts
+                for point in some
+                if point.question == self.question(own) and point.method in methods
+            }
+            for some in ([row.point for row in self.rows], self.points)
+        ]
+        return len(sets[0]), len(sets[0] | sets[1])
+
+    def settled(self, *parts: Part) -> bool:
+        """Whether no point of these parts can still change anything."""
+        measured, planned = self.progress(*parts)
+        return measured == planned and not self.coarse
 
     def question(self, own: bool) -> str:
         return next(name for name, one in QUESTIONS.items() if one.domain == self.domain and one.own_colours == own)
@@ -107,7 +157,9 @@ def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
         if some:
             ratio = worst_ratio(*own, columns(some, "distance"), columns(some, "digit"))
             details[f"ratio against fine-tunes with the {title}"] = float(ratio[0])
-    return _decided("a", evidence, methods, statement, "ratio", values, 1.0, "lower", details)
+    mine, rivals = (True, METHOD_SETS[methods]), (True, FINE_TUNES)
+    settled = {"confirmed": (mine, rivals), "refuted": (mine,)}
+    return _decided("a", evidence, methods, statement, "ratio", values, 1.0, "lower", details, settled)
 
 
 def claim_b(evidence: Evidence, methods: str = "paper") -> Verdict:
@@ -126,7 +178,8 @@ def claim_b(evidence: Evidence, methods: str = "paper") -> Verdict:
         "digit accuracy asked for": float(wanted[0]),
         **_best(ours, "digit", float(wanted[0])),
     }
-    return _decided("b", evidence, methods, statement, "ratio", values, 0.5, "lower", details)
+    settled = {"confirmed": ((True, ("prior",)),), "refuted": ((True, METHOD_SETS[methods]),)}
+    return _decided("b", evidence, methods, statement, "ratio", values, 0.5, "lower", details, settled)
 
 
 def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
@@ -159,9 +212,9 @@ def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
         "better with the prior's u": outcomes.count("confirmed"),
         "worse with the prior's u": outcomes.count("refuted"),
     }
-    return _decided(
-        "c", evidence, methods, statement, "share", torch.stack(differences).mean(0), 0.0, "higher", details
-    )
+    settled = dict.fromkeys(("confirmed", "refuted"), ((True, FINE_TUNES),))
+    mean = torch.stack(differences).mean(0)
+    return _decided("c", evidence, methods, statement, "share", mean, 0.0, "higher", details, settled)
 
 
 def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
@@ -175,7 +228,8 @@ def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
     best = columns(prior, "distance").amin(0)
     values = lowest(columns(ours, "distance"), columns(ours, "both_colours"), COLOURS_RIGHT) / best
     details = {"prior's best distance": float(best[0]), **_best(ours, "both_colours", COLOURS_RIGHT)}
-    return _decided("d", evidence, methods, statement, "ratio", values, 0.7, "lower", details)
+    settled = {"confirmed": ((False, ("prior",)),), "refuted": ((False, METHOD_SETS[methods]),)}
+    return _decided("d", evidence, methods, statement, "ratio", values, 0.7, "lower", details, settled)
 
 
 def claim_e(evidence: Evidence, own: bool) -> Verdict:
@@ -187,7 +241,8 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
     )
     name = "e" if own else "e, foreign colours"
     cheap = evidence.of(own, ("scheduled",), lambda row: row.numbers["samples_per_step"] <= AFFORDABLE_SAMPLES)
-    constant, prior = evidence.of(own, PAPER), evidence.of(own, ("prior",))
+    models = {row.point.model for row in cheap}  # other training lengths have no schedules
+    constant, prior = evidence.of(own, PAPER, lambda row: row.point.model in models), evidence.of(own, ("prior",))
     if not cheap or not constant or not prior:
         return _missing(name, evidence, "paper", statement, "ratio", 1.0)
     wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.full((1,), COLOURS_RIGHT).double()
@@ -196,9 +251,11 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
         return _missing(
             name, evidence, "paper", statement, "ratio", 1.0, reason="neither reaches the accuracy asked for"
         )
-    # Where only one of the two reaches it, the ratio is 0 or infinite.
+    # Where only one of the two reaches it, the ratio is 0 or infinite: it decides, but is no number to show.
     values = torch.where(theirs.isinf(), torch.where(ours.isinf(), 1.0, 0.0), ours / theirs)
+    words = "only the schedules reach it" if theirs[0].isinf() else "only constant weights reach it"
     details = {
+        "accuracy asked for": float(wanted[0]),
         "best distance of constant weights": float(theirs[0]),
         **_best(cheap, share, float(wanted[0])),
         "hypervolume of the schedules": float(
@@ -208,33 +265,55 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
             hypervolume(columns(constant, "distance"), columns(constant, share), evidence.ceiling(own))[0]
         ),
     }
-    return _decided(name, evidence, "paper", statement, "ratio", values, 1.0, "lower", details)
+    settled = {"confirmed": ((own, ("prior", *PAPER)),), "refuted": ((own, ("prior", "scheduled")),)}
+    found = _decided(name, evidence, "paper", statement, "ratio", values, 1.0, "lower", details, settled)
+    if bool(ours[0].isinf() | theirs[0].isinf()):
+        return replace(found, value=None, low=None, high=None, words=words)
+    return found
 
 
-def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float]) -> list[Verdict]:
-    """Claims (a) to (d) for both domains, with the paper's constant weights and with everything beyond; and (e)."""
+def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float], plan: Plan) -> list[Verdict]:
+    """Claims (a) to (d) for both domains, with the paper's constant weights and with everything beyond; and (e).
+
+    Then (a), (b), (d) and (e) of the shipped domain models.
+    """
     found = []
     for domain in dict.fromkeys(question.domain for question in QUESTIONS.values()):
-        evidence = Evidence(rows, domain, ceilings)
+        evidence = Evidence(rows, domain, ceilings, points=plan.points, coarse=plan.coarse)
         for claim in (claim_a, claim_b, claim_c, claim_d):
             for methods in METHOD_SETS if claim is not claim_c else ("paper",):
                 verdict = claim(evidence, methods)
                 if methods == "paper":
-                    _add_other_seeds(verdict, claim, rows, domain, ceilings)
+                    _add_training_seeds(verdict, claim, rows, domain, ceilings)
                 found.append(verdict)
+        found += [claim_e(evidence, True), claim_e(evidence, False)]
+        evidence = Evidence(rows, domain, ceilings, models=SHIPPED, points=plan.points, coarse=plan.coarse)
+        found += [claim(evidence) for claim in (claim_a, claim_b, claim_d)]
         found += [claim_e(evidence, True), claim_e(evidence, False)]
     return found
 
 
-def _add_other_seeds(
+def _add_training_seeds(
     verdict: Verdict, claim: Callable, rows: Sequence[Row], domain: str, ceilings: dict[str, float]
 ) -> None:
-    """The same number from models of other training seeds, where they were measured."""
-    seeds = sorted({row.point.model.seed for row in rows if row.point.model is not None} - {0})
-    for seed in seeds:
-        again = claim(Evidence(rows, domain, ceilings, seed))
+    """The same number from each training seed, all seeds restricted to the points that all of them were measured at."""
+    if verdict.value is None:
+        return
+    question = QUESTIONS[Evidence((), domain, ceilings).question(verdict.claim != "d")].name
+    methods = {"a": PAPER + FINE_TUNES, "c": FINE_TUNES}.get(verdict.claim, PAPER)
+    trained: dict[int, set[Point]] = {}
+    for row in rows:
+        point = row.point
+        if point.question == question and point.method in methods and point.model.kind != SHIPPED:
+            trained.setdefault(point.model.seed, set()).add(point.with_seed(0))
+    if len(trained) < 2:
+        return
+    common = set.intersection(*trained.values())
+    some = [row for row in rows if row.point.model is None or row.point.with_seed(0) in common]
+    for seed in sorted(trained):
+        again = claim(Evidence(some, domain, ceilings, seed))
         if again.value is not None:
-            verdict.details[f"training seed {seed}"] = again.value
+            verdict.details[f"training seed {seed}, at the {len(common)} points of every seed"] = again.value
 
 
 def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float | str]:
@@ -261,9 +340,30 @@ def _decided(
     target: float,
     better: str,
     details: dict[str, float | str],
+    settled: Mapping[str, tuple[Part, ...]],
 ) -> Verdict:
+    """settled: the points that an outcome stands or falls with; what else is missing could only strengthen it."""
     value, low, high, outcome = decide(values, target, better)
-    return Verdict(claim, evidence.domain, methods, statement, unit, value, low, high, target, better, outcome, details)
+    if outcome in settled and not evidence.settled(*settled[outcome]):
+        outcome += " so far"
+    measured, planned = evidence.progress(*(part for parts in settled.values() for part in parts))
+    return Verdict(
+        claim,
+        evidence.domain,
+        methods,
+        statement,
+        unit,
+        value,
+        low,
+        high,
+        target,
+        better,
+        outcome,
+        details,
+        evidence.models,
+        measured,
+        planned,
+    )
 
 
 def _missing(
@@ -289,6 +389,7 @@ def _missing(
         better,
         "undecided",
         {"reason": reason},
+        evidence.models,
     )
 
 

@@ -32,6 +32,7 @@ def row(method: str, distance: float, digit: float, model: ModelSpec | None = No
         "kernel": 1.25,
         "diversity": 7.0,
         "samples_per_step": 3.0,
+        "seconds": 720.0,
         "digit_second_judge": 0.95,
     }
     intervals = {name: (value - 0.01, value + 0.01) for name, value in {"distance": distance, **shares}.items()}
@@ -45,18 +46,24 @@ TUNED = ModelSpec("low_rank", "handwriting", 300, "a digit")
 ROWS = [
     row("prior", 200.0, 0.98, scale=2.0),
     row("prior", 250.0, 0.9, scale=5.0),
-    row("multi_guidance", 50.0, 0.97, ModelSpec("shipped", "handwriting"), w_d=1.5, w_c=3.0),
+    row("multi_guidance", 50.0, 0.97, ModelSpec("domain", "handwriting", 1000), w_d=1.5, w_c=3.0),
+    row("multi_guidance", 40.0, 0.97, ModelSpec("shipped", "handwriting"), w_d=1.5, w_c=3.0),
     *(row("fine_tune", 80.0 + 10 * seed, 0.9, replace(TUNED, seed=seed), scale=1.5) for seed in range(3)),
 ]
 
+VERDICTS = verdicts.all_verdicts(ROWS, {"handwriting": 305.0}, PLANS["full"]())
+
 
 def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
-    page = report.markdown(PLANS["full"](), ROWS, FLOORS, verdicts.all_verdicts(ROWS, {"handwriting": 305.0}))
+    page = report.markdown(PLANS["full"](), ROWS, FLOORS, VERDICTS)
     assert (
         "| (b) | handwriting | constant weights |" in page
-        and "0.25 (0.25 to 0.25) | at most 0.5 | **confirmed** |" in page
+        and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 41 | **confirmed so far** |" in page
     )
     assert "| prior |  | scale 2 | 200.0 (200.0 to 200.0) | 1.25 | 98.0% (97.0% to 99.0%) | 95.0% |" in page
+    assert "| (b) | handwriting | constant weights, shipped model |" in page and "0.2 (0.2 to 0.2) |" in page
+    assert "\n| multi-guidance, shipped model | shipped handwriting |" in page
+    assert "7 of 598 points" in page and "took 1.4 hours" in page and "the rest would take 118.2 hours" in page
     assert "scale 5" not in page.split("## Handwriting")[1]  # dominated
     assert "| 3 | 90.0 (80.0 to 100.0) | 90.0% (90.0% to 90.0%) |" in page
     assert "| handwriting, its own colours | 1.70 | 0.07 | 305 | 179 | 0.04% |" in page
@@ -66,7 +73,7 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
 
 def test_json_lines_are_strict_json_in_the_benchmarks_format():
     lines = [report.row_line(one) for one in ROWS] + [
-        report.verdict_line(verdict, PLANS["full"]()) for verdict in verdicts.all_verdicts(ROWS, {"handwriting": 305.0})
+        report.verdict_line(verdict, PLANS["full"]()) for verdict in VERDICTS
     ]
     lines += report.floor_lines(FLOORS, PLANS["full"]())
     for line in lines:
@@ -75,17 +82,28 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
         assert record["name"].startswith("claims/idg/")
     assert json.loads(report.json_line("x", math.inf, "ratio", 1, 0, low=-math.inf))["value"] is None
     verdict = json.loads(next(line for line in lines if 'claim/handwriting/b"' in line))
-    assert verdict["outcome"] == "confirmed" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
+    assert verdict["outcome"] == "confirmed so far" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
+
+
+def test_a_number_that_is_none_is_said_in_words():
+    verdict = replace(VERDICTS[1], value=None, low=None, high=None, words="only the schedules reach it")
+    page = report.markdown(PLANS["full"](), ROWS, FLOORS, [verdict])
+    assert "| only the schedules reach it | at most" in page
+    record = json.loads(report.verdict_line(verdict, PLANS["full"]()))
+    assert record["value"] is None and record["words"] == "only the schedules reach it"
 
 
 def test_families_tell_fine_tunes_apart():
     names = [report.family(row(method, 1.0, 0.5, TUNED, scale=2.0)) for method in ("fine_tune", "fine_tune_prior_u")]
     assert names == ["LoRA fine-tune", "LoRA fine-tune, prior's u"]
+    models = [ModelSpec("domain", "handwriting", 1000), ModelSpec("shipped", "handwriting")]
+    names = [report.family(row("scheduled", 1.0, 0.5, model, w_d=1.0, w_c=1.0)) for model in models]
+    assert names == ["scheduled terms", "scheduled terms, shipped model"]
 
 
 def test_the_report_is_written_whole(tmp_path):
     paths = report.write_report(
-        tmp_path / "new", PLANS["full"](), ROWS, FLOORS, verdicts.all_verdicts(ROWS, {"handwriting": 305.0})
+        tmp_path / "new", PLANS["full"](), ROWS, FLOORS, VERDICTS
     )
     assert [path.name for path in paths] == ["idg.jsonl", "idg.png", "idg.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.presets import in_domain
@@ -9,6 +11,7 @@ from indomain_guidance.guidance.sampling import sigmas_uniform
 from indomain_guidance.guidance.schedules import weight_from_json
 from indomain_guidance.training.mini_world.claims import sweep
 from indomain_guidance.training.mini_world.claims.methods import METHODS
+from indomain_guidance.training.mini_world.claims.models import Models
 from indomain_guidance.training.mini_world.claims.points import Point
 from indomain_guidance.training.mini_world.claims.questions import QUESTIONS
 
@@ -27,41 +30,66 @@ def test_the_full_sweep_asks_everything_of_everyone():
     assert {point.question for point in points} == set(QUESTIONS)
     for question in QUESTIONS:
         asked = {(p.method, p.model.kind if p.model else "") for p in points if p.question == question}
-        assert {("prior", ""), ("domain", "shipped"), ("multi_guidance", "shipped"), ("scheduled", "shipped")} <= asked
+        ours = {(method, "domain") for method in ("domain", "multi_guidance", "scheduled", "orthogonal", "bands")}
+        assert {("prior", ""), *ours} <= asked
+        assert {("domain", "shipped"), ("multi_guidance", "shipped"), ("scheduled", "shipped")} <= asked
         assert {
             (method, kind) for method in ("fine_tune", "fine_tune_prior_u") for kind in ("full", "low_rank")
         } <= asked
         scales = {p.values["scale"] for p in points if p.question == question and p.method == "prior"}
         assert scales == set(sweep.SCALES)
-    tuned = [p for p in points if p.question == "handwriting" and p.method == "fine_tune" and p.model.seed == 0]
-    assert {(p.model.kind, p.model.caption, p.model.steps, p.values["scale"]) for p in tuned} == {
+
+
+@pytest.mark.parametrize("question", ["handwriting", "narrow"])
+def test_fine_tunes_have_every_kind_caption_length_and_scale_in_both_domains(question):
+    points = [p for p in PLANS["full"].points if p.question == question]
+    tuned = [p for p in points if p.method == "fine_tune"]
+    assert {(p.model.kind, p.model.caption, p.model.steps, p.values["scale"]) for p in tuned if not p.model.seed} == {
         (kind, caption, steps, scale)
         for kind in ("full", "low_rank")
         for caption in sweep.CAPTIONS
         for steps in sweep.LENGTHS
         for scale in sweep.SCALES
     }
-    seen = {
-        (p.model, p.values["scale"]) for p in points if p.question == "handwriting" and p.method == "fine_tune_prior_u"
+    assert {(p.model, p.values["scale"]) for p in points if p.method == "fine_tune_prior_u"} == {
+        (p.model, p.values["scale"]) for p in tuned if p.values["scale"] != 1.0
     }
-    assert seen == {
-        (p.model, p.values["scale"])
-        for p in points
-        if p.question == "handwriting" and p.method == "fine_tune" and p.values["scale"] != 1.0
-    }
+    domain_steps = {p.model.steps for p in points if p.method == "multi_guidance" and p.model.kind == "domain"}
+    assert domain_steps == set(sweep.LENGTHS)  # stopped as early as fine-tunes are
 
 
-def test_headline_rows_come_first_and_have_three_training_seeds():
-    points = PLANS["full"].points
-    first = points[:20]
+def test_domain_models_and_fine_tunes_are_trained_alike():
+    """Everything that the trainer is told, but for the caption, and for a LoRA's kind and rate."""
+    models = Models(Path("unused"), world=None)
+    names = {"name", "form", "caption"}
+    domain = models.settings(sweep.trained_domain("handwriting"))
+    full = models.settings(sweep.fine_tune("handwriting", "full", 1000, sweep.FIXED_CAPTION))
+    assert {key for key in domain if domain[key] != full[key]} == names
+    low_rank = models.settings(sweep.fine_tune("handwriting", "low_rank", 1000, sweep.FIXED_CAPTION))
+    assert {key for key in domain if domain[key] != low_rank[key]} == names | {"train", "learning_rate"}
+
+
+def test_comparable_rows_come_first():
+    first = PLANS["full"].points[:20]
     assert {point.question for point in first} == {"handwriting"}
     assert {"prior", "domain", "multi_guidance", "fine_tune", "fine_tune_prior_u"} <= {point.method for point in first}
+    models = {point.model for point in first if point.model}
+    assert all(model.kind != "shipped" for model in models)
+    # The domain model and a fine-tune of as many steps, and the length at which fine-tunes are usually stopped.
+    assert {(model.kind, model.steps) for model in models} == {("domain", 1000), ("full", 300), ("full", 1000)}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_every_question_has_points_of_three_training_seeds(question):
     seeds = {}
-    for point in points:
-        if point.model is not None and point.model.kind != "shipped":
+    for point in PLANS["full"].points:
+        if point.question == question and point.model is not None and point.model.kind != "shipped":
             seeds.setdefault(point.with_seed(0), set()).add(point.model.seed)
-    assert sum(found == {0, 1, 2} for found in seeds.values()) >= 10
-    assert {point.method for point, found in seeds.items() if found == {0, 1, 2}} >= {"multi_guidance", "fine_tune"}
+    assert {frozenset(found) for found in seeds.values()} == {frozenset({0}), frozenset({0, 1, 2})}
+    three = [point.method for point, found in seeds.items() if len(found) == 3]
+    assert three.count("multi_guidance") == 4
+    if QUESTIONS[question].own_colours:
+        assert three.count("fine_tune") == three.count("fine_tune_prior_u") == 2
 
 
 @pytest.mark.parametrize("schedule", sweep.SCHEDULES)
@@ -75,7 +103,7 @@ def test_every_schedule_costs_at_most_two_samples_a_step(schedule):
 
 
 def test_the_settings_are_parts_of_the_point_and_readable():
-    point = sweep.scheduled("handwriting", sweep.SCHEDULES[:1])[0]
+    point = sweep.scheduled("handwriting", sweep.SCHEDULES[:1], sweep.shipped("handwriting"))[0]
     assert str(point) == "handwriting: scheduled [shipped handwriting] w_c 4@0/0@0.6, w_d 0@0/2@0.2/1@0.6"
     assert (
         Point.of("narrow", "prior", scale=2.0)

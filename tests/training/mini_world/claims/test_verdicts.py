@@ -9,10 +9,11 @@ import torch
 from indomain_guidance.training.mini_world.claims import verdicts
 from indomain_guidance.training.mini_world.claims.models import ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Point, Row, Sampling
-from indomain_guidance.training.mini_world.claims.sweep import SCHEDULES, cheap_schedule
+from indomain_guidance.training.mini_world.claims.sweep import PLANS, SCHEDULES, Plan, cheap_schedule
 
 CEILINGS = {"handwriting": 300.0, "handwriting_foreign": 300.0, "narrow": 300.0, "narrow_foreign": 300.0}
-DOMAIN = ModelSpec("shipped", "handwriting")
+DOMAIN = ModelSpec("domain", "handwriting", 1000)
+SHIPPED = ModelSpec("shipped", "handwriting")
 TUNED = ModelSpec("full", "handwriting", 300, "a digit")
 REPLICATES = 200
 
@@ -41,8 +42,17 @@ def row(
     return Row(point, Sampling(2000), numbers, {}, draws)
 
 
-def evidence(*rows: Row, domain: str = "handwriting", seed: int = 0) -> verdicts.Evidence:
-    return verdicts.Evidence(rows, domain, CEILINGS, seed)
+def evidence(*rows: Row, domain: str = "handwriting", seed: int = 0, **more) -> verdicts.Evidence:
+    return verdicts.Evidence(rows, domain, CEILINGS, seed, **more)
+
+
+def plan_of(*rows: Row, coarse: bool = False) -> Plan:
+    return Plan("full", Sampling(2000), tuple(row.point for row in rows), coarse=coarse)
+
+
+def named(found: list[verdicts.Verdict], name: str) -> verdicts.Verdict:
+    (verdict,) = [one for one in found if one.name == name]
+    return verdict
 
 
 def prior() -> list[Row]:
@@ -53,8 +63,8 @@ def prior() -> list[Row]:
     ]
 
 
-def guided(distance: float, share: float, question: str = "handwriting", **more) -> Row:
-    return row(question, "multi_guidance", distance, share, DOMAIN, w_d=1.0, w_c=distance, **more)
+def guided(distance: float, share: float, question: str = "handwriting", model: ModelSpec = DOMAIN, **more) -> Row:
+    return row(question, "multi_guidance", distance, share, model, **({"w_d": 1.0, "w_c": distance} | more))
 
 
 def tuned(distance: float, share: float, method: str = "fine_tune", scale: float | None = None, **more) -> Row:
@@ -165,23 +175,105 @@ def test_e_takes_only_schedules_that_cost_no_more_than_cfg():
     )
     assert nobody.outcome == "undecided" and "neither" in nobody.details["reason"]
     only_cheap = verdicts.claim_e(evidence(*prior(), guided(60, 0.5), cheap(55, 2.0)), True)
-    assert only_cheap.outcome == "confirmed" and only_cheap.value == 0.0
+    assert only_cheap.outcome == "confirmed" and only_cheap.value is None
+    assert only_cheap.words == "only the schedules reach it"
+    only_constant = verdicts.claim_e(
+        evidence(
+            *prior(),
+            guided(60, 0.96),
+            row("handwriting", "scheduled", 5, 0.5, DOMAIN, cost=2.0, **cheap_schedule(*SCHEDULES[0])),
+        ),
+        True,
+    )
+    assert only_constant.outcome == "refuted" and only_constant.words == "only constant weights reach it"
+    # Constant weights of a model without schedules, as other training lengths are, say nothing about schedules.
+    longer = guided(10, 0.99, model=ModelSpec("domain", "handwriting", 300))
+    assert verdicts.claim_e(evidence(*rows, longer, cheap(55, 2.0)), True).outcome == "confirmed"
 
 
 def test_every_claim_is_undecided_without_points_and_both_domains_are_asked():
-    found = verdicts.all_verdicts([], CEILINGS)
+    found = verdicts.all_verdicts([], CEILINGS, PLANS["full"]())
     assert {verdict.outcome for verdict in found} == {"undecided"}
     names = [verdict.name for verdict in found]
-    assert len(set(names)) == len(names) == 18
+    assert len(set(names)) == len(names) == 28
     assert {f"{domain}/{claim}" for domain in ("handwriting", "narrow") for claim in "abcde"} <= set(names)
+    assert {f"{domain}/{claim}/shipped" for domain in ("handwriting", "narrow") for claim in "abde"} <= set(names)
 
 
-def test_other_training_seeds_are_kept_apart_and_named():
-    second = ModelSpec("domain", "handwriting", 1000, seed=1)
-    rows = [*prior(), guided(85, 0.96), row("handwriting", "multi_guidance", 45, 0.97, second, w_d=1.0, w_c=1.0)]
-    (verdict,) = [one for one in verdicts.all_verdicts(rows, CEILINGS) if one.name == "handwriting/b"]
-    assert verdict.value == pytest.approx(85 / 180)
-    assert verdict.details["training seed 1"] == pytest.approx(45 / 180)
+def test_while_points_are_missing_nothing_is_settled_that_they_could_turn():
+    """Made-up sweeps of which one kind of point is missing at a time."""
+    ours, rival = guided(20, 0.95), tuned(40, 0.95)
+    more_of_ours, other_rival = guided(30, 0.6), tuned(10, 0.6, model=ModelSpec("low_rank", "handwriting", 300))
+
+    def a(rows: list[Row], missing: list[Row], **more) -> str:
+        found = verdicts.claim_a(evidence(*rows, points=[row.point for row in rows + missing], **more))
+        assert found.measured == len(rows) and found.planned == len(rows + missing)
+        return found.outcome
+
+    assert a([ours, rival], []) == "confirmed"
+    assert a([ours, rival], [other_rival]) == "confirmed so far"
+    assert a([ours, rival], [], coarse=True) == "confirmed so far"
+    # One nearer fine-tune refutes "every fine-tune"; only points of ours could turn that.
+    assert a([ours, rival, tuned(10, 0.9)], [other_rival]) == "refuted"
+    assert a([ours, rival, tuned(10, 0.9)], [more_of_ours]) == "refuted so far"
+    # Points of other questions, seeds and kinds of domain models are not waited for.
+    others = [
+        guided(1, 1.0, "handwriting_foreign"),
+        guided(1, 1.0, model=SHIPPED),
+        tuned(1, 1.0, model=ModelSpec("full", "handwriting", 300, seed=1)),
+    ]
+    points = [one.point for one in (ours, rival, *others)]
+    assert verdicts.claim_a(evidence(ours, rival, points=points)).outcome == "confirmed"
+
+    # More of ours could only strengthen (b); another scale of the prior could lower what it is held against.
+    rows = [*prior(), guided(85, 0.96)]
+    for missing, outcome in ((more_of_ours, "confirmed"), (row("handwriting", "prior", 9.0, 0.9), "confirmed so far")):
+        points = [one.point for one in (*rows, missing)]
+        assert verdicts.claim_b(evidence(*rows, points=points)).outcome == outcome
+
+
+def test_a_stopped_sweep_confirms_nothing_about_every_fine_tune():
+    """The real plan's first points, all in favour of (a): the verdict stays open until the last fine-tune."""
+    plan = PLANS["full"]()
+    first = [
+        row(p.question, p.method, 20.0 if p.method == "multi_guidance" else 90.0, 0.9, p.model, **p.values)
+        for p in plan.points[:25]
+    ]
+    verdict = named(verdicts.all_verdicts(first, CEILINGS, plan), "handwriting/a")
+    assert verdict.outcome == "confirmed so far" and verdict.value < 1
+    assert verdict.measured < 25 and verdict.planned > 150
+    quick = PLANS["quick"]()
+    rows = [
+        row(p.question, p.method, 20.0 if p.method == "multi_guidance" else 90.0, 0.9, p.model, **p.values)
+        for p in quick.points
+    ]
+    verdict = named(verdicts.all_verdicts(rows, CEILINGS, quick), "handwriting/a")
+    assert verdict.outcome == "confirmed so far" and verdict.measured == verdict.planned
+
+
+def test_the_shipped_models_decide_nothing_but_their_own_rows():
+    rows = [*prior(), guided(90, 0.96), guided(10, 0.99, model=SHIPPED), tuned(50, 0.96)]
+    found = verdicts.all_verdicts(rows, CEILINGS, plan_of(*rows))
+    trained, shipped = named(found, "handwriting/a"), named(found, "handwriting/a/shipped")
+    assert trained.outcome == "refuted" and trained.value == pytest.approx(90 / 50)
+    assert shipped.outcome == "confirmed" and shipped.value == pytest.approx(10 / 50)
+    assert named(found, "handwriting/b").value == pytest.approx(90 / 180)
+    assert named(found, "handwriting/b/shipped").value == pytest.approx(10 / 180)
+
+
+def test_training_seeds_are_compared_at_the_points_that_all_of_them_have():
+    def point(distance: float, seed: int, w_c: float) -> Row:
+        return guided(distance, 0.97, model=ModelSpec("domain", "handwriting", 1000, seed=seed), w_c=w_c)
+
+    # Seed 0 has its best point at a weight that seed 1 was never measured at, and the shipped model is nearer still.
+    rows = [*prior(), point(45, 0, 5.0), point(90, 0, 3.0), point(72, 1, 3.0), guided(10, 0.99, model=SHIPPED)]
+    verdict = named(verdicts.all_verdicts(rows, CEILINGS, plan_of(*rows)), "handwriting/b")
+    assert verdict.value == pytest.approx(45 / 180)
+    at = "at the 1 points of every seed"
+    assert verdict.details[f"training seed 0, {at}"] == pytest.approx(90 / 180)
+    assert verdict.details[f"training seed 1, {at}"] == pytest.approx(72 / 180)
+    alone = named(verdicts.all_verdicts(rows[:-2], CEILINGS, plan_of(*rows)), "handwriting/b")
+    assert not any("training seed" in name for name in alone.details)
 
 
 def test_numbers_in_words():
