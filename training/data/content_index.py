@@ -1,8 +1,8 @@
 """What is known about image files that were read before: content hash and size, so that a run need not read all again.
 
-As in git's index, an entry counts as long as path, length and time of change stay the same. It is a memory aid: lines
-of JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is read
-again.
+As in git's index, an entry counts as long as path, length and both times of change stay the same. It is a memory aid:
+lines of JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is
+read again.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,36 +34,35 @@ class Known:
 
 
 class ContentIndex:
-    """The index in one file. Not for several threads at once."""
+    """The index in one file. Any thread may look up while one other adds; adding and closing are for one thread."""
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = Path(path)
-        self._known: dict[str, tuple[int, int, Known]] = {}
+        self._known: dict[str, tuple[tuple[int, ...], Known]] = {}  # bytes and times; replaced, never changed
         self._new: list[str] = []
         self._lines = 0
         with suppress(OSError), open(self.path, encoding="utf-8", errors="replace") as file:
             for line in file:
                 self._lines += 1
                 with suppress(ValueError, TypeError):
-                    where, size, changed, content, height, width = json.loads(line)
+                    where, size, changed, moved, content, height, width = json.loads(line)
                     if isinstance(where, str) and isinstance(content, str) and len(content) == 64:
-                        self._known[where] = (int(size), int(changed), Known(content, int(height), int(width)))
+                        state = int(size), int(changed), int(moved)
+                        self._known[where] = state, Known(content, int(height), int(width))
 
     def look_up(self, entry: Entry) -> Known | None:
         """What is known about the entry's present content; None when it is new or has changed."""
         stamp = entry.stamp()
-        if stamp is None or stamp[0] not in self._known:
-            return None
-        size, changed, known = self._known[stamp[0]]
-        return known if (size, changed) == stamp[1:] else None
+        found = None if stamp is None else self._known.get(stamp[0])
+        return found[1] if found is not None and found[0] == stamp[1:] else None
 
-    def add(self, stamp: tuple[str, int, int] | None, known: Known) -> None:
+    def add(self, stamp: tuple[str, int, int, int] | None, known: Known) -> None:
         """Remember what was read from a file. stamp: the entry's from before it was read."""
         if stamp is None or time.time_ns() - stamp[2] < SETTLED_NS:
             return
-        where, size, changed = stamp
-        self._known[where] = (size, changed, known)
-        self._new.append(json.dumps([where, size, changed, known.content, known.height, known.width]) + "\n")
+        where, *state = stamp
+        self._known[where] = tuple(state), known
+        self._new.append(_line(where, state, known))
 
     def close(self) -> None:
         """Append what is new; rewrite the file when most of its lines are out of date. Failing is no harm."""
@@ -74,11 +74,14 @@ class ContentIndex:
             if self._lines > 2 * len(self._known) + SPARE_LINES:
                 self._lines = len(self._known)
                 write_text(self.path, "".join(
-                    json.dumps([where, size, changed, known.content, known.height, known.width]) + "\n"
-                    for where, (size, changed, known) in self._known.items()
+                    _line(where, state, known) for where, (state, known) in self._known.items()
                 ))
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write of a file opened for appending: lines of two processes do not mix on local disks.
             with open(self.path, "ab", buffering=0) as file:
                 file.write("".join(("\n", *lines)).encode("utf-8"))  # apart from a line torn before
+
+
+def _line(where: str, state: Sequence[int], known: Known) -> str:
+    return json.dumps([where, *state, known.content, known.height, known.width]) + "\n"

@@ -1,7 +1,8 @@
 """Encoded images on disk, shared by all runs: keyed by content, VAE, size, crop and flip; safe for several processes.
 
 One small safetensors file per encoded picture, with a digest over name and numbers. Files appear under a temporary name
-and are renamed, and the first one written stays, so that processes that meet in one folder read the same numbers.
+and are renamed, and where the file system has hard links the first one written stays, so that processes that meet in
+one folder read the same numbers; elsewhere the last one does, which differs only where the VAE's own numbers do.
 Nothing is flushed to the disk on purpose: an entry that a power failure tears fails its digest and is encoded again,
 which costs far less than thousands of flushes.
 """
@@ -26,7 +27,7 @@ from ...guidance.files import FileProblem
 from .buckets import Size
 
 # Part of every key: raise it when pictures are decoded, scaled or stored differently.
-PIPELINE = 1
+PIPELINE = 2
 MOST_WARNINGS = 10
 ABANDONED_SECONDS = 24 * 3600.0
 

@@ -19,7 +19,7 @@ from .content_index import ContentIndex, Known
 from .images import BadImage, DataProblem, cover, crop_to, decode, probe, to_tensor
 from .latent_cache import LatentCache, default_cache_folder, log_warning
 from .parallel import in_order
-from .sources import Entry, find_images, image_entries
+from .sources import Entry, image_entries, nothing_found, search
 
 if TYPE_CHECKING:
     from ..base import Base
@@ -45,7 +45,8 @@ class Sample:
     """One drawn training sample.
 
     latent: [C, h, w] fp32, scaled. original, size: (height, width) in pixels of the image and of the encoded picture;
-    crop: (top, left) of the cut in the scaled image. The three are SDXL's size conditioning.
+    crop: (top, left) of the cut in the scaled image, in the mirrored one where the sample is mirrored. The three are
+    SDXL's size conditioning.
     """
 
     latent: Tensor
@@ -108,15 +109,20 @@ class _Store:
                 name = record.entry.name
                 self.warn(f"{name}: its cached latents are gone; such images are encoded again (said once).")
             self.warned = True
-            (_, pixels), = _cut(record, [picture])
+            try:
+                (_, pixels), = _cut(record, [picture])
+            except BadImage as error:
+                raise DataProblem(f"{record.entry.name}: expected the image of before, which {error}.") from error
             mean, std = _encoded(self.encode, [pixels], record)
             return self.cache.put(picture.key, mean[0], std[0])
 
 
 class LatentDataset:
-    """A sequence of images as latents, in the order of their content hashes: independent of names, folders and caching.
+    """A sequence of images as latents, in the order of their content hashes: independent of names and folders.
 
-    Made by `open_dataset` or `LatentDataset.prepare`. Drawing is a function of the index and the generator alone.
+    The latents do not depend on what was cached before either, provided the VAE gives an image the same bits in any
+    batch, or gets one image at a time (`prepare`'s batch 1, which `open_dataset` uses on the CPU). Made by
+    `open_dataset` or `LatentDataset.prepare`. Drawing is a function of the index and the generator alone.
 
     skipped: (name, reason) of the images that could not be used. upscaled: how many were enlarged. content_hash:
     SHA-256 over the images' content hashes.
@@ -159,11 +165,11 @@ class LatentDataset:
 
         encode: images [B, 3, H, W] in -1..1 -> (mean, std) of their scaled latents, [B, C, h, w] each. sizes: shapes to
         choose from (`bucket_sizes`). flip: draw every image mirrored half of the time. random_crops: 0 the centre;
-        k: k cuts per image whose places follow from its content. posterior: "sample" or "mean". min_side: images with a
-        shorter side are skipped (0: none). progress(done, total) counts images, those found in the cache included. turn
-        of turns: processes that prepare the same images at once begin at different places and take over what the others
-        have done. memory_limit: bytes of latents to keep in memory (None: a quarter of the machine's, at most 8 GiB);
-        the rest is read from the cache when drawn.
+        k: k cuts per image whose places follow from its content. posterior: "sample" or "mean". batch: images the
+        encoder gets at once. min_side: images with a shorter side are skipped (0: none). progress(done, total) counts
+        images, those found in the cache included. turn of turns: processes that prepare the same images at once begin
+        at different places and take over what the others have done. memory_limit: bytes of latents to keep in memory
+        (None: a quarter of the machine's, at most 8 GiB); the rest is read from the cache when drawn.
 
         Raises DataProblem when nothing can be used, CachingStopped when should_stop said so, FileProblem for a cache
         that cannot be written.
@@ -203,7 +209,10 @@ class LatentDataset:
             latent = mean + std * torch.randn(mean.shape, generator=generator)
         else:
             latent = mean.clone()
-        return Sample(latent, record.original, record.size, picture.crop)
+        top, left = picture.crop
+        if picture.flipped:
+            left = cover(record.original, record.size)[1] - record.size[1] - left
+        return Sample(latent, record.original, record.size, (top, left))
 
     def latent(self, index: int, generator: Generator) -> Tensor:
         """The latent [C, h, w] of `draw`."""
@@ -253,24 +262,37 @@ def open_dataset(
     """The dataset a configuration describes, encoded by `base`'s autoencoder.
 
     images: IMAGE tensors in 0..1 to train on as well as, or instead of, config.data. callbacks: progress, should_stop,
-    warn, turn, turns, memory_limit and workers of `LatentDataset.prepare`. Raises what that does, and DataProblem when
-    there is no image at all.
+    warn, turn, turns, memory_limit and workers of `LatentDataset.prepare`. warn also hears of folders and shards that
+    cannot be read to their end. Raises what `prepare` does, and DataProblem when there is no image at all.
+
+    An autoencoder on the CPU gets one image at a time, so that a latent depends on its image alone. On other devices it
+    gets config.caching_batch, where the last bits depend on the company; their latents are cached apart.
     """
     entries: list[Entry] = [] if images is None else list(image_entries(images))
+    warn = callbacks.get("warn") or log_warning
     if config.data or not entries:
-        entries += find_images(config.data)
+        found = search(config.data)
+        if not found.entries:
+            raise DataProblem(nothing_found(config.data, found))
+        entries += found.entries
+        if found.skipped:
+            named = "; ".join(f"{name} {reason}" for name, reason in found.skipped[:3])
+            more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
+            warn(f"{len(found.skipped)} folders or shards could not be read to their end: {named}{more}.")
     square = [(config.resolution, config.resolution)]
     sizes = bucket_sizes(config.resolution, config.bucket_step, config.bucket_max_ratio) if config.buckets else square
-    warn = callbacks.get("warn") or log_warning
+    device = next(base.autoencoder.parameters()).device.type
+    alone = device == "cpu"
+    vae_id = base.vae_id if alone else f"{base.vae_id} on {device}"
     return LatentDataset.prepare(
         entries,
         base.encode,
-        LatentCache(config.cache or default_cache_folder(), base.vae_id, warn=warn),
+        LatentCache(config.cache or default_cache_folder(), vae_id, warn=warn),
         sizes=sizes,
         flip=config.flip,
         random_crops=config.random_crops,
         posterior=config.posterior,
-        batch=config.caching_batch,
+        batch=1 if alone else config.caching_batch,
         min_side=config.min_side,
         **callbacks,
     )
@@ -286,7 +308,7 @@ def _read_all(
     """Records of the images whose header can be read, sorted by content, and (name, reason) of the others."""
     index = ContentIndex(cache.root / INDEX)
 
-    def look(entry: Entry) -> tuple[Entry, Known | BadImage, tuple[str, int, int] | None]:
+    def look(entry: Entry) -> tuple[Entry, Known | BadImage, tuple[str, int, int, int] | None]:
         known = index.look_up(entry)
         if known is not None:
             return entry, known, None
@@ -478,8 +500,10 @@ class _Filling:
         """(record, [(picture, pixels, None) or (picture, None, what another process stored meanwhile)])."""
         record, pictures = job
         stored = {picture.key: self.store.cache.get(picture.key) for picture in pictures}
+        lacking = [picture for picture in pictures if stored[picture.key] is None]
         try:
-            cut = _cut(record, [picture for picture in pictures if stored[picture.key] is None])
+            # What another process has encoded need not be read: an error now would leave it out here alone.
+            cut = _cut(record, lacking) if lacking else []
         except BadImage as error:
             return record, error
         done = [(picture, None, stored[picture.key]) for picture in pictures if stored[picture.key] is not None]

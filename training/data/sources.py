@@ -20,6 +20,7 @@ from .images import BadImage, DataProblem
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 SHARD = ".tar"
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
+BLOCK, REST = 512, 2**20  # bytes of a tar's header and end mark; looked at behind it, where only padding may be
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
 
@@ -49,14 +50,19 @@ class ImageEntry:
             raise BadImage("truncated", "lies where its shard ends too early; copy or download the shard again")
         return data
 
-    def stamp(self) -> tuple[str, int, int] | None:
-        """(identity, bytes, time of change in ns): as long as it stays the same, so has the content. None: unknown."""
+    def stamp(self) -> tuple[str, int, int, int] | None:
+        """(identity, bytes, time of change, time of change of the entry itself, in ns), None: unknown.
+
+        As long as it stays the same, so has the content. Programs set the first time as they like, unpackers to one
+        that is in the archive; the second is the system's own (on Windows that of the file's creation).
+        """
         try:
             status = os.stat(self.path)
         except OSError:
             return None
         where = str(self.path.absolute())
-        return f"{where}!{self.offset}" if self.in_shard else where, status.st_size, status.st_mtime_ns
+        where = f"{where}!{self.offset}" if self.in_shard else where
+        return where, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ def search(data: Sequence[str | os.PathLike]) -> Found:
     not exist or a named shard that is none.
     """
     found, seen = Found(), set()
-    for place in (path for one in data for path in _expanded(os.fspath(one))):
+    for place in (path for one in data for path in expanded(os.fspath(one))):
         if place.is_dir():
             _search_folder(place, found, seen)
         elif not place.is_file():
@@ -167,7 +173,7 @@ def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> lis
 # ------------------------------------------------------------------------------------------------------------ searching
 
 
-def _expanded(pattern: str) -> Iterator[Path]:
+def expanded(pattern: str) -> Iterator[Path]:
     """The paths a pattern stands for; itself where a file or folder has that very name."""
     path = Path(pattern).expanduser()
     if path.exists():
@@ -267,8 +273,11 @@ def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
             try:
                 for member in shard:
                     members.append(member)
+                fault = _fault_at_end(path, shard.offset)
             except (tarfile.TarError, OSError) as error:
-                found.skipped.append((str(path), f"is damaged after {len(members)} members ({error}); copy it again"))
+                fault = f"is damaged after {{}} members ({error}); copy it again"
+            if fault:
+                found.skipped.append((str(path), fault.replace("{}", str(len(members)))))
     except OSError as error:
         found.skipped.append((str(path), f"cannot be read ({error.strerror or error})"))
         return
@@ -282,6 +291,23 @@ def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
             found.ignored[PurePosixPath(member.name).suffix.lower()] += 1
         else:
             found.ignored["of samples with another image"] += 1
+
+
+def _fault_at_end(path: Path, offset: int) -> str:
+    """What is wrong where the members of a tar end, "{}" standing for their number; "" for an end mark and no more.
+
+    tarfile takes any header but the first that is damaged or cut off for the end of the archive.
+    """
+    with open(path, "rb") as file:
+        file.seek(offset)
+        mark, rest = file.read(BLOCK), file.read(REST)
+    if not mark:
+        return "ends after {} members without an end mark, so more of them may be missing; copy it again"
+    if len(mark) < BLOCK or any(mark):
+        return "is damaged or cut off after {} members; copy it again"
+    if any(rest):
+        return "goes on behind the end mark after {} members, of which nothing is read; make one tar of all"
+    return ""
 
 
 def _one_per_key(members: Sequence[tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:

@@ -155,6 +155,39 @@ def test_damaged_shards(tmp_path):
         find_images([str(tmp_path / "renamed.tar")])
 
 
+def test_a_shard_that_lacks_members_is_never_taken_for_a_whole_one(tmp_path):
+    members = {f"{number}.png": content(number) for number in range(6)}
+    path = shard(tmp_path / "a.tar", members)
+    whole = path.read_bytes()
+    assert search([path]).skipped == []
+    with tarfile.open(path) as archive:
+        headers = [member.offset for member in archive]
+        end = archive.offset
+    third = headers[2]
+    for data, count, reason in (
+        (whole[: third + 7] + bytes([whole[third + 7] ^ 1]) + whole[third + 8 :], 2, "damaged or cut off after 2"),
+        (whole[:third], 2, "ends after 2 members without an end mark"),
+        (whole[: third + 300], 2, "damaged or cut off after 2"),
+        (whole[: headers[3] - 100], 3, "damaged after 3"),
+        (whole[:end], 6, "ends after 6 members without an end mark"),
+        (whole + whole, 6, "goes on behind the end mark after 6 members"),
+    ):
+        put(path, data)
+        found = search([path])
+        assert len(found.entries) == count and [name for name, _ in found.skipped] == [str(path)]
+        assert reason in found.skipped[0][1]
+    # What is behind the last header of other kinds of tar is an end mark, too.
+    for kind in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT):
+        with tarfile.open(path, "w", format=kind) as archive:
+            folder = tarfile.TarInfo("sub")
+            folder.type = tarfile.DIRTYPE
+            archive.addfile(folder)
+            info = tarfile.TarInfo(f"sub/{'long' * 22}.png" if kind == tarfile.USTAR_FORMAT else f"{'long' * 40}.png")
+            info.size = 700
+            archive.addfile(info, io.BytesIO(content(1) + bytes(700)))
+        assert search([path]).skipped == [] and len(search([path]).entries) == 1
+
+
 def test_nothing_found_says_what_was_there(tmp_path):
     put(tmp_path / "a.heic"), put(tmp_path / "b.heic"), put(tmp_path / "c.txt")
     with pytest.raises(DataProblem, match=r"expected images .*found none, only other files \(2 \.heic, 1 \.txt\)"):
