@@ -24,8 +24,8 @@ class Event:
     """Something that happened in a run."""
 
     def to_dict(self) -> dict[str, Any]:
-        """`{"event": name, field: value, ...}` of JSON values."""
-        return {"event": type(self).__name__.lower(), **dataclasses.asdict(self)}
+        """`{"event": name, field: value, ...}` of JSON values; NaN and infinity, which JSON lacks, are None."""
+        return {"event": type(self).__name__.lower(), **_finite(dataclasses.asdict(self))}
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,17 @@ class Finished(Event):
     path: str
 
 
+@dataclass(frozen=True)
+class Failed(Event):
+    """The run ended by an error after this step. In the log only: who called the run gets the error itself."""
+
+    step: int
+    text: str
+
+
 EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Started, Caching, Step, Validated, Sampled, Saved, Warned, Stopped, Finished)
+    for kind in (Started, Caching, Step, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed)
 }
 Listener = Callable[[Event], None]
 
@@ -126,6 +134,11 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     if kind is None:
         raise ValueError(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
     known = {one.name for one in dataclasses.fields(kind)}
+    if kind in (Step, Validated):  # a loss that JSON cannot hold
+        values = {**values, "loss": _number(values.get("loss"))}
+    if kind is Validated:
+        levels = values.get("per_level") or {}
+        values = {**values, "per_level": {name: _number(value) for name, value in levels.items()}}
     try:
         return kind(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
@@ -150,7 +163,8 @@ def read_log(path: str | os.PathLike) -> list[Event]:
 class LogFile:
     """Listener that appends events to a JSON-lines file, with the time.
 
-    Steps are averaged: one line every `every` steps carries their mean loss. A torn last line stays a line of its own.
+    Steps are averaged: one line every `every` steps carries their mean loss, and one before a checkpoint or the end that
+    of the steps since. A torn last line stays a line of its own.
     """
 
     def __init__(self, path: str | os.PathLike, every: int = 10) -> None:
@@ -161,21 +175,37 @@ class LogFile:
         if torn:
             self._file.write("\n")
         self._losses: list[float] = []
+        self._last: Step | None = None
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Caching) and event.done < event.total:
             return
         if isinstance(event, Step):
             self._losses.append(event.loss)
-            if event.step % self.every and event.step != event.steps:
-                return
-            event = dataclasses.replace(event, loss=sum(self._losses) / len(self._losses))
-            self._losses.clear()
-        self._file.write(json.dumps({**event.to_dict(), "time": round(time.time(), 3)}, ensure_ascii=False) + "\n")
-        self._file.flush()
+            self._last = event
+            if event.step % self.every == 0 or event.step == event.steps:
+                self._write_steps()
+            return
+        if isinstance(event, (Saved, Stopped, Finished, Failed)):  # after a kill the run goes on from here
+            self._write_steps()
+        self._write(event)
 
     def close(self) -> None:
-        self._file.close()
+        try:
+            self._write_steps()
+        finally:
+            self._file.close()
+
+    def _write_steps(self) -> None:
+        if self._last is not None:
+            self._write(dataclasses.replace(self._last, loss=sum(self._losses) / len(self._losses)))
+            self._losses.clear()
+            self._last = None
+
+    def _write(self, event: Event) -> None:
+        line = json.dumps({**event.to_dict(), "time": round(time.time(), 3)}, ensure_ascii=False, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
 
 
 class TensorBoard:
@@ -238,6 +268,8 @@ def describe(event: Event) -> str:
         return f"stopped after step {event.step}, saved in {event.path}; the same command with resume continues there"
     if isinstance(event, Finished):
         return f"finished after step {event.step}: {event.path}"
+    if isinstance(event, Failed):
+        return f"failed after step {event.step}: {event.text}"
     return str(event)
 
 
@@ -251,6 +283,18 @@ def duration(seconds: float) -> str:
     if minutes < 48 * 60:
         return f"{minutes // 60} h {minutes % 60:02d} min"
     return f"{minutes // 1440} d {minutes % 1440 // 60} h"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _number(value: Any) -> Any:
+    return math.nan if value is None else value
 
 
 def _bar(done: int, total: int, width: int = 24) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 from indomain_guidance.training import events
 from indomain_guidance.training.events import (
     EVENTS,
     Caching,
+    Failed,
     Finished,
     LogFile,
     LossCurve,
@@ -33,7 +35,7 @@ ALL = [
     Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Caching(2, 3),
     step := Step(1, 9, 0.5, 1e-4, 2.0, 0.1, 0.8),
     Validated(3, 0.4, {"50": 0.1}), Sampled(3, "s.png"), Saved(3, "c.ckpt"), Warned("careful"), Stopped(3, "c.ckpt"),
-    Finished(9, "a.safetensors"),
+    Finished(9, "a.safetensors"), Failed(3, "the disk is full"),
 ]
 
 
@@ -60,9 +62,9 @@ def test_the_log_averages_steps_and_survives_a_kill(tmp_path):
         log(event)
     log.close()
     assert [(type(e).__name__, getattr(e, "step", None)) for e in read_log(path)] == [
-        ("Caching", None), ("Step", 4), ("Saved", 6),
+        ("Caching", None), ("Step", 4), ("Step", 6), ("Saved", 6),
     ]
-    assert read_log(path)[1].loss == 2.5
+    assert [read_log(path)[index].loss for index in (1, 2)] == [2.5, 5.5]
     assert "time" in json.loads(path.read_text().splitlines()[0])
     with path.open("a") as file:
         file.write('{"event": "saved", "st')  # killed while writing
@@ -71,6 +73,31 @@ def test_the_log_averages_steps_and_survives_a_kill(tmp_path):
     log.close()
     assert [event.step for event in read_log(path) if isinstance(event, Saved)] == [6, 8]
     assert read_log(tmp_path / "none.jsonl") == []
+
+
+@pytest.mark.parametrize("end", [Stopped(13, "c"), Failed(13, "no memory"), None], ids=["stop", "failure", "close"])
+def test_no_step_is_missing_in_the_log(tmp_path, end):
+    log = LogFile(tmp_path / "log.jsonl", every=10)
+    for number in range(1, 14):
+        log(at(number, number))
+    if end is not None:
+        log(end)
+    log.close()
+    found = read_log(tmp_path / "log.jsonl")
+    assert [(event.step, event.loss) for event in found if isinstance(event, Step)] == [(10, 5.5), (13, 12.0)]
+    assert end is None or found[-1] == end
+
+
+def test_what_json_cannot_hold_is_no_number(tmp_path):
+    log = LogFile(tmp_path / "log.jsonl")
+    log(Validated(3, math.nan, {"50": math.inf, "60": 0.5}))
+    log.close()
+    line = (tmp_path / "log.jsonl").read_text()
+    values = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert values["loss"] is None and values["per_level"] == {"50": None, "60": 0.5}
+    (event,) = read_log(tmp_path / "log.jsonl")
+    assert math.isnan(event.loss) and math.isnan(event.per_level["50"]) and "nan" in describe(event)
+    assert LossCurve(tmp_path / "loss.png", [event], start=9).held_out == {}
 
 
 def test_the_last_step_is_always_logged(tmp_path):
