@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
         plan = replace(plan, sampling=replace(plan.sampling, samples=options.samples))
     world = load_mini_world()
     folder = options.work / plan.name if options.tiny else options.work
-    models = Models(folder / "models", world, plan.images, plan.batch)
+    wanted = [point.model for point in plan.points if point.model]
+    models = Models(folder / "models", world, plan.images, plan.batch, wanted)
     bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling, load_classifier(held_out=True))
     if options.list:
         for point in plan.points:

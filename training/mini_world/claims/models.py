@@ -9,8 +9,8 @@ from __future__ import annotations
 import hashlib
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -66,10 +66,22 @@ class ModelSpec:
 
 
 class Models:
-    """Finds, trains and loads models; everything it makes lies in `folder`."""
+    """Finds, trains and loads models; everything it makes lies in `folder`.
 
-    def __init__(self, folder: Path, world: MiniWorld, images: int = IMAGES, batch: int = BATCH) -> None:
+    wanted: all models that will be asked for. Shorter stops of a run are then kept when a longer one passes them;
+    without, a stop asked for after a longer one is trained from the start again.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        world: MiniWorld,
+        images: int = IMAGES,
+        batch: int = BATCH,
+        wanted: Iterable[ModelSpec] = (),
+    ) -> None:
         self.folder, self.world, self.images, self.batch = folder, world, images, batch
+        self.wanted = sorted({spec for spec in wanted if spec.kind != "shipped"}, key=lambda spec: spec.steps)
         self._loaded: dict[ModelSpec, Denoiser] = {}
 
     @property
@@ -130,6 +142,9 @@ class Models:
         from ...config import TrainConfig
         from ...train import train
 
+        for shorter in self.wanted:
+            if shorter.steps < spec.steps and replace(shorter, steps=spec.steps) == spec:
+                self.train(shorter, should_stop)
         run = self.folder / "runs" / f"{spec.run_name}-{self._setting_hash(spec)}"
         if any(steps > spec.steps for steps in self._finished_steps(spec)):
             run = run.with_name(f"{run.name}-to-{spec.steps}")  # the run has gone past this stop; go there once more

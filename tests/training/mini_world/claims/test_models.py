@@ -75,6 +75,19 @@ def test_a_stop_of_a_longer_run_is_the_shorter_run(world, tmp_path):
     assert float((before - after).abs().max()) < 0.5  # two steps of an adapter move the prior a little
 
 
+def test_wanted_stops_are_kept_in_passing(world, tmp_path):
+    one, two = (ModelSpec("low_rank", "narrow", steps, "a digit") for steps in (1, 2))
+    others = [
+        ModelSpec("shipped", "narrow"),
+        ModelSpec("low_rank", "narrow", 1),
+        ModelSpec("full", "narrow", 1, "a digit"),
+    ]
+    models = Models(tmp_path, world, images=8, batch=2, wanted=[two, one, two, *others])
+    models.train(two)
+    assert models.exists(one) and models.exists(two) and not any(map(models.exists, others[1:]))
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.endswith("-to-1")] == []
+
+
 def test_an_interrupted_training_says_so_and_leaves_no_model(world, tmp_path):
     models, spec = Models(tmp_path, world, images=4, batch=2), ModelSpec("full", "narrow", 3)
     with pytest.raises(KeyboardInterrupt, match="stopped at step"):

@@ -92,6 +92,17 @@ def test_every_question_has_points_of_three_training_seeds(question):
         assert three.count("fine_tune") == three.count("fine_tune_prior_u") == 2
 
 
+def test_the_readme_states_what_the_sweeps_cost():
+    text = " ".join((Path(sweep.__file__).parent / "README.md").read_text(encoding="utf-8").split())
+    full, quick = PLANS["full"], PLANS["quick"]
+    assert f"{len(full.points)} points of {full.sampling.samples:,} samples" in text
+    assert f"{len(quick.points)} points of {quick.sampling.samples} samples" in text
+    longest = {}
+    for model in {point.model for point in full.points if point.model and point.model.kind != "shipped"}:
+        longest[model.run_name] = max(longest.get(model.run_name, 0), model.steps)
+    assert f"trains {len(longest)} models: {sum(longest.values()):,} steps of {full.batch} images" in text
+
+
 @pytest.mark.parametrize("schedule", sweep.SCHEDULES)
 def test_every_schedule_costs_at_most_two_samples_a_step(schedule):
     noise = NoiseSchedule.scaled_linear()
