@@ -20,7 +20,7 @@ from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from .base import ImageSize
 from .checkpoints import different_facts, machine_facts
 from .config import ConfigProblem, TrainConfig
-from .data import Sample
+from .data import DataProblem, Sample
 from .ema import WeightAverage
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .optimizers import build_optimizer, rate_at, set_rate
@@ -110,10 +110,17 @@ class Learner:
             raise ConfigProblem(
                 f"batch_size: expected a multiple of the {self.processes.world} processes, found {config.batch_size}."
             )
+        # Each process has read the images by itself; other numbering in one would mix batches up without a word.
+        if len(set(self.processes.each(int(dataset.content_hash[:12], 16)))) > 1:
+            raise DataProblem(
+                f"Expected all {self.processes.world} processes to train on the same images, found "
+                f"{' and '.join(map(str, self.processes.each(len(dataset))))} images with different content; see that "
+                "all can read the same files, and start again."
+            )
         self.config, self.dataset, self.schedule, self.prediction_type = config, dataset, schedule, prediction_type
         self.conditioning = conditioning or (lambda sizes: {})
         self.prior, self.step = prior, 0
-        self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.global_batch)
+        self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.batch_size, config.accumulation)
         self.device = self.processes.device
         self.unet = unet.to(self.device).train()
         if hasattr(self.unet, "gradient_checkpointing"):
@@ -194,7 +201,7 @@ class Learner:
 
     def state(self) -> dict[str, Any]:
         """Everything a resumed run needs to go on bit for bit (see `load`)."""
-        epoch, position = divmod(self.step, self.plan.per_epoch)
+        epoch, position = self.plan.place(self.step)
         return {
             "step": self.step,
             "config": self.config.to_dict(),

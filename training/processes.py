@@ -44,6 +44,12 @@ class OneProcess:
         """The sum over all processes."""
         return values
 
+    def each(self, value: int) -> list[int]:
+        """The values of all processes, in their order. value: below 2^63."""
+        values = torch.zeros(self.world, dtype=torch.int64, device=self.device)
+        values[self.rank] = value
+        return self.total(values).tolist()
+
     def wait(self) -> None:
         """Until every process is here."""
 

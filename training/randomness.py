@@ -7,14 +7,16 @@ because no generator is carried from one step to the next.
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Generator
 
 
-def sample_generator(seed: int, epoch: int, index: int, stream: str = "noise") -> Generator:
+def sample_generator(seed: int, epoch: int, index: int | str, stream: str = "noise") -> Generator:
     """A CPU generator for one sample of one epoch; `stream` names what is drawn ("noise", "data").
 
     The key is hashed, not added up: seeds 0 and 1 share nothing, whatever the epoch and index.
@@ -25,20 +27,19 @@ def sample_generator(seed: int, epoch: int, index: int, stream: str = "noise") -
 
 @dataclass(frozen=True)
 class Draw:
-    """One sample of a batch. repeat: how often its image came before in the same epoch, to fill up a batch."""
+    """One sample of a batch. turn: how often its image was drawn before in the run."""
 
     index: int
-    epoch: int
-    repeat: int = 0
+    turn: int
 
     def generator(self, seed: int, stream: str) -> Generator:
-        """This draw's own randomness; repetitions of an image in an epoch draw anew."""
-        return sample_generator(seed, self.epoch, self.index, f"{stream}/{self.repeat}" if self.repeat else stream)
+        """This draw's own randomness; an image draws anew at every turn."""
+        return sample_generator(seed, self.turn, self.index, stream)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The global batch of one optimizer step: images of one shape, before it is split over passes and processes."""
+    """The global batch of one optimizer step: passes of one shape each, one after the other."""
 
     step: int
     draws: tuple[Draw, ...]
@@ -48,44 +49,74 @@ class Batch:
         return [draw.index for draw in self.draws]
 
 
-def epoch_order(seed: int, epoch: int, groups: Sequence[Sequence[int]], batch: int) -> list[list[int]]:
-    """The global batches of one epoch, each of `batch` indices of one group (a bucket of images of one shape).
-
-    Every group is shuffled and cut into batches; where its last one is short it is filled from the group's own start,
-    again and again for groups smaller than a batch, so that no image is left out of any epoch. The batches of all
-    groups are then shuffled. Every epoch has the same number of batches. Raises ValueError without any image.
-    """
-    return [[draw.index for draw in draws] for draws in _epoch_draws(seed, epoch, groups, batch)]
-
-
-def _epoch_draws(seed: int, epoch: int, groups: Sequence[Sequence[int]], batch: int) -> list[tuple[Draw, ...]]:
-    if batch < 1 or not any(len(group) for group in groups):
-        raise ValueError(
-            f"Expected images to train on and batches of at least 1, got {len(groups)} empty groups and {batch}."
-        )
-    batches = []
-    for number, group in enumerate(groups):
-        if not len(group):
-            continue
-        permutation = torch.randperm(len(group), generator=sample_generator(seed, epoch, number, "order")).tolist()
-        total = -(-len(group) // batch) * batch
-        draws = [Draw(group[permutation[at % len(group)]], epoch, at // len(group)) for at in range(total)]
-        batches += [tuple(draws[at : at + batch]) for at in range(0, total, batch)]
-    mixed = torch.randperm(len(batches), generator=sample_generator(seed, epoch, 0, "batches")).tolist()
-    return [batches[at] for at in mixed]
-
-
 class BatchPlan:
-    """Which images every step of a run sees: a pure function of (seed, groups, batch size, step)."""
+    """Which images every step of a run sees: a pure function of (seed, groups, batch, accumulation, step).
 
-    def __init__(self, seed: int, groups: Sequence[Sequence[int]], batch: int) -> None:
+    groups: indices of the images of one shape each. batch: images per forward pass over all processes, of one shape.
+    accumulation: passes per step, of any shapes.
+
+    A group is an endless row of shufflings of its images, cut into passes. In an epoch it has as many whole passes as
+    its images, together with those left over from the epochs before, fill; what is left is carried over to the next
+    epoch. So after E epochs no image was drawn more than E times, and of a group of n images fewer than `batch` draws
+    are outstanding: a shape rarer than a batch waits for batch / n epochs, then comes with each image several times in
+    one pass, with other noise. The passes of an epoch are shuffled, and a step takes the next `accumulation` of them,
+    over the end of the epoch where they do not divide. Epochs differ in their number of passes and may have none.
+    Raises ValueError without any image.
+    """
+
+    def __init__(self, seed: int, groups: Sequence[Sequence[int]], batch: int, accumulation: int = 1) -> None:
         self.seed, self.groups, self.batch = seed, [list(group) for group in groups], batch
-        self.per_epoch = sum(-(-len(group) // batch) for group in self.groups)
-        self._epoch, self._draws = 0, _epoch_draws(seed, 0, self.groups, batch)
+        self.accumulation, self.images = accumulation, sum(map(len, self.groups))
+        if min(batch, accumulation) < 1 or self.images == 0:
+            raise ValueError(
+                f"Expected images to train on, and batch and accumulation of at least 1, got {self.images} images, "
+                f"batch {batch} and accumulation {accumulation}."
+            )
+        # The order of an epoch is kept, it takes a while for many images; a step may span two.
+        self._epoch = lru_cache(maxsize=2)(self.passes)
 
     def batch_for(self, step: int) -> Batch:
         """The global batch of optimizer step `step`, counted from 0."""
-        epoch, position = divmod(step, self.per_epoch)
-        if epoch != self._epoch:  # the order of one epoch is kept, it takes a while for many images
-            self._epoch, self._draws = epoch, _epoch_draws(self.seed, epoch, self.groups, self.batch)
-        return Batch(step, self._draws[position])
+        draws: list[Draw] = []
+        for number in range(step * self.accumulation, (step + 1) * self.accumulation):
+            epoch, position = self._place(number)
+            draws += self._epoch(epoch)[position]
+        return Batch(step, tuple(draws))
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(epoch, passes of it that are done) before step `step`."""
+        return self._place(step * self.accumulation)
+
+    def passes(self, epoch: int) -> list[tuple[Draw, ...]]:
+        """The passes of one epoch, each of `batch` draws from one group, in the order they are taken in."""
+        passes = []
+        for number, group in enumerate(self.groups):
+            if not group:
+                continue
+            turn, row = None, []
+            for one in range(self._whole(epoch, group), self._whole(epoch + 1, group)):
+                draws = []
+                for at in range(one * self.batch, (one + 1) * self.batch):
+                    if at // len(group) != turn:
+                        turn = at // len(group)
+                        order = sample_generator(self.seed, turn, number, "order")
+                        row = torch.randperm(len(group), generator=order).tolist()
+                    draws.append(Draw(group[row[at % len(group)]], turn))
+                passes.append(tuple(draws))
+        mixed = torch.randperm(len(passes), generator=sample_generator(self.seed, epoch, 0, "batches")).tolist()
+        return [passes[at] for at in mixed]
+
+    def _whole(self, epochs: int, group: Sequence[int]) -> int:
+        """Passes of a group in the first `epochs` epochs."""
+        return epochs * len(group) // self.batch
+
+    def _before(self, epoch: int) -> int:
+        """Passes of all groups in the epochs before `epoch`."""
+        return sum(self._whole(epoch, group) for group in self.groups)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(epoch, position in it) of the run's pass `number`."""
+        # Each group lacks less than one pass of its share, so the epoch after `most` begins behind the pass.
+        most = (number + 1 + len(self.groups)) * self.batch // self.images + 1
+        epoch = bisect_right(range(most + 1), number, key=self._before) - 1
+        return epoch, number - self._before(epoch)

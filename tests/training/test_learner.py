@@ -11,6 +11,7 @@ import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.training.checkpoints import load_checkpoint, save_checkpoint
 from indomain_guidance.training.config import ConfigProblem
+from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.ema import ema_decay
 from indomain_guidance.training.learner import Learner, NonFiniteLoss
 from indomain_guidance.training.losses import min_snr_weight
@@ -133,6 +134,7 @@ def test_a_state_of_another_run_is_refused_or_named(configure, learn, latents):
 def test_accumulation_is_the_big_batch(configure, learn, batch_size, accumulation):
     big = learn(configure(batch_size=8, steps=5))
     small = learn(configure(batch_size=batch_size, accumulation=accumulation, steps=5))
+    small.plan = big.plan  # its own would join passes of different shapes
     for _ in range(5):
         left, right = big.take_step(), small.take_step()
         assert right.loss == pytest.approx(left.loss, rel=1e-4)
@@ -268,6 +270,29 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(configure, lear
 
     with pytest.raises(ConfigProblem, match="batch_size: expected a multiple of the 2 processes, found 3"):
         learn(configure(batch_size=3), processes=Two("cpu"))
+
+
+def test_passes_of_different_shapes_make_one_step(configure, learn):
+    learner = learn(configure(batch_size=3, accumulation=4))
+    steps = [[tuple(one.latents.shape) for one in learner._load(step)] for step in range(12)]
+    assert all(len(step) == 4 for step in steps) and any(len(set(step)) == 2 for step in steps)
+    assert all(shape[0] == 3 for step in steps for shape in step)
+    mixed = next(number for number, step in enumerate(steps) if len(set(step)) == 2)
+    learner.step = mixed
+    with torch.no_grad():
+        expected = torch.cat([learner._losses(one) for one in learner._load(mixed)]).mean()
+    assert learner.take_step().loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_processes_with_different_images_are_refused(configure, learn, latents):
+    class Two(OneProcess):
+        world = 2
+
+        def total(self, values):
+            return values + torch.tensor([0, int(values[0]) - 1])  # the other one has other images, one fewer
+
+    with pytest.raises(DataProblem, match="Expected all 2 processes to train on the same images, found 31 and 30"):
+        learn(configure(), processes=Two("cpu"))
 
 
 def test_devices_are_picked_or_refused():
