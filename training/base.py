@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -42,9 +41,7 @@ from ..guidance.networks.text_encoder import (
 )
 from ..guidance.networks.unet import UNet, UNetConfig, timestep_embedding, unet_config_from_state_dict
 from ..guidance.null_text import FLOAT8, POOLED_TEXT_ADM, NullContext, load_unet
-
-if TYPE_CHECKING:
-    from .config import TrainConfig
+from .config import CONNECTED_BASE, ConfigProblem, TrainConfig
 
 MINI_WORLD = "mini_world"
 PREDICTIONS = ("auto", "epsilon", "v_prediction", "v_prediction_zero_snr", "sample")
@@ -287,6 +284,11 @@ def open_base(config: TrainConfig) -> Base:
     Raises FileProblem for a file that cannot be trained from, ValueError for options that do not fit it.
     """
     prediction = getattr(config, "prediction", "auto")
+    if config.base.startswith(CONNECTED_BASE):
+        raise ConfigProblem(
+            f"base: expected a checkpoint file or mini_world, found '{config.base}', models that were connected in "
+            "ComfyUI; continue there, or give --base FILE with the checkpoint that they came from."
+        )
     with torch.inference_mode(False):
         if config.base == MINI_WORLD:
             return open_mini_world(prediction)

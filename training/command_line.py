@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..guidance.files import FileProblem
-from .config import GROUPS, ConfigProblem, TrainConfig, field_kinds
+from .config import CONNECTED_BASE, GROUPS, ConfigProblem, TrainConfig, field_kinds
 from .console import Console
 from .signals import StopRequest
 
@@ -212,7 +212,7 @@ def absolute(config: TrainConfig) -> TrainConfig:
     """The configuration with absolute paths, so that a run can be continued from any folder."""
 
     def place(path: str) -> str:
-        return path if path in ("", MINI_WORLD) else os.path.abspath(os.path.expanduser(path))
+        return path if path in ("", MINI_WORLD) or path.startswith(CONNECTED_BASE) else os.path.abspath(os.path.expanduser(path))
 
     changes: dict[str, Any] = {}
     for one in dataclasses.fields(config):
@@ -440,7 +440,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(options, str(problem))
         return USAGE
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        full = isinstance(problem, MemoryError) or type(problem).__name__ == "OutOfMemoryError"
+        from .isolated import is_memory_problem
+
+        full = isinstance(problem, (MemoryError, RuntimeError)) and is_memory_problem(problem)
         if isinstance(problem, RuntimeError) and not full:
             raise
         if os.environ.get("INDOMAIN_TRACEBACK"):

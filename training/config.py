@@ -24,9 +24,17 @@ from .atomic import write_text
 GROUPS = ("what", "model", "data", "optimisation", "reporting")
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
+# A base that begins so is no file: the models of a graph, which only the program that holds them can give again.
+CONNECTED_BASE = "connected:"
 MIN_RESOLUTION, RESOLUTION_STEP = 64, 8
 # Characters that some file system refuses in a name; the name becomes NAME.safetensors.
 FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in range(32)}
+# Names of devices, with any ending, on Windows.
+RESERVED_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789\u00b9\u00b2\u00b3"
+}
+# File systems take 255; the finished file's ending and temporary names of it need some.
+LONGEST_NAME = 200
 
 
 class ConfigProblem(ValueError):
@@ -170,6 +178,15 @@ class TrainConfig:
             raise ConfigProblem(
                 f"name: expected a plain file name without folders or ending, found {self.name!r}; use letters, "
                 "digits, - and _."
+            )
+        if self.name.partition(".")[0].strip().lower() in RESERVED_NAMES:
+            raise ConfigProblem(
+                f"name: expected a plain file name, found {self.name!r}, which is a device on Windows; choose another."
+            )
+        size = len(self.name.encode("utf-8", "surrogatepass"))
+        if size > LONGEST_NAME:
+            raise ConfigProblem(
+                f"name: expected a plain file name of at most {LONGEST_NAME} bytes, found {size}; choose a shorter one."
             )
         if self.resolution % RESOLUTION_STEP:
             raise ConfigProblem(

@@ -6,9 +6,10 @@ import dataclasses
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -26,7 +27,8 @@ class Console:
     """A listener of a run, for one terminal; call it with each event, and `result` at the end.
 
     as_json: events and the result as JSON lines on standard output, else the finished file's path alone. quiet: only
-    warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the first speaks. A terminal that has gone away ends no run.
+    warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the first
+    speaks. A terminal or a reader that has gone away ends no run.
     """
 
     def __init__(
@@ -43,7 +45,7 @@ class Console:
         if not self._speaks:
             return
         if self._as_json:
-            self._out(json.dumps(event.to_dict()))
+            self._event(json.dumps(event.to_dict()))
         if isinstance(event, (Caching, Step)):
             done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
             self._progress(describe(event), done >= total)
@@ -85,7 +87,17 @@ class Console:
         elif result.path is not None:
             self._out(str(result.path))
         if result.status == "stopped":
-            self._say(f"go on with: indomain resume {shlex.quote(str(result.run))}", always=True)
+            self._say(f"go on with: {_command(['indomain', 'resume', str(result.run)])}", always=True)
+
+    def _event(self, line: str) -> None:
+        try:
+            self._out(line)
+        except (OSError, ValueError):
+            # The reader has gone. What is left in the buffer, and all that follows, goes nowhere.
+            with suppress(OSError, ValueError):
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, sys.stdout.fileno())
+                os.close(nowhere)
 
     def _out(self, line: str) -> None:
         print(line, flush=True)
@@ -115,6 +127,11 @@ class Console:
         with suppress(OSError, ValueError):
             self._errors.write(text)
             self._errors.flush()
+
+
+def _command(words: Sequence[str], windows: bool = os.name == "nt") -> str:
+    """A command as one pastes it into a terminal of this system."""
+    return subprocess.list2cmdline(words) if windows else shlex.join(words)
 
 
 def _settings(config: Mapping[str, Any]) -> str:

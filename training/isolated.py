@@ -39,6 +39,7 @@ STOP = "stop"
 POLL_S = 0.1
 # One step of a large model on a CPU, a sample grid or an image being cached may take minutes before it can stop.
 PATIENCE_S = 900.0
+EXIT_S = 60.0
 
 
 class IsolatedProblem(ValueError):
@@ -70,13 +71,17 @@ class Job:
             raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
 
 
-def memory_problem(error: BaseException, config: TrainConfig) -> str | None:
-    """One sentence when `error` says that memory ran out, else None."""
+def is_memory_problem(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out; the CPU's and some devices' allocators say so in words only."""
     words = str(error).lower()
-    out_of_memory = isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
+    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
         sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate")
     )
-    if not out_of_memory:
+
+
+def memory_problem(error: BaseException, config: TrainConfig) -> str | None:
+    """One sentence when `error` says that memory ran out, else None."""
+    if not is_memory_problem(error):
         return None
     return (
         f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use a smaller batch "
@@ -89,20 +94,19 @@ def run_isolated(
     *,
     folder: Path,
     resume: bool | str = "auto",
-    base: ExportedBase | None = None,
+    base: ExportedBase | Path | None = None,
     listener: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     python: str = sys.executable,
     patience_s: float = PATIENCE_S,
 ) -> Result:
-    """`train.train` in a process of its own; `folder` is an existing empty folder for the job's files.
+    """`train.train` in a process of its own; `folder` is an existing folder for the job's files.
 
+    base: an exported prior, or the file of one (`ExportedBase.write`), which frees this process of it.
     listener and should_stop are called in this thread. After should_stop the process has `patience_s` seconds to finish
     its step and save. Raises IsolatedProblem with the process's own error, or with how it died.
     """
-    where = None
-    if base is not None:
-        where = base.write(folder / BASE)
+    where = base if base is None or isinstance(base, Path) else base.write(folder / BASE)
     Job(config, resume, where).write(folder)
     outcome: dict[str, Any] | None = None
     with _process(folder, python, patience_s) as process:
@@ -122,7 +126,7 @@ def run_isolated(
                     f"Expected the training process to stop within {patience_s:.0f} s, it did not and was ended; run "
                     "again to continue from its last checkpoint."
                 )
-        code = process.wait()
+        code = _left(process)
     if outcome is None:
         raise IsolatedProblem(_obituary(code, folder, config))
     if outcome["event"] == FAILURE:
@@ -150,7 +154,7 @@ def _process(folder: Path, python: str, patience_s: float) -> Iterator[subproces
     except BaseException:
         _ask_to_stop(process)
         with suppress(subprocess.TimeoutExpired):
-            process.wait(min(patience_s, 60.0))
+            process.wait(patience_s)
         raise
     finally:
         if process.poll() is None:
@@ -182,6 +186,15 @@ def _messages(process: subprocess.Popen) -> Iterator[dict[str, Any] | None]:
             return
         with suppress(ValueError):  # a torn last line of a process that died
             yield json.loads(line)
+
+
+def _left(process: subprocess.Popen) -> int:
+    """The status of a child that has said all; one that hangs on the way out, as drivers can make it, is ended."""
+    try:
+        return process.wait(EXIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
 
 
 def _ask_to_stop(process: subprocess.Popen) -> None:

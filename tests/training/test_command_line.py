@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_domain_file
-from indomain_guidance.training import command_line
+from indomain_guidance.training import command_line, console
 from indomain_guidance.training.config import TrainConfig, field_kinds
 from indomain_guidance.training.mini_world.assets import domain_unets_dir
 from PIL import Image
@@ -124,6 +124,24 @@ def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_pa
     assert status == 2 and "config.json" in err
 
 
+def test_a_run_from_connected_models_says_what_it_needs(tmp_path):
+    TrainConfig("connected: SD15", (str(tmp_path),), "porcelain").write_json(tmp_path / "config.json")
+    for command in ("resume", "train"):
+        where = [tmp_path] if command == "resume" else ["--config", tmp_path / "config.json", "-o", tmp_path]
+        status, _, err = run(command, *where, "--dry-run")
+        assert status == 2 and "--base FILE" in err and "'connected: SD15'" in err
+
+
+@pytest.mark.parametrize("folder, windows, expected", [
+    ("/runs/first", False, "indomain resume /runs/first"),
+    ("/my runs/first", False, "indomain resume '/my runs/first'"),
+    (r"C:\Users\me\runs\first", True, r"indomain resume C:\Users\me\runs\first"),
+    (r"C:\my runs\first", True, r'indomain resume "C:\my runs\first"'),
+])  # fmt: skip
+def test_the_command_to_go_on_with_can_be_pasted(folder, windows, expected):
+    assert console._command(["indomain", "resume", folder], windows) == expected
+
+
 @pytest.mark.parametrize(
     "arguments, words",
     [
@@ -176,6 +194,12 @@ def test_full_memory_is_one_sentence_with_advice_and_bugs_are_shown(monkeypatch)
 
     monkeypatch.setattr("indomain_guidance.training.train.train", train)
     problem = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+    status, _, err = run("train", "-b", "mini_world", "-d", "x")
+    assert status == 1 and "--gradient-checkpointing" in err and "Traceback" not in err
+    try:
+        torch.empty(2**60)  # the CPU's allocator has no exception of its own
+    except RuntimeError as refused:
+        problem = refused
     status, _, err = run("train", "-b", "mini_world", "-d", "x")
     assert status == 1 and "--gradient-checkpointing" in err and "Traceback" not in err
     problem = RuntimeError("a bug")

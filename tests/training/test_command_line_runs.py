@@ -83,6 +83,18 @@ def stop_at(
         process.kill()
 
 
+def test_a_reader_that_goes_away_ends_no_run(place):
+    process = start(*training("unread", 6), "--json", cwd=place)
+    try:
+        assert json.loads(process.stdout.readline())["event"]
+        process.stdout.close()
+        err = process.stderr.read()
+        assert process.wait(timeout=120) == 0, err
+    finally:
+        process.kill()
+    assert "Traceback" not in err and (place / "runs" / "unread" / "unread.safetensors").is_file()
+
+
 @posix
 @pytest.mark.parametrize("name, status", [("SIGINT", 130), ("SIGTERM", 143)])
 def test_stopped_run_goes_on_to_the_same_bits(place, uninterrupted, name, status):

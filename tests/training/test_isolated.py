@@ -83,7 +83,7 @@ def test_stopped_and_continued_in_other_processes_it_ends_with_the_bits_of_one_r
         unet=mini.unet, config=mini.config, prediction_type="epsilon", zero_snr=False, latent_format="mini_world",
         latent_scale=mini.latent_scale, autoencoder=mini.autoencoder.state_dict(), null_context=mini.null_context,
     )
-    finished = isolated.run_isolated(config, folder=job, resume=True, base=exported)
+    finished = isolated.run_isolated(config, folder=job, resume=True, base=exported.write(job / isolated.BASE))
     assert (finished.status, finished.step, finished.run) == ("finished", 5, Path(config.output).absolute())
     assert finished.plot.is_file() and finished.loss is not None
     assert same_bits(finished.path, here.path)
@@ -141,6 +141,23 @@ def test_when_its_parent_dies_the_process_saves_and_leaves(config, job, tmp_path
         time.sleep(0.2)
     stopped = read_log(log)[-1]
     assert stopped.step >= 1 and Path(stopped.path).is_file()
+
+
+HANGING = """#!/bin/sh
+echo '{"event": "result", "status": "stopped", "step": 3, "loss": null, "path": null, "run": "/r", "samples": null, "plot": null}'
+exec 1>&-
+exec sleep 300
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs shell scripts")
+def test_a_process_that_hangs_after_its_result_is_ended(config, job, children, tmp_path, monkeypatch):
+    monkeypatch.setattr(isolated, "EXIT_S", 0.5)
+    script = tmp_path / "python"
+    script.write_text(HANGING)
+    script.chmod(0o755)
+    result = isolated.run_isolated(config, folder=job, python=str(script))
+    assert (result.status, result.step) == ("stopped", 3) and children[0].returncode == -signal.SIGKILL
 
 
 def test_jobs_are_files(config, tmp_path):
