@@ -93,8 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
     autoencoder, _ = load_autoencoder()
     asked = dict.fromkeys(row.point.question for row in rows)
     floors = {name: bench.floors(name, autoencoder) for name in asked}
-    verdicts = all_verdicts(rows, {name: values["ceiling"] for name, values in floors.items()}, plan)
-    say_lines([*floor_lines(floors, plan), *(verdict_line(verdict, plan) for verdict in verdicts)])
+    verdicts = all_verdicts(rows, floors, plan)
+    say_lines([*floor_lines(rows, floors, plan), *(verdict_line(verdict, plan) for verdict in verdicts)])
     for path in write_report(options.report or folder / plan.name, plan, rows, floors, verdicts):
         print(f"wrote {path}", file=sys.stderr)
     return 0

@@ -15,7 +15,15 @@ from .points import Row
 from .questions import QUESTIONS
 from .statistics import is_on_front
 from .sweep import Plan
-from .verdicts import SHIPPED, Verdict, shown
+from .verdicts import (
+    LEAST_CEILING,
+    MOST_AUTOENCODER,
+    SHIPPED,
+    Validity,
+    Verdict,
+    shown,
+    validities,
+)
 
 TITLES = {
     "prior": "prior",
@@ -33,9 +41,9 @@ Distances are Frechet distances on the judge's 64 features to the whole of held-
 prompts' colours and with the prompts' mix of digits; the target set is fixed. Intervals are 95 % bootstrap intervals
 over samples ({replicates} replicates, resampled within digits, the same draws for every method, so that ratios and
 fronts are compared pair by pair). A Frechet distance of N samples is too large by about C / N, and resampling repeats
-that error: replicates exceed the estimate by about as much as the estimate exceeds the truth. Reported is the estimate less that
-excess, and replicates are moved down by twice of it (statistics.py; its tests show the coverage on Gaussians of known
-distance). The second judge was trained on the held-out fonts and rows alone, so its opinion cannot come from shapes
+that error: replicates exceed the estimate by about as much as the estimate exceeds the truth. Reported is the estimate
+less that excess, and replicates are moved down by twice of it (statistics.py; its tests show the coverage on Gaussians
+of known distance). The second judge was trained on the held-out fonts and rows alone, so its opinion cannot come from shapes
 that it and the generative models have both learned by heart. A claim is confirmed when its whole interval reaches the
 target, refuted when none of it does. The digit accuracy of (b) is held against the prior's most accurate scale.
 Fine-tunes stop at several lengths of one run with a constant learning rate."""
@@ -98,12 +106,22 @@ def row_line(row: Row) -> str:
     )
 
 
-def floor_lines(floors: Floors, plan: Plan) -> list[str]:
-    return [
-        json_line(f"{question}/{name}", value, "frechet", plan.sampling.targets, plan.sampling.seed)
+def floor_lines(rows: Sequence[Row], floors: Floors, plan: Plan) -> list[str]:
+    """The floors of every question, and whether it is valid."""
+    drawn = plan.sampling.targets, plan.sampling.seed
+    lines = [
+        json_line(f"{question}/{name}", value, "frechet", *drawn)
         for question, values in floors.items()
         for name, value in values.items()
     ]
+    for question, found in validities(rows, floors).items():
+        for name, value, target, better in (
+            ("ceiling_over_floor", found.ceiling, LEAST_CEILING, "higher"),
+            ("autoencoder_over_prior", found.autoencoder, MOST_AUTOENCODER, "lower"),
+        ):
+            name = f"{question}/valid/{name}"
+            lines.append(json_line(name, value, "ratio", *drawn, target, better, valid=found.holds))
+    return lines
 
 
 def verdict_line(verdict: Verdict, plan: Plan) -> str:
@@ -129,7 +147,8 @@ def write_report(
     folder: Path, plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence[Verdict]
 ) -> list[Path]:
     """Write idg.jsonl, idg.png and idg.md into a folder; returns their paths."""
-    lines = [*(verdict_line(verdict, plan) for verdict in verdicts), *floor_lines(floors, plan), *map(row_line, rows)]
+    lines = [verdict_line(verdict, plan) for verdict in verdicts]
+    lines += [*floor_lines(rows, floors, plan), *map(row_line, rows)]
     paths = [folder / f"idg.{ending}" for ending in ("jsonl", "png", "md")]
     write_text(paths[0], "\n".join(lines) + "\n")
     with replacing(paths[1]) as file:
@@ -213,32 +232,28 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         "## Validity",
         "",
         "| question | floor (training handwriting) | autoencoder floor | ceiling (held-out fonts) | ceiling / floor | "
-        "autoencoder floor / prior |",
-        "|---|---|---|---|---|---|",
+        "autoencoder floor / prior | valid |",
+        "|---|---|---|---|---|---|---|",
     ]
+    valid = validities(rows, floors)
     for name, values in floors.items():
-        prior = min(
-            (row.numbers["distance"] for row in rows if row.point.question == name and row.point.method == "prior"),
-            default=None,
-        )
-        share = "-" if not prior else f"{values['autoencoder_floor_uncorrected'] / prior:.2%}"
+        share = "-" if valid[name].autoencoder is None else f"{valid[name].autoencoder:.2%}"
         parts.append(
             f"| {QUESTIONS[name].title} | {values['floor_uncorrected']:.2f} | "
             f"{values['autoencoder_floor_uncorrected']:.2f} | {values['ceiling']:.0f} | "
-            f"{values['ceiling'] / values['floor_uncorrected']:.0f} | {share} |"
+            f"{valid[name].ceiling:.0f} | {share} | {'yes' if valid[name].holds else 'no'} |"
         )
     parts += [
         "",
         "Floors are given before their bias is removed, since a bootstrap says nothing near 0: they are too high "
-        "if anything. Valid is ceiling / floor of at least 20 and an autoencoder floor of at most 5 % of the prior's "
-        "distance.",
+        f"if anything. Valid is ceiling / floor of at least {LEAST_CEILING:.0f} and an autoencoder floor of at most "
+        f"{MOST_AUTOENCODER:.0%} of the prior's lowest distance; claims of a question that is not stay undecided.",
         "",
     ]
     parts += _seeds(rows)
     for question in QUESTIONS.values():
-        parts += _table(
-            question.name, [row for row in rows if row.point.question == question.name and _first_seed(row)]
-        )
+        mine = [row for row in rows if row.point.question == question.name and _first_seed(row)]
+        parts += _table(question.name, mine, valid.get(question.name))
     parts += ["## How it is measured", "", HOW_IT_IS_MEASURED.format(replicates=sampling.replicates), ""]
     return "\n".join(parts)
 
@@ -265,7 +280,7 @@ def _end(value: float | None) -> str:
     return "none" if value is None or math.isinf(value) else f"{value:.3g}"
 
 
-def _table(question: str, rows: Sequence[Row]) -> list[str]:
+def _table(question: str, rows: Sequence[Row], validity: Validity | None) -> list[str]:
     """The points of a question that are on their family's front over its own measure of obedience."""
     if not rows:
         return []
@@ -273,7 +288,8 @@ def _table(question: str, rows: Sequence[Row]) -> list[str]:
     parts = [
         f"## {QUESTIONS[question].title[0].upper()}{QUESTIONS[question].title[1:]}",
         "",
-        f"Points on the front of their own family (distance against {share.replace('_', ' ')}), nearest first.",
+        f"Points on the front of their own family (distance against {share.replace('_', ' ')}), nearest first. "
+        f"Distances here: {validity or 'no floors measured'}.",
         "",
         "| method | model | settings | distance (95 %) | KID | digit | digit, second judge | both colours | "
         "judged handwritten | diversity | samples / step |",

@@ -2,9 +2,10 @@
 
 Every claim is one number with a target and a 95 % bootstrap interval over samples: confirmed when the whole interval
 reaches the target, refuted when none of it does, else undecided. While points of the sweep that could still turn the
-outcome are missing, and in coarse sweeps always, it is only "confirmed so far" or "refuted so far". Refuted means
-refuted by the points of this sweep: settings nobody tried could still do it. Choosing the best of a sweep on the same
-samples makes every method look a little better than it is; the interval repeats the choice in every replicate.
+outcome are missing, and in coarse sweeps always, it is only "confirmed so far" or "refuted so far"; where floors and
+ceiling make a question invalid, all of its claims stay undecided. Refuted means refuted by the points of this sweep:
+settings nobody tried could still do it. Choosing the best of a sweep on the same samples makes every method look a
+little better than it is; the interval repeats the choice in every replicate.
 
 All is decided on domain models of the fine-tunes' own trainer and images. The shipped domain models come from another
 recipe (more coloured pictures, another rate); they have verdicts of their own, which say nothing about fine-tuning.
@@ -32,6 +33,8 @@ COLOURS_RIGHT = 0.8
 AFFORDABLE_SAMPLES = 2.0
 METHOD_SETS = {"paper": PAPER, "beyond": BEYOND}
 TRAINED, SHIPPED = "domain", "shipped"  # kinds of domain models
+LEAST_CEILING = 20.0  # of the ceiling over the floor
+MOST_AUTOENCODER = 0.05  # of the autoencoder's floor over the prior's lowest distance
 # A part of a claim's points: in own colours or foreign ones, and the methods.
 Part = tuple[bool, tuple[str, ...]]
 
@@ -75,6 +78,42 @@ def decide(values: Tensor, target: float, better: str) -> tuple[float, float, fl
     if better == "higher":
         below, above = above, below
     return value, low, high, "confirmed" if below else "refuted" if above else "undecided"
+
+
+@dataclass(frozen=True)
+class Validity:
+    """Whether distances of a question mean anything. ceiling: the ceiling over the floor; autoencoder: the
+    autoencoder's floor over the prior's lowest distance, None while no prior is measured. Floors are the uncorrected
+    ones, which are too high if anything."""
+
+    question: str
+    ceiling: float
+    autoencoder: float | None
+
+    @property
+    def holds(self) -> bool:
+        return (
+            self.ceiling >= LEAST_CEILING and self.autoencoder is not None and self.autoencoder <= MOST_AUTOENCODER
+        )
+
+    def __str__(self) -> str:
+        share = "not known without the prior" if self.autoencoder is None else f"{self.autoencoder:.2%}"
+        return (
+            f"ceiling / floor {self.ceiling:.0f} (at least {LEAST_CEILING:.0f}), autoencoder floor / prior {share} "
+            f"(at most {MOST_AUTOENCODER:.0%}): {'valid' if self.holds else 'not valid'}"
+        )
+
+
+def validities(rows: Iterable[Row], floors: Mapping[str, Mapping[str, float]]) -> dict[str, Validity]:
+    """By question; floors as `questions.Examiner.floors` gives them."""
+    rows, found = list(rows), {}
+    for question, values in floors.items():
+        priors = [
+            row.numbers["distance"] for row in rows if row.point.question == question and row.point.method == "prior"
+        ]
+        share = values["autoencoder_floor_uncorrected"] / max(min(priors), 1e-9) if priors else None
+        found[question] = Validity(question, values["ceiling"] / max(values["floor_uncorrected"], 1e-9), share)
+    return found
 
 
 class Evidence:
@@ -272,12 +311,13 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
     return found
 
 
-def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float], plan: Plan) -> list[Verdict]:
+def all_verdicts(rows: Sequence[Row], floors: Mapping[str, Mapping[str, float]], plan: Plan) -> list[Verdict]:
     """Claims (a) to (d) for both domains, with the paper's constant weights and with everything beyond; and (e).
 
-    Then (a), (b), (d) and (e) of the shipped domain models.
+    Then (a), (b), (d) and (e) of the shipped domain models. Where the floors make a question invalid, all of its
+    claims are undecided.
     """
-    found = []
+    found, ceilings = [], {question: values["ceiling"] for question, values in floors.items()}
     for domain in dict.fromkeys(question.domain for question in QUESTIONS.values()):
         evidence = Evidence(rows, domain, ceilings, points=plan.points, coarse=plan.coarse)
         for claim in (claim_a, claim_b, claim_c, claim_d):
@@ -290,7 +330,18 @@ def all_verdicts(rows: Sequence[Row], ceilings: dict[str, float], plan: Plan) ->
         evidence = Evidence(rows, domain, ceilings, models=SHIPPED, points=plan.points, coarse=plan.coarse)
         found += [claim(evidence) for claim in (claim_a, claim_b, claim_d)]
         found += [claim_e(evidence, True), claim_e(evidence, False)]
-    return found
+    valid = validities(rows, floors)
+    return [_where_valid(verdict, valid) for verdict in found]
+
+
+def _where_valid(verdict: Verdict, valid: Mapping[str, Validity]) -> Verdict:
+    if verdict.outcome == "undecided":
+        return verdict
+    own = verdict.claim not in ("d", "e, foreign colours")
+    validity = valid[Evidence((), verdict.domain, {}).question(own)]
+    if validity.holds:
+        return verdict
+    return replace(verdict, outcome="undecided", details={"reason": str(validity), **verdict.details})
 
 
 def _add_training_seeds(

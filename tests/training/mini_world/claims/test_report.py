@@ -51,7 +51,7 @@ ROWS = [
     *(row("fine_tune", 80.0 + 10 * seed, 0.9, replace(TUNED, seed=seed), scale=1.5) for seed in range(3)),
 ]
 
-VERDICTS = verdicts.all_verdicts(ROWS, {"handwriting": 305.0}, PLANS["full"]())
+VERDICTS = verdicts.all_verdicts(ROWS, FLOORS, PLANS["full"]())
 
 
 def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
@@ -66,7 +66,8 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     assert "7 of 598 points" in page and "took 1.4 hours" in page and "the rest would take 118.2 hours" in page
     assert "scale 5" not in page.split("## Handwriting")[1]  # dominated
     assert "| 3 | 90.0 (80.0 to 100.0) | 90.0% (90.0% to 90.0%) |" in page
-    assert "| handwriting, its own colours | 1.70 | 0.07 | 305 | 179 | 0.04% |" in page
+    assert "| handwriting, its own colours | 1.70 | 0.07 | 305 | 179 | 0.04% | yes |" in page
+    assert "autoencoder floor / prior 0.04% (at most 5%): valid." in page.split("## Handwriting")[1]
     for line in page.splitlines():  # tables have one width each
         assert not line.startswith("|") or line.endswith("|")
 
@@ -75,12 +76,14 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
     lines = [report.row_line(one) for one in ROWS] + [
         report.verdict_line(verdict, PLANS["full"]()) for verdict in VERDICTS
     ]
-    lines += report.floor_lines(FLOORS, PLANS["full"]())
+    lines += report.floor_lines(ROWS, FLOORS, PLANS["full"]())
     for line in lines:
         record = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
         assert {"name", "value", "unit", "target", "better", "samples", "seed"} <= record.keys()
         assert record["name"].startswith("claims/idg/")
     assert json.loads(report.json_line("x", math.inf, "ratio", 1, 0, low=-math.inf))["value"] is None
+    (valid,) = [json.loads(line) for line in lines if "handwriting/valid/ceiling" in line]
+    assert valid["valid"] is True and valid["target"] == 20 and valid["value"] == round(305 / 1.7, 5)
     verdict = json.loads(next(line for line in lines if 'claim/handwriting/b"' in line))
     assert verdict["outcome"] == "confirmed so far" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
 

@@ -12,6 +12,10 @@ from indomain_guidance.training.mini_world.claims.points import Point, Row, Samp
 from indomain_guidance.training.mini_world.claims.sweep import PLANS, SCHEDULES, Plan, cheap_schedule
 
 CEILINGS = {"handwriting": 300.0, "handwriting_foreign": 300.0, "narrow": 300.0, "narrow_foreign": 300.0}
+FLOORS = {
+    name: {"floor_uncorrected": 1.5, "autoencoder_floor_uncorrected": 0.1, "ceiling": ceiling}
+    for name, ceiling in CEILINGS.items()
+}
 DOMAIN = ModelSpec("domain", "handwriting", 1000)
 SHIPPED = ModelSpec("shipped", "handwriting")
 TUNED = ModelSpec("full", "handwriting", 300, "a digit")
@@ -192,7 +196,7 @@ def test_e_takes_only_schedules_that_cost_no_more_than_cfg():
 
 
 def test_every_claim_is_undecided_without_points_and_both_domains_are_asked():
-    found = verdicts.all_verdicts([], CEILINGS, PLANS["full"]())
+    found = verdicts.all_verdicts([], {}, PLANS["full"]())
     assert {verdict.outcome for verdict in found} == {"undecided"}
     names = [verdict.name for verdict in found]
     assert len(set(names)) == len(names) == 28
@@ -239,7 +243,7 @@ def test_a_stopped_sweep_confirms_nothing_about_every_fine_tune():
         row(p.question, p.method, 20.0 if p.method == "multi_guidance" else 90.0, 0.9, p.model, **p.values)
         for p in plan.points[:25]
     ]
-    verdict = named(verdicts.all_verdicts(first, CEILINGS, plan), "handwriting/a")
+    verdict = named(verdicts.all_verdicts(first, FLOORS, plan), "handwriting/a")
     assert verdict.outcome == "confirmed so far" and verdict.value < 1
     assert verdict.measured < 25 and verdict.planned > 150
     quick = PLANS["quick"]()
@@ -247,13 +251,33 @@ def test_a_stopped_sweep_confirms_nothing_about_every_fine_tune():
         row(p.question, p.method, 20.0 if p.method == "multi_guidance" else 90.0, 0.9, p.model, **p.values)
         for p in quick.points
     ]
-    verdict = named(verdicts.all_verdicts(rows, CEILINGS, quick), "handwriting/a")
+    verdict = named(verdicts.all_verdicts(rows, FLOORS, quick), "handwriting/a")
     assert verdict.outcome == "confirmed so far" and verdict.measured == verdict.planned
+
+
+@pytest.mark.parametrize(
+    "change", [{"floor_uncorrected": 16.0}, {"ceiling": 29.0}, {"autoencoder_floor_uncorrected": 9.1}]
+)
+def test_an_invalid_question_decides_nothing(change):
+    """Limits: ceiling / floor of 20, and 5 % of the prior's 180."""
+    foreign = guided(60, 0.9, "handwriting_foreign")
+    rows = [*prior(), guided(60, 0.96), tuned(90, 0.96), foreign]
+    floors = FLOORS | {"handwriting": FLOORS["handwriting"] | change}
+    found = verdicts.all_verdicts(rows, floors, plan_of(*rows))
+    for claim in "ab":
+        verdict = named(found, f"handwriting/{claim}")
+        assert verdict.outcome == "undecided" and "not valid" in verdict.details["reason"]
+        assert verdict.value is not None  # the number stays
+        valid = named(verdicts.all_verdicts(rows, FLOORS, plan_of(*rows)), verdict.name)
+        assert valid.outcome == "confirmed"
+    assert named(found, "handwriting/d").outcome == "confirmed"  # its own question's floors are fine
+    unknown = verdicts.validities(rows[3:], FLOORS)["handwriting"]
+    assert unknown.autoencoder is None and not unknown.holds
 
 
 def test_the_shipped_models_decide_nothing_but_their_own_rows():
     rows = [*prior(), guided(90, 0.96), guided(10, 0.99, model=SHIPPED), tuned(50, 0.96)]
-    found = verdicts.all_verdicts(rows, CEILINGS, plan_of(*rows))
+    found = verdicts.all_verdicts(rows, FLOORS, plan_of(*rows))
     trained, shipped = named(found, "handwriting/a"), named(found, "handwriting/a/shipped")
     assert trained.outcome == "refuted" and trained.value == pytest.approx(90 / 50)
     assert shipped.outcome == "confirmed" and shipped.value == pytest.approx(10 / 50)
@@ -267,12 +291,12 @@ def test_training_seeds_are_compared_at_the_points_that_all_of_them_have():
 
     # Seed 0 has its best point at a weight that seed 1 was never measured at, and the shipped model is nearer still.
     rows = [*prior(), point(45, 0, 5.0), point(90, 0, 3.0), point(72, 1, 3.0), guided(10, 0.99, model=SHIPPED)]
-    verdict = named(verdicts.all_verdicts(rows, CEILINGS, plan_of(*rows)), "handwriting/b")
+    verdict = named(verdicts.all_verdicts(rows, FLOORS, plan_of(*rows)), "handwriting/b")
     assert verdict.value == pytest.approx(45 / 180)
     at = "at the 1 points of every seed"
     assert verdict.details[f"training seed 0, {at}"] == pytest.approx(90 / 180)
     assert verdict.details[f"training seed 1, {at}"] == pytest.approx(72 / 180)
-    alone = named(verdicts.all_verdicts(rows[:-2], CEILINGS, plan_of(*rows)), "handwriting/b")
+    alone = named(verdicts.all_verdicts(rows[:-2], FLOORS, plan_of(*rows)), "handwriting/b")
     assert not any("training seed" in name for name in alone.details)
 
 
