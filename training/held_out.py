@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
@@ -34,6 +35,7 @@ def held_out_loss(
     conditioning: Callable[[Sequence[ImageSize]], Mapping[str, Tensor]] | None = None,
     sizes: Sequence[ImageSize] | None = None,
     *,
+    keys: Sequence[str] | None = None,
     seed: int = 0,
     batch: int = 4,
     device: torch.device | str = "cpu",
@@ -43,15 +45,18 @@ def held_out_loss(
 ) -> tuple[float, dict[int, float]]:
     """(mean over noise levels, {timestep: loss}): mean squared error on the prior's own parameterisation, unweighted.
 
-    The noise of an image at a level depends on (seed, index, timestep) alone. conditioning(sizes): what the UNet takes
-    beside x and t (`Base.conditioning`); sizes: one per latent, needed where that depends on them. timesteps refer to
-    1000 levels and are scaled to the schedule's number. batch: images per forward pass, of one shape each. The UNet is
-    used in evaluation mode and left as it was. NaN when should_stop() asks to stop. Raises ValueError without latents.
+    The noise of an image at a level depends on (seed, key, timestep) alone, so that it stays the same when other images
+    are held out, too. keys: one per latent that stands for the image's content (`LatentDataset.content_of`); None: a
+    hash of the latent. conditioning(sizes): what the UNet takes beside x and t (`Base.conditioning`); sizes: one per
+    latent, needed where that depends on them. timesteps refer to 1000 levels and are scaled to the schedule's number.
+    batch: images per forward pass, of one shape each. The UNet is used in evaluation mode and left as it was. NaN when
+    should_stop() asks to stop. Raises ValueError without latents.
     """
     if len(latents) == 0:
         raise ValueError("Held-out loss: expected at least one latent, found none; raise held_out_share.")
     levels = {t: round(t * (len(schedule) - 1) / 999) for t in timesteps}
     totals = dict.fromkeys(timesteps, 0.0)
+    keys = [_key(latents[index]) for index in range(len(latents))] if keys is None else keys
     groups: dict[tuple[int, ...], list[int]] = {}
     for index in range(len(latents)):
         groups.setdefault(tuple(latents[index].shape), []).append(index)
@@ -71,7 +76,7 @@ def held_out_loss(
                     if should_stop():
                         return float("nan"), {}
                     noise = torch.stack([
-                        torch.randn(clean.shape[1:], generator=sample_generator(seed, 0, index, f"held out/{t}"))
+                        torch.randn(clean.shape[1:], generator=sample_generator(seed, 0, keys[index], f"held out/{t}"))
                         for index in part
                     ])
                     steps = torch.full((len(part),), level, dtype=torch.long)
@@ -85,3 +90,7 @@ def held_out_loss(
         unet.train(training)
     per_level = {t: total / len(latents) for t, total in totals.items()}
     return sum(per_level.values()) / len(per_level), per_level
+
+
+def _key(latent: Tensor) -> str:
+    return hashlib.sha256(latent.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()

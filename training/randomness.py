@@ -1,4 +1,4 @@
-"""Randomness that depends on nothing but (seed, epoch, sample), so that a step can be repeated anywhere at any time.
+"""Randomness that depends on nothing but (seed, turn, sample), so that a step can be repeated anywhere at any time.
 
 A resumed run, another number of processes, a sample grid drawn in between: none of them changes what a step draws,
 because no generator is carried from one step to the next.

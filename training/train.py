@@ -417,6 +417,7 @@ class _Reports:
             ImageSize(*held_out.size_of(index), (latent.shape[-2] * base.factor, latent.shape[-1] * base.factor))
             for index, latent in enumerate(self.held)
         ]
+        self.keys = [held_out.content_of(index) for index in range(len(self.held))]
         self.preview = Preview(base, config, run.processes.device) if config.sample_every and main else None
 
     def __call__(self, step: int) -> bool:
@@ -438,9 +439,9 @@ class _Reports:
         with self.trainee.using(run.learner.values()) as unet:
             loss, levels = held_out_loss(
                 unet, base.schedule, base.prediction_type, self.held,
-                lambda sizes: base.conditioning(sizes, self.trainee.text), self.sizes, seed=run.config.seed,
-                batch=run.config.batch_size, device=run.processes.device, dtype=DTYPES[run.config.precision],
-                should_stop=run.should_stop,
+                lambda sizes: base.conditioning(sizes, self.trainee.text), self.sizes, keys=self.keys,
+                seed=run.config.seed, batch=run.config.batch_size, device=run.processes.device,
+                dtype=DTYPES[run.config.precision], should_stop=run.should_stop,
             )
         if levels:  # else it was asked to stop
             run.tell(Validated(step, loss, {str(level): value for level, value in levels.items()}))

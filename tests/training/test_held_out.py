@@ -54,6 +54,30 @@ def test_noise_is_fixed_and_batches_do_not_matter():
     assert abs(other - 1) < 0.1  # the mean square of the noise itself
 
 
+@pytest.mark.parametrize("keyed", [False, True])
+def test_noise_belongs_to_the_image_and_not_to_its_place(keyed):
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(4, 8, 8, generator=generator) for _ in range(3)]
+    seen = {}
+
+    class Records(Ignorant):
+        def forward(self, x, timesteps):
+            for one, t in zip(x, timesteps):
+                seen.setdefault(int(t), []).append(one)
+            return super().forward(x, timesteps)
+
+    def noisy(order):
+        seen.clear()
+        keys = ["abc"[index] for index in order] if keyed else None
+        held_out_loss(Records(), SCHEDULE, "epsilon", [latents[index] for index in order], keys=keys)
+        return {index: [seen[t][at] for t in TIMESTEPS] for at, index in enumerate(order)}
+
+    before, after = noisy([0, 1]), noisy([2, 0, 1])  # one more image, in front of the others
+    assert all(torch.equal(a, b) for index in (0, 1) for a, b in zip(before[index], after[index]))
+    noise = [(after[index][-1] - SCHEDULE.alphas_cumprod[TIMESTEPS[-1]].sqrt() * latents[index]) for index in range(3)]
+    assert all(float((noise[i] - noise[j]).std()) > 1 for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
 def test_conditioning_gets_the_sizes():
     told = []
     held_out_loss(

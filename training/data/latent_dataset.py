@@ -231,6 +231,10 @@ class LatentDataset:
         """What to call image `index` in messages: its path below the folder, or shard!member."""
         return self._records[index].entry.name
 
+    def content_of(self, index: int) -> str:
+        """SHA-256 of the file of image `index`."""
+        return self._records[index].content
+
     def split(self, share: float, most: int = 256) -> tuple[LatentDataset, LatentDataset]:
         """(training part, held-out part): views that share memory and cache.
 

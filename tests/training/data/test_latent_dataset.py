@@ -95,6 +95,7 @@ def test_every_image_equals_encoding_it_by_hand(folder, tmp_path):
         assert torch.allclose(sample.latent, Encoder()(pixels[None])[0][0], atol=1e-6)
         assert sample.original == (image.height, image.width) and sample.crop == centre
         assert data.size_of(index) == (sample.original, centre)
+        assert data.content_of(index) == hashlib.sha256((folder / data.name_of(index)).read_bytes()).hexdigest()
         assert sample.latent.shape == (4, sample.size[0] // 8, sample.size[1] // 8)
         assert torch.equal(data.mean(index), sample.latent) and torch.equal(data.latent(index, draw(1)), sample.latent)
     assert sorted(index for group in data.groups.values() for index in group) == list(range(16))
