@@ -41,12 +41,12 @@ Distances are Frechet distances on the judge's 64 features to the whole of held-
 prompts' colours and with the prompts' mix of digits; the target set is fixed. Intervals are 95 % bootstrap intervals
 over samples ({replicates} replicates, resampled within digits, the same draws for every method, so that ratios and
 fronts are compared pair by pair). A Frechet distance of N samples is too large by about C / N, and resampling repeats
-that error: replicates exceed the estimate by about as much as the estimate exceeds the truth. Reported is the estimate
-less that excess, and replicates are moved down by twice of it (statistics.py; its tests show the coverage on Gaussians
-of known distance). The second judge was trained on the held-out fonts and rows alone, so its opinion cannot come from shapes
-that it and the generative models have both learned by heart. A claim is confirmed when its whole interval reaches the
-target, refuted when none of it does. The digit accuracy of (b) is held against the prior's most accurate scale.
-Fine-tunes stop at several lengths of one run with a constant learning rate."""
+that error: replicates exceed the estimate by about as much as the estimate exceeds the truth. Reported is the
+estimate less that excess, and replicates are moved down by twice of it (statistics.py; its tests show the coverage on
+Gaussians of known distance). The second judge was trained on the held-out fonts and rows alone, so its opinion cannot
+come from shapes that it and the generative models have both learned by heart. A claim is confirmed when its whole
+interval reaches the target, refuted when none of it does. The digit accuracy of (b) is held against the prior's most
+accurate scale. Fine-tunes stop at several lengths of one run with a constant learning rate."""
 
 
 def family(row: Row) -> str:
