@@ -146,15 +146,16 @@ class TrainDomainUNet(io.ComfyNode):
         given = {name: values[0] for name, values in lists.items()}
         options = given.get("options") or {}
         resume = training.one_of("resume", RESUME, given["resume"])
-        with training.ordinary_tensors():
+        with training.ordinary_tensors(), training.job_folder(given["isolated"]) as job:
             prompts = [*options.get("sample_prompts", ()), options.get("caption", "")]
             connected = (given.get(name) for name in ("model", "clip", "vae"))
-            base, exported = training.prepare(*connected, given["checkpoint"], prompts)
+            prediction = options.get("prediction", "auto")
+            base, exported = training.prepare(*connected, given["checkpoint"], prompts, prediction, job)
             values = {**options, **{name: given[name] for name in ON_THE_NODE}, "base": base}
             config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)})
             training.check_name(config)
             config = config.with_changes(data=training.gather_data(";".join(image_folder), images, config.run_folder))
-            result, warnings = training.run(config, exported, resume, given["isolated"])
+            result, warnings = training.run(config, exported, resume, job)
             model = training.load_trained(config, given.get("model"))
         path = str(training.finished_file(config))
         grid, plot = training.load_image(result.samples), training.load_image(result.plot)

@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -156,13 +156,29 @@ def _paths(text: str) -> list[str]:
     return [os.path.join(folder_paths.get_input_directory(), os.path.expanduser(part)) for part in parts if part]
 
 
+def _places_of_images(text: str) -> Iterator[str]:
+    """The folders and files that the folder input stands for, patterns expanded as the trainer does."""
+    for path in _paths(text):
+        if os.path.exists(path):
+            yield path
+            continue
+        from ...training.data.sources import expanded
+
+        # What does not exist is an error of the run, not of the question whether it would differ.
+        with suppress(ValueError):
+            yield from map(str, expanded(path))
+
+
 def data_fingerprint(text: str) -> str:
     """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
     digest = hashlib.sha256()
-    for path in _paths(text):
+    for path in _places_of_images(text):
         for folder, folders, files in os.walk(path):
             folders.sort()
             for name in sorted(files):
+                if comfy.model_management.processing_interrupted():
+                    # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node.
+                    return ""
                 try:
                     status = os.stat(os.path.join(folder, name))
                 except OSError:
@@ -236,9 +252,16 @@ def finished_file(config: TrainConfig) -> Path:
 
 
 def check_name(config: TrainConfig) -> None:
-    """Refuse to replace a domain model that another run made. Raises FileProblem."""
-    path = finished_file(config)
-    if not path.exists() or config.run_folder.exists():
+    """Refuse to replace a file that another run made: a first try that failed leaves a folder, but no claim to the name.
+
+    A run has a claim once it has checkpoints, or when the file has the weights that it finished with. Raises FileProblem.
+    """
+    from ...training.checkpoints import find_checkpoints
+
+    path, own = finished_file(config), config.run_folder / f"{config.name}.safetensors"
+    if not path.exists() or find_checkpoints(config.run_folder):
+        return
+    if own.is_file() and own.stat().st_size == path.stat().st_size and _weights_digest(own) == _weights_digest(path):
         return
     try:
         steps = int(read_metadata(path).get("steps", "-1"))
@@ -246,9 +269,19 @@ def check_name(config: TrainConfig) -> None:
         steps = -1
     if steps != 0:
         raise FileProblem(
-            f"{path}: expected no domain model under this name, found one that this run did not make; choose another name "
+            f"{path}: expected no file under this name, found one that this run did not make; choose another name "
             "or move the file away."
         )
+
+
+def _weights_digest(path: Path) -> bytes:
+    """SHA-256 of a .safetensors file without its header, which says when it was written."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.digest()
 
 
 def load_image(path: Path | None) -> Tensor | None:
@@ -343,8 +376,11 @@ def describe(event: Event) -> str:
 
 
 @contextmanager
-def job_folder() -> Iterator[Path]:
-    """A folder for a training process's files in ComfyUI's temporary folder, gone afterwards."""
+def job_folder(isolated: bool) -> Iterator[Path | None]:
+    """A folder for a training process's files in ComfyUI's temporary folder, gone afterwards; None if not isolated."""
+    if not isolated:
+        yield None
+        return
     temporary = folder_paths.get_temp_directory()
     os.makedirs(temporary, exist_ok=True)
     folder = tempfile.mkdtemp(prefix="domain_training_", dir=temporary)
@@ -362,10 +398,11 @@ def free_memory() -> None:
 
 
 def run(
-    config: TrainConfig, base: ExportedBase | None, resume: bool | str, isolated: bool
+    config: TrainConfig, base: ExportedBase | Path | None, resume: bool | str, job: Path | None
 ) -> tuple[Result, list[str]]:
     """Train; (result, warnings) when the run is finished. Call it outside inference mode.
 
+    job: None trains in this process, a folder (`job_folder`) in a process of its own that finds its files there.
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
     one sentence for everything a user can do something about.
     """
@@ -375,12 +412,10 @@ def run(
     progress = Progress()
     free_memory()
     try:
-        if isolated:
-            with job_folder() as folder:
-                result = run_isolated(
-                    config, folder=folder, resume=resume, base=base, listener=progress,
-                    should_stop=progress.should_stop,
-                )
+        if job is not None:
+            result = run_isolated(
+                config, folder=job, resume=resume, base=base, listener=progress, should_stop=progress.should_stop
+            )
         else:
             result = train(
                 config, resume=resume, base=None if base is None else base.open(), listener=progress,
@@ -396,13 +431,19 @@ def run(
         free_memory()
     if result.status == "stopped":
         progress.raise_if_cancelled()
+        # Somebody else ended it, such as the system the training process; an older run's file is not its result.
+        raise ValueError(f"{NODE}: was stopped at step {result.step} and saved; run again to continue.")
     return result, progress.warnings
 
 
-def prepare(model, clip, vae, checkpoint: str, prompts: Sequence[str]) -> tuple[str, ExportedBase | None]:
+def prepare(
+    model, clip, vae, checkpoint: str, prompts: Sequence[str], prediction: str = "auto", job: Path | None = None
+) -> tuple[str, ExportedBase | Path | None]:
     """(the configuration's base, the exported prior or None for one that is opened from its file).
 
-    Raises ValueError when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both.
+    job: folder of a training process, into which the prior is written at once, so that no copy of it stays in this
+    process's memory. Raises ValueError when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both, and
+    for a prediction that is not the connected MODEL's.
     """
     connected = {"model": model, "clip": clip, "vae": vae}
     missing = [name for name, value in connected.items() if value is None]
@@ -414,13 +455,23 @@ def prepare(model, clip, vae, checkpoint: str, prompts: Sequence[str]) -> tuple[
                 "disconnect them."
             )
         return find_checkpoint(checkpoint), None
+    from ...training.config import CONNECTED_BASE
+    from ...training.isolated import BASE
+
     if missing:
         raise ValueError(
             f"{NODE}: expected a prior, found no {', no '.join(missing)}; connect model, clip and vae, or choose a "
             "checkpoint."
         )
     base = export_base(model, clip, vae, prompts)
-    return base.name, base
+    said = f"{base.prediction_type}_zero_snr" if base.zero_snr else base.prediction_type
+    if prediction not in ("auto", said):
+        raise ValueError(
+            f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {prediction}; set it on "
+            "the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
+        )
+    name = f"{CONNECTED_BASE} {type(model.model.model_config).__name__}"
+    return name, base if job is None else base.write(job / BASE)
 
 
 def load_trained(config: TrainConfig, model):

@@ -237,6 +237,24 @@ def test_the_cache_of_node_outputs_notices_new_images(world):
     assert fingerprint(image_folder=[None]) == fingerprint()
 
 
+def test_the_cache_of_node_outputs_notices_new_shards(comfyui, world):
+    fingerprint = world.nodes.TrainDomainUNet.fingerprint_inputs
+    for number in range(2):
+        (world.tmp / "input" / f"shard-{number}.tar").write_bytes(b"0" * 512)
+    pattern = ["shard-{0..1}.tar"]
+    before = fingerprint(image_folder=pattern)
+    assert fingerprint(image_folder=pattern) == before
+    (world.tmp / "input" / "shard-1.tar").write_bytes(b"1" * 1024)
+    assert fingerprint(image_folder=pattern) != before
+    # A cancel ends the walk through the folder and is still there when the node's turn comes.
+    comfyui.model_management.interrupt_current_processing()
+    try:
+        assert fingerprint(image_folder=[str(world.tmp)]) == ""
+        assert comfyui.model_management.processing_interrupted()
+    finally:
+        comfyui.model_management.interrupt_current_processing(False)
+
+
 def test_mini_world_images_are_files_and_a_batch(world):
     folder, batch = world.nodes.MiniWorldImages.execute("handwriting", 5, 0).result
     assert batch.shape == (5, 64, 64, 3) and 0 <= batch.min() and batch.max() <= 1
@@ -298,6 +316,31 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, p
     assert same_bits(weights_of(parts.path), weights_of(whole.path))
 
 
+def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monkeypatch):
+    older = train(images=[pictures])
+    stopped = module("training.train").Result("stopped", 4, None, world.tmp / "run")
+    monkeypatch.setattr(module("training.isolated"), "run_isolated", lambda *args, **more: stopped)
+    with pytest.raises(ValueError, match="stopped at step 4 and saved; run again"):
+        train(images=[pictures], steps=9, isolated=True)
+    assert module("guidance.files").read_domain_file(older.path)[1].steps == 3
+
+
+def test_a_process_of_its_own_gets_the_prior_as_a_file_only(mini, train, pictures, monkeypatch):
+    given = []
+
+    def run_isolated(config, *, folder, base, **more):
+        given.append((base, base.parent == folder, config.base))
+        assert module("training.exported_base").ExportedBase.read(base).prediction_type == "epsilon"
+        raise ValueError("seen")
+
+    monkeypatch.setattr(module("training.isolated"), "run_isolated", run_isolated)
+    prior, clip, vae = mini
+    with pytest.raises(ValueError, match="seen"):
+        train(checkpoint="connected", model=prior, clip=clip, vae=vae, images=[pictures], isolated=True)
+    (path, in_the_jobs_folder, base), = given
+    assert in_the_jobs_folder and base.startswith("connected: ") and not path.parent.exists()
+
+
 def test_samples_are_skipped_downstream_when_there_are_none(comfyui, train, pictures):
     made = train(images=[pictures])
     assert type(made.samples).__name__ == "ExecutionBlocker"
@@ -330,6 +373,31 @@ def test_what_is_missing_or_too_much_is_named(mini, train, pictures, world):
         with pytest.raises(ValueError, match=words):
             train(**inputs)
     assert not list(world.tmp.rglob("outside*"))
+
+
+def test_a_prediction_that_is_not_the_connected_models_is_refused(mini, train, pictures):
+    connected = {"checkpoint": "connected", **dict(zip(("model", "clip", "vae"), mini))}
+    with pytest.raises(ValueError, match="expected prediction auto or epsilon.*found v_prediction"):
+        train(images=[pictures], options={"prediction": "v_prediction"}, **connected)
+    train(images=[pictures], steps=1, options={"prediction": "epsilon"}, **connected)
+
+
+def test_a_failed_first_try_gives_no_claim_to_a_file(train, pictures, world):
+    mine = world.tmp / "models" / "loras" / "made.safetensors"
+    mine.parent.mkdir(parents=True)
+    module("guidance.files.tensors").write_safetensors(mine, {"lora_unet.alpha": torch.ones(1)}, {})
+    kept = mine.read_bytes()
+    with pytest.raises(ValueError):
+        train(images=[pictures], resume="continue")
+    assert (world.tmp / "output" / "domain_training" / "made").is_dir()
+    with pytest.raises(ValueError, match="made.safetensors.*another name"):
+        train(images=[pictures], form="full", options={"train": "low_rank", "rank": 2})
+    assert mine.read_bytes() == kept
+    # Its own file is a run's to replace, also without checkpoints.
+    train(images=[pictures], name="own", steps=1)
+    for path in (world.tmp / "output" / "domain_training" / "own" / "checkpoints").iterdir():
+        path.unlink()
+    train(images=[pictures], name="own", steps=1)
 
 
 def test_another_runs_model_is_not_replaced(train, pictures, world):
