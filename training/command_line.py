@@ -212,7 +212,9 @@ def absolute(config: TrainConfig) -> TrainConfig:
     """The configuration with absolute paths, so that a run can be continued from any folder."""
 
     def place(path: str) -> str:
-        return path if path in ("", MINI_WORLD) or path.startswith(CONNECTED_BASE) else os.path.abspath(os.path.expanduser(path))
+        if path in ("", MINI_WORLD) or path.startswith(CONNECTED_BASE):
+            return path
+        return os.path.abspath(os.path.expanduser(path))
 
     changes: dict[str, Any] = {}
     for one in dataclasses.fields(config):

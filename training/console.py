@@ -27,8 +27,8 @@ class Console:
     """A listener of a run, for one terminal; call it with each event, and `result` at the end.
 
     as_json: events and the result as JSON lines on standard output, else the finished file's path alone. quiet: only
-    warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the first
-    speaks. A terminal or a reader that has gone away ends no run.
+    warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the
+    first speaks. A terminal or a reader that has gone away ends no run.
     """
 
     def __init__(

@@ -252,9 +252,9 @@ def finished_file(config: TrainConfig) -> Path:
 
 
 def check_name(config: TrainConfig) -> None:
-    """Refuse to replace a file that another run made: a first try that failed leaves a folder, but no claim to the name.
+    """Refuse to replace a file that another run made: a first try that failed leaves a folder but no claim to a name.
 
-    A run has a claim once it has checkpoints, or when the file has the weights that it finished with. Raises FileProblem.
+    A run has a claim once it has checkpoints, or when the weights are those it finished with. Raises FileProblem.
     """
     from ...training.checkpoints import find_checkpoints
 
