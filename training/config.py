@@ -103,7 +103,8 @@ class TrainConfig:
                              choices=("sample", "mean"))
     cache: str = _option("", "data", "folder of cached latents, shared between runs; empty: in the user's cache folder",
                          path=True, free=True)
-    caching_batch: int = _option(8, "data", "images the VAE encodes at once while filling the cache", min=1, max=256,
+    caching_batch: int = _option(8, "data", "images the VAE encodes at once while filling the cache, on a GPU; on the "
+                                 "CPU always one, so that a latent depends on its image alone", min=1, max=256,
                                  free=True)
 
     # optimisation

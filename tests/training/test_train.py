@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import tarfile
 from dataclasses import replace
 
 import pytest
@@ -311,6 +313,18 @@ def test_images_in_memory_and_bad_files(run, folder):
     assert result.status == "finished" and events[0].images == 2
     with pytest.raises(DataProblem):
         run(data=str(folder / "images" / "none"), output=str(folder / "empty"))
+
+
+def test_a_shard_that_ends_early_is_reported(run, folder):
+    with tarfile.open(folder / "images" / "more.tar", "w") as shard:
+        for number in range(3):
+            shard.add(folder / "images" / f"circle-{number}.png", f"{number}.png")
+        whole = shard.offset
+    os.truncate(folder / "images" / "more.tar", whole)  # cut between two members
+    _, events = run(steps=1)
+    assert events[0].images == 15
+    assert any("1 folders or shards could not be read to their end" in event.text and "after 3 members" in event.text
+               for event in events if isinstance(event, Warned))
 
 
 def test_one_run_at_a_time(run, folder):
