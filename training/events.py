@@ -163,8 +163,8 @@ def read_log(path: str | os.PathLike) -> list[Event]:
 class LogFile:
     """Listener that appends events to a JSON-lines file, with the time.
 
-    Steps are averaged: one line every `every` steps carries their mean loss, and one before a checkpoint or the end that
-    of the steps since. A torn last line stays a line of its own.
+    Steps are averaged: one line every `every` steps carries their mean loss, and one before a checkpoint or the end
+    that of the steps since. A torn last line stays a line of its own.
     """
 
     def __init__(self, path: str | os.PathLike, every: int = 10) -> None:

@@ -20,9 +20,10 @@ from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from .base import ImageSize
 from .checkpoints import different_facts, machine_facts
 from .config import ConfigProblem, TrainConfig
-from .data import DataProblem, Sample
+from .data import BadImage, DataProblem, Sample
 from .ema import WeightAverage
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
+from .origin import check_origin
 from .optimizers import build_optimizer, rate_at, set_rate
 from .processes import OneProcess
 from .randomness import Batch, BatchPlan, Draw
@@ -87,8 +88,11 @@ class Learner:
     """Trains those parameters of `unet` that require gradients, on `dataset`, from step 0 or from a loaded state.
 
     schedule, prediction_type: the prior's noise. conditioning(sizes) -> what the UNet takes beside x and t (`context`,
-    `y`) for images of these sizes; None: nothing. prior: content hash of the prior, kept with the state. The UNet is
-    moved to the processes' device. Raises ConfigProblem for batches that cannot be split over the processes.
+    `y`) for images of these sizes; None: nothing. prior: content hash of the prior, origin: its other parts
+    (`origin_of`), both kept with the state. The UNet is moved to the processes' device. Raises ConfigProblem for
+    batches that cannot be split over the processes.
+
+    intact: False while weights, average and step do not belong together, for who wants to save after an exception.
     """
 
     def __init__(
@@ -101,6 +105,7 @@ class Learner:
         conditioning: Callable[[Sequence[ImageSize]], dict[str, Tensor]] | None = None,
         *,
         prior: str = "",
+        origin: Mapping[str, Any] | None = None,
         processes: OneProcess | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
@@ -119,7 +124,7 @@ class Learner:
             )
         self.config, self.dataset, self.schedule, self.prediction_type = config, dataset, schedule, prediction_type
         self.conditioning = conditioning or (lambda sizes: {})
-        self.prior, self.step = prior, 0
+        self.prior, self.origin, self.step, self.intact = prior, dict(origin or {}), 0, True
         self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.batch_size, config.accumulation)
         self.device = self.processes.device
         self.unet = unet.to(self.device).train()
@@ -182,11 +187,13 @@ class Learner:
             what = "the loss" if not math.isfinite(loss) else "the gradient"
             self.optimizer.zero_grad(set_to_none=True)
             raise NonFiniteLoss(what, self.step + 1, self.names(self.plan.batch_for(self.step)))
+        self.intact = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.average is not None and not skipped:
             self.average.update()
         self.step += 1
+        self.intact = True
         return Outcome(self.step, loss, norm, rate, bool(stop))
 
     def names(self, batch: Batch) -> list[str]:
@@ -206,6 +213,7 @@ class Learner:
             "step": self.step,
             "config": self.config.to_dict(),
             "prior": self.prior,
+            "origin": self.origin,
             "dataset": {"hash": self.dataset.content_hash, "images": len(self.dataset)},
             "position": {"epoch": epoch, "batch": position},
             "schedule": {"rate": rate_at(self.config, self.step)},
@@ -224,7 +232,7 @@ class Learner:
     def load(self, state: Mapping[str, Any], source: str = "checkpoint") -> list[str]:
         """Go on from a state; returns what makes the continuation other than bit-identical, as warnings.
 
-        Raises ConfigProblem when the state belongs to another configuration or prior.
+        Raises ConfigProblem when the state belongs to another configuration, prior, VAE, noise or text.
         """
         check_same_run(self.config, state, source)
         if state["prior"] != self.prior:
@@ -236,7 +244,7 @@ class Learner:
             name: tuple(one.shape) for name, one in state["weights"].items()
         }:
             raise ConfigProblem(f"{source}: expected weights of the same network, found others; start a new run.")
-        warnings = []
+        warnings = check_origin(self.origin, state.get("origin") or {}, source)
         if state["dataset"]["hash"] != self.dataset.content_hash:
             warnings.append(
                 f"the images changed since {source} was written ({state['dataset']['images']} then, "
@@ -249,6 +257,7 @@ class Learner:
                 f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can "
                 "differ from an uninterrupted run's in their last bits."
             )
+        self.intact = False
         with torch.no_grad():
             for name, one in self.parameters.items():
                 one.copy_(state["weights"][name])
@@ -261,6 +270,7 @@ class Learner:
         if self.scaler.is_enabled() and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])
+        self.intact = True
         return warnings
 
     def _losses(self, one: Pass) -> Tensor:
@@ -294,7 +304,12 @@ class Learner:
     def _load_pass(self, draws: Sequence[Draw]) -> Pass:
         config, latents, noise, timesteps, sizes = self.config, [], [], [], []
         for draw in draws:
-            sample = self.dataset.draw(draw.index, draw.generator(config.seed, "data"))
+            try:
+                sample = self.dataset.draw(draw.index, draw.generator(config.seed, "data"))
+            except BadImage as problem:  # it was good when the run began; its reason alone names no file
+                name = self.dataset.name_of(draw.index)
+                told = str(problem) if name in str(problem) else f"{name}: {problem}"
+                raise DataProblem(told) from problem
             generator = draw.generator(config.seed, "noise")
             timesteps.append(draw_timestep(generator, len(self.schedule), config.noisy_share))
             noise.append(draw_noise(generator, tuple(sample.latent.shape), config.noise_offset))

@@ -6,7 +6,7 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .atomic import clear_unfinished
+from .atomic import clear_unfinished, clear_unfinished_file
 from .base import Base, ImageSize, open_base
 from .checkpoints import (
     FOLDER,
@@ -30,6 +30,7 @@ from .estimate import estimate
 from .events import (
     Caching,
     Event,
+    Failed,
     Finished,
     Listener,
     LogFile,
@@ -47,6 +48,7 @@ from .events import (
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
 from .learner import DTYPES, Learner, NonFiniteLoss, Outcome, check_same_run
+from .origin import origin_of
 from .parts import Trainee, start_model
 from .previews import Preview, save_png
 from .processes import OneProcess, open_processes, pick_precision
@@ -89,13 +91,13 @@ def train(
 
     resume: "auto" goes on where the run's folder has a checkpoint, else starts; True: there must be one; False: there
     must be none. base: an opened prior instead of `config.base`. images: IMAGE tensors [H, W, 3] in 0..1 to train on
-    beside or instead of `config.data`. listener gets every event, in this thread; what it raises ends the run after the
-    step was saved. should_stop is asked after every step (and while images are encoded): True finishes the step, saves
-    and returns. dry_run: resolve and estimate, write nothing.
+    beside or instead of `config.data`. listener gets every event, in this thread; what it raises ends the run, like any
+    other exception, after the last finished step was saved. should_stop is asked after every step (and while images are
+    encoded): True finishes the step, saves and returns. dry_run: resolve and estimate, write nothing.
 
-    A run that was killed and goes on ends with the same bits as one that was not (fp32, CPU, same torch, threads and
-    machine; a difference is reported as a warning). In a process started by `accelerate launch` it takes part in a run
-    of several; the first process alone writes and reports.
+    A run that was killed and goes on ends with the same bits as one that was not (fp32, CPU, same torch, threads,
+    machine and cached latents; another VAE is refused, other differences are warnings). In a process started by
+    `accelerate launch` it takes part in a run of several; the first process alone writes and reports.
 
     Raises ConfigProblem for a configuration that does not fit the run, FileProblem for files, DataProblem when no image
     can be used, NonFiniteLoss.
@@ -105,7 +107,7 @@ def train(
     # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         run = _Run(config, open_processes(config.device), listener, should_stop)
-        return run.dry(base, images) if dry_run else run.train(resume, base, images)
+        return run.dry(resume, base, images) if dry_run else run.train(resume, base, images)
 
 
 class _Run:
@@ -126,13 +128,13 @@ class _Run:
 
     # ---- beginning
 
-    def dry(self, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
-        """Everything that can be known before the first image is read."""
-        self._resolve(None)
+    def dry(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
+        """Everything that can be known before the first image is read, also of the run that it would go on with."""
+        start, _ = self._begin(resume)
         base = base or open_base(self.config)
         for note in base.notes:
             self.tell(Warned(note))
-        self._announce(0, base, images)
+        self._announce(start, base, images)
         return Result("dry_run", 0, None, self.folder)
 
     def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
@@ -140,15 +142,14 @@ class _Run:
             if self.processes.is_main:
                 stack.enter_context(locked(self.folder))
                 clear_unfinished(self.folder, self.folder / FOLDER, self.folder / SAMPLES)
+                for place in self._places()[1:]:
+                    clear_unfinished_file(place)
             self.processes.wait()
-            found = self._checkpoint(resume)
+            start, found = self._begin(resume)
             state = None if found is None else found[1]
-            self._resolve(state)
-            if found is not None:
-                check_same_run(self.config, found[1], str(found[0]))
             base = base or open_base(self.config)
-            start = 0 if state is None else int(state["step"])
             self._open_reports(stack, start)
+            stack.push(self._failed)
             for note in base.notes:
                 self.tell(Warned(note))
             self._announce(start, base, images)
@@ -163,7 +164,8 @@ class _Run:
             self.trainee = trainee = self._trainee(base, state)
             self.learner = stack.enter_context(Learner(
                 self.config, trainee.unet, learning, base.schedule, base.prediction_type,
-                lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash, processes=self.processes,
+                lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash,
+                origin=origin_of(base, trainee.text), processes=self.processes,
             ))
             self.start = self.saved_step = start
             self.saved_at = time.monotonic()
@@ -172,6 +174,27 @@ class _Run:
                     self.tell(Warned(warning))
             del state, found  # what lies in the checkpoint's file has been copied out of it
             return self._loop(base, learning, held_out)
+
+    def _begin(self, resume: bool | str) -> tuple[int, tuple[Path, dict[str, Any]] | None]:
+        """The step to go on from and its checkpoint as (file, state), None to begin anew; settles the configuration."""
+        found = self._checkpoint(resume)
+        self._resolve(None if found is None else found[1])
+        if found is None:
+            return 0, None
+        check_same_run(self.config, found[1], str(found[0]))
+        return int(found[1]["step"]), found
+
+    def _failed(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """At the end of a run: when that is an error, save what was learned before it, and say so in the log."""
+        if error is None or not self.processes.is_main:
+            return
+        learner = self.learner
+        if learner is not None and learner.intact and self.processes.world == 1 and learner.step != self.saved_step:
+            with suppress(Exception):  # the error that ends the run is the one to tell
+                self._save(quietly=True)
+        with suppress(Exception):
+            text = " ".join(str(error).split()) or type(error).__name__
+            self.listeners[0](Failed(0 if learner is None else learner.step, text))  # the log
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
         """Fill in what the configuration leaves to the machine; a run that goes on keeps what it began with."""
@@ -189,10 +212,15 @@ class _Run:
                 f"{any_there[-1][0]}); resume that run, or choose another name or output."
             )
         found = latest_checkpoint(self.folder, lambda text: self.tell(Warned(text)))
+        if found is None and any_there:
+            raise ConfigProblem(
+                f"{self.folder}: expected a run to resume, found damaged checkpoints only; to start anew, move them "
+                "away or choose another name or output."
+            )
         if found is None and resume is True:
             raise ConfigProblem(
-                f"{self.folder}: expected a run to resume, found {'damaged checkpoints only' if any_there else 'none'}"
-                "; start it without resume, or name the run's folder as output."
+                f"{self.folder}: expected a run to resume, found none; start it without resume, or name the run's "
+                "folder as output."
             )
         if found is not None and int(found[1]["step"]) > self.config.steps:
             raise ConfigProblem(
@@ -242,23 +270,37 @@ class _Run:
     def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee:
         """The UNet that learns; the prior is measured for form constant only when a run begins."""
         config, begun = self.config, (state or {}).get("start") or {}
+        # Copies: the checkpoint's file must not stay open, nor be read again.
+        constants = {name: one.clone() for name, one in (begun.get("constants") or {}).items()}
         return start_model(
             base, config.form, config.train, caption=config.caption, rank=config.rank, alpha=config.low_rank_alpha,
             gradient_checkpointing=config.gradient_checkpointing, resolution=config.resolution, seed=config.seed,
-            device=self.processes.device, constants=begun.get("constants") or None,
+            device=self.processes.device, constants=constants or None,
             null_text_error=begun.get("null_text_error"),
         )
 
     def _announce(self, step: int, base: Base, images: Sequence[Tensor] | Tensor | None) -> None:
         """Say what begins and what it will need, before anything takes long."""
         if self.processes.is_main:
+            config, left = self.config, max(1, self.config.steps - step)
             count = len(find_images(self.config.data)) if self.config.data else 0
             given = [images] if isinstance(images, Tensor) else images or ()
             count += sum(len(one) if one.ndim == 4 else 1 for one in given)
             needs = estimate(
-                base, self.config, count, device=self.processes.device, processes=self.processes.world
+                base, config.with_changes(steps=left), count, device=self.processes.device,
+                processes=self.processes.world,
             )
             self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
+            if step < config.steps and config.warmup >= config.steps:
+                self.tell(Warned(
+                    f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
+                    f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
+                ))
+            if step < config.steps and base.zero_snr and config.min_snr_gamma:
+                self.tell(Warned(
+                    "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
+                    "overall brightness is learned from the levels before it; 0 weighs all levels alike."
+                ))
             too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
             if too_much and self.processes.device.type == "cpu" and step < self.config.steps:
                 # Other devices say that memory ran out; here the system would kill the process, and whatever else it
@@ -276,13 +318,14 @@ class _Run:
         report = _Reports(self, base, held_out)
         if self.anywhere(float(self.should_stop())):
             return self._stop()
-        if learner.step < config.steps and report(learner.step):
+        if report(learner.step) and learner.step < config.steps:
             return self._stop()
         while learner.step < config.steps:
             outcome = self._step()
             last = learner.step == config.steps
             if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0) or self._overdue():
                 self._save()
+            # Who wants to stop gets what is due now when the run goes on, of the last step too.
             if (outcome.stop or report(learner.step)) and not last:
                 return self._stop()
         return self._finish(base, learning)
@@ -390,19 +433,10 @@ class _Run:
         return bool(self.processes.total(torch.tensor([flag], device=self.processes.device)).item())
 
     def tell(self, event: Event) -> None:
-        """Report to all listeners, from the first process; only called between steps.
-
-        Before an exception of a listener, such as a cancel, ends the run, what was learned is saved.
-        """
-        if not self.processes.is_main:
-            return
-        try:
+        """Report to all listeners, from the first process; only called between steps."""
+        if self.processes.is_main:
             for listener in self.listeners:
                 listener(event)
-        except BaseException:
-            if self.learner is not None and self.processes.world == 1 and self.learner.step != self.saved_step:
-                self._save(quietly=True)
-            raise
 
 
 class _Reports:

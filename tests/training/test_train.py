@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import tarfile
 from dataclasses import replace
 
 import pytest
 import torch
+from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.guidance.null_text import load_unet
 from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
 from indomain_guidance.training.config import ConfigProblem
-from indomain_guidance.training.data import DataProblem
+from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
 from indomain_guidance.training.events import (
     Caching,
+    Failed,
     Finished,
     Sampled,
     Saved,
@@ -209,8 +212,20 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(run, folder):
     assert same(weights(last), expected)
     for _, path in find_checkpoints(folder / "run"):
         path.write_bytes(b"")
-    with pytest.raises(ConfigProblem, match="damaged checkpoints only"):
-        run(resume=True)
+    for resume in (True, "auto"):
+        with pytest.raises(ConfigProblem, match="damaged checkpoints only"):
+            run(resume=resume)
+
+
+def test_a_run_of_another_version_is_not_begun_anew(run, folder):
+    run(steps=2)
+    path = checkpoint_path(folder / "run", 2)
+    save_checkpoint(path, {**load_checkpoint(path), "version": 2})
+    before = path.read_bytes()
+    for dry_run in (False, True):
+        with pytest.raises(FileProblem, match="version 1, found 2"):
+            run(dry_run=dry_run)
+    assert path.read_bytes() == before
 
 
 def test_other_circumstances_warn(run, folder):
@@ -231,6 +246,55 @@ def test_another_prior_is_refused(run, tiny_run):
     other.unet["out.2.bias"] = other.unet["out.2.bias"] + 1
     with pytest.raises(ConfigProblem, match="same prior"):
         run(base=other)
+
+
+def test_other_parts_of_the_prior_are_refused(run, base, tiny_run):
+    run(steps=2)
+    vae = tiny_run.tiny_base()
+    with torch.no_grad():
+        next(vae.autoencoder.parameters()).mul_(1.05)
+    with pytest.raises(ConfigProblem, match="same VAE"):
+        run(base=vae)
+    with pytest.raises(ConfigProblem, match="found epsilon where the prior is now taken for v_prediction"):
+        run(base=replace(base, prediction_type="v_prediction"))
+
+    def encoded(change):
+        return replace(base, null_context=replace(base.null_context, tensor=change(base.null_context.tensor)))
+
+    with pytest.raises(ConfigProblem, match="same text encoder"):
+        run(base=encoded(lambda tensor: tensor * 1.05))
+    _, events = run(base=encoded(lambda tensor: tensor * (1 + 1e-6)))
+    assert any("the text is encoded by" in event.text for event in events if isinstance(event, Warned))
+
+
+@pytest.mark.parametrize("place", ["grid", "image"])
+def test_any_failure_leaves_the_last_step_and_says_what_it_was(run, folder, monkeypatch, place):
+    if place == "grid":
+        def broken(self, *args, **options):
+            raise torch.OutOfMemoryError("no memory\nfor a grid")
+
+        monkeypatch.setattr("indomain_guidance.training.previews.Preview._prior", broken)
+        with pytest.raises(torch.OutOfMemoryError):
+            run(output=str(folder / "begun"), sample_every=2)  # at step 0 nothing is lost
+        monkeypatch.setattr("indomain_guidance.training.train._due", lambda step, every, steps: every and step == 2)
+        kind, text, done = torch.OutOfMemoryError, "no memory for a grid", 2
+    else:
+        real, calls = LatentDataset.draw, []
+
+        def broken(self, index, generator):
+            calls.append(index)
+            if len(calls) > 6:  # two a step
+                raise BadImage("unreadable", "cannot be read")
+            return real(self, index, generator)
+
+        monkeypatch.setattr(LatentDataset, "draw", broken)
+        kind, text, done = DataProblem, r"circle-\d+.png: cannot be read", 3
+    with pytest.raises(kind) as caught:
+        run(sample_every=2 if place == "grid" else 0, checkpoint_every=0)
+    assert re.search(text, " ".join(str(caught.value).split()))
+    assert [step for step, _ in find_checkpoints(folder / "run")] == [done]
+    last = read_log(folder / "run" / "log.jsonl")[-1]
+    assert isinstance(last, Failed) and last.step == done and re.search(text, last.text)
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(run, folder, monkeypatch):
@@ -274,9 +338,11 @@ def test_what_lies_there_is_named_before_it_is_replaced(run, folder):
     models = folder / "models"
     models.mkdir()
     (models / "circles.safetensors").write_bytes(b"old")
+    (models / f".circles.safetensors.{'0af' * 10}12.tmp").write_bytes(b"half")
     _, events = run(steps=1, export_to=str(models))
     assert any("will be replaced" in event.text for event in events if isinstance(event, Warned))
     assert (models / "circles.safetensors").stat().st_size > 1000
+    assert [path.name for path in models.iterdir()] == ["circles.safetensors"]
 
 
 def test_reports_that_a_killed_run_did_not_come_to_are_made_up_for(run, folder):
@@ -291,6 +357,13 @@ def test_reports_that_a_killed_run_did_not_come_to_are_made_up_for(run, folder):
     assert [event.step for event in events if isinstance(event, Sampled)] == [2, 4]
     assert [event.step for event in events if isinstance(event, Validated)] == [4]
     assert grid.read_bytes() == before
+    last = folder / "run" / "samples" / "step-000004.png"
+    before = last.read_bytes()
+    last.unlink()
+    again, events = run(**changes)
+    assert [event.step for event in events if isinstance(event, Sampled)] == [4]
+    assert not [event for event in events if isinstance(event, (Step, Validated))]
+    assert last.read_bytes() == before and again.samples == last
 
 
 def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
@@ -300,6 +373,36 @@ def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
     assert kinds(events) == [Started] and events[0].config["precision"] == "fp32" and events[0].images == 12
     assert "per step" in events[0].estimate
     assert sorted(folder.rglob("*")) == before
+
+
+def test_a_dry_run_looks_at_the_run_that_it_would_go_on_with(run, folder):
+    run(steps=2)
+    before = sorted(folder.rglob("*"))
+    _, events = run(dry_run=True)
+    assert (events[0].step, events[0].steps) == (2, 4)
+    with pytest.raises(ConfigProblem, match="seed was 0 and is 1"):
+        run(dry_run=True, seed=1)
+    with pytest.raises(ConfigProblem, match="at most 1 steps, found one that has done 2"):
+        run(dry_run=True, steps=1)
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_warm_up_longer_than_the_run_is_named(run):
+    def warned(**changes):
+        return any("lower warmup" in event.text for event in run(dry_run=True, **changes)[1]
+                   if isinstance(event, Warned))
+
+    assert warned(warmup=8) and warned(warmup=4) and not warned(warmup=3)
+
+
+def test_it_trains_on_a_zero_snr_schedule(run, base):
+    zero = replace(base, schedule=NoiseSchedule.scaled_linear(zero_snr=True), prediction_type="v_prediction",
+                   zero_snr=True)
+    result, events = run(base=zero, validate_every=2)
+    assert result.status == "finished" and math.isfinite(result.loss)
+    assert all(math.isfinite(event.loss) for event in events if isinstance(event, Validated))
+    assert any("min_snr_gamma" in event.text for event in events if isinstance(event, Warned))
+    assert read_domain_file(result.path)[1].zero_snr
 
 
 def test_images_in_memory_and_bad_files(run, folder):
