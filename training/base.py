@@ -370,6 +370,18 @@ def open_checkpoint(
             f"{path.name} does not state its prediction type; measured {prediction} (its output on pure noise agrees "
             f"with the noise to {agreement:.2f}; near 1 is epsilon). Set prediction to overrule it."
         )
+    if "ztsnr" in keys and not zero_snr:
+        notes.append(
+            f"{path.name} says that it was trained to zero SNR (marker ztsnr), and prediction asks for {prediction} on "
+            "the plain schedule; v_prediction_zero_snr takes it as it says."
+        )
+    elif zero_snr and prediction == "epsilon":
+        # The last step of zero SNR shows the noise itself: there an epsilon model has nothing to predict.
+        zero_snr = False
+        notes.append(
+            f"{path.name} has the marker of zero SNR (ztsnr) but not that of v-prediction (v_pred): it is taken for an "
+            "epsilon model on the plain schedule. Set prediction to v_prediction_zero_snr if it is a v-model."
+        )
     return Base(
         path.name, weights, config, NoiseSchedule.scaled_linear(zero_snr=zero_snr),
         prediction.removesuffix("_zero_snr"), zero_snr, family.latent_format,

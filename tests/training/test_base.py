@@ -92,6 +92,8 @@ def test_the_vae_id_depends_on_weights_formats_and_scale(mini):
     ({"v_pred": torch.zeros(1)}, "auto", ("v_prediction", False)),
     ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "auto", ("v_prediction", True)),
     ({"v_pred": torch.zeros(1)}, "epsilon", ("epsilon", False)),
+    ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "v_prediction", ("v_prediction", False)),
+    ({"ztsnr": torch.zeros(1)}, "auto", ("epsilon", False)),
     ({}, "v_prediction_zero_snr", ("v_prediction", True)),
     ({}, "sample", ("sample", False)),
 ])
@@ -100,6 +102,7 @@ def test_prediction_type_comes_from_markers_or_the_user(markers, prediction, exp
     base = bases.open_checkpoint(path, prediction=prediction)
     assert (base.prediction_type, base.zero_snr) == expected
     assert torch.equal(base.schedule.sigmas, NoiseSchedule.scaled_linear(zero_snr=expected[1]).sigmas)
+    assert any("ztsnr" in note for note in base.notes) == ("ztsnr" in markers and not expected[1])
 
 
 def test_measures_the_prediction_type_of_silent_2x_files(mini, tiny_checkpoint, monkeypatch):
