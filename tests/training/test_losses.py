@@ -21,10 +21,13 @@ KINDS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = {"plain": NoiseSchedule.scaled_linear(), "zero_snr": NoiseSchedule.scaled_linear(zero_snr=True)}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_perfect_network_denoises_exactly(kind):
+@pytest.mark.parametrize("name, kind", [
+    *(("plain", kind) for kind in KINDS),
+    *(("zero_snr", kind) for kind in KINDS if kind != "epsilon"),  # whose last step holds no trace of the image
+])
+def test_a_perfect_network_denoises_exactly(name, kind):
     """Noised and targeted here, undone by the sampler's `denoised_from_output` on the sigma scale."""
-    schedule, generator = SCHEDULES["plain"], torch.Generator().manual_seed(0)
+    schedule, generator = SCHEDULES[name], torch.Generator().manual_seed(0)
     x0, noise = torch.randn(2, 6, 4, 8, 8, generator=generator)
     timesteps = torch.tensor([0, 10, 300, 600, 900, 999])
     abar = abar_at(schedule, timesteps)
