@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -113,7 +114,7 @@ class Latents:
 
     tensors: Sequence[Tensor]
     groups: Mapping[tuple[int, int], Sequence[int]]
-    content_hash: str = "random"
+    content_hash: str
 
     @classmethod
     def of(cls, sides: Sequence[tuple[int, int]], each: int, seed: int) -> Latents:
@@ -121,7 +122,8 @@ class Latents:
         for side in sides:
             groups[side] = range(len(tensors), len(tensors) + each)
             tensors += [torch.randn(4, *side, generator=generator) for _ in range(each)]
-        return cls(tensors, groups)
+        digest = hashlib.sha256(b"".join(one.numpy().tobytes() for one in tensors))
+        return cls(tensors, groups, digest.hexdigest())
 
     def __len__(self) -> int:
         return len(self.tensors)
