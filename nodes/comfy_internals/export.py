@@ -185,17 +185,20 @@ def output_path(filename: str) -> Path:
         raise FileProblem(
             f"Text-Free UNet: expected a file name inside {folder}, found '{filename}'; use a plain name."
         )
-    if path.exists():
-        try:
-            steps = int(read_metadata(path).get("steps", "-1"))
-        except ValueError:
-            steps = -1
-        if steps != 0:
-            raise FileProblem(
-                f"{path}: expected no file or an untrained text-free UNet under this name, found a trained or foreign "
-                "model; choose another file name or move the file away."
-            )
+    if path.exists() and not is_untrained(path):
+        raise FileProblem(
+            f"{path}: expected no file or an untrained text-free UNet under this name, found a trained or foreign "
+            "model; choose another file name or move the file away."
+        )
     return path
+
+
+def is_untrained(path: Path) -> bool:
+    """Whether a file says that it is a domain model of 0 training steps: made in a moment, and so replaceable."""
+    try:
+        return int(read_metadata(path).get("steps", "-1")) == 0
+    except ValueError:
+        return False
 
 
 def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_side_px: int):

@@ -28,7 +28,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...guidance.files import FileProblem, read_keys, read_metadata
+from ...guidance.files import FileProblem, read_keys
 from ...guidance.null_text import POOLED_TEXT_ADM
 from .export import (
     encode_empty_prompt,
@@ -36,6 +36,7 @@ from .export import (
     exported_latent_format,
     exported_prediction,
     exported_state_dict,
+    is_untrained,
 )
 from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
 
@@ -263,11 +264,7 @@ def check_name(config: TrainConfig) -> None:
         return
     if own.is_file() and own.stat().st_size == path.stat().st_size and _weights_digest(own) == _weights_digest(path):
         return
-    try:
-        steps = int(read_metadata(path).get("steps", "-1"))
-    except ValueError:
-        steps = -1
-    if steps != 0:
+    if not is_untrained(path):
         raise FileProblem(
             f"{path}: expected no file under this name, found one that this run did not make; choose another name "
             "or move the file away."
