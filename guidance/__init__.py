@@ -36,6 +36,13 @@ _MODULE_OF_NAME = {
             "load_unet",
             "unconditional_error",
         ),
+        "distillation.critic": ("Critic",),
+        "distillation.sds": ("SDS",),
+        "distillation.directional": ("Directional",),
+        "distillation.reconstruction": ("Reconstruction",),
+        "distillation.perceptual": ("FeatureDistance", "Perceptual", "lpips_distance"),
+        "distillation.timesteps": ("Timesteps",),
+        "distillation.objective": ("Draws", "NotFinite", "Objective", "Report"),
         "networks.unet": ("UNet", "UNetConfig", "unet_config_from_state_dict"),
         "networks.text_encoder": (
             "TextEncoder",
@@ -45,6 +52,14 @@ _MODULE_OF_NAME = {
             "text_encoder_from_openclip",
         ),
         "networks.autoencoder": ("Autoencoder", "AutoencoderConfig", "autoencoder_config_from_state_dict"),
+        "networks.stylegan2": (
+            "Generator",
+            "GeneratorConfig",
+            "generator_config_from_state_dict",
+            "random_generator",
+            "standard_channels",
+        ),
+        "networks.blending": ("blend_generators", "resolution_split"),
         "files": (
             "DomainMetadata",
             "FileProblem",

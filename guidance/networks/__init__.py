@@ -1,1 +1,1 @@
-"""Networks of the Stable Diffusion family under their LDM (CompVis) parameter names."""
+"""Networks of the Stable Diffusion family under their LDM (CompVis) names, and StyleGAN2 under NVIDIA's."""

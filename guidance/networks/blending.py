@@ -1,0 +1,119 @@
+"""Blending two generators by their weights: the dial from a source to its adapted generator.
+
+Interpolation of weights as in "Deep Network Interpolation" (arXiv 1811.10515), eq. 1, and per resolution as in
+"Resolution Dependent GAN Interpolation" (arXiv 2010.05334), which works between generators of common descent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from .stylegan2 import Generator, GeneratorConfig
+
+MAPPING = "mapping"
+CONSTANT = "b4.const"
+
+
+def blend_parts(generator: Generator) -> tuple[str, ...]:
+    """The parts that take an amount of their own: "mapping", "b4.const", the style layers, the residual shortcuts."""
+    blocks = generator.synthesis.named_children()
+    skips = tuple(f"{name}.skip" for name, block in blocks if "skip" in dict(block.named_children()))
+    return (MAPPING, CONSTANT, *generator.style_layers, *skips)
+
+
+def resolution_split(
+    generator: Generator, resolution: int, below: float = 0.0, above: float = 1.0, *, mapping: float | None = None
+) -> dict[str, float]:
+    """Amounts for `blend_generators` that change with resolution, eq. 2 of arXiv 2010.05334.
+
+    Parts up to `resolution` pixels (inclusive) get `below`, the others `above`; the mapping network gets `mapping`
+    (None: `below`). 4 pixels is the coarsest block (pose, shape), the generator's own resolution the finest (colour).
+    """
+    if resolution not in generator.config.block_resolutions:
+        raise ValueError(
+            f"Blending: the split must be one of the resolutions {list(generator.config.block_resolutions)}, got "
+            f"{resolution}."
+        )
+    amounts = {}
+    for part in blend_parts(generator):
+        if part == MAPPING:
+            amounts[part] = below if mapping is None else mapping
+        else:
+            amounts[part] = below if int(part.split(".")[0][1:]) <= resolution else above
+    return amounts
+
+
+@torch.no_grad()
+def blend_generators(
+    a: Generator, b: Generator, amount: float | Mapping[str, float], layers: Iterable[str] | None = None
+) -> Generator:
+    """A new generator with weights a + amount * (b - a), eq. 1 of arXiv 1811.10515; 0 is a and 1 is b, bit for bit.
+
+    `amount`: one number (outside 0..1 extrapolates), or one per part of `blend_parts` (`resolution_split` makes such;
+    parts left out stay a's). `layers`: with one number, only these parts change; None: all. Constant noise keeps the
+    spread it has in a and b, which a plain mean of different noises would lose. a and b stay as they are; the result
+    is on a's device in a's dtype, in evaluation mode, and needs no gradients.
+    Raises ValueError for generators of different architecture, unknown parts and amounts that are not finite.
+    """
+    _check_same_architecture(a.config, b.config)
+    parts = blend_parts(a)
+    if isinstance(amount, Mapping):
+        if layers is not None:
+            raise ValueError("Blending: give either an amount per part or one amount and the layers it is for.")
+        amounts = dict(amount)
+    else:
+        amounts = dict.fromkeys(parts if layers is None else layers, amount)
+    unknown = sorted(set(amounts) - set(parts))
+    if unknown:
+        raise ValueError(f"Blending: this generator has no part {', '.join(unknown)}; its parts are {', '.join(parts)}.")
+    for part, value in amounts.items():
+        if not math.isfinite(value):
+            raise ValueError(f"Blending: the amount of {part} must be finite, got {value}.")
+
+    others = b.state_dict()
+    blended = {}
+    for key, own in a.state_dict().items():
+        other = others[key].to(own.device)
+        blended[key] = _blend(key, own, other, float(amounts.get(_part_of(key), 0.0)))
+    with torch.device("meta"):
+        result = Generator(replace(a.config, conv_clamp=_wider(a.config.conv_clamp, b.config.conv_clamp)))
+    result.load_state_dict(blended, assign=True)
+    return result.eval().requires_grad_(False)
+
+
+def _part_of(key: str) -> str:
+    root, _, rest = key.partition(".")
+    return MAPPING if root == "mapping" else ".".join(rest.split(".")[:2])
+
+
+def _blend(key: str, own: Tensor, other: Tensor, amount: float) -> Tensor:
+    if amount == 0:
+        return own.detach().clone()
+    if amount == 1:
+        return other.to(own.dtype).clone()
+    wide = torch.promote_types(torch.promote_types(own.dtype, other.dtype), torch.float32)
+    own_wide, other_wide = own.to(wide), other.to(wide)
+    mixed = torch.lerp(own_wide, other_wide, amount)
+    if key.endswith(".noise_const"):
+        spread = torch.lerp(own_wide.square().mean().sqrt(), other_wide.square().mean().sqrt(), amount).abs()
+        mixed = mixed * (spread / mixed.square().mean().sqrt().clamp_min(1e-12))
+    return mixed.to(own.dtype)
+
+
+def _check_same_architecture(a: GeneratorConfig, b: GeneratorConfig) -> None:
+    for field in fields(GeneratorConfig):
+        mine, others = getattr(a, field.name), getattr(b, field.name)
+        if mine != others and field.name != "conv_clamp":
+            raise ValueError(
+                f"Blending: both generators must have one architecture, but {field.name} is {mine} and {others}; "
+                "blend a generator with one adapted from it."
+            )
+
+
+def _wider(a: float | None, b: float | None) -> float | None:
+    return None if a is None or b is None else max(a, b)
