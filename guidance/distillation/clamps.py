@@ -1,0 +1,50 @@
+"""Limits on distillation gradients, with the share of values that met them."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..schedules import GuidanceError
+
+__all__ = ["clamp_latent_gradient", "clamp_image_gradient", "quantile"]
+
+
+def clamp_latent_gradient(gradient: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
+    """StyleGAN-Fusion's clamp of each gradient on z to +-limit, after its weight (arXiv 2212.04473, released code).
+
+    limit: 1 as released; None is neutral. Returns the gradient and the share of values that were changed, 0 to 1.
+    """
+    if limit is None:
+        return gradient, gradient.new_zeros(())
+    if not limit > 0:
+        raise GuidanceError(f"Expected the limit of the latent gradient to be above 0, or none, got {limit}.")
+    return gradient.clamp(-limit, limit), (gradient.abs() > limit).to(gradient.dtype).mean()
+
+
+def quantile(values: Tensor, q: float) -> Tensor:
+    """The q-quantile of each row of values [B, N], linear between order statistics, for rows of any length."""
+    count = values.shape[1]
+    position = q * (count - 1)
+    low = math.floor(position)
+    below = values.kthvalue(low + 1, dim=1).values
+    if low + 1 >= count or position == low:
+        return below
+    return torch.lerp(below, values.kthvalue(low + 2, dim=1).values, position - low)
+
+
+def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Tensor]:
+    """StyleGAN-Fusion's clamp of the image gradient [B, 3, H, W] at the q-quantile of its absolute values, per sample.
+
+    q: 0.95 as released; None (or 1) is neutral. Returns the gradient and the share of values that were changed.
+    """
+    if q is None or q == 1:
+        return gradient, gradient.new_zeros(())
+    if not 0 < q < 1:
+        raise GuidanceError(f"Expected the quantile of the image gradient above 0 and at most 1, or none, got {q}.")
+    size = gradient.flatten(1).abs()
+    limit = quantile(size, q)
+    wide = limit.reshape(-1, *[1] * (gradient.ndim - 1))
+    return gradient.clamp(-wide, wide), (size > limit[:, None]).to(gradient.dtype).mean()

@@ -1,0 +1,378 @@
+"""A guidance as the critic of score distillation: noise predictions on the variance-preserving scale at timestep t.
+
+Distillation is written in eps, z_t = sqrt(abar) z + sqrt(1 - abar) noise, guidance in denoised latents D(x; sigma) at
+x = z_t / sqrt(abar). Every opinion is translated by e = (x - D) / sigma, so models of any prediction type, and any
+combination of them (`combination`), can be the critic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..combination import Guidance, Step, _is_batched, _same_value
+from ..diffusion import NoiseSchedule
+from ..presets import cfg
+from ..schedules import GuidanceError, PercentToSigma
+from ..terms import Source
+
+__all__ = ["OPINIONS", "Ask", "Critic", "Prediction"]
+
+OPINIONS = ("e", "e_u", "e_c", "e_negative", "e_source", "e_source_c")
+"""What a critic can be asked for: the fields of a `Prediction`."""
+
+_OF_GUIDANCE = frozenset({"e", "e_u", "e_c"})
+_OF_SOURCE = frozenset({"e_source", "e_source_c"})
+
+
+@dataclass(frozen=True)
+class Ask:
+    """One question to a critic: `needs`, a set of OPINIONS, on z_t [B, C, h, w] at timesteps t [B], whole numbers."""
+
+    z_t: Tensor
+    t: Tensor
+    needs: frozenset[str] = _OF_GUIDANCE
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Noise predictions [B, C, h, w] in float32; those that were not asked for are None.
+
+    e: the guided prediction. e_u: the base's. e_c: that of the effective condition, e = e_u + scale (e_c - e_u), with
+    `scale` [B, 1, 1, 1] the sum of the terms' weights. e_negative: on the critic's negative. e_source, e_source_c:
+    guided and effective-condition predictions of the guidance that describes the source.
+    """
+
+    e: Tensor | None = None
+    e_u: Tensor | None = None
+    e_c: Tensor | None = None
+    scale: Tensor | None = None
+    e_negative: Tensor | None = None
+    e_source: Tensor | None = None
+    e_source_c: Tensor | None = None
+
+
+@dataclass
+class _Job:
+    """One source on some rows of one question."""
+
+    ask: int
+    source: Source
+    rows: list[int]
+    x: Tensor
+    sigma: Tensor
+    arguments: dict[str, Any]
+
+
+class Critic:
+    """Noise predictions e(z_t, t) of a guidance (arXiv 2312.08195), without gradients through any model.
+
+    guidance: what the generator is led towards; its models are callables `model(x, sigma [B], **cond) -> x0` and its
+    conditionings dicts of their arguments, as for `MultiGuidance`. schedule: which noise level a timestep is. negative:
+    the Source of e_negative (NFSD, CSD). source: a Guidance that describes what the generator makes now (DDS,
+    SDS-Bridge). percent_to_sigma: the schedule's own unless given. max_batch: the most latents in one model call.
+
+    All questions of a step are asked together (`predict_many`): each (model, conditioning, latents) is evaluated once,
+    and all that fit together of one model run in one call. A model whose conditionings are not plain tensors may bring
+    its own `denoise_many(jobs) -> list of x0`, jobs being (x, sigma, arguments) triples. `calls` and `samples` count
+    model calls and the latents in them.
+    """
+
+    def __init__(
+        self,
+        guidance: Guidance,
+        schedule: NoiseSchedule,
+        *,
+        negative: Source | None = None,
+        source: Guidance | None = None,
+        percent_to_sigma: PercentToSigma | None = None,
+        max_batch: int | None = None,
+    ) -> None:
+        if not isinstance(guidance, Guidance):
+            raise GuidanceError(f"Expected a critic to have a Guidance, got {type(guidance).__name__}.")
+        if not isinstance(schedule, NoiseSchedule):
+            raise GuidanceError(f"Expected a critic to have a NoiseSchedule, got {type(schedule).__name__}.")
+        if max_batch is not None and max_batch < 1:
+            raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
+        sources = [*guidance.sources, *(source.sources if source else ()), *([negative] if negative else [])]
+        for one in sources:
+            if not callable(one.model):
+                raise GuidanceError(f"Expected a critic's models to be callables, got {type(one.model).__name__}.")
+            if one.cond is not None and not isinstance(one.cond, Mapping):
+                raise GuidanceError(
+                    f"Expected a critic's conditionings to be dicts or None, got {type(one.cond).__name__}."
+                )
+        self.guidance = guidance
+        self.schedule = schedule
+        self.negative = negative
+        self.source = source
+        self.percent_to_sigma = percent_to_sigma or schedule.percent_to_sigma
+        self.max_batch = max_batch
+        self.calls = 0
+        self.samples = 0
+
+    @classmethod
+    def cfg(
+        cls,
+        denoiser: Any,
+        uncond: Mapping[str, Any] | None,
+        cond: Mapping[str, Any] | None,
+        scale: float = 7.5,
+        *,
+        schedule: NoiseSchedule | None = None,
+        negative: Mapping[str, Any] | None = None,
+        source: Mapping[str, Any] | None = None,
+        max_batch: int | None = None,
+    ) -> Critic:
+        """The critic of plain classifier-free guidance, e_u + s (e_c - e_u) (arXiv 2207.12598).
+
+        denoiser: a `Denoiser`, or a callable `denoise(x, sigma, **cond) -> x0` with its `schedule`. scale: SGF's 100
+        for SDS, 1 to 30 for the newer methods. negative, source: conditionings for those methods that use them.
+        """
+        schedule = schedule if schedule is not None else getattr(denoiser, "schedule", None)
+        return cls(
+            cfg(denoiser, uncond, cond, scale),
+            schedule,
+            negative=None if negative is None else Source(denoiser, negative),
+            source=None if source is None else cfg(denoiser, uncond, source, scale),
+            max_batch=max_batch,
+        )
+
+    def alphas_cumprod(self, t: Tensor, like: Tensor) -> Tensor:
+        """abar at timesteps t [B], as float32 [B, 1, ...] that broadcasts against `like`."""
+        return self.schedule.alphas_cumprod[self._whole(t)].to(like.device).reshape(-1, *[1] * (like.ndim - 1))
+
+    def noisy(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """z_t = sqrt(abar) z + sqrt(1 - abar) noise (arXiv 2006.11239, eq. 4)."""
+        abar = self.alphas_cumprod(t, z)
+        return abar.sqrt() * z + (1 - abar).sqrt() * noise
+
+    def predict(self, z_t: Tensor, t: Tensor, needs: Iterable[str] = ("e", "e_u", "e_c")) -> Prediction:
+        """The opinions named in `needs` on z_t [B, C, h, w] at timesteps t [B], in one call per model where possible."""
+        return self.predict_many([Ask(z_t, t, frozenset(needs))])[0]
+
+    @torch.no_grad()
+    def predict_many(self, asks: Sequence[Ask]) -> list[Prediction]:
+        """Answer several questions at once; latents of one shape per model. Returns one Prediction per question.
+
+        Raises GuidanceError for an unknown opinion, a negative or source that the critic lacks, timesteps outside the
+        schedule, and models that return another shape.
+        """
+        plans = [self._plan(ask) for ask in asks]
+        jobs = [job for index, plan in enumerate(plans) for job in plan.jobs(index)]
+        outputs: list[dict[Source, Tensor]] = [{} for _ in plans]
+        for job, output in self._run(jobs):
+            plan = plans[job.ask]
+            output = output.to(plan.x.dtype)
+            if len(job.rows) < len(plan.x):
+                whole = torch.zeros_like(plan.x)
+                whole[torch.tensor(job.rows, device=whole.device)] = output
+                output = whole
+            outputs[job.ask][job.source] = output
+        return [plan.answer(predictions) for plan, predictions in zip(plans, outputs)]
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _whole(self, t: Tensor) -> Tensor:
+        steps = t.detach().cpu().long().reshape(-1)
+        if len(steps) and not 0 <= int(steps.min()) <= int(steps.max()) < len(self.schedule):
+            raise GuidanceError(
+                f"Expected timesteps from 0 to {len(self.schedule) - 1}, got {int(steps.min())} to {int(steps.max())}."
+            )
+        return steps
+
+    def _plan(self, ask: Ask) -> _Plan:
+        unknown = sorted(ask.needs - set(OPINIONS))
+        if unknown:
+            raise GuidanceError(f"Expected opinions among {', '.join(OPINIONS)}, got {unknown[0]!r}.")
+        if "e_negative" in ask.needs and self.negative is None:
+            raise GuidanceError("Expected a negative prompt for this method, got a critic without one; give one.")
+        if ask.needs & _OF_SOURCE and self.source is None:
+            raise GuidanceError(
+                "Expected a prompt that describes the source for this method, got a critic without one; give one."
+            )
+        steps = self._whole(ask.t)
+        if len(steps) != len(ask.z_t):
+            raise GuidanceError(f"Expected one timestep for each of {len(ask.z_t)} latents, got {len(steps)}.")
+        levels = self.schedule.sigmas[steps].tolist()
+        abar = self.alphas_cumprod(steps, ask.z_t)
+        # In float32 whatever the models' precision: e is a difference of two nearly equal numbers over sigma.
+        x = ask.z_t.to(torch.promote_types(ask.z_t.dtype, torch.float32)) / abar.sqrt()
+        return _Plan(self, ask, x, levels)
+
+    def _run(self, jobs: Sequence[_Job]) -> Iterable[tuple[_Job, Tensor]]:
+        by_model: dict[int, list[_Job]] = {}
+        for job in jobs:
+            by_model.setdefault(id(job.source.model), []).append(job)
+        for own in by_model.values():
+            model = own[0].source.model
+            many = getattr(model, "denoise_many", None)
+            for call in [own] if callable(many) else self._calls(own):
+                self.calls += 1
+                self.samples += sum(len(job.rows) for job in call)
+                if callable(many):
+                    outputs = list(many([(job.x, job.sigma, job.arguments) for job in call]))
+                else:
+                    outputs = self._call(model, call)
+                for job, output in zip(call, outputs):
+                    if not isinstance(output, Tensor) or output.shape != job.x.shape:
+                        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                        raise GuidanceError(
+                            f"Expected a critic's model to return the shape it was given, {list(job.x.shape)}, "
+                            f"got {found}."
+                        )
+                    yield job, output
+
+    def _calls(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
+        calls: list[list[_Job]] = []
+        for job in jobs:
+            for call in calls:
+                rows = len(job.rows) + sum(len(other.rows) for other in call)
+                if (self.max_batch is None or rows <= self.max_batch) and _fits(call[0], job):
+                    call.append(job)
+                    break
+            else:
+                calls.append([job])
+        return calls
+
+    @staticmethod
+    def _call(model: Any, jobs: Sequence[_Job]) -> Sequence[Tensor]:
+        first = jobs[0]
+        if len(jobs) == 1:
+            return [model(first.x, first.sigma, **first.arguments)]
+        arguments = {
+            key: torch.cat([job.arguments[key] for job in jobs]) if _is_batched(value) else value
+            for key, value in first.arguments.items()
+        }
+        rows = [len(job.rows) for job in jobs]
+        joined = model(torch.cat([job.x for job in jobs]), torch.cat([job.sigma for job in jobs]), **arguments)
+        if not isinstance(joined, Tensor) or len(joined) != sum(rows):
+            found = list(joined.shape) if isinstance(joined, Tensor) else type(joined).__name__
+            raise GuidanceError(f"Expected a critic's model to return {sum(rows)} latents, got {found}.")
+        return joined.split(rows)
+
+
+def _fits(left: _Job, right: _Job) -> bool:
+    """Whether two jobs can share a model call: same latent shape, same arguments, tensors joined along the batch."""
+    if left.x.shape[1:] != right.x.shape[1:] or left.arguments.keys() != right.arguments.keys():
+        return False
+    for key, a in left.arguments.items():
+        b = right.arguments[key]
+        if _is_batched(a) and _is_batched(b):
+            if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
+                return False
+        elif _is_batched(a) or _is_batched(b) or not _same_value(a, b):
+            return False
+    return True
+
+
+class _Plan:
+    """What one question needs at its noise levels, and how the answers combine."""
+
+    def __init__(self, critic: Critic, ask: Ask, x: Tensor, levels: list[float]) -> None:
+        self.critic, self.needs, self.x, self.levels = critic, ask.needs, x, levels
+        self.sigma = torch.tensor(levels, dtype=torch.float32, device=x.device)
+        self.of_guidance = self._steps(critic.guidance, _OF_GUIDANCE, {"e_u", "e_c"})
+        self.of_source = self._steps(critic.source, _OF_SOURCE, {"e_source_c"})
+
+    def _steps(self, guidance: Guidance | None, own: frozenset[str], of_base: set[str]) -> dict[float, Step]:
+        if guidance is None or not self.needs & own:
+            return {}
+        keep_base = bool(self.needs & of_base)
+        to_sigma = self.critic.percent_to_sigma
+        return {level: guidance.at(level, to_sigma, keep_base) for level in dict.fromkeys(self.levels)}
+
+    def jobs(self, index: int) -> list[_Job]:
+        rows: dict[Source, list[int]] = {}
+        for row, level in enumerate(self.levels):
+            needed: dict[Source, None] = {}
+            if self.of_guidance:
+                # e_u alone needs no term.
+                terms = self.needs & {"e", "e_c"}
+                needed |= dict.fromkeys(self.of_guidance[level].needed if terms else [self.critic.guidance.base])
+            if self.of_source:
+                needed |= dict.fromkeys(self.of_source[level].needed)
+            if "e_negative" in self.needs:
+                needed[self.critic.negative] = None
+            for source in needed:
+                rows.setdefault(source, []).append(row)
+        return [self._job(index, source, chosen) for source, chosen in rows.items()]
+
+    def _job(self, index: int, source: Source, rows: list[int]) -> _Job:
+        batch = len(self.x)
+        whole = len(rows) == batch
+        chosen = None if whole else torch.tensor(rows, device=self.x.device)
+        x, sigma = (self.x, self.sigma) if whole else (self.x[chosen], self.sigma[chosen])
+        arguments = dict(source.cond or {})
+        for key, value in arguments.items():
+            if not _is_batched(value):
+                continue
+            if value.shape[0] == 1:
+                arguments[key] = value.expand(len(rows), *value.shape[1:])
+            elif value.shape[0] != batch:
+                raise GuidanceError(
+                    f"Expected the tensor {key!r} of a conditioning to have a first dimension of 1 or {batch}, one "
+                    f"per latent, got shape {list(value.shape)}."
+                )
+            elif not whole:
+                arguments[key] = value[chosen.to(value.device)]
+        return _Job(index, source, rows, x, sigma, arguments)
+
+    def answer(self, predictions: Mapping[Source, Tensor]) -> Prediction:
+        critic, needs = self.critic, self.needs
+        found: dict[str, Tensor] = {}
+        if "e" in needs:
+            found["e"] = self._noise(self._combined(self.of_guidance, predictions))
+        if "e_u" in needs:
+            found["e_u"] = self._noise(predictions[critic.guidance.base])
+        if "e_c" in needs:
+            condition, found["scale"] = self._effective(self.of_guidance, predictions)
+            found["e_c"] = self._noise(condition)
+        if "e_negative" in needs:
+            found["e_negative"] = self._noise(predictions[critic.negative])
+        if "e_source" in needs:
+            found["e_source"] = self._noise(self._combined(self.of_source, predictions))
+        if "e_source_c" in needs:
+            found["e_source_c"] = self._noise(self._effective(self.of_source, predictions)[0])
+        return Prediction(**found)
+
+    def _noise(self, denoised: Tensor) -> Tensor:
+        return (self.x - denoised) / self._wide(self.sigma)
+
+    def _wide(self, values: Tensor) -> Tensor:
+        return values.reshape(-1, *[1] * (self.x.ndim - 1))
+
+    def _groups(self, steps: Mapping[float, Step]) -> list[tuple[Step, list[int]]]:
+        """Rows whose guidance is the same, with it."""
+        groups: dict[tuple, tuple[Step, list[int]]] = {}
+        for row, level in enumerate(self.levels):
+            step = steps[level]
+            groups.setdefault(tuple(step.weights.values()), (step, []))[1].append(row)
+        return list(groups.values())
+
+    def _combined(self, steps: Mapping[float, Step], predictions: Mapping[Source, Tensor]) -> Tensor:
+        result = torch.empty_like(self.x)
+        for step, rows in self._groups(steps):
+            own, index = self._of_rows(step, rows, predictions)
+            result[index] = step.combine(own)
+        return result
+
+    def _effective(self, steps: Mapping[float, Step], predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor]:
+        result, scales = torch.empty_like(self.x), torch.empty_like(self.sigma)
+        for step, rows in self._groups(steps):
+            own, index = self._of_rows(step, rows, predictions)
+            result[index], _, scale = step.effective(own)
+            scales[index] = scale
+        return result, self._wide(scales)
+
+    def _of_rows(
+        self, step: Step, rows: list[int], predictions: Mapping[Source, Tensor]
+    ) -> tuple[dict[Source, Tensor], Tensor]:
+        index = torch.tensor(rows, device=self.x.device)
+        if len(rows) == len(self.x):
+            return {source: predictions[source] for source in step.needed}, index
+        return {source: predictions[source][index] for source in step.needed}, index

@@ -1,0 +1,94 @@
+"""The perceptual regularizer: adapted and frozen image should look alike to a feature network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import torch
+from torch import Tensor
+
+from ..schedules import GuidanceError
+
+__all__ = ["FeatureDistance", "Perceptual", "lpips_distance"]
+
+Features = Callable[[Tensor], Union[Tensor, Sequence[Tensor]]]
+
+_SCALE = 2000.0  # of the released StyleGAN-Fusion: brings LPIPS to the size of its latent gradients
+
+
+@dataclass
+class Perceptual:
+    """StyleGAN-Fusion's perceptual regularizer (arXiv 2212.04473): 2000 lambda distance(frozen, image), batch mean.
+
+    distance: `distance(images, frozen) -> [B]` on images [B, 3, H, W], -1 to 1: a `FeatureDistance` of any network, or
+    `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off. scale: the published 2000.
+    """
+
+    distance: Callable[[Tensor, Tensor], Tensor]
+    weight: float = 1.0
+    scale: float = _SCALE
+
+    name = "perceptual"
+
+    def loss(self, images: Tensor, frozen: Tensor) -> Tensor:
+        """The weighted distance, a scalar with a graph to `images`."""
+        return self.distance(images, frozen.detach()).float().mean() * self.scale * self.weight
+
+
+class FeatureDistance:
+    """The distance of LPIPS (arXiv 1801.03924, eq. 1) in any network's features, channels weighted evenly.
+
+    features: `features(images [B, 3, H, W]) -> map or maps [B, C, h, w]` (or vectors [B, C]). Each position's channels
+    are brought to unit length; squared differences are summed over channels, averaged over positions and summed over
+    maps. Gives [B]. channel_weights: one non-negative [C] per map, LPIPS' learned ones, in place of even ones.
+    """
+
+    def __init__(self, features: Features, channel_weights: Sequence[Tensor] | None = None) -> None:
+        self.features = features
+        self.channel_weights = channel_weights
+
+    def __call__(self, images: Tensor, frozen: Tensor) -> Tensor:
+        with torch.no_grad():
+            references = self._maps(frozen)
+        total = images.new_zeros(len(images), dtype=torch.float32)
+        for index, (own, reference) in enumerate(zip(self._maps(images), references)):
+            difference = (_unit(own) - _unit(reference)).square()
+            if self.channel_weights is not None:
+                weights = self.channel_weights[index].to(difference)
+                difference = difference * weights.reshape(1, -1, *[1] * (difference.ndim - 2))
+            total = total + difference.sum(1).flatten(1).mean(1) if difference.ndim > 2 else total + difference.sum(1)
+        return total
+
+    def _maps(self, images: Tensor) -> list[Tensor]:
+        found = self.features(images)
+        maps = [found] if isinstance(found, Tensor) else list(found)
+        for one in maps:
+            if not isinstance(one, Tensor) or one.ndim < 2 or len(one) != len(images):
+                found = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
+                raise GuidanceError(
+                    f"Expected a feature network to give maps [B, C, ...] of {len(images)} images, got {found}."
+                )
+        return [one.float() for one in maps]
+
+
+def _unit(features: Tensor) -> Tensor:
+    # The square root has no derivative at 0: a position without any activation keeps the small constant.
+    return features / (features.square().sum(1, keepdim=True) + 1e-20).sqrt()
+
+
+def lpips_distance(net: str = "vgg", device: str | torch.device = "cpu") -> Callable[[Tensor, Tensor], Tensor]:
+    """The learned perceptual distance (arXiv 1801.03924) of the optional package `lpips`; its weights are downloaded.
+
+    net: "vgg" as in StyleGAN-Fusion, "alex" or "squeeze". Raises GuidanceError where the package is missing.
+    """
+    try:
+        import lpips
+    except ImportError:
+        raise GuidanceError(
+            "Expected the optional package lpips for the LPIPS distance, found none; install it with "
+            "`pip install lpips`, or use another feature network."
+        ) from None
+    model = lpips.LPIPS(net=net, verbose=False).to(device).eval().requires_grad_(False)
+    return lambda images, frozen: model(images, frozen).reshape(len(images))
