@@ -1,0 +1,242 @@
+"""Settings: flat, validated, frozen dataclasses whose fields say everything about themselves.
+
+Command line, node tooltips and documentation are generated from the metadata of the fields (`option`): `help`, `group`,
+`choices`, `min`, `max` (both inclusive), `path` (a local path, left out of published files) and `free` (may differ when
+a run is resumed, because it does not change the numbers that are trained).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from ..guidance.files import FileProblem
+from .atomic import write_text
+
+# Characters that some file system refuses in a name; the name becomes NAME.safetensors.
+FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in range(32)}
+# Names of devices, with any ending, on Windows.
+RESERVED_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789\u00b9\u00b2\u00b3"
+}
+# File systems take 255; the finished file's ending and temporary names of it need some.
+LONGEST_NAME = 200
+
+
+class ConfigProblem(ValueError):
+    """A configuration that cannot be trained, in one sentence that names the field."""
+
+
+def option(default: Any, group: str, help: str, **more: Any) -> Any:
+    """A field of a configuration with its metadata; default MISSING: it must be given."""
+    metadata = {"help": help, "group": group, "free": False, "path": False, **more}
+    if default is dataclasses.MISSING:
+        return field(metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+Own = TypeVar("Own", bound="Settings")
+
+
+class Settings:
+    """What the configurations of all kinds of run have in common; each is a frozen dataclass of `option` fields.
+
+    They have at least name, output, export_to and steps. Raises ConfigProblem (a ValueError) for a field out of its
+    range.
+    """
+
+    command: ClassVar[str] = "indomain"  # whose --help lists the fields
+    # Fields without a default: what is expected in them, and what that is to the run.
+    required: ClassVar[Mapping[str, tuple[str, str]]] = {}
+
+    def __post_init__(self) -> None:
+        for one in dataclasses.fields(self):
+            object.__setattr__(self, one.name, _checked(one, getattr(self, one.name)))
+        for name, (what, role) in self.required.items():
+            if not getattr(self, name):
+                raise ConfigProblem(f"{name}: expected {what}, found nothing; name {role}.")
+        check_name(self.name)
+        if not _plausible_device(self.device):
+            raise ConfigProblem(f"device: expected auto, cpu, cuda, cuda:N, mps or xpu, found {self.device!r}.")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.output) if self.output else Path("runs") / self.name
+
+    @classmethod
+    def from_mapping(cls: type[Own], values: Mapping[str, Any], source: str = "configuration") -> Own:
+        """From a mapping of field names to values; lists become tuples, a single string a tuple of one.
+
+        `source` says in errors where the values come from. Raises ConfigProblem for unknown fields (with the nearest
+        name), missing ones and values out of range.
+        """
+        if not isinstance(values, Mapping):
+            raise ConfigProblem(f"{source}: expected fields with values, found {type(values).__name__}.")
+        known = [one.name for one in dataclasses.fields(cls)]
+        for name in values:
+            if name not in known:
+                near = difflib.get_close_matches(str(name).replace("-", "_").lower(), known, n=1, cutoff=0.4)
+                hint = f"did you mean {near[0]}?" if near else f"{cls.command} --help lists the fields."
+                raise ConfigProblem(f"{source}: {name!r} is no field of the configuration; {hint}")
+        for name, (what, role) in cls.required.items():
+            if name not in values:
+                raise ConfigProblem(f"{source}: expected a field {name}, {role} ({what}), found none.")
+        try:
+            return cls(**values)
+        except ConfigProblem as problem:
+            if source == "configuration":
+                raise
+            raise ConfigProblem(f"{source}: {problem}") from None
+
+    @classmethod
+    def read(cls: type[Own], path: str | os.PathLike, **overrides: Any) -> Own:
+        """From a .toml or .json file; `overrides` replace its fields. Raises FileProblem for an unreadable file."""
+        return cls.from_mapping({**read_values(path), **overrides}, source=str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain JSON values, tuples as lists; `from_mapping` inverts it."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+    def public_dict(self) -> dict[str, Any]:
+        """`to_dict` for published files: of local paths only the last part stays."""
+        values = self.to_dict()
+        for one in dataclasses.fields(self):
+            if one.metadata["path"]:
+                value = values[one.name]
+                values[one.name] = [_last(part) for part in value] if isinstance(value, list) else _last(value)
+        return values
+
+    def write_json(self, path: str | os.PathLike) -> None:
+        """Write the fields as JSON, complete or not at all."""
+        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+
+    def with_changes(self: Own, **changes: Any) -> Own:
+        """A copy with some fields replaced, validated again; unknown fields are refused as in `from_mapping`."""
+        return self.from_mapping({**vars(self), **changes})
+
+    def binding(self) -> dict[str, Any]:
+        """The fields that decide the trained numbers, which a resumed run must share."""
+        return {one.name: getattr(self, one.name) for one in dataclasses.fields(self) if not one.metadata["free"]}
+
+    def binding_hash(self) -> str:
+        """SHA-256 of `binding`."""
+        return hashlib.sha256(json.dumps(self.binding(), sort_keys=True).encode()).hexdigest()
+
+    def differences(self: Own, other: Own) -> dict[str, tuple[Any, Any]]:
+        """The binding fields in which two configurations differ: name -> (own value, the other's)."""
+        theirs = other.binding()
+        return {name: (value, theirs[name]) for name, value in self.binding().items() if theirs[name] != value}
+
+
+def kinds_of(settings: type[Settings]) -> dict[str, type]:
+    """Field name -> bool, int, float, str or tuple (of strings), for whoever builds an interface from the fields."""
+    return {one.name: _kind(one) for one in dataclasses.fields(settings)}
+
+
+def read_values(path: str | os.PathLike) -> dict[str, Any]:
+    """The values in a .toml or .json file, unchecked.
+
+    Raises FileProblem for a missing or malformed file, and for TOML on Python 3.10 without the package tomli.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in (".toml", ".json"):
+        raise FileProblem(f"{path}: expected a configuration in .toml or .json, found another ending.")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise FileProblem(
+            f"{path}: cannot be read as a configuration ({reason}); check name, folder and permissions."
+        ) from error
+    try:
+        values = json.loads(text) if path.suffix.lower() == ".json" else _toml(path).loads(text)
+    except ValueError as error:
+        raise FileProblem(f"{path}: expected {path.suffix[1:].upper()}, found a mistake: {error}.") from error
+    if not isinstance(values, dict):
+        raise FileProblem(f"{path}: expected fields with values, found {type(values).__name__}.")
+    return values
+
+
+def _toml(path: Path) -> Any:
+    try:
+        import tomllib
+    except ImportError:
+        try:
+            import tomli as tomllib
+        except ImportError as error:
+            raise FileProblem(
+                f"{path}: Python 3.10 reads TOML only with the package tomli; install it, use Python 3.11, or write "
+                "the configuration as .json."
+            ) from error
+    return tomllib
+
+
+def _kind(one: dataclasses.Field) -> type:
+    return {"str": str, "int": int, "float": float, "bool": bool}.get(one.type, tuple)
+
+
+def _checked(one: dataclasses.Field, value: Any) -> Any:
+    """The value in the field's type, or ConfigProblem."""
+    kind, limits = _kind(one), one.metadata
+    if kind is tuple:
+        value = (value,) if isinstance(value, (str, os.PathLike)) else value
+        if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, os.PathLike)) for part in value):
+            raise ConfigProblem(f"{one.name}: expected a list of strings, found {value!r}.")
+        return tuple(os.fspath(part) for part in value)
+    if kind is str:
+        if not isinstance(value, (str, os.PathLike)):
+            raise ConfigProblem(f"{one.name}: expected text, found {value!r}.")
+        value = os.fspath(value)
+        if "choices" in limits and value not in limits["choices"]:
+            near = difflib.get_close_matches(value, limits["choices"], n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise ConfigProblem(f"{one.name}: expected one of {', '.join(limits['choices'])}, found {value!r}{hint}")
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise ConfigProblem(f"{one.name}: expected true or false, found {value!r}.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ConfigProblem(f"{one.name}: expected a number, found {value!r}.")
+    if kind is int and value != int(value):
+        raise ConfigProblem(f"{one.name}: expected a whole number, found {value!r}.")
+    value = kind(value)
+    if not limits["min"] <= value <= limits["max"]:
+        raise ConfigProblem(f"{one.name}: expected a number from {limits['min']} to {limits['max']}, found {value}.")
+    return value
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigProblem for a name that some system cannot give to a file."""
+    if not name.strip() or set(name) & FORBIDDEN_IN_NAMES or name.strip(". ") != name:
+        raise ConfigProblem(
+            f"name: expected a plain file name without folders or ending, found {name!r}; use letters, digits, - and _."
+        )
+    if name.partition(".")[0].strip().lower() in RESERVED_NAMES:
+        raise ConfigProblem(
+            f"name: expected a plain file name, found {name!r}, which is a device on Windows; choose another."
+        )
+    size = len(name.encode("utf-8", "surrogatepass"))
+    if size > LONGEST_NAME:
+        raise ConfigProblem(
+            f"name: expected a plain file name of at most {LONGEST_NAME} bytes, found {size}; choose a shorter one."
+        )
+
+
+def _plausible_device(name: str) -> bool:
+    kind, _, index = name.partition(":")
+    return kind in ("auto", "cpu", "cuda", "mps", "xpu") and (":" not in name or (index.isdigit() and kind != "auto"))
+
+
+def _last(path: str) -> str:
+    """The last part of a path of any platform."""
+    return path.replace("\\", "/").rstrip("/").rpartition("/")[2]
