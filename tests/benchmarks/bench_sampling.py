@@ -15,7 +15,6 @@ Times are interleaved, ratios are medians over pairs, "interval" holds their med
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import logging
@@ -28,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .reporting import Report, child, interleave, peak_memory, reserve_stdout, say
+from .reporting import Benchmark, Report, interleave, peak_memory, say
 
 HERE = Path(__file__).resolve()
 CHECKOUT = HERE.parents[2]
@@ -219,11 +218,7 @@ def part_cuda(report: Report, plan: Plan) -> None:
     if not torch.cuda.is_available():
         say("  no CUDA device at hand")
         return
-    options = ["--seed", str(report.seed), "--child", "cuda"]
-    for result in child(HERE, *_plan_option(plan), *options):
-        result["name"] = result["name"].removeprefix(report.prefix)
-        del result["seed"]  # the report says it again
-        report.line(**result)
+    BENCHMARK.forward(report, plan, "cuda")
 
 
 def child_cuda(report: Report, plan: Plan, arguments: list[str]) -> None:
@@ -409,7 +404,7 @@ def part_import(report: Report, plan: Plan) -> None:
     for kind, name, target in (("pack", "import/pack", 0.3), ("library", "import/library", 0.3)):
         seconds = []
         for run in range(plan.imports + (not plan.tiny)):
-            (result,) = child(HERE, "--child", "import", kind)
+            (result,) = BENCHMARK.child(report, plan, "import", kind)
             if run > 0 or plan.tiny:
                 seconds.append(result["seconds"])
         report.median(name, seconds, "s", target=target)
@@ -469,7 +464,7 @@ def part_memory(report: Report, plan: Plan) -> None:
 
 
 def _memory(report: Report, plan: Plan, *what: str) -> int:
-    (result,) = child(HERE, "--seed", str(report.seed), *_plan_option(plan), "--child", "memory", *what)
+    (result,) = BENCHMARK.child(report, plan, "memory", *what)
     return result["bytes"]
 
 
@@ -501,54 +496,14 @@ def child_memory(report: Report, plan: Plan, arguments: list[str]) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-PARTS = {
-    "samples": part_samples,
-    "guider": part_guider,
-    "import": part_import,
-    "sd15": part_sd15,
-    "sdxl": part_sdxl,
-    "memory": part_memory,
-    "cuda": part_cuda,
-}
-CHILDREN = {"import": child_import, "memory": child_memory, "cuda": child_cuda}
-
-
-def _plan_option(plan: Plan) -> list[str]:
-    return ["--tiny"] if plan.tiny else [] if plan is FULL else ["--quick"]
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench sampling", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a smaller sample, in at most ten minutes on two cores")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: shows that it runs, measures nothing")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    plan = TINY if options.tiny else QUICK if options.quick else FULL
-    report = Report(reserve_stdout(), options.seed, prefix="tiny/" if plan.tiny else "")
-    if options.child:
-        CHILDREN[options.child[0]](report, plan, options.child[1:])
-        return 0
-
-    import torch
-
-    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    status, started = 0, time.monotonic()
-    for name in options.part or PARTS:
-        begin = time.monotonic()
-        say(name)
-        try:
-            PARTS[name](report, plan)
-        except Exception as problem:
-            # One part that cannot measure leaves the others their say; the exit status tells.
-            say(f"  {name} could not be measured: {type(problem).__name__}: {problem}")
-            status = 1
-        say(f"  ({time.monotonic() - begin:.0f} s)")
-    say(f"{report.written} results in {time.monotonic() - started:.0f} s")
-    return status
-
+BENCHMARK = Benchmark(
+    "sampling", __doc__, HERE, {"full": FULL, "quick": QUICK, "tiny": TINY},
+    {
+        "samples": part_samples, "guider": part_guider, "import": part_import, "sd15": part_sd15, "sdxl": part_sdxl,
+        "memory": part_memory, "cuda": part_cuda,
+    },
+    {"import": child_import, "memory": child_memory, "cuda": child_cuda}, quick="at most ten minutes",
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(BENCHMARK.main(sys.argv[1:]))

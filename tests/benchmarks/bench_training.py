@@ -15,25 +15,23 @@ diffusers is needed by this benchmark alone: run.py keeps it in a folder of its 
 
 from __future__ import annotations
 
-import argparse
+import importlib.util
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from .reporting import BOOTSTRAP, Report, Times, child, interleave, peak_memory, reserve_stdout, say
+from .reporting import Benchmark, Report, Times, interleave, peak_memory
 
-HERE = Path(__file__).resolve()
 TARGETS = {("sd15", "constant"): 0.95, ("sdxl", "constant"): 0.90}
 # The command line's default distance between checkpoints.
 CHECKPOINT_EVERY = 250
@@ -114,8 +112,7 @@ class Racer:
 
 @contextmanager
 def racer(report: Report, plan: Plan, shape: str, name: str, side: int, batch: int) -> Iterator[Racer]:
-    arguments = [str(HERE), "--seed", str(report.seed), *_plan_option(plan), "--child", "race", shape, name, str(side)]
-    command = [sys.executable, str(BOOTSTRAP), *arguments, str(batch)]
+    command = BENCHMARK.child_command(report, plan, "race", shape, name, str(side), str(batch))
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, encoding="utf-8")
     try:
         yield Racer(process, name)
@@ -183,10 +180,7 @@ def race(
 
 def part_verify(report: Report, plan: Plan) -> None:
     for shape in plan.sides:
-        for line in child(HERE, "--seed", str(report.seed), *_plan_option(plan), "--child", "verify", shape):
-            del line["seed"]
-            line["name"] = line["name"].removeprefix(report.prefix)
-            report.line(**line)
+        BENCHMARK.forward(report, plan, "verify", shape)
 
 
 def child_verify(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
@@ -294,55 +288,22 @@ def part_extras(report: Report, plan: Plan) -> None:
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
-PARTS = {"verify": part_verify, "step": part_step, "extras": part_extras}
-CHILDREN = {"verify": child_verify, "race": child_race}
+
+def without_diffusers(parts: Collection[str]) -> str | None:
+    if set(parts) == {"extras"} or importlib.util.find_spec("diffusers") is not None:
+        return None
+    return (
+        "This benchmark compares with diffusers, which is not installed here: pip install diffusers (--part extras runs "
+        "without it)."
+    )
 
 
-def _plan_option(plan: Plan) -> list[str]:
-    return ["--tiny"] if plan.tiny else [] if plan is FULL else ["--quick"]
-
-
-def main(arguments: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="run.py bench training", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("--quick", action="store_true", help="a smaller sample, in about ten minutes on two cores")
-    parser.add_argument("--tiny", action="store_true", help="tiny models: shows that it runs, measures nothing")
-    parser.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
-    parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
-    parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
-    options = parser.parse_args(arguments)
-    plan = TINY if options.tiny else QUICK if options.quick else FULL
-    report = Report(reserve_stdout(), options.seed, prefix="tiny/" if plan.tiny else "")
-    if options.child:
-        CHILDREN[options.child[0]](report, plan, options.child[1:])
-        return 0
-
-    import importlib.util
-
-    import torch
-
-    parts = options.part or list(PARTS)
-    if importlib.util.find_spec("diffusers") is None and set(parts) != {"extras"}:
-        say("This benchmark compares with diffusers, which is not installed here: pip install diffusers (--part extras "
-            "runs without it).")  # fmt: skip
-        return 1
-    say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
-    status, started = 0, time.monotonic()
-    for name in parts:
-        begin = time.monotonic()
-        say(name)
-        try:
-            PARTS[name](report, plan)
-        except Exception as problem:
-            # One part that cannot measure leaves the others their say; the exit status tells.
-            say(f"  {name} could not be measured: {type(problem).__name__}: {problem}")
-            status = 1
-            if name == "verify":
-                break  # contestants that do different work are not worth timing
-        say(f"  ({time.monotonic() - begin:.0f} s)")
-    say(f"{report.written} results in {time.monotonic() - started:.0f} s")
-    return status
-
+BENCHMARK = Benchmark(
+    "training", __doc__, Path(__file__).resolve(), {"full": FULL, "quick": QUICK, "tiny": TINY},
+    {"verify": part_verify, "step": part_step, "extras": part_extras}, {"verify": child_verify, "race": child_race},
+    # Contestants that do different work are not worth timing.
+    decisive=("verify",), unable=without_diffusers,
+)  # fmt: skip
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(BENCHMARK.main(sys.argv[1:]))

@@ -1,10 +1,12 @@
-"""What every benchmark shares: one JSON object a line, interleaved timing, medians with intervals, peak memory.
+"""What every benchmark shares: its command line, one JSON object a line, interleaved timing, medians with intervals,
+peak memory.
 
 Standard output carries results only; progress and whatever libraries print go to standard error.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import os
@@ -12,7 +14,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -170,10 +172,94 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def child(module: Path, *arguments: str) -> list[dict]:
-    """Run a benchmark file in a process of its own; the JSON objects it printed. Raises RuntimeError when it failed."""
-    command = [sys.executable, str(BOOTSTRAP), str(module), *arguments]
-    result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
-    if result.returncode:
-        raise RuntimeError(f"{module.name} {' '.join(arguments)} failed with exit status {result.returncode}")
-    return [json.loads(line) for line in result.stdout.splitlines()]
+# ------------------------------------------------------------------------------------------------------ a command line
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """The command line of one benchmark file: which parts to measure, how much of them, and its processes.
+
+    sizes: what "full", "quick" and "tiny" measure, objects of the benchmark's own. parts: by name, called with the
+    report and the size; one that raises leaves the others their say, but for those in `decisive`, without which nothing
+    else is worth measuring. children: what a process of its own may be told to do, called with the report, the size and
+    the further arguments. unable: why some of the named parts cannot be measured here, None when all can.
+    """
+
+    name: str
+    description: str
+    file: Path
+    sizes: Mapping[str, Any]
+    parts: Mapping[str, Callable[[Report, Any], None]]
+    children: Mapping[str, Callable[[Report, Any, Sequence[str]], None]] = field(default_factory=dict)
+    decisive: Collection[str] = ()
+    unable: Callable[[Collection[str]], str | None] = lambda parts: None
+    quick: str = "about ten minutes"
+
+    def parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            prog=f"run.py bench {self.name}", description=self.description, allow_abbrev=False,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )  # fmt: skip
+        parser.add_argument("--quick", action="store_true", help=f"a smaller sample, in {self.quick} on two cores")
+        parser.add_argument("--tiny", action="store_true", help="tiny inputs: shows that it runs, measures nothing")
+        parser.add_argument("--part", choices=self.parts, action="append",
+                            help="only this part; may be given several times")  # fmt: skip
+        parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
+        parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
+        return parser
+
+    def main(self, arguments: Sequence[str]) -> int:
+        """Measure what the command line asks for; 0 when every part could be measured."""
+        options = self.parser().parse_args(arguments)
+        size = "tiny" if options.tiny else "quick" if options.quick else "full"
+        plan = self.sizes[size]
+        report = Report(reserve_stdout(), options.seed, prefix="tiny/" if size == "tiny" else "")
+        if options.child:
+            self.children[options.child[0]](report, plan, options.child[1:])
+            return 0
+        names = options.part or list(self.parts)
+        reason = self.unable(names)
+        if reason:
+            say(reason)
+            return 1
+
+        import torch
+
+        say(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")
+        status, started = 0, time.monotonic()
+        for name in names:
+            begin = time.monotonic()
+            say(name)
+            try:
+                self.parts[name](report, plan)
+            except Exception as problem:
+                # The exit status tells.
+                say(f"  {name} could not be measured: {type(problem).__name__}: {problem}")
+                status = 1
+                if name in self.decisive:
+                    break
+            say(f"  ({time.monotonic() - begin:.0f} s)")
+        say(f"{report.written} results in {time.monotonic() - started:.0f} s")
+        return status
+
+    def child_command(self, report: Report, plan: Any, *what: str) -> list[str]:
+        """The command line of a process of its own, of the same size and seed."""
+        (size,) = (name for name, one in self.sizes.items() if one is plan)
+        option = [] if size == "full" else [f"--{size}"]
+        start = [sys.executable, str(BOOTSTRAP), str(self.file)]
+        return [*start, "--seed", str(report.seed), *option, "--child", *what]
+
+    def child(self, report: Report, plan: Any, *what: str) -> list[dict]:
+        """Run a process of its own; the JSON objects it printed. Raises RuntimeError when it failed."""
+        command = self.child_command(report, plan, *what)
+        result = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
+        if result.returncode:
+            raise RuntimeError(f"{self.file.name} {' '.join(what)} failed with exit status {result.returncode}")
+        return [json.loads(line) for line in result.stdout.splitlines()]
+
+    def forward(self, report: Report, plan: Any, *what: str) -> None:
+        """Report the lines of a process of its own as if this one had measured them."""
+        for line in self.child(report, plan, *what):
+            del line["seed"]  # the report says it again
+            line["name"] = line["name"].removeprefix(report.prefix)
+            report.line(**line)
