@@ -155,6 +155,12 @@ class Critic:
         """The opinions named in `needs` on z_t [B, C, h, w] at timesteps t [B], in one call per model where possible."""
         return self.predict_many([Ask(z_t, t, frozenset(needs))])[0]
 
+    def noise_prediction(self, source: Source, z_t: Tensor, t: Tensor) -> Tensor:
+        """One source alone, e [B, C, h, w] in float32, with gradients to its model where autograd records."""
+        plan = self._plan(Ask(z_t, t, frozenset()))
+        ((_, output),) = self._run([plan.job(0, source, list(range(len(z_t))))])
+        return plan.noise(output.to(plan.x.dtype))
+
     @torch.no_grad()
     def predict_many(self, asks: Sequence[Ask]) -> list[Prediction]:
         """Answer several questions at once; latents of one shape per model. Returns one Prediction per question.
@@ -300,9 +306,9 @@ class _Plan:
                 needed[self.critic.negative] = None
             for source in needed:
                 rows.setdefault(source, []).append(row)
-        return [self._job(index, source, chosen) for source, chosen in rows.items()]
+        return [self.job(index, source, chosen) for source, chosen in rows.items()]
 
-    def _job(self, index: int, source: Source, rows: list[int]) -> _Job:
+    def job(self, index: int, source: Source, rows: list[int]) -> _Job:
         batch = len(self.x)
         whole = len(rows) == batch
         chosen = None if whole else torch.tensor(rows, device=self.x.device)
@@ -326,21 +332,21 @@ class _Plan:
         critic, needs = self.critic, self.needs
         found: dict[str, Tensor] = {}
         if "e" in needs:
-            found["e"] = self._noise(self._combined(self.of_guidance, predictions))
+            found["e"] = self.noise(self._combined(self.of_guidance, predictions))
         if "e_u" in needs:
-            found["e_u"] = self._noise(predictions[critic.guidance.base])
+            found["e_u"] = self.noise(predictions[critic.guidance.base])
         if "e_c" in needs:
             condition, found["scale"] = self._effective(self.of_guidance, predictions)
-            found["e_c"] = self._noise(condition)
+            found["e_c"] = self.noise(condition)
         if "e_negative" in needs:
-            found["e_negative"] = self._noise(predictions[critic.negative])
+            found["e_negative"] = self.noise(predictions[critic.negative])
         if "e_source" in needs:
-            found["e_source"] = self._noise(self._combined(self.of_source, predictions))
+            found["e_source"] = self.noise(self._combined(self.of_source, predictions))
         if "e_source_c" in needs:
-            found["e_source_c"] = self._noise(self._effective(self.of_source, predictions)[0])
+            found["e_source_c"] = self.noise(self._effective(self.of_source, predictions)[0])
         return Prediction(**found)
 
-    def _noise(self, denoised: Tensor) -> Tensor:
+    def noise(self, denoised: Tensor) -> Tensor:
         return (self.x - denoised) / self._wide(self.sigma)
 
     def _wide(self, values: Tensor) -> Tensor:

@@ -148,6 +148,7 @@ class Objective:
         step: int,
         steps: int,
         generator: torch.Generator | None = None,
+        t: Tensor | None = None,
         draws: Draws | None = None,
     ) -> Report:
         """Add this objective's gradient to everything that `images` were made from.
@@ -155,13 +156,13 @@ class Objective:
         images: [B, 3, H, W] with a graph, as the generator gave them. frozen: the frozen generator's from the same
         latents, or None where `needs_frozen` is false. encode: images -> z [B, C, h, w], scaled as the critic's models
         expect, differentiable (posterior mean; any resizing and clamping to -1..1 belongs to it). step of steps: 0 to
-        steps - 1. generator: draws t and noise, on its own device; or `draws` gives them. The gradient is that of the
-        batch's mean. Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for
+        steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were drawn before; draws: all
+        random numbers of the step. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for
         inputs that do not fit.
         """
         if not images.requires_grad:
             raise GuidanceError("Expected images with a graph to the generator's weights, got images without one.")
-        gradient, report, context = self._gradient(images, frozen, encode, step, steps, generator, draws, True)
+        gradient, report, context = self._gradient(images, frozen, encode, step, steps, generator, t, draws, True)
         torch.autograd.backward(images, gradient.to(images.dtype))
         losses = self.method.step(context)
         return Report({**report.loss, **losses}, report.gradient_norm, report.clamped, report.timesteps)
@@ -175,6 +176,7 @@ class Objective:
         step: int,
         steps: int,
         generator: torch.Generator | None = None,
+        t: Tensor | None = None,
         draws: Draws | None = None,
         regularize: bool = True,
     ) -> tuple[Tensor, Report]:
@@ -182,13 +184,19 @@ class Objective:
 
         regularize: False leaves only the method, as layer selection does. A method with state is not stepped.
         """
-        return self._gradient(images, frozen, encode, step, steps, generator, draws, regularize)[:2]
+        return self._gradient(images, frozen, encode, step, steps, generator, t, draws, regularize)[:2]
 
     def draw(
-        self, z: Tensor, step: int, steps: int, generator: torch.Generator | None = None, regularize: bool = True
+        self,
+        z: Tensor,
+        step: int,
+        steps: int,
+        generator: torch.Generator | None = None,
+        t: Tensor | None = None,
+        regularize: bool = True,
     ) -> Draws:
         """t and noise for latents like z: t first, then one noise for all terms, or ("sgf") one for each in turn."""
-        t = self.timesteps.draw(len(z), step, steps, generator)
+        t = self.timesteps.draw(len(z), step, steps, generator) if t is None else t
         device = generator.device if generator is not None else z.device
 
         def noise() -> Tensor:
@@ -229,6 +237,7 @@ class Objective:
         step: int,
         steps: int,
         generator: torch.Generator | None,
+        t: Tensor | None,
         draws: Draws | None,
         regularize: bool,
     ) -> tuple[Tensor, Report, Context]:
@@ -248,7 +257,7 @@ class Objective:
         z = encoded.detach().float()
         with torch.no_grad():
             z_frozen = encode(frozen.detach()).float() if looks else None
-        draws = draws if draws is not None else self.draw(z, step, steps, generator, regularize)
+        draws = draws if draws is not None else self.draw(z, step, steps, generator, t, regularize)
         contexts = self._contexts(terms, z, z_frozen, draws, step, steps, generator)
 
         parts, loss, norms, clamped = {}, {}, {}, {}

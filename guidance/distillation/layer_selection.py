@@ -1,0 +1,86 @@
+"""Which layers of a generator to train at a step: those whose style the critic wants to move most."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..schedules import GuidanceError
+from .objective import Encode, Objective
+
+__all__ = ["rank_layers", "select_layers"]
+
+
+class Stylized(Protocol):
+    """The part of `networks.stylegan2.Generator` that the selection uses."""
+
+    style_layers: Sequence[str]
+    ws_index: dict[str, int]
+
+    def synthesize(self, ws: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
+
+
+def rank_layers(
+    synthesize: Callable[[Tensor], Tensor],
+    ws: Tensor,
+    image_gradient: Callable[[Tensor], Tensor],
+    learning_rate: float = 0.01,
+) -> Tensor:
+    """Scores [num_ws] of layer selection (StyleGAN-NADA, arXiv 2108.00946, section 3.3, with the critic of
+    arXiv 2212.04473): mean |delta w| of each layer's style after one SGD step on W+.
+
+    synthesize: ws [B, num_ws, w] -> images. image_gradient: images -> the gradient on them. learning_rate: 0.01 as
+    released; it scales all scores alike.
+    """
+    leaf = ws.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        images = synthesize(leaf)
+    (gradient,) = torch.autograd.grad(images, leaf, image_gradient(images.detach()).to(images.dtype))
+    return (learning_rate * gradient.float()).abs().mean(dim=-1).mean(dim=0)
+
+
+def select_layers(
+    generator: Stylized,
+    ws: Tensor,
+    objective: Objective,
+    encode: Encode,
+    k: int,
+    *,
+    step: int,
+    steps: int,
+    randomness: torch.Generator | None = None,
+    t: Tensor | None = None,
+    frozen: Stylized | None = None,
+    to_rgb: bool = False,
+    learning_rate: float = 0.01,
+) -> tuple[str, ...]:
+    """The names of the layers whose styles are among the k that the method alone moves most, in order of synthesis.
+
+    generator: the one in training. ws: fresh latents [B, num_ws, w], the same for every layer (released: one). k: how
+    many styles; SGF's 12, 6, 3 or 1; at least as many as there are gives all. t [B]: the step's timesteps, which the
+    selection shares with it; the noise is its own, from `randomness`. frozen: the frozen generator, for a method that
+    compares with its image (DDS). to_rgb: whether the layers that make colours can
+    be chosen. The regularizers take no part. Raises GuidanceError for k below 1.
+    """
+    if k < 1:
+        raise GuidanceError(f"Expected at least 1 layer to train, got {k}; 0 means no selection and belongs before.")
+    allowed = [name for name in generator.style_layers if to_rgb or not name.rpartition(".")[2].startswith("torgb")]
+    styles = sorted({generator.ws_index[name] for name in allowed})
+    if k >= len(styles):
+        return tuple(allowed)
+
+    compares = objective.method.uses_frozen or bool(objective.method.needs_frozen)
+
+    def gradient(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            reference = frozen.synthesize(ws) if compares and frozen is not None else None
+        return objective.image_gradient(
+            images, reference, encode, step=step, steps=steps, generator=randomness, t=t, regularize=False
+        )[0]
+
+    scores = rank_layers(generator.synthesize, ws, gradient, learning_rate)
+    chosen = {styles[index] for index in scores[torch.tensor(styles, device=scores.device)].topk(k).indices.tolist()}
+    return tuple(name for name in allowed if generator.ws_index[name] in chosen)

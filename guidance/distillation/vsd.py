@@ -1,0 +1,122 @@
+"""Variational score distillation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..schedules import GuidanceError
+from ..terms import Source
+from .critic import Critic
+from .low_rank import ATTENTION_PROJECTION, LowRankAddition
+from .method import Context, Method
+
+__all__ = ["VSD"]
+
+
+class VSD(Method):
+    """Variational score distillation (ProlificDreamer, arXiv 2305.16213, eq. 9): e(z_t) - e_phi(z_t).
+
+    e_phi is the critic's own network with a low-rank addition that learns, beside the generator, to predict the noise
+    on the generator's images: min_phi |e_phi(z_t) - noise|^2 (algorithm 1). Where it is perfect, the gradient is the
+    difference of two scores and vanishes when the generator's distribution is the guidance's. Nominal scales (7.5).
+
+    source: the (model, conditioning) of e_phi. network: its torch module, `model.unet` of a `Denoiser` unless given.
+    rank, alpha, layers: see `LowRankAddition`. learning_rate: Adam's, 1e-4 as published. inner_steps: updates of phi
+    per step of the generator, 1 as published. seed: of the first addition. Before the first update e_phi is
+    the source's own prediction. `last_loss` is phi's last loss.
+    """
+
+    name = "vsd"
+    needs = frozenset({"e"})
+
+    def __init__(
+        self,
+        source: Source,
+        network: nn.Module | None = None,
+        *,
+        rank: int = 4,
+        alpha: float | None = None,
+        layers: str = ATTENTION_PROJECTION,
+        learning_rate: float = 1e-4,
+        inner_steps: int = 1,
+        seed: int = 0,
+    ) -> None:
+        network = network if network is not None else getattr(source.model, "unet", None)
+        if not isinstance(network, nn.Module):
+            raise GuidanceError("Expected VSD to be given the network of its critic, a torch module, got none.")
+        if inner_steps < 1 or not learning_rate > 0:
+            raise GuidanceError(
+                f"Expected VSD's inner_steps of at least 1 and a learning rate above 0, got {inner_steps} and "
+                f"{learning_rate}."
+            )
+        self.source = source
+        self.addition = LowRankAddition(network, rank, alpha, layers, seed)
+        self.inner_steps = inner_steps
+        self.last_loss: float | None = None
+        self._tensors = self.addition.tensors()
+        self._optimizer = torch.optim.Adam(list(self._tensors.values()), lr=learning_rate)
+
+    @classmethod
+    def of(cls, critic: Critic, network: nn.Module | None = None, **options: Any) -> VSD:
+        """For a critic: e_phi is its last term's model on that term's conditioning."""
+        return cls(critic.guidance.terms[-1].source, network, **options)
+
+    def gradient(self, context: Context) -> Tensor:
+        """e(z_t) - e_phi(z_t)."""
+        with torch.no_grad(), self.addition.attached():
+            own = context.critic.noise_prediction(self.source, context.z_t, context.t)
+        return context.prediction.e - own
+
+    def step(self, context: Context) -> dict[str, float]:
+        """Train phi on the generator's latents at fresh timesteps, over all the schedule, and fresh noise."""
+        critic, z, generator = context.critic, context.z, context.generator
+        device = generator.device if generator is not None else z.device
+        for _ in range(self.inner_steps):
+            t = torch.randint(0, len(critic.schedule), (len(z),), generator=generator, device=device).to(z.device)
+            noise = torch.randn(z.shape, generator=generator, device=device).to(z)
+            z_t = critic.noisy(z, noise, t)
+            with torch.enable_grad(), self.addition.attached():
+                # Summed, not averaged, on the way back through the network: a half-precision one would lose it.
+                loss = (critic.noise_prediction(self.source, z_t, t) - noise).square().sum()
+                gradients = torch.autograd.grad(loss, list(self._tensors.values()), allow_unused=True)
+            self.last_loss = float(loss.detach()) / z.numel()
+            finite = [gradient is None or bool(gradient.isfinite().all()) for gradient in gradients]
+            if not all(finite):
+                continue  # an overflow in half precision costs this update, not the run
+            for tensor, gradient in zip(self._tensors.values(), gradients):
+                tensor.grad = None if gradient is None else gradient / z.numel()
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+        return {"vsd_critic": self.last_loss}
+
+    def parameters(self) -> Iterable[Tensor]:
+        return self._tensors.values()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The addition and Adam's state, one flat mapping of tensors."""
+        state = {name: tensor.detach().clone() for name, tensor in self._tensors.items()}
+        for name, tensor in self._tensors.items():
+            for key, value in self._optimizer.state.get(tensor, {}).items():
+                state[f"{name}.{key}"] = torch.as_tensor(value).detach().clone()
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Raises GuidanceError for the state of another network or rank."""
+        for name, tensor in self._tensors.items():
+            if name not in state or state[name].shape != tensor.shape:
+                raise GuidanceError(f"Expected the state of a low-rank critic with {name} {list(tensor.shape)}.")
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(state[name])
+                keys = ("step", "exp_avg", "exp_avg_sq")
+                if all(f"{name}.{key}" in state for key in keys):
+                    self._optimizer.state[tensor] = {
+                        key: state[f"{name}.{key}"].clone().to("cpu" if key == "step" else tensor.device)
+                        for key in keys
+                    }
+                else:
+                    self._optimizer.state.pop(tensor, None)
