@@ -30,7 +30,10 @@ class Event:
 
 @dataclass(frozen=True)
 class Started(Event):
-    """The run begins: its folder, the resolved configuration, the step it continues from (0: anew), the estimate."""
+    """The run begins: its folder, the resolved configuration, the step it continues from (0: anew), the estimate.
+
+    An adaptation has no images; what trains is told with its estimate.
+    """
 
     run: str
     config: Mapping[str, Any]
@@ -63,6 +66,17 @@ class Step(Event):
     gradient_norm: float | None
     seconds_per_step: float
     eta_s: float | None = None
+
+
+@dataclass(frozen=True)
+class Distilled(Step):
+    """An optimizer step of an adaptation: what else there is to tell of it.
+
+    parts: by name, the mean timestep (`t`), the loss of every term (`sds`, `directional`, ...), the norm of its gradient
+    on the latents (`norm sds`), the share of it that a clamp changed (`clamped sds`, `clamped image`).
+    """
+
+    parts: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -107,7 +121,7 @@ class Stopped(Event):
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The run is complete: `path` is the domain model."""
+    """The run is complete: `path` is the domain model or the adapted generator."""
 
     step: int
     path: str
@@ -123,7 +137,7 @@ class Failed(Event):
 
 EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Started, Caching, Step, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed)
+    for kind in (Started, Caching, Step, Distilled, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed)
 }
 Listener = Callable[[Event], None]
 
@@ -134,11 +148,11 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     if kind is None:
         raise ValueError(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
     known = {one.name for one in dataclasses.fields(kind)}
-    if kind in (Step, Validated):  # a loss that JSON cannot hold
+    if issubclass(kind, (Step, Validated)):  # a loss that JSON cannot hold
         values = {**values, "loss": _number(values.get("loss"))}
-    if kind is Validated:
-        levels = values.get("per_level") or {}
-        values = {**values, "per_level": {name: _number(value) for name, value in levels.items()}}
+    for name in {Validated: ("per_level",), Distilled: ("parts",)}.get(kind, ()):
+        numbers = values.get(name) or {}
+        values = {**values, name: {one: _number(value) for one, value in numbers.items()}}
     try:
         return kind(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
@@ -175,6 +189,7 @@ class LogFile:
         if torn:
             self._file.write("\n")
         self._losses: list[float] = []
+        self._parts: list[Mapping[str, float]] = []
         self._last: Step | None = None
 
     def __call__(self, event: Event) -> None:
@@ -182,6 +197,7 @@ class LogFile:
             return
         if isinstance(event, Step):
             self._losses.append(event.loss)
+            self._parts += [event.parts] if isinstance(event, Distilled) else []
             self._last = event
             if event.step % self.every == 0 or event.step == event.steps:
                 self._write_steps()
@@ -198,8 +214,15 @@ class LogFile:
 
     def _write_steps(self) -> None:
         if self._last is not None:
-            self._write(dataclasses.replace(self._last, loss=sum(self._losses) / len(self._losses)))
+            means: dict[str, Any] = {"loss": _mean(self._losses)}
+            if self._parts:
+                names = dict.fromkeys(name for parts in self._parts for name in parts)
+                means["parts"] = {
+                    name: _mean([parts[name] for parts in self._parts if name in parts]) for name in names
+                }
+            self._write(dataclasses.replace(self._last, **means))
             self._losses.clear()
+            self._parts.clear()
             self._last = None
 
     def _write(self, event: Event) -> None:
@@ -227,6 +250,8 @@ class TensorBoard:
             for name in ("loss", "rate", "gradient_norm", "seconds_per_step"):
                 if getattr(event, name) is not None:
                     self._writer.add_scalar(f"train/{name}", getattr(event, name), event.step)
+            for name, value in getattr(event, "parts", {}).items():
+                self._writer.add_scalar(f"distillation/{name.replace(' ', '_')}", value, event.step)
         elif isinstance(event, Validated):
             self._writer.add_scalar("held_out/loss", event.loss, event.step)
             for level, loss in event.per_level.items():
@@ -247,6 +272,8 @@ def describe(event: Event) -> str:
     if isinstance(event, Started):
         where = f"continues {event.run} at step {event.step}" if event.step else f"starts in {event.run}"
         head = f"training {where}: {event.images} images, {event.steps} steps"
+        if "generator" in event.config:
+            head = f"adaptation {where}: {event.steps} steps"
         return f"{head}\n{event.estimate}".rstrip()
     if isinstance(event, Caching):
         return f"latents {_bar(event.done, event.total)} {event.done}/{event.total}"
@@ -291,6 +318,10 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def _number(value: Any) -> Any:

@@ -22,6 +22,7 @@ from .checkpoints import different_facts, machine_facts
 from .config import ConfigProblem, TrainConfig
 from .data import BadImage, DataProblem, Sample
 from .ema import WeightAverage
+from .engine import NonFiniteLoss, Outcome, check_same_run
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .origin import check_origin
 from .optimizers import build_optimizer, rate_at, set_rate
@@ -46,32 +47,6 @@ class LatentSource(Protocol):
     def draw(self, index: int, generator: Generator) -> Sample: ...
 
     def name_of(self, index: int) -> str: ...
-
-
-class NonFiniteLoss(ValueError):
-    """The loss or its gradient became NaN or infinite; the weights are those before the step.
-
-    step: the step that failed, counted from 1. names: the images of its batch. advice: what was kept, what to do.
-    """
-
-    def __init__(self, what: str, step: int, names: Sequence[str], advice: str = "") -> None:
-        self.what, self.step, self.names = what, step, tuple(names)
-        shown = ", ".join(dict.fromkeys(names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        super().__init__(
-            f"Training stopped: {what} became NaN or infinite at step {step} on the batch {shown}"
-            + (f"; {advice}" if advice else ".")
-        )
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """One finished step: the loss of its global batch, gradient norm before clipping, learning rate."""
-
-    step: int
-    loss: float
-    gradient_norm: float
-    rate: float
-    stop: bool
 
 
 @dataclass(frozen=True)
@@ -186,7 +161,7 @@ class Learner:
         if not math.isfinite(loss) or not (math.isfinite(norm) or skipped and self.scaler.get_scale() > SMALLEST_SCALE):
             what = "the loss" if not math.isfinite(loss) else "the gradient"
             self.optimizer.zero_grad(set_to_none=True)
-            raise NonFiniteLoss(what, self.step + 1, self.names(self.plan.batch_for(self.step)))
+            raise NonFiniteLoss(what, self.step + 1, self.names_at(self.step))
         self.intact = False
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -199,6 +174,10 @@ class Learner:
     def names(self, batch: Batch) -> list[str]:
         """The images of a batch, for messages."""
         return [self.dataset.name_of(index) for index in batch.indices]
+
+    def names_at(self, step: int) -> list[str]:
+        """The images of the batch of optimizer step `step`, counted from 0."""
+        return self.names(self.plan.batch_for(step))
 
     def has_finite_weights(self) -> bool:
         """Whether the trained weights and their average are free of NaN and infinity."""
@@ -316,17 +295,6 @@ class Learner:
             latents.append(sample.latent.float())
             sizes.append(ImageSize(sample.original, sample.crop, sample.size))
         return Pass(torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), self.conditioning(sizes))
-
-
-def check_same_run(config: TrainConfig, state: Mapping[str, Any], source: str) -> None:
-    """Raise ConfigProblem, naming the fields, when a state was trained with other settings that change the numbers."""
-    different = config.differences(TrainConfig.from_mapping(state["config"], source))
-    if different:
-        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
-        raise ConfigProblem(
-            f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
-            "name or output folder for a new run."
-        )
 
 
 def _own(value: Any) -> Any:

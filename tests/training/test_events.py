@@ -10,6 +10,7 @@ from indomain_guidance.training import events
 from indomain_guidance.training.events import (
     EVENTS,
     Caching,
+    Distilled,
     Failed,
     Finished,
     LogFile,
@@ -34,7 +35,7 @@ from PIL import Image
 ALL = [
     Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Caching(2, 3),
     step := Step(1, 9, 0.5, 1e-4, 2.0, 0.1, 0.8),
-    Validated(3, 0.4, {"50": 0.1}), Sampled(3, "s.png"), Saved(3, "c.ckpt"), Warned("careful"), Stopped(3, "c.ckpt"),
+    Distilled(2, 9, 0.4, 1e-4, None, 0.1, None, {"t": 300.5, "clamped sds": 0.1}), Validated(3, 0.4, {"50": 0.1}), Sampled(3, "s.png"), Saved(3, "c.ckpt"), Warned("careful"), Stopped(3, "c.ckpt"),
     Finished(9, "a.safetensors"), Failed(3, "the disk is full"),
 ]
 

@@ -139,7 +139,7 @@ def test_stopped_it_saves_and_goes_on_to_the_same_bits(run, folder):
 
 def test_a_checkpoint_is_saved_when_the_last_one_is_too_old(run, folder, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("indomain_guidance.training.train.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("indomain_guidance.training.engine.time.monotonic", lambda: now[0])
 
     def pass_time(event):
         if isinstance(event, Step):
@@ -276,7 +276,7 @@ def test_any_failure_leaves_the_last_step_and_says_what_it_was(run, folder, monk
         monkeypatch.setattr("indomain_guidance.training.previews.Preview._prior", broken)
         with pytest.raises(torch.OutOfMemoryError):
             run(output=str(folder / "begun"), sample_every=2)  # at step 0 nothing is lost
-        monkeypatch.setattr("indomain_guidance.training.train._due", lambda step, every, steps: every and step == 2)
+        monkeypatch.setattr("indomain_guidance.training.train.due", lambda step, every, steps: every and step == 2)
         kind, text, done = torch.OutOfMemoryError, "no memory for a grid", 2
     else:
         real, calls = LatentDataset.draw, []

@@ -1,0 +1,407 @@
+"""The engine of every run: lock, resolve, announce, step, report, save, stop, fail, resume, finish.
+
+What is trained and with which loss is a learner's business (`Learns`), what a run is made of and what it leaves behind
+its own module's (`train`, `adapt`). Both leave the same folder behind and go on in the same way.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from .atomic import clear_unfinished, clear_unfinished_file
+from .checkpoints import (
+    FOLDER,
+    checkpoint_path,
+    find_checkpoints,
+    latest_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from .events import (
+    Distilled,
+    Event,
+    Failed,
+    Finished,
+    Listener,
+    LogFile,
+    LossCurve,
+    Saved,
+    Step,
+    Stopped,
+    TensorBoard,
+    Warned,
+    read_log,
+)
+from .processes import OneProcess, pick_precision
+from .run_lock import locked
+from .settings import ConfigProblem, Settings
+
+SAMPLES = "samples"
+RECENT = 50  # steps that the reported loss and speed are means of
+RESUME = (True, False, "auto")
+Found = tuple[Path, dict[str, Any]]  # a checkpoint: its file and its state
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    status: "finished"; "stopped" (asked to: the step was finished and saved, nothing is lost); "dry_run". path: the
+    finished file (in `export_to` where that is set), None unless finished. run: the run's folder. loss: mean of the last
+    steps, None without any. samples: the last sample grid; plot: the loss curve; None where there is none.
+    """
+
+    status: str
+    step: int
+    path: Path | None
+    run: Path
+    loss: float | None = None
+    samples: Path | None = None
+    plot: Path | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One finished step: the loss of its global batch, gradient norm before clipping, learning rate.
+
+    parts: what else there is to log of it, by name; see `events.Distilled`.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    rate: float
+    stop: bool
+    parts: Mapping[str, float] = field(default_factory=dict)
+
+
+class NonFiniteLoss(ValueError):
+    """The loss or its gradient became NaN or infinite; the weights are those before the step.
+
+    step: the step that failed, counted from 1. names: the images of its batch, none where there are no images. advice:
+    what was kept, what to do.
+    """
+
+    def __init__(self, what: str, step: int, names: Sequence[str], advice: str = "") -> None:
+        self.what, self.step, self.names = what, step, tuple(names)
+        shown = ", ".join(dict.fromkeys(names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        super().__init__(
+            f"Training stopped: {what} became NaN or infinite at step {step}"
+            + (f" on the batch {shown}" if shown else "") + (f"; {advice}" if advice else ".")
+        )
+
+
+class Learns(Protocol):
+    """What the engine needs of whatever is trained; `Learner` and `Adapter` are such.
+
+    step: finished steps. intact: False while weights, average and step do not belong together, for who wants to save
+    after an exception.
+    """
+
+    step: int
+    intact: bool
+
+    def take_step(self, should_stop: Callable[[], bool]) -> Outcome:
+        """One optimizer step; raises NonFiniteLoss before anything is changed."""
+
+    def has_finite_weights(self) -> bool: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+    def load(self, state: Mapping[str, Any], source: str) -> list[str]:
+        """Go on from a state; what makes the continuation other than bit-identical, as warnings."""
+
+    def names_at(self, step: int) -> list[str]:
+        """The images of a step's batch, for messages; none where there are none."""
+
+
+class Engine(ABC):
+    """One call of `train` or `adapt`: who listens, where things are, what is due.
+
+    A run calls, in this order: `take_place`, `begin`, `open_reports`, then `go_on` with its learner and `loop`.
+    """
+
+    blame: ClassVar[str] = "lower the learning rate"  # what to do about numbers that are not finite
+
+    def __init__(
+        self, config: Settings, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool]
+    ) -> None:
+        self.config, self.processes, self.should_stop = config, processes, should_stop
+        self.folder = config.run_folder.absolute()
+        self.plot = self.folder / "loss.png"
+        self.listeners: list[Listener] = [listener]
+        self.learner: Learns | None = None
+        self.start = self.saved_step = 0
+        self.saved_at = time.monotonic()
+        self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
+
+    # ---- what a run must say
+
+    @abstractmethod
+    def report(self, step: int) -> bool:
+        """Report on a step, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
+
+    @abstractmethod
+    def write(self, places: Sequence[Path]) -> None:
+        """Write the finished file to each place; called in the first process."""
+
+    def begun(self) -> dict[str, Any]:
+        """What is settled when a run begins and kept with its checkpoints, under "start"."""
+        return {}
+
+    # ---- beginning
+
+    def take_place(self, stack: ExitStack) -> None:
+        """Hold the run's folder while `stack` is open, and clear away what killed runs left half-written."""
+        if self.processes.is_main:
+            stack.enter_context(locked(self.folder))
+            clear_unfinished(self.folder, self.folder / FOLDER, self.folder / SAMPLES)
+            for place in self.places()[1:]:
+                clear_unfinished_file(place)
+        self.processes.wait()
+
+    def begin(self, resume: bool | str) -> tuple[int, Found | None]:
+        """The step to go on from and its checkpoint as (file, state), None to begin anew; settles the configuration."""
+        found = self._checkpoint(resume)
+        if found is not None:
+            check_same_kind(self.config, found[1], str(found[0]))
+        self._resolve(None if found is None else found[1])
+        if found is None:
+            return 0, None
+        check_same_run(self.config, found[1], str(found[0]))
+        return int(found[1]["step"]), found
+
+    def _resolve(self, state: Mapping[str, Any] | None) -> None:
+        """Fill in what the configuration leaves to the machine; a run that goes on keeps what it began with."""
+        precision = pick_precision(self.config.precision, self.processes.device)
+        if state is not None and self.config.precision == "auto":
+            precision = type(self.config).from_mapping(state["config"]).precision
+        self.config = self.config.with_changes(precision=precision)
+
+    def _checkpoint(self, resume: bool | str) -> Found | None:
+        """The checkpoint to go on from, as (file, state), or None to begin anew."""
+        any_there = find_checkpoints(self.folder)
+        if resume is False and any_there:
+            raise ConfigProblem(
+                f"{self.folder}: expected a folder without a run, found its checkpoints (the last of step "
+                f"{any_there[-1][0]}); resume that run, or choose another name or output."
+            )
+        found = latest_checkpoint(self.folder, lambda text: self.tell(Warned(text)))
+        if found is None and any_there:
+            raise ConfigProblem(
+                f"{self.folder}: expected a run to resume, found damaged checkpoints only; to start anew, move them "
+                "away or choose another name or output."
+            )
+        if found is None and resume is True:
+            raise ConfigProblem(
+                f"{self.folder}: expected a run to resume, found none; start it without resume, or name the run's "
+                "folder as output."
+            )
+        if found is not None and int(found[1]["step"]) > self.config.steps:
+            raise ConfigProblem(
+                f"{found[0]}: expected a run of at most {self.config.steps} steps, found one that has done "
+                f"{found[1]['step']}; raise steps, or choose another name for a shorter run."
+            )
+        return found
+
+    def open_reports(self, stack: ExitStack, start: int) -> None:
+        """The configuration, log, loss curve and TensorBoard of the run's folder, in the first process.
+
+        From here on a failure saves what was learned before it, and is told in the log.
+        """
+        if self.processes.is_main:
+            every, log = self.config.log_every, self.folder / "log.jsonl"
+            board = TensorBoard(self.folder / "tensorboard", every) if self.config.tensorboard else None
+            self.config.write_json(self.folder / "config.json")
+            self.curve = LossCurve(self.plot, read_log(log), start)
+            # Files come before the caller: what it shows lies on the disk already.
+            files: list[Any] = [LogFile(log, every), *([board] if board else [])]
+            for one in files:
+                stack.callback(one.close)
+            self.listeners[:0] = [*files, self.curve]
+        stack.push(self._failed)
+
+    def warn_of_replacing(self, start: int) -> None:
+        """Name what lies where the finished file will go, when a run begins."""
+        for place in self.places()[1:]:
+            if start == 0 and place.exists():
+                self.tell(Warned(f"{place} is there already and will be replaced when this run is finished."))
+
+    def go_on(self, learner: Learns, start: int, found: Found | None) -> None:
+        """Take the learner on, from a checkpoint where there is one."""
+        self.learner = learner
+        self.start = self.saved_step = start
+        self.saved_at = time.monotonic()
+        if found is not None:
+            for warning in learner.load(found[1], str(found[0])):
+                self.tell(Warned(warning))
+
+    def _failed(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """At the end of a run: when that is an error, save what was learned before it, and say so in the log."""
+        if error is None or not self.processes.is_main:
+            return
+        learner = self.learner
+        if learner is not None and learner.intact and self.processes.world == 1 and learner.step != self.saved_step:
+            with suppress(Exception):  # the error that ends the run is the one to tell
+                self.save(quietly=True)
+        with suppress(Exception):
+            text = " ".join(str(error).split()) or type(error).__name__
+            self.listeners[0](Failed(0 if learner is None else learner.step, text))  # the log
+
+    # ---- the steps
+
+    def loop(self) -> Result:
+        """All steps that are left, and the finished file."""
+        config, learner = self.config, self.learner
+        if self.anywhere(float(self.should_stop())):
+            return self._stop()
+        if self.report(learner.step) and learner.step < config.steps:
+            return self._stop()
+        while learner.step < config.steps:
+            outcome = self._step()
+            last = learner.step == config.steps
+            if last or (config.checkpoint_every and learner.step % config.checkpoint_every == 0) or self._overdue():
+                self.save()
+            # Who wants to stop gets what is due now when the run goes on, of the last step too.
+            if (outcome.stop or self.report(learner.step)) and not last:
+                return self._stop()
+        return self._finish()
+
+    def _step(self) -> Outcome:
+        learner, began = self.learner, time.perf_counter()
+        try:
+            outcome = learner.take_step(self.should_stop)
+        except NonFiniteLoss as problem:
+            raise NonFiniteLoss(problem.what, problem.step, problem.names, self._keep_last_good()) from None
+        self.recent.append((outcome.loss, time.perf_counter() - began))
+        seconds = sum(duration for _, duration in self.recent) / len(self.recent)
+        left = seconds * (self.config.steps - outcome.step)
+        facts = {
+            "step": outcome.step, "steps": self.config.steps, "loss": outcome.loss, "rate": outcome.rate,
+            "gradient_norm": outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None,
+            "seconds_per_step": seconds, "eta_s": left if len(self.recent) > 1 else None,
+        }
+        self.tell(Distilled(**facts, parts=dict(outcome.parts)) if outcome.parts else Step(**facts))
+        return outcome
+
+    def _overdue(self) -> bool:
+        """Whether the last checkpoint is so old that another is due, in all processes alike."""
+        if not self.config.checkpoint_minutes:
+            return False
+        late = time.monotonic() - self.saved_at >= 60.0 * self.config.checkpoint_minutes
+        return late if self.processes.world == 1 else self.anywhere(float(late))
+
+    def _keep_last_good(self) -> str:
+        """Save the weights before a step that failed, if they are sound; the advice to give."""
+        advice = f"{self.blame}, and start a run of another name"
+        if self.learner.has_finite_weights():
+            path = checkpoint_path(self.folder, self.learner.step)
+            if self.learner.step != self.saved_step:
+                self.save()
+            return f"the last good weights, of step {self.learner.step}, are in {path}; {advice}."
+        before = [path for step, path in find_checkpoints(self.folder) if step <= self.learner.step]
+        return f"the last good weights are in {before[-1]}; {advice}." if before else f"{advice}."
+
+    def save(self, quietly: bool = False) -> Path:
+        """Write a checkpoint of the last finished step; damaged weights never replace good ones."""
+        learner = self.learner
+        path = checkpoint_path(self.folder, learner.step)
+        if not learner.has_finite_weights():
+            names = learner.names_at(max(0, learner.step - 1))
+            raise NonFiniteLoss("the weights", learner.step, names, self._keep_last_good())
+        if self.processes.is_main:
+            save_checkpoint(path, {**learner.state(), "start": self.begun()})
+            prune_checkpoints(self.folder, learner.step, self.config.keep_checkpoints)
+        self.saved_step, self.saved_at = learner.step, time.monotonic()
+        if not quietly:
+            self.tell(Saved(learner.step, str(path)))
+        self.processes.wait()
+        return path
+
+    # ---- the end
+
+    def _stop(self) -> Result:
+        step = self.learner.step
+        if step != self.saved_step:
+            self.save()
+        self.tell(Stopped(step, str(checkpoint_path(self.folder, step)) if step > 0 else ""))
+        return self.result("stopped", step)
+
+    def _finish(self) -> Result:
+        """Write the finished file into the run's folder, and where else it is wanted."""
+        places = self.places()
+        if self.processes.is_main:
+            self.write(places)
+        self.processes.wait()
+        self.tell(Finished(self.learner.step, str(places[-1])))
+        return self.result("finished", self.learner.step, places[-1])
+
+    def result(self, status: str, step: int, path: Path | None = None) -> Result:
+        loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
+        # An earlier run with grids may have left some; who wants none now gets none.
+        grids = sorted((self.folder / SAMPLES).glob("step-*.png")) if self.config.sample_every else []
+        return Result(
+            status, step, path, self.folder, loss, grids[-1] if grids else None,
+            self.plot if self.plot.exists() else None,
+        )
+
+    # ---- small things
+
+    def places(self) -> list[Path]:
+        """Where the finished file goes: the run's folder, and `export_to`."""
+        folders = [self.folder, *([Path(self.config.export_to)] if self.config.export_to else [])]
+        return [folder / f"{self.config.name}.safetensors" for folder in folders]
+
+    def samples_path(self, step: int) -> Path:
+        return self.folder / SAMPLES / f"step-{step:06d}.png"
+
+    def anywhere(self, flag: float) -> bool:
+        """Whether any process raised its flag."""
+        return bool(self.processes.total(torch.tensor([flag], device=self.processes.device)).item())
+
+    def tell(self, event: Event) -> None:
+        """Report to all listeners, from the first process; only called between steps."""
+        if self.processes.is_main:
+            for listener in self.listeners:
+                listener(event)
+
+
+def check_resume(resume: bool | str) -> None:
+    """Raise ConfigProblem for anything but True, False and "auto"."""
+    if resume not in RESUME:
+        raise ConfigProblem(f"resume: expected True, False or 'auto', found {resume!r}.")
+
+
+def check_same_kind(config: Settings, state: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigProblem for the checkpoint of another kind of run, which has other settings."""
+    if set(config.required) - set(state["config"]) or ("generator" in state["config"]) != hasattr(config, "generator"):
+        raise ConfigProblem(
+            f"{source}: expected a run of `{config.command}`, found one of another command; choose another name or "
+            "output."
+        )
+
+
+def check_same_run(config: Settings, state: Mapping[str, Any], source: str) -> None:
+    """Raise ConfigProblem, naming the fields, when a state was trained with other settings that change the numbers."""
+    different = config.differences(type(config).from_mapping(state["config"], source))
+    if different:
+        listed = ", ".join(f"{name} was {old!r} and is {new!r}" for name, (new, old) in different.items())
+        raise ConfigProblem(
+            f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
+            "name or output folder for a new run."
+        )
+
+
+def due(step: int, every: int, steps: int) -> bool:
+    """Step 0, every `every` steps, and the last; never with every 0."""
+    return every > 0 and (step % every == 0 or step == steps)
