@@ -1,4 +1,4 @@
-"""Distances between two sets of images, measured on their features [N, F]: Frechet distance and kernel distance."""
+"""What sets of images have in common, measured on their features [N, F]: distances, diversity, precision and recall."""
 
 from __future__ import annotations
 
@@ -51,6 +51,28 @@ def within_class_diversity(features: Tensor, classes: Tensor) -> float:
         if len(group) > 1:
             spreads.append((group - group.mean(0)).norm(dim=1).mean())
     return float(torch.stack(spreads).mean()) if spreads else 0.0
+
+
+def inside(features: Tensor, reference: Tensor, k: int = 3) -> Tensor:
+    """Which of ``features`` [N, F] lie within the manifold of ``reference`` [M, F] (arXiv 1904.06991, eq. 1): bool [N].
+
+    The manifold is made of balls around the reference's points, each as large as the distance to its k-th neighbour.
+    Raises ValueError as above, and unless 1 <= k < M.
+    """
+    a, b = _pair(features, reference)
+    if not 1 <= k < len(b):
+        raise ValueError(f"expected k from 1 to {len(b) - 1}, one less than the reference's samples, found {k}")
+    radii = torch.cdist(b, b).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
+    return (torch.cdist(a, b) <= radii).any(dim=1)
+
+
+def share_inside(features: Tensor, reference: Tensor, k: int = 3) -> float:
+    """Share of ``features`` [N, F] within the manifold of ``reference`` [M, F] (arXiv 1904.06991, eq. 2).
+
+    ``share_inside(made, real)`` is the precision of what was made, ``share_inside(real, made)`` its recall; both depend
+    on N and M, so compare only what was measured on as many. Raises ValueError as `inside` does.
+    """
+    return float(inside(features, reference, k).double().mean())
 
 
 def _pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.metrics import frechet_distance, kernel_distance, within_class_diversity
+from indomain_guidance.training.metrics import (
+    frechet_distance, kernel_distance, share_inside, within_class_diversity,
+)
 
 
 def test_frechet_distance_equals_the_formula_computed_with_scipy():
@@ -72,3 +74,24 @@ def test_features_of_two_widths_are_refused_in_a_sentence(distance):
 def test_subsets_too_small_for_an_unbiased_estimate_are_refused():
     with pytest.raises(ValueError, match="at least 2 samples, found 50 of 1"):
         kernel_distance(torch.zeros(9, 4), torch.zeros(9, 4), size=1)
+
+
+def test_share_inside_counts_points_within_a_ball_of_the_reference():
+    # On a line, k = 1: balls of radius 1, 1, 2 around 0, 1 and 3, that is -1..2 and 1..5.
+    reference = torch.tensor([[0.0], [1.0], [3.0]])
+    features = torch.tensor([[-1.5], [-0.5], [1.9], [4.5], [5.5]])
+    assert share_inside(features, reference, k=1) == pytest.approx(3 / 5)
+    assert share_inside(reference, reference, k=2) == 1.0
+
+
+def test_recall_falls_and_precision_stays_where_a_mode_is_lost():
+    generator = torch.Generator().manual_seed(0)
+    real = torch.cat([torch.randn(200, 4, generator=generator), torch.randn(200, 4, generator=generator) + 50])
+    made = torch.randn(400, 4, generator=generator)
+    assert share_inside(made, real) > 0.8 and 0.3 < share_inside(real, made) <= 0.5
+
+
+@pytest.mark.parametrize("k", [0, 10])
+def test_neighbours_that_the_reference_does_not_have_are_refused(k):
+    with pytest.raises(ValueError, match="expected k from 1 to 9, .* found"):
+        share_inside(torch.randn(4, 2), torch.randn(10, 2), k=k)

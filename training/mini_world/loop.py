@@ -131,7 +131,7 @@ def run_loop(config: LoopConfig, model: nn.Module,
     start = 0
     if checkpoint.exists():
         state = load_saved(checkpoint)
-        _check_same_run(checkpoint, state.get("settings"), config)
+        check_same_run(checkpoint, state.get("settings"), config)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         if average is not None:
@@ -165,17 +165,18 @@ def run_loop(config: LoopConfig, model: nn.Module,
             if done % config.save_every == 0 or done == config.steps:
                 save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
                                  "average": average.state_dict() if average is not None else None, "step": done,
-                                 "settings": _settings(config)}, checkpoint)
+                                 "settings": settings_of(config)}, checkpoint)
     return (average if average is not None else model).eval()
 
 
-def _settings(config: LoopConfig) -> dict[str, int | float | bool]:
+def settings_of(config: LoopConfig) -> dict[str, int | float | bool]:
     """What decides a run's numbers; how often it saves does not."""
     return {key: value for key, value in asdict(config).items() if key not in ("name", "save_every")}
 
 
-def _check_same_run(checkpoint: Path, found: dict | None, config: LoopConfig) -> None:
-    expected = _settings(config)
+def check_same_run(checkpoint: Path, found: dict | None, config: LoopConfig) -> None:
+    """Raise FileProblem unless the settings ``found`` in a checkpoint are those of ``config``."""
+    expected = settings_of(config)
     if found == expected:
         return
     wrong = next((key for key in expected if (found or {}).get(key) != expected[key]), "settings")
