@@ -159,7 +159,7 @@ class AdaptConfig(Settings):
 
     def check_prompts(self) -> None:
         """Raise ConfigProblem where a method lacks a prompt; not for critics that are given, which bring their own."""
-        if not self.prompt and self.method != "nfsd" and not (self.domain and self.domain_weight):
+        if not self.prompt and not (self.domain and self.domain_weight):
             raise ConfigProblem("prompt: expected a description of the domain to reach, found none; give one.")
         if self.method in NEEDS_SOURCE and not self.source_prompt:
             raise ConfigProblem(

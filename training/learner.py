@@ -25,7 +25,7 @@ from .ema import WeightAverage
 from .engine import NonFiniteLoss, Outcome, check_same_run
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .origin import check_origin
-from .optimizers import build_optimizer, rate_at, set_rate
+from .optimizers import build_optimizer, rate_at, restore, set_rate
 from .processes import OneProcess
 from .randomness import Batch, BatchPlan, Draw
 
@@ -240,10 +240,7 @@ class Learner:
         with torch.no_grad():
             for name, one in self.parameters.items():
                 one.copy_(state["weights"][name])
-        # The optimizer would adopt tensors that lie in the file as they are: give it its own.
-        optimizer = state["optimizer"]
-        own = {key: {name: _own(value) for name, value in values.items()} for key, values in optimizer["state"].items()}
-        self.optimizer.load_state_dict({**optimizer, "state": own})
+        restore(self.optimizer, state["optimizer"])
         if self.average is not None:
             self.average.load(state["average"])
         if self.scaler.is_enabled() and state["scaler"] is not None:
@@ -295,7 +292,3 @@ class Learner:
             latents.append(sample.latent.float())
             sizes.append(ImageSize(sample.original, sample.crop, sample.size))
         return Pass(torch.stack(latents), torch.stack(noise), torch.tensor(timesteps), self.conditioning(sizes))
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .config import ConfigProblem, TrainConfig
 
@@ -60,3 +61,13 @@ def rate_at(config: TrainConfig, step: int) -> float:
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
+
+
+def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load an optimizer's state from a checkpoint, whose tensors it would otherwise adopt as they lie in the file."""
+    own = {key: {name: _own(value) for name, value in values.items()} for key, values in state["state"].items()}
+    optimizer.load_state_dict({**state, "state": own})
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

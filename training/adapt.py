@@ -1,0 +1,196 @@
+"""An adaptation from a generator to the domain of a prompt: what command line, node and separate process call."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+
+from ..guidance.distillation.critic import Critic
+from ..guidance.distillation.objective import Objective
+from ..guidance.files import FileProblem
+from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
+from ..guidance.networks.stylegan2 import Generator
+from .adapt_config import AdaptConfig
+from .adapt_critic import Distance, first_opinion, judged_resolution, latent_encoder, make_objective, open_critic
+from .adapt_previews import BeforeAfter
+from .adapter import Adapter, Encode, check_generator, describe_trained, generator_hash, trained_names
+from .base import MINI_WORLD, Base, open_base
+from .engine import Engine, Result, check_resume, due
+from .events import Listener, Sampled, Started, Warned
+from .previews import save_png
+from .processes import OneProcess, open_processes
+from .settings import ConfigProblem
+
+__all__ = ["Result", "adapt", "open_generator"]
+
+TRAINING = "training"  # metadata field with the run's configuration as JSON
+
+
+def adapt(
+    config: AdaptConfig,
+    *,
+    resume: bool | str = "auto",
+    generator: Generator | LoadedGenerator | None = None,
+    critic: Critic | None = None,
+    encode: Encode | None = None,
+    base: Base | None = None,
+    distance: Distance | None = None,
+    listener: Listener = lambda event: None,
+    should_stop: Callable[[], bool] = lambda: False,
+    dry_run: bool = False,
+) -> Result:
+    """Adapt a generator to a prompt (StyleGAN-Fusion, arXiv 2212.04473) as the configuration says; returns when done.
+
+    generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W], about
+    -1..1, -> latents, differentiable): instead of `config.base`, prompts and domain. base: an opened prior instead of
+    `config.base`. distance: of the perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener,
+    should_stop, dry_run and the run's folder are those of `train.train`; an adaptation that was killed and goes on ends
+    with the same bits too.
+
+    Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
+    NonFiniteLoss.
+    """
+    check_resume(resume)
+    if (critic is None) != (encode is None):
+        raise ValueError("Expected a critic and its encode together, got one of them.")
+    # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
+    with torch.inference_mode(False), torch.enable_grad():
+        run = _Adaptation(config, open_processes(config.device), listener, should_stop)
+        parts = _Parts(generator, critic, encode, base, distance)
+        return run.dry(resume, parts) if dry_run else run.adapt(resume, parts)
+
+
+def open_generator(name: str) -> LoadedGenerator:
+    """The generator of a file, or the mini world's. Raises FileProblem."""
+    if name == MINI_WORLD:
+        from .mini_world.assets import generators_dir
+
+        name = str(generators_dir() / "mini-handwriting.safetensors")
+    return read_generator(name)
+
+
+@dataclasses.dataclass
+class _Parts:
+    """What the caller brings, and what is opened in its place."""
+
+    generator: Generator | LoadedGenerator | None
+    critic: Critic | None
+    encode: Encode | None
+    base: Base | None
+    distance: Distance | None
+
+    def open(self, config: AdaptConfig) -> LoadedGenerator:
+        """The generator, and the base unless there is a critic."""
+        if self.critic is None:
+            config.check_prompts()
+            self.base = self.base or open_base(config)
+        if isinstance(self.generator, Generator):
+            return LoadedGenerator(self.generator, GeneratorMetadata(name="generator"), ())
+        return self.generator or open_generator(config.generator)
+
+
+class _Adaptation(Engine):
+    """One call of `adapt`."""
+
+    blame = "lower learning_rate or scale, or set latent_clamp and image_quantile"
+
+    def __init__(
+        self, config: AdaptConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool]
+    ) -> None:
+        super().__init__(config, processes, listener, should_stop)
+        self.loaded: LoadedGenerator | None = None
+        self.grids: BeforeAfter | None = None
+
+    # ---- beginning
+
+    def dry(self, resume: bool | str, parts: _Parts) -> Result:
+        """Everything that can be known before the first step, also of the run that it would go on with."""
+        start, _ = self.begin(resume)
+        self.loaded = parts.open(self.config)
+        self._announce(start, parts)
+        return Result("dry_run", 0, None, self.folder)
+
+    def adapt(self, resume: bool | str, parts: _Parts) -> Result:
+        with ExitStack() as stack:
+            self.take_place(stack)
+            start, found = self.begin(resume)
+            self.loaded = parts.open(self.config)
+            self.open_reports(stack, start)
+            self._announce(start, parts)
+            self.warn_of_replacing(start)
+            objective, encode = self._objective(stack, parts)
+            device, source = self.processes.device, self.loaded.generator
+            origin = first_opinion(objective, encode, source, device)
+            adapter = Adapter(self.config, source, objective, encode, origin=origin, processes=self.processes)
+            self.go_on(adapter, start, found)
+            del found  # what lies in the checkpoint's file has been copied out of it
+            if self.config.sample_every and self.processes.is_main:
+                self.grids = BeforeAfter(self.config, adapter.frozen, self.samples_path(0).parent)
+            return self.loop()
+
+    def _objective(self, stack: ExitStack, parts: _Parts) -> tuple[Objective, Encode]:
+        """The critic's objective and the encoder, on this process' device while `stack` is open."""
+        config, device = self.config, self.processes.device
+        critic, encode = parts.critic, parts.encode
+        if critic is None:
+            base = parts.base
+            resolution = judged_resolution(config, base, self.loaded.generator)
+            stack.enter_context(base.on(device))
+            critic = open_critic(config, base, resolution, device)
+            encode = latent_encoder(base, resolution, config.precision)
+        return make_objective(config, critic, encode, device, parts.distance), encode
+
+    def _announce(self, step: int, parts: _Parts) -> None:
+        """Say what begins, and exactly what will learn, before anything takes long."""
+        config, source = self.config, self.loaded.generator
+        check_generator(config, source, self.processes.world)
+        for note in (*self.loaded.notes, *(parts.base.notes if parts.base is not None else ())):
+            self.tell(Warned(note))
+        text = describe_trained(source, trained_names(source, config.train, config.freeze_bias), config.layers)
+        if parts.base is not None:
+            size = sum(tensor.numel() for tensor in parts.base.unet.values())
+            side = judged_resolution(config, parts.base, source)
+            text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px"
+        self.tell(Started(str(self.folder), config.to_dict(), step, config.steps, 0, text))
+        if step < config.steps and config.warmup >= config.steps:
+            self.tell(Warned(
+                f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
+                f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
+            ))
+
+    # ---- what becomes of it
+
+    def report(self, step: int) -> bool:
+        config = self.config
+        if not due(step, config.sample_every, config.steps):
+            return False
+        continued = step == self.start > 0  # then this may have been done before
+        if self.grids is not None and not (continued and self.samples_path(step).exists()):
+            with self.learner.shown() as generator:
+                picture = self.grids.draw(generator, step)
+            self.tell(Sampled(step, str(save_png(picture, self.samples_path(step)))))
+        return self.anywhere(float(self.should_stop()))
+
+    def write(self, places: Sequence[Path]) -> None:
+        config, metadata = self.config, self._metadata()
+        with self.learner.shown() as generator:
+            for place in places:
+                write_generator(place, generator, metadata, config.file_dtype)
+
+    def _metadata(self) -> GeneratorMetadata:
+        """What the finished file tells of itself: its source, and how it was adapted."""
+        config, before = self.config, self.loaded.metadata
+        stage = {
+            "prompt": config.prompt, "method": config.method, "scale": config.scale, "steps": self.learner.step,
+            "parent": before.name, "parent_sha256": self.learner.source_hash, "trained": list(self.learner.parameters),
+        }
+        return dataclasses.replace(
+            before, name=config.name, licence=config.licence or before.licence,
+            history=(*before.history, stage),
+            extra={**before.extra, TRAINING: json.dumps(config.public_dict(), ensure_ascii=False)},
+        )

@@ -1,0 +1,109 @@
+"""Before/after grids of an adaptation: the source's images above the same latents at stages of the run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..guidance.networks.stylegan2 import Generator
+from .adapt_config import AdaptConfig
+from .previews import grid, save_png
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+ROWS = "rows"
+LARGEST_TILE = 256  # px; larger images are reduced
+ROW_NAME = re.compile(r"step-(\d+)\.png")
+
+
+class BeforeAfter:
+    """Draws the grid of a run: a column per seed, the source on top, below it stages of the run up to now.
+
+    Seeds are config.seed, config.seed + 1, ...; a conditional generator shows its classes in turn, or the one that is
+    trained on. Each stage is kept as a strip of images in `folder`/rows, so that a run that goes on shows its past.
+    """
+
+    def __init__(self, config: AdaptConfig, source: Generator, folder: Path) -> None:
+        self.config, self.folder = config, folder / ROWS
+        self.before = self._strip(source)
+
+    def draw(self, generator: Generator, step: int) -> Image:
+        """The grid after `step`, whose stage is kept."""
+        config = self.config
+        if step > 0:
+            save_png(_picture(self._strip(generator)), self._path(step))
+        stages = evenly([at for at in self._kept() if at <= step], config.sample_rows)
+        rows = [self.before, *(self._read(at) for at in stages)]
+        labels = ["before", *(f"step {at}" for at in stages)]
+        title = f"{config.name}: {config.prompt}" if config.prompt else config.name
+        return grid([_tiles(row, config.sample_count) for row in rows], labels, [f"seed {one}" for one in self.seeds], title)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.sample_count)
+
+    @torch.no_grad()
+    def _strip(self, generator: Generator) -> np.ndarray:
+        """The images of all seeds side by side, [h, w, 3] in 8 bits."""
+        from PIL import Image
+
+        config, about = self.config, generator.config
+        device = next(generator.parameters()).device
+        images = []
+        for number, seed in enumerate(self.seeds):  # one at a time, to save memory
+            z = torch.randn(1, about.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+            c = None
+            if about.c_dim:
+                c = torch.eye(about.c_dim)[[number % about.c_dim if config.label < 0 else config.label]].to(device)
+            noise = "none" if config.noise == "none" else "const"
+            pixels = generator(z, c, config.sample_truncation, noise)[0].expand(3, -1, -1)
+            values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+            image = Image.fromarray(np.ascontiguousarray(values))
+            if image.width > LARGEST_TILE:
+                image = image.resize((LARGEST_TILE, LARGEST_TILE), Image.Resampling.LANCZOS)
+            images.append(np.asarray(image))
+        return np.concatenate(images, axis=1)
+
+    def _path(self, step: int) -> Path:
+        return self.folder / f"step-{step:06d}.png"
+
+    def _kept(self) -> list[int]:
+        """The steps whose stages can be shown: written by this run, as wide as the source's row."""
+        found = (ROW_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.png"))
+        return sorted(step for step in (int(match[1]) for match in found if match) if self._read(step) is not None)
+
+    def _read(self, step: int) -> np.ndarray | None:
+        from PIL import Image
+
+        try:
+            with Image.open(self._path(step)) as image:
+                values = np.asarray(image.convert("RGB"))
+        except OSError:  # no picture, or one that was cut off
+            return None
+        return values if values.shape == self.before.shape else None
+
+
+def evenly(steps: Sequence[int], count: int) -> list[int]:
+    """At most `count` of the steps, the last among them, spread over the whole."""
+    if len(steps) <= count:
+        return list(steps)
+    return [steps[-1 - round(index * len(steps) / count)] for index in reversed(range(count))]
+
+
+def _picture(strip: np.ndarray) -> Image:
+    from PIL import Image
+
+    return Image.fromarray(strip)
+
+
+def _tiles(strip: np.ndarray, count: int) -> Tensor:
+    """A strip as images [B, 3, h, w] in -1..1."""
+    pixels = torch.from_numpy(np.array(strip)).float() / 127.5 - 1
+    return torch.stack(pixels.permute(2, 0, 1).chunk(count, dim=2))
