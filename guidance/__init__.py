@@ -71,11 +71,16 @@ _MODULE_OF_NAME = {
         "files": (
             "DomainMetadata",
             "FileProblem",
+            "GeneratorMetadata",
+            "LoadedGenerator",
+            "convert_generator",
             "prior_content_hash",
             "read_domain_file",
+            "read_generator",
             "read_state_dict",
             "split_checkpoint",
             "write_domain_file",
+            "write_generator",
             "write_safetensors",
         ),
     }.items()

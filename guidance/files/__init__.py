@@ -8,6 +8,14 @@ from .domain import (
     read_domain_file,
     write_domain_file,
 )
+from .generator import (
+    GeneratorMetadata,
+    LoadedGenerator,
+    convert_generator,
+    holds_generator,
+    read_generator,
+    write_generator,
+)
 from .layouts import Checkpoint, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
 from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
 
@@ -16,11 +24,16 @@ __all__ = [
     "Checkpoint",
     "DomainMetadata",
     "FileProblem",
+    "GeneratorMetadata",
+    "LoadedGenerator",
     "check_finite",
     "check_latent_format",
     "check_unet",
+    "convert_generator",
+    "holds_generator",
     "prior_content_hash",
     "read_domain_file",
+    "read_generator",
     "read_keys",
     "read_metadata",
     "read_state_dict",
@@ -28,5 +41,6 @@ __all__ = [
     "strip_unet_prefix",
     "unet_layout",
     "write_domain_file",
+    "write_generator",
     "write_safetensors",
 ]

@@ -1,0 +1,457 @@
+"""Generator files: StyleGAN2 from NVIDIA's pickles, rosinality's checkpoints and this project's safetensors.
+
+Whatever the file is called, its first bytes decide how it is read, and nothing in it is ever executed. What is written
+is safetensors: NVIDIA's tensor names, the architecture and the file's history in the string metadata.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..networks.stylegan2 import Generator, GeneratorConfig, generator_config_from_state_dict
+from . import rosinality
+from .inert_pickle import Refused, shown
+from .network_pickle import read_network_pickle, recognise
+from .tensors import (
+    SAFE_PICKLE_TORCH,
+    FileProblem,
+    _existing,
+    _first_line,
+    _guess,
+    check_finite,
+    read_keys,
+    read_metadata,
+    read_state_dict,
+    write_safetensors,
+)
+
+FORMAT = "indomain_guidance.generator"
+VERSION = "1"
+LIMIT_BYTES = 2**31  # the largest published StyleGAN2 files, optimizers included, take half of it
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+MAX_RESOLUTION = 2**14
+MEAN_SAMPLES = 10_000  # latents that the mean style is measured on where a file has none
+_LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number's pickle
+_NVIDIA_KEY = "synthesis.b4.const"
+_SEARCHED = 2**24  # bytes of a checkpoint that hold its names
+
+
+@dataclass(frozen=True)
+class GeneratorMetadata:
+    """What a generator file says about itself; empty where it does not say.
+
+    source_format: "NVIDIA pickle", "rosinality checkpoint" or "safetensors", what the weights were first read from;
+    source_sha256: of that file; class_name: as NVIDIA calls the network's class; source_code_sha256: of the source text
+    in the pickle. history: what was done to the weights, oldest first, JSON-able mappings (an adaptation states prompt,
+    steps, parent). extra: further string metadata, kept as it is.
+    """
+
+    name: str = ""
+    licence: str = ""
+    class_name: str = ""
+    source_format: str = ""
+    source_sha256: str = ""
+    source_code_sha256: str = ""
+    history: tuple[Mapping[str, Any], ...] = ()
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    _TEXTS = ("name", "licence", "class_name", "source_format", "source_sha256", "source_code_sha256")
+
+    def to_strings(self, config: GeneratorConfig) -> dict[str, str]:
+        """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""
+        values = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
+        values |= {name: getattr(self, name) for name in self._TEXTS if getattr(self, name)}
+        if self.history:
+            values["history"] = json.dumps([dict(entry) for entry in self.history], ensure_ascii=False)
+        values |= self._modelspec(config)
+        clashes = [key for key in self.extra if key in values and not key.startswith("modelspec.")]
+        if clashes:
+            raise ValueError(f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field.")
+        return values | dict(self.extra)
+
+    def _modelspec(self, config: GeneratorConfig) -> dict[str, str]:
+        """Fields of Stability's ModelSpec 1.0.1, which other tools show."""
+        spec = {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": "stylegan2/generator",
+            "modelspec.implementation": "https://github.com/NVlabs/stylegan2-ada-pytorch",
+            "modelspec.title": self.name or "generator",
+            "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        }
+        return spec | ({"modelspec.license": self.licence} if self.licence else {})
+
+    @classmethod
+    def from_strings(
+        cls, values: Mapping[str, str], source: str | os.PathLike
+    ) -> tuple[GeneratorMetadata, GeneratorConfig]:
+        """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
+        if values.get("format") != FORMAT:
+            raise FileProblem(
+                f"{source}: expected metadata of the format {FORMAT}, found {shown(values.get('format', 'none'))}; make "
+                "the file with this project."
+            )
+        if values.get("version") != VERSION:
+            raise FileProblem(
+                f"{source}: expected version {VERSION} of the generator format, found "
+                f"{shown(values.get('version', 'none'))}; update In-Domain Guidance."
+            )
+        if "config" not in values:
+            raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
+        try:
+            config = GeneratorConfig.from_json(values["config"])
+            history = json.loads(values.get("history", "[]"))
+            if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+                raise ValueError("the history is no list of objects")
+        except (ValueError, RecursionError) as error:
+            raise FileProblem(
+                f"{source}: the metadata cannot be read ({_first_line(error)}); the file is damaged, make it again."
+            ) from error
+        described = cls(**{name: values.get(name, "") for name in cls._TEXTS}, history=tuple(history))
+        derived = described.to_strings(config)
+        return replace(described, extra={key: text for key, text in values.items() if key not in derived}), config
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """A generator on the CPU (float32, evaluation mode, no gradients), its metadata, and remarks worth showing."""
+
+    generator: Generator
+    metadata: GeneratorMetadata
+    notes: tuple[str, ...] = ()
+
+
+def read_generator(
+    path: str | os.PathLike, *, limit_bytes: int = LIMIT_BYTES, prefer_converted: bool = True
+) -> LoadedGenerator:
+    """The StyleGAN2 generator in a file: safetensors, an NVIDIA `.pkl`, or a rosinality / StyleGAN-NADA `.pt`.
+
+    The moving average is taken where a file has one. limit_bytes: larger files are refused. prefer_converted: where a
+    conversion (`convert_generator`) of exactly this file lies beside it under its name with .safetensors, read that.
+    Raises FileProblem, naming the reason, for every file that is no such generator.
+    """
+    path = _existing(path)
+    kind = _kind(path)
+    size = path.stat().st_size
+    if size > limit_bytes:
+        raise FileProblem(
+            f"{path}: expected a generator of at most {limit_bytes} bytes, found {size}; raise the limit if you trust "
+            "the file."
+        )
+    if kind == "safetensors":
+        return _read_safetensors(path)
+    try:
+        if kind == "torch":
+            return _converted(path, None, prefer_converted) or _read_torch(path, limit_bytes)
+        data = path.read_bytes()
+        if len(data) > limit_bytes:
+            raise FileProblem(f"{path}: the file grows while it is read; wait until it is complete.")
+        return _converted(path, data, prefer_converted) or _read_network_pickle(path, data)
+    except (RecursionError, MemoryError, OverflowError, OSError) as error:
+        raise FileProblem(
+            f"{path}: the file could not be read ({_first_line(error)}); it is damaged or too large for this computer."
+        ) from error
+
+
+def write_generator(
+    path: str | os.PathLike, generator: Generator, metadata: GeneratorMetadata | None = None, dtype: str = "fp32"
+) -> Path:
+    """Write a generator atomically as safetensors, in "fp32", "fp16" or "bf16". Returns the path.
+
+    Raises FileProblem for weights that are not finite, or that fp16 cannot hold, and for another file name.
+    """
+    path = Path(path)
+    if dtype not in DTYPES:
+        raise ValueError(f"Expected the number format to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    if path.suffix != ".safetensors":
+        raise FileProblem(f"{path}: expected a name that ends in .safetensors; generators are safetensors files.")
+    metadata = metadata or GeneratorMetadata()
+    if not metadata.name:
+        metadata = replace(metadata, name=path.stem)
+    tensors = {}
+    weights = generator.state_dict()
+    check_finite(weights, path)
+    for key, tensor in weights.items():
+        tensors[key] = tensor.detach().cpu().to(DTYPES[dtype])
+        if dtype == "fp16" and not bool(tensors[key].isfinite().all()):
+            raise FileProblem(
+                f"{path}: expected weights up to 65504, which fp16 ends at, found {float(tensor.abs().max()):.0f} in "
+                f"{key}; write bf16 or fp32."
+            )
+    return write_safetensors(path, tensors, metadata.to_strings(generator.config))
+
+
+def convert_generator(
+    source: str | os.PathLike, target: str | os.PathLike, *, dtype: str = "fp32", name: str = "",
+    limit_bytes: int = LIMIT_BYTES,
+) -> Path:  # fmt: skip
+    """Write the generator of any readable file as safetensors, one way, with the source's hash. Returns `target`."""
+    target = Path(target)
+    if target.exists() and target.samefile(source):
+        raise FileProblem(f"{target}: expected another file to write than the one to read; choose another name.")
+    loaded = read_generator(source, limit_bytes=limit_bytes, prefer_converted=False)
+    metadata = replace(loaded.metadata, name=name) if name else loaded.metadata
+    return write_generator(target, loaded.generator, metadata, dtype)
+
+
+def holds_generator(path: str | os.PathLike) -> bool:
+    """Whether a file seems to be a generator, by its first bytes and names alone; `read_generator` says for certain."""
+    path = _existing(path)
+    try:
+        kind = _kind(path)
+    except FileProblem:
+        return False
+    if kind == "network pickle":
+        return True
+    if kind == "safetensors":
+        keys = read_keys(path)
+        return read_metadata(path).get("format") == FORMAT or _NVIDIA_KEY in keys or rosinality.MARK in keys
+    return rosinality.MARK.encode() in _names_part(path)
+
+
+# ------------------------------------------------------------------------------------------------------ the four kinds
+
+
+def _kind(path: Path) -> str:
+    with path.open("rb") as file:
+        start = file.read(200)
+    if start[8:9] == b"{":
+        return "safetensors"
+    if start.startswith(b"PK\x03\x04") or start.startswith(_LEGACY_TORCH):
+        return "torch"
+    if start[:1] == b"\x80" and len(start) > 1:
+        return "network pickle"
+    if start[:1] in (b"(", b"c", b"]", b"}") and b"\n" in start:
+        raise FileProblem(
+            f"{path}: expected a generator, found what seems to be a pickle of protocol 0 or 1, which networks are "
+            "never saved in; use the original file."
+        )
+    raise FileProblem(f"{path}: expected a generator (.safetensors, .pkl or .pt), found {_guess(start)}.")
+
+
+def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
+    try:
+        pickled = read_network_pickle(data)
+        tensors = pickled.load(len(data))
+    except Refused as problem:
+        family = recognise(data)
+        if family is not None:
+            raise FileProblem(
+                f"{path}: expected a StyleGAN2 generator, found {family[0]}; {family[1]} (reading stopped at {problem})."
+            ) from None
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 network pickle, found {problem}; nothing of it was executed, use the "
+            "original file from its authors."
+        ) from None
+    metadata = GeneratorMetadata(
+        name=path.stem, class_name=pickled.class_name, source_format="NVIDIA pickle",
+        source_sha256=hashlib.sha256(data).hexdigest(), source_code_sha256=pickled.source_sha256,
+    )  # fmt: skip
+    return _finish(path, tensors, metadata, list(pickled.notes), **pickled.hints)
+
+
+def _read_torch(path: Path, limit_bytes: int) -> LoadedGenerator:
+    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+    if version < SAFE_PICKLE_TORCH:
+        raise FileProblem(
+            f"{path}: this is a torch pickle, which only torch 2.10 or newer reads safely, found torch "
+            f"{torch.__version__}; convert the file to .safetensors where torch is newer (indomain convert)."
+        )
+    _check_zip(path, limit_bytes)
+
+    class Namespace:
+        """Stands for argparse.Namespace, in which rosinality's trainer keeps its options; made anew for every file."""
+
+    Namespace.__module__ = "argparse"
+    try:
+        with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises whatever its parser met
+        raise FileProblem(
+            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely "
+            f"({shown(_first_line(error))}); use the original file from its authors."
+        ) from error
+    found = rosinality.find_generator(content)
+    if found is None:
+        keys = ", ".join(sorted(shown(str(key)) for key in list(content)[:8])) if isinstance(content, Mapping) else ""
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 checkpoint of rosinality's layout (g_ema with conv1.conv.weight), found "
+            f"{'the keys ' + keys if keys else 'a ' + type(content).__name__}; only such checkpoints are read from .pt."
+        )
+    weights, notes = found
+    mean = content.get("latent_avg")
+    mean = mean if isinstance(mean, Tensor) else None
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for piece in iter(lambda: file.read(2**20), b""):
+            digest.update(piece)
+    metadata = GeneratorMetadata(
+        name=path.stem, class_name="Generator", source_format="rosinality checkpoint", source_sha256=digest.hexdigest()
+    )
+    return _from_rosinality(path, weights, mean, metadata, notes)
+
+
+def _from_rosinality(
+    path: Path, weights: Mapping[str, Any], mean: Tensor | None, metadata: GeneratorMetadata, notes: list[str]
+) -> LoadedGenerator:
+    size = path.stat().st_size
+    needed = sum(value.numel() * value.element_size() for value in weights.values() if isinstance(value, Tensor))
+    if needed > size:  # strides of 0, or one storage under many names
+        raise FileProblem(
+            f"{path}: expected at most {size} bytes of weights, found tensors that claim {needed}; the file is damaged."
+        )
+    try:
+        tensors = rosinality.to_nvidia(weights, mean)
+    except ValueError as problem:
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 generator of rosinality's layout, found that {problem}; use a checkpoint of "
+            "the unchanged network."
+        ) from problem
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or tensor.is_sparse:
+            raise FileProblem(f"{path}: expected weights as plain numbers, found {tensor.dtype} in {key}.")
+    tensors = {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in tensors.items()}
+    return _finish(path, tensors, metadata, notes, img_channels=3, architecture="skip")
+
+
+def _read_safetensors(path: Path) -> LoadedGenerator:
+    values = read_metadata(path)
+    tensors = read_state_dict(path)
+    if values.get("format") == FORMAT:
+        metadata, config = GeneratorMetadata.from_strings(values, path)
+        return _finish(path, tensors, metadata, [], config=config)
+    metadata = GeneratorMetadata(name=path.stem, source_format="safetensors",
+                                 licence=values.get("modelspec.license", ""))  # fmt: skip
+    if rosinality.MARK in tensors:
+        mean = tensors.pop("latent_avg", None)
+        return _from_rosinality(path, tensors, mean, metadata, [])
+    if _NVIDIA_KEY not in tensors:
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 generator, found other tensors ({shown(next(iter(tensors)))}, ...); choose a "
+            "generator's file."
+        )
+    note = ("The file says nothing of its architecture; activations are taken as unbounded and the mapping's learning "
+            "rate multiplier as 0.01.")  # fmt: skip
+    return _finish(path, tensors, metadata, [note])
+
+
+def _finish(
+    path: Path, tensors: dict[str, Tensor], metadata: GeneratorMetadata, notes: list[str],
+    config: GeneratorConfig | None = None, **hints: Any,
+) -> LoadedGenerator:  # fmt: skip
+    """Compare names and shapes with what the architecture needs, then make the generator of the tensors themselves."""
+    odd = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
+    if odd:
+        raise FileProblem(f"{path}: expected weights as plain numbers, found {tensors[odd[0]].dtype} in {odd[0]}.")
+    check_finite(tensors, path)
+    try:
+        if config is None:
+            config = generator_config_from_state_dict(tensors, **hints)
+        if config.resolution > MAX_RESOLUTION or config.mapping_layers > len(tensors):
+            raise ValueError(f"{config.resolution} pixels, {config.mapping_layers} mapping layers".replace("\n", " ")[:80])
+        with torch.device("meta"):
+            generator = Generator(config)
+    except (ValueError, TypeError, RuntimeError) as problem:
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 generator, found another network ({_first_line(problem)}); use a file of the "
+            "unchanged architecture."
+        ) from problem
+    expected = {key: tuple(tensor.shape) for key, tensor in generator.state_dict().items()}
+    found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.endswith(".resample_filter")}
+    if "mapping.w_avg" not in found:
+        expected.pop("mapping.w_avg")
+    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unexpected:
+        raise FileProblem(
+            f"{path}: expected the {len(expected)} tensors of a StyleGAN2 generator, found {_listed('missing', missing)}"
+            f"{' and ' if missing and unexpected else ''}{_listed('unexpected', unexpected)}; the file is damaged or "
+            "of another network."
+        )
+    for key, shape in expected.items():
+        if found[key] != shape:
+            raise FileProblem(
+                f"{path}: expected {key} of the shape {list(shape)}, found {list(found[key])}; the file is damaged."
+            )
+    averaged = "mapping.w_avg" in found
+    plain = {key: tensor.to(torch.float32).contiguous() for key, tensor in tensors.items()}
+    if not averaged:
+        plain["mapping.w_avg"] = torch.zeros(config.w_dim)
+    try:
+        generator.load_state_dict(plain, assign=True)
+    except (ValueError, RuntimeError) as problem:
+        raise FileProblem(f"{path}: expected a StyleGAN2 generator, found that {_first_line(problem)}.") from problem
+    generator.eval().requires_grad_(False)
+    if not averaged:
+        with torch.no_grad():
+            generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))
+        notes = [*notes, f"The file has no mean style; it was measured on {MEAN_SAMPLES} latents."]
+    return LoadedGenerator(generator, metadata, tuple(notes))
+
+
+def _listed(what: str, keys: list[str]) -> str:
+    if not keys:
+        return ""
+    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
+    return f"{what} {', '.join(shown(key) for key in keys[:3])}{more}"
+
+
+def _converted(path: Path, data: bytes | None, wanted: bool) -> LoadedGenerator | None:
+    """The conversion of exactly this file that lies beside it, if there is one."""
+    beside = path.with_suffix(".safetensors")
+    if not wanted or beside == path or not beside.is_file():
+        return None
+    try:
+        stated = read_metadata(beside)
+        if stated.get("format") != FORMAT or stated.get("history") or not stated.get("source_sha256"):
+            return None
+        digest = hashlib.sha256(path.read_bytes() if data is None else data).hexdigest()
+        if digest != stated["source_sha256"]:
+            return None
+        loaded = _read_safetensors(beside)
+    except FileProblem:
+        return None
+    return replace(loaded, notes=(*loaded.notes, f"Read from its conversion {beside.name}."))
+
+
+def _check_zip(path: Path, limit_bytes: int) -> None:
+    """Refuse archives that grow when read: torch stores its records, it never packs them."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError, EOFError) as error:
+        raise FileProblem(
+            f"{path}: expected a checkpoint, found a damaged archive ({_first_line(error)}); download it again."
+        ) from error
+    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
+    total = sum(member.file_size for member in members)
+    if packed or total > limit_bytes or total > path.stat().st_size:
+        raise FileProblem(
+            f"{path}: expected an archive of plain records, found {'packed' if packed else 'overlapping'} ones "
+            f"({total} bytes in a file of {path.stat().st_size}); torch never writes such a file."
+        )
+
+
+def _names_part(path: Path) -> bytes:
+    """The part of a torch checkpoint that holds its names, unread."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith("/data.pkl") and member.compress_type == zipfile.ZIP_STORED:
+                    with archive.open(member) as file:
+                        return file.read(_SEARCHED)
+            return b""
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        with path.open("rb") as file:
+            return file.read(_SEARCHED)

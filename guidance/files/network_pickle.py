@@ -1,0 +1,327 @@
+"""NVIDIA's network pickles of StyleGAN2, read without their code: stylegan2-ada-pytorch's and the stylegan3 repository's.
+
+Such a file is a dictionary of networks. A network is a call of `_reconstruct_persistent_obj` with its class's name, the
+source text of its module (which the original loader executes; here only its hash is kept) and the state of a torch
+module, tensors as nested storage streams. The architecture is read from shapes and checked against what the
+constructor was told; nothing that the file computed, such as gains, is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, read_pickle, shown
+from .storage_stream import StoredTensor, encode, load_from_bytes, rebuild_parameter, rebuild_tensor
+
+PERSISTENCE_VERSION = 6
+MAX_DEPTH = 64
+MAX_MODULES = 4096
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Other families by what their pickles contain somewhere, the more specific first. For error messages alone.
+OTHER_FAMILIES = (
+    (b"dnnlib.tflib", "a TensorFlow network (StyleGAN, or StyleGAN2 before its PyTorch version)",
+     "convert it with legacy.py of NVIDIA's stylegan3 repository, then read its result here"),
+    (b"tfutil", "a TensorFlow network (Progressive GAN)", "only StyleGAN2 generators are read"),
+    (b"SuperresGenerator", "a StyleGAN-XL network", "only StyleGAN2 generators are read"),
+    (b"pg_modules", "a StyleGAN-XL or Projected GAN network", "only StyleGAN2 generators are read"),
+    (b"TriPlaneGenerator", "an EG3D network (three-dimensional, tri-plane)", "only StyleGAN2 generators are read"),
+    (b"training.volumetric_rendering", "an EG3D network", "only StyleGAN2 generators are read"),
+    (b"SynthesisInput", "a StyleGAN3 network (Fourier features)", "only StyleGAN2 generators are read"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Network:
+    """A persistent object of the file: class, hash of its module's source, state of its torch module."""
+
+    class_name: str
+    source_sha256: str
+    state: dict
+
+
+@dataclass(frozen=True)
+class PickledGenerator:
+    """What the file says about its generator: tensors by their names, hints for the configuration, remarks."""
+
+    tensors: dict[str, StoredTensor]
+    hints: dict[str, Any]
+    class_name: str
+    source_sha256: str
+    notes: tuple[str, ...]
+
+    def load(self, limit_bytes: int) -> dict[str, Tensor]:
+        """All tensors in float32; the copies together may not take more than `limit_bytes` (as they are stored)."""
+        needed = sum(tensor.numel * tensor.dtype.itemsize for tensor in self.tensors.values())
+        if needed > limit_bytes:
+            raise Refused(f"tensors of {needed} bytes in a file of {limit_bytes}")
+        return {name: tensor.load(torch.float32) for name, tensor in self.tensors.items()}
+
+
+def recognise(data: bytes | memoryview) -> tuple[str, str] | None:
+    """(the family that a refused file seems to belong to, what to do), or None."""
+    for mark, family, advice in OTHER_FAMILIES:
+        if re.search(re.escape(mark), data):
+            return family, advice
+    return None
+
+
+def read_network_pickle(data: bytes, budget: Budget | None = None) -> PickledGenerator:
+    """The generator of an NVIDIA pickle, its moving average `G_ema` where there is one. Raises Refused."""
+    budget = budget or Budget()
+    budget.decoded = len(data)
+    view = memoryview(data)
+    content, end = read_pickle(view, 0, _vocabulary(), budget)
+    if end != len(data):
+        raise Refused(f"{len(data) - end} bytes after the end of the pickle")
+    if type(content) is Network:
+        content = {"G_ema": content}
+    if type(content) is not dict:
+        raise Refused(f"a {type(content).__name__} at the top of the pickle, where NVIDIA writes a dictionary of networks")
+    notes = []
+    generator = content.get("G_ema")
+    if type(generator) is not Network and type(content.get("G")) is Network:
+        generator = content["G"]
+        notes.append("The file has no averaged generator (G_ema); its G is used, whose images are rougher.")
+    if type(generator) is not Network:
+        keys = ", ".join(sorted(shown(key) for key in list(content)[:8] if type(key) is str)) or "none"
+        raise Refused(f"no generator (G_ema or G) among the keys {keys}")
+    return _read_generator(generator, notes)
+
+
+# ------------------------------------------------------------------------------------------------ the allowed names
+
+
+def _vocabulary() -> Vocabulary:
+    hashes: dict[str, str] = {}
+
+    def reconstruct(name: Name, arguments: tuple, budget: Budget) -> Network:
+        return _network(arguments, hashes)
+
+    reduce = {
+        ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
+        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+        ("torch.storage", "_load_from_bytes"): load_from_bytes,
+        ("_codecs", "encode"): encode,
+        ("collections", "OrderedDict"): _empty_dict,
+        ("builtins", "set"): _small_set,
+        ("__builtin__", "set"): _small_set,
+        ("numpy", "dtype"): _placeholder,
+    }
+    inert = {("numpy", "ndarray")}
+    for package in ("numpy.core", "numpy._core"):
+        reduce[f"{package}.multiarray", "scalar"] = _placeholder
+        reduce[f"{package}.multiarray", "_reconstruct"] = _placeholder
+    return Vocabulary(
+        reduce=reduce, new={("dnnlib.util", "EasyDict"): _empty_dict}, inert=frozenset(inert),
+        build=frozenset(key for key in reduce if key[0].startswith("numpy")), explain=_explain,
+    )  # fmt: skip
+
+
+def _explain(module: str, name: str) -> str | None:
+    text = f"{module}.{name}".encode("utf-8", "replace")
+    family = recognise(text)
+    return f"the name {shown(f'{module}.{name}')}, which belongs to {family[0]}" if family else None
+
+
+def _placeholder(name: Name, arguments: tuple, budget: Budget) -> Placeholder:
+    return Placeholder(name)
+
+
+def _empty_dict(name: Name, arguments: tuple, budget: Budget) -> dict:
+    if arguments:
+        raise Refused(f"a call of {name} with arguments, which torch never writes")
+    return {}
+
+
+def _small_set(name: Name, arguments: tuple, budget: Budget) -> set:
+    if len(arguments) != 1 or type(arguments[0]) is not list or any(type(one) is not str for one in arguments[0]):
+        raise Refused(f"a call of {name} with anything but a list of names")
+    budget.spend(len(arguments[0]))
+    return set(arguments[0])
+
+
+def _network(arguments: tuple, hashes: dict[str, str]) -> Network:
+    if len(arguments) != 1 or type(arguments[0]) is not dict:
+        raise Refused("a persistent object that is not described by one dictionary")
+    meta = arguments[0]
+    wanted = ("type", "version", "module_src", "class_name", "state")
+    missing = [key for key in wanted if key not in meta]
+    if missing:
+        raise Refused(f"a persistent object without its field {missing[0]}")
+    if len(meta) != len(wanted):
+        raise Refused("a persistent object with unknown fields")
+    kind, version, source, class_name, state = (meta[key] for key in wanted)
+    if type(kind) is not str or kind != "class":
+        raise Refused("a persistent object that is no class")
+    if type(version) is not int or version != PERSISTENCE_VERSION:
+        found = version if type(version) is int and 0 <= version < 10**6 else "unknown"
+        raise Refused(f"version {found} of NVIDIA's persistent objects, where {PERSISTENCE_VERSION} is read")
+    if type(source) is not str or type(class_name) is not str or type(state) is not dict:
+        raise Refused("a persistent object whose fields have other types than NVIDIA writes")
+    if source not in hashes:
+        hashes[source] = hashlib.sha256(source.encode("utf-8")).hexdigest()
+    return Network(class_name, hashes[source], state)
+
+
+# ------------------------------------------------------------------------------------------------------ the generator
+
+# Which class stands where. Names are those of the attributes; a class that is not listed is refused by its name.
+_CHILDREN = {
+    "Generator": (("mapping", "MappingNetwork"), ("synthesis", "SynthesisNetwork")),
+    "MappingNetwork": (("embed", "FullyConnectedLayer"), (r"fc\d{1,3}", "FullyConnectedLayer")),
+    "SynthesisNetwork": ((r"b\d{1,5}", "SynthesisBlock"),),
+    "SynthesisBlock": (("conv[01]", "SynthesisLayer"), ("torgb", "ToRGBLayer"), ("skip", "Conv2dLayer")),
+    "SynthesisLayer": (("affine", "FullyConnectedLayer"),),
+    "ToRGBLayer": (("affine", "FullyConnectedLayer"),),
+    "FullyConnectedLayer": (),
+    "Conv2dLayer": (),
+}
+_MISSING = object()
+
+
+def _read_generator(network: Network, notes: list[str]) -> PickledGenerator:
+    if network.class_name != "Generator":
+        raise Refused(f"a network of the class {shown(network.class_name)}, where only StyleGAN2's Generator is known")
+    tensors: dict[str, StoredTensor] = {}
+    modules: dict[str, Network] = {}
+    for path, module in _modules(network):
+        modules[path] = module
+        prefix = f"{path}." if path else ""
+        for group in ("_parameters", "_buffers"):
+            for name, value in _dictionary(module, group, path).items():
+                if value is None:
+                    continue
+                if type(value) is not StoredTensor or not re.fullmatch(r"[A-Za-z_]\w{0,63}", name, re.ASCII):
+                    raise Refused(f"something else than a tensor as {shown(prefix + name)}")
+                if value.dtype not in NUMBERS:
+                    raise Refused(f"numbers of the type {str(value.dtype)[6:]} in {prefix}{name}")
+                if prefix + name in tensors:
+                    raise Refused(f"two tensors named {prefix}{name}")
+                tensors[prefix + name] = value
+    hints = _hints(modules)
+    if any(_scalar(module, "use_fp16") is True for module in modules.values()):
+        notes.append("NVIDIA's code computes the largest blocks of this network in half precision on GPUs; here all "
+                     "are computed in the weights' precision.")  # fmt: skip
+    return PickledGenerator(tensors, hints, network.class_name, network.source_sha256, tuple(notes))
+
+
+def _modules(network: Network) -> Iterator[tuple[str, Network]]:
+    """All modules with their paths, parents first; every class in its place, no module twice, no cycle."""
+    seen: set[int] = set()
+    waiting = [("", network, 0)]
+    while waiting:
+        path, module, depth = waiting.pop()
+        if id(module) in seen or id(module.state) in seen:
+            raise Refused(f"the module {path or 'Generator'} in two places, or within itself")
+        seen |= {id(module), id(module.state)}
+        if depth > MAX_DEPTH or len(seen) > 2 * MAX_MODULES:
+            raise Refused(f"modules nested deeper than {MAX_DEPTH} or more than {MAX_MODULES}")
+        yield path, module
+        for name, child in _dictionary(module, "_modules", path).items():
+            if child is None:
+                continue
+            place = f"{path}.{name}" if path else name
+            if type(child) is not Network:
+                raise Refused(f"something else than a network as the module {shown(place)}")
+            expected = next((kind for pattern, kind in _CHILDREN[module.class_name]
+                             if re.fullmatch(pattern, name, re.ASCII)), None)  # fmt: skip
+            if child.class_name not in _CHILDREN:
+                raise Refused(f"a module of the unknown class {shown(child.class_name)} as {shown(place)}")
+            if child.class_name != expected:
+                raise Refused(f"a module of the class {shown(child.class_name)} as {shown(place)}, where StyleGAN2 has "
+                              f"{expected or 'none'}")  # fmt: skip
+            waiting.append((place, child, depth + 1))
+
+
+def _dictionary(module: Network, name: str, path: str) -> dict:
+    found = module.state.get(name)
+    if type(found) is not dict or any(type(key) is not str for key in found):
+        raise Refused(f"a state without {name} in the module {shown(path or 'Generator')}")
+    return found
+
+
+def _scalar(module: Network, name: str) -> Any:
+    """A public attribute of a module: None, a truth value, a number or a text; `_MISSING` where it has none."""
+    value = module.state.get(name, _MISSING)
+    return value if value is None or type(value) in (bool, int, float, str) else _MISSING
+
+
+def _said(module: Network, name: str) -> Any:
+    """What the module's constructor was told by keyword; `_MISSING` where it was not."""
+    told = module.state.get("_init_kwargs")
+    value = told.get(name, _MISSING) if type(told) is dict else _MISSING
+    return value if value is None or type(value) in (bool, int, float, str) else _MISSING
+
+
+def _hints(modules: dict[str, Network]) -> dict[str, Any]:
+    """Fields of `GeneratorConfig` that the file states; the caller compares those that shapes show as well."""
+    hints: dict[str, Any] = {}
+
+    def state(name: str, value: Any, where: str) -> None:
+        if value is _MISSING:
+            return
+        if name in hints and (type(hints[name]) is not type(value) or hints[name] != value):
+            raise Refused(f"{name} {shown(str(value))} in {where}, where other modules have {shown(str(hints[name]))}")
+        hints[name] = value
+
+    for name, ours in (("z_dim", "z_dim"), ("c_dim", "c_dim"), ("w_dim", "w_dim"), ("img_resolution", "resolution"),
+                       ("img_channels", "img_channels")):  # fmt: skip
+        state(ours, _scalar(modules[""], name), "Generator")
+    for path, module in modules.items():
+        kind = module.class_name
+        if kind == "SynthesisBlock":
+            state("architecture", _scalar(module, "architecture"), path)
+        if kind in ("SynthesisLayer", "ToRGBLayer"):
+            state("conv_clamp", _number(_scalar(module, "conv_clamp"), "conv_clamp", path), path)
+        if kind == "SynthesisLayer":
+            _expect(module, "up", 2 if path.endswith("conv0") else 1, path)
+            _expect(module, "activation", "lrelu", path)
+            state("use_noise", _scalar(module, "use_noise"), path)
+        if kind == "Conv2dLayer":
+            _expect(module, "up", 2, path)
+            _expect(module, "activation", "linear", path)
+        if kind == "FullyConnectedLayer":
+            layer = path.startswith("mapping.fc")
+            _expect(module, "activation", "lrelu" if layer else "linear", path)
+            multiplier = _multiplier(module, path)
+            if layer:
+                state("mapping_lr_multiplier", multiplier, path)
+            elif multiplier != 1:
+                raise Refused(f"a learning rate multiplier of {multiplier:g} in {path}, where StyleGAN2 has 1")
+    return hints
+
+
+def _multiplier(module: Network, path: str) -> float:
+    """A dense layer's learning rate multiplier, which scales its weights: as constructed, and its bias's gain."""
+    told, gain = _said(module, "lr_multiplier"), _scalar(module, "bias_gain")
+    told = 1.0 if told is _MISSING and type(module.state.get("_init_kwargs")) is dict else _number(told, "lr", path)
+    gain = _number(gain, "bias_gain", path)
+    if told is _MISSING:
+        told = gain
+    if told is _MISSING or told is None or told <= 0 or (gain not in (_MISSING, None) and gain != told):
+        raise Refused(f"a learning rate multiplier in {path} that its parts do not agree on")
+    return told
+
+
+def _number(value: Any, name: str, path: str) -> Any:
+    if value is None or value is _MISSING:
+        return value
+    if type(value) not in (int, float) or not abs(value) < 1e9 or not math.isfinite(value):
+        raise Refused(f"no usable number as {name} of {path}")
+    return float(value)
+
+
+def _expect(module: Network, name: str, value: Any, path: str) -> None:
+    found = _scalar(module, name)
+    if found is not _MISSING and (type(found) is not type(value) or found != value):
+        raise Refused(f"{name} {shown(str(found))} in {path}, where StyleGAN2 has {value}")
