@@ -143,6 +143,26 @@ class Check:
             ratio = floors["autoencoder_floor"] / result.distance
             report(f"{domain}_autoencoder_floor_over_prior", ratio, "ratio", self.samples, self.seed, 0.05)
 
+    def part_generator(self) -> None:
+        """The generator's pictures against held-out handwriting: distance, precision, recall, every digit's share."""
+        from . import measure
+        from .assets import load_generator
+
+        count = measure.VALIDITY_PICTURES
+        found = measure.generator_quality(load_generator(), self.judges[""], count, self.seed)
+        report("generator_distance", found.distance, "frechet", count, self.seed, floor=round(found.floor, 5))
+        report("generator_kernel_distance", found.kernel, "kid", count, self.seed)
+        report("generator_in_domain", found.in_domain, "share", count, self.seed, None, "higher")
+        for name, value, floor in (("precision", found.precision, found.precision_floor),
+                                   ("recall", found.recall, found.recall_floor)):
+            report(f"generator_{name}", value, "share", count, self.seed, None, "higher", training_rows=round(floor, 5))
+        for digit in range(10):
+            share, own = found.digits[digit], found.digit_recall_floor[digit]
+            report(f"generator_share/{digit}", share, "share", count, self.seed, None, "higher")
+            report(f"generator_recall/{digit}", found.digit_recall[digit], "share", count, self.seed, None, "higher",
+                   training_rows=round(own, 5))
+            report(f"generator_diversity/{digit}", found.digit_diversity[digit], "ratio", count, self.seed, None,
+                   "higher")
 
 
 PARTS: dict[str, Callable[[Check], None]] = {
@@ -150,6 +170,7 @@ PARTS: dict[str, Callable[[Check], None]] = {
     "autoencoder": Check.part_autoencoder,
     "prior": Check.part_prior,
     "domains": Check.part_domains,
+    "generator": Check.part_generator,
 }
 
 

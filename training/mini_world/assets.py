@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
-from ...guidance.files import FileProblem, check_finite, read_domain_file, read_metadata, read_state_dict
+from ...guidance.files import (
+    FileProblem, check_finite, read_domain_file, read_generator, read_metadata, read_state_dict,
+)
 from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
+from ...guidance.networks.stylegan2 import Generator
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ...guidance.networks.unet import UNet, UNetConfig
 from .classifier import Classifier
@@ -34,6 +37,11 @@ def weights_dir() -> Path:
 def domain_unets_dir() -> Path:
     """The folder of the shipped domain models; ComfyUI lists it under domain_unets."""
     return weights_dir() / "domain_unets"
+
+
+def generators_dir() -> Path:
+    """The folder of the shipped generator; ComfyUI lists it under generators."""
+    return weights_dir() / "generators"
 
 
 def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -95,6 +103,14 @@ def load_domain(name: str = "mini-handwriting") -> UNet:
     model = UNet(metadata.config)
     model.load_state_dict(_fp32(state_dict))
     return model.eval().requires_grad_(False)
+
+
+def load_generator(name: str = "mini-handwriting") -> Generator:
+    """The shipped StyleGAN2 of handwriting in fp32: latents [B, 128] -> pictures [B, 3, 64, 64] around -1..1.
+
+    White on black and exactly grey, so that recoloured samples are exact: ``render.paint`` of ``measure.masks_of``.
+    """
+    return read_generator(generators_dir() / f"{name}.safetensors").generator
 
 
 @dataclass

@@ -72,9 +72,10 @@ class Discriminator(nn.Module):
                 x = activate(getattr(self, f"keep{side}")(x))
                 # Average before the convolution rather than blur after it: the same response at a quarter of the cost.
                 x, seen = activate(getattr(self, f"down{side}")(F.avg_pool2d(x, 2))), F.avg_pool2d(seen, 2)
-        x = activate(self.last(batch_deviation(x, self.group)))
-        x = activate(F.conv2d(x, self.hidden.weight * self.hidden.scale, self.hidden.bias))
-        return self.logit(x).flatten()
+        with torch.autocast(x.device.type, enabled=False):  # small differences decide from here on
+            x = activate(self.last(batch_deviation(x.float(), self.group)))
+            x = activate(F.conv2d(x, self.hidden.weight * self.hidden.scale, self.hidden.bias))
+            return self.logit(x).flatten()
 
     @torch.no_grad()
     def grown_from(self, smaller: "Discriminator") -> "Discriminator":

@@ -15,8 +15,9 @@ from ...guidance import presets
 from ...guidance.combination import Guidance, MultiGuidance
 from ...guidance.diffusion import Denoiser
 from ...guidance.networks.autoencoder import Autoencoder
+from ...guidance.networks.stylegan2 import Generator as StyleGenerator
 from ...guidance.sampling import sample, sigmas_uniform
-from ..metrics import frechet_distance, kernel_distance, within_class_diversity
+from ..metrics import frechet_distance, kernel_distance, share_inside, within_class_diversity
 from . import render
 from .assets import MiniWorld
 from .classifier import Classifier, judge
@@ -218,3 +219,70 @@ def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwri
 
     return {"floor": distance(own.images), "autoencoder_floor": distance(reconstruct(autoencoder, held_out.images)),
             "ceiling": distance(printed.images)}
+
+
+def masks_of(pictures: Tensor) -> Tensor:
+    """How much ink is where in white-on-black pictures [N, 3, H, W]: [N, H, W] in 0..1, what `render.paint` takes."""
+    return (pictures.clamp(-1, 1).mean(1) + 1) / 2
+
+
+@torch.no_grad()
+def generated(generator: StyleGenerator, count: int, seed: int = 0, batch: int = 100) -> Tensor:
+    """Pictures [count, 3, 64, 64] in -1..1 of random latents, the same for the same seed."""
+    latents = torch.randn(count, generator.config.z_dim, generator=Generator().manual_seed(seed))
+    return torch.cat([generator(part).clamp(-1, 1) for part in latents.split(batch)])
+
+
+@dataclass(frozen=True)
+class GeneratorQuality:
+    """A generator's pictures against held-out handwriting, white on black; ``*_floor`` is training handwriting's.
+
+    precision: share of pictures among the held-out ones, recall: the reverse (arXiv 1904.06991), both of as many as
+    are measured. in_domain: share judged handwritten. digits [10]: share of the pictures that are that digit;
+    digit_recall [10]: of each digit's held-out pictures; digit_diversity [10]: mean distance to the digit's mean, over
+    that of the held-out ones.
+    """
+
+    distance: float
+    kernel: float
+    floor: float
+    precision: float
+    precision_floor: float
+    recall: float
+    recall_floor: float
+    in_domain: float
+    digits: tuple[float, ...]
+    digit_recall: tuple[float, ...]
+    digit_recall_floor: tuple[float, ...]
+    digit_diversity: tuple[float, ...]
+
+
+def generator_quality(generator: StyleGenerator, model: Classifier, count: int = VALIDITY_PICTURES,
+                      seed: int = 0) -> GeneratorQuality:
+    """Measure ``count`` pictures of a generator of white-on-black handwriting."""
+    pairs = render.domain_pairs("narrow")
+    real = render.handwritten(render.HELD_OUT_ROWS, pairs, None)
+    trained = render.handwritten(slice(render.TRAIN_ROWS.start, render.TRAIN_ROWS.start + count), pairs, None)
+    target, own = (judge(model, pictures.images)[0] for pictures in (real, trained))
+    made, named = judge(model, generated(generator, count, seed))
+    digits = named["digit"]
+
+    def by_digit(number: Callable[[Tensor, Tensor], float], features: Tensor, labels: Tensor) -> tuple[float, ...]:
+        parts = [(features[labels == digit], target[real.digit == digit]) for digit in range(10)]
+        return tuple(number(part, reference) for part, reference in parts)
+
+    def recall(part: Tensor, reference: Tensor) -> float:
+        return share_inside(reference, part) if len(part) > 3 else 0.0
+
+    def diversity(part: Tensor, reference: Tensor) -> float:
+        spread, wanted = (within_class_diversity(x, torch.zeros(len(x))) for x in (part, reference))
+        return spread / wanted
+
+    return GeneratorQuality(
+        distance=frechet_distance(made, target), kernel=kernel_distance(made, target),
+        floor=frechet_distance(own, target), precision=share_inside(made, target),
+        precision_floor=share_inside(own, target), recall=share_inside(target, made),
+        recall_floor=share_inside(target, own), in_domain=float((named["world"] == 1).float().mean()),
+        digits=tuple(float((digits == digit).float().mean()) for digit in range(10)),
+        digit_recall=by_digit(recall, made, digits), digit_recall_floor=by_digit(recall, own, trained.digit),
+        digit_diversity=by_digit(diversity, made, digits))

@@ -1,4 +1,4 @@
-"""The whole recipe, stage after stage: autoencoder, judges, prior, domain models. Each stage resumes by itself.
+"""The whole recipe, stage after stage: autoencoder, judges, prior, domain models, generator. Each resumes by itself.
 
 Stages write their files below ``work/weights``; only when all are there do they replace the shipped ones, so that a run
 that is stopped half-way leaves no world whose parts do not belong together.
@@ -15,12 +15,14 @@ import torch
 from einops import rearrange
 from torch import Generator, Tensor
 
-from ...guidance.files import DomainMetadata, prior_content_hash, write_domain_file, write_safetensors
+from ...guidance.files import (
+    DomainMetadata, GeneratorMetadata, prior_content_hash, write_domain_file, write_generator, write_safetensors,
+)
 from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.text_encoder import END_TOKEN
 from ...guidance.null_text import NullContext
 from ..atomic import replacing
-from . import assets, classifier, render, tokens, train_autoencoder, train_domain, train_prior
+from . import assets, classifier, render, tokens, train_autoencoder, train_domain, train_generator, train_prior
 from .loop import made_once, weights_hash
 
 LICENCE = "Apache-2.0"
@@ -125,6 +127,18 @@ def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: 
     return write_domain_file(path, half(model.state_dict()), metadata)
 
 
+def make_generator(work: Path, seed: int = 0) -> Path:
+    """Stage 5: the StyleGAN2 of handwriting, white on black."""
+    model = train_generator.train(work, seed)
+    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    metadata = GeneratorMetadata(name=train_generator.FILE_NAME, licence=LICENCE, extra={
+        "steps": str(train_generator.LOOP.steps), "steps_at_half_size": str(train_generator.SMALL_LOOP.steps),
+        "ema": str(train_generator.LOOP.ema), "seed": str(seed), "dataset_size": str(len(images)),
+        "dataset_hash": _content_hash(images), "data": json.dumps(DATA_LICENCES["handwriting"])})
+    path = staged_weights(work) / assets.generators_dir().name / f"{train_generator.FILE_NAME}.safetensors"
+    return write_generator(path, model, metadata, dtype="fp16")
+
+
 def _content_hash(images: Tensor) -> str:
     return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
@@ -148,4 +162,5 @@ def make_everything(work: Path, seed: int = 0) -> list[Path]:
     prior = make_prior(work, autoencoder, scale, seed)
     for domain in train_domain.DOMAINS:
         make_domain(work, domain, prior, autoencoder, scale, seed)
+    make_generator(work, seed)
     return install(work, assets.weights_dir())

@@ -23,9 +23,10 @@ from .discriminator import Discriminator
 CONFIG = GeneratorConfig(  # no noise inputs: handwriting has no grain, and so the latent alone decides the picture
     resolution=render.SIDE_PX, channels=(128, 128, 64, 32, 16), z_dim=128, w_dim=128, mapping_layers=2,
     use_noise=False)
+FILE_NAME = "mini-handwriting"
 CRITIC_CHANNELS = (128, 128, 64, 32, 16)
 # At half the side, then at the full one, where the rate falls.
-SMALL_LOOP = AdversarialConfig(name="generator-32", steps=6000, rate=2.5e-3, warmup=0.01, ema=0.998, r1=0.1)
+SMALL_LOOP = AdversarialConfig(name="generator-32", steps=6000, rate=2.5e-3, warmup=0.01, ema=0.998)
 LOOP = replace(SMALL_LOOP, name="generator-64", steps=2500, fall=0.6)
 
 

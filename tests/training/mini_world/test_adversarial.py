@@ -13,7 +13,7 @@ from indomain_guidance.training.mini_world.adversarial import (
 )
 from torch import nn
 
-CONFIG = AdversarialConfig(name="toy", steps=10, rate=0.01, ema=0.9, save_every=3, bf16=False, batch=16, r1_every=4)
+CONFIG = AdversarialConfig(name="toy", steps=10, rate=0.01, ema=0.9, save_every=3, bf16=False, batch=16, lazy=4)
 
 
 class Shift(nn.Module):
@@ -56,11 +56,11 @@ def weights(pair):
             for key, value in getattr(pair, part).state_dict().items()}
 
 
-def test_the_losses_are_cross_entropies_of_the_logits():
-    logit = torch.tensor([0.7])
-    real_share = 1 / (1 + math.exp(-0.7))
-    assert float(generator_loss(logit)) == pytest.approx(-math.log(real_share))
-    assert float(discriminator_loss(logit, -logit)) == pytest.approx(-2 * math.log(real_share))
+def test_the_losses_are_cross_entropies_of_the_paired_logits():
+    real, fake = torch.tensor([1.0, 0.2]), torch.tensor([0.3, 1.2])
+    told_apart = [1 / (1 + math.exp(-0.7)), 1 / (1 + math.exp(1.0))]
+    assert float(discriminator_loss(real, fake)) == pytest.approx(-sum(map(math.log, told_apart)) / 2)
+    assert float(generator_loss(real, fake)) == pytest.approx(-sum(math.log(1 - share) for share in told_apart) / 2)
 
 
 def test_the_penalty_is_the_mean_squared_gradient_and_can_be_differentiated():
@@ -87,14 +87,14 @@ def test_a_run_killed_and_continued_ends_with_identical_bits(tmp_path, monkeypat
     monkeypatch.setattr(adversarial, "_step", one_step)
     continued = weights(run_adversarial(CONFIG, toy_pair(), real, latents, tmp_path / "cut"))
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
-    with pytest.raises(FileProblem, match="expected a run with r1 0.5, found 0.1"):
-        run_adversarial(replace(CONFIG, r1=0.5), toy_pair(), real, latents, tmp_path / "cut")
+    with pytest.raises(FileProblem, match="expected a run with gamma 0.5, found 1.0"):
+        run_adversarial(replace(CONFIG, gamma=0.5), toy_pair(), real, latents, tmp_path / "cut")
 
 
 def test_the_generator_moves_to_where_the_real_ones_are(tmp_path):
     pair = run_adversarial(replace(CONFIG, steps=800, save_every=800, fall=0.5), toy_pair(), real, latents, tmp_path)
-    assert float(pair.average.amount) == pytest.approx(3.0, abs=0.5)
-    assert float(pair.average.amount) != float(pair.generator.amount)
+    average, last = (network.amount.item() for network in (pair.average, pair.generator))
+    assert average == pytest.approx(3.0, abs=0.5) and average != last
     lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
     assert lines[-1]["step"] == 800 and {line["step"] % 4 for line in lines if "r1" in line} == {1}
 

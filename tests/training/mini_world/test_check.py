@@ -81,6 +81,14 @@ def test_domains_are_compared_with_floors_and_ceiling(check):
         assert found[f"{domain}_autoencoder_floor_over_prior"]["target"] == 0.05
 
 
+def test_the_generator_is_measured_digit_by_digit(check):
+    found = check("--part", "generator")
+    assert found["generator_distance"]["floor"] > 0 and found["generator_distance"]["samples"] == 70
+    shares = [found[f"generator_share/{digit}"]["value"] for digit in range(10)]
+    assert sum(shares) == pytest.approx(1.0, abs=1e-3)
+    assert all(0 <= found[f"generator_recall/{digit}"]["training_rows"] <= 1 for digit in range(10))
+
+
 def test_colours_are_counted_by_what_was_asked_for():
     pairs = torch.tensor([[0, 1], [0, 2], [3, 1], [3, 1]])
     prompts = measure.Prompts(torch.zeros(4, dtype=torch.long), pairs, ("",) * 4)

@@ -11,7 +11,7 @@ from indomain_guidance.guidance.files import (
 )
 from indomain_guidance.training.mini_world import __main__ as command
 from indomain_guidance.training.mini_world import (
-    assets, classifier, loop, measure, recipe, render, train_autoencoder, train_domain, train_prior,
+    assets, classifier, loop, measure, recipe, render, train_autoencoder, train_domain, train_generator, train_prior,
 )
 
 
@@ -25,6 +25,8 @@ def tiny(monkeypatch, tmp_path):
     monkeypatch.setattr(classifier, "HELD_OUT_LOOP", replace(classifier.HELD_OUT_LOOP, steps=2))
     for name, value in (("PER_KIND", 1), ("CAPTIONS_A_BATCH", 2)):
         monkeypatch.setattr(train_prior, name, value)
+    for name in ("SMALL_LOOP", "LOOP"):
+        monkeypatch.setattr(train_generator, name, replace(getattr(train_generator, name), steps=2, batch=4))
     some = train_prior.kinds()[::28]
     monkeypatch.setattr(train_prior, "kinds", lambda: some)
     monkeypatch.setattr(render, "TRAIN_ROWS", slice(0, 100))
@@ -46,7 +48,7 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     assert first.keys() == {
         "autoencoder.safetensors", "classifier.safetensors", "classifier_held_out.safetensors",
         "prior_unet.safetensors", "text_encoder.safetensors", "domain_unets/mini-handwriting.safetensors",
-        "domain_unets/mini-narrow-handwriting.safetensors"}
+        "domain_unets/mini-narrow-handwriting.safetensors", "generators/mini-handwriting.safetensors"}
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert all(metadata.get("steps", "2") == "2" for metadata, _ in first.values())
 
@@ -61,11 +63,15 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
         assert metadata.prior_hash == prior_content_hash(assets.load_prior()[0])
         assert (metadata.steps, metadata.dataset_size) == (2, 100)
 
+    assert first["generators/mini-handwriting.safetensors"][0]["dataset_size"] == "100"
+    assert assets.load_generator().config == train_generator.CONFIG
+
     # Once more: nothing is trained, no latents are encoded again, and the same files come out.
     def must_not_run(*_, **__):
         raise AssertionError("what was finished was made again")
 
-    monkeypatch.setattr(torch.optim.AdamW, "step", must_not_run)
+    for optimizer in (torch.optim.AdamW, torch.optim.Adam):
+        monkeypatch.setattr(optimizer, "step", must_not_run)
     monkeypatch.setattr(train_prior, "encode_latents", must_not_run)
     assert command.main(arguments) == 0
     again = contents(tiny / "shipped")
