@@ -171,7 +171,9 @@ def race(
         racers = {name: stack.enter_context(racer(report, plan, shape, name, side, batch)) for name in names}
         started = {name: one.facts for name, one in racers.items()}  # both get ready at the same time
         times = interleave(racers, rounds, budget_s=budget, what=f"{shape} {side}x{side} {' / '.join(names)}")
-        ends = {name: {**started[name], **one.finish(saves if name == names[-1] else 0)} for name, one in racers.items()}
+        ends = {
+            name: {**started[name], **one.finish(saves if name == names[-1] else 0)} for name, one in racers.items()
+        }
     return times, ends
 
 
@@ -293,8 +295,8 @@ def without_diffusers(parts: Collection[str]) -> str | None:
     if set(parts) == {"extras"} or importlib.util.find_spec("diffusers") is not None:
         return None
     return (
-        "This benchmark compares with diffusers, which is not installed here: pip install diffusers (--part extras runs "
-        "without it)."
+        "This benchmark compares with diffusers, which is not installed here: pip install diffusers (--part extras "
+        "runs without it)."
     )
 
 

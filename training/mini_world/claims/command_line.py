@@ -1,16 +1,42 @@
-"""``python run.py claims idg``: measure the sweep, decide the claims, write table, plot and JSON lines."""
+"""``python run.py claims PAPER``: measure a paper's sweep, decide its claims, write table, plot and JSON lines."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from typing import Any, Protocol
 
-from ..assets import load_autoencoder, load_classifier, load_mini_world
+from .keeping import Row
 
-PAPERS = ("idg",)
+# Modules with open_study(size, work, samples) -> Study.
+STUDIES = {"idg": "..claims.study", "sgf": "..claims_sgf.study"}
+TITLES = {
+    "idg": "in-domain guidance (arXiv 2312.08195)",
+    "sgf": "StyleGAN-Fusion, diffusion guided adaptation of generators (arXiv 2212.04473)",
+}
+
+
+class Study(Protocol):
+    """A paper's sweep: points in order, each measured once and kept."""
+
+    points: Sequence[Any]
+    folder: Path
+
+    def find(self, point: Any) -> Row | None:
+        """The point as measured before, or None."""
+
+    def measure(self, point: Any) -> Row:
+        """The point, measured now where it is missing."""
+
+    def line(self, row: Row) -> str:
+        """The row as a JSON line."""
+
+    def conclude(self, rows: Sequence[Row]) -> tuple[list[str], Callable[[Path], list[Path]]]:
+        """The lines beside the rows', verdicts among them, and what writes the report into a folder."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -19,11 +45,9 @@ def parser() -> argparse.ArgumentParser:
         description="Measure a paper's claims on the mini world. Results go to standard output, one "
         "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on.",
     )
-    found.add_argument("paper", choices=PAPERS, help="idg: in-domain guidance (arXiv 2312.08195)")
+    found.add_argument("paper", choices=STUDIES, help="; ".join(f"{name}: {title}" for name, title in TITLES.items()))
     size = found.add_mutually_exclusive_group()
-    size.add_argument(
-        "--quick", action="store_true", help="a coarse look: 30 points of 200 samples, two models of 300 steps"
-    )
+    size.add_argument("--quick", action="store_true", help="a coarse look, in half an hour to an hour on two cores")
     size.add_argument(
         "--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing"
     )
@@ -35,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         help="folder of points, trained models and latents (default: %(default)s)",
     )
     found.add_argument(
-        "--report", type=Path, metavar="DIR", help="folder for idg.md, idg.png and idg.jsonl (default: WORK/SIZE)"
+        "--report", type=Path, metavar="DIR", help="folder for PAPER.md, .png and .jsonl (default: WORK/[PAPER/]SIZE)"
     )
     found.add_argument("--samples", type=int, metavar="N", help="samples a point instead of the sweep's own number")
     found.add_argument("--minutes", type=float, metavar="M", help="start no further point after M minutes, then report")
@@ -52,36 +76,26 @@ def main(arguments: list[str] | None = None) -> int:
         given = getattr(options, name)
         if given is not None and not given >= least:
             parser().error(f"--{name}: expected {least} or more, found {given}")
-    from .models import Models
-    from .points import Bench, Row
-    from .report import floor_lines, row_line, say_lines, verdict_line, write_report
-    from .sweep import PLANS
-    from .verdicts import all_verdicts
+    from .lines import say_lines
 
-    plan = PLANS["tiny" if options.tiny else "quick" if options.quick else "full"]()
-    if options.samples:
-        plan = replace(plan, sampling=replace(plan.sampling, samples=options.samples))
-    world = load_mini_world()
-    folder = options.work / plan.name if options.tiny else options.work
-    wanted = [point.model for point in plan.points if point.model]
-    models = Models(folder / "models", world, plan.images, plan.batch, wanted)
-    bench = Bench(folder / "points", models, world, load_classifier(), plan.sampling, load_classifier(held_out=True))
+    size = "tiny" if options.tiny else "quick" if options.quick else "full"
+    study: Study = import_module(STUDIES[options.paper], __package__).open_study(size, options.work, options.samples)
     if options.list:
-        for point in plan.points:
-            print(f"{'measured' if bench.find(point) else '-':<9}{point}")
+        for point in study.points:
+            print(f"{'measured' if study.find(point) else '-':<9}{point}")
         return 0
     rows: list[Row] = []
     measured, stopped, started = 0, False, time.monotonic()
-    for number, point in enumerate(plan.points, 1):
-        row = bench.find(point)
+    for number, point in enumerate(study.points, 1):
+        row = study.find(point)
         minutes = (time.monotonic() - started) / 60
         late = options.minutes is not None and minutes >= options.minutes
         if row is None and not (options.report_only or stopped or late or measured == options.limit):
-            print(f"{number}/{len(plan.points)} after {minutes:.1f} min", file=sys.stderr, flush=True)
+            print(f"{number}/{len(study.points)} after {minutes:.1f} min: {point}", file=sys.stderr, flush=True)
             try:
-                row = bench.measure(point)
+                row = study.measure(point)
                 measured += 1
-                say_lines([row_line(row)])
+                say_lines([study.line(row)])
             except KeyboardInterrupt:
                 stopped = True
                 print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
@@ -90,11 +104,8 @@ def main(arguments: list[str] | None = None) -> int:
     if not rows:
         print("nothing measured yet, so there is nothing to report", file=sys.stderr)
         return 130 if stopped else 0
-    autoencoder, _ = load_autoencoder()
-    asked = dict.fromkeys(row.point.question for row in rows)
-    floors = {name: bench.floors(name, autoencoder) for name in asked}
-    verdicts = all_verdicts(rows, floors, plan)
-    say_lines([*floor_lines(rows, floors, plan), *(verdict_line(verdict, plan) for verdict in verdicts)])
-    for path in write_report(options.report or folder / plan.name, plan, rows, floors, verdicts):
+    said, write_report = study.conclude(rows)
+    say_lines(said)
+    for path in write_report(options.report or study.folder / size):
         print(f"wrote {path}", file=sys.stderr)
     return 0

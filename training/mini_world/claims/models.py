@@ -89,7 +89,7 @@ class Models:
         """One hash over the shipped files that every number depends on: prior, autoencoder, text encoder, judges."""
         names = ("prior_unet", "text_encoder", "autoencoder", "classifier", "classifier_held_out")
         return hashlib.sha256(
-            "".join(_file_hash(assets.weights_dir() / f"{name}.safetensors") for name in names).encode()
+            "".join(file_hash(assets.weights_dir() / f"{name}.safetensors") for name in names).encode()
         ).hexdigest()
 
     def path(self, spec: ModelSpec) -> Path:
@@ -102,7 +102,7 @@ class Models:
 
     def file_hash(self, spec: ModelSpec) -> str:
         """SHA-256 of the model's file, which must exist."""
-        return _file_hash(self.path(spec))
+        return file_hash(self.path(spec))
 
     def settings(self, spec: ModelSpec) -> dict[str, object]:
         """The trainer's configuration without paths; the same for every length of a run."""
@@ -127,7 +127,7 @@ class Models:
         }
 
     def _setting_hash(self, spec: ModelSpec) -> str:
-        prior = _file_hash(assets.weights_dir() / "prior_unet.safetensors")
+        prior = file_hash(assets.weights_dir() / "prior_unet.safetensors")
         facts = f"{sorted(self.settings(spec).items())} {self.images} {prior}"
         return hashlib.sha256(facts.encode()).hexdigest()[:8]
 
@@ -239,6 +239,7 @@ def _hash_of(path: Path, size: int, changed_ns: int) -> str:
     return digest.hexdigest()
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, read again only when the file has changed."""
     facts = path.stat()
     return _hash_of(path, facts.st_size, facts.st_mtime_ns)

@@ -1,4 +1,4 @@
-"""A scatter plot with Pareto fronts, drawn with Pillow alone."""
+"""Scatter plots with Pareto fronts, and curves, drawn with Pillow alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,22 @@ class Panel:
     series: Sequence[Series]
 
 
-def draw_panels(panels: Sequence[Panel], columns: int = 2, width_px: int = 640, height_px: int = 480) -> Image.Image:
+@dataclass(frozen=True)
+class Curves:
+    """One plot of what becomes of a measure: the points of a series are joined from left to right; both axes are linear
+    and begin at 0. top: the end of the y axis where values do not reach beyond it; level: a dashed line."""
+
+    title: str
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    top: float = 0.0
+    level: float | None = None
+
+
+def draw_panels(
+    panels: Sequence[Panel | Curves], columns: int = 2, width_px: int = 640, height_px: int = 480
+) -> Image.Image:
     """The panels in rows, with one legend for all of them below. Raises ValueError without a point to draw."""
     panels = [panel for panel in panels if any(series.points for series in panel.series)]
     if not panels:
@@ -51,9 +66,8 @@ def draw_panels(panels: Sequence[Panel], columns: int = 2, width_px: int = 640, 
     legend_px = line_px * -(-len(labels) // per_row) + 16
     canvas = _Canvas(columns * width_px, rows * height_px + legend_px)
     for index, panel in enumerate(panels):
-        _draw_panel(
-            canvas, panel, style, (index % columns) * width_px, index // columns * height_px, width_px, height_px
-        )
+        draw = _draw_curves if isinstance(panel, Curves) else _draw_panel
+        draw(canvas, panel, style, (index % columns) * width_px, index // columns * height_px, width_px, height_px)
     for index, label in enumerate(labels):
         x, y = 24 + index % per_row * 310, rows * height_px + 12 + index // per_row * line_px
         canvas.marker(x, y, *style[label], 5)
@@ -137,6 +151,50 @@ def _draw_panel(
             canvas.line([place(*point) for point in joined], colour, 1.6)
         for point in series.points:
             canvas.marker(*place(*point), colour, shape, 4)
+
+
+def _draw_curves(
+    canvas: _Canvas, panel: Curves, style: dict[str, tuple[str, str]], left: int, top: int, width: int, height: int
+) -> None:
+    x0, x1, y0, y1 = left + 70, left + width - 20, top + 40, top + height - 56
+    points = [point for series in panel.series for point in series.points]
+    ends = [y for series in panel.series for _, y_ends in series.intervals for y in y_ends]
+    right, highest = max(x for x, _ in points) or 1.0, max(panel.top, *(y for _, y in points), *ends) or 1.0
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return x0 + x / right * (x1 - x0), y1 - min(max(y / highest, 0.0), 1.0) * (y1 - y0)
+
+    for tick in linear_ticks(highest):
+        _, y = place(0.0, tick)
+        canvas.line([(x0, y), (x1, y)], "#e4e4e4")
+        canvas.text(x0 - 8, y, f"{tick:g}", 12, "rm")
+    for tick in linear_ticks(right):
+        x, _ = place(tick, 0.0)
+        canvas.line([(x, y0), (x, y1)], "#e4e4e4")
+        canvas.text(x, y1 + 8, f"{tick:g}", 12, "ma")
+    if panel.level is not None:
+        _, y = place(0.0, panel.level)
+        for start in range(round(x0), round(x1), 12):
+            canvas.line([(start, y), (min(start + 6, x1), y)], "#444444")
+    canvas.line([(x0, y0), (x0, y1), (x1, y1)], "#444444", 1.2)
+    canvas.text(x0, top + 6, f"{panel.title}: {panel.y_label}", 15, "la")
+    canvas.text((x0 + x1) / 2, y1 + 28, panel.x_label, 13, "ma")
+    for series in panel.series:
+        colour, shape = style.get(series.label, (COLOURS[0], SHAPES[0]))
+        for (x, _), (_, (low, high)) in zip(series.points, series.intervals):
+            canvas.line([place(x, low), place(x, high)], colour, 0.7)
+        joined = sorted(series.points)
+        if len(joined) > 1:
+            canvas.line([place(*point) for point in joined], colour, 1.6)
+        for point in joined:
+            canvas.marker(*place(*point), colour, shape, 4)
+
+
+def linear_ticks(high: float, most: int = 6) -> list[float]:
+    """0 and round numbers up to high, above 0; at most so many steps."""
+    size = 10.0 ** math.floor(math.log10(high / most))
+    step = next(factor * size for factor in (1, 2, 5, 10, 20) if factor * size * most >= high)
+    return [round(index * step, 10) for index in range(math.floor(high / step * (1 + 1e-9)) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ....guidance.networks.autoencoder import Autoencoder
-from ...atomic import write_text
 from ...metrics import kernel_distance, within_class_diversity
 from .. import measure
 from ..assets import MiniWorld
 from ..classifier import Classifier, judge
+from .keeping import Row, Shelf, key_of
 from .methods import METHODS
 from .models import Models, ModelSpec
 from .questions import QUESTIONS, Examiner
@@ -26,7 +24,6 @@ from .statistics import Measured, measure_distance, measure_share, resampling_co
 
 # Part of every key: raise it when the meaning of a stored number changes.
 VERSION = 2
-FILE_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -84,26 +81,11 @@ class Sampling:
     targets: int = 2000
 
 
-@dataclass
-class Row:
-    """A measured point. numbers: plain values; draws: the bootstrap replicates of the shares and the distance."""
-
-    point: Point
-    sampling: Sampling
-    numbers: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    draws: dict[str, Tensor] = field(repr=False)
-
-    def column(self, name: str) -> Tensor:
-        """Value and replicates of one measure, [1 + R] in float64."""
-        return torch.cat([torch.tensor([self.numbers[name]], dtype=torch.float64), self.draws[name].double()])
-
-
 class Bench:
     """Measures points and keeps them: `measure` computes, `find` only looks into the folder.
 
     A point's file is named by the hash of everything that decides its numbers: method, settings, sampling and the
-    content of all weight files used. Files appear complete or not at all, so a run may be killed at any time.
+    content of all weight files used.
     """
 
     def __init__(
@@ -115,7 +97,8 @@ class Bench:
         sampling: Sampling,
         second_judge: Classifier | None = None,
     ) -> None:
-        self.folder, self.models, self.world, self.judge_model = folder, models, world, judge_model
+        self.folder, self.shelf = folder, Shelf(folder)
+        self.models, self.world, self.judge_model = models, world, judge_model
         self.sampling, self.second_judge = sampling, second_judge
         self._examiners: dict[str, Examiner] = {}
 
@@ -137,20 +120,13 @@ class Bench:
             "world": self.models.world_hash,
             "model": self.models.file_hash(point.model) if point.model else None,
         }
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
+        return key_of(facts)
 
     def find(self, point: Point) -> Row | None:
         """The point as measured before, or None; a damaged file counts as not there."""
         if point.model is not None and not self.models.exists(point.model):
             return None
-        path = self.folder / f"{self.key(point)}.json"
-        try:
-            kept = json.loads(path.read_text(encoding="utf-8"))
-            draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in kept["draws"].items()}
-            intervals = {name: (low, high) for name, (low, high) in kept["intervals"].items()}
-            return Row(point, self.sampling, kept["numbers"], intervals, draws)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return self.shelf.find(self.key(point), point, self.sampling)
 
     def floors(self, question: str, autoencoder: Autoencoder) -> dict[str, float]:
         """`Examiner.floors` of a question, kept like a point."""
@@ -161,15 +137,7 @@ class Bench:
             "targets": self.sampling.targets,
             "world": self.models.world_hash,
         }
-        path = (
-            self.folder / f"floors-{hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]}.json"
-        )
-        try:
-            return json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            found = _rounded(self.examiner(question).floors(autoencoder))
-            write_text(path, json.dumps(found) + "\n")
-            return found
+        return self.shelf.numbers("floors", facts, lambda: self.examiner(question).floors(autoencoder))
 
     def measure(self, point: Point) -> Row:
         """The point from the folder, or else measured now and put there."""
@@ -194,25 +162,14 @@ class Bench:
         if self.second_judge is not None:
             numbers |= second_opinion(self.second_judge, pictures, prompts)
         numbers |= {"samples_per_step": cost, "seconds": time.monotonic() - started}
-        intervals = {name: one.interval() for name, one in measured.items()}
-        draws = {name: one.draws for name, one in measured.items()}
-        path = self.folder / f"{self.key(point)}.json"
-        write_text(
-            path,
-            json.dumps(
-                {
-                    "question": point.question,
-                    "method": point.method,
-                    "settings": point.values,
-                    "model": str(point.model) if point.model else None,
-                    "sampling": asdict(self.sampling),
-                    "numbers": _rounded(numbers),
-                    "intervals": _rounded(intervals),
-                    "draws": {name: _rounded(values.tolist()) for name, values in draws.items()},
-                }
-            )
-            + "\n",
-        )
+        said = {
+            "question": point.question,
+            "method": point.method,
+            "settings": point.values,
+            "model": str(point.model) if point.model else None,
+            "sampling": asdict(self.sampling),
+        }
+        self.shelf.put(self.key(point), said, numbers, measured)
         return self.find(point)  # what a continued run will read, to the last digit
 
 
@@ -246,11 +203,3 @@ def second_opinion(judge_model: Classifier, pictures: Tensor, prompts: measure.P
     colours = (named["ink"] == prompts.pairs[:, 0]) & (named["ground"] == prompts.pairs[:, 1])
     right = {"digit": named["digit"] == prompts.digits, "both_colours": colours, "in_domain": named["world"] == 1}
     return {f"{name}_second_judge": float(value.double().mean()) for name, value in right.items()}
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, FILE_DIGITS)
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from ...atomic import replacing, write_text
+from . import lines
+from .deciding import shown_details, shown_interval, shown_target
+from .keeping import Row
 from .plot import Panel, Series, draw_panels
-from .points import Row
 from .questions import QUESTIONS
 from .statistics import is_on_front
 from .sweep import Plan
@@ -21,7 +20,6 @@ from .verdicts import (
     SHIPPED,
     Validity,
     Verdict,
-    shown,
     validities,
 )
 
@@ -57,36 +55,7 @@ def family(row: Row) -> str:
     return FINE_TUNE_TITLES[point.model.kind] + (", prior's u" if point.method == "fine_tune_prior_u" else "")
 
 
-def json_line(
-    name: str,
-    value: float | None,
-    unit: str,
-    samples: int,
-    seed: int,
-    target: float | None = None,
-    better: str = "lower",
-    **more: Any,
-) -> str:
-    """One result in the benchmarks' format; a number that is not finite becomes null."""
-    record = {
-        "name": f"claims/idg/{name}",
-        "value": value,
-        "unit": unit,
-        "target": target,
-        "better": better,
-        "samples": samples,
-        "seed": seed,
-        **more,
-    }
-    return json.dumps(_plain(record), allow_nan=False)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 5) if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+json_line = partial(lines.json_line, "idg")
 
 
 def row_line(row: Row) -> str:
@@ -109,48 +78,33 @@ def row_line(row: Row) -> str:
 def floor_lines(rows: Sequence[Row], floors: Floors, plan: Plan) -> list[str]:
     """The floors of every question, and whether it is valid."""
     drawn = plan.sampling.targets, plan.sampling.seed
-    lines = [
+    found = [
         json_line(f"{question}/{name}", value, "frechet", *drawn)
         for question, values in floors.items()
         for name, value in values.items()
     ]
-    for question, found in validities(rows, floors).items():
+    for question, one in validities(rows, floors).items():
         for name, value, target, better in (
-            ("ceiling_over_floor", found.ceiling, LEAST_CEILING, "higher"),
-            ("autoencoder_over_prior", found.autoencoder, MOST_AUTOENCODER, "lower"),
+            ("ceiling_over_floor", one.ceiling, LEAST_CEILING, "higher"),
+            ("autoencoder_over_prior", one.autoencoder, MOST_AUTOENCODER, "lower"),
         ):
             name = f"{question}/valid/{name}"
-            lines.append(json_line(name, value, "ratio", *drawn, target, better, valid=found.holds))
-    return lines
+            found.append(json_line(name, value, "ratio", *drawn, target, better, valid=one.holds))
+    return found
 
 
 def verdict_line(verdict: Verdict, plan: Plan) -> str:
-    more = {
-        key: value
-        for key, value in asdict(verdict).items()
-        if key not in ("claim", "value", "unit", "target", "better", "low", "high")
-    }
-    return json_line(
-        f"claim/{verdict.name}",
-        verdict.value,
-        verdict.unit,
-        plan.sampling.samples,
-        plan.sampling.seed,
-        verdict.target,
-        verdict.better,
-        interval=[verdict.low, verdict.high],
-        **more,
-    )
+    return lines.decision_line("idg", verdict.name, verdict, plan.sampling.samples, plan.sampling.seed)
 
 
 def write_report(
     folder: Path, plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence[Verdict]
 ) -> list[Path]:
     """Write idg.jsonl, idg.png and idg.md into a folder; returns their paths."""
-    lines = [verdict_line(verdict, plan) for verdict in verdicts]
-    lines += [*floor_lines(rows, floors, plan), *map(row_line, rows)]
+    said = [verdict_line(verdict, plan) for verdict in verdicts]
+    said += [*floor_lines(rows, floors, plan), *map(row_line, rows)]
     paths = [folder / f"idg.{ending}" for ending in ("jsonl", "png", "md")]
-    write_text(paths[0], "\n".join(lines) + "\n")
+    write_text(paths[0], "\n".join(said) + "\n")
     with replacing(paths[1]) as file:
         draw_panels(panels(rows)).save(file, "PNG", optimize=True)
     write_text(paths[2], markdown(plan, rows, floors, verdicts))
@@ -189,6 +143,7 @@ def _first_seed(row: Row) -> bool:
 def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence[Verdict]) -> str:
     """The whole result as a page."""
     sampling = plan.sampling
+    took = lines.hours(rows, len(plan.points), "Drawing and scoring them, training not counted,")
     parts = [
         "# The claims of in-domain guidance, measured",
         "",
@@ -196,7 +151,7 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         f"{len(rows)} of {len(plan.points)} points of the sweep are measured, {sampling.samples} samples each, "
         f"{sampling.steps} steps of {sampling.sampler}, sampling seed {sampling.seed}, "
         "the same noise and prompts for every method. "
-        f"{_hours(rows, plan)} Settings and every number: idg.jsonl.",
+        f"{took} Settings and every number: idg.jsonl.",
         "",
         "![Distance against obedience](idg.png)",
         "",
@@ -211,22 +166,17 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         "|---|---|---|---|---|---|---|---|",
     ]
     for verdict in verdicts:
-        sign = "at most" if verdict.better == "lower" else "at least"
         methods = {"paper": "constant weights", "beyond": "all of ours"}[verdict.methods]
         methods = {"c": "fine-tunes", "e": "schedules"}.get(verdict.claim[0], methods)
         methods += ", shipped model" if verdict.models == SHIPPED else ""
         counted = f"{verdict.measured} of {verdict.planned}" if verdict.planned else "-"
         parts.append(
-            f"| ({verdict.claim[0]}) | {verdict.domain} | {methods} | {verdict.statement} | {_interval(verdict)} | "
-            f"{sign} {verdict.target:g} | {counted} | **{verdict.outcome}** |"
+            f"| ({verdict.claim[0]}) | {verdict.domain} | {methods} | {verdict.statement} | "
+            f"{shown_interval(verdict)} | {shown_target(verdict)} | {counted} | **{verdict.outcome}** |"
         )
     parts += ["", "What stands behind them:", ""]
     for verdict in verdicts:
-        details = "; ".join(
-            f"{name} {shown(value) if isinstance(value, (int, float)) else value}"
-            for name, value in verdict.details.items()
-        )
-        parts.append(f"* {verdict.name}: {details}.")
+        parts.append(f"* {verdict.name}: {shown_details(verdict)}.")
     parts += [
         "",
         "## Validity",
@@ -256,28 +206,6 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         parts += _table(question.name, mine, valid.get(question.name))
     parts += ["## How it is measured", "", HOW_IT_IS_MEASURED.format(replicates=sampling.replicates), ""]
     return "\n".join(parts)
-
-
-def _hours(rows: Sequence[Row], plan: Plan) -> str:
-    """What measuring took, and what the rest would take at that rate."""
-    seconds = [row.numbers["seconds"] for row in rows if "seconds" in row.numbers]
-    if not seconds:
-        return ""
-    left = (len(plan.points) - len(rows)) * sum(seconds) / len(seconds)
-    rest = f"; the rest would take {left / 3600:.1f} hours at that rate" if left else ""
-    return f"Drawing and scoring them took {sum(seconds) / 3600:.1f} hours, training not counted{rest}."
-
-
-def _interval(verdict: Verdict) -> str:
-    if verdict.words:
-        return verdict.words
-    if verdict.value is None or math.isinf(verdict.value):
-        return shown(verdict.value)
-    return f"{shown(verdict.value)} ({_end(verdict.low)} to {_end(verdict.high)})"
-
-
-def _end(value: float | None) -> str:
-    return "none" if value is None or math.isinf(value) else f"{value:.3g}"
 
 
 def _table(question: str, rows: Sequence[Row], validity: Validity | None) -> list[str]:
@@ -340,9 +268,3 @@ def _seeds(rows: Sequence[Row]) -> list[str]:
             cells.append(f"{sum(values) / len(values):{form}} ({min(values):{form}} to {max(values):{form}})")
         parts.append(f"| {point} | {len(group)} | {' | '.join(cells)} |")
     return [*parts, ""]
-
-
-def say_lines(lines: Iterable[str]) -> None:
-    """Results go to standard output, a line each."""
-    for line in lines:
-        print(line, flush=True)

@@ -13,16 +13,17 @@ recipe (more coloured pictures, another rate); they have verdicts of their own, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .points import Point, Row
+from .deciding import Decision, decide
+from .keeping import Row
+from .points import Point
 from .questions import QUESTIONS
-from .statistics import hypervolume, interval, lowest, worst_ratio
+from .statistics import hypervolume, lowest, worst_ratio
 from .sweep import Plan
 
 PAPER = ("multi_guidance",)
@@ -39,45 +40,19 @@ MOST_AUTOENCODER = 0.05  # of the autoencoder's floor over the prior's lowest di
 Part = tuple[bool, tuple[str, ...]]
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """One decided claim. value: None where there are no points, infinity where no point qualifies; words: what to say
-    in its place. models: TRAINED or SHIPPED. measured of planned: the points that the claim is about. details: further
-    numbers by name."""
+@dataclass(frozen=True, kw_only=True)
+class Verdict(Decision):
+    """One decided claim of this paper. models: TRAINED or SHIPPED."""
 
     claim: str
     domain: str
     methods: str
-    statement: str
-    unit: str
-    value: float | None
-    low: float | None
-    high: float | None
-    target: float
-    better: str
-    outcome: str
-    details: dict[str, float | str] = field(default_factory=dict)
     models: str = TRAINED
-    measured: int = 0
-    planned: int = 0
-    words: str = ""
 
     @property
     def name(self) -> str:
         more = [self.methods] * (self.methods != "paper") + [self.models] * (self.models != TRAINED)
         return "/".join([self.domain, self.claim, *more])
-
-
-def decide(values: Tensor, target: float, better: str) -> tuple[float, float, float, str]:
-    """(value, low, high, outcome) of one number with its replicates [1 + R], the value first.
-
-    An interval that ends exactly at the target, as that of a method compared with itself, leaves it undecided.
-    """
-    value, (low, high) = float(values[0]), interval(values[1:])
-    below, above = high < target, low > target
-    if better == "higher":
-        below, above = above, below
-    return value, low, high, "confirmed" if below else "refuted" if above else "undecided"
 
 
 @dataclass(frozen=True)
@@ -399,22 +374,9 @@ def _decided(
         outcome += " so far"
     measured, planned = evidence.progress(*(part for parts in settled.values() for part in parts))
     return Verdict(
-        claim,
-        evidence.domain,
-        methods,
-        statement,
-        unit,
-        value,
-        low,
-        high,
-        target,
-        better,
-        outcome,
-        details,
-        evidence.models,
-        measured,
-        planned,
-    )
+        statement, unit, value, low, high, target, better, outcome, details, measured, planned,
+        claim=claim, domain=evidence.domain, methods=methods, models=evidence.models,
+    )  # fmt: skip
 
 
 def _missing(
@@ -428,24 +390,6 @@ def _missing(
     reason: str = "points not measured yet",
 ) -> Verdict:
     return Verdict(
-        claim,
-        evidence.domain,
-        methods,
-        statement,
-        unit,
-        None,
-        None,
-        None,
-        target,
-        better,
-        "undecided",
-        {"reason": reason},
-        evidence.models,
-    )
-
-
-def shown(value: float | None) -> str:
-    """A number for people: three digits, and words where there is none."""
-    if value is None:
-        return "not measured"
-    return "no point qualifies" if math.isinf(value) else f"{value:.3g}"
+        statement, unit, None, None, None, target, better, "undecided", {"reason": reason},
+        claim=claim, domain=evidence.domain, methods=methods, models=evidence.models,
+    )  # fmt: skip

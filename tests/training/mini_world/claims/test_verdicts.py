@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from indomain_guidance.training.mini_world.claims import verdicts
+from indomain_guidance.training.mini_world.claims import deciding, verdicts
 from indomain_guidance.training.mini_world.claims.models import ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Point, Row, Sampling
 from indomain_guidance.training.mini_world.claims.sweep import PLANS, SCHEDULES, Plan, cheap_schedule
@@ -301,7 +301,7 @@ def test_training_seeds_are_compared_at_the_points_that_all_of_them_have():
 
 
 def test_numbers_in_words():
-    assert [verdicts.shown(value) for value in (None, math.inf, 0.12345)] == [
+    assert [deciding.shown(value) for value in (None, math.inf, 0.12345)] == [
         "not measured",
         "no point qualifies",
         "0.123",

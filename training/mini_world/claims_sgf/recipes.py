@@ -1,0 +1,110 @@
+"""The compared ways of adapting, as settings of `training.adapt_config.AdaptConfig`, and the critics they ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from .tasks import SOURCE_PROMPT, Task
+
+# What all have in common. The released code trains the convolutions from 8 px on; the source draws grey with colour
+# layers whose three channels are equal, so that no change of its convolutions makes a colour: they train too.
+COMMON: dict[str, Any] = {
+    "generator": "mini_world",
+    "base": "mini_world",
+    "train": "synthesis",
+    "freeze_bias": False,
+    "batch_size": 4,
+    "learning_rate": 0.002,
+    "schedule": "constant",
+    "warmup": 0,
+    "ema": 0.95,
+    "truncation": 1.0,
+    "precision": "fp32",
+    "device": "cpu",
+    "t_min": 10,
+}
+# The released update: scale 100, each gradient on latents clamped to 1, the image gradient at its 95th percentile.
+RELEASED: dict[str, Any] = {
+    "method": "sds", "scale": 100.0, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
+}  # fmt: skip
+# One noise for all terms, one pass back through the encoder, usual guidance scales, no clamps.
+OURS: dict[str, Any] = {"mode": "shared", "scale": 7.5, "latent_clamp": 0.0, "image_quantile": 0.0}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A way of adapting. critic: "prompt" (the prior alone), "domain" (the shipped coloured handwriting's model judges
+    too) or "fine_tune" (the prior fine-tuned on that handwriting, as DreamBooth would be). changes: what it sets."""
+
+    name: str
+    title: str
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    critic: str = "prompt"
+    released: bool = False
+
+    def settings(self, task: Task) -> dict[str, Any]:
+        """Everything that decides the training of this recipe on a task, but for its length and seed."""
+        found = {**COMMON, "prompt": task.prompt, "t_max": task.t_max, **self.changes}
+        if found["method"] in ("dds", "bridge"):
+            found["source_prompt"] = SOURCE_PROMPT
+        if found["method"] == "nfsd":
+            found["negative"] = SOURCE_PROMPT
+        return found
+
+
+def _released(name: str, title: str, critic: str = "prompt", **changes: Any) -> Recipe:
+    return Recipe(name, title, {**RELEASED, **changes}, critic, released=True)
+
+
+def _ours(name: str, title: str, critic: str = "prompt", **changes: Any) -> Recipe:
+    return Recipe(name, title, {**OURS, **changes}, critic)
+
+
+RECIPES = {
+    recipe.name: recipe
+    for recipe in (
+        _released("sds", "SDS alone"),
+        _released("sds_directional", "SDS + directional 1", directional=1.0),
+        _released("sds_reconstruction", "SDS + reconstruction 1", reconstruction=1.0),
+        _released("sds_directional_half", "SDS + directional 0.5", directional=0.5),
+        _released("sds_reconstruction_half", "SDS + reconstruction 0.5", reconstruction=0.5),
+        _released("sds_layers_6", "SDS, 6 layers", layers=6),
+        _released("sds_layers_3", "SDS, 3 layers", layers=3),
+        _released("sds_layers_1", "SDS, 1 layer", layers=1),
+        _released("sds_directional_layers_3", "SDS + directional 1, 3 layers", directional=1.0, layers=3),
+        # The same terms in this project's update.
+        Recipe(
+            "shared_directional", "SDS + directional 1, shared noise", {**RELEASED, "mode": "shared", "directional": 1.0}
+        ),
+        Recipe(
+            "shared_reconstruction", "SDS + reconstruction 1, shared noise",
+            {**RELEASED, "mode": "shared", "reconstruction": 1.0},
+        ),
+        _ours("csd", "CSD", method="csd"),
+        _ours("csd_directional", "CSD + directional 0.1", method="csd", directional=0.1),
+        _ours("nfsd", "NFSD", method="nfsd"),
+        _ours("bridge", "SDS-Bridge", method="bridge"),
+        _ours("dds", "DDS", method="dds"),
+        _ours("ism", "ISM", method="ism"),
+        _ours("vsd", "VSD", method="vsd"),
+        _ours("sds_usual", "SDS, scale 7.5", method="sds"),
+        # A domain that no prompt describes.
+        _released("domain", "SDS, domain model as critic", "domain", domain_weight=100.0),
+        _released("fine_tune", "SDS, fine-tuned critic", "fine_tune"),
+        _released(
+            "domain_directional", "SDS + directional 1, domain model", "domain", domain_weight=100.0, directional=1.0
+        ),
+    )
+}
+# What stands behind each claim.
+DIRECTIONAL = ("sds_directional", "sds_directional_half")
+RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_half")
+LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
+SGF = ("sds", "sds_directional", "sds_reconstruction")
+BEYOND = (
+    "shared_directional", "shared_reconstruction", "csd", "csd_directional", "nfsd", "bridge", "dds", "ism", "vsd",
+    "sds_usual",
+)  # fmt: skip
+GUIDED = ("domain", "fine_tune", "domain_directional")
