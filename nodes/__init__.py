@@ -5,6 +5,14 @@ from __future__ import annotations
 
 def node_classes() -> list[type]:
     """Every node of the pack, in the order in which the editor's menu should list them."""
+    from .generators import (
+        AdaptGenerator,
+        BlendGenerators,
+        GeneratorAdaptOptions,
+        GeneratorSample,
+        LoadGenerator,
+        SaveGenerator,
+    )
     from .guiders import GuidanceTerm, InDomainGuider, InDomainSampler, MultiGuidanceGuider
     from .loaders import LoadDomainUNet, LoadMiniWorld
     from .text_free import TextFreeUNet
@@ -21,6 +29,12 @@ def node_classes() -> list[type]:
         InDomainGuider,
         GuidanceTerm,
         MultiGuidanceGuider,
+        LoadGenerator,
+        GeneratorSample,
+        AdaptGenerator,
+        GeneratorAdaptOptions,
+        BlendGenerators,
+        SaveGenerator,
     ]
 
 
@@ -28,12 +42,14 @@ def create_extension():
     """The `ComfyExtension` that ComfyUI's entry point hands over. Needs ComfyUI."""
     from comfy_api.latest import ComfyExtension
 
+    from .comfy_internals.generators import register_generator_folder
     from .comfy_internals.loading import register_domain_unet_folder
 
     class InDomainGuidanceExtension(ComfyExtension):
         async def get_node_list(self) -> list[type]:
-            # Here and not in on_load, which ComfyUI 0.3.75 never calls; the loader's schema lists the folder.
+            # Here and not in on_load, which ComfyUI 0.3.75 never calls; the loaders' schemas list the folders.
             register_domain_unet_folder()
+            register_generator_folder()
             return node_classes()
 
     return InDomainGuidanceExtension()

@@ -29,17 +29,22 @@ def option_fields() -> list[dataclasses.Field]:
     return [field for field in dataclasses.fields(TrainConfig) if field.name not in elsewhere]
 
 
-def config_input(field: dataclasses.Field, **changes: Any):
-    """The widget of one field of `TrainConfig`: kind, default, range and tooltip are the field's own."""
-    from ..training.config import field_kinds
+def config_input(field: dataclasses.Field, settings: type | None = None, **changes: Any):
+    """The widget of one field of a configuration: kind, default, range and tooltip are the field's own.
 
-    kind, about = field_kinds()[field.name], field.metadata
+    settings: the configuration's class, `TrainConfig` unless given.
+    """
+    from ..training.config import TrainConfig
+    from ..training.settings import kinds_of
+
+    kind, about = kinds_of(settings or TrainConfig)[field.name], field.metadata
     tooltip = about["help"] + "."
     if not tooltip.startswith(about.get("choices", ())):
         tooltip = tooltip[0].upper() + tooltip[1:]
     if kind in (int, float):
         values = {"default": field.default, "min": about["min"], "max": about["max"], **changes}
-        values["tooltip"] = f"{tooltip} {values['min']:,} to {values['max']:,}, default {values['default']:,}."
+        least, most, usual = (_number(values[name]) for name in ("min", "max", "default"))
+        values["tooltip"] = f"{tooltip} {least} to {most}, default {usual}."
         if kind is int:
             return io.Int.Input(field.name, **values)
         return io.Float.Input(field.name, **{"step": _float_step(field.default, about["max"]), "round": False, **values})
@@ -51,6 +56,10 @@ def config_input(field: dataclasses.Field, **changes: Any):
     if kind is tuple:
         values |= {"default": "", "multiline": True, "tooltip": f"{tooltip} One a line."}
     return io.String.Input(field.name, **{**values, **changes})
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.10g}"
 
 
 def _float_step(default: float, largest: float) -> float:

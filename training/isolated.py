@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..guidance.files import FileProblem
+from .adapt_config import AdaptConfig
 from .atomic import write_text
 from .config import TrainConfig
 from .events import Event, event_from_dict
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from .exported_base import ExportedBase
     from .train import Result
 
-JOB, BASE, LOG = "job.json", "base.safetensors", "worker.log"
+JOB, BASE, GENERATOR, LOG = "job.json", "base.safetensors", "generator.safetensors", "worker.log"
+KINDS: dict[str, type[TrainConfig] | type[AdaptConfig]] = {"train": TrainConfig, "adapt": AdaptConfig}
 RESULT, FAILURE = "result", "failure"
 STOP = "stop"
 POLL_S = 0.1
@@ -48,15 +50,23 @@ class IsolatedProblem(ValueError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a training process is to do. base: file with the exported prior, None to open `config.base`."""
+    """What a training process is to do: train or adapt, as its configuration is.
 
-    config: TrainConfig
+    base: file with the exported prior, None to open `config.base`. generator: file with the generator to adapt, None to
+    open `config.generator`.
+    """
+
+    config: TrainConfig | AdaptConfig
     resume: bool | str = "auto"
     base: Path | None = None
+    generator: Path | None = None
 
     def write(self, folder: Path) -> None:
+        files = {"base": self.base, "generator": self.generator}
         values = {
-            "config": self.config.to_dict(), "resume": self.resume, "base": None if self.base is None else str(self.base)
+            "kind": next(kind for kind, settings in KINDS.items() if type(self.config) is settings),
+            "config": self.config.to_dict(), "resume": self.resume,
+            **{name: None if path is None else str(path) for name, path in files.items()},
         }
         write_text(folder / JOB, json.dumps(values, indent=2))
 
@@ -65,8 +75,8 @@ class Job:
         path = folder / JOB
         try:
             values = json.loads(path.read_text(encoding="utf-8"))
-            base = None if values["base"] is None else Path(values["base"])
-            return cls(TrainConfig.from_mapping(values["config"], str(path)), values["resume"], base)
+            files = (None if values[name] is None else Path(values[name]) for name in ("base", "generator"))
+            return cls(KINDS[values["kind"]].from_mapping(values["config"], str(path)), values["resume"], *files)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
             raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
 
@@ -79,10 +89,16 @@ def is_memory_problem(error: BaseException) -> bool:
     )
 
 
-def memory_problem(error: BaseException, config: TrainConfig) -> str | None:
+def memory_problem(error: BaseException, config: TrainConfig | AdaptConfig) -> str | None:
     """One sentence when `error` says that memory ran out, else None."""
     if not is_memory_problem(error):
         return None
+    if isinstance(config, AdaptConfig):
+        side = f" at {config.resolution} px" if config.resolution else ""
+        return (
+            f"Adapting ran out of memory with batch size {config.batch_size}{side}; use a smaller batch size, gradient "
+            "checkpointing, or a lower resolution."
+        )
     return (
         f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use a smaller batch "
         "size with more accumulation, gradient checkpointing, the form constant, train low_rank, or a lower resolution."
@@ -90,24 +106,26 @@ def memory_problem(error: BaseException, config: TrainConfig) -> str | None:
 
 
 def run_isolated(
-    config: TrainConfig,
+    config: TrainConfig | AdaptConfig,
     *,
     folder: Path,
     resume: bool | str = "auto",
     base: ExportedBase | Path | None = None,
+    generator: Path | None = None,
     listener: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     python: str = sys.executable,
     patience_s: float = PATIENCE_S,
 ) -> Result:
-    """`train.train` in a process of its own; `folder` is an existing folder for the job's files.
+    """`train.train` or `adapt.adapt` in a process of its own; `folder` is an existing folder for the job's files.
 
-    base: an exported prior, or the file of one (`ExportedBase.write`), which frees this process of it.
+    base: an exported prior, or the file of one (`ExportedBase.write`), which frees this process of it. generator: the
+    file of the generator to adapt, where it is not `config.generator`.
     listener and should_stop are called in this thread. After should_stop the process has `patience_s` seconds to finish
     its step and save. Raises IsolatedProblem with the process's own error, or with how it died.
     """
     where = base if base is None or isinstance(base, Path) else base.write(folder / BASE)
-    Job(config, resume, where).write(folder)
+    Job(config, resume, where, generator).write(folder)
     outcome: dict[str, Any] | None = None
     with _process(folder, python, patience_s) as process:
         deadline = None
@@ -210,7 +228,7 @@ def _result(message: dict[str, Any]) -> Result:
     return Result(status=message["status"], step=message["step"], loss=message["loss"], **paths)
 
 
-def _obituary(code: int, folder: Path, config: TrainConfig) -> str:
+def _obituary(code: int, folder: Path, config: TrainConfig | AdaptConfig) -> str:
     """One sentence on a process that left no word."""
     try:
         lines = [line for line in (folder / LOG).read_text("utf-8", "replace").splitlines() if line.strip()]

@@ -8,10 +8,14 @@ import sys
 import threading
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from .adapt_config import AdaptConfig
 from .isolated import FAILURE, RESULT, STOP, Job, memory_problem
 from .signals import StopRequest
+
+if TYPE_CHECKING:
+    from .engine import Result
 
 
 class Channel:
@@ -51,6 +55,22 @@ def watch_for_stop() -> threading.Event:
     return asked
 
 
+def run(job: Job, **reports: Any) -> Result:
+    """What the job asks for, with the files it brings."""
+    from .exported_base import ExportedBase
+
+    base = None if job.base is None else ExportedBase.read(job.base).open()
+    if isinstance(job.config, AdaptConfig):
+        from ..guidance.files import read_generator
+        from .adapt import adapt
+
+        generator = None if job.generator is None else read_generator(job.generator)
+        return adapt(job.config, resume=job.resume, generator=generator, base=base, **reports)
+    from .train import train
+
+    return train(job.config, resume=job.resume, base=base, **reports)
+
+
 def main(folder: Path) -> int:
     """Do the job in `folder`; 0 after a result, 1 after a failure was reported."""
     channel = Channel()
@@ -58,13 +78,9 @@ def main(folder: Path) -> int:
     job = None
     try:
         job = Job.read(folder)
-        from .exported_base import ExportedBase
-        from .train import train
-
         with StopRequest() as signalled:
-            result = train(
-                job.config, resume=job.resume, base=None if job.base is None else ExportedBase.read(job.base).open(),
-                listener=lambda event: channel.send(event.to_dict()),
+            result = run(
+                job, listener=lambda event: channel.send(event.to_dict()),
                 should_stop=lambda: stop.is_set() or signalled(),
             )
     except BaseException as problem:

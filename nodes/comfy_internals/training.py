@@ -87,7 +87,7 @@ def export_base(model, clip, vae, prompts: Sequence[str]) -> ExportedBase:
     has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
     latent_format = exported_latent_format(model, NODE)
     return ExportedBase(
-        unet=exported_state_dict(model, _exported_dtype(model)),
+        unet=exported_state_dict(model, exported_dtype(model)),
         config=config,
         prediction_type=prediction_type,
         zero_snr=zero_snr,
@@ -100,7 +100,7 @@ def export_base(model, clip, vae, prompts: Sequence[str]) -> ExportedBase:
     )
 
 
-def _exported_dtype(model) -> torch.dtype:
+def exported_dtype(model) -> torch.dtype:
     """What keeps all that the MODEL knows: fp32 once patches are baked in, fp16 for quantised weights."""
     dtype = model.model.get_dtype()
     if model.patches or dtype == torch.float32:
@@ -114,15 +114,15 @@ def _encode(clip, prompt: str, has_pooled: bool) -> tuple[Tensor, Tensor | None]
     return context.detach().float().cpu().clone(), pooled
 
 
-def export_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
-    """A VAE's weights on the CPU under LDM keys. Raises ValueError for other kinds of VAE."""
+def export_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str, Tensor]:
+    """A VAE's weights on the CPU under LDM keys. Raises ValueError, in the node's name, for other kinds of VAE."""
     stage = getattr(vae, "first_stage_model", None)
     weights = {} if stage is None else {key: t.detach().to("cpu", copy=True) for key, t in stage.state_dict().items()}
     channels = getattr(weights.get("post_quant_conv.weight"), "shape", (0, 0))[1]
     if "encoder.conv_in.weight" not in weights or channels != latent_channels:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels or 'other'} latent channels"
         raise ValueError(
-            f"{NODE}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found {found}; "
+            f"{node}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found {found}; "
             "connect the VAE that belongs to the model."
         )
     # Core gives every autoencoder a middle attention; all-zero output weights mean that the file has none.
@@ -262,7 +262,7 @@ def check_name(config: TrainConfig) -> None:
     path, own = finished_file(config), config.run_folder / f"{config.name}.safetensors"
     if not path.exists() or find_checkpoints(config.run_folder):
         return
-    if own.is_file() and own.stat().st_size == path.stat().st_size and _weights_digest(own) == _weights_digest(path):
+    if own.is_file() and own.stat().st_size == path.stat().st_size and weights_digest(own) == weights_digest(path):
         return
     if not is_untrained(path):
         raise FileProblem(
@@ -271,7 +271,7 @@ def check_name(config: TrainConfig) -> None:
         )
 
 
-def _weights_digest(path: Path) -> bytes:
+def weights_digest(path: Path) -> bytes:
     """SHA-256 of a .safetensors file without its header, which says when it was written."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:

@@ -15,7 +15,7 @@ NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 NOTES = {"MarkdownNote", "Note"}
 CONTROL_AFTER_GENERATE = {"fixed", "increment", "decrement", "randomize"}
 # Their seed has no such control: a training run continues only with the seed it was started with.
-KEEP_THEIR_SEED = {"InDomainTrainDomainUNet", "InDomainMiniWorldImages"}
+KEEP_THEIR_SEED = {"InDomainTrainDomainUNet", "InDomainMiniWorldImages", "InDomainAdaptGenerator"}
 
 
 def api(name: str) -> dict:

@@ -11,7 +11,8 @@ ROOT = Path(__file__).resolve().parents[3]
 NODES = (
     "InDomainLoadDomainUNet", "InDomainTextFreeUNet", "InDomainGuidanceTerm", "InDomainMultiGuidanceGuider",
     "InDomainGuider", "InDomainSampler", "InDomainLoadMiniWorld", "InDomainTrainDomainUNet", "InDomainTrainingOptions",
-    "InDomainMiniWorldImages",
+    "InDomainMiniWorldImages", "InDomainLoadGenerator", "InDomainGeneratorSample", "InDomainAdaptGenerator",
+    "InDomainAdaptOptions", "InDomainBlendGenerators", "InDomainSaveGenerator",
 )  # fmt: skip
 ONLY_IN_THE_EDITOR = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 API_WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
@@ -59,6 +60,13 @@ def test_shipped_domain_models_are_listed(object_info):
     assert shipped and shipped <= set(listed)
 
 
+def test_shipped_generators_are_listed(object_info):
+    kind, options = object_info["InDomainLoadGenerator"]["input"]["required"]["generator_name"][:2]
+    listed = kind if isinstance(kind, list) else options["options"]
+    shipped = {path.name for path in (ROOT / "training/mini_world/weights/generators").glob("*.safetensors")}
+    assert shipped and shipped <= set(listed)
+
+
 def test_templates_are_listed_and_use_only_known_nodes(server, object_info):
     names = server.client.get("/workflow_templates")["in-domain-guidance"]
     assert sorted(names) == sorted(path.stem for path in (ROOT / "workflows").glob("*.json"))
@@ -85,6 +93,8 @@ def test_api_workflow_runs(server, graphs, handwriting, name):
             node["inputs"].update(name=f"from_{name}", resolution=64, steps=4, batch_size=2, sample_every=4)
         if node["class_type"] == "InDomainTrainingOptions":
             node["inputs"].update(sample_count=1, sample_steps=2, cache=str(handwriting.parent / "latents"))
+        if node["class_type"] == "InDomainAdaptGenerator":
+            node["inputs"].update(name=f"from_{name}", steps=2, batch_size=1, sample_every=2)
         if node["class_type"] == "EmptyLatentImage":
             node["inputs"].update(width=64, height=64)
         if node["class_type"] == "InDomainMiniWorldImages":

@@ -1,0 +1,242 @@
+"""Adapting a generator inside ComfyUI: the graph's models as the critic, progress and cancel, folders, memory.
+
+What it shares with training a domain model comes from `training`. Nothing of the package `training/` is imported before
+a node runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import comfy.model_management
+import folder_paths
+import torch
+from torch import Tensor
+
+from ...guidance.files import FileProblem, write_generator
+from ...guidance.null_text import NullContext
+from . import domain_info
+from .critic import NODE, CriticInputs, ignored_hooks, native_side
+from .export import exported_config, exported_latent_format, exported_prediction, exported_state_dict
+from .generators import GraphGenerator, generator_folder
+from .guider import TermInput
+from .loading import ordinary_tensors
+from .training import Progress, export_autoencoder, exported_dtype, free_memory, weights_digest
+
+if TYPE_CHECKING:
+    from ...training.adapt_config import AdaptConfig
+    from ...training.engine import Result
+    from ...training.exported_base import ExportedBase
+
+RUNS = "generator_adaptation"
+
+
+def conditioning_digest(conditioning: list | None) -> str:
+    """The first 12 hex digits of a SHA-256 over the tensors and numbers of a CONDITIONING; empty for none."""
+    if conditioning is None:
+        return ""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=str):
+                digest.update(str(key).encode())
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            for one in value:
+                add(one)
+        elif isinstance(value, (str, int, float, bool, type(None))):
+            digest.update(repr(value).encode())
+
+    add(conditioning)
+    return digest.hexdigest()[:12]
+
+
+def places(name: str, generator: GraphGenerator, critic: CriticInputs) -> dict[str, Any]:
+    """What the graph decides of a configuration: what is connected, where files go, what is computed on.
+
+    Prompts are conditionings here, and stand in it by a digest: a run goes on only with the same ones.
+    """
+    from ...training.config import CONNECTED_BASE
+
+    def connected(conditioning: list | None) -> str:
+        return f"{CONNECTED_BASE} {conditioning_digest(conditioning)}" if conditioning is not None else ""
+
+    found = domain_of(critic.terms)
+    domain = {} if found is None else {"domain": found[0], "domain_weight": found[1]}
+    negative = connected(critic.negative)
+    if critic.unwanted is not None:
+        negative += f", unwanted {conditioning_digest(critic.unwanted)}"
+    return {
+        "generator": generator.source,
+        "base": f"{CONNECTED_BASE} {type(critic.model.model.model_config).__name__}",
+        "prompt": connected(critic.positive),
+        "negative": negative,
+        "source_prompt": connected(critic.source),
+        **domain,
+        "output": str(Path(folder_paths.get_output_directory()) / RUNS / name),
+        "export_to": str(generator_folder()),
+        "device": str(comfy.model_management.get_torch_device()),
+    }
+
+
+def finished_file(config: AdaptConfig) -> Path:
+    """Where the finished file of a run is put for ComfyUI."""
+    return Path(config.export_to) / f"{config.name}.safetensors"
+
+
+def check_name(config: AdaptConfig) -> None:
+    """Refuse to replace a generator that another run made. Raises FileProblem.
+
+    A run has a claim once it has checkpoints, or when the weights are those it finished with.
+    """
+    from ...training.checkpoints import find_checkpoints
+
+    path, own = finished_file(config), config.run_folder / f"{config.name}.safetensors"
+    if not path.exists() or find_checkpoints(config.run_folder):
+        return
+    if own.is_file() and own.stat().st_size == path.stat().st_size and weights_digest(own) == weights_digest(path):
+        return
+    raise FileProblem(
+        f"{path}: expected no file under this name, found one that this run did not make; choose another name or move "
+        "the file away."
+    )
+
+
+def run(
+    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, job: Path | None
+) -> tuple[Result, list[str]]:
+    """Adapt; (result, warnings) when the run is finished.
+
+    job: None adapts in this process, a folder (`training.job_folder`) in a process of its own that finds its files
+    there. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises
+    ValueError in one sentence for everything a user can do something about.
+    """
+    from ...training.isolated import memory_problem
+
+    progress = Progress()
+    for hook in ignored_hooks(critic.model):
+        progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
+    free_memory()
+    try:
+        if job is not None:
+            result = _in_a_process(config, generator, critic, resume, job, progress)
+        else:
+            result = _in_this_process(config, generator, critic, resume, progress)
+    except (RuntimeError, MemoryError) as problem:
+        message = memory_problem(problem, config)
+        if message is None:
+            raise
+        # The traceback holds the tensors of the step that did not fit.
+        raise ValueError(message) from problem.with_traceback(None)
+    finally:
+        free_memory()
+    if result.status == "stopped":
+        progress.raise_if_cancelled()
+        # Somebody else ended it, such as the system the process; an older run's file is not its result.
+        raise ValueError(f"{NODE}: was stopped at step {result.step} and saved; run again to continue.")
+    return result, progress.warnings
+
+
+def _in_this_process(
+    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, progress: Progress
+) -> Result:
+    from ...training.adapt import adapt
+
+    # Each image may be judged beside the source's.
+    latents = config.batch_size * (2 if config.directional or config.reconstruction or config.method == "dds" else 1)
+    return critic.run(
+        config.resolution or native_side(critic.model), latents, (config.t_min, config.t_max),
+        lambda judge, encode: adapt(
+            config, resume=resume, generator=generator.loaded(), critic=judge, encode=encode, listener=progress,
+            should_stop=progress.should_stop,
+        ),
+    )  # fmt: skip
+
+
+# ---- a process of its own ---------------------------------------------------------------------------------------
+
+
+def _in_a_process(
+    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, job: Path,
+    progress: Progress,
+) -> Result:  # fmt: skip
+    from ...training.isolated import BASE, GENERATOR, run_isolated
+
+    with ordinary_tensors():
+        critic.check()
+        base = export_judge(critic, config).write(job / BASE)
+        source = write_generator(job / GENERATOR, generator.generator, generator.metadata)
+    return run_isolated(
+        config, folder=job, resume=resume, base=base, generator=source, listener=progress,
+        should_stop=progress.should_stop,
+    )
+
+
+def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
+    """(file, weight) of the one domain model that these terms consist of; None for other terms.
+
+    A configuration can name such a one, so that another process can open it too.
+    """
+    if len(terms) != 1:
+        return None
+    (term,) = terms
+    info = None if term.model is None else domain_info(term.model)
+    is_plain = isinstance(term.weight, (int, float)) and term.reference in (None, "base") and term.conditioning is None
+    is_file = info is not None and info.form != "full" and Path(info.path).is_file() and not term.model.patches
+    return (info.path, float(term.weight)) if is_plain and is_file else None
+
+
+@torch.no_grad()
+def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
+    """What another process needs of the critic, as plain tensors: weights with LoRAs baked in, encoded prompts.
+
+    Raises ValueError for what cannot leave this process.
+    """
+    from ...training.exported_base import ExportedBase
+
+    if critic.terms and domain_of(critic.terms) is None:
+        names = ", ".join(term.name for term in critic.terms)
+        raise ValueError(
+            f"{NODE}: expected, in a process of its own, one text-free domain model from a file as the only term, found "
+            f"{names}; switch isolated off."
+        )
+    model = critic.model
+    unet = exported_config(model, NODE)
+    prediction_type, zero_snr = exported_prediction(model, NODE)
+    latent_format = exported_latent_format(model, NODE)
+    base, pooled = _plain(critic.negative, "negative")
+    prompts = {config.prompt: _plain(critic.positive, "positive")}
+    others = {config.source_prompt: ("source", critic.source)}
+    others[config.negative] = ("unwanted", critic.unwanted) if config.method == "nfsd" else ("negative", None)
+    for name, (what, conditioning) in others.items():
+        if name:
+            prompts[name] = (base, pooled) if conditioning is None else _plain(conditioning, what)
+    return ExportedBase(
+        unet=exported_state_dict(model, exported_dtype(model)), config=unet, prediction_type=prediction_type,
+        zero_snr=zero_snr, latent_format=latent_format, latent_scale=float(model.model.latent_format.scale_factor),
+        autoencoder=export_autoencoder(critic.vae, unet.out_channels, NODE),
+        null_context=NullContext(base, {"empty": "the negative conditioning of a graph"}, pooled), prompts=prompts,
+        name=f"the connected {type(model.model.model_config).__name__} model",
+    )
+
+
+def _plain(conditioning: list, what: str) -> tuple[Tensor, Tensor | None]:
+    """(context, pooled vector) of a CONDITIONING that is one encoded text and nothing else."""
+    more = {key for _, options in conditioning for key, value in options.items() if value is not None}
+    more -= {"pooled_output"}
+    if len(conditioning) != 1 or more:
+        found = ", ".join(sorted(more)) or f"{len(conditioning)} parts"
+        raise ValueError(
+            f"{NODE}: expected, in a process of its own, a {what} conditioning that is one encoded text, found {found}; "
+            "switch isolated off."
+        )
+    ((context, options),) = conditioning
+    pooled = options.get("pooled_output")
+    return tuple(None if one is None else one.detach().float().cpu().clone() for one in (context, pooled))

@@ -1,0 +1,276 @@
+"""Image generators (StyleGAN2) inside ComfyUI: the folder `models/generators`, loading, drawing, blending and saving.
+
+Nothing of `training/` is imported before a node runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...guidance.files import FileProblem
+from .loading import ordinary_tensors
+
+if TYPE_CHECKING:
+    from ...guidance.files import GeneratorMetadata, LoadedGenerator
+    from ...guidance.networks.stylegan2 import Generator
+
+FOLDER = "generators"
+SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "generators"
+EXTENSIONS = {".safetensors", ".pkl", ".pt"}
+FILE_DTYPES = ("fp32", "fp16", "bf16")
+NOISE = ("const", "random", "none")
+# NVIDIA's tools seed each image's latent with a number of this many bits.
+LARGEST_SEED = 2**32 - 1
+# Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
+PIXELS_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, eq=False)
+class GraphGenerator:
+    """What an INDOMAIN_GENERATOR output carries: a frozen generator on the CPU, and what its file says about it.
+
+    source: the file it came from, or how it was made, for messages.
+    """
+
+    generator: Generator
+    metadata: GeneratorMetadata
+    source: str
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+        return self.metadata.name or Path(self.source).stem
+
+    def loaded(self) -> LoadedGenerator:
+        """The same as the library's readers give it."""
+        from ...guidance.files import LoadedGenerator
+
+        return LoadedGenerator(self.generator, self.metadata)
+
+
+# ---- files ------------------------------------------------------------------------------------------------------
+
+
+def register_generator_folder() -> None:
+    """Make `models/generators` a model folder of ComfyUI, with the mini world's shipped generator listed in it too."""
+    default = os.path.join(folder_paths.models_dir, FOLDER)
+    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
+    paths = [*paths]
+    for path in (default, str(SHIPPED_GENERATORS)):
+        if path not in paths:
+            paths.append(path)
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
+
+
+def generator_folder() -> Path:
+    """The folder that new generators are written to: the user's first one, never the shipped one."""
+    shipped = str(SHIPPED_GENERATORS)
+    return Path(next(path for path in folder_paths.get_folder_paths(FOLDER) if path != shipped))
+
+
+def list_generators() -> list[str]:
+    """File names for the loader's list."""
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def _path_of(name: str) -> Path | None:
+    # Core's look-up keeps names such as ../../x inside the folders.
+    path = folder_paths.get_full_path(FOLDER, name) if name else None
+    return None if path is None else Path(path)
+
+
+def find_generator(name: str) -> Path:
+    """The path of a listed file. Raises FileProblem with the folder to use when there is none of that name."""
+    path = _path_of(name)
+    if path is None:
+        raise FileProblem(
+            f"Load Generator: expected a file named '{name}' in {generator_folder()}, found none; put a StyleGAN2 file "
+            "(.safetensors, .pkl or .pt) there and pick it from the list."
+        )
+    return path
+
+
+def generator_fingerprint(name: str) -> str:
+    """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
+    path = _path_of(name)
+    if path is None:
+        return "missing"
+    status = path.stat()
+    return f"{path} {status.st_size} {status.st_mtime_ns}"
+
+
+def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
+    """(a listed generator, what its reader has to say about it).
+
+    Raises FileProblem for files that are missing, damaged, hostile, or hold another network than StyleGAN2.
+    """
+    from ...guidance.files import read_generator
+
+    path = find_generator(name)
+    # Weights made in ComfyUI's inference mode could never be adapted.
+    with ordinary_tensors():
+        loaded = read_generator(path)
+        generator = loaded.generator.eval().requires_grad_(False)
+    return GraphGenerator(generator, loaded.metadata, str(path)), tuple(loaded.notes)
+
+
+def output_path(filename: str, node: str = "Save Generator") -> Path:
+    """Where a new generator goes. Raises FileProblem for names outside the folder."""
+    folder = generator_folder()
+    name = filename.strip().removesuffix(".safetensors")
+    path = Path(f"{folder / name}.safetensors")
+    if not name or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
+        raise FileProblem(f"{node}: expected a file name inside {folder}, found '{filename}'; use a plain name.")
+    return path
+
+
+def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> Path:
+    """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
+    from ...guidance.files import write_generator
+
+    if dtype not in FILE_DTYPES:
+        raise ValueError(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
+    if path.exists() and not replace:
+        raise FileProblem(
+            f"{path}: expected no file under this name, found one; choose another name, or switch replace on."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    metadata = one.metadata if one.metadata.name else dataclasses.replace(one.metadata, name=path.stem)
+    write_generator(path, one.generator, metadata, dtype=dtype)
+    return path
+
+
+def convert_generator(one: GraphGenerator) -> str:
+    """Write a loaded .pkl or .pt as .safetensors beside it, where it is found from now on; says what was done."""
+    from ...guidance.files import convert_generator as convert
+
+    source = Path(one.source)
+    path = source.with_suffix(".safetensors")
+    if source == path:
+        return "Nothing to convert: it is a .safetensors file."
+    if path.exists():
+        return f"Not converted: {path} is there already."
+    return f"Converted to {convert(source, path)}, which is read from now on."
+
+
+def describe_generator(one: GraphGenerator) -> str:
+    """A generator in a few words."""
+    config = one.generator.config
+    parameters = sum(parameter.numel() for parameter in one.generator.parameters())
+    classes = f", {config.c_dim} classes" if config.c_dim else ""
+    return (
+        f"{one.name}: StyleGAN2 ({config.architecture}), {config.resolution} px, {parameters / 1e6:.1f} M weights, "
+        f"z {config.z_dim}, w {config.w_dim} x {one.generator.num_ws}{classes}"
+    )
+
+
+def blend(
+    source: GraphGenerator, adapted: GraphGenerator, amount: float, split_px: int = 0, below: float = 0.0
+) -> GraphGenerator:
+    """source + amount * (adapted - source); with split_px, layers of up to that many pixels take `below` instead.
+
+    Raises ValueError for generators of different architecture and for a split that is none of their sizes.
+    """
+    from ...guidance.networks.blending import blend_generators, resolution_split
+
+    with ordinary_tensors():
+        amounts = resolution_split(source.generator, split_px, below, amount) if split_px else amount
+        blended = blend_generators(source.generator, adapted.generator, amounts)
+    said = f"{amount:g}" if not split_px else f"{below:g} up to {split_px} px, {amount:g} above"
+    name = f"{source.name} to {adapted.name} at {said}"
+    return GraphGenerator(blended, dataclasses.replace(adapted.metadata, name=name), name)
+
+
+# ---- drawing ----------------------------------------------------------------------------------------------------
+
+
+def latents(seed: int, count: int, z_dim: int) -> Tensor:
+    """Latents z [count, z_dim] as NVIDIA's tools draw them: image i is the one of seed + i there."""
+    rows = [np.random.RandomState((seed + index) & LARGEST_SEED).randn(z_dim) for index in range(count)]
+    return torch.from_numpy(np.stack(rows)).float()
+
+
+def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
+    """Class labels c [count, c_dim]; None for a generator without classes. Raises ValueError for an unknown class."""
+    if c_dim == 0:
+        return None
+    if not 0 <= label < c_dim:
+        raise ValueError(
+            f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower class."
+        )
+    labels = torch.zeros(count, c_dim)
+    labels[:, label] = 1.0
+    return labels
+
+
+@contextlib.contextmanager
+def on_device(generator: Generator) -> Iterator[torch.device]:
+    """A generator on ComfyUI's device, and back on the CPU whatever happens. Makes room for it first."""
+    device = comfy.model_management.get_torch_device()
+    size = sum(one.numel() * one.element_size() for one in [*generator.parameters(), *generator.buffers()])
+    if device.type != "cpu":
+        comfy.model_management.free_memory(4 * size + 2**30, device)
+    try:
+        generator.to(device)
+        yield device
+    finally:
+        generator.to("cpu")
+
+
+@torch.no_grad()
+def draw(
+    one: GraphGenerator, seed: int, truncation: float, cutoff: int, count: int, label: int = 0, noise: str = "const"
+) -> Tensor:
+    """Images as IMAGE [count, H, W, 3] in 0..1.
+
+    truncation: 1 is a no-op, 0 the mean image. cutoff: how many of the w vectors it acts on, from the coarsest; 0 all.
+    """
+    if noise not in NOISE:
+        raise ValueError(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
+    generator, config = one.generator, one.generator.config
+    z, c = latents(seed, count, config.z_dim), one_hot(label, count, config.c_dim)
+    images, done = [], 0
+    at_once = max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
+    progress = comfy.utils.ProgressBar(count)
+    with ordinary_tensors(), on_device(generator) as device:
+        random = torch.Generator(device=device).manual_seed(seed)
+        while done < count:
+            chosen = slice(done, done + at_once)
+            try:
+                ws = generator.map(
+                    z[chosen].to(device), None if c is None else c[chosen].to(device), truncation=truncation,
+                    truncation_cutoff=cutoff or None,
+                )
+                drawn = generator.synthesize(ws, noise=noise, generator=random)
+            except comfy.model_management.OOM_EXCEPTION as problem:
+                comfy.model_management.soft_empty_cache()
+                if at_once == 1:
+                    raise ValueError(
+                        f"Generator Sample: one image of {config.resolution} px needs more memory than there is; free "
+                        "some, or use a smaller generator."
+                    ) from problem.with_traceback(None)
+                at_once = (at_once + 1) // 2
+                continue
+            images.append(as_image(drawn))
+            done += len(drawn)
+            progress.update_absolute(done, count)
+    return torch.cat(images)
+
+
+def as_image(drawn: Tensor) -> Tensor:
+    """A generator's output [B, C, H, W] in about -1..1 as IMAGE [B, H, W, 3] in 0..1 on the CPU; grey becomes RGB."""
+    rgb = drawn[:, :3] if drawn.shape[1] >= 3 else drawn[:, :1].expand(-1, 3, -1, -1)
+    return (rgb.float() * 0.5 + 0.5).clamp(0.0, 1.0).permute(0, 2, 3, 1).cpu().contiguous()

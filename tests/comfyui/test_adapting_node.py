@@ -1,0 +1,273 @@
+"""Adapt Generator inside ComfyUI's process, under inference mode as ComfyUI runs nodes."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+
+def module(name: str):
+    return importlib.import_module(f"indomain_guidance.{name}")
+
+
+def tiny_generator(seed: int = 0, resolution: int = 16):
+    network = module("guidance.networks.stylegan2")
+    channels = (8,) * (resolution.bit_length() - 2)
+    config = network.GeneratorConfig(resolution, channels, z_dim=8, w_dim=8, mapping_layers=2)
+    return network.random_generator(config, seed).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def world(comfyui, tmp_path, monkeypatch):
+    """ComfyUI's folders in a folder of this test's own, and the modules under test."""
+    folder_paths = importlib.import_module("folder_paths")
+    generators = module("nodes.comfy_internals.generators")
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(generators, "SHIPPED_GENERATORS", tmp_path / "shipped")
+    folder_paths.folder_names_and_paths.pop("generators", None)
+    generators.register_generator_folder()
+    for kind in ("input", "output", "temp"):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
+    return SimpleNamespace(
+        tmp=tmp_path, nodes=module("nodes.generators"), internals=module("nodes.comfy_internals.adapting"),
+        generators=generators, files=module("guidance.files"),
+    )
+
+
+@pytest.fixture
+def source(world):
+    metadata = world.files.GeneratorMetadata(name="digits", licence="CC0")
+    return world.generators.GraphGenerator(tiny_generator(), metadata, str(world.tmp / "digits.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def mini(comfyui):
+    """(MODEL, VAE, positive, negative, encode) of the mini world, made under inference mode."""
+    with torch.inference_mode():
+        model, clip, vae = module("nodes.comfy_internals.loading").load_mini_world()
+
+        def encode(text):
+            return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+        return SimpleNamespace(model=model, vae=vae, positive=encode("a red seven"), negative=encode(""), encode=encode)
+
+
+@pytest.fixture
+def adapt(world, mini, source):
+    """Runs the node on the mini world: a few steps, no previews unless asked."""
+
+    def run(**inputs):
+        options = {"t_max": 600, "sample_count": 2, **inputs.pop("options", {})}
+        values = {
+            "generator": source, "model": mini.model, "vae": mini.vae, "positive": mini.positive,
+            "negative": mini.negative, "name": "made", "method": "sds", "scale": 7.5, "directional": 0.5,
+            "reconstruction": 0.0, "steps": 2, "batch_size": 2, "learning_rate": 0.002, "layers": 0, "sample_every": 0,
+            "seed": 0, "resume": "auto", "isolated": False, "options": options, **inputs,
+        }  # fmt: skip
+        with torch.inference_mode():
+            out = world.nodes.AdaptGenerator.execute(**values)
+        generator, samples, loss, path = out.result
+        return SimpleNamespace(generator=generator, samples=samples, loss=loss, path=path, ui=out.ui)
+
+    return run
+
+
+def weights(one) -> dict[str, torch.Tensor]:
+    return one.generator.state_dict()
+
+
+def same_bits(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def log_of(world, name: str) -> list:
+    return module("training.events").read_log(world.tmp / "output" / "generator_adaptation" / name / "log.jsonl")
+
+
+# ---- inputs -----------------------------------------------------------------------------------------------------
+
+
+def test_every_field_of_the_configuration_has_one_place(world):
+    from indomain_guidance.training.adapt_config import AdaptConfig
+
+    main = {entry.id: entry for entry in world.nodes.AdaptGenerator.define_schema().inputs}
+    options = {entry.id: entry for entry in world.nodes.GeneratorAdaptOptions.define_schema().inputs}
+    fields = {field.name: field for field in dataclasses.fields(AdaptConfig)}
+    places = [*world.nodes.ON_THE_NODE, *options, *world.nodes.DECIDED_HERE]
+    assert sorted(places) == sorted(fields) and set(world.nodes.ON_THE_NODE) <= set(main)
+    for name, entry in [*options.items(), *((name, main[name]) for name in world.nodes.ON_THE_NODE)]:
+        assert name == "name" or entry.default == fields[name].default, name
+        assert fields[name].metadata["help"][1:] in entry.tooltip
+    assert all(entry.tooltip for entry in main.values())
+
+
+def test_default_options_are_the_adaptations_own(world):
+    from indomain_guidance.training.adapt_config import AdaptConfig
+
+    schema = world.nodes.GeneratorAdaptOptions.define_schema()
+    (options,) = world.nodes.GeneratorAdaptOptions.execute(**{entry.id: entry.default for entry in schema.inputs}).result
+    assert AdaptConfig(generator="x", base="y", **options) == AdaptConfig(generator="x", base="y")
+
+
+def test_conditionings_are_told_apart_and_known_again(world, mini):
+    digest = world.internals.conditioning_digest
+    with torch.inference_mode():
+        again, other = mini.encode("a red seven"), mini.encode("a blue seven")
+    assert digest(mini.positive) == digest(again) != digest(other) and len(digest(other)) == 12
+    pooled = [[mini.positive[0][0], {**mini.positive[0][1], "width": 64}]]
+    assert digest(pooled) != digest(mini.positive) and digest(None) == ""
+
+
+# ---- adapting ---------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_makes_an_adapted_generator_and_leaves_its_source(comfyui, world, adapt, source, mini):
+    before, prior = {k: v.clone() for k, v in weights(source).items()}, mini.model.model.diffusion_model.state_dict()
+    prior = {key: value.clone() for key, value in prior.items()}
+    made = adapt(sample_every=2)
+    assert made.path == str(world.tmp / "models" / "generators" / "made.safetensors")
+    assert not same_bits(weights(made.generator), before) and same_bits(weights(source), before)
+    assert same_bits(mini.model.model.diffusion_model.state_dict(), prior)
+    stored = made.generator.metadata
+    assert (stored.name, stored.licence, stored.history[-1]["parent"]) == ("made", "CC0", "digits")
+    assert stored.history[-1]["steps"] == 2 and stored.history[-1]["method"] == "sds"
+    assert str(world.tmp) not in json.dumps(dict(stored.extra))
+    assert made.samples.ndim == 4 and made.samples.std() > 0.01 and made.loss.ndim == 4
+    assert len(made.ui["images"]) == 2 and made.ui["text"] == (made.path,)
+    kinds = [type(event).__name__ for event in log_of(world, "made")]
+    assert kinds[0] == "Started" and kinds[-1] == "Finished" and kinds.count("Sampled") == 2
+
+
+def test_both_ways_adapt_alike(adapt):
+    here, apart = adapt(name="here"), adapt(name="apart", isolated=True)
+    assert type(here.samples).__name__ == "ExecutionBlocker"
+    ours, theirs = weights(here.generator), weights(apart.generator)
+    # Core's UNet rounds otherwise than ours, and Adam makes the same of large and small gradients.
+    close = [float((ours[key] - theirs[key]).abs().median()) for key in ours if key.endswith("conv1.weight")]
+    assert close and max(close) < 2e-4
+
+
+@pytest.mark.parametrize("method", ["csd", "nfsd", "dds", "bridge", "ism", "vsd"])
+def test_every_method_runs(adapt, mini, method):
+    with torch.inference_mode():
+        source, unwanted = mini.encode("a white digit"), mini.encode("a blue digit")
+    adapt(method=method, steps=1, source=source, unwanted=unwanted, directional=0.0, reconstruction=0.5)
+
+
+def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, caplog):
+    domain = module("nodes.comfy_internals.loading").load_domain_unet(
+        str(module("nodes.comfy_internals.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
+    )
+    term = module("nodes.comfy_internals.guider").TermInput("domain", 1.0, domain)
+    hooked = mini.model.clone()
+    hooked.set_model_sampler_cfg_function(lambda args: args["uncond"])
+    made = adapt(terms=(term,), model=hooked, layers=2, options={"mode": "sgf", "train": "released"})
+    assert any("sampler_cfg_function" in text for text in made.ui["text"])
+    config = json.loads((world.tmp / "output" / "generator_adaptation" / "made" / "config.json").read_text())
+    assert config["domain"].endswith("mini-handwriting.safetensors") and config["domain_weight"] == 1.0
+
+
+def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, adapt, world, monkeypatch):
+    whole = adapt(name="whole", steps=6)
+    seen = []
+
+    def interrupt(bar, value, total=None, preview=None):
+        seen.append(value)
+        if total == 6 and value == 2:
+            comfyui.model_management.interrupt_current_processing()
+        # What ComfyUI's own hook does on every update.
+        comfyui.model_management.throw_exception_if_processing_interrupted()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+        with pytest.raises(comfyui.model_management.InterruptProcessingException):
+            adapt(name="parts", steps=6)
+    assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
+    assert [event.step for event in log_of(world, "parts") if type(event).__name__ == "Stopped"] == [seen[-1]]
+    assert not (world.tmp / "models" / "generators" / "parts.safetensors").exists()
+    parts = adapt(name="parts", steps=6, resume="continue")
+    assert same_bits(weights(parts.generator), weights(whole.generator))
+
+
+# ---- refusals ---------------------------------------------------------------------------------------------------
+
+
+def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini, tiny):
+    narrow = [[torch.zeros(1, 77, 12), {}]]
+    prompts = {"positive": tiny.conditioning(1), "negative": tiny.conditioning(2)}
+    for inputs, words in (
+        ({"positive": narrow}, "positive conditioning of width 128.*found width 12"),
+        ({"vae": SimpleNamespace(first_stage_model=None)}, "expected the VAE .* found no VAE"),
+        ({"method": "dds"}, "expected a prompt that describes the source for the method dds"),
+        ({"name": "../outside"}, "plain file name"),
+        ({"resume": "perhaps"}, "resume to be one of auto, continue, new"),
+        ({"resume": "continue"}, "expected a run to resume"),
+        ({"options": {"resolution": 60}}, "multiple of 8"),
+        ({"isolated": True, "positive": mini.positive * 2}, "one encoded text, found 2 parts; switch isolated off"),
+    ):
+        with pytest.raises(ValueError, match=words) as caught:
+            adapt(**inputs)
+        assert "\n" not in str(caught.value)
+    term = module("nodes.comfy_internals.guider").TermInput("other", 1.0, conditioning=mini.negative)
+    with pytest.raises(ValueError, match="as the only term, found other; switch isolated off"):
+        adapt(isolated=True, terms=(term,))
+    with pytest.raises(ValueError, match="multiple of 8|cannot encode|latents"):
+        adapt(model=tiny.prior(), **prompts, options={"resolution": 8, "t_max": 300})
+    assert not list(world.tmp.rglob("outside*"))
+
+
+def test_another_conditioning_is_another_run(adapt, mini):
+    adapt(steps=1)
+    with torch.inference_mode():
+        other = mini.encode("a blue three")
+    with pytest.raises(ValueError, match="prompt"):
+        adapt(positive=other)
+
+
+def test_no_file_of_somebody_elses_is_replaced(adapt, world):
+    mine = world.tmp / "models" / "generators" / "made.safetensors"
+    world.files.write_generator(mine, tiny_generator(9))
+    kept = mine.read_bytes()
+    with pytest.raises(ValueError, match="made.safetensors: expected no file under this name.*another name"):
+        adapt()
+    assert mine.read_bytes() == kept
+    # Its own file is a run's to replace, also without checkpoints.
+    adapt(name="own", steps=1)
+    for path in (world.tmp / "output" / "generator_adaptation" / "own" / "checkpoints").iterdir():
+        path.unlink()
+    adapt(name="own", steps=1)
+
+
+def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_weights(adapt, world, mini, monkeypatch):
+    critic = module("nodes.comfy_internals.critic")
+    denoise, calls = critic.Predictions.denoise_many, []
+
+    def broken(self, jobs):
+        calls.append(1)
+        made = denoise(self, jobs)
+        return [one * float("nan") for one in made] if len(calls) > 4 else made
+
+    monkeypatch.setattr(critic.Predictions, "denoise_many", broken)
+    with pytest.raises(ValueError, match="became NaN or infinite at step .*the last good weights, of step"):
+        adapt(steps=20)
+    assert list((world.tmp / "output" / "generator_adaptation" / "made" / "checkpoints").glob("*.ckpt"))
+    assert not (world.tmp / "models" / "generators" / "made.safetensors").exists()
+
+
+def test_memory_that_runs_out_is_one_sentence(comfyui, adapt, monkeypatch):
+    critic = module("nodes.comfy_internals.critic")
+
+    def full(self, jobs):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")
+
+    monkeypatch.setattr(critic.Predictions, "denoise_many", full)
+    with pytest.raises(ValueError, match="Adapting ran out of memory with batch size 2; use a smaller batch size"):
+        adapt()

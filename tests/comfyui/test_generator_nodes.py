@@ -1,0 +1,243 @@
+"""Load Generator, Generator Sample, Blend Generators and Save Generator, under inference mode as ComfyUI runs nodes."""
+
+from __future__ import annotations
+
+import importlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+
+def module(name: str):
+    return importlib.import_module(f"indomain_guidance.{name}")
+
+
+def tiny_generator(seed: int = 0, resolution: int = 16, **more):
+    """A random StyleGAN2 whose images differ visibly from latent to latent."""
+    network = module("guidance.networks.stylegan2")
+    channels = (8,) * (resolution.bit_length() - 2)
+    config = network.GeneratorConfig(resolution, channels, z_dim=8, w_dim=8, mapping_layers=2, **more)
+    return network.random_generator(config, seed).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def world(comfyui, tmp_path, monkeypatch):
+    """models/generators in a folder of this test's own, with one generator in it, and the modules under test."""
+    folder_paths = importlib.import_module("folder_paths")
+    internals, files = module("nodes.comfy_internals.generators"), module("guidance.files")
+    monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+    monkeypatch.setattr(folder_paths, "filename_list_cache", {})
+    monkeypatch.setattr(internals, "SHIPPED_GENERATORS", tmp_path / "shipped")
+    folder_paths.folder_names_and_paths.pop("generators", None)
+    internals.register_generator_folder()
+    folder, shipped = tmp_path / "models" / "generators", tmp_path / "shipped"
+    folder.mkdir(parents=True)
+    shipped.mkdir()
+    generator = tiny_generator()
+    files.write_generator(shipped / "shipped.safetensors", generator, files.GeneratorMetadata(name="digits"))
+    return SimpleNamespace(
+        tmp=tmp_path, folder=folder, shipped=shipped, generator=generator, files=files, internals=internals,
+        folder_paths=folder_paths, nodes=module("nodes.generators"),
+    )
+
+
+@pytest.fixture
+def call(world):
+    """Runs a node of the module by its name as ComfyUI does; its outputs and what it shows."""
+
+    def run(node: str, **inputs):
+        with torch.inference_mode():
+            out = getattr(world.nodes, node).execute(**inputs)
+        return (*out.result, out.ui)
+
+    return run
+
+
+def test_the_folder_lists_generators_only_and_what_is_shipped(world):
+    for name in ("a.pkl", "b.pt", "c.safetensors", "readme.txt", "d.ckpt"):
+        (world.folder / name).write_bytes(b"x")
+    assert set(world.internals.list_generators()) == {"a.pkl", "b.pt", "c.safetensors", "shipped.safetensors"}
+    assert world.internals.generator_folder() == world.folder
+    # An extra_model_paths.yaml that named the folder already keeps its place.
+    world.folder_paths.folder_names_and_paths["generators"] = ([str(world.tmp / "mine")], set())
+    world.internals.register_generator_folder()
+    assert world.internals.generator_folder() == world.tmp / "mine"
+    paths, extensions = world.folder_paths.folder_names_and_paths["generators"]
+    assert len(paths) == 3 and extensions == {".safetensors", ".pkl", ".pt"}
+
+
+def test_a_loaded_generator_can_be_adapted_and_says_what_it_is(world, call):
+    one, ui = call("LoadGenerator", generator_name="shipped.safetensors")
+    assert not any(tensor.is_inference() for tensor in one.generator.parameters())
+    assert ui["text"][0].startswith("digits: StyleGAN2 (skip), 16 px, 0.0 M weights, z 8, w 8 x 6")
+    fingerprint = world.nodes.LoadGenerator.fingerprint_inputs
+    before = fingerprint("shipped.safetensors", False)
+    world.files.write_generator(world.shipped / "shipped.safetensors", tiny_generator(1, 32))
+    assert fingerprint("shipped.safetensors", True) != before and fingerprint("absent.pkl") == "missing"
+
+
+@pytest.mark.parametrize("name", ["absent.pkl", "", "../shipped/shipped.safetensors"])
+def test_names_that_are_not_listed_are_refused(call, name):
+    with pytest.raises(ValueError, match="Load Generator: expected a file named .*pick it from the list"):
+        call("LoadGenerator", generator_name=name)
+
+
+def test_other_files_are_refused_with_what_they_are(world, call):
+    (world.folder / "words.pkl").write_text("this is no network")
+    with pytest.raises(ValueError, match="words.pkl: expected") as caught:
+        call("LoadGenerator", generator_name="words.pkl")
+    assert "\n" not in str(caught.value)
+
+
+def test_images_are_the_generators_own_for_nvidias_seeds(world, call):
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    images, _ = call("GeneratorSample", generator=one, seed=7, truncation=0.7, batch_size=3)
+    assert images.shape == (3, 16, 16, 3) and 0 <= float(images.min()) and float(images.max()) <= 1
+    z = torch.from_numpy(np.concatenate([np.random.RandomState(seed).randn(1, 8) for seed in (7, 8, 9)])).float()
+    expected = world.generator(z, truncation=0.7).mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
+    assert torch.allclose(images.clone(), expected, atol=1e-5)
+    assert float((images[0] - images[1]).abs().mean()) > 1e-3
+    mean, _ = call("GeneratorSample", generator=one, seed=1, truncation=0.0, batch_size=2)
+    assert torch.equal(mean[0], mean[1])
+
+
+def test_batches_that_are_drawn_in_parts_are_the_same(world, call, monkeypatch):
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    values = {"generator": one, "seed": world.internals.LARGEST_SEED, "truncation": 1.0, "batch_size": 5}
+    whole, _ = call("GeneratorSample", **values)
+    monkeypatch.setattr(world.internals, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    parts, _ = call("GeneratorSample", **values)
+    assert torch.allclose(whole, parts, atol=1e-5)
+
+
+def test_a_device_that_is_full_gets_fewer_images_at_once(world, call, comfyui, monkeypatch):
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    synthesize, sizes = type(one.generator).synthesize, []
+
+    def full(self, ws, **more):
+        sizes.append(len(ws))
+        if len(ws) > limit:
+            raise comfyui.model_management.OOM_EXCEPTION("out of memory")
+        return synthesize(self, ws, **more)
+
+    limit = 2
+    monkeypatch.setattr(type(one.generator), "synthesize", full)
+    images, _ = call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
+    assert len(images) == 5 and sizes == [5, 3, 2, 2, 1]
+    limit = 0
+    with pytest.raises(ValueError, match="one image of 16 px needs more memory than there is"):
+        call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
+
+
+def test_classes_and_noise(world, call):
+    conditional = world.internals.GraphGenerator(tiny_generator(c_dim=3), world.files.GeneratorMetadata(), "x")
+    values = {"generator": conditional, "seed": 0, "truncation": 1.0, "batch_size": 1}
+    first, second = (call("GeneratorSample", class_index=index, **values)[0] for index in (0, 2))
+    assert not torch.equal(first, second)
+    with pytest.raises(ValueError, match="expected a class from 0 to 2, as the generator has, found 3"):
+        call("GeneratorSample", class_index=3, **values)
+    with pytest.raises(ValueError, match="noise to be one of const, random, none"):
+        call("GeneratorSample", noise="loud", **values)
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    assert call("GeneratorSample", **{**values, "generator": one}, class_index=9)[0].shape == (1, 16, 16, 3)
+
+
+def test_grey_generators_give_rgb(world, call):
+    grey = world.internals.GraphGenerator(tiny_generator(img_channels=1), world.files.GeneratorMetadata(), "x")
+    images, _ = call("GeneratorSample", generator=grey, seed=0, truncation=1.0, batch_size=1)
+    assert images.shape[-1] == 3 and torch.equal(images[..., 0], images[..., 2])
+
+
+def test_the_dial_ends_at_both_generators(world, call):
+    source, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    world.files.write_generator(world.folder / "other.safetensors", tiny_generator(5))
+    adapted, _ = call("LoadGenerator", generator_name="other.safetensors")
+
+    def weights(one):
+        return one.generator.state_dict()
+
+    def same(a, b):
+        return all(torch.equal(a[key], b[key]) for key in a)
+
+    for amount, end in ((0.0, source), (1.0, adapted)):
+        blended, _ = call("BlendGenerators", source=source, adapted=adapted, amount=amount)
+        assert same(weights(blended), weights(end))
+        assert not any(tensor.is_inference() for tensor in blended.generator.parameters())
+    split, _ = call(
+        "BlendGenerators", source=source, adapted=adapted, amount=1.0, split_resolution=8, amount_below_split=0.0
+    )
+    key = "synthesis.b{}.conv1.weight"
+    assert torch.equal(weights(split)[key.format(8)], weights(source)[key.format(8)])
+    assert torch.equal(weights(split)[key.format(16)], weights(adapted)[key.format(16)])
+    with pytest.raises(ValueError, match="one of the resolutions .4, 8, 16., got 5"):
+        call("BlendGenerators", source=source, adapted=adapted, amount=1.0, split_resolution=5)
+    larger = world.internals.GraphGenerator(tiny_generator(resolution=32), world.files.GeneratorMetadata(), "x")
+    with pytest.raises(ValueError, match="resolution is 16 and 32"):
+        call("BlendGenerators", source=source, adapted=larger, amount=0.5)
+
+
+def test_a_saved_generator_is_the_same_and_replaces_nothing_unasked(world, call):
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    path, ui = call("SaveGenerator", generator=one, filename="mine/blend.safetensors", file_dtype="fp32")
+    assert path == str(world.folder / "mine" / "blend.safetensors") == ui["text"][0]
+    again, _ = call("LoadGenerator", generator_name="mine/blend.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), one.generator.parameters()))
+    assert again.metadata.name == "digits"
+    with pytest.raises(ValueError, match="expected no file under this name.*switch replace on"):
+        call("SaveGenerator", generator=one, filename="mine/blend", file_dtype="fp16")
+    call("SaveGenerator", generator=one, filename="mine/blend", file_dtype="fp16", replace=True)
+    for name in ("../outside", "", "folder/"):
+        with pytest.raises(ValueError, match="expected a file name inside"):
+            call("SaveGenerator", generator=one, filename=name, file_dtype="fp32")
+    with pytest.raises(ValueError, match="one of fp32, fp16, bf16, found 'int8'"):
+        call("SaveGenerator", generator=one, filename="x", file_dtype="int8")
+    assert not list(world.tmp.rglob("outside*"))
+
+
+def as_rosinality(generator) -> dict:
+    """The generator under the names of rosinality's checkpoints."""
+    names = {"weight": "conv.weight", "affine.weight": "conv.modulation.weight", "affine.bias": "conv.modulation.bias",
+             "noise_strength": "noise.weight", "bias": "activate.bias"}  # fmt: skip
+    made = {}
+    for key, value in generator.state_dict().items():
+        root, *rest = key.split(".")
+        if key == "mapping.w_avg":
+            continue
+        if root == "mapping":
+            made[f"style.{int(rest[0][2:]) + 1}.{rest[1]}"] = value
+        elif rest[1] == "const":
+            made["input.input"] = value[None]
+        else:
+            level, layer, last = int(rest[0][1:]).bit_length() - 3, rest[1], ".".join(rest[2:])
+            number = 2 * (level - 1) + int(layer[-1]) if layer != "torgb" else level - 1
+            if last == "noise_const":
+                made[f"noises.noise_{number + 1}"] = value[None, None]
+            elif layer == "torgb":
+                where = "to_rgb1" if level == 0 else f"to_rgbs.{number}"
+                made[f"{where}.{'bias' if last == 'bias' else names[last]}"] = (
+                    value[None, :, None, None] if last == "bias" else value
+                )
+            else:
+                made[f"{'conv1' if level == 0 else f'convs.{number}'}.{names[last]}"] = value
+    return {"g_ema": made, "latent_avg": generator.mapping.w_avg}
+
+
+def test_a_pickle_is_converted_on_request_and_its_conversion_read_from_then_on(world, call):
+    torch.save(as_rosinality(world.generator), world.folder / "old.pt")
+    one, ui = call("LoadGenerator", generator_name="old.pt")
+    assert len(ui["text"]) == 1 and not (world.folder / "old.safetensors").exists()
+    assert torch.equal(one.generator.synthesis.b8.conv0.weight, world.generator.synthesis.b8.conv0.weight)
+    _, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
+    assert ui["text"][-1] == f"Converted to {world.folder / 'old.safetensors'}, which is read from now on."
+    again, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
+    assert "conversion old.safetensors" in ui["text"][1] and "is there already" in ui["text"][-1]
+    assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), one.generator.parameters()))
+
+
+def test_nothing_is_converted_that_need_not_be(world, call):
+    _, ui = call("LoadGenerator", generator_name="shipped.safetensors", convert=True)
+    assert ui["text"][-1].startswith("Nothing to convert")
+    assert not list(world.folder.iterdir())
