@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
+from .config import TrainConfig
 from .settings import ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
@@ -171,3 +173,8 @@ class AdaptConfig(Settings):
                 "negative: expected what images should not be, such as 'blurry, low quality, unrealistic', which the "
                 "method nfsd compares with, found nothing; give one."
             )
+
+
+def configuration_kind(values: Mapping[str, Any]) -> type[Settings]:
+    """The kind of configuration that the fields of a config.json, a checkpoint or a start belong to."""
+    return AdaptConfig if "generator" in values else TrainConfig

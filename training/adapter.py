@@ -99,10 +99,11 @@ class Adapter:
         set_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         draws = self._draws()
+        # The same in all processes, which must choose alike.
         chosen = self._choose(draws.t[:1]) if config.layers else None
         report, broken = Report(), 0.0
         try:
-            report = self._distil(draws)
+            report = self._distil(self._share(draws))
         except NotFinite:
             broken = 1.0
         loss = report.loss.get(self.objective.method.name, 0.0)
@@ -126,14 +127,15 @@ class Adapter:
         return Outcome(self.step, loss, norm, rate, stop, _parts(report, chosen))
 
     def _draws(self) -> Draws:
-        """This process' share of the step's timesteps and noise, which are drawn for the whole batch."""
-        config, randomness = self.config, self._randomness("noise")
-        like = torch.empty((config.batch_size, *self.origin["latents"].shape[1:]))
-        draws = self.objective.draw(like, self.step, config.steps, randomness)
-        mine = self._mine
+        """The step's timesteps and noise, of the whole batch, so that they do not depend on how it is split."""
+        like = torch.empty((self.config.batch_size, *self.origin["latents"].shape[1:]))
+        return self.objective.draw(like, self.step, self.config.steps, self._randomness("noise"))
+
+    def _share(self, draws: Draws) -> Draws:
+        """This process' part of a batch's draws."""
         # Terms of one noise must go on sharing one tensor.
-        parts = {id(noise): noise[mine].to(self.device) for noise in draws.noise.values()}
-        return Draws(draws.t[mine], {name: parts[id(noise)] for name, noise in draws.noise.items()})
+        parts = {id(noise): noise[self._mine].to(self.device) for noise in draws.noise.values()}
+        return Draws(draws.t[self._mine], {name: parts[id(noise)] for name, noise in draws.noise.items()})
 
     def _distil(self, draws: Draws) -> Report:
         """The objective's gradient on what trains, for this process' share of the batch."""
@@ -143,9 +145,9 @@ class Adapter:
         learns_mapping = any(name.startswith("mapping.") for name in self.parameters)
         with torch.no_grad():
             before = self.frozen.map(z, c, config.truncation)
-            frozen = self._images(self.frozen, before) if objective.needs_frozen else None
+            frozen = self._images(self.frozen, before, self.processes.rank) if objective.needs_frozen else None
         ws = self.generator.map(z, c, config.truncation) if learns_mapping else before
-        images = self._images(self.generator, ws)
+        images = self._images(self.generator, ws, self.processes.rank)
         randomness = self._randomness("method", self.processes.rank)
         return objective.backward(
             images, frozen, self.encode, step=self.step, steps=config.steps, generator=randomness, draws=draws
@@ -171,9 +173,9 @@ class Adapter:
             layer = ".".join(name.removeprefix("synthesis.").split(".")[:2])
             one.requires_grad_(layers is None or layer in layers)
 
-    def _images(self, generator: Generator, ws: Tensor) -> Tensor:
+    def _images(self, generator: Generator, ws: Tensor, index: int) -> Tensor:
         # The trained and the frozen generator see the same noise inputs.
-        images = generator.synthesize(ws, self.config.noise, self._randomness("inputs", self.processes.rank))
+        images = generator.synthesize(ws, self.config.noise, self._randomness("inputs", index))
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
 
     def _latents(self, stream: str, count: int) -> tuple[Tensor, Tensor | None]:
@@ -307,14 +309,14 @@ class Adapter:
 
 
 class _Chooses:
-    """A generator as layer selection sees it: with the run's noise inputs."""
+    """A generator as layer selection sees it: with the step's noise inputs."""
 
     def __init__(self, adapter: Adapter, frozen: bool = False) -> None:
         self._adapter, self._generator = adapter, adapter.frozen if frozen else adapter.generator
         self.style_layers, self.ws_index = self._generator.style_layers, self._generator.ws_index
 
     def synthesize(self, ws: Tensor) -> Tensor:
-        return self._adapter._images(self._generator, ws)
+        return self._adapter._images(self._generator, ws, 0)
 
 
 def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -> None:

@@ -1,4 +1,4 @@
-"""The command line: ``indomain train | resume | check-data | convert | inspect | sample | mini-data``.
+"""The command line: ``indomain train | adapt | resume | check-data | convert | inspect | sample | mini-data``.
 
 Results go to standard output (JSON with ``--json``), progress and messages to standard error. The exit status is 0 when
 everything was done, 1 for a problem in the data, a file or the run, 2 for a command or settings that make no sense, and
@@ -14,17 +14,19 @@ import json
 import os
 import sys
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..guidance.files import FileProblem
-from .config import CONNECTED_BASE, GROUPS, ConfigProblem, TrainConfig, field_kinds
+from .adapt_config import AdaptConfig, configuration_kind
+from .config import CONNECTED_BASE, ConfigProblem, TrainConfig, field_kinds
 from .console import Console
+from .settings import Settings, kinds_of, read_values
 from .signals import StopRequest
 
 if TYPE_CHECKING:
-    from .train import Result
+    from .engine import Result
 
 DONE, PROBLEM, USAGE = 0, 1, 2
 EXIT_CODES = """exit status:
@@ -37,15 +39,23 @@ MEMORY_FULL = (
     "the memory is full; try --gradient-checkpointing, a smaller --batch-size with more --accumulation, a smaller "
     "--resolution, or --train low_rank. What was saved is usable."
 )
+MEMORY_FULL_ADAPTING = (
+    "the memory is full; try --batch-size 1, --gradient-checkpointing, a smaller --resolution, --precision bf16 on a GPU, "
+    "or another --method than vsd. What was saved is usable."
+)
 GROUP_TITLES = {
     "what": "what to train",
     "model": "the model",
     "data": "the images",
+    "distillation": "from the diffusion model's opinion to gradients",
+    "generator": "the generator",
     "optimisation": "optimisation",
     "reporting": "checkpoints, samples, the finished file",
 }
 # Single letters for what a first run needs.
-SHORT = {"data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s"}
+SHORT = {
+    "data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p",
+}  # fmt: skip
 MINI_WORLD = "mini_world"
 
 
@@ -65,13 +75,14 @@ def _formatter(prog: str) -> argparse.HelpFormatter:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole command line; the options of train and resume are the fields of `TrainConfig`."""
+    """The whole command line; the options of train, adapt and resume are the fields of their configurations."""
     parser = _Parser(
         prog="indomain",
-        description="Train, inspect and try domain models: text-free UNets that learn a folder of images.",
+        description="Train, inspect and try domain models (text-free UNets that learn a folder of images), and adapt "
+        "image generators to prompts.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data):
+    for add in (_add_train, _add_adapt, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data):
         add(commands)
     return parser
 
@@ -88,13 +99,17 @@ def _add_json(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--json", action="store_true", help=f"standard output: {what}")
 
 
-def _add_fields(command: argparse.ArgumentParser, keep: Callable[[dataclasses.Field], bool]) -> None:
-    """An option for every field of TrainConfig that `keep` accepts; options that are not given leave no trace."""
-    kinds = field_kinds()
-    groups = {name: command.add_argument_group(GROUP_TITLES[name]) for name in GROUPS}
-    for one in dataclasses.fields(TrainConfig):
-        if keep(one):
-            _add_field(groups[one.metadata["group"]], one, kinds[one.name])
+def _add_fields(
+    command: argparse.ArgumentParser, keep: Callable[[dataclasses.Field], bool], settings: type[Settings] = TrainConfig,
+    note: str = "",
+) -> None:
+    """An option for every field of `settings` that `keep` accepts; options that are not given leave no trace."""
+    kinds = kinds_of(settings)
+    kept = [one for one in dataclasses.fields(settings) if keep(one)]
+    names = dict.fromkeys(one.metadata["group"] for one in kept)
+    groups = {name: command.add_argument_group(GROUP_TITLES[name] + note) for name in names}
+    for one in kept:
+        _add_field(groups[one.metadata["group"]], one, kinds[one.name])
 
 
 def _add_field(group: Any, one: dataclasses.Field, kind: type) -> None:
@@ -145,6 +160,28 @@ def _add_train(commands: Any) -> None:
     _add_fields(command, lambda one: True)
 
 
+def _add_adapt(commands: Any) -> None:
+    command = _command(
+        commands, "adapt", _adapt, "move an image generator into a prompt's domain",
+        "A StyleGAN2 generator is taught by a diffusion model (StyleGAN-Fusion, arXiv 2212.04473). Needs --generator, "
+        "--base and --prompt, as options or in a file of settings. Called again with the same settings, a stopped run "
+        "goes on where it was.",
+    )  # fmt: skip
+    command.usage = "indomain adapt -g PATH -b PATH -p TEXT [-n TEXT] [--config FILE] [OPTION ...]"
+    command.add_argument(
+        "--config", metavar="FILE",
+        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
+             "first run on the miniature; options given here come first",
+    )
+    _add_run_options(command)
+    command.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default="auto",
+        help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
+    )
+    _add_fields(command, lambda one: True, AdaptConfig)
+    command.set_defaults(memory_full=MEMORY_FULL_ADAPTING)
+
+
 def _add_resume(commands: Any) -> None:
     command = _command(
         commands, "resume", _resume, "go on with a stopped run",
@@ -153,7 +190,14 @@ def _add_resume(commands: Any) -> None:
     command.usage = "indomain resume RUN [OPTION ...]"
     command.add_argument("folder", metavar="RUN", help="the run's folder, which holds its config.json")
     _add_run_options(command)
-    _add_fields(command, lambda one: one.metadata["free"] and one.name not in ("output", "name"))
+    known = {one.name for one in dataclasses.fields(TrainConfig)}
+    _add_fields(command, _may_change)
+    _add_fields(command, lambda one: _may_change(one) and one.name not in known, AdaptConfig, " (adaptations only)")
+
+
+def _may_change(one: dataclasses.Field) -> bool:
+    """Whether a field may be another one when a run goes on."""
+    return one.metadata["free"] and one.name not in ("output", "name")
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
@@ -180,35 +224,63 @@ def _train(options: argparse.Namespace) -> int:
     return _learn(config, options, options.resume)
 
 
+def _adapt(options: argparse.Namespace) -> int:
+    values = _given(options, kinds_of(AdaptConfig))
+    if options.config == MINI_WORLD:
+        from .mini_world.pictures import FIRST_ADAPTATION
+
+        config = _usage(lambda: AdaptConfig.from_mapping({**FIRST_ADAPTATION, **values}, source="options"))
+    elif options.config is not None:
+        config = _usage(lambda: AdaptConfig.read(options.config, **values))
+    else:
+        for name, (what, role) in AdaptConfig.required.items():
+            if name not in values:
+                options.parser.error(f"expected --{name}, {role} ({what}).")
+        config = _usage(lambda: AdaptConfig.from_mapping(values, source="options"))
+    _usage(config.check_prompts)
+    return _learn(config, options, options.resume)
+
+
 def _resume(options: argparse.Namespace) -> int:
     folder = Path(options.folder)
     settings = folder / "config.json"
     if not settings.is_file():
         raise UsageProblem(f"{folder}: expected a run's folder, found no config.json in it; runs lie in runs/NAME.")
-    config = _usage(lambda: TrainConfig.read(settings, **_given(options), output=str(folder)))
+    kind = _usage(lambda: configuration_kind(read_values(settings)))
+    if kind is AdaptConfig:
+        options.memory_full = MEMORY_FULL_ADAPTING
+    given = _given(options, {**field_kinds(), **kinds_of(AdaptConfig)})
+    config = _usage(lambda: kind.read(settings, **given, output=str(folder)))
     return _learn(config, options, True)
 
 
-def _given(options: argparse.Namespace, names: Sequence[str] | None = None) -> dict[str, Any]:
+def _given(options: argparse.Namespace, names: Iterable[str] | None = None) -> dict[str, Any]:
     """The fields of TrainConfig (or those of `names`) that were given as options."""
     return {name: getattr(options, name) for name in names or field_kinds() if hasattr(options, name)}
 
 
-def _learn(config: TrainConfig, options: argparse.Namespace, resume: bool | str) -> int:
+def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resume: bool | str) -> int:
     from .sample_command import comfyui_tokenizer
-    from .train import train
 
     config = absolute(config)
-    if config.sample_prompts and not config.tokenizer:
+    if isinstance(config, AdaptConfig):
+        from .adapt import adapt as run
+
+        prompts: tuple[str, ...] = (config.prompt, config.negative, config.source_prompt)
+    else:
+        from .train import train as run
+
+        prompts = config.sample_prompts
+    if any(prompts) and not config.tokenizer:
         config = config.with_changes(tokenizer=comfyui_tokenizer())
     console = Console(options.json, options.quiet, options.dry_run)
     with StopRequest(console.stop_requested) as request:
-        result = train(config, resume=resume, listener=console, should_stop=request, dry_run=options.dry_run)
+        result = run(config, resume=resume, listener=console, should_stop=request, dry_run=options.dry_run)
     console.result(result)
     return request.exit_code if result.status == "stopped" else DONE
 
 
-def absolute(config: TrainConfig) -> TrainConfig:
+def absolute(config: Settings) -> Settings:
     """The configuration with absolute paths, so that a run can be continued from any folder."""
 
     def place(path: str) -> str:
@@ -350,12 +422,14 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _add_sample(commands: Any) -> None:
     command = _command(
-        commands, "sample", _sample, "draw pictures with a base and a domain model",
+        commands, "sample", _sample, "draw pictures with a base and a domain model, or with an image generator",
         "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
-        "--domain-weight 1 --control-weight 0 is the domain model alone.",
+        "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of the "
+        "files that adapt takes, only count, seed, truncation, output and device matter.",
     )  # fmt: skip
-    command.add_argument("domain", metavar="DOMAIN",
-                         help="a domain model file, a run's folder, or mini-handwriting, which ships")  # fmt: skip
+    command.add_argument("domain", metavar="MODEL",
+                         help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "
+                              "(domain model), mini_world (generator)")  # fmt: skip
     command.add_argument("-b", "--base", metavar="PATH", help="the prior, a file or mini_world (default: the run's)")
     command.add_argument("-p", "--prompt", action="append", metavar="TEXT",
                          help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
@@ -368,6 +442,8 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--domain-start", type=float, default=0.0, metavar="X",
                          help="where in sampling the domain model begins, 0 to 1 (default 0)")  # fmt: skip
     command.add_argument("--domain-end", type=float, default=1.0, metavar="X", help="and where it ends (default 1)")
+    command.add_argument("--truncation", type=float, default=0.7, metavar="X",
+                         help="image generators only: 1 none, 0 the mean image (default 0.7)")  # fmt: skip
     command.add_argument("--steps", type=int, default=25, metavar="N", help="model steps (default 25)")
     command.add_argument("--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m",
                          help="(default dpmpp_2m)")  # fmt: skip
@@ -449,7 +525,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         if os.environ.get("INDOMAIN_TRACEBACK"):
             raise
-        _complain(options, MEMORY_FULL if full else str(problem) or type(problem).__name__)
+        advice = getattr(options, "memory_full", MEMORY_FULL)
+        _complain(options, advice if full else str(problem) or type(problem).__name__)
         return PROBLEM
 
 

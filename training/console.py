@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
-from .config import TrainConfig
+from .adapt_config import configuration_kind
 from .events import Caching, Event, Started, Step, Stopped, Warned, describe
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Console:
         if self._dry_run and not self._as_json:
             self._out(f"{_settings(event.config)}\n\n{describe(event)}")
         else:
-            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(TrainConfig)}
+            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(configuration_kind(event.config))}
             chosen = {name: value for name, value in event.config.items() if value != defaults[name]}
             self._say(f"{_settings(chosen)}\n(the other settings are the defaults)\n{describe(event)}")
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 
+from .adapt_config import configuration_kind
 from .atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import (
     FOLDER,
@@ -384,7 +385,7 @@ def check_resume(resume: bool | str) -> None:
 
 def check_same_kind(config: Settings, state: Mapping[str, Any], source: str) -> None:
     """Raise ConfigProblem for the checkpoint of another kind of run, which has other settings."""
-    if set(config.required) - set(state["config"]) or ("generator" in state["config"]) != hasattr(config, "generator"):
+    if configuration_kind(state["config"]) is not type(config):
         raise ConfigProblem(
             f"{source}: expected a run of `{config.command}`, found one of another command; choose another name or "
             "output."

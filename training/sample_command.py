@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..guidance.files import DomainMetadata, FileProblem, check_latent_format, read_domain_file
+import torch
+
+from ..guidance.files import DomainMetadata, FileProblem, check_latent_format, holds_generator, read_domain_file
+from .adapt_config import AdaptConfig, configuration_kind
 from .atomic import replacing
 from .base import MINI_WORLD, open_base
-from .config import ConfigProblem, TrainConfig
+from .config import ConfigProblem, TrainConfig, read_values
 from .console import Console
 from .drawing import Artist, Drawn, Settings
 from .learner import DTYPES
@@ -22,11 +25,15 @@ from .processes import pick_device, pick_precision
 
 def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
     """Draw what the options of ``indomain sample`` say; a description of each picture once its file is there."""
+    if options.count < 1:
+        raise ConfigProblem(f"count: expected at least 1 picture, found {options.count}.")
+    generator = find_generator(options.domain)
+    if generator is not None:
+        yield from _run_generator(options, generator, console)
+        return
     path, trained = find_domain(options.domain)
     weights, metadata = read_domain_file(path)
     config = base_config(options, metadata, trained, path)
-    if options.count < 1:
-        raise ConfigProblem(f"count: expected at least 1 picture, found {options.count}.")
     width = options.width or metadata.resolution or (64 if metadata.latent_format == "mini_world" else 512)
     settings = Settings(
         options.domain_weight, options.control_weight, options.domain_start, options.domain_end, options.steps,
@@ -50,6 +57,52 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
         about = describe(drawn, settings, options.negative, path, base.name)
         save(drawn, target, about)
         yield {"path": str(target), **about}
+
+
+def _run_generator(options: argparse.Namespace, path: str, console: Console) -> Iterator[dict[str, Any]]:
+    """Pictures of an image generator, one a seed; a conditional one draws its classes in turn."""
+    from .adapt import open_generator
+
+    if any(options.prompt or ()) or options.negative:
+        raise ConfigProblem("prompt: expected none for an image generator, which makes what it was adapted to.")
+    loaded = open_generator(path)
+    for note in loaded.notes:
+        console.warn(note)
+    generator, name = loaded.generator.to(pick_device(options.device)), Path(path).name
+    config, device = generator.config, next(generator.parameters()).device
+    for number, seed in enumerate(range(options.seed, options.seed + options.count)):
+        z = torch.randn(1, config.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+        label = number % config.c_dim if config.c_dim else None
+        c = None if label is None else torch.eye(config.c_dim)[[label]].to(device)
+        with torch.no_grad():
+            pixels = generator(z, c, options.truncation)[0].expand(3, -1, -1).cpu()
+        about = {"generator": name, "seed": seed, "truncation": options.truncation, "label": label}
+        about |= {"width": config.resolution, "height": config.resolution}
+        target = Path(options.output) / f"{slug(Path(path).stem)}-{seed}.png"
+        save(Drawn("", seed, pixels, 0.0), target, about)
+        console.count("drawing", number + 1, options.count)
+        yield {"path": str(target), **about}
+
+
+def find_generator(name: str) -> str | None:
+    """The generator that a name stands for: a file, a run's folder, mini_world; None where it is something else.
+
+    Raises FileProblem for the folder of an adaptation that is not finished.
+    """
+    path = Path(name)
+    if path.is_dir():
+        settings = path / "config.json"
+        if not settings.is_file() or configuration_kind(read_values(settings)) is not AdaptConfig:
+            return None
+        file = path / f"{AdaptConfig.read(settings).name}.safetensors"
+        if not file.is_file():
+            raise FileProblem(
+                f"{file}: expected the run's finished generator, found none; go on with indomain resume {path}."
+            )
+        return str(file)
+    if name == MINI_WORLD:
+        return name
+    return name if path.is_file() and holds_generator(path) else None
 
 
 def find_domain(name: str) -> tuple[Path, TrainConfig | None]:

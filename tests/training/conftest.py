@@ -85,8 +85,19 @@ def configure() -> Callable[..., TrainConfig]:
 @pytest.fixture(scope="session")
 def tiny_run():
     """The module tiny_run.py beside this file: whole runs on a prior of nothing."""
-    path = Path(__file__).with_name("tiny_run.py")
-    spec = importlib.util.spec_from_file_location("indomain_tiny_run", path)
+    return beside("tiny_run")
+
+
+@pytest.fixture(scope="session")
+def tiny_adaptation():
+    """The module tiny_adaptation.py beside this file: adaptations of a generator of nothing."""
+    return beside("tiny_adaptation")
+
+
+def beside(name: str):
+    """A module of this folder, which is no package."""
+    path = Path(__file__).with_name(f"{name}.py")
+    spec = importlib.util.spec_from_file_location(f"indomain_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -32,7 +32,7 @@ def commands(text: str) -> list[list[str]]:
 
 def test_every_command_is_understood():
     found = commands("\n".join(BLOCKS))
-    assert {words[0] for words in found} == {"mini-data", "train", "sample", "check-data"} and len(found) >= 7
+    assert {words[0] for words in found} == {"mini-data", "train", "sample", "check-data", "adapt"} and len(found) >= 7
     for words in found:
         command_line.parse(words)  # leaves the process when it does not understand
 
@@ -68,7 +68,7 @@ def test_pictures_exist():
 @pytest.mark.slow
 def test_first_run_runs_as_printed(tmp_path):
     """With fewer images and steps; stopped early, its last step is what --steps writes."""
-    (block,) = (one for one in BLOCKS if "--config mini_world" in one)
+    (block,) = (one for one in BLOCKS if "mini-data" in one)
     shorter = {"mini-data": ["--count", "40"], "train": ["--steps", "2", "--batch-size", "4", "--sample-steps", "2"],
                "sample": ["--steps", "2", "--count", "1", "--json"]}  # fmt: skip
     outputs = []

@@ -21,6 +21,11 @@ FIRST_RUN = {
     "sample_prompts": ("a red seven on a yellow background", "a blue three on a white background"), "sample_every": 100,
     "validate_every": 100, "checkpoint_every": 100,
 }  # fmt: skip
+# Settings of an adaptation in the miniature: ``indomain adapt --config mini_world``.
+FIRST_ADAPTATION = {
+    "generator": "mini_world", "base": "mini_world", "name": "first_adaptation",
+    "prompt": "a red digit on a yellow background", "steps": 200, "batch_size": 8, "sample_every": 40,
+}  # fmt: skip
 
 
 def export_pictures(

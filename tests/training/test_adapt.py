@@ -1,0 +1,429 @@
+"""`adapt` as a whole on a generator of nothing: what it leaves behind, and every way it can end or go on."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from indomain_guidance.guidance.files import FileProblem, read_generator, write_generator
+from indomain_guidance.guidance.networks.autoencoder import Autoencoder
+from indomain_guidance.training.adapt import adapt
+from indomain_guidance.training.base import Text
+from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint
+from indomain_guidance.training.engine import NonFiniteLoss
+from indomain_guidance.training.events import (
+    Distilled,
+    Failed,
+    Finished,
+    Sampled,
+    Saved,
+    Started,
+    Stopped,
+    Warned,
+    read_log,
+)
+from indomain_guidance.training.run_lock import locked
+from indomain_guidance.training.settings import ConfigProblem
+from PIL import Image
+
+
+@pytest.fixture
+def run(tiny_adaptation, tmp_path):
+    """Adapts quietly in the test's folder; (result, events)."""
+
+    def go(resume="auto", should_stop=lambda: False, listener=lambda event: None, dry_run=False, parts=None, **changes):
+        events = []
+
+        def tell(event):
+            events.append(event)
+            listener(event)
+
+        given = {
+            "generator": tiny_adaptation.tiny_generator(), "critic": tiny_adaptation.tiny_critic(),
+            "encode": tiny_adaptation.shrink, **(parts or {}),
+        }
+        config = tiny_adaptation.tiny_config(tmp_path, **changes)
+        result = adapt(config, resume=resume, listener=tell, should_stop=should_stop, dry_run=dry_run, **given)
+        return result, events
+
+    return go
+
+
+@pytest.fixture
+def base(tiny_run):
+    """A prior with random weights that knows any prompt by its length."""
+    base = tiny_run.tiny_base()
+
+    def encode(prompts):
+        width = base.config.context_dim
+        return Text(torch.cat([
+            torch.randn(1, 7, width, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts
+        ]))
+
+    base.text = encode
+    return base
+
+
+def by_base(base, **more):
+    """Parts of a run that is judged by a base instead of a critic."""
+    return {"critic": None, "encode": None, "base": base, **more}
+
+
+def stop_after(step):
+    """(should_stop, listener) of somebody who asks to stop once a step is reported."""
+    seen = []
+    return (lambda: step in seen), (lambda event: seen.append(event.step) if isinstance(event, Distilled) else None)
+
+
+def same(left, right):
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def changed(before, after):
+    """The names of the tensors that differ."""
+    return {name for name, value in before.state_dict().items() if not torch.equal(value, after.state_dict()[name])}
+
+
+def test_a_generator_becomes_another(run, tmp_path, tiny_adaptation):
+    source = tiny_adaptation.tiny_generator()
+    before = {name: value.clone() for name, value in source.state_dict().items()}
+    result, events = run(
+        steps=6, sample_every=2, ema=0.5, directional=0.5, export_to=str(tmp_path / "models"), licence="CC0-1.0",
+        sample_count=3, parts={"generator": source},
+    )
+    out = tmp_path / "run"
+    assert (result.status, result.step, result.run) == ("finished", 6, out)
+    assert result.path == tmp_path / "models" / "moved.safetensors"
+    assert result.samples == out / "samples" / "step-000006.png" and result.plot == out / "loss.png"
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "log.jsonl", "loss.png", "samples", "checkpoints", "moved.safetensors", ".lock",
+    }
+    with Image.open(result.samples) as image:
+        assert image.width > 3 * 128 and image.height > 4 * 128  # the source and three stages
+    assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
+    assert [event.step for event in events if isinstance(event, Sampled)] == [0, 2, 4, 6]
+    assert isinstance(events[0], Started) and isinstance(events[-1], Finished)
+    steps = [event for event in events if isinstance(event, Distilled)]
+    assert [event.step for event in steps] == list(range(1, 7))
+    assert all(10 <= event.parts["t"] <= 500 for event in steps)
+    assert {"sds", "directional", "norm image", "clamped sds"} <= set(steps[0].parts)
+    logged = [event for event in read_log(out / "log.jsonl") if isinstance(event, Distilled)]
+    assert [event.parts for event in logged] == [event.parts for event in steps]
+
+    assert same(before, source.state_dict())  # the caller's own is left alone
+    loaded = read_generator(result.path)
+    assert (loaded.metadata.name, loaded.metadata.licence) == ("moved", "CC0-1.0")
+    (stage,) = loaded.metadata.history
+    assert (stage["prompt"], stage["steps"], stage["method"]) == ("a colour", 6, "sds")
+    assert json.loads(loaded.metadata.extra["training"])["directional"] == 0.5
+    average = load_checkpoint(checkpoint_path(out, 6))["average"]
+    assert changed(source, loaded.generator) == set(stage["trained"])
+    for name, value in loaded.generator.state_dict().items():
+        if name in stage["trained"]:
+            assert torch.equal(value, average[f"average.{name}"])
+
+
+def test_it_goes_where_the_critic_wants_it(run, tiny_adaptation):
+    """Against a Gaussian critic, whose score is known, the pictures' mean colour moves to the wanted one."""
+    result, _ = run(steps=60, batch_size=4, learning_rate=0.005, ema=0.0, checkpoint_every=0)
+    z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    wanted = torch.tensor(tiny_adaptation.TARGET)
+
+    def distance(generator):
+        with torch.no_grad():
+            return float((tiny_adaptation.shrink(generator(z)).mean((0, 2, 3)) - wanted).norm())
+
+    before, after = distance(tiny_adaptation.tiny_generator()), distance(read_generator(result.path).generator)
+    assert before > 0.8 and after < 0.35 * before, (before, after)
+
+
+@pytest.mark.parametrize("train, expected", [
+    ("convolutions", lambda name: name == "synthesis.b4.const" or ".conv" in name),
+    ("released", lambda name: ".conv" in name and ".b4." not in name),
+    ("synthesis", lambda name: name.startswith("synthesis.")),
+    ("all", lambda name: True),
+])  # fmt: skip
+@pytest.mark.parametrize("freeze_bias", [True, False])
+def test_the_report_names_exactly_what_trains(run, tiny_adaptation, train, expected, freeze_bias):
+    source = tiny_adaptation.tiny_generator()
+    result, events = run(steps=1, train=train, freeze_bias=freeze_bias, ema=0.0, checkpoint_every=0)
+    names = {
+        name for name, _ in source.named_parameters()
+        if expected(name) and not (freeze_bias and name.endswith(".bias"))
+        and not (train == "released" and name.endswith((".conv0.bias", ".conv1.bias")))
+    }  # fmt: skip
+    moved = changed(source, read_generator(result.path).generator)
+    if train == "all":
+        moved.discard("mapping.w_avg")  # measured anew, since it is the mapping's
+    assert moved == names
+    count = sum(one.numel() for name, one in source.named_parameters() if name in names)
+    total = sum(one.numel() for one in source.parameters())
+    told = events[0].estimate
+    assert f"trains {len(names)} of {len(dict(source.named_parameters()))} tensors, {count:,} of {total:,} parameters" in told
+    assert ("synthesis.b4.const" in told.partition("left as they are")[0]) == ("synthesis.b4.const" in names)
+
+
+def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
+    source = tiny_adaptation.tiny_generator()
+    result, events = run(steps=1, layers=1, ema=0.0, train="synthesis", checkpoint_every=0)
+    (step,) = [event for event in events if isinstance(event, Distilled)]
+    chosen = {name.removeprefix("trained ") for name in step.parts if name.startswith("trained ")}
+    assert 1 <= len(chosen) <= 2 and len({source.ws_index[name] for name in chosen}) == 1
+    moved = changed(source, read_generator(result.path).generator)
+    assert moved and {".".join(name.split(".")[1:3]) for name in moved} == chosen
+
+
+def test_layers_are_chosen_anew_in_every_step(run):
+    _, events = run(steps=12, layers=1, checkpoint_every=0)
+    chosen = [
+        frozenset(name for name in event.parts if name.startswith("trained "))
+        for event in events if isinstance(event, Distilled)
+    ]  # fmt: skip
+    assert len(set(chosen)) > 1
+
+
+VARIANTS = {
+    "sds": {}, "layers": {"layers": 1, "ema": 0.0}, "all": {"train": "all", "noise": "random", "schedule": "constant"},
+    "sgf": {"mode": "sgf", "directional": 1.0, "reconstruction": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
+def test_stopped_it_saves_and_goes_on_to_the_same_bits(run, tmp_path, changes):
+    whole, _ = run(output=str(tmp_path / "whole"), sample_every=2, sample_count=1, **changes)
+    should_stop, listener = stop_after(1)
+    changes = {"sample_every": 2, "sample_count": 1, **changes}
+    stopped, events = run(should_stop=should_stop, listener=listener, **{**changes, "checkpoint_every": 0})
+    # Asked after step 1 was reported; the next question comes at the end of step 2.
+    assert (stopped.status, stopped.step, stopped.path) == ("stopped", 2, None)
+    assert events[-1] == Stopped(2, str(checkpoint_path(tmp_path / "run", 2)))
+    finished, events = run(resume=True, **changes)
+    assert finished.status == "finished" and events[0].step == 2
+    assert not [event for event in events if isinstance(event, Warned)]
+    states = [load_checkpoint(checkpoint_path(tmp_path / name, 4)) for name in ("whole", "run")]
+    assert same(states[0]["weights"], states[1]["weights"])
+    assert same(*(read_generator(one.path).generator.state_dict() for one in (whole, finished)))
+    assert whole.samples.read_bytes() == finished.samples.read_bytes()
+
+
+def test_a_critic_with_a_state_of_its_own_goes_on_too(run, tmp_path, base):
+    changes = {"method": "vsd", "scale": 5.0, "steps": 3, "checkpoint_every": 1, "ema": 0.0}
+    whole, _ = run(output=str(tmp_path / "whole"), parts=by_base(base), **changes)
+    should_stop, listener = stop_after(1)
+    run(should_stop=should_stop, listener=listener, parts=by_base(base), **changes)
+    finished, _ = run(resume=True, parts=by_base(base), **changes)
+    assert same(*(read_generator(one.path).generator.state_dict() for one in (whole, finished)))
+    states = [load_checkpoint(checkpoint_path(tmp_path / name, 3))["objective"]["state"] for name in ("whole", "run")]
+    assert states[0] and same(*states)
+
+
+@pytest.mark.slow
+def test_killed_it_goes_on_to_the_same_bits(tiny_adaptation, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+    def command(folder):
+        changes = json.dumps({"steps": 24, "checkpoint_every": 3, "directional": 0.5})
+        script = str(tiny_adaptation.__file__)
+        return [sys.executable, str(tiny_adaptation.ROOT / "training" / "bootstrap.py"), script, str(folder), changes]
+
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run(command(whole), check=True, stdout=subprocess.DEVNULL)
+    for at in (5, 13):
+        with subprocess.Popen(command(killed), stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                event = json.loads(line)
+                if event["event"] == "distilled" and event["step"] >= at:
+                    process.kill()
+                    break
+            process.stdout.read()
+    subprocess.run(command(killed), check=True, stdout=subprocess.DEVNULL)
+    results = [folder / "run" / "moved.safetensors" for folder in (whole, killed)]
+    assert same(*(read_generator(path).generator.state_dict() for path in results))
+    assert not list((killed / "run").rglob("*.tmp"))
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_last_good_weights(run, tmp_path, tiny_adaptation):
+    calls = []
+
+    def broken(images):
+        calls.append(1)
+        return tiny_adaptation.shrink(images) * (math.nan if len(calls) > 4 else 1.0)  # two to begin with
+
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(parts={"encode": broken}, checkpoint_every=0)
+    text = str(caught.value)
+    assert "at step 3" in text and "at the timesteps" in text and "learning_rate" in text
+    assert "last good weights, of step 2, are in" in text and "step-000002.ckpt" in text
+    assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [2]
+    assert isinstance(read_log(tmp_path / "run" / "log.jsonl")[-1], Failed)
+    kept = load_checkpoint(checkpoint_path(tmp_path / "run", 2))["weights"]
+    run(output=str(tmp_path / "good"), steps=4)
+    good = load_checkpoint(checkpoint_path(tmp_path / "good", 2))["weights"]
+    assert same(kept, good)
+
+
+def test_any_failure_leaves_the_last_step(run, tmp_path):
+    class Cancelled(Exception):
+        pass
+
+    def cancel(event):
+        if isinstance(event, Distilled) and event.step == 3:
+            raise Cancelled
+
+    with pytest.raises(Cancelled):
+        run(listener=cancel, checkpoint_every=0)
+    assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [3]
+
+
+def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_path, tiny_run):
+    run(steps=2)
+    with pytest.raises(ConfigProblem, match="same generator"):
+        run(parts={"generator": tiny_adaptation.tiny_generator(1)})
+    with pytest.raises(ConfigProblem, match="same diffusion model, VAE and prompts, found one whose prediction"):
+        run(parts={"critic": tiny_adaptation.tiny_critic((0.5, -0.6, 0.2))})
+    with pytest.raises(ConfigProblem, match="found one whose latents"):
+        run(parts={"encode": lambda images: 0.9 * tiny_adaptation.shrink(images)})
+    _, events = run(steps=3, parts={"encode": lambda images: (1 + 1e-6) * tiny_adaptation.shrink(images)})
+    assert any("differs by" in event.text for event in events if isinstance(event, Warned))
+    for changes, told in [
+        ({"seed": 1}, "seed was 0 and is 1"), ({"method": "csd"}, "method was 'sds'"), ({"prompt": "x"}, "prompt was"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigProblem, match=told):
+            run(**changes)
+    with pytest.raises(ConfigProblem, match="found its checkpoints"):
+        run(resume=False)
+    with pytest.raises(ConfigProblem, match="found none"):
+        run(resume=True, output=str(tmp_path / "new"))
+    with locked(tmp_path / "run"), pytest.raises(FileProblem, match="another process is training"):
+        run()
+    other = tiny_run.tiny_config(tmp_path, output=str(tmp_path / "run"))
+    with pytest.raises(ConfigProblem, match="expected a run of `indomain train`, found one of another command"):
+        from indomain_guidance.training.train import train
+
+        train(other, base=tiny_run.tiny_base())
+
+
+def test_finished_it_can_be_made_longer(run):
+    run(steps=2)
+    again, events = run(steps=2)
+    assert again.status == "finished" and not [event for event in events if isinstance(event, Distilled)]
+    longer, events = run(steps=3)
+    assert longer.step == 3 and [event.step for event in events if isinstance(event, Distilled)] == [3]
+
+
+def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
+    result, events = run(dry_run=True, parts=by_base(base), precision="auto")
+    assert result.status == "dry_run" and [type(event) for event in events] == [Started]
+    assert "trains 16 of 42 tensors" in events[0].estimate and "judged by tiny (0.8 M parameters) at 16 px" in events[0].estimate
+    assert events[0].config["precision"] == "fp32" and not list(tmp_path.iterdir())
+
+
+def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):
+    for method, more in [
+        ("sds", {"negative": "grey"}), ("csd", {}), ("nfsd", {"negative": "blurry pictures"}), ("ism", {"t_max": 100}),
+        ("dds", {"source_prompt": "a picture of it"}), ("bridge", {"source_prompt": "a picture of it"}),
+    ]:  # fmt: skip
+        result, events = run(method=method, scale=5.0, steps=1, output=str(tmp_path / method), parts=by_base(base), **more)
+        assert result.status == "finished" and math.isfinite(result.loss), method
+        assert [event for event in events if isinstance(event, Distilled)][0].gradient_norm > 0
+    for changes, told in [
+        ({"prompt": ""}, "prompt: expected"), ({"method": "bridge"}, "source_prompt: expected"),
+        ({"method": "nfsd"}, "negative: expected"),
+    ]:  # fmt: skip
+        with pytest.raises(ConfigProblem, match=told):
+            run(output=str(tmp_path / "none"), parts=by_base(base), **changes)
+    assert not (tmp_path / "none" / "checkpoints").exists()
+
+
+def test_perceptual_distances_of_any_features(run, base, tmp_path):
+    seen = []
+
+    def distance(images, source):
+        seen.append((images.shape, source.shape))
+        return (images - source).square().mean((1, 2, 3))
+
+    _, events = run(steps=1, perceptual=0.5, parts={"distance": distance})
+    assert seen == [((2, 3, 16, 16), (2, 3, 16, 16))]
+    _, events = run(steps=1, perceptual=0.5, features="latents", parts=by_base(base), output=str(tmp_path / "latents"))
+    assert "perceptual" in [event for event in events if isinstance(event, Distilled)][0].parts
+
+
+def test_parts_that_do_not_fit_are_told_in_a_sentence(run, base, tiny_run, tiny_adaptation):
+    def wide(images):
+        return tiny_adaptation.shrink(images).repeat(1, 3, 1, 1)[:, :8]
+
+    from indomain_guidance.guidance.diffusion import Denoiser
+    from indomain_guidance.guidance.distillation.critic import Critic
+
+    prior = Denoiser(base.load_prior(), base.schedule)
+
+    def critic(width):
+        return Critic.cfg(prior, {"context": torch.zeros(1, 7, width)}, {"context": torch.ones(1, 7, width)}, 5.0)
+
+    def four(images):
+        return torch.cat([tiny_adaptation.shrink(images), tiny_adaptation.shrink(images)[:, :1]], 1)
+
+    with pytest.raises(ConfigProblem, match="vae: .*latent space, of 4 channels, found one with 8"):
+        run(parts={"critic": critic(32), "encode": wide})
+    with pytest.raises(ConfigProblem, match="prompt: .* of width 32, found width 48"):
+        run(parts={"critic": critic(48), "encode": four})
+    with pytest.raises(ConfigProblem, match="vae: expected finite latents"):
+        run(parts={"encode": lambda images: tiny_adaptation.shrink(images) / 0})
+    with pytest.raises(ConfigProblem, match="resolution: expected a multiple of 8 px|resolution: .*multiple of"):
+        run(parts=by_base(base), resolution=20)
+    with pytest.raises(ValueError, match="a critic and its encode together"):
+        run(parts={"encode": None})
+    with pytest.raises(ConfigProblem, match="label: expected a generator with a class 3, found an unconditional"):
+        run(label=3)
+
+
+def test_memory_that_runs_out_is_no_misfit(run, tiny_adaptation):
+    def full(images):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        run(parts={"encode": full})
+
+
+def test_conditional_and_grey_generators(run, tiny_adaptation, tmp_path):
+    for label in (-1, 2):
+        result, _ = run(
+            steps=1, label=label, sample_every=1, output=str(tmp_path / str(label)),
+            parts={"generator": tiny_adaptation.tiny_generator(c_dim=3)},
+        )
+        assert result.status == "finished" and result.samples.exists()
+    result, _ = run(
+        steps=1, sample_every=1, output=str(tmp_path / "grey"),
+        parts={"generator": tiny_adaptation.tiny_generator(img_channels=1)},
+    )
+    assert result.status == "finished"
+    with pytest.raises(ConfigProblem, match="colour or grey images, found 96 channels"):
+        run(output=str(tmp_path / "planes"), parts={"generator": tiny_adaptation.tiny_generator(img_channels=96)})
+
+
+def test_from_a_file_and_in_inference_mode(run, tiny_adaptation, tmp_path):
+    """As ComfyUI calls its nodes."""
+    path = write_generator(tmp_path / "source.safetensors", tiny_adaptation.tiny_generator())
+    with torch.inference_mode():
+        generator = tiny_adaptation.tiny_generator()
+        assert run(steps=1, parts={"generator": None}, generator=str(path))[0].status == "finished"
+        assert run(steps=1, parts={"generator": generator}, output=str(tmp_path / "b"))[0].status == "finished"
+    with pytest.raises(FileProblem, match="none.safetensors"):
+        run(steps=1, parts={"generator": None}, generator=str(tmp_path / "none.safetensors"), output=str(tmp_path / "c"))
+
+
+def test_the_encoder_lets_gradients_through(base, tiny_adaptation):
+    from indomain_guidance.training.adapt_critic import latent_encoder
+
+    encode = latent_encoder(base, 32)
+    images = torch.rand(1, 3, 16, 16, requires_grad=True)
+    latents = encode(images)
+    assert isinstance(base.autoencoder, Autoencoder) and latents.shape == (1, 4, 4, 4)
+    large = torch.nn.functional.interpolate(images, (32, 32), mode="bilinear", align_corners=False)
+    assert torch.allclose(latents, base.encode(large.detach())[0], atol=1e-5)
+    latents.sum().backward()
+    assert float(images.grad.abs().sum()) > 0

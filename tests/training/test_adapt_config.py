@@ -1,0 +1,64 @@
+"""The configuration of an adaptation: checked, compared, and agreeing with the library's own names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from indomain_guidance.guidance.distillation.methods import METHODS
+from indomain_guidance.guidance.distillation.objective import MODES
+from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES
+from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
+from indomain_guidance.training import adapt_config
+from indomain_guidance.training.adapt_config import GROUPS, AdaptConfig, configuration_kind
+from indomain_guidance.training.adapter import TRAINED
+from indomain_guidance.training.config import TrainConfig
+from indomain_guidance.training.settings import ConfigProblem, kinds_of
+
+NEEDED = {"generator": "g.pkl", "base": "m"}
+
+
+def test_the_choices_are_the_librarys():
+    assert set(adapt_config.METHODS) == set(METHODS) and set(adapt_config.MODES) == set(MODES)
+    assert set(adapt_config.T_SCHEDULES) == set(T_SCHEDULES) and set(adapt_config.WEIGHTINGS) == set(WEIGHTINGS)
+    assert set(adapt_config.TRAINS) == set(TRAINED)
+
+
+def test_every_field_can_be_shown():
+    kinds = kinds_of(AdaptConfig)
+    for one in dataclasses.fields(AdaptConfig):
+        about = one.metadata
+        assert about["help"] and about["group"] in GROUPS
+        if kinds[one.name] in (int, float):
+            assert about["min"] <= one.default <= about["max"]
+        if "choices" in about:
+            assert one.default in about["choices"]
+
+
+@pytest.mark.parametrize("values, message", [
+    ({"base": "m"}, "expected a field generator, the generator to adapt"),
+    ({**NEEDED, "generator": ""}, "generator: expected .* name the generator"),
+    ({**NEEDED, "t_min": 300, "t_max": 200}, "t_min: expected at most t_max, found 300 and 200"),
+    ({**NEEDED, "resolution": 100}, "the nearest is 96|the nearest is 104"),
+    ({**NEEDED, "method": "brige"}, r"did you mean bridge\?"),
+    ({**NEEDED, "form": "cached"}, "'form' is no field"),
+    ({**NEEDED, "name": "a/b"}, "name: expected a plain file name"),
+])  # fmt: skip
+def test_what_is_wrong_is_named(values, message):
+    with pytest.raises(ConfigProblem, match=message):
+        AdaptConfig.from_mapping(values)
+
+
+def test_it_comes_back_from_json_and_is_told_from_a_training(tmp_path):
+    config = AdaptConfig(**NEEDED, prompt="a cat", learning_rate=0.1)
+    config.write_json(tmp_path / "c.json")
+    assert AdaptConfig.read(tmp_path / "c.json") == config
+    assert configuration_kind(json.loads((tmp_path / "c.json").read_text())) is AdaptConfig
+    assert configuration_kind(TrainConfig(base="m").to_dict()) is TrainConfig
+
+
+def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
+    config = AdaptConfig(**NEEDED)
+    assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_rows=9, device="cpu")) == {}
+    assert config.differences(config.with_changes(scale=7.5, prompt="x")) == {"prompt": ("", "x"), "scale": (100.0, 7.5)}
