@@ -186,8 +186,8 @@ def _misfit(problem: Exception, latents: Tensor) -> str:
     if widths := _TEXT.search(told) or _WIDTHS.search(told):
         wanted, found = (widths[1], widths[2]) if widths.re is _TEXT else (widths[2], widths[1])
         return (
-            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode the "
-            "prompts with the text encoder (CLIP) that belongs to the model."
+            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode "
+            "the prompts with the text encoder (CLIP) that belongs to the model."
         )
     return (
         f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "

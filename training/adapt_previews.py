@@ -43,7 +43,8 @@ class BeforeAfter:
         rows = [self.before, *(self._read(at) for at in stages)]
         labels = ["before", *(f"step {at}" for at in stages)]
         title = f"{config.name}: {config.prompt}" if config.prompt else config.name
-        return grid([_tiles(row, config.sample_count) for row in rows], labels, [f"seed {one}" for one in self.seeds], title)
+        pictures = [_tiles(row, config.sample_count) for row in rows]
+        return grid(pictures, labels, [f"seed {one}" for one in self.seeds], title)
 
     @property
     def seeds(self) -> range:

@@ -51,7 +51,8 @@ class Adapter:
 
     encode: images [B, 3, H, W] as the generator gives them -> latents of the critic, differentiable. origin: what the
     critic thinks of a fixed picture (`opinion`, asked here unless given), to know it again when a run goes on. The
-    generators are copies on the processes' device. Raises ConfigProblem for settings that do not fit the generator or the number of processes.
+    generators are copies on the processes' device. Raises ConfigProblem for settings that do not fit the generator or
+    the number of processes.
 
     intact: False while weights, average and step do not belong together, for who wants to save after an exception.
     """
@@ -356,7 +357,8 @@ def describe_trained(generator: Generator, names: Sequence[str], layers: int = 0
     """Exactly which tensors learn, and how many numbers they hold, for people."""
     sizes = {name: one.numel() for name, one in generator.named_parameters()}
     learns, total = sum(sizes[name] for name in names), sum(sizes.values())
-    text = f"trains {len(names)} of {len(sizes)} tensors, {learns:,} of {total:,} parameters: {', '.join(_grouped(names))}"
+    count = f"trains {len(names)} of {len(sizes)} tensors, {learns:,} of {total:,} parameters"
+    text = f"{count}: {', '.join(_grouped(names))}"
     if layers:
         text += f"; in each step those of the {layers} styles that matter most"
     still = [name for name in sizes if name not in set(names)]

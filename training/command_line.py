@@ -40,8 +40,8 @@ MEMORY_FULL = (
     "--resolution, or --train low_rank. What was saved is usable."
 )
 MEMORY_FULL_ADAPTING = (
-    "the memory is full; try --batch-size 1, --gradient-checkpointing, a smaller --resolution, --precision bf16 on a GPU, "
-    "or another --method than vsd. What was saved is usable."
+    "the memory is full; try --batch-size 1, --gradient-checkpointing, a smaller --resolution, --precision bf16 on a "
+    "GPU, or another --method than vsd. What was saved is usable."
 )
 GROUP_TITLES = {
     "what": "what to train",
@@ -82,7 +82,9 @@ def build_parser() -> argparse.ArgumentParser:
         "image generators to prompts.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
-    for add in (_add_train, _add_adapt, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data):
+    for add in (
+        _add_train, _add_adapt, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data,
+    ):  # fmt: skip
         add(commands)
     return parser
 
@@ -424,8 +426,8 @@ def _add_sample(commands: Any) -> None:
     command = _command(
         commands, "sample", _sample, "draw pictures with a base and a domain model, or with an image generator",
         "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
-        "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of the "
-        "files that adapt takes, only count, seed, truncation, output and device matter.",
+        "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
+        "the files that adapt takes, only count, seed, truncation, output and device matter.",
     )  # fmt: skip
     command.add_argument("domain", metavar="MODEL",
                          help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "

@@ -58,8 +58,8 @@ class Result:
     """How a run ended.
 
     status: "finished"; "stopped" (asked to: the step was finished and saved, nothing is lost); "dry_run". path: the
-    finished file (in `export_to` where that is set), None unless finished. run: the run's folder. loss: mean of the last
-    steps, None without any. samples: the last sample grid; plot: the loss curve; None where there is none.
+    finished file (in `export_to` where that is set), None unless finished. run: the run's folder. loss: mean of the
+    last steps, None without any. samples: the last sample grid; plot: the loss curve; None where there is none.
     """
 
     status: str

@@ -72,8 +72,9 @@ class Step(Event):
 class Distilled(Step):
     """An optimizer step of an adaptation: what else there is to tell of it.
 
-    parts: by name, the mean timestep (`t`), the loss of every term (`sds`, `directional`, ...), the norm of its gradient
-    on the latents (`norm sds`), the share of it that a clamp changed (`clamped sds`, `clamped image`).
+    parts: by name, the mean timestep (`t`), the loss of every term (`sds`, `directional`, ...), the norm of its
+    gradient on the latents (`norm sds`), the share of it that a clamp changed (`clamped sds`, `clamped image`), and 1
+    for every layer that selection chose (`trained b8.conv0`).
     """
 
     parts: Mapping[str, float] = field(default_factory=dict)

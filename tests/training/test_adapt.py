@@ -163,7 +163,8 @@ def test_the_report_names_exactly_what_trains(run, tiny_adaptation, train, expec
     count = sum(one.numel() for name, one in source.named_parameters() if name in names)
     total = sum(one.numel() for one in source.parameters())
     told = events[0].estimate
-    assert f"trains {len(names)} of {len(dict(source.named_parameters()))} tensors, {count:,} of {total:,} parameters" in told
+    tensors = len(list(source.parameters()))
+    assert f"trains {len(names)} of {tensors} tensors, {count:,} of {total:,} parameters" in told
     assert ("synthesis.b4.const" in told.partition("left as they are")[0]) == ("synthesis.b4.const" in names)
 
 
@@ -318,7 +319,8 @@ def test_finished_it_can_be_made_longer(run):
 def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
     result, events = run(dry_run=True, parts=by_base(base), precision="auto")
     assert result.status == "dry_run" and [type(event) for event in events] == [Started]
-    assert "trains 16 of 42 tensors" in events[0].estimate and "judged by tiny (0.8 M parameters) at 16 px" in events[0].estimate
+    told = events[0].estimate
+    assert "trains 16 of 42 tensors" in told and "judged by tiny (0.8 M parameters) at 16 px" in told
     assert events[0].config["precision"] == "fp32" and not list(tmp_path.iterdir())
 
 
@@ -327,7 +329,8 @@ def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):
         ("sds", {"negative": "grey"}), ("csd", {}), ("nfsd", {"negative": "blurry pictures"}), ("ism", {"t_max": 100}),
         ("dds", {"source_prompt": "a picture of it"}), ("bridge", {"source_prompt": "a picture of it"}),
     ]:  # fmt: skip
-        result, events = run(method=method, scale=5.0, steps=1, output=str(tmp_path / method), parts=by_base(base), **more)
+        parts, output = by_base(base), str(tmp_path / method)
+        result, events = run(method=method, scale=5.0, steps=1, output=output, parts=parts, **more)
         assert result.status == "finished" and math.isfinite(result.loss), method
         assert [event for event in events if isinstance(event, Distilled)][0].gradient_norm > 0
     for changes, told in [
@@ -413,7 +416,8 @@ def test_from_a_file_and_in_inference_mode(run, tiny_adaptation, tmp_path):
         assert run(steps=1, parts={"generator": None}, generator=str(path))[0].status == "finished"
         assert run(steps=1, parts={"generator": generator}, output=str(tmp_path / "b"))[0].status == "finished"
     with pytest.raises(FileProblem, match="none.safetensors"):
-        run(steps=1, parts={"generator": None}, generator=str(tmp_path / "none.safetensors"), output=str(tmp_path / "c"))
+        missing = str(tmp_path / "none.safetensors")
+        run(steps=1, parts={"generator": None}, generator=missing, output=str(tmp_path / "c"))
 
 
 def test_the_encoder_lets_gradients_through(base, tiny_adaptation):

@@ -61,4 +61,5 @@ def test_it_comes_back_from_json_and_is_told_from_a_training(tmp_path):
 def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
     config = AdaptConfig(**NEEDED)
     assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_rows=9, device="cpu")) == {}
-    assert config.differences(config.with_changes(scale=7.5, prompt="x")) == {"prompt": ("", "x"), "scale": (100.0, 7.5)}
+    other = config.with_changes(scale=7.5, prompt="x")
+    assert config.differences(other) == {"prompt": ("", "x"), "scale": (100.0, 7.5)}
