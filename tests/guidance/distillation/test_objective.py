@@ -1,0 +1,318 @@
+"""The whole step: the released update's numbers, the default mode's expectation, half precision, cost and refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from indomain_guidance.guidance.diffusion import Denoiser
+from indomain_guidance.guidance.distillation.bridge import SDSBridge
+from indomain_guidance.guidance.distillation.critic import Critic
+from indomain_guidance.guidance.distillation.dds import DDS
+from indomain_guidance.guidance.distillation.directional import Directional
+from indomain_guidance.guidance.distillation.nfsd import NFSD
+from indomain_guidance.guidance.distillation.objective import Draws, NotFinite, Objective, inject
+from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual
+from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
+from indomain_guidance.guidance.distillation.sds import SDS
+from indomain_guidance.guidance.distillation.timesteps import Timesteps
+from indomain_guidance.guidance.schedules import GuidanceError
+
+GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "sgf_update.npz"))
+
+
+def golden(name: str) -> torch.Tensor:
+    return torch.from_numpy(GOLDENS[name])
+
+
+class Network(torch.nn.Module):
+    """The network the goldens were made with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("w1", "b1", "c1", "w2", "gain"):
+            self.register_parameter(name, torch.nn.Parameter(golden(name), requires_grad=False))
+
+    def forward(self, x, timesteps, context):
+        text = context.mean(1).to(x.dtype) @ self.c1.T + self.b1 * (timesteps.to(x.dtype).reshape(-1, 1) / 1000)
+        hidden = torch.tanh(F.conv2d(x, self.w1) + text[:, :, None, None])
+        return self.gain * x + F.conv2d(hidden, self.w2, padding=1)
+
+
+def golden_encode(images):
+    return torch.tanh(F.conv2d(images, golden("e1").to(images.dtype), stride=4)) * 5 * 0.18215
+
+
+def golden_critic(schedule, scale: float, dtype=torch.float32) -> Critic:
+    context = golden("ctx")
+    denoiser = Denoiser(Network().to(dtype), schedule)
+    return Critic.cfg(denoiser, {"context": context[:1]}, {"context": context[1:]}, scale)
+
+
+def regularizer(kind: int, normalized: bool, weight: float) -> list:
+    return [[], [Directional(weight, normalized)], [Reconstruction(weight)]][kind]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The released update
+
+
+@pytest.mark.parametrize("number", range(len(GOLDENS["cases"])))
+def test_sgf_mode_is_the_released_update(schedule, relative_error, number):
+    index, t, kind, clamp, of_direction, of_noise, weight, scale = GOLDENS["cases"][number].tolist()
+    objective = Objective(
+        golden_critic(schedule, scale),
+        SDS(normalize=bool(of_noise)),
+        regularizer(int(kind), bool(of_direction), weight),
+        latent_clamp=1.0,
+        image_quantile=0.95 if clamp else None,
+        mode="sgf",
+    )
+    images, frozen = golden("images")[int(index)], golden("frozen")[int(index)]
+    names = ["sds", *(one.name for one in objective.regularizers)]
+    draws = Draws(torch.tensor([int(t)]), dict(zip(names, golden(f"noise{number}").split(1))))
+    scaled = images.clone().requires_grad_()
+    report = objective.backward(scaled * 1.0, frozen, golden_encode, step=0, steps=10, draws=draws)
+    assert relative_error(scaled.grad, golden(f"gradient{number}")) < 1e-4
+    for name, logged in zip(names, GOLDENS[f"loss{number}"]):
+        assert report.loss[name] == pytest.approx(logged, rel=1e-4)
+    assert objective.critic.calls == 1
+
+
+def test_the_goldens_tell_settings_apart(schedule, relative_error):
+    """Each feature of the released update moves the result by far more than the tolerance above."""
+    wrong = {"latent_clamp": None, "image_quantile": None, "mode": "shared", "weighting": "uniform"}
+    number = next(n for n, row in enumerate(GOLDENS["cases"].tolist()) if row[2] == 1 and row[3] and not row[4])
+    index, t, _, _, _, _, weight, scale = GOLDENS["cases"][number].tolist()
+    draws = Draws(torch.tensor([int(t)]), dict(zip(("sds", "directional"), golden(f"noise{number}").split(1))))
+    for name, value in wrong.items():
+        settings = {"latent_clamp": 1.0, "image_quantile": 0.95, "mode": "sgf", name: value}
+        objective = Objective(golden_critic(schedule, scale), SDS(), [Directional(weight)], **settings)
+        gradient, _ = objective.image_gradient(
+            golden("images")[int(index)], golden("frozen")[int(index)], golden_encode, step=0, steps=10, draws=draws
+        )
+        assert relative_error(gradient, golden(f"gradient{number}")) > 5e-3, name
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The default mode
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_shared_noise_has_the_expectation_of_separate_noises(schedule, kind):
+    """1,000 draws each, clamps off: the means differ by no more than their standard errors say."""
+    draws = 1000
+    image, reference = golden("images")[0, :, :, :12, :12], golden("frozen")[0, :, :, :12, :12]
+    images, frozen = (one.expand(draws, -1, -1, -1) for one in (image, reference))
+    found = {}
+    for seed, mode in enumerate(("shared", "sgf")):
+        objective = Objective(golden_critic(schedule, 7.5), SDS(), regularizer(kind, False, 3.0), mode=mode)
+        generator = torch.Generator().manual_seed(seed)
+        gradient, _ = objective.image_gradient(images, frozen, golden_encode, step=0, steps=10, generator=generator)
+        found[mode] = gradient.double().flatten(1) * draws  # per draw
+    means = {mode: one.mean(0) for mode, one in found.items()}
+    variance = sum(one.var(0) / draws for one in found.values())
+    excess = ((means["shared"] - means["sgf"]).square() / variance).mean()
+    assert 0.4 < excess < 1.7
+    # The test has power: leaving a term out, or halving it, would stand out.
+    assert (means["sgf"].square() / variance).mean() > 20
+    objective = Objective(golden_critic(schedule, 7.5), SDS(), regularizer(kind, False, 1.5))
+    halved, _ = objective.image_gradient(
+        images, frozen, golden_encode, step=0, steps=10, generator=torch.Generator().manual_seed(2)
+    )
+    assert ((halved.double().flatten(1).mean(0) * draws - means["sgf"]).square() / variance).mean() > 3
+
+
+@pytest.mark.parametrize(
+    ("mode", "regularizers", "samples"),
+    [("shared", 0, 2), ("sgf", 0, 2), ("shared", 1, 4), ("sgf", 1, 6), ("shared", 2, 2), ("sgf", 2, 4)],
+)
+def test_a_step_is_one_call_and_one_encode_with_a_graph(schedule, mode, regularizers, samples):
+    graphs = []
+
+    def encode(images):
+        graphs.append(images.requires_grad and torch.is_grad_enabled())
+        return golden_encode(images)
+
+    objective = Objective(golden_critic(schedule, 7.5), SDS(), regularizer(regularizers, False, 1.0), mode=mode)
+    images = golden("images")[0].requires_grad_()
+    objective.backward(images * 1.0, golden("frozen")[0], encode, step=0, steps=10)
+    assert objective.needs_frozen == bool(regularizers)
+    assert graphs == ([True, False] if regularizers else [True])
+    assert (objective.critic.calls, objective.critic.samples) == (1, samples)
+
+
+def test_a_weight_of_zero_switches_a_regularizer_off(schedule):
+    critic = golden_critic(schedule, 7.5)
+    off = Objective(critic, SDS(), [Directional(0.0), Reconstruction(0.0)], perceptual=Perceptual(None, weight=0.0))
+    plain = Objective(critic, SDS())
+    images = golden("images")[0]
+    results = [
+        one.image_gradient(images, None, golden_encode, step=0, steps=1, generator=torch.Generator().manual_seed(5))[0]
+        for one in (off, plain)
+    ]
+    assert not off.needs_frozen and torch.equal(*results)
+
+
+def test_the_gradient_is_the_mean_over_the_batch(schedule):
+    objective = Objective(
+        golden_critic(schedule, 7.5), SDS(normalize=True), [Directional(normalize=True), Reconstruction()],
+        latent_clamp=1.0, image_quantile=0.9, perceptual=Perceptual(FeatureDistance(golden_encode), 1e-3),
+    )  # fmt: skip
+    images, frozen = golden("images")[:, 0], golden("frozen")[:, 0]
+    t, noise = torch.tensor([20, 300, 450]), golden("noise3")[:1].repeat(3, 1, 1, 1) * torch.randn(3, 4, 1, 1)
+    names = ("sds", "directional", "reconstruction")
+
+    def run(rows):
+        shared = noise[rows]
+        draws = Draws(t[rows], dict.fromkeys(names, shared))
+        return objective.image_gradient(images[rows], frozen[rows], golden_encode, step=0, steps=1, draws=draws)[0]
+
+    together = run([0, 1, 2])
+    for row in range(3):
+        torch.testing.assert_close(together[row] * 3, run([row])[0], rtol=1e-3, atol=1e-5)
+
+
+def test_gradients_reach_the_generator_and_the_report_says_what_happened(schedule):
+    weights = torch.nn.Parameter(golden("images")[:2, 0].clone())
+    objective = Objective(
+        golden_critic(schedule, 100.0), SDS(), [Reconstruction()], latent_clamp=1.0, image_quantile=0.95,
+        timesteps=Timesteps(100, 400),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    report = objective.backward(weights * 0.5, golden("frozen")[:2, 0], golden_encode, step=3, steps=10, generator=generator)
+    assert report.loss.keys() == {"sds", "reconstruction"}
+    assert report.gradient_norm.keys() == report.clamped.keys() == {"sds", "reconstruction", "image"}
+    assert 0.1 < report.clamped["sds"] < 1 and report.clamped["reconstruction"] == 0
+    assert 0.03 < report.clamped["image"] < 0.07
+    assert len(report.timesteps) == 2 and all(100 <= t <= 400 for t in report.timesteps)
+    assert float(weights.grad.norm()) == pytest.approx(report.gradient_norm["image"] * 0.5, rel=1e-5)
+
+
+def test_perceptual_distance_adds_its_own_gradient(schedule):
+    images, frozen = golden("images")[:2, 0], golden("frozen")[:2, 0]
+    perceptual = Perceptual(FeatureDistance(golden_encode), weight=0.3)
+    results = {}
+    for name, extra in (("with", perceptual), ("without", None)):
+        objective = Objective(golden_critic(schedule, 7.5), SDS(), perceptual=extra, image_quantile=0.95)
+        generator = torch.Generator().manual_seed(0)
+        results[name], report = objective.image_gradient(
+            images, frozen, golden_encode, step=0, steps=1, generator=generator
+        )
+        assert ("perceptual" in report.loss) == (extra is not None)
+    leaf = images.clone().requires_grad_()
+    (2000 * 0.3 * perceptual.distance(leaf, frozen).mean()).backward()
+    torch.testing.assert_close(results["with"] - results["without"], leaf.grad, rtol=1e-3, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Half precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("size", [1e3, 1.0, 1e-7])
+def test_injection_in_half_precision_keeps_gradients(relative_error, dtype, size):
+    images = golden("images")[0]
+    gradient = golden("noise0")[:1] * size
+
+    def run(of):
+        leaf = images.clone().requires_grad_()
+        return inject(golden_encode(leaf.to(of)), gradient, leaf)
+
+    exact = run(torch.float32)
+    limit = 2e-3 if dtype == torch.float16 else 2e-2
+    assert relative_error(run(dtype) / size, exact / size) < limit
+
+
+def test_the_customary_form_loses_what_injection_keeps(relative_error):
+    """(z - (z - gradient).detach())^2 / 2 in float16, for the record of why it is not used."""
+    images, gradient = golden("images")[0], golden("noise0")[:1] * 1e-4
+    leaf = images.clone().requires_grad_()
+    z = golden_encode(leaf.half())
+    (0.5 * (z - (z - gradient.half()).detach()).square().sum()).backward()
+    exact = images.clone().requires_grad_()
+    expected = inject(golden_encode(exact), gradient, exact)
+    assert relative_error(leaf.grad / 1e-4, expected / 1e-4) > 0.2
+    again = images.clone().requires_grad_()
+    assert relative_error(inject(golden_encode(again.half()), gradient, again) / 1e-4, expected / 1e-4) < 2e-3
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.float16, 0.01), (torch.bfloat16, 0.1)])
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_half_precision_models_stay_near_float32(schedule, relative_error, dtype, limit, kind):
+    images, frozen = golden("images")[:, 0], golden("frozen")[:, 0]
+    results = []
+    for precision in (torch.float32, dtype):
+        objective = Objective(golden_critic(schedule, 7.5, precision), SDS(), regularizer(kind, False, 1.0))
+        leaf = images.clone().requires_grad_()
+        generator = torch.Generator().manual_seed(1)
+        objective.backward(
+            leaf * 1.0, frozen, lambda x, p=precision: golden_encode(x.to(p)), step=0, steps=1, generator=generator
+        )
+        results.append(leaf.grad)
+    assert relative_error(results[1] * 100, results[0] * 100) < limit
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Refusals
+
+
+def test_a_gradient_that_is_not_finite_is_refused_before_anything_is_injected(schedule, encode):
+    def broken(x, sigma):
+        return x / 0.0
+
+    objective = Objective(Critic.cfg(broken, None, None, 1.0, schedule=schedule), SDS(), timesteps=Timesteps(77, 77))
+    weights = torch.nn.Parameter(torch.ones(1, 3, 8, 8))
+    with pytest.raises(NotFinite, match=r"gradient of sds .* timesteps \[77\]"):
+        objective.backward(weights * 1.0, None, encode, step=0, steps=1)
+    fine = Objective(golden_critic(schedule, 7.5), SDS())
+    with pytest.raises(NotFinite, match="image gradient"):
+        fine.backward(weights * 1.0, None, lambda x: encode(x) + (x[:, :1, ::4, ::4] - 1).sqrt(), step=0, steps=1)
+    assert weights.grad is None
+
+
+def test_what_cannot_work_is_refused(schedule, encode, gaussian, mean):
+    critic = golden_critic(schedule, 7.5)
+    for settings, message in (
+        (dict(mode="both"), "shared, sgf, got 'both'"),
+        (dict(weighting="none"), "got 'none'"),
+        (dict(latent_clamp=0.0), "latent_clamp above 0"),
+        (dict(image_quantile=1.5), "image_quantile"),
+        (dict(regularizers=[Directional(), Directional(0.5)]), "each regularizer once"),
+        (dict(regularizers=[Directional(float("nan"))]), "weight of directional to be finite"),
+        (dict(timesteps=Timesteps(10, 1000)), "t_max below 1000"),
+        (dict(method=NFSD()), "negative prompt for the method nfsd"),
+        (dict(method=DDS()), "source for the method dds"),
+        (dict(method=SDSBridge()), "source for the method bridge"),
+    ):
+        with pytest.raises(GuidanceError, match=message):
+            Objective(**{"critic": critic, "method": SDS(), **settings})
+    objective = Objective(critic, SDS(), [Directional()])
+    images = torch.zeros(1, 3, 8, 8, requires_grad=True)
+    for made, frozen, message in (
+        (images.detach(), images.detach(), "images without one"),
+        (images * 1, None, "frozen generator's images"),
+        (images * 1, torch.zeros(1, 3, 4, 4), r"shape \[1, 3, 8, 8\], got \[1, 3, 4, 4\]"),
+    ):
+        with pytest.raises(GuidanceError, match=message):
+            objective.backward(made, frozen, encode, step=0, steps=1)
+    state = objective.state_dict()
+    objective.load_state_dict(state)
+    with pytest.raises(GuidanceError, match="method sds, got that of csd"):
+        objective.load_state_dict({"method": "csd", "state": {}})
+
+
+def test_steps_repeat_with_the_same_generator(schedule):
+    objective = Objective(golden_critic(schedule, 7.5), SDS(), [Directional()], mode="sgf")
+    images, frozen = golden("images")[0], golden("frozen")[0]
+    results = [
+        objective.image_gradient(
+            images, frozen, golden_encode, step=0, steps=1, generator=torch.Generator().manual_seed(seed)
+        )[0]
+        for seed in (4, 4, 5)
+    ]
+    assert torch.equal(results[0], results[1]) and not torch.equal(results[0], results[2])
