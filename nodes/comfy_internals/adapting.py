@@ -118,8 +118,14 @@ def run(
     there. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises
     ValueError in one sentence for everything a user can do something about.
     """
+    from ...training.adapt_config import NEEDS_SOURCE
     from ...training.isolated import memory_problem
 
+    if config.method in NEEDS_SOURCE and critic.source is None:
+        raise ValueError(
+            f"{NODE}: expected a conditioning that describes what the generator makes now, which the method "
+            f"{config.method} compares with, found none; connect one to source."
+        )
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
@@ -157,6 +163,7 @@ def _in_this_process(
             config, resume=resume, generator=generator.loaded(), critic=judge, encode=encode, listener=progress,
             should_stop=progress.should_stop,
         ),
+        learns=config.method == "vsd", cancelled=progress.cancel,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import comfy.model_base
+import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import comfy.supported_models
@@ -163,6 +164,22 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
     return batch, model.get_model_object("latent_format").latent_channels, side_px // factor, side_px // factor
 
 
+def to_the_end(call: Callable[..., Outcome], cancelled: Callable[[BaseException], None]) -> Callable[..., Outcome]:
+    """`call`, begun again where a cancel interrupts it, which `cancelled` is told.
+
+    Core's layers raise a cancel in the middle of a pass; a step that is finished can be saved and gone on from.
+    """
+
+    def begun_again(*args: Any, **kwargs: Any) -> Outcome:
+        while True:
+            try:
+                return call(*args, **kwargs)
+            except comfy.model_management.InterruptProcessingException as interrupted:
+                cancelled(interrupted)
+
+    return begun_again
+
+
 # ---- predictions ------------------------------------------------------------------------------------------------
 
 
@@ -218,13 +235,15 @@ class Predictions:
     """The models of a running `CriticGuider` as one model of the library's: everything a step needs in one call.
 
     A conditioning for it is {"source": i}, the i-th source of the guidance. Core puts what fits into memory in one
-    batch, and whatever is on the MODELs and CONDITIONINGs acts. Has gradients only where autograd records.
+    batch, and whatever is on the MODELs and CONDITIONINGs acts. Has gradients only where autograd records. `cancelled`:
+    who is told of a cancel instead of being interrupted by it (`to_the_end`).
     """
 
     def __init__(self, guider: CriticGuider, model_options: dict[str, Any]) -> None:
         self.guider, self.model_options = guider, model_options
         self.sources = guider.guidance.sources
         self.device: torch.device = guider.model_patcher.load_device
+        self.cancelled: Callable[[BaseException], None] | None = None
         self._one_level_at_a_time = _depends_on_level([*guider.conds.values(), *guider._branch_conds.values()])
 
     @property
@@ -268,11 +287,12 @@ class Predictions:
 
     def denoise_many(self, jobs: Sequence[tuple[Tensor, Tensor, Mapping[str, int]]]) -> list[Tensor]:
         """x0 of each (x [B, C, h, w], sigma [B], {"source": i}), on the device of its x, in float32."""
+        denoise = self._denoise if self.cancelled is None else to_the_end(self._denoise, self.cancelled)
         if torch.is_grad_enabled():
-            return self._denoise(jobs)
+            return denoise(jobs)
         # Weights from ComfyUI's loaders are made for inference mode. Clones made outside it can be used with gradients.
         with torch.inference_mode():
-            made = self._denoise(jobs)
+            made = denoise(jobs)
         return [one.clone() for one in made]
 
     def _denoise(self, jobs: Sequence[tuple[Tensor, Tensor, Mapping[str, int]]]) -> list[Tensor]:
@@ -384,12 +404,14 @@ class CriticInputs:
 
     def run(
         self, side_px: int, batch: int, timesteps: tuple[int, int],
-        body: Callable[[Critic, Callable[[Tensor], Tensor]], Outcome],
+        body: Callable[[Critic, Callable[[Tensor], Tensor]], Outcome], *, learns: bool = False,
+        cancelled: Callable[[BaseException], None] | None = None,
     ) -> Outcome:  # fmt: skip
         """Run `body(critic, encode)` with everything loaded; refuses first what cannot work.
 
         side_px: of the images as they are encoded; batch: latents in one prediction; timesteps: the least and the
-        largest that will be asked for.
+        largest that will be asked for; learns: whether a second critic is trained in the model (the method vsd);
+        cancelled: told of a cancel, which then interrupts neither critic nor encode.
         """
         schedule = self.check()
         others = {SOURCE: self.source, UNWANTED: self.unwanted}
@@ -401,8 +423,10 @@ class CriticInputs:
         levels = sorted({round(low + (high - low) * part / 8) for part in range(9)}, reverse=True)
 
         def with_models(predictions: Predictions) -> Outcome:
-            with ordinary_weights(predictions.unet):
+            with ordinary_weights(predictions.unet) if learns else contextlib.nullcontext():
                 encode = gradient_encoder(self.vae, self.model, predictions.device, side_px)
+                if cancelled is not None:
+                    predictions.cancelled, encode = cancelled, to_the_end(encode, cancelled)
                 return body(predictions.critic(schedule), encode)
 
         shape = latent_shape(self.vae, self.model, side_px, batch)

@@ -320,6 +320,10 @@ class Progress:
     def should_stop(self) -> bool:
         return self._interrupted is not None or comfy.model_management.processing_interrupted()
 
+    def cancel(self, interrupted: BaseException) -> None:
+        """Take note of a cancel that was raised, and so used up, in the middle of a step."""
+        self._interrupted = interrupted
+
     def raise_if_cancelled(self) -> None:
         """End the node the way ComfyUI ends a cancelled one."""
         if self._interrupted is not None:
@@ -343,7 +347,7 @@ class Progress:
             self._bar.update_absolute(value, total, preview)
         except comfy.model_management.InterruptProcessingException as interrupted:
             # Raised here it would tear the run apart in the middle of a step; as a question it lets the run save.
-            self._interrupted = interrupted
+            self.cancel(interrupted)
 
     def _preview(self, path: str) -> None:
         try:
@@ -366,7 +370,8 @@ def describe(event: Event) -> str:
     if isinstance(event, events.Started):
         if event.step == event.steps:
             return f"already trained for {event.steps} steps; raise steps to go on, or choose another name"
-        return f"{event.images} images, {event.steps} steps\n{event.estimate}".rstrip()
+        images = f"{event.images} images, " if event.images else ""
+        return f"{images}{event.steps} steps\n{event.estimate}".rstrip()
     if isinstance(event, events.Stopped):
         return f"stopped and saved at step {event.step}; run again to continue"
     return events.describe(event)

@@ -196,7 +196,7 @@ def test_a_step_on_a_model_from_comfyuis_own_loaders(mini, inside, internals, na
         )
 
     with torch.inference_mode():
-        report = inputs.run(64, 2, (100, 500), body)
+        report = inputs.run(64, 2, (100, 500), body, learns=name == "vsd")
     assert leaf.grad is not None and bool(leaf.grad.isfinite().all()) and float(leaf.grad.norm()) > 0
     assert set(report.loss) == {"sds"} if name == "sds" else set(report.loss) == {"vsd", "vsd_critic"}
     assert all(one.is_inference() for one in model.model.parameters())

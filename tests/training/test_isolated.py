@@ -12,6 +12,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.training import isolated
+from indomain_guidance.training.adapt_config import AdaptConfig
 from indomain_guidance.training.base import open_mini_world
 from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.events import Step, read_log
@@ -163,6 +164,10 @@ def test_a_process_that_hangs_after_its_result_is_ended(config, job, children, t
 def test_jobs_are_files(config, tmp_path):
     isolated.Job(config, "auto", tmp_path / "base.safetensors").write(tmp_path)
     assert isolated.Job.read(tmp_path) == isolated.Job(config, "auto", tmp_path / "base.safetensors")
+    adaptation = AdaptConfig(generator="mini_world", base="mini_world", prompt="a red seven")
+    job = isolated.Job(adaptation, True, generator=tmp_path / "generator.safetensors")
+    job.write(tmp_path)
+    assert isolated.Job.read(tmp_path) == job
     with pytest.raises(FileProblem, match="job.json: expected the description of a training job"):
         isolated.Job.read(tmp_path / "nowhere")
 

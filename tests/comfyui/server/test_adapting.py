@@ -198,15 +198,6 @@ def test_wrong_and_hostile_files(server, folder, tmp_path):
     assert "pick it from the list" in load("absent.pkl")
 
 
-@WAYS
-def test_a_gradient_that_is_not_a_number_keeps_the_last_good_weights(server, prompt, run_of, made_by, isolated):
-    graph = prompt({"latent_clamp": 0.0, "image_quantile": 0.0, "checkpoint_every": 1, "ema": 0.0}, learning_rate=1.0,
-                   scale=1000.0, steps=400, sample_every=0, isolated=isolated)  # fmt: skip
-    message = message_of(server, graph)
-    assert "NaN" in message and "at step" in message and "last good weights" in message
-    assert not made_by(graph).exists()
-
-
 def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):
     for inputs in ({"batch_size": 10**6}, {"steps": 0}, {"learning_rate": -1.0}, {"scale": 1e6}, {"layers": 65}):
         with pytest.raises(PromptRejected, match=next(iter(inputs))):
