@@ -1,0 +1,90 @@
+"""The sweeps: what they hold and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from indomain_guidance.training.adapt_config import AdaptConfig
+from indomain_guidance.training.mini_world.claims_sgf import recipes, sweep, tasks
+from indomain_guidance.training.mini_world.claims_sgf.points import FIXED, Point
+
+PLANS = {name: make() for name, make in sweep.PLANS.items()}
+TRAINED = {name: [point for point in plan.points if point.run] for name, plan in PLANS.items()}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_no_point_is_measured_twice_and_runs_are_whole(name):
+    points = PLANS[name].points
+    assert len(set(points)) == len(points) > 5
+    stops = {}
+    for point in TRAINED[name]:
+        stops.setdefault(point.run, []).append(point.step)
+    # One after the other, so that every stop goes on from the one before.
+    assert all(tuple(found) == PLANS[name].stops for found in stops.values())
+    runs = [point.run for point in TRAINED[name]]
+    assert all(len({runs[i] for i in range(start, start + len(PLANS[name].stops))}) == 1
+               for start in range(0, len(runs), len(PLANS[name].stops)))  # fmt: skip
+
+
+def test_the_full_sweep_asks_every_recipe_on_every_task_with_three_seeds():
+    points = TRAINED["full"]
+    for task in tasks.TASKS.values():
+        found = {(point.recipe, point.seed) for point in points if point.task == task.name}
+        if task.kind == "domain":
+            names = {"sds", "domain", "fine_tune", "sds_directional", "domain_directional"}
+        else:
+            names = {name for name, recipe in recipes.RECIPES.items() if recipe.critic == "prompt"}
+        assert found == {(name, seed) for name in names for seed in sweep.SEEDS}
+    assert {point.recipe for point in points} == set(recipes.RECIPES)
+
+
+@pytest.mark.parametrize("name", ["full", "quick"])
+def test_the_telling_rows_come_first(name):
+    first = [point for point in TRAINED[name] if point.step == PLANS[name].stops[-1]][:5]
+    assert {point.task for point in first} == {tasks.COLOURS[0].name}
+    assert {point.recipe for point in first} >= {*recipes.SGF, "csd", "sds_layers_3"}
+
+
+def test_the_quick_sweep_has_something_of_every_claim():
+    points = TRAINED["quick"]
+    assert {point.task for point in points} >= {tasks.LONG.name, tasks.SEVEN.name, tasks.DOMAIN.name}
+    assert len({point.task for point in points if point.task in {one.name for one in tasks.COLOURS}}) >= 3
+    assert {point.seed for point in points if point.recipe in recipes.SGF} == {0, 1, 2}
+    assert {point.recipe for point in points} >= {*recipes.SGF, "sds_layers_3", "domain", "fine_tune", "csd"}
+    assert PLANS["quick"].coarse and PLANS["tiny"].coarse and not PLANS["full"].coarse
+
+
+@pytest.mark.parametrize("name", recipes.RECIPES)
+def test_every_recipe_is_a_configuration_that_fits_every_task(name):
+    recipe = recipes.RECIPES[name]
+    for task in tasks.TASKS.values():
+        config = AdaptConfig.from_mapping(recipe.settings(task))
+        config.check_prompts()
+        assert config.prompt == task.prompt and config.t_max == task.t_max
+        assert recipe.released == (config.mode == "sgf")
+        # All the same but for the objective: nothing else may decide a comparison.
+        common = {"learning_rate", "batch_size", "train", "freeze_bias", "ema", "truncation", "schedule"}
+        assert {key: getattr(config, key) for key in common} == {key: recipes.COMMON[key] for key in common}
+
+
+def test_points_name_what_exists():
+    assert str(Point("seven", "csd", 100, 2)) == "seven: csd, step 100, seed 2"
+    assert str(Point("seven", "source")) == "seven: source" and Point("seven", "exact").run is None
+    for task, recipe in (("eight", "csd"), ("seven", "magic")):
+        with pytest.raises(ValueError, match="expected one of the"):
+            Point(task, recipe)
+    assert not set(FIXED) & set(recipes.RECIPES)
+
+
+def test_every_set_of_recipes_is_made_of_recipes():
+    strengths = (*recipes.DIRECTIONAL, *recipes.RECONSTRUCTION, *recipes.LAYERS, *recipes.GUIDED)
+    assert {*recipes.SGF, *recipes.BEYOND, *strengths} <= set(recipes.RECIPES)
+    assert all(recipes.RECIPES[name].released for name in recipes.SGF)
+    assert not any(recipes.RECIPES[name].released for name in recipes.BEYOND)
+
+
+def test_the_readme_says_what_the_long_prompt_is():
+    text = (Path(sweep.__file__).parent / "README.md").read_text(encoding="utf-8")
+    words = len(tasks.LONG.prompt.replace(",", " ").split())
+    assert f"the same in {words} words" in text
