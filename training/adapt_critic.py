@@ -170,7 +170,8 @@ def first_opinion(
         raise ConfigProblem(_misfit(problem, latents)) from problem
 
 
-# How torch tells of convolutions and linear layers that were given too few or too many channels.
+# How this project's networks, and torch's convolutions and linear layers, tell of too few or too many channels.
+_LATENT = re.compile(r"expected a latent \[B, (\d+), H, W\], got \[\d+, (\d+),")
 _CHANNELS = re.compile(r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels")
 _WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
 _TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
@@ -178,7 +179,7 @@ _TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
 
 def _misfit(problem: Exception, latents: Tensor) -> str:
     told = str(problem)
-    if channels := _CHANNELS.search(told):
+    if channels := _LATENT.search(told) or _CHANNELS.search(told):
         return (
             f"vae: expected a VAE of the diffusion model's latent space, of {channels[1]} channels, found one with "
             f"{channels[2]}; use the VAE that belongs to the model."
