@@ -490,7 +490,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def benches_training(options: argparse.Namespace) -> bool:
     """Whether the benchmark `training` will run: by its name, or among all, and not only listed."""
-    return not options.list and options.rest[:1] != ["sampling"] and not {"-h", "--help"} & set(options.rest)
+    named = options.rest[0] if options.rest and not options.rest[0].startswith("-") else "training"
+    return not options.list and named == "training" and not {"-h", "--help"} & set(options.rest)
 
 
 def hand_over(python: Path, order: dict, environ: dict[str, str]) -> int:

@@ -290,8 +290,10 @@ def test_unknown_arguments_are_handed_on_in_order():
 
 def test_diffusers_is_fetched_only_for_the_benchmark_that_needs_it():
     needed = {" ".join(words): run.benches_training(run.parse(["bench", *words])) for words in (
-        [], ["--quick"], ["training", "--quick"], ["sampling"], ["--list"])}  # fmt: skip
-    assert needed == {"": True, "--quick": True, "training --quick": True, "sampling": False, "--list": False}
+        [], ["--quick"], ["training", "--quick"], ["sampling"], ["distillation"], ["--list"])}  # fmt: skip
+    assert needed == {
+        "": True, "--quick": True, "training --quick": True, "sampling": False, "distillation": False, "--list": False,
+    }  # fmt: skip
 
 
 def test_demo_refuses_an_option_it_does_not_know(capsys):
