@@ -152,7 +152,7 @@ class Critic:
         return abar.sqrt() * z + (1 - abar).sqrt() * noise
 
     def predict(self, z_t: Tensor, t: Tensor, needs: Iterable[str] = ("e", "e_u", "e_c")) -> Prediction:
-        """The opinions named in `needs` on z_t [B, C, h, w] at timesteps t [B], in one call per model where possible."""
+        """The opinions in `needs` on z_t [B, C, h, w] at timesteps t [B], in one call per model where possible."""
         return self.predict_many([Ask(z_t, t, frozenset(needs))])[0]
 
     def noise_prediction(self, source: Source, z_t: Tensor, t: Tensor) -> Tensor:

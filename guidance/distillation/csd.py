@@ -15,7 +15,7 @@ __all__ = ["CSD"]
 
 @dataclass
 class CSD(Method):
-    """Classifier score distillation (arXiv 2310.19415, eqs. 7 and 9): (e_c - e_u) + w_n (e_u - e_negative).
+    """Classifier score distillation (CSD, arXiv 2310.19415): (e_c - e_u) + w_n (e_u - e_negative).
 
     The guidance alone, whatever its scale. negative_weight: w_n at the run's start, falling linearly to
     negative_weight_end at its end (the paper's annealed negatives); 0 and 0 need no negative prompt. Raises

@@ -13,7 +13,7 @@ __all__ = ["DDS"]
 
 @dataclass
 class DDS(Method):
-    """Delta denoising score (arXiv 2304.07090, eq. 3): e(z_t, target) - e(z_frozen_t, source), same t and noise.
+    """Delta denoising score (DDS, arXiv 2304.07090): e(z_t, target) - e(z_frozen_t, source), same t and noise.
 
     The frozen generator's image with the prompt that describes it stands for what SDS would do to an image that is
     right already, and is taken off. Needs the critic's source; nominal scales (7.5 in the paper). Its gradient is

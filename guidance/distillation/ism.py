@@ -16,7 +16,7 @@ __all__ = ["ISM"]
 
 @dataclass
 class ISM(Method):
-    """Interval score matching (LucidDreamer, arXiv 2311.11284, eq. 17): e(x_t, t, prompt) - e_u(x_s, s).
+    """Interval score matching (LucidDreamer, arXiv 2311.11284): e(x_t, t, prompt) - e_u(x_s, s).
 
     s = t - interval. x_s comes from z by deterministic DDIM inversion with the base's prediction, in strides of at most
     `stride` timesteps from timestep 0, and x_t from x_s by one more step, so that the gradient has no noise in it but

@@ -29,8 +29,8 @@ def rank_layers(
     image_gradient: Callable[[Tensor], Tensor],
     learning_rate: float = 0.01,
 ) -> Tensor:
-    """Scores [num_ws] of layer selection (StyleGAN-NADA, arXiv 2108.00946, section 3.3, with the critic of
-    arXiv 2212.04473): mean |delta w| of each layer's style after one SGD step on W+.
+    """Scores [num_ws] of layer selection (StyleGAN-NADA, arXiv 2108.00946, with the critic of arXiv 2212.04473): mean
+    |delta w| of each layer's style after one SGD step on W+.
 
     synthesize: ws [B, num_ws, w] -> images. image_gradient: images -> the gradient on them. learning_rate: 0.01 as
     released; it scales all scores alike.

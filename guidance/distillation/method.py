@@ -45,7 +45,7 @@ class Context:
         return min(max(self.step / max(self.steps - 1, 1), 0.0), 1.0)
 
 
-class Term(ABC):
+class LatentTerm(ABC):
     """A part of the objective on latents. `needs` and `needs_frozen` name opinions (`critic.OPINIONS`) on z_t and on
     the frozen image's latents; all opinions of a step are asked in one go. `uses_frozen`: whether the frozen image's
     latents are looked at."""
@@ -60,7 +60,7 @@ class Term(ABC):
         """The gradient on z [B, C, h, w] before w(t), such as e - noise."""
 
 
-class Method(Term):
+class Method(LatentTerm):
     """A distillation method. Stateless ones define `gradient` alone; `step` trains what belongs to the others."""
 
     def step(self, context: Context) -> dict[str, float]:
@@ -79,7 +79,7 @@ class Method(Term):
         """Take over what `state_dict` gave."""
 
 
-class Regularizer(Term):
+class Regularizer(LatentTerm):
     """A term that keeps the adapted generator near the frozen one; `weight` is its lambda, 0 switches it off."""
 
     weight: float = 1.0

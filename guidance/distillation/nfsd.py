@@ -15,7 +15,7 @@ __all__ = ["NFSD"]
 
 @dataclass
 class NFSD(Method):
-    """Noise-free score distillation (arXiv 2310.17590, eqs. 8 to 10): delta_D + s (e_c - e_u).
+    """Noise-free score distillation (NFSD, arXiv 2310.17590): delta_D + s (e_c - e_u).
 
     The noise is left out of SDS: delta_D is e_u below timestep `threshold`, where e_u is mostly the domain's direction,
     and e_u - e_negative from there on, since both predict the same noise. s (e_c - e_u) is e - e_u of the critic's

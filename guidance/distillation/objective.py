@@ -13,7 +13,7 @@ from torch import Tensor
 from ..schedules import GuidanceError
 from .clamps import clamp_image_gradient, clamp_latent_gradient
 from .critic import Ask, Critic, Prediction
-from .method import Context, Method, Regularizer, Term
+from .method import Context, LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
 from .timesteps import Timesteps
 from .weighting import WEIGHTINGS, Weighting, weigh
@@ -157,8 +157,8 @@ class Objective:
         latents, or None where `needs_frozen` is false. encode: images -> z [B, C, h, w], scaled as the critic's models
         expect, differentiable (posterior mean; any resizing and clamping to -1..1 belongs to it). step of steps: 0 to
         steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were drawn before; draws: all
-        random numbers of the step. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for
-        inputs that do not fit.
+        random numbers of the step. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected,
+        where a gradient is not finite, and GuidanceError for inputs that do not fit.
         """
         if not images.requires_grad:
             raise GuidanceError("Expected images with a graph to the generator's weights, got images without one.")
@@ -225,7 +225,7 @@ class Objective:
     def _perceives(self) -> bool:
         return self.perceptual is not None and self.perceptual.weight != 0
 
-    def _terms(self, regularize: bool) -> list[Term]:
+    def _terms(self, regularize: bool) -> list[LatentTerm]:
         """The method and the regularizers that are on."""
         return [self.method, *(one for one in self.regularizers if regularize and one.weight != 0)]
 
@@ -295,7 +295,7 @@ class Objective:
 
     def _contexts(
         self,
-        terms: Sequence[Term],
+        terms: Sequence[LatentTerm],
         z: Tensor,
         z_frozen: Tensor | None,
         draws: Draws,
@@ -364,7 +364,7 @@ class Objective:
         return gradient + inject(z, others, images), share
 
 
-def _looks_at_frozen(term: Term) -> bool:
+def _looks_at_frozen(term: LatentTerm) -> bool:
     return term.uses_frozen or bool(term.needs_frozen)
 
 

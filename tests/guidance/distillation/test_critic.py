@@ -77,7 +77,8 @@ def test_a_domain_model_and_intervals_per_sample(make_gaussian, schedule, mean):
     weight = torch.tensor([2.0, 0.0, 2.0, 0.0], dtype=torch.float64).reshape(-1, 1, 1, 1)
     guided = e_u + weight * (e_d - e_u) + 3 * (e_c - e_u)
     torch.testing.assert_close(found.e.double(), guided, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close((found.e_u + found.scale * (found.e_c - found.e_u)).double(), guided, rtol=1e-4, atol=1e-4)
+    as_one_cfg = found.e_u + found.scale * (found.e_c - found.e_u)
+    torch.testing.assert_close(as_one_cfg.double(), guided, rtol=1e-4, atol=1e-4)
     assert found.scale.flatten().tolist() == [5.0, 3.0, 5.0, 3.0]
     assert prior.calls == [8] and domain.calls == [2]
 

@@ -184,7 +184,8 @@ def test_gradients_reach_the_generator_and_the_report_says_what_happened(schedul
         timesteps=Timesteps(100, 400),
     )  # fmt: skip
     generator = torch.Generator().manual_seed(0)
-    report = objective.backward(weights * 0.5, golden("frozen")[:2, 0], golden_encode, step=3, steps=10, generator=generator)
+    frozen = golden("frozen")[:2, 0]
+    report = objective.backward(weights * 0.5, frozen, golden_encode, step=3, steps=10, generator=generator)
     assert report.loss.keys() == {"sds", "reconstruction"}
     assert report.gradient_norm.keys() == report.clamped.keys() == {"sds", "reconstruction", "image"}
     assert 0.1 < report.clamped["sds"] < 1 and report.clamped["reconstruction"] == 0

@@ -32,7 +32,7 @@ class Small(nn.Module):
         variance = abar * self.spread**2 + 1 - abar
         values = torch.cat([(1 - abar).sqrt() / variance * (x - abar.sqrt() * mu), ((1 - abar) * abar).sqrt() / variance
                             * torch.ones_like(x[:, :1])], 1)
-        return self.attn1.to_q(values.movedim(1, -1)).movedim(-1, 1)
+        return self.attn1.to_q(values.to(x.dtype).movedim(1, -1)).movedim(-1, 1)
 
 
 @pytest.fixture
@@ -98,7 +98,8 @@ def test_a_restart_goes_on_with_identical_numbers(critic):
     second.load_state_dict({"method": "vsd", "state": state})
     assert run(second, z, 3, first=3) == straight[3:]
     assert all(isinstance(value, torch.Tensor) for value in state.values())
-    assert {id(one) for one in second.method.parameters()} == {id(one) for one in second.method.addition.tensors().values()}
+    trained = second.method.addition.tensors().values()
+    assert {id(one) for one in second.method.parameters()} == {id(one) for one in trained}
     with pytest.raises(GuidanceError, match="state of a low-rank critic"):
         make_method("vsd", critic, rank=2).load_state_dict(state)
 
