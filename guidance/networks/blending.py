@@ -70,7 +70,7 @@ def blend_generators(
         amounts = dict.fromkeys(parts if layers is None else layers, amount)
     unknown = sorted(set(amounts) - set(parts))
     if unknown:
-        raise ValueError(f"Blending: this generator has no part {', '.join(unknown)}; its parts are {', '.join(parts)}.")
+        raise ValueError(f"Blending: this generator has no part {', '.join(unknown)}; it has {', '.join(parts)}.")
     for part, value in amounts.items():
         if not math.isfinite(value):
             raise ValueError(f"Blending: the amount of {part} must be finite, got {value}.")

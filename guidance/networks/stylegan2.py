@@ -164,7 +164,7 @@ def upsample(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _blur_after_transposed(x: Tensor, kernel: Tensor) -> Tensor:
-    """The filter of an upsampling 3x3 convolution, from its transposed convolution. [.., 2H+1, 2W+1] -> [.., 2H, 2W]."""
+    """The filter of an upsampling 3x3 convolution after its transposed half: [.., 2H+1, 2W+1] -> [.., 2H, 2W]."""
     taps = kernel.shape[-1]
     channels = x.shape[1]
     before = (taps + 1) // 2 - 1
@@ -423,6 +423,8 @@ class Generator(nn.Module):
         self.style_layers: tuple[str, ...] = tuple(names)
         self.ws_index: dict[str, int] = index
         self.register_load_state_dict_pre_hook(_check_and_drop_filters)
+        if self.synthesis.b4.const.is_meta:
+            return  # shapes alone; drawing numbers for them would load torch's compiler
         with torch.no_grad():
             for module in self.modules():
                 if hasattr(module, "initialise"):
@@ -456,11 +458,12 @@ class Generator(nn.Module):
             raise ValueError(f"Generator: truncation_cutoff must lie in 0..{self.num_ws}, got {truncation_cutoff}.")
         with _without_autocast(z.device):
             w = self.mapping(z, c)
-            ws = w[:, None].expand(-1, self.num_ws, -1)
+            # Repeated, not expanded: callers edit single styles in place.
+            ws = w[:, None].repeat(1, self.num_ws, 1)
             if truncation == 1 or cutoff == 0:
                 return ws
             truncated = torch.lerp(self.mapping.w_avg.to(w.dtype), w, float(truncation))
-            return torch.cat([truncated[:, None].expand(-1, cutoff, -1), ws[:, cutoff:]], dim=1)
+            return torch.cat([truncated[:, None].repeat(1, cutoff, 1), ws[:, cutoff:]], dim=1)
 
     def synthesize(self, ws: Tensor, noise: str = "const", generator: torch.Generator | None = None) -> Tensor:
         """Images [B, img_channels, R, R], about -1..1 and not clamped, of styles ws [B, num_ws, w_dim] or [B, w_dim].

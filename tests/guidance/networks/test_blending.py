@@ -110,7 +110,7 @@ def test_what_cannot_be_blended_is_refused(pair):
     a, b = pair
     with pytest.raises(ValueError, match="architecture is resnet and skip"):
         blend_generators(a, random_generator(replace(CONFIG, architecture="skip"), 0), 0.5)
-    with pytest.raises(ValueError, match="no part b32.conv0; its parts are mapping, b4.const"):
+    with pytest.raises(ValueError, match="no part b32.conv0; it has mapping, b4.const"):
         blend_generators(a, b, 0.5, layers=["b32.conv0"])
     with pytest.raises(ValueError, match="either an amount per part"):
         blend_generators(a, b, {"mapping": 1.0}, layers=["mapping"])
