@@ -74,7 +74,7 @@ def test_one_picture_of_each_digit_is_accurate_and_has_no_diversity(judge_model,
     collapsed = exact[[first[digit] for digit in answers.source["digit"].tolist()]]
     _, numbers = examine(judge_model, answers, collapsed)
     assert numbers["accuracy"] > 0.9 and numbers["correspondence"] > 0.9
-    assert numbers["diversity"] < 0.05 and numbers["recall"] < 0.3
+    assert numbers["diversity"] < 0.05 and numbers["recall"] < 0.5
     # Half the latents collapsed: about half the diversity is left.
     half = torch.where((torch.arange(SAMPLES) % 2 == 0)[:, None, None, None], exact, collapsed)
     assert 0.4 < examine(judge_model, answers, half)[1]["diversity"] < 0.9
