@@ -17,6 +17,7 @@ from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_
 from ..guidance.networks.stylegan2 import Generator
 from .adapt_config import AdaptConfig
 from .adapt_critic import Distance, first_opinion, judged_resolution, latent_encoder, make_objective, open_critic
+from .adapt_estimate import estimate_adaptation
 from .adapt_previews import BeforeAfter
 from .adapter import Adapter, Encode, check_generator, describe_trained, generator_hash, trained_names
 from .base import MINI_WORLD, Base, open_base
@@ -151,11 +152,16 @@ class _Adaptation(Engine):
         check_generator(config, source, self.processes.world)
         for note in (*self.loaded.notes, *(parts.base.notes if parts.base is not None else ())):
             self.tell(Warned(note))
-        text = describe_trained(source, trained_names(source, config.train, config.freeze_bias), config.layers)
+        names = trained_names(source, config.train, config.freeze_bias)
+        text = describe_trained(source, names, config.layers)
         if parts.base is not None:
             size = sum(tensor.numel() for tensor in parts.base.unet.values())
             side = judged_resolution(config, parts.base, source)
-            text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px"
+            trained = sum(one.numel() for name, one in source.named_parameters() if name in names)
+            needs = estimate_adaptation(
+                config, source, trained, parts.base, side, self.processes.device, self.processes.world
+            )
+            text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px\n{needs.to_text()}"
         self.tell(Started(str(self.folder), config.to_dict(), step, config.steps, 0, text))
         if step < config.steps and config.warmup >= config.steps:
             self.tell(Warned(

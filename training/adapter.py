@@ -100,10 +100,10 @@ class Adapter:
         set_rate(self.optimizer, rate)
         self.optimizer.zero_grad(set_to_none=True)
         draws = self._draws()
-        # The same in all processes, which must choose alike.
-        chosen = self._choose(draws.t[:1]) if config.layers else None
-        report, broken = Report(), 0.0
+        report, chosen, broken = Report(), None, 0.0
         try:
+            # The same in all processes, which must choose alike.
+            chosen = self._choose(draws.t[:1]) if config.layers else None
             report = self._distil(self._share(draws))
         except NotFinite:
             broken = 1.0

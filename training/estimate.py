@@ -77,13 +77,13 @@ class Estimate:
         share = 100 * self.trainable / self.parameters
         lines = [
             f"trains {self.trainable / 1e6:.2f} M of {self.parameters / 1e6:.2f} M parameters ({share:.1f} %)",
-            f"memory on {self.device}: about {_size(max(self.peak, self.preview))} at its highest ("
-            + (f"base {_size(self.base)}, " if self.base else "")
-            + f"weights {_size(self.weights)}, gradients {_size(self.gradients)}, optimizer {_size(self.optimizer)}, "
-            f"average {_size(self.average)}, activations {_size(self.activations)}; drawing samples "
-            f"{_size(self.preview)})" + ("" if self.available is None else f", {_size(self.available)} available"),
-            f"disk: {_size(self.checkpoint)} per checkpoint, {_size(self.file)} for the finished file, "
-            f"{_size(self.latents)} of cached latents",
+            f"memory on {self.device}: about {size_text(max(self.peak, self.preview))} at its highest ("
+            + (f"base {size_text(self.base)}, " if self.base else "")
+            + f"weights {size_text(self.weights)}, gradients {size_text(self.gradients)}, optimizer {size_text(self.optimizer)}, "
+            f"average {size_text(self.average)}, activations {size_text(self.activations)}; drawing samples "
+            f"{size_text(self.preview)})" + ("" if self.available is None else f", {size_text(self.available)} available"),
+            f"disk: {size_text(self.checkpoint)} per checkpoint, {size_text(self.file)} for the finished file, "
+            f"{size_text(self.latents)} of cached latents",
             f"time: about {_duration(self.seconds)} ({_duration(self.seconds_per_step)} per step, "
             f"{_duration(self.seconds_preview)} per sample grid, {_duration(self.seconds_caching)} to encode the "
             "images)",
@@ -164,7 +164,7 @@ def estimate(
     caching = encodings * _encoding_seconds(base, config.resolution, device) if encodings else 0.0
     validations = config.steps // config.validate_every if config.validate_every else 0
     held_out = min(256, config.held_out_share * (dataset_size or 0))
-    available = _available(device)
+    available = available_memory(device)
     latents = encodings * 2 * 4 * base.latent_channels * side * side
     return Estimate(
         total, trainable, waiting, weights, gradients, optimizer, average, kept, peak, preview, available,
@@ -336,7 +336,7 @@ def _encoding_seconds(base: Base, resolution: int, device: torch.device) -> floa
         return _timed(lambda: base.encode(image), device) * (resolution / side) ** 2
 
 
-def _available(device: torch.device) -> int | None:
+def available_memory(device: torch.device) -> int | None:
     """Free memory of the device in bytes, where it can be asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -362,10 +362,10 @@ def _advice(needed: int, available: int | None, config: TrainConfig) -> str:
         ways.append("train self_attention or low_rank")
     if config.resolution > 256:
         ways.append("a lower resolution")
-    return f"This is more than the {_size(available)} available: try " + ", ".join(ways or ["another device"]) + "."
+    return f"This is more than the {size_text(available)} available: try " + ", ".join(ways or ["another device"]) + "."
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
             return f"{count:.0f} {unit}" if unit in ("B", "KiB") else f"{count:.1f} {unit}"

@@ -278,22 +278,23 @@ def test_two_processes_adapt_like_one(tiny_adaptation, tmp_path, monkeypatch):
     assert max(abs(a.loss - b.loss) / a.loss for a, b in zip(one, two)) < 1e-4
 
 
-def test_a_gradient_that_is_not_finite_stops_with_the_last_good_weights(run, tmp_path, tiny_adaptation):
+@pytest.mark.parametrize("layers, good", [(0, 4), (1, 6)], ids=["step", "selection"])
+def test_a_gradient_that_is_not_finite_stops_with_the_last_good_weights(run, tmp_path, tiny_adaptation, layers, good):
     calls = []
 
     def broken(images):
         calls.append(1)
-        return tiny_adaptation.shrink(images) * (math.nan if len(calls) > 4 else 1.0)  # two to begin with
+        return tiny_adaptation.shrink(images) * (math.nan if len(calls) > good else 1.0)  # two to begin with
 
     with pytest.raises(NonFiniteLoss) as caught:
-        run(parts={"encode": broken}, checkpoint_every=0)
+        run(parts={"encode": broken}, checkpoint_every=0, layers=layers)
     text = str(caught.value)
     assert "at step 3" in text and "at the timesteps" in text and "learning_rate" in text
     assert "last good weights, of step 2, are in" in text and "step-000002.ckpt" in text
     assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [2]
     assert isinstance(read_log(tmp_path / "run" / "log.jsonl")[-1], Failed)
     kept = load_checkpoint(checkpoint_path(tmp_path / "run", 2))["weights"]
-    run(output=str(tmp_path / "good"), steps=4)
+    run(output=str(tmp_path / "good"), steps=4, layers=layers)
     good = load_checkpoint(checkpoint_path(tmp_path / "good", 2))["weights"]
     assert same(kept, good)
 
