@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -76,7 +77,9 @@ class GeneratorMetadata:
         values |= self._modelspec(config)
         clashes = [key for key in self.extra if key in values and not key.startswith("modelspec.")]
         if clashes:
-            raise ValueError(f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field.")
+            raise ValueError(
+                f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field."
+            )
         return values | dict(self.extra)
 
     def _modelspec(self, config: GeneratorConfig) -> dict[str, str]:
@@ -97,8 +100,8 @@ class GeneratorMetadata:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
         if values.get("format") != FORMAT:
             raise FileProblem(
-                f"{source}: expected metadata of the format {FORMAT}, found {shown(values.get('format', 'none'))}; make "
-                "the file with this project."
+                f"{source}: expected metadata of the format {FORMAT}, found {shown(values.get('format', 'none'))}; "
+                "make the file with this project."
             )
         if values.get("version") != VERSION:
             raise FileProblem(
@@ -246,7 +249,8 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
         family = recognise(data)
         if family is not None:
             raise FileProblem(
-                f"{path}: expected a StyleGAN2 generator, found {family[0]}; {family[1]} (reading stopped at {problem})."
+                f"{path}: expected a StyleGAN2 generator, found {family[0]}; {family[1]} (reading stopped at "
+                f"{problem})."
             ) from None
         raise FileProblem(
             f"{path}: expected a StyleGAN2 network pickle, found {problem}; nothing of it was executed, use the "
@@ -276,16 +280,19 @@ def _read_torch(path: Path, limit_bytes: int) -> LoadedGenerator:
         with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parser met
+        named = re.search(r"Unsupported (?:global|class|operand)[^\n]{0,20}?(?:GLOBAL )?([\w.]+)", str(error), re.ASCII)
+        reason = f"the name {shown(named[1])}, which is not allowed" if named else shown(_first_line(error))
         raise FileProblem(
-            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely "
-            f"({shown(_first_line(error))}); use the original file from its authors."
+            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({reason}); use the "
+            "original file from its authors."
         ) from error
     found = rosinality.find_generator(content)
     if found is None:
         keys = ", ".join(sorted(shown(str(key)) for key in list(content)[:8])) if isinstance(content, Mapping) else ""
         raise FileProblem(
             f"{path}: expected a StyleGAN2 checkpoint of rosinality's layout (g_ema with conv1.conv.weight), found "
-            f"{'the keys ' + keys if keys else 'a ' + type(content).__name__}; only such checkpoints are read from .pt."
+            f"{'the keys ' + keys if keys else 'a ' + type(content).__name__}; .pt files of other projects are not "
+            "read."
         )
     weights, notes = found
     mean = content.get("latent_avg")
@@ -336,8 +343,8 @@ def _read_safetensors(path: Path) -> LoadedGenerator:
         return _from_rosinality(path, tensors, mean, metadata, [])
     if _NVIDIA_KEY not in tensors:
         raise FileProblem(
-            f"{path}: expected a StyleGAN2 generator, found other tensors ({shown(next(iter(tensors)))}, ...); choose a "
-            "generator's file."
+            f"{path}: expected a StyleGAN2 generator, found other tensors ({shown(next(iter(tensors)))}, ...); choose "
+            "a generator's file."
         )
     note = ("The file says nothing of its architecture; activations are taken as unbounded and the mapping's learning "
             "rate multiplier as 0.01.")  # fmt: skip
@@ -357,13 +364,13 @@ def _finish(
         if config is None:
             config = generator_config_from_state_dict(tensors, **hints)
         if config.resolution > MAX_RESOLUTION or config.mapping_layers > len(tensors):
-            raise ValueError(f"{config.resolution} pixels, {config.mapping_layers} mapping layers".replace("\n", " ")[:80])
+            raise ValueError(f"{config.mapping_layers} mapping layers, {len(config.channels)} resolutions")
         with torch.device("meta"):
             generator = Generator(config)
     except (ValueError, TypeError, RuntimeError) as problem:
         raise FileProblem(
-            f"{path}: expected a StyleGAN2 generator, found another network ({_first_line(problem)}); use a file of the "
-            "unchanged architecture."
+            f"{path}: expected a StyleGAN2 generator, found another network ({_first_line(problem)}); use a file of "
+            "the unchanged architecture."
         ) from problem
     expected = {key: tuple(tensor.shape) for key, tensor in generator.state_dict().items()}
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.endswith(".resample_filter")}
@@ -372,9 +379,9 @@ def _finish(
     missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or unexpected:
         raise FileProblem(
-            f"{path}: expected the {len(expected)} tensors of a StyleGAN2 generator, found {_listed('missing', missing)}"
-            f"{' and ' if missing and unexpected else ''}{_listed('unexpected', unexpected)}; the file is damaged or "
-            "of another network."
+            f"{path}: expected the {len(expected)} tensors of a StyleGAN2 generator, found "
+            f"{_listed('missing', missing)}{' and ' if missing and unexpected else ''}"
+            f"{_listed('unexpected', unexpected)}; the file is damaged or of another network."
         )
     for key, shape in expected.items():
         if found[key] != shape:

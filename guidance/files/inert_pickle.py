@@ -111,6 +111,12 @@ def shown(text: str) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def article(value: Any) -> str:
+    """What kind of value it is, for an error message: "a dict", "an int"."""
+    kind = type(value).__name__
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
+
+
 def read_pickle(data: memoryview, start: int, vocabulary: Vocabulary, budget: Budget) -> tuple[Any, int]:
     """The value of the pickle that begins at byte `start` and the position after it. Raises Refused.
 
@@ -194,8 +200,8 @@ class _Machine:
 
     def top(self, kind: type, doing: str) -> Any:
         if not self.stack or type(self.stack[-1]) is not kind:
-            found = type(self.stack[-1]).__name__ if self.stack else "nothing"
-            raise Refused(f"{doing} of a {kind.__name__} on {_article(found)}")
+            found = article(self.stack[-1]) if self.stack else "nothing"
+            raise Refused(f"{doing} of a {kind.__name__} on {found}")
         return self.stack[-1]
 
     def items(self) -> list:
@@ -273,7 +279,7 @@ class _Machine:
     def call(self, table: Mapping[tuple[str, str], Call], doing: str) -> None:
         arguments, name = self.pop(), self.pop()
         if type(name) is not Name:
-            raise Refused(f"{doing} of {_article(type(name).__name__)}, which is no name")
+            raise Refused(f"{doing} of {article(name)}, which is no name")
         if type(arguments) is not tuple:
             raise Refused(f"{doing} of {name} with arguments that are no tuple")
         made = table.get((name.module, name.name))
@@ -285,10 +291,10 @@ class _Machine:
         state = self.pop()
         target = self.stack[-1] if self.stack else None
         if type(target) is not Placeholder or (target.name.module, target.name.name) not in self.vocabulary.build:
-            found = str(target) if type(target) is Name else _article(type(target).__name__)
+            found = str(target) if type(target) is Name else article(target)
             raise Refused(f"a state (BUILD) for {found}, which has none")
         if type(state) not in (dict, tuple):
-            raise Refused(f"a state (BUILD) that is {_article(type(state).__name__)}")
+            raise Refused(f"a state (BUILD) that is {article(state)}")
 
     def persistent(self) -> None:
         if self.vocabulary.persistent is None:
@@ -300,11 +306,9 @@ def _key(key: Any) -> str | int:
     # Anything else may be nested, and hashing it recurses in C without a limit.
     if type(key) is str or (type(key) is int and -_KEY_RANGE <= key < _KEY_RANGE):
         return key
-    raise Refused(f"a key that is {_article(type(key).__name__)}")
+    raise Refused(f"a key that is {article(key)}")
 
 
-def _article(kind: str) -> str:
-    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}" if kind != "nothing" else kind
 
 
 def _opcode_name(code: int) -> str:

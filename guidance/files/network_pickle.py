@@ -1,4 +1,4 @@
-"""NVIDIA's network pickles of StyleGAN2, read without their code: stylegan2-ada-pytorch's and the stylegan3 repository's.
+"""NVIDIA's network pickles of StyleGAN2, read without their code: from stylegan2-ada-pytorch and from stylegan3.
 
 Such a file is a dictionary of networks. A network is a call of `_reconstruct_persistent_obj` with its class's name, the
 source text of its module (which the original loader executes; here only its hash is kept) and the state of a torch
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, read_pickle, shown
+from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
 from .storage_stream import StoredTensor, encode, load_from_bytes, rebuild_parameter, rebuild_tensor
 
 PERSISTENCE_VERSION = 6
@@ -85,7 +85,7 @@ def read_network_pickle(data: bytes, budget: Budget | None = None) -> PickledGen
     if type(content) is Network:
         content = {"G_ema": content}
     if type(content) is not dict:
-        raise Refused(f"a {type(content).__name__} at the top of the pickle, where NVIDIA writes a dictionary of networks")
+        raise Refused(f"{article(content)} at the top of the pickle, where NVIDIA writes a dictionary of networks")
     notes = []
     generator = content.get("G_ema")
     if type(generator) is not Network and type(content.get("G")) is Network:

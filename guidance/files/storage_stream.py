@@ -91,7 +91,8 @@ def read_storage(data: memoryview, budget: Budget) -> Storage:
             raise Refused("another magic number than torch writes")
         version, end = read_pickle(data, end, _PLAIN, budget)
         if not _whole(version) or version != VERSION:
-            raise Refused(f"version {version if _whole(version) else 'unknown'} of torch's format, where {VERSION} is read")
+            found = version if _whole(version) else "unknown"
+            raise Refused(f"version {found} of torch's format, where {VERSION} is read")
         system, end = read_pickle(data, end, _PLAIN, budget)
         if type(system) is not dict or system.get("little_endian") is not True:
             raise Refused("numbers that are not little-endian")
@@ -124,7 +125,10 @@ def load_from_bytes(name: Name, arguments: tuple, budget: Budget) -> Storage:
 
 
 def rebuild_tensor(name: Name, arguments: tuple, budget: Budget) -> StoredTensor:
-    """In the place of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks[, None])`."""
+    """In the place of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
+
+    Raises Refused for a tensor that does not lie within its storage, or would be larger than it.
+    """
     if len(arguments) not in (6, 7) or arguments[6:] not in ((), (None,)):
         raise Refused(f"a call of {name} with other arguments than torch writes")
     storage, offset, shape, stride, requires_grad, hooks = arguments[:6]

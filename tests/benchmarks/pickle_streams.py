@@ -123,7 +123,8 @@ class Writer:
         if self.protocol == 2:
             self.write(Call(Name("_codecs", "encode"), (value.decode("latin-1"), "latin1")))
             return
-        self.out.write((b"C" + bytes([len(value)]) if len(value) < 256 else b"B" + struct.pack("<I", len(value))) + value)
+        size = b"C" + bytes([len(value)]) if len(value) < 256 else b"B" + struct.pack("<I", len(value))
+        self.out.write(size + value)
 
     def write(self, value: Any) -> None:
         simple = {None: b"N", True: b"\x88", False: b"\x89"}
@@ -253,7 +254,9 @@ def network(generator: Generator, changed: dict[str, Call | None] | None = None,
     """
     changed, config = changed or {}, generator.config
 
-    def module(path: str, class_name: str, children: dict[str, Call], tensors: dict[str, Tensor], **public: Any) -> Call:
+    def module(
+        path: str, class_name: str, children: dict[str, Call], tensors: dict[str, Tensor], **public: Any
+    ) -> Call:
         groups: dict[str, dict] = {"_parameters": {}, "_buffers": {}}
         for name, value in tensors.items():
             key = f"{path}.{name}" if path else name
@@ -312,8 +315,9 @@ def network(generator: Generator, changed: dict[str, Call | None] | None = None,
         "mapping": module("mapping", "MappingNetwork", mapping, {"w_avg": generator.mapping.w_avg},
                           num_layers=config.mapping_layers),
     }  # fmt: skip
+    told = easy({"class_name": "training.networks.Generator", "z_dim": config.z_dim})
     return module("", "Generator", parts, {}, img_resolution=config.resolution, img_channels=config.img_channels,
-                  _init_kwargs=easy({"class_name": "training.networks.Generator", "z_dim": config.z_dim}), **public)  # fmt: skip
+                  _init_kwargs=told, **public)  # fmt: skip
 
 
 TINY = GeneratorConfig(resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2)
@@ -382,7 +386,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "numpy's import of a test runner": (
             top(Call(Name("numpy.testing._private.utils", "runstring"), ("1", {}))), "the name numpy.testing"),
         "dotted name": (top(Call(Name("torch.storage", "_load_from_bytes.__globals__"), ())), "the name torch.storage"),
-        "dotted name of a module": (top(Name("collections.OrderedDict", "__init__")), "the name collections.OrderedDict"),
+        "dotted name of a module": (top(Name("collections.OrderedDict", "__init__")), "the name collections.Ordered"),
         "name that is no text": (raw(b"K\x01K\x02\x93"), "a name that is no text"),
         "name without end": (raw(b"cos" + b"x" * 300), "a name without end"),
         "name in another alphabet": (top(Name("\u043es", "system")), r"the name \\u043es.system"),
@@ -406,7 +410,8 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "protocol 0 integer": (raw(b"I01\n"), "instruction INT"),
         "protocol 0 text": (raw(b"S'a'\n"), "instruction STRING"),
         "protocol 0 name": (raw(b"Vos\nVsystem\n\x93"), "instruction UNICODE"),
-        "BUILD on a class": (raw(b"ccollections\nOrderedDict\n}\x8c\x01aK\x01sb"), r"a state \(BUILD\) for collections"),
+        "BUILD on a class": (
+            raw(b"ccollections\nOrderedDict\n}\x8c\x01aK\x01sb"), r"a state \(BUILD\) for collections"),
         "BUILD on a function": (raw(b"ctorch._utils\n_rebuild_parameter\n}b"), r"a state \(BUILD\) for torch._utils"),
         "BUILD on a dictionary": (raw(b"}}b"), r"a state \(BUILD\) for a dict"),
         "BUILD on a network": (
@@ -470,17 +475,18 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "cycle of modules": (_cycle(), "where StyleGAN2 has SynthesisNetwork|within itself"),
         "module in two places": (_shared(), "in two places"),
         "list within itself": (raw(b"]\x94h\x00a"), "filling of a list|^$"),
-        "deep nest of tuples": (top(Raw(b")" + b"\x85" * 200_000)), "^$"),
-        "deep nest as the network": (dump({"G_ema": Raw(b")" + b"\x85" * 200_000)}), r"no generator \(G_ema or G\)"),
-        "deep nest as a key": (raw(b"}" + b")" + b"\x85" * 200_000 + b"Ns"), "a key that is a tuple"),
-        "deep nest in a set": (raw(b"\x8f(" + b")" + b"\x85" * 200_000 + b"\x90"), "a key that is a tuple"),
-        "deep nest of lists as the top": (dump(Raw(b"]" * 100_000 + b"a" * 99_999)), "a list at the top"),
+        "deep nest of tuples": (top(Raw(b")" + b"\x85" * 60_000)), "^$"),
+        "deep nest as the network": (dump({"G_ema": Raw(b")" + b"\x85" * 60_000)}), r"no generator \(G_ema or G\)"),
+        "deep nest as a key": (raw(b"}" + b")" + b"\x85" * 60_000 + b"Ns"), "a key that is a tuple"),
+        "deep nest in a set": (raw(b"\x8f(" + b")" + b"\x85" * 60_000 + b"\x90"), "a key that is a tuple"),
+        "deep nest of lists as the top": (dump(Raw(b"]" * 60_000 + b"a" * 59_999)), "a list at the top"),
         "open marks": (raw(b"(" * 5000 + b"N" + b"t" * 5000), "open marks"),
         "doubling list": (top(_doubling(60)), "^$"),
         "doubling list as the modules": (state("synthesis", _modules=_doubling(60)), "without _modules"),
         "too many steps": (raw(b"N" + b"\x85" * 600_000), "more than 500000 steps"),
         "keys that collide": (raw(b"}(" + b"".join(
-            b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(1, 50)) + b"u"), "a key that is an int"),
+            b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(1, 50)) + b"u"),
+            "a key that is an int"),
         "list as a key": (raw(b"}]Ns"), "a key that is a list"),
         "decoded again and again": (
             top([Call(Name("_codecs", "encode"), ("a" * 2**19, "latin1"))] * 3000, 2),
@@ -505,7 +511,8 @@ def attacks() -> dict[str, tuple[bytes, str]]:
             state("synthesis", _modules={"b4": persistent("AttentionBlock", {})}), "the unknown class AttentionBlock"),
         "class in the wrong place": (
             state("synthesis", _modules={"b4": persistent("Generator", {})}), "where StyleGAN2 has SynthesisBlock"),
-        "module that is a tensor": (state("synthesis", _modules={"b4": tensor(const)}), "something else than a network"),
+        "module that is a tensor": (
+            state("synthesis", _modules={"b4": tensor(const)}), "something else than a network"),
         "tensor that is a text": (state("mapping", _buffers={"w_avg": "abc"}), "something else than a tensor"),
         "no parameters": (state("mapping", _parameters=None), "without _parameters"),
         "another activation": (state("mapping_fc0", activation="relu"), "activation relu in mapping.fc0"),
@@ -517,14 +524,15 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "another architecture": (
             dump({"G_ema": network(tiny, **{f"synthesis_b{n}": {"architecture": "orig"} for n in (4, 8)})}),
             "architecture was said to be 'orig'"),
-        "missing tensor": (dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": None})}), "missing synthesis.b8.conv1.bias"),
+        "missing tensor": (
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": None})}), "missing synthesis.b8.conv1.bias"),
         "tensor of another shape": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": tensor(torch.ones(5))})}), r"found \[5\]"),
         "filter of another shape": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv1.resample_filter": tensor(torch.ones(3, 3) / 9)})}),
             "filter"),
         "nothing": (dump({}), "no generator"),
-        "a number": (dump(1), "a int at the top|an int at the top"),
+        "a number": (dump(1), "an int at the top"),
         "protocol 1": (b"\x80\x01}.", "pickle protocol 1"),
         "protocol 6": (b"\x80\x06}.", "pickle protocol 6"),
         "bytes after the end": (dump(snapshot(tiny)) + b"x", "1 bytes after the end"),
@@ -544,7 +552,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
                           "found a StyleGAN-XL or Projected GAN network"),
         "EG3D": (
             dump({"G_ema": persistent("TriPlaneGenerator", {
-                "renderer": Call(Name("training.volumetric_rendering.renderer", "ImportanceRenderer"), (), new=True)})}),
+                "renderer": Call(Name("training.volumetric_rendering.renderer", "Renderer"), (), new=True)})}),
             "found an EG3D network"),
         "TensorFlow": (
             dump((Call(Name("dnnlib.tflib.network", "Network"), (), new=True, state={"version": 4}),) * 3),
@@ -573,7 +581,8 @@ def _shared() -> bytes:
     layer = persistent("FullyConnectedLayer", {"_parameters": {}, "_buffers": {}, "_modules": {}})
     layers = {"fc0": Keep(layer, 2**30), "fc1": Again(2**30)}
     mapping = persistent("MappingNetwork", {"_parameters": {}, "_buffers": {}, "_modules": layers})
-    return dump({"G_ema": persistent("Generator", {"_parameters": {}, "_buffers": {}, "_modules": {"mapping": mapping}})}, 3)
+    state = {"_parameters": {}, "_buffers": {}, "_modules": {"mapping": mapping}}
+    return dump({"G_ema": persistent("Generator", state)}, 3)
 
 
 def _one_storage() -> bytes:
@@ -617,7 +626,8 @@ def damaged(streams: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
                 elif kind == "opcode":
                     data[at] = random_.choice(_CODES)
                 else:
-                    data[at + 1 : at + 5] = struct.pack("<i", random_.choice((0, 1, -1, 255, 2**16, 2**31 - 1, -(2**31))))
+                    number = random_.choice((0, 1, -1, 255, 2**16, 2**31 - 1, -(2**31)))
+                    data[at + 1 : at + 5] = struct.pack("<i", number)
         else:
             first, second = sorted(random_.sample(range(len(code) - 1), 2))
             a, b = data[code[first] : code[first + 1]], data[code[second] : code[second + 1]]
