@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
+from .inert_pickle import MAX_NAME, Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
 from .storage_stream import StoredTensor, encode, load_from_bytes, rebuild_parameter, rebuild_tensor
 
 PERSISTENCE_VERSION = 6
@@ -59,8 +59,8 @@ class PickledGenerator:
     notes: tuple[str, ...]
 
     def load(self, limit_bytes: int) -> dict[str, Tensor]:
-        """All tensors in float32; the copies together may not take more than `limit_bytes` (as they are stored)."""
-        needed = sum(tensor.numel * tensor.dtype.itemsize for tensor in self.tensors.values())
+        """All tensors in float32; what is copied for them together may not take more than `limit_bytes` (as stored)."""
+        needed = sum(max(tensor.numel, tensor.extent) * tensor.dtype.itemsize for tensor in self.tensors.values())
         if needed > limit_bytes:
             raise Refused(f"tensors of {needed} bytes in a file of {limit_bytes}")
         return {name: tensor.load(torch.float32) for name, tensor in self.tensors.items()}
@@ -252,14 +252,18 @@ def _dictionary(module: Network, name: str, path: str) -> dict:
 
 def _scalar(module: Network, name: str) -> Any:
     """A public attribute of a module: None, a truth value, a number or a text; `_MISSING` where it has none."""
-    value = module.state.get(name, _MISSING)
-    return value if value is None or type(value) in (bool, int, float, str) else _MISSING
+    return _plain(module.state.get(name, _MISSING), name)
 
 
 def _said(module: Network, name: str) -> Any:
     """What the module's constructor was told by keyword; `_MISSING` where it was not."""
     told = module.state.get("_init_kwargs")
-    value = told.get(name, _MISSING) if type(told) is dict else _MISSING
+    return _plain(told.get(name, _MISSING) if type(told) is dict else _MISSING, name)
+
+
+def _plain(value: Any, name: str) -> Any:
+    if (type(value) is str and len(value) > MAX_NAME) or (type(value) is int and not abs(value) < 1e9):
+        raise Refused(f"no usable value as {name} of a module")  # and none that an error message could repeat
     return value if value is None or type(value) in (bool, int, float, str) else _MISSING
 
 

@@ -18,6 +18,7 @@ from .inert_pickle import Budget, LongText, Name, Refused, Vocabulary, read_pick
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 MAX_DIMENSIONS = 8
+_MAX_WHOLE = 2**63  # of what torch itself can say about a tensor
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
     "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
@@ -54,13 +55,20 @@ class StoredTensor:
             count *= size
         return count
 
+    @property
+    def extent(self) -> int:
+        """How many numbers of the storage lie between its first and its last; its own count where it is dense."""
+        return 0 if 0 in self.shape else 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
+
     def load(self, dtype: torch.dtype | None = None) -> Tensor:
         """A contiguous copy, in its own number format or `dtype`."""
         if self.numel == 0:
             return torch.empty(self.shape, dtype=dtype or self.dtype)
-        # A copy first: bytes of a file lie anywhere, numbers of a tensor at multiples of their size.
-        numbers = torch.frombuffer(bytearray(self.storage.data), dtype=self.dtype)
-        tensor = numbers.as_strided(self.shape, self.stride, self.offset)
+        # A copy first: bytes of a file lie anywhere, numbers of a tensor at multiples of their size. Of its part only:
+        # many tensors may lie in one storage.
+        size = self.dtype.itemsize
+        piece = self.storage.data[self.offset * size : (self.offset + self.extent) * size]
+        tensor = torch.frombuffer(bytearray(piece), dtype=self.dtype).as_strided(self.shape, self.stride)
         return tensor.to(dtype or self.dtype).clone(memory_format=torch.contiguous_format)
 
 
@@ -140,13 +148,15 @@ def rebuild_tensor(name: Name, arguments: tuple, budget: Budget) -> StoredTensor
         raise Refused("a tensor with impossible sizes or strides")
     if min((offset, *shape, *stride)) < 0:
         raise Refused("a tensor with a negative offset, size or stride")
+    if max((offset, *shape, *stride)) >= _MAX_WHOLE:
+        raise Refused("a tensor with impossible sizes or strides")
     tensor = StoredTensor(storage, offset, shape, stride)
-    last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
+    end = offset + tensor.extent
     if 0 in shape:
         if offset > storage.numel or max(shape) > storage.numel:
             raise Refused("an empty tensor with impossible sizes")
-    elif last >= storage.numel:
-        raise Refused(f"a tensor that reaches to number {last} of a storage of {storage.numel} (out of bounds)")
+    elif end > storage.numel:
+        raise Refused(f"a tensor that reaches to number {end - 1} of a storage of {storage.numel} (out of bounds)")
     elif tensor.numel > storage.numel:
         raise Refused(f"a tensor of {tensor.numel} numbers in a storage of {storage.numel}")
     return tensor

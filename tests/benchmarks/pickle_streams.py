@@ -455,6 +455,8 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "size that is no number": (with_const(size=(6, 4, "4")), "impossible sizes"),
         "truth value as a size": (with_const(size=(6, 4, True), stride=(16, 4, 1)), "impossible sizes"),
         "stride out of bounds": (with_const(stride=(1000, 4, 1)), "out of bounds"),
+        "size of 5000 digits": (with_const(size=(2**2030,) * 8, stride=(0,) * 8), "impossible sizes or strides"),
+        "stride of 600 digits": (with_const(stride=(2**2030, 4, 1)), "impossible sizes or strides"),
         "stride that repeats": (with_const(size=(96, 96), stride=(0, 1)), "a tensor of 9216 numbers"),
         "negative stride": (with_const(stride=(-16, 4, 1)), "negative"),
         "negative offset": (with_const(offset=-1), "negative"),
@@ -468,6 +470,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
             dump({"G_ema": network(tiny, {"synthesis.b4.const": tensor(torch.ones(6, 4, 4, dtype=torch.int64))})}),
             "numbers of the type int64"),
         "one storage for all": (_one_storage(), "tensors of .* bytes in a file of"),
+        "numbers far apart": (_one_storage(step=500), "tensors of .* bytes in a file of"),
         "infinite weights": (
             dump({"G_ema": network(tiny, {"synthesis.b4.const": tensor(torch.full((6, 4, 4), float("inf")))})}),
             "found NaN or infinity"),
@@ -524,6 +527,10 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "another architecture": (
             dump({"G_ema": network(tiny, **{f"synthesis_b{n}": {"architecture": "orig"} for n in (4, 8)})}),
             "architecture was said to be 'orig'"),
+        "architecture of 60 kB": (
+            dump({"G_ema": network(tiny, synthesis_b8={"architecture": "\x1b[31m" * 10_000})}), "no usable value"),
+        "resolution of 600 digits": (
+            dump({"G_ema": network(tiny, top={"img_resolution": 2**2030})}), "no usable value as img_resolution"),
         "missing tensor": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": None})}), "missing synthesis.b8.conv1.bias"),
         "tensor of another shape": (
@@ -585,14 +592,18 @@ def _shared() -> bytes:
     return dump({"G_ema": persistent("Generator", state)}, 3)
 
 
-def _one_storage() -> bytes:
-    """Every tensor of a network a view of one storage: little to read, much to copy."""
+def _one_storage(step: int = 1) -> bytes:
+    """Every tensor of a network a view of one storage: little to read, much to copy. step: between a bias's numbers."""
     config = GeneratorConfig(resolution=8, channels=(64, 64), z_dim=64, w_dim=64, mapping_layers=8)
     generator = Generator(config)
     weights = {**dict(generator.named_parameters()), **dict(generator.named_buffers())}
     storage = torch.zeros(max(value.numel() for value in weights.values()), dtype=torch.float16)
-    claims = {key: Call(TENSOR, (Again(2**30), 0, tuple(value.shape), tuple(value.stride()), False, Call(ORDERED, ())))
-              for key, value in weights.items()}  # fmt: skip
+    if step > 1:
+        weights = {key: value for key, value in weights.items() if value.ndim == 1}
+    claims = {}
+    for key, value in weights.items():
+        stride = tuple(step * one for one in value.stride())
+        claims[key] = Call(TENSOR, (Again(2**30), 0, tuple(value.shape), stride, False, Call(ORDERED, ())))
     owner = Keep(Call(FROM_BYTES, (storage_bytes(storage),)), 2**30)
     return dump({"storage": owner, "G_ema": network(generator, claims)}, 3)
 
