@@ -364,9 +364,9 @@ def _mini_data(options: argparse.Namespace) -> int:
 def _add_inspect(commands: Any) -> None:
     command = _command(
         commands, "inspect", _inspect, "tell everything a model file knows about itself",
-        "Domain models of every form, LoRAs, checkpoints and UNets.",
+        "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
     )  # fmt: skip
-    command.add_argument("file", metavar="FILE", help="a .safetensors file")
+    command.add_argument("file", metavar="FILE", help="a .safetensors file, or a generator's .pkl or .pt")
     _add_json(command, "all of it as one JSON object")
 
 
@@ -380,17 +380,18 @@ def _inspect(options: argparse.Namespace) -> int:
 def _add_convert(commands: Any) -> None:
     kinds = {one.name: one for one in dataclasses.fields(TrainConfig)}
     command = _command(
-        commands, "convert", _convert, "make a domain model file from a checkpoint, or change its number format",
+        commands, "convert", _convert, "make a domain model file from a checkpoint, or a generator file from a pickle",
         "From a checkpoint: an untrained text-free UNet, or with --form full its UNet alone. From a domain model: the "
-        "same in another number format.",
+        "same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or StyleGAN-NADA's "
+        ".pt): the generator as .safetensors, read without running anything that the file contains.",
     )  # fmt: skip
-    command.add_argument("source", metavar="FROM", help="a checkpoint, a domain model, or mini_world")
+    command.add_argument("source", metavar="FROM", help="a checkpoint, a domain model, a generator, or mini_world")
     command.add_argument("target", metavar="TO", help="the .safetensors file to write")
     command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
                          help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
                               "(default)")  # fmt: skip
-    command.add_argument("--file-dtype", choices=kinds["file_dtype"].metadata["choices"], default="fp16",
-                         help="numbers of the file (default fp16)")  # fmt: skip
+    command.add_argument("--file-dtype", choices=kinds["file_dtype"].metadata["choices"], default="",
+                         help="numbers of the file (default fp16; a generator's fp32)")  # fmt: skip
     command.add_argument("--prediction", choices=kinds["prediction"].metadata["choices"], default="auto",
                          help=kinds["prediction"].metadata["help"])  # fmt: skip
     command.add_argument("--resolution", type=int, default=None, metavar="PIXELS",

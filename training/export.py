@@ -20,8 +20,12 @@ from torch import Tensor
 from ..guidance.files import (
     DomainMetadata,
     FileProblem,
+    GeneratorMetadata,
     check_finite,
+    convert_generator,
+    holds_generator,
     read_domain_file,
+    read_generator,
     read_keys,
     read_metadata,
     read_state_dict,
@@ -31,6 +35,7 @@ from ..guidance.files import (
     write_safetensors,
 )
 from ..guidance.files.domain import FORMAT as DOMAIN_FORMAT
+from ..guidance.files.generator import FORMAT as GENERATOR_FORMAT
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
 from ..guidance.networks.unet import UNetConfig, unet_config_from_state_dict
 from .base import FAMILIES, MINI_WORLD, Base, open_checkpoint, open_mini_world
@@ -167,7 +172,7 @@ def convert(
     target: str | os.PathLike,
     *,
     form: str = "",
-    file_dtype: str = "fp16",
+    file_dtype: str = "",
     prediction: str = "auto",
     resolution: int = 512,
     name: str = "",
@@ -178,7 +183,9 @@ def convert(
 
     From a checkpoint, form "cached" or "constant" gives an untrained text-free UNet, "full" its UNet alone; `constant`
     is measured at `resolution` pixels on `device`. From a domain file (form "" or its own) the number format changes
-    and its knowledge about itself is kept. Raises FileProblem and ValueError; `source` is never written to.
+    and its knowledge about itself is kept. From a StyleGAN2 generator of any readable format: a generator file, which
+    nothing leads back from. file_dtype: "fp16" where it is "", a generator's "fp32". Raises FileProblem and ValueError;
+    `source` is never written to.
     """
     if form and form not in FORMS:
         raise ValueError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
@@ -187,6 +194,11 @@ def convert(
         source = Path(source)
         if target.exists() and source.exists() and target.samefile(source):
             raise FileProblem(f"{target}: expected another file to write than the one to read; choose another name.")
+        if holds_generator(source):
+            if form:
+                raise FileProblem(f"{source}: expected a checkpoint to make the form {form} from, found a generator.")
+            return convert_generator(source, target, dtype=file_dtype or "fp32", name=name)
+        file_dtype = file_dtype or "fp16"
         keys = read_keys(source)
         own = form_of(unet_layout(keys, source))
         alone = read_metadata(source).get("format") == DOMAIN_FORMAT or own != "full"
@@ -197,7 +209,7 @@ def convert(
         base = open_mini_world(prediction)
     trainee = start_model(base, form or "full", resolution=resolution, device=device, on_probe=on_probe)
     return write_domain_model(
-        target, trainee.weights(), trainee.config, base, file_dtype=file_dtype,
+        target, trainee.weights(), trainee.config, base, file_dtype=file_dtype or "fp16",
         null_text_error=trainee.null_text_error, name=name,
     )
 
@@ -222,15 +234,17 @@ def form_of(layout: str) -> str:
 def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a model file knows about itself, as JSON values.
 
-    kind: "domain model", "checkpoint", "UNet", "LoRA" or "training checkpoint" (of a run, to resume from); file: name,
-    bytes, tensors, parameters, number formats. A domain model: form, architecture, latent space, prediction, prior,
-    null context, errors of the constants, data, steps, training configuration; a checkpoint: family and parts. Weights
-    are read only where the header does not tell.
+    kind: "domain model", "generator", "checkpoint", "UNet", "LoRA" or "training checkpoint" (of a run, to resume from);
+    file: name, bytes, tensors, parameters, number formats. A domain model: form, architecture, latent space, prediction,
+    prior, null context, errors of the constants, data, steps, training configuration; a generator: architecture,
+    source, history; a checkpoint: family and parts. Weights are read only where the header does not tell.
     Raises FileProblem for a file that is no model of these kinds.
     """
     path = Path(path)
     if path.suffix == CHECKPOINT_SUFFIX and path.is_file() and _ends_as_run_checkpoint(path):
         return _inspect_run(path)
+    if holds_generator(path):
+        return _inspect_generator(path)
     keys, metadata = read_keys(path), read_metadata(path)
     shapes = _shapes(path)
     formats = Counter()
@@ -309,6 +323,40 @@ def _inspect_domain(described: DomainMetadata, parts: Mapping[str, int]) -> dict
     }
 
 
+def _inspect_generator(path: Path) -> dict[str, Any]:
+    stated = read_metadata(path) if is_safetensors(path) else {}
+    notes: tuple[str, ...] = ()
+    formats: Counter = Counter()
+    if stated.get("format") == GENERATOR_FORMAT:
+        described, config = GeneratorMetadata.from_strings(stated, path)
+        shapes = _shapes(path)
+        for shape, dtype in shapes.values():
+            formats[dtype] += _count(shape)
+    else:
+        loaded = read_generator(path, prefer_converted=False)
+        described, config, notes = loaded.metadata, loaded.generator.config, loaded.notes
+        shapes = loaded.generator.state_dict()
+        formats["F32 as read"] = sum(tensor.numel() for tensor in shapes.values())
+    return {
+        "kind": "generator",
+        "file": {
+            "path": str(path), "bytes": path.stat().st_size, "tensors": len(shapes),
+            "parameters": sum(formats.values()), "numbers": dict(formats),
+        },
+        "name": described.name,
+        "resolution": config.resolution,
+        "licence": described.licence,
+        "source": {
+            "format": described.source_format, "class": described.class_name, "sha256": described.source_sha256,
+            "code_sha256": described.source_code_sha256,
+        },
+        "history": [dict(entry) for entry in described.history],
+        "architecture": config.to_dict(),
+        "notes": list(notes),
+        "extra": dict(described.extra),
+    }  # fmt: skip
+
+
 def _ends_as_run_checkpoint(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TRAILER))
@@ -372,7 +420,7 @@ def inspect_text(path: str | os.PathLike) -> str:
         elif isinstance(value, bool):
             add(label, "yes" if value else "no")
         elif isinstance(value, list):
-            add(label, ", ".join(map(str, value)))
+            add(label, ", ".join(map(_short, value)))
         else:
             add(label, value)
     if errors:

@@ -280,7 +280,7 @@ def _read_torch(path: Path, limit_bytes: int) -> LoadedGenerator:
         with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises whatever its parser met
-        named = re.search(r"Unsupported (?:global|class|operand)[^\n]{0,20}?(?:GLOBAL )?([\w.]+)", str(error), re.ASCII)
+        named = re.search(r"\b(?:GLOBAL|global|class):? ([A-Za-z_]\w*(?:\.\w+)+)", str(error), re.ASCII)
         reason = f"the name {shown(named[1])}, which is not allowed" if named else shown(_first_line(error))
         raise FileProblem(
             f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({reason}); use the "

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from indomain_guidance.guidance.files import FileProblem, read_domain_file, read_metadata, write_safetensors
+from indomain_guidance.guidance.files import (
+    FileProblem,
+    read_domain_file,
+    read_generator,
+    read_metadata,
+    write_safetensors,
+)
 from indomain_guidance.training import export, parts
 from indomain_guidance.training.base import open_checkpoint, open_mini_world
 from indomain_guidance.training.checkpoints import save_checkpoint
@@ -132,6 +139,32 @@ def test_inspects_the_checkpoint_of_a_run(tmp_path):
     path.write_bytes(data)
     with pytest.raises(FileProblem, match="step-000007.ckpt"):
         export.inspect(path)
+
+
+GENERATORS = Path(__file__).resolve().parents[1] / "guidance" / "files" / "golden"
+
+
+@pytest.mark.parametrize("name", ["stylegan2_ada", "stylegan3"])
+def test_converts_and_inspects_generators(name, tmp_path):
+    source = GENERATORS / f"{name}.pkl"
+    path = export.convert(source, tmp_path / "cats.safetensors", name="cats")
+    exact, read = read_generator(source).generator.state_dict(), read_generator(path)
+    assert all(torch.equal(value, exact[key]) for key, value in read.generator.state_dict().items())
+    before, after = export.inspect(source), export.inspect(path)
+    assert (before["kind"], before["name"]) == ("generator", name)
+    assert (after["kind"], after["name"]) == ("generator", "cats")
+    for key in ("source", "architecture", "resolution"):
+        assert before[key] == after[key]
+    assert after["source"]["format"] == "NVIDIA pickle" and after["architecture"]["channels"] == [6, 6, 4]
+    assert after["file"]["parameters"] == before["file"]["parameters"] == sum(value.numel() for value in exact.values())
+    assert "half precision" in before["notes"][0] and "F32" in after["file"]["numbers"]
+    assert "kind:              generator" in export.inspect_text(source) and "sha256" in export.inspect_text(path)
+    half = export.convert(path, tmp_path / "half.safetensors", file_dtype="fp16")
+    assert export.inspect(half)["file"]["numbers"] == {"F16": after["file"]["parameters"]}
+    with pytest.raises(FileProblem, match="found a generator"):
+        export.convert(source, tmp_path / "x.safetensors", form="cached")
+    with pytest.raises(FileProblem, match="expected another file to write"):
+        export.convert(path, path)
 
 
 def test_inspect_refuses_other_files(tmp_path):
