@@ -148,7 +148,7 @@ def fir_kernel(taps: tuple[float, ...], *, device: torch.device | str = "cpu", d
     """The separable low-pass filter of 2x upsampling [1, 1, K, K] with sum 4, which makes up for the inserted zeros."""
     row = torch.tensor(taps, dtype=torch.float64)
     kernel = torch.outer(row, row) * (4.0 / row.sum() ** 2)
-    return kernel.to(device=device, dtype=dtype)[None, None]
+    return kernel.to(dtype).to(device)[None, None]  # in this order: not every device has float64
 
 
 def upsample(x: Tensor, kernel: Tensor) -> Tensor:
@@ -422,13 +422,17 @@ class Generator(nn.Module):
             position += 1 if resolution == 4 else 2
         self.style_layers: tuple[str, ...] = tuple(names)
         self.ws_index: dict[str, int] = index
-        self.register_load_state_dict_pre_hook(_check_and_drop_filters)
         if self.synthesis.b4.const.is_meta:
             return  # shapes alone; drawing numbers for them would load torch's compiler
         with torch.no_grad():
             for module in self.modules():
                 if hasattr(module, "initialise"):
                     module.initialise(generator)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *others: Any) -> None:
+        # In place of a hook, which torch has in public from 2.5 on. The parts' own entries are taken afterwards.
+        _check_and_drop_filters(self.config, state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @property
     def num_ws(self) -> int:
@@ -538,7 +542,7 @@ class Generator(nn.Module):
             labels = None
             if config.c_dim:
                 labels = c[(torch.arange(count) + start) % len(c)].to(weight.device)
-            total += self.map(z, labels)[:, 0].double().sum(dim=0).cpu()
+            total += self.map(z, labels)[:, 0].cpu().double().sum(dim=0)  # in this order: not every device has float64
         return (total / samples).to(weight.device, _scale_dtype(weight))
 
 
@@ -567,15 +571,15 @@ def _without_autocast(device: torch.device) -> Any:
 # Reading weights
 
 
-def _check_and_drop_filters(module: Generator, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _check_and_drop_filters(config: GeneratorConfig, state_dict: dict[str, Tensor], prefix: str) -> None:
     """NVIDIA's files repeat the resampling filter in every layer; here it is the configuration's."""
-    expected = fir_kernel(module.config.resample_filter, dtype=torch.float64)[0, 0] / 4
+    expected = fir_kernel(config.resample_filter, dtype=torch.float64)[0, 0] / 4
     for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".resample_filter")]:
-        found = state_dict.pop(key).double().cpu()
+        found = state_dict.pop(key).cpu().double()  # in this order: not every device has float64
         found = torch.outer(found, found) if found.ndim == 1 else found
         if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-3):
             raise ValueError(
-                f"Generator: the filter {key} is not the configuration's {list(module.config.resample_filter)}."
+                f"Generator: the filter {key} is not the configuration's {list(config.resample_filter)}."
             )
 
 
@@ -637,7 +641,7 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
 
 def _taps(key: str, kernel: Tensor) -> tuple[float, ...]:
     """The taps of a separable filter, as whole numbers where they are multiples of the first."""
-    kernel = kernel.detach().double().cpu()
+    kernel = kernel.detach().cpu().double()
     row = kernel if kernel.ndim == 1 else kernel.sum(dim=0)
     if kernel.ndim not in (1, 2) or not bool(row.isfinite().all()) or not float(row.sum()):
         raise ValueError(f"Generator: {key} is no resampling filter.")
