@@ -35,6 +35,7 @@ from .tensors import (
     read_state_dict,
     write_safetensors,
 )
+from .torch_pickle import check_torch_pickle
 
 FORMAT = "indomain_guidance.generator"
 VERSION = "1"
@@ -271,6 +272,13 @@ def _read_torch(path: Path, limit_bytes: int) -> LoadedGenerator:
             f"{torch.__version__}; convert the file to .safetensors where torch is newer (indomain convert)."
         )
     _check_zip(path, limit_bytes)
+    try:
+        check_torch_pickle(path)
+    except Refused as problem:
+        raise FileProblem(
+            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({problem}); use "
+            "the original file from its authors."
+        ) from None
 
     class Namespace:
         """Stands for argparse.Namespace, in which rosinality's trainer keeps its options; made anew for every file."""

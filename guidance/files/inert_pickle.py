@@ -19,6 +19,7 @@ MAX_MARKS = 1000
 MAX_NAME = 200  # characters of a module or class name
 LONG_TEXT = 2**20  # bytes; longer texts stay undecoded (protocol 2 writes binary data as text)
 MAX_TEXT = 2**26  # bytes of all decoded texts together
+_ORDERED = ("collections", "OrderedDict")
 _KEY_RANGE = 2**31  # of whole numbers as keys: larger ones can be made to collide
 
 
@@ -290,6 +291,8 @@ class _Machine:
     def build(self) -> None:
         state = self.pop()
         target = self.stack[-1] if self.stack else None
+        if type(target) is dict and _ORDERED in self.vocabulary.build and type(state) is dict:
+            return  # attributes of an OrderedDict, such as a state dict's _metadata
         if type(target) is not Placeholder or (target.name.module, target.name.name) not in self.vocabulary.build:
             found = str(target) if type(target) is Name else article(target)
             raise Refused(f"a state (BUILD) for {found}, which has none")

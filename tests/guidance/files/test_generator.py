@@ -153,6 +153,36 @@ def test_checkpoints_run_nothing(golden, tmp_path, watched, capfd):
     assert "attacked" not in capfd.readouterr().out
 
 
+def test_checkpoints_cannot_ask_torch_for_memory(golden, tmp_path):
+    """What torch's own list of names would make without a question: `weights_only` is no bound."""
+    path, big = tmp_path / "a.pt", b"\x8a\x06" + (2**40).to_bytes(6, "little")
+    storage = b"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu" + big + b"tQ"
+    for code, reason in (
+        (b"cbuiltins\nbytearray\n" + big + b"\x85R", "the name builtins.bytearray"),
+        (b"c_codecs\nencode\nX\x01\0\0\0aX\x06\0\0\0latin1\x86R", "the name _codecs.encode"),
+        (b"ctorch\nTensor\n" + big + b"\x85R", "the name torch.Tensor"),
+        (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict with arguments"),
+        (storage, "more than the"),
+        (b"N" + b"\x85" * 600_000, "more than 500000 steps"),
+    ):
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("a/data.pkl", b"\x80\x02" + code + b".")
+            archive.writestr("a/version", "3")
+        assert reason in problem(path)
+        path.write_bytes(module._LEGACY_TORCH + b"\x80\x02M\xe9\x03.\x80\x02}.\x80\x02" + code + b".\x80\x02].")
+        assert reason in problem(path)
+    network = torch.nn.Linear(3, 3)
+    content = {
+        "g_ema": golden[0], "g": network.state_dict(), "ada_aug_p": torch.tensor(0.5),
+        "args": argparse.Namespace(size=16, betas=[0.0, 0.99], path=None),
+        "g_optim": torch.optim.Adam(network.parameters()).state_dict(),
+        "more": (network.weight, torch.device("cpu"), torch.float16, network.weight[:, :1].half()),
+    }  # fmt: skip
+    for new in (True, False):
+        torch.save(content, path, _use_new_zipfile_serialization=new)
+        assert read_generator(path).generator.config.resolution == 16
+
+
 def test_checkpoints_that_grow_or_break_are_refused(golden, tmp_path):
     weights, _ = golden
     whole, path = tmp_path / "whole.pt", tmp_path / "a.pt"
