@@ -49,4 +49,6 @@ def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Ten
     size = gradient.flatten(1).abs()
     limit = quantile(size, q)
     wide = limit.reshape(-1, *[1] * (gradient.ndim - 1))
-    return gradient.clamp(-wide, wide), (size > limit[:, None]).to(gradient.dtype).mean()
+    # What is not finite stays so: a clamp must not hide that something overflowed.
+    clamped = torch.where(gradient.isfinite(), gradient.clamp(-wide, wide), gradient)
+    return clamped, (size > limit[:, None]).to(gradient.dtype).mean()

@@ -72,6 +72,8 @@ def test_the_image_clamp_is_per_sample_at_its_quantile():
         limit = torch.quantile(gradient[row].abs().flatten(), 0.95)
         torch.testing.assert_close(clamped[row], gradient[row].clamp(-limit, limit))
     assert float(share) == pytest.approx(0.05, abs=0.005)
+    gradient[0, 0, 0, 0] = float("inf")
+    assert not bool(clamp_image_gradient(gradient, 0.95)[0].isfinite().all())  # hidden overflow would train on
     for neutral in (None, 1, 1.0):
         assert clamp_image_gradient(gradient, neutral)[0] is gradient
     with pytest.raises(GuidanceError, match="quantile"):
