@@ -19,8 +19,8 @@ from .loop import LoopConfig, Progress, check_same_run, load_saved, save_atomica
 class AdversarialConfig(LoopConfig):
     """What one stage trains with; both networks share rate and schedule: constant, then down to 0 over the last part.
 
-    gamma: of the gradient penalties R1 and R2 (0: none), evaluated every ``lazy`` steps. fall: share of the steps over which
-    the rate falls; 0 keeps it, for a stage that another one continues. ``clip`` and ``weight_decay`` are not used.
+    gamma: of the gradient penalties R1 and R2 (0: none), evaluated every ``lazy`` steps. fall: share of the steps over
+    which the rate falls; 0 keeps it, for a stage that another one continues. ``clip`` and ``weight_decay`` are not used.
     """
 
     batch: int = 32
@@ -47,8 +47,8 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Relativistic pairing loss (arXiv 1807.00734, section 4.1): logits [B] of real pictures above those of made ones.
 
     Each made picture is told from a real one of its own, rather than all from one bound for everything: a generator
-    that draws two of ten digits cannot stay where it is (arXiv 2501.05441, section 2), while with the plain
-    non-saturating loss this one was still there after 500 steps.
+    that draws two of ten digits cannot stay where it is (arXiv 2501.05441, section 2). The penalties at real and at
+    made pictures are what that paper needs for it to settle.
     """
     return F.softplus(fake.float() - real.float()).mean()
 
@@ -59,7 +59,7 @@ def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
-    """Mean |grad of the logits|^2 (arXiv 1801.04406, eq. 9, without gamma / 2): R1 at real pictures, R2 at made ones."""
+    """Mean |grad of the logits|^2 (arXiv 1801.04406, eq. 9, without gamma / 2): R1 of real, R2 of made pictures."""
     gradient, = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
     return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).mean()
 
@@ -107,8 +107,9 @@ def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[in
     with open(folder / f"{config.name}.jsonl", "a", encoding="utf-8") as log:
         for step in range(start, config.steps):
             generator, done = step_generator(config.seed, step), step + 1
+            share = rate_share(step / config.steps, config.warmup, config.fall)
             for name, optimizer in optimizers.items():
-                optimizer.param_groups[0]["lr"] = full[name] * rate_share(step / config.steps, config.warmup, config.fall)
+                optimizer.param_groups[0]["lr"] = full[name] * share
             real = real_of(config.batch, generator).contiguous(memory_format=torch.channels_last)
             numbers = _step(config, pair, optimizers, real, latents_of(config.batch, generator), step)
             broken = [name for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))]

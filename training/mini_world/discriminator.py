@@ -1,4 +1,4 @@
-"""The adversary of the mini world's generator: a small StyleGAN2 discriminator; it trains the generator, nothing else."""
+"""The adversary of the mini world's generator: a small StyleGAN2 discriminator, for training alone."""
 
 from __future__ import annotations
 

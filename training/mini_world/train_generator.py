@@ -1,6 +1,6 @@
 """Stage 5 of the recipe: a StyleGAN2 generator of handwritten digits, white on black, without any labels.
 
-It grows once. At 32 px, which hold nearly all that 28 px scans have to say, a step costs a third; the blocks of 64 px
+It grows once. At 32 px, which hold nearly all that 28 px scans have to say, a step costs two thirds; the blocks of 64 px
 then join without changing the picture at first and learn to sharpen it. The networks see one grey channel; as every
 picture is grey, the shipped generator's three channels are that one, so that recolouring its samples is exact.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ...guidance.networks.stylegan2 import Generator as StyleGenerator
 from ...guidance.networks.stylegan2 import GeneratorConfig, random_generator
@@ -26,8 +26,8 @@ CONFIG = GeneratorConfig(  # no noise inputs: handwriting has no grain, and so t
 FILE_NAME = "mini-handwriting"
 CRITIC_CHANNELS = (128, 128, 64, 32, 16)
 # At half the side, then at the full one, where the rate falls.
-SMALL_LOOP = AdversarialConfig(name="generator-32", steps=6000, rate=2.5e-3, warmup=0.01, ema=0.998)
-LOOP = replace(SMALL_LOOP, name="generator-64", steps=2500, fall=0.6)
+SMALL_LOOP = AdversarialConfig(name="generator-32", steps=3700, rate=2.5e-3, warmup=0.01, ema=0.998)
+LOOP = replace(SMALL_LOOP, name="generator-64", steps=2000, fall=0.6)
 
 
 def real_pictures(count: int, generator: Generator, side: int = render.SIDE_PX) -> Tensor:
@@ -51,7 +51,7 @@ def fresh_pair(side: int, seed: int) -> Pair:
 
 
 @torch.no_grad()
-def grown(generator: nn.Module, smaller: nn.Module) -> nn.Module:
+def grown(generator: StyleGenerator, smaller: StyleGenerator) -> StyleGenerator:
     """``generator`` with the weights of one of half the side, whose picture, enlarged, it makes at first.
 
     Skip architecture (arXiv 1912.04958, section 4.1): the picture is a sum over resolutions, and the newest part of the

@@ -9,6 +9,7 @@ from indomain_guidance.guidance.files import (
 from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.training.mini_world import assets, measure, render
 
+# The generator is called as the domain model of the same pictures, in another folder.
 FILES = sorted(assets.weights_dir().rglob("*.safetensors"))
 
 
@@ -26,6 +27,7 @@ def test_the_files_are_half_precision_and_30_mb_together():
     assert {file.stem for file in FILES} == {
         "autoencoder", "classifier", "classifier_held_out", "prior_unet", "text_encoder", "mini-handwriting",
         "mini-narrow-handwriting"}
+    assert assets.generators_dir().joinpath("mini-handwriting.safetensors").stat().st_size <= 6_000_000
     assert sum(file.stat().st_size for file in FILES) <= 30_000_000
     for file in FILES:
         tensors = read_state_dict(file)
@@ -87,6 +89,14 @@ def test_a_domain_model_takes_no_text(world):
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     told = domain(x, 1.0, context=world.encode_text(["a red seven", "a blue two"]))
     assert torch.equal(told, domain(x, 1.0))
+
+
+def test_the_generator_draws_every_digit_by_hand_in_grey(judge_model):
+    found = measure.generator_quality(assets.load_generator(), judge_model, count=600)
+    pictures = measure.generated(assets.load_generator(), 10)
+    assert torch.equal(pictures, pictures[:, :1].expand(-1, 3, -1, -1))
+    assert found.in_domain >= 0.95 and min(found.digits) >= 0.04 and max(found.digits) <= 0.2
+    assert found.distance <= 15 and min(found.digit_diversity) >= 0.7
 
 
 def test_files_that_lack_or_break_something_are_named(tmp_path, monkeypatch):
