@@ -16,7 +16,7 @@ COMMON: dict[str, Any] = {
     "train": "synthesis",
     "freeze_bias": False,
     "batch_size": 4,
-    "learning_rate": 0.002,
+    "learning_rate": 0.004,
     "schedule": "constant",
     "warmup": 0,
     "ema": 0.95,
@@ -25,12 +25,15 @@ COMMON: dict[str, Any] = {
     "device": "cpu",
     "t_min": 10,
 }
-# The released update: scale 100, each gradient on latents clamped to 1, the image gradient at its 95th percentile.
+RELEASED_SCALE = 100.0
+SCALE = 5.0
+# The released update: each gradient on latents clamped to 1, the image gradient at its 95th percentile. Its scale of 100
+# drives this prior's guided predictions out of what it learned; rows with it stand beside those with SCALE.
 RELEASED: dict[str, Any] = {
-    "method": "sds", "scale": 100.0, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
+    "method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
 }  # fmt: skip
-# One noise for all terms, one pass back through the encoder, usual guidance scales, no clamps.
-OURS: dict[str, Any] = {"mode": "shared", "scale": 7.5, "latent_clamp": 0.0, "image_quantile": 0.0}
+# One noise for all terms, one pass back through the encoder, no clamps.
+OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0}
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,8 @@ RECIPES = {
         _released("sds_layers_3", "SDS, 3 layers", layers=3),
         _released("sds_layers_1", "SDS, 1 layer", layers=1),
         _released("sds_directional_layers_3", "SDS + directional 1, 3 layers", directional=1.0, layers=3),
+        _released("sds_100", "SDS alone, scale 100", scale=RELEASED_SCALE),
+        _released("sds_100_directional", "SDS + directional 1, scale 100", scale=RELEASED_SCALE, directional=1.0),
         # The same terms in this project's update.
         Recipe(
             "shared_directional", "SDS + directional 1, shared noise", {**RELEASED, "mode": "shared", "directional": 1.0}
@@ -83,18 +88,18 @@ RECIPES = {
             {**RELEASED, "mode": "shared", "reconstruction": 1.0},
         ),
         _ours("csd", "CSD", method="csd"),
-        _ours("csd_directional", "CSD + directional 0.1", method="csd", directional=0.1),
+        _ours("csd_directional", "CSD + directional 0.5", method="csd", directional=0.5),
         _ours("nfsd", "NFSD", method="nfsd"),
         _ours("bridge", "SDS-Bridge", method="bridge"),
         _ours("dds", "DDS", method="dds"),
         _ours("ism", "ISM", method="ism"),
         _ours("vsd", "VSD", method="vsd"),
-        _ours("sds_usual", "SDS, scale 7.5", method="sds"),
+        _ours("sds_unclamped", "SDS, no clamps", method="sds"),
         # A domain that no prompt describes.
-        _released("domain", "SDS, domain model as critic", "domain", domain_weight=100.0),
+        _released("domain", "SDS, domain model as critic", "domain", domain_weight=SCALE),
         _released("fine_tune", "SDS, fine-tuned critic", "fine_tune"),
         _released(
-            "domain_directional", "SDS + directional 1, domain model", "domain", domain_weight=100.0, directional=1.0
+            "domain_directional", "SDS + directional 1, domain model", "domain", domain_weight=SCALE, directional=1.0
         ),
     )
 }
@@ -105,6 +110,6 @@ LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
 BEYOND = (
     "shared_directional", "shared_reconstruction", "csd", "csd_directional", "nfsd", "bridge", "dds", "ism", "vsd",
-    "sds_usual",
+    "sds_unclamped",
 )  # fmt: skip
 GUIDED = ("domain", "fine_tune", "domain_directional")

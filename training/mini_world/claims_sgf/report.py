@@ -20,7 +20,7 @@ from .points import FIXED, Point
 from .recipes import RECIPES, SGF
 from .sweep import Plan
 from .tasks import TASKS, Task
-from .verdicts import ACCURATE, DIVERSE, LEAST_EXACT, Verdict
+from .verdicts import ACCURATE, DIVERSE, LEAST_EXACT, LEAST_PRIOR, Verdict
 
 FIXED_TITLES = {"source": "source, not adapted", "exact": "exact answers", "prior": "the prior's own pictures"}
 HOW_IT_IS_MEASURED = """\
@@ -225,8 +225,10 @@ def _table(task: Task, rows: Sequence[Row]) -> list[str]:
     head = ["recipe", "steps", "seeds", "distance", "to the prior's pictures", "accuracy", *names, "second judge",
             "correspondence", "diversity", "recall", "handwritten", "changed", "moved", "GFLOPs a step"]  # fmt: skip
     exact = [row.numbers["accuracy"] for row in rows if row.point.recipe == "exact"]
-    judged = f" The judge accepts {exact[0]:.1%} of the exact answers" if exact else ""
-    judged += f" (at least {LEAST_EXACT:.0%} is asked for)." if exact else ""
+    judged = f" The judge accepts {exact[0]:.1%} of the exact answers (at least {LEAST_EXACT:.0%})." if exact else ""
+    prior = [row.numbers["accuracy"] for row in rows if row.point.recipe == "prior"]
+    if prior and task.kind != "domain":
+        judged += f" Of the prior's own pictures {prior[0]:.1%} obey (at least {LEAST_PRIOR:.0%})."
     parts = [f"## {task.title[0].upper()}{task.title[1:]}", "", f"Prompt: {task.prompt!r}.{judged}", "",
              f"| {' | '.join(head)} |", "|" + "---|" * len(head)]  # fmt: skip
     last = last_rows(rows)

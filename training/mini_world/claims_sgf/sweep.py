@@ -44,15 +44,16 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """Everything, most telling first."""
     first, *others = COLOURS
     # 1. One colour prompt: SDS alone, its two regularizers, layer selection, and the strongest rivals.
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", "shared_directional"))
     yield Point(first.name, "prior")
+    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", "shared_directional", "sds_100"))
     # 2. The shape change, and the domain that no prompt describes.
+    yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, (*SGF, "csd"))
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"))
     # 3. The other colours and the long prompt, then three seeds of all of that.
     for task in (*others, LONG):
-        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3"))
         yield Point(task.name, "prior")
+        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3"))
     for task in (*COLOURS, LONG, SEVEN):
         yield from runs(stops, task, (*SGF, "csd", "sds_layers_3"), SEEDS)
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS)
@@ -61,7 +62,6 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     for task in (first, SEVEN, *others, LONG):
         yield from runs(stops, task, BEYOND)
         yield from runs(stops, task, everything)
-        yield Point(task.name, "prior")
     yield from runs(stops, DOMAIN, ("sds", "sds_directional", "domain_directional"), SEEDS)
     for task in (*COLOURS, LONG, SEVEN):
         yield from runs(stops, task, everything, SEEDS)
@@ -70,13 +70,14 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """A coarse look at every claim."""
     first, second, third, _ = COLOURS
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3"))
     yield Point(first.name, "prior")
+    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", "sds_100"))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
+    yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, ("sds", "sds_directional", "csd"))
     for task in (second, LONG):
-        yield from runs(stops, task, SGF)
         yield Point(task.name, "prior")
+        yield from runs(stops, task, SGF)
     yield from runs(stops, first, SGF, SEEDS[1:])
     yield from runs(stops, first, ("shared_directional", "csd_directional", "bridge"))
     yield from runs(stops, third, SGF)

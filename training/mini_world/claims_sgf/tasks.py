@@ -96,10 +96,10 @@ COLOURS = (
     colour_task("purple", "black"),
     colour_task("black", "yellow"),
 )
+# Longer than any caption the prior was trained on, with words that it does not know.
 LONG = colour_task(
-    "orange", "blue", "long",
-    "a digit, an orange digit, on a blue background, orange on blue, an orange digit on a background, a blue "
-    "background, a digit on blue, an orange digit on a blue background",
+    "yellow", "red", "long",
+    "a yellow digit on a red background, drawn by hand with one even colour, and nothing else in the picture",
 )  # fmt: skip
 SEVEN = shape_task(7)
 # The 16 colour pairs of the coloured handwriting, of which "a digit" says nothing.

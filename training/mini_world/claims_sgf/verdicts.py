@@ -27,8 +27,12 @@ from .tasks import COLOURS, DOMAIN, LONG, SEVEN, TASKS
 ACCURATE = 0.9
 DIVERSE = 0.8
 LEAST_EXACT = 0.95  # of the exact answers that the judge must accept
+LEAST_PRIOR = 0.9  # of the prior's own pictures of the prompt: a critic that does not know it can teach nobody
 DEFAULT = "sds_directional"  # SGF's setting whose full run is the budget of (e)
-GROUPS = {"colours": tuple(task.name for task in (*COLOURS, LONG)), "shape": (SEVEN.name,), "domain": (DOMAIN.name,)}
+GROUPS = {
+    "colours": tuple(task.name for task in COLOURS), "long prompt": (LONG.name,), "shape": (SEVEN.name,),
+    "domain": (DOMAIN.name,),
+}  # fmt: skip
 
 Key = tuple[str, int]  # task, seed
 Values = dict[Key, Tensor]  # one number of each run with its replicates, [1 + R]
@@ -52,7 +56,7 @@ class Evidence:
 
     def __init__(self, rows: Sequence[Row], plan: Plan, group: str) -> None:
         self.plan, self.group = plan, group
-        self.invalid = {name for name, share in exact_accuracies(rows).items() if share < LEAST_EXACT}
+        self.invalid = {name: why for name, why in invalidities(rows).items() if name in GROUPS[group]}
         self.tasks = tuple(name for name in GROUPS[group] if name not in self.invalid)
         self.rows = [row for row in rows if row.point.task in self.tasks and row.point.recipe in RECIPES]
         self.points = [one for one in plan.points if one.task in self.tasks and one.recipe in RECIPES]
@@ -97,9 +101,16 @@ class Evidence:
         return torch.stack(parts).mean(0)
 
 
-def exact_accuracies(rows: Sequence[Row]) -> dict[str, float]:
-    """The share of a task's exact answers that the judge accepts, by task."""
-    return {row.point.task: row.numbers["accuracy"] for row in rows if row.point.recipe == "exact"}
+def invalidities(rows: Sequence[Row]) -> dict[str, str]:
+    """Why a task can decide nothing: the judge refuses its exact answers, or the prior itself cannot draw its prompt."""
+    found: dict[str, str] = {}
+    for row in rows:
+        task, share = row.point.task, row.numbers["accuracy"]
+        if row.point.recipe == "exact" and share < LEAST_EXACT:
+            found[task] = f"the judge accepts {share:.0%} of the exact answers (at least {LEAST_EXACT:.0%})"
+        if row.point.recipe == "prior" and share < LEAST_PRIOR and TASKS[task].kind != "domain":
+            found[task] = f"of the prior's own pictures {share:.0%} obey the prompt (at least {LEAST_PRIOR:.0%})"
+    return found
 
 
 def columns(rows: Sequence[Row], name: str) -> Tensor:
@@ -158,7 +169,9 @@ def claim_a(evidence: Evidence) -> list[Verdict]:
             found.append(_missing("a", part, evidence, statement, target, better))
             continue
         values = evidence.mean({key: at_end(rows, name) for key, rows in runs.items()})
-        details = _runs(runs)
+        details, literal = _runs(runs), evidence.complete("sds_100")
+        if literal:
+            details["at the released scale of 100"] = _mean(literal, lambda rows, name=name: rows[-1].numbers[name])
         if name == "diversity":
             best = evidence.mean({key: kept(rows) for key, rows in runs.items()})
             details["at its best accurate stop"] = float(best[0])
@@ -302,9 +315,9 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
 
 
 def all_verdicts(rows: Sequence[Row], plan: Plan) -> list[Verdict]:
-    """(a), (b), (c) and (e) for the colours and for the shape, (d) for the domain."""
+    """(a), (b), (c) and (e) for the colours, the long prompt and the shape, (d) for the domain."""
     found = []
-    for group in ("colours", "shape"):
+    for group in ("colours", "long prompt", "shape"):
         evidence = Evidence(rows, plan, group)
         for claim in (claim_a, claim_b, claim_c, claim_e):
             found += claim(evidence)
@@ -337,8 +350,8 @@ def _decided(
     value, low, high, outcome = decide(values, target, better)
     if outcome != "undecided" and not evidence.settled(recipes):
         outcome += " so far"
-    if evidence.invalid:
-        details["left out, the judge does not accept their exact answers"] = ", ".join(sorted(evidence.invalid))
+    for task, why in evidence.invalid.items():
+        details[f"left out: {task}"] = why
     numbers = (None, None, None) if words else (value, low, high)
     return Verdict(
         statement, unit, *numbers, target, better, outcome, details, *evidence.progress(recipes), words,
@@ -349,6 +362,7 @@ def _decided(
 def _missing(
     claim: str, part: str, evidence: Evidence, statement: str, target: float, better: str, reason: str = ""
 ) -> Verdict:
+    reason = reason or "; ".join(f"{task}: {why}" for task, why in evidence.invalid.items())
     return Verdict(
         statement, "share", None, None, None, target, better, "undecided",
         {"reason": reason or "points not measured yet"}, claim=claim, group=evidence.group, part=part,

@@ -57,3 +57,24 @@ def test_ticks_are_round_and_never_too_few():
     assert plot.log_ticks(8, 120) == [10, 20, 50, 100]
     assert plot.log_ticks(150, 450) == [150, 200, 300, 400]
     assert len(plot.log_ticks(202, 258)) >= 3
+
+
+def test_curves_join_their_points_from_left_to_right_on_linear_axes():
+    series = plot.Series("ours", [(100.0, 0.5), (0.0, 0.0), (50.0, 1.0)], [((100, 100), (0.4, 0.6))] * 3)
+    panel = plot.Curves("Title", "steps", "share", [series], top=1.0, level=0.9)
+    image = plot.draw_panels([panel], width_px=600, height_px=400)
+    black = ImageColor.getrgb(plot.COLOURS[0])
+
+    def place(x, y):
+        return 70 + x / 100 * (600 - 90), 400 - 56 - y * (400 - 96)
+
+    for point in series.points:
+        assert colour_at(image, *place(*point)) == black
+    assert max(colour_at(image, *place(25, 0.5))) < 170 and max(colour_at(image, *place(75, 0.75))) < 170
+    assert max(colour_at(image, *place(50, 0.25))) > 200  # 0 and 100 are not joined
+    assert min(max(colour_at(image, 70 + dx, place(0, 0.9)[1])) for dx in range(300, 320)) < 150  # the dashed level
+
+
+def test_linear_ticks_are_round():
+    assert plot.linear_ticks(1.0) == [0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert plot.linear_ticks(200) == [0, 50, 100, 150, 200] and plot.linear_ticks(37.0)[-1] <= 37.0

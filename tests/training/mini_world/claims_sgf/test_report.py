@@ -44,7 +44,7 @@ def test_the_page_has_verdicts_tables_and_what_is_missing():
     assert "0.79 (0.79 to 0.79) | at most 0.8 |" in line and line.endswith("**confirmed so far** |")
     assert "| **SDS alone** | 200 | 3 | 11.0 (10.0 to 12.0) | 99.0 | 79.0% (79.0% to 79.0%) |" in page
     assert "| source, not adapted |  |  | 20.0 (20.0 to 20.0) |" in page
-    assert "Prompt: 'a yellow digit on a blue background'. The judge accepts 95.0% of the exact answers" in page
+    assert "Prompt: 'a yellow digit on a blue background'. The judge accepts 95.0% of the exact answers (at least 95%)" in page
     assert "(sgf.png)" in page and "(sgf_samples.png)" not in page and "## Every latent a seven" not in page
     for one in page.splitlines():  # tables have one width each
         assert not one.startswith("|") or one.endswith("|")

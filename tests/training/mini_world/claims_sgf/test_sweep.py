@@ -84,7 +84,9 @@ def test_every_set_of_recipes_is_made_of_recipes():
     assert not any(recipes.RECIPES[name].released for name in recipes.BEYOND)
 
 
-def test_the_readme_says_what_the_long_prompt_is():
-    text = (Path(sweep.__file__).parent / "README.md").read_text(encoding="utf-8")
-    words = len(tasks.LONG.prompt.replace(",", " ").split())
-    assert f"the same in {words} words" in text
+def test_the_readme_names_the_long_prompt_and_the_scale():
+    text = " ".join((Path(sweep.__file__).parent / "README.md").read_text(encoding="utf-8").split())
+    assert tasks.LONG.prompt in text
+    assert f"guidance scale: {recipes.SCALE:g}, since at the released {recipes.RELEASED_SCALE:g}" in text
+    scales = {recipe.settings(tasks.COLOURS[0])["scale"] for recipe in recipes.RECIPES.values()}
+    assert scales == {recipes.SCALE, recipes.RELEASED_SCALE}

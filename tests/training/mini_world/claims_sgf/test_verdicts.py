@@ -8,7 +8,7 @@ from indomain_guidance.training.mini_world.claims.keeping import Row
 from indomain_guidance.training.mini_world.claims_sgf import verdicts
 from indomain_guidance.training.mini_world.claims_sgf.points import Point, Sampling
 from indomain_guidance.training.mini_world.claims_sgf.sweep import PLANS, Plan
-from indomain_guidance.training.mini_world.claims_sgf.tasks import COLOURS, DOMAIN, SEVEN
+from indomain_guidance.training.mini_world.claims_sgf.tasks import COLOURS, DOMAIN, LONG, SEVEN
 
 REPLICATES = 100
 FIRST, SECOND = COLOURS[0].name, COLOURS[1].name
@@ -134,7 +134,19 @@ def test_tasks_whose_exact_answers_the_judge_refuses_are_left_out():
     exact = Row(Point(FIRST, "exact"), Sampling(100), {"accuracy": 0.6}, {}, {})
     rows = [row("sds", 200, 0.99, 0.5), row("sds", 200, 0.2, 0.5, task=SECOND)]
     found = verdict([*rows, exact], "colours/a/reaches_the_prompt")
-    assert found.value == pytest.approx(0.2) and FIRST in list(found.details.values())
+    assert found.value == pytest.approx(0.2) and "60%" in found.details[f"left out: {FIRST}"]
+
+
+def test_a_prompt_that_the_prior_does_not_know_decides_nothing():
+    rows = [row("sds", 200, 0.99, 0.5, task=LONG.name)]
+    assert verdict(rows, "long_prompt/a/loses_diversity").outcome == "confirmed"
+    prior = Row(Point(LONG.name, "prior"), Sampling(100), {"accuracy": 0.4}, {}, {})
+    found = verdict([*rows, prior], "long_prompt/a/loses_diversity")
+    assert found.outcome == "undecided" and "prior's own pictures 40% obey" in found.details["reason"]
+    # "a digit" says nothing of the domain, so the prior's pictures of it are no test of the prior.
+    rows = [row("sds", 200, 0.1, 0.5, task=DOMAIN.name), row("domain", 200, 0.7, 0.5, task=DOMAIN.name)]
+    prior = Row(Point(DOMAIN.name, "prior"), Sampling(100), {"accuracy": 0.1}, {}, {})
+    assert verdict([*rows, prior], "domain/d/domain_model").outcome == "confirmed"
 
 
 def test_shape_and_colours_are_decided_apart():
@@ -146,4 +158,4 @@ def test_shape_and_colours_are_decided_apart():
 def test_every_claim_is_there_without_points():
     found = verdicts.all_verdicts([], PLANS["full"]())
     assert {one.outcome for one in found} == {"undecided"}
-    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 16
+    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 23
