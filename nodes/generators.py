@@ -211,6 +211,8 @@ class AdaptGenerator(io.ComfyNode):
                 io.Image.Output(display_name="loss", tooltip="The loss curve."),
                 io.String.Output(display_name="path", tooltip="The finished file in models/generators."),
             ],
+            # For the texts behind the conditionings, which the finished file names.
+            hidden=[io.Hidden.prompt],
         )
 
     @classmethod
@@ -225,9 +227,10 @@ class AdaptGenerator(io.ComfyNode):
         critic = CriticInputs(
             model, vae, positive, negative, values["scale"], tuple(terms or ()), source=source, unwanted=unwanted
         )
+        texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         with training.job_folder(isolated) as job:
             config = AdaptConfig.from_mapping(
-                {**(options or {}), **values, **adapting.places(values["name"], generator, critic)}
+                {**(options or {}), **values, **adapting.places(values["name"], generator, critic, texts)}
             )
             adapting.check_name(config)
             result, warnings = adapting.run(config, generator, critic, resume, job)

@@ -7,13 +7,14 @@ a node runs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import comfy.model_management
 import folder_paths
 import torch
+from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...guidance.files import FileProblem, write_generator
@@ -58,27 +59,48 @@ def conditioning_digest(conditioning: list | None) -> str:
     return digest.hexdigest()[:12]
 
 
-def places(name: str, generator: GraphGenerator, critic: CriticInputs) -> dict[str, Any]:
+def prompt_texts(prompt: Mapping[str, Any] | None) -> dict[str, str]:
+    """What the running node's conditionings say, by the name of the input, where a node with the text made them.
+
+    prompt: the graph in API format (ComfyUI's hidden PROMPT).
+    """
+    context = get_executing_context()
+    own = (prompt or {}).get("" if context is None else context.node_id, {})
+    texts = {}
+    for name, link in own.get("inputs", {}).items():
+        maker = prompt.get(str(link[0]), {}).get("inputs", {}) if isinstance(link, list) and link else {}
+        text = maker.get("text", maker.get("text_g"))
+        if isinstance(text, str) and text.strip():
+            texts[name] = " ".join(text.split())
+    return texts
+
+
+def places(
+    name: str, generator: GraphGenerator, critic: CriticInputs, texts: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """What the graph decides of a configuration: what is connected, where files go, what is computed on.
 
-    Prompts are conditionings here, and stand in it by a digest: a run goes on only with the same ones.
+    Prompts are conditionings here, and stand in it by a digest, behind their text where that is known (`prompt_texts`):
+    a run goes on only with the same ones.
     """
     from ...training.config import CONNECTED_BASE
 
-    def connected(conditioning: list | None) -> str:
-        return f"{CONNECTED_BASE} {conditioning_digest(conditioning)}" if conditioning is not None else ""
+    def connected(what: str) -> str:
+        conditioning, text = getattr(critic, what), (texts or {}).get(what)
+        if conditioning is None:
+            return ""
+        digest = conditioning_digest(conditioning)
+        return f"{text} [{digest}]" if text else f"{CONNECTED_BASE} {digest}"
 
     found = domain_of(critic.terms)
     domain = {} if found is None else {"domain": found[0], "domain_weight": found[1]}
-    negative = connected(critic.negative)
-    if critic.unwanted is not None:
-        negative += f", unwanted {conditioning_digest(critic.unwanted)}"
+    negative = ", unwanted ".join(filter(None, map(connected, ("negative", "unwanted"))))
     return {
         "generator": generator.source,
         "base": f"{CONNECTED_BASE} {type(critic.model.model.model_config).__name__}",
-        "prompt": connected(critic.positive),
+        "prompt": connected("positive"),
         "negative": negative,
-        "source_prompt": connected(critic.source),
+        "source_prompt": connected("source"),
         **domain,
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / name),
         "export_to": str(generator_folder()),

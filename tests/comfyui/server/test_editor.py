@@ -72,8 +72,9 @@ def test_template_opens_and_says_the_same_as_the_api_workflow(server, page, name
     assert page.problems == []
 
 
-def test_workflow_runs_from_the_editor(server, page, tmp_path):
-    open_template(page, server.url, "in_domain_text_to_image")
+@pytest.mark.parametrize("name", ["in_domain_text_to_image", "adapt_generator"])
+def test_workflow_runs_from_the_editor(server, page, tmp_path, name):
+    open_template(page, server.url, name)
     # Fewer steps than the workflow has, set in the widgets as a person would.
     page.evaluate(
         "() => window.app.graph.nodes.forEach(n => n.widgets?.filter(w => w.name === 'steps')"
