@@ -3,6 +3,7 @@
     attacks  every hostile stream of pickle_streams.py: how many are not refused for their reason, or run anything
     fuzz     damaged pickles (flipped and changed bytes, truncations, other, swapped, repeated, missing and spliced
              instructions): crashes, errors that are no refusal, code that ran, memory, time of the slowest
+    others   the same of damaged rosinality checkpoints (both formats of torch) and safetensors
     speed    seconds to read a pickle of a network of 256 pixels, over those to read the same weights as safetensors
 
 Attacks and fuzzing run in processes of their own, so that a crash of the interpreter is a result as well; what runs is
@@ -37,15 +38,16 @@ GENERATORS = {"tiny": dict(resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapp
 @dataclass(frozen=True)
 class Plan:
     cases: int
+    others: int
     processes: int
     rounds: int
     budget_s: float
     generator: str = "256"
 
 
-FULL = Plan(cases=24_000, processes=4, rounds=15, budget_s=300)
-QUICK = Plan(cases=4_000, processes=2, rounds=7, budget_s=60)
-TINY = Plan(cases=60, processes=2, rounds=3, budget_s=10, generator="tiny")
+FULL = Plan(cases=24_000, others=4_000, processes=4, rounds=15, budget_s=300)
+QUICK = Plan(cases=4_000, others=1_000, processes=2, rounds=7, budget_s=60)
+TINY = Plan(cases=60, others=40, processes=2, rounds=3, budget_s=10, generator="tiny")
 
 
 @contextmanager
@@ -66,11 +68,12 @@ def watched() -> Iterator[list[tuple[str, str]]]:
 
 
 def _warm(path: Path) -> None:
-    """What reading and refusing import late is imported now."""
+    """What reading and refusing import late is imported now, the code page of zip's names included."""
     from indomain_guidance.guidance.files import FileProblem, read_generator
 
     from . import pickle_streams as streams
 
+    "".encode("cp437")
     # None of them large: the peak of memory until here is what the growth counts from.
     for data in (streams.dump(streams.snapshot()), streams.dump(streams.Raw(b"NN0")), b"PK\x03\x04broken"):
         path.write_bytes(data)
@@ -122,11 +125,19 @@ def child_attacks(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
 
 
 def part_fuzz(report: Report, plan: Plan) -> None:
+    _fuzz(report, plan, "fuzz", plan.cases)
+
+
+def part_others(report: Report, plan: Plan) -> None:
+    _fuzz(report, plan, "others", plan.others)
+
+
+def _fuzz(report: Report, plan: Plan, what: str, cases: int) -> None:
     """Several processes one after the other, each with its share of the cases; a process that dies is a crash."""
-    share, crashes, total = plan.cases // plan.processes, 0, Counter()
+    share, crashes, total = cases // plan.processes, 0, Counter()
     slowest, growth = 0.0, 0.0
     for index in range(plan.processes):
-        command = BENCHMARK.child_command(report, plan, "fuzz", str(index), str(share))
+        command = BENCHMARK.child_command(report, plan, what, str(index), str(share))
         done = subprocess.run(command, stdout=subprocess.PIPE, encoding="utf-8")
         lines = [json.loads(line) for line in done.stdout.splitlines()]
         if done.returncode or not lines or "done" not in lines[-1]:
@@ -138,31 +149,63 @@ def part_fuzz(report: Report, plan: Plan) -> None:
             say(f"  {text}")
         total.update(result["counts"])
         slowest, growth = max(slowest, result["slowest"]), max(growth, result["growth"])
-        say(f"  {(index + 1) * share} of {plan.cases} cases")
-    cases = sum(total[key] for key in ("refused", "read", "error"))
-    report.line("fuzz/crashes", crashes, "processes", samples=plan.processes, target=0)
-    report.line("fuzz/errors_that_are_no_refusal", total["error"], "cases", samples=cases, target=0)
-    report.line("fuzz/events_of_running_code", total["ran"], "events", samples=cases, target=0)
-    report.line("fuzz/cases", cases, "cases", samples=cases, target=plan.cases, better="higher")
-    report.line("fuzz/refused", total["refused"] / max(cases, 1), "share", samples=cases, better="higher")
-    report.line("fuzz/memory_growth", growth / 1e6, "MB", samples=plan.processes, target=64)
-    report.line("fuzz/slowest", slowest, "s", samples=cases, target=2)
+        say(f"  {(index + 1) * share} of {cases} cases")
+    done = sum(total[key] for key in ("refused", "read", "error"))
+    report.line(f"{what}/crashes", crashes, "processes", samples=plan.processes, target=0)
+    report.line(f"{what}/errors_that_are_no_refusal", total["error"], "cases", samples=done, target=0)
+    report.line(f"{what}/events_of_running_code", total["ran"], "events", samples=done, target=0)
+    report.line(f"{what}/cases", done, "cases", samples=done, target=share * plan.processes, better="higher")
+    report.line(f"{what}/refused", total["refused"] / max(done, 1), "share", samples=done, better="higher")
+    report.line(f"{what}/memory_growth", growth / 1e6, "MB", samples=plan.processes, target=64)
+    report.line(f"{what}/slowest", slowest, "s", samples=done, target=2)
 
 
 def child_fuzz(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
-    """`INDEX COUNT`: that many damaged streams; growth is of this process's peak memory while they are read."""
-    from indomain_guidance.guidance.files import FileProblem, read_generator
+    """`INDEX COUNT`: that many damaged network pickles."""
+    from . import pickle_streams as streams
+
+    generator = streams.filled()
+    originals = [streams.dump(streams.snapshot(generator), protocol) for protocol in (2, 3, 4, 5)]
+    index, count = map(int, arguments)
+    _read_damaged(report, index, count, originals, streams.damaged(originals, seed=report.seed * 1000 + index))
+
+
+def child_others(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
+    """`INDEX COUNT`: that many damaged checkpoints and safetensors."""
+    import io
+
+    import torch
+    from indomain_guidance.guidance.files import write_generator
+    from safetensors.torch import load_file
 
     from . import pickle_streams as streams
 
-    index, count = int(arguments[0]), int(arguments[1])
-    generator = streams.filled()
-    originals = [streams.dump(streams.snapshot(generator), protocol) for protocol in (2, 3, 4, 5)]
+    golden = load_file(HERE.parents[1] / "guidance" / "files" / "golden" / "rosinality.safetensors")
+    weights = {key.removeprefix("g_ema."): value for key, value in golden.items() if key.startswith("g_ema.")}
+    originals = []
+    for zipped in (True, False):
+        out = io.BytesIO()
+        torch.save({"g_ema": weights, "latent_avg": golden["latent_avg"]}, out, _use_new_zipfile_serialization=zipped)
+        originals.append(out.getvalue())
+    with tempfile.TemporaryDirectory() as folder:
+        originals.append(write_generator(Path(folder) / "own.safetensors", streams.filled()).read_bytes())
+    index, count = map(int, arguments)
+    _read_damaged(report, index, count, originals, streams.damaged_bytes(originals, seed=report.seed * 1000 + index))
+
+
+def _read_damaged(
+    report: Report, index: int, count: int, originals: Sequence[bytes], damage: Iterator[tuple[str, bytes]]
+) -> None:
+    """Print the counts; growth is of this process's peak memory while the damaged files are read."""
+    from indomain_guidance.guidance.files import FileProblem, read_generator
+
     counts, problems, slowest = Counter(), [], 0.0
-    damage = streams.damaged(originals, seed=report.seed * 1000 + index)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.pkl"
         _warm(path)
+        for data in originals:
+            path.write_bytes(data)
+            read_generator(path)
         before = peak_memory()
         with watched() as seen:
             for case in range(count):
@@ -213,8 +256,8 @@ def part_speed(report: Report, plan: Plan) -> None:
 
 BENCHMARK = Benchmark(
     "loaders", __doc__, HERE, {"full": FULL, "quick": QUICK, "tiny": TINY},
-    {"attacks": part_attacks, "fuzz": part_fuzz, "speed": part_speed},
-    {"attacks": child_attacks, "fuzz": child_fuzz}, quick="about two minutes",
+    {"attacks": part_attacks, "fuzz": part_fuzz, "others": part_others, "speed": part_speed},
+    {"attacks": child_attacks, "fuzz": child_fuzz, "others": child_others}, quick="about two minutes",
 )  # fmt: skip
 
 if __name__ == "__main__":

@@ -655,6 +655,31 @@ def damaged(streams: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
         yield kind, bytes(data)
 
 
+def damaged_bytes(files: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
+    """(what was done, file) without end, for files of any kind; most of the changes are at their beginning or end."""
+    random_ = random.Random(seed)
+    while True:
+        data = bytearray(random_.choice(files))
+        kind = random_.choice(("flip", "byte", "number", "truncate", "delete", "repeat"))
+        for _ in range(random_.choice((1, 1, 2, 8))):
+            edge = min(len(data), 3000)
+            at = random_.choice((random_.randrange(edge), len(data) - 1 - random_.randrange(edge),
+                                 random_.randrange(len(data))))  # fmt: skip
+            if kind == "flip":
+                data[at] ^= 1 << random_.randrange(8)
+            elif kind == "byte":
+                data[at] = random_.randrange(256)
+            elif kind == "number":
+                data[at : at + 4] = struct.pack("<i", random_.choice((0, 1, -1, 2**16, 2**31 - 1, -(2**31))))
+            elif kind == "truncate":
+                data = data[: max(at, 1)]
+            elif kind == "delete":
+                del data[at : at + random_.choice((1, 4, 30))]
+            else:
+                data[at:at] = data[at : at + random_.choice((1, 4, 30))]
+        yield kind, bytes(data)
+
+
 def instruction_positions(data: bytes) -> list[int]:
     """Where the instructions begin, those of the nested streams included."""
     import pickletools
