@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -56,9 +57,10 @@ def blend_generators(
 
     `amount`: one number (outside 0..1 extrapolates), or one per part of `blend_parts` (`resolution_split` makes such;
     parts left out stay a's). `layers`: with one number, only these parts change; None: all. Constant noise keeps the
-    spread it has in a and b, which a plain mean of different noises would lose. a and b stay as they are; the result
-    is on a's device in a's dtype, in evaluation mode, and needs no gradients.
-    Raises ValueError for generators of different architecture, unknown parts and amounts that are not finite.
+    spread it has in a and b, which a plain mean of different noises would lose. Where a and b clamp their convolutions
+    at different values, the ends keep their own and what lies between takes the wider. a and b stay as they are; the
+    result is on a's device in a's dtype, in evaluation mode, and needs no gradients.
+    Raises ValueError for generators of different architecture, unknown parts and amounts that are no finite number.
     """
     _check_same_architecture(a.config, b.config)
     parts = blend_parts(a)
@@ -72,16 +74,21 @@ def blend_generators(
     if unknown:
         raise ValueError(f"Blending: this generator has no part {', '.join(unknown)}; it has {', '.join(parts)}.")
     for part, value in amounts.items():
-        if not math.isfinite(value):
-            raise ValueError(f"Blending: the amount of {part} must be finite, got {value}.")
+        if not isinstance(value, Real) or not math.isfinite(value):
+            raise ValueError(f"Blending: the amount of {part} must be a finite number, got {value!r}.")
 
     others = b.state_dict()
     blended = {}
     for key, own in a.state_dict().items():
         other = others[key].to(own.device)
         blended[key] = _blend(key, own, other, float(amounts.get(_part_of(key), 0.0)))
+    used = {float(amounts.get(part, 0.0)) for part in parts}
+    if used == {0.0} or used == {1.0}:
+        clamp = (a if used == {0.0} else b).config.conv_clamp
+    else:
+        clamp = _wider(a.config.conv_clamp, b.config.conv_clamp)
     with torch.device("meta"):
-        result = Generator(replace(a.config, conv_clamp=_wider(a.config.conv_clamp, b.config.conv_clamp)))
+        result = Generator(replace(a.config, conv_clamp=clamp))
     result.load_state_dict(blended, assign=True)
     return result.eval().requires_grad_(False)
 

@@ -100,10 +100,27 @@ def test_half_precision_generators_blend(pair):
     torch.testing.assert_close(blend.synthesis.b4.const, expected.bfloat16())
 
 
-def test_clamps_take_the_wider(pair):
+def test_clamps_take_the_wider_between_the_ends(pair):
     tight, loose = (random_generator(replace(CONFIG, conv_clamp=clamp), 0) for clamp in (10, 256))
     assert blend_generators(tight, loose, 0.5).config.conv_clamp == 256
     assert blend_generators(tight, pair[0], 0.5).config.conv_clamp is None
+    assert blend_generators(tight, loose, 1.0, layers=["mapping"]).config.conv_clamp == 256
+
+
+def test_the_ends_keep_their_own_clamp():
+    tight, loose = (random_generator(replace(CONFIG, conv_clamp=clamp), seed) for seed, clamp in enumerate((0.1, 256)))
+    z, c = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.eye(2)
+    every = dict.fromkeys(blend_parts(tight), 1.0)
+    for a, b, amount, end in (
+        (tight, loose, 0.0, tight), (loose, tight, 1, tight), (tight, loose, 1.0, loose), (loose, tight, {}, loose),
+        (loose, tight, every, tight),
+    ):  # fmt: skip
+        blend = blend_generators(a, b, amount)
+        assert blend.config.conv_clamp == end.config.conv_clamp
+        with torch.no_grad():
+            assert torch.equal(blend(z, c), end(z, c))
+    with torch.no_grad():  # the clamp matters to these images
+        assert not torch.equal(tight(z, c), blend_generators(tight, loose, 1e-9)(z, c))
 
 
 def test_what_cannot_be_blended_is_refused(pair):
@@ -114,5 +131,6 @@ def test_what_cannot_be_blended_is_refused(pair):
         blend_generators(a, b, 0.5, layers=["b32.conv0"])
     with pytest.raises(ValueError, match="either an amount per part"):
         blend_generators(a, b, {"mapping": 1.0}, layers=["mapping"])
-    with pytest.raises(ValueError, match="must be finite"):
-        blend_generators(a, b, float("nan"))
+    for amount, shown in ((float("nan"), "nan"), ("half", "'half'"), (None, "None"), ({"mapping": "0.5"}, "'0.5'")):
+        with pytest.raises(ValueError, match=f"amount of mapping must be a finite number, got {shown}"):
+            blend_generators(a, b, amount)
