@@ -162,6 +162,25 @@ def test_every_method_runs(adapt, mini, method):
     adapt(method=method, steps=1, source=source, unwanted=unwanted, directional=0.0, reconstruction=0.5)
 
 
+SDXL = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
+
+
+@pytest.mark.parametrize("isolated", [False, True])
+@pytest.mark.parametrize("family, prediction, unet", [
+    ("SD15", "EPS", {}), ("SD20", "V_PREDICTION", {"model_channels": 64}), ("SDXL", "EPS", SDXL),
+])  # fmt: skip
+def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet, isolated):
+    with torch.inference_mode():
+        model = tiny.lora(tiny.prior(family=family, prediction=prediction, **unet), seed=8)
+        pooled = {"pooled_output": torch.randn(1, 1280)} if family == "SDXL" else {}
+        positive, negative = tiny.conditioning(1, **pooled), tiny.conditioning(2, **pooled)
+    inputs = {"model": model, "steps": 1, "options": {"resolution": 64, "t_max": 300}, "isolated": isolated}
+    adapt(positive=positive, negative=negative, **inputs)
+    if family == "SDXL":
+        with pytest.raises(ValueError, match="expected a positive conditioning with a pooled vector, as the SDXL model"):
+            adapt(positive=tiny.conditioning(1), negative=negative, **inputs)
+
+
 def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, caplog):
     domain = module("nodes.comfy_internals.loading").load_domain_unet(
         str(module("nodes.comfy_internals.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
@@ -224,6 +243,20 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
     events = log_of(world, "parts")
     assert type(events[-1]).__name__ == "Stopped" and 1 <= events[-1].step < 4
     assert same_bits(weights(adapt(name="parts", steps=4).generator), weights(whole.generator))
+
+
+def test_the_texts_behind_conditionings_are_found(world, monkeypatch):
+    prompt = {
+        "1": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["0", 1], "text": " a red\nseven "}},
+        "2": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["1", 0]}},
+        "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["0", 1], "text": ["9", 0]}},
+        "4": {"class_type": "InDomainAdaptGenerator",
+              "inputs": {"positive": ["1", 0], "negative": ["2", 0], "source": ["3", 0], "name": "x", "steps": 2}},
+    }  # fmt: skip
+    monkeypatch.setattr(world.internals, "get_executing_context", lambda: SimpleNamespace(node_id="4"))
+    assert world.internals.prompt_texts(prompt) == {"positive": "a red seven"}
+    monkeypatch.setattr(world.internals, "get_executing_context", lambda: None)
+    assert world.internals.prompt_texts(prompt) == world.internals.prompt_texts(None) == {}
 
 
 # ---- refusals ---------------------------------------------------------------------------------------------------
