@@ -43,8 +43,9 @@ class Report:
 
     loss: per term, the mean square of its unweighted gradient on z (what the released code logs), for the perceptual
     term its loss; a method's own losses beside them. gradient_norm: per term, the norm of what it gave to z, after
-    weight and clamp; "image": of what reached the images. clamped: per term, the share of values of z that the latent
-    clamp changed; "image": of the image gradient. timesteps: each sample's.
+    weight and clamp; "image": of what reached the images; both of the batch's mean, after division by B. clamped: per
+    term, the share of values of z that the latent clamp changed; "image": of the image gradient. timesteps: each
+    sample's.
     """
 
     loss: dict[str, float] = field(default_factory=dict)
@@ -260,6 +261,7 @@ class Objective:
         draws = draws if draws is not None else self.draw(z, step, steps, generator, t, regularize)
         contexts = self._contexts(terms, z, z_frozen, draws, step, steps, generator)
 
+        batch = len(images)
         parts, loss, norms, clamped = {}, {}, {}, {}
         for term, context in zip(terms, contexts):
             with torch.no_grad():
@@ -273,10 +275,10 @@ class Objective:
                     )
                 parts[term.name], clamped[term.name] = clamp_latent_gradient(weighted, self.latent_clamp)
                 loss[term.name] = raw.square().mean()
-                norms[term.name] = parts[term.name].norm()
+                norms[term.name] = parts[term.name].norm() / batch
 
         gradient, clamped["image"] = self._to_images(encoded, leaf, parts)
-        batch = len(images)
+        del encoded  # and with it the graph that float16 keeps for a second try
         gradient = gradient / batch
         if perceives:
             with torch.enable_grad():

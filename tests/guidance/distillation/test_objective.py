@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +193,49 @@ def test_gradients_reach_the_generator_and_the_report_says_what_happened(schedul
     assert 0.03 < report.clamped["image"] < 0.07
     assert len(report.timesteps) == 2 and all(100 <= t <= 400 for t in report.timesteps)
     assert float(weights.grad.norm()) == pytest.approx(report.gradient_norm["image"] * 0.5, rel=1e-5)
+
+
+def test_all_reported_norms_are_of_the_mean_over_the_batch(schedule, gaussian, mean):
+    """An encoder that only moves values leaves a norm as it is, so the method's alone is the image's."""
+    critic = Critic.cfg(gaussian, mean(0.0), mean(1.0), 7.5, schedule=schedule)
+    images = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    gradient, report = Objective(critic, SDS()).image_gradient(
+        images, None, lambda x: F.pixel_unshuffle(x, 2), step=0, steps=1, generator=generator
+    )
+    assert report.gradient_norm["sds"] == pytest.approx(report.gradient_norm["image"], rel=1e-5)
+    assert report.gradient_norm["image"] == pytest.approx(float(gradient.norm()), rel=1e-5)
+
+
+def test_the_encoders_graph_is_gone_before_the_perceptual_network_runs(schedule):
+    class Token:
+        """Lives as long as the encoder's graph."""
+
+    class Keep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z):
+            ctx.token = Token()
+            alive.append(weakref.ref(ctx.token))
+            return z.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return gradient
+
+    def distance(images, frozen):
+        seen.append([token() is not None for token in alive])
+        return (images - frozen).square().mean((1, 2, 3))
+
+    for mode in ("shared", "sgf"):
+        alive, seen = [], []
+        objective = Objective(
+            golden_critic(schedule, 7.5), SDS(), [Reconstruction()], mode=mode, image_quantile=0.95,
+            perceptual=Perceptual(distance),
+        )  # fmt: skip
+        objective.image_gradient(
+            golden("images")[0], golden("frozen")[0], lambda x: Keep.apply(golden_encode(x.half())), step=0, steps=1
+        )
+        assert len(alive) == 2 and seen == [[False, False]]
 
 
 def test_perceptual_distance_adds_its_own_gradient(schedule):
