@@ -21,7 +21,8 @@ class Timesteps:
     schedule: "uniform" draws one for each sample (StyleGAN-Fusion, arXiv 2212.04473: 10 to 500 for faces, 10 to 300
     for animals); "annealed" too, from a range whose upper end falls linearly from t_max to t_min over the run;
     "falling" draws nothing and goes down linearly from t_max to t_min, all samples alike (the monotone schedule of
-    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty or below 0.
+    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty, below 0 or
+    not of whole numbers.
     """
 
     t_min: int = 10
@@ -31,7 +32,11 @@ class Timesteps:
     def __post_init__(self) -> None:
         for name in ("t_min", "t_max"):
             value = getattr(self, name)
-            if isinstance(value, bool) or int(value) != value:
+            try:
+                whole = not isinstance(value, bool) and int(value) == value
+            except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
+                whole = False
+            if not whole:
                 raise GuidanceError(f"Expected {name} to be a whole timestep, got {value!r}.")
             object.__setattr__(self, name, int(value))
         if not 0 <= self.t_min <= self.t_max:
