@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Union
@@ -23,7 +24,8 @@ class Perceptual:
     """StyleGAN-Fusion's perceptual regularizer (arXiv 2212.04473): 2000 lambda distance(frozen, image), batch mean.
 
     distance: `distance(images, frozen) -> [B]` on images [B, 3, H, W], -1 to 1: a `FeatureDistance` of any network, or
-    `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off. scale: the published 2000.
+    `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off. scale: the published 2000. Raises GuidanceError
+    for a scale that is not finite.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]
@@ -31,6 +33,10 @@ class Perceptual:
     scale: float = _SCALE
 
     name = "perceptual"
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise GuidanceError(f"Expected the scale of the perceptual term to be finite, got {self.scale}.")
 
     def loss(self, images: Tensor, frozen: Tensor) -> Tensor:
         """The weighted distance, a scalar with a graph to `images`."""
@@ -42,7 +48,8 @@ class FeatureDistance:
 
     features: `features(images [B, 3, H, W]) -> map or maps [B, C, h, w]` (or vectors [B, C]). Each position's channels
     are brought to unit length; squared differences are summed over channels, averaged over positions and summed over
-    maps. Gives [B]. channel_weights: one non-negative [C] per map, LPIPS' learned ones, in place of even ones.
+    maps. Gives [B]. channel_weights: one non-negative [C] per map, LPIPS' learned ones, in place of even ones. Raises
+    GuidanceError for features that are no such maps, and for channel weights of another number.
     """
 
     def __init__(self, features: Features, channel_weights: Sequence[Tensor] | None = None) -> None:
@@ -52,12 +59,17 @@ class FeatureDistance:
     def __call__(self, images: Tensor, frozen: Tensor) -> Tensor:
         with torch.no_grad():
             references = self._maps(frozen)
+        weights = self.channel_weights
+        if weights is not None and [one.numel() for one in weights] != [one.shape[1] for one in references]:
+            raise GuidanceError(
+                f"Expected channel weights for maps of {[one.shape[1] for one in references]} channels, got "
+                f"{[one.numel() for one in weights]}."
+            )
         total = images.new_zeros(len(images), dtype=torch.float32)
         for index, (own, reference) in enumerate(zip(self._maps(images), references)):
             difference = (_unit(own) - _unit(reference)).square()
-            if self.channel_weights is not None:
-                weights = self.channel_weights[index].to(difference)
-                difference = difference * weights.reshape(1, -1, *[1] * (difference.ndim - 2))
+            if weights is not None:
+                difference = difference * weights[index].to(difference).reshape(1, -1, *[1] * (difference.ndim - 2))
             total = total + difference.sum(1).flatten(1).mean(1) if difference.ndim > 2 else total + difference.sum(1)
         return total
 

@@ -107,6 +107,16 @@ def test_vectors_are_features_and_other_things_are_not():
         FeatureDistance(lambda x: x.mean())(images, images)
 
 
+def test_weights_and_scales_that_do_not_fit_are_refused():
+    images = torch.zeros(1, 3, 4, 4)
+    for weights, found in (([3], r"\[3\]"), ([3, 6, 6], r"\[3, 6, 6\]"), ([1, 6], r"\[1, 6\]")):
+        with pytest.raises(GuidanceError, match=rf"maps of \[3, 6\] channels, got {found}"):
+            FeatureDistance(features, [torch.ones(count) for count in weights])(images, images)
+    for scale in (float("nan"), float("inf")):
+        with pytest.raises(GuidanceError, match="scale of the perceptual term to be finite"):
+            Perceptual(FeatureDistance(features), scale=scale)
+
+
 def test_lpips_is_an_optional_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "lpips", None)
     with pytest.raises(GuidanceError, match="pip install lpips"):
