@@ -31,8 +31,10 @@ HERE = Path(__file__).resolve()
 ACTS = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.remove",
         "os.rename", "os.mkdir", "os.chmod", "os.putenv", "os.startfile", "subprocess.", "socket.", "ctypes.",
         "marshal.", "pickle.", "shutil.", "webbrowser.", "urllib.")  # fmt: skip
-GENERATORS = {"tiny": dict(resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2),
-              "256": dict(resolution=256, channels=(512, 512, 512, 512, 256, 128, 64), z_dim=512, w_dim=512)}  # fmt: skip
+GENERATORS = {
+    "tiny": {"resolution": 8, "channels": (6, 4), "z_dim": 5, "w_dim": 7, "mapping_layers": 2},
+    "256": {"resolution": 256, "channels": (512, 512, 512, 512, 512, 256, 128)},  # the published widths
+}
 
 
 @dataclass(frozen=True)
