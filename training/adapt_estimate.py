@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..guidance.networks.autoencoder import Autoencoder
 from ..guidance.networks.stylegan2 import Generator
 from .adapt_config import AdaptConfig
-from .estimate import CUDA_CONTEXT, available_memory, size_text
+from .estimate import CUDA_CONTEXT, _available, size_text
 
 if TYPE_CHECKING:
     from .base import Base
@@ -83,7 +83,7 @@ def estimate_adaptation(
 
     kept = kept_bytes(generates) + kept_bytes(encodes)
     state = 4 * trained * (3 + bool(config.ema))
-    return AdaptEstimate(weights + extra, state, kept, available_memory(device), str(device))
+    return AdaptEstimate(weights + extra, state, kept, _available(device), str(device))
 
 
 def kept_bytes(forward: Callable[[], tuple[nn.Module, Tensor]]) -> int:

@@ -164,7 +164,7 @@ def estimate(
     caching = encodings * _encoding_seconds(base, config.resolution, device) if encodings else 0.0
     validations = config.steps // config.validate_every if config.validate_every else 0
     held_out = min(256, config.held_out_share * (dataset_size or 0))
-    available = available_memory(device)
+    available = _available(device)
     latents = encodings * 2 * 4 * base.latent_channels * side * side
     return Estimate(
         total, trainable, waiting, weights, gradients, optimizer, average, kept, peak, preview, available,
@@ -336,7 +336,7 @@ def _encoding_seconds(base: Base, resolution: int, device: torch.device) -> floa
         return _timed(lambda: base.encode(image), device) * (resolution / side) ** 2
 
 
-def available_memory(device: torch.device) -> int | None:
+def _available(device: torch.device) -> int | None:
     """Free memory of the device in bytes, where it can be asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
