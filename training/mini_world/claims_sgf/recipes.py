@@ -71,8 +71,8 @@ RECIPES = {
         _released("sds", "SDS alone"),
         _released("sds_directional", "SDS + directional 1", directional=1.0),
         _released("sds_reconstruction", "SDS + reconstruction 1", reconstruction=1.0),
-        _released("sds_directional_half", "SDS + directional 0.5", directional=0.5),
-        _released("sds_reconstruction_half", "SDS + reconstruction 0.5", reconstruction=0.5),
+        _released("sds_directional_weak", "SDS + directional 0.2", directional=0.2),
+        _released("sds_reconstruction_weak", "SDS + reconstruction 0.2", reconstruction=0.2),
         _released("sds_layers_6", "SDS, 6 layers", layers=6),
         _released("sds_layers_3", "SDS, 3 layers", layers=3),
         _released("sds_layers_1", "SDS, 1 layer", layers=1),
@@ -88,7 +88,7 @@ RECIPES = {
             {**RELEASED, "mode": "shared", "reconstruction": 1.0},
         ),
         _ours("csd", "CSD", method="csd"),
-        _ours("csd_directional", "CSD + directional 0.5", method="csd", directional=0.5),
+        _ours("csd_directional", "CSD + directional 0.2", method="csd", directional=0.2),
         _ours("nfsd", "NFSD", method="nfsd"),
         _ours("bridge", "SDS-Bridge", method="bridge"),
         _ours("dds", "DDS", method="dds"),
@@ -104,10 +104,11 @@ RECIPES = {
     )
 }
 # What stands behind each claim.
-DIRECTIONAL = ("sds_directional", "sds_directional_half")
-RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_half")
+DIRECTIONAL = ("sds_directional", "sds_directional_weak")
+RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_weak")
 LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
+WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
 BEYOND = (
     "shared_directional", "shared_reconstruction", "csd", "csd_directional", "nfsd", "bridge", "dds", "ism", "vsd",
     "sds_unclamped",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import BEYOND, RECIPES, SGF
+from .recipes import BEYOND, RECIPES, SGF, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -45,17 +45,17 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     first, *others = COLOURS
     # 1. One colour prompt: SDS alone, its two regularizers, layer selection, and the strongest rivals.
     yield Point(first.name, "prior")
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", "shared_directional", "sds_100"))
+    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", *WEAK, "shared_directional", "sds_100"))
     # 2. The shape change, and the domain that no prompt describes.
     yield Point(SEVEN.name, "prior")
-    yield from runs(stops, SEVEN, (*SGF, "csd"))
+    yield from runs(stops, SEVEN, (*SGF, "csd", *WEAK))
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"))
     # 3. The other colours and the long prompt, then three seeds of all of that.
     for task in (*others, LONG):
         yield Point(task.name, "prior")
-        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3"))
+        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3", *WEAK))
     for task in (*COLOURS, LONG, SEVEN):
-        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3"), SEEDS)
+        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3", *WEAK), SEEDS)
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS)
     # 4. Every recipe on every task.
     everything = tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt")
@@ -70,17 +70,20 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """A coarse look at every claim."""
     first, second, third, _ = COLOURS
+    usual = ("sds", *WEAK)
     yield Point(first.name, "prior")
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", "sds_100"))
+    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", *WEAK))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
     yield Point(SEVEN.name, "prior")
-    yield from runs(stops, SEVEN, ("sds", "sds_directional", "csd"))
+    yield from runs(stops, SEVEN, usual)
     for task in (second, LONG):
         yield Point(task.name, "prior")
-        yield from runs(stops, task, SGF)
-    yield from runs(stops, first, SGF, SEEDS[1:])
-    yield from runs(stops, first, ("shared_directional", "csd_directional", "bridge"))
-    yield from runs(stops, third, SGF)
+        yield from runs(stops, task, usual)
+    yield from runs(stops, first, usual, SEEDS[1:])
+    yield from runs(stops, first, ("sds_100", "shared_directional", "csd_directional", "bridge"))
+    yield Point(third.name, "prior")
+    yield from runs(stops, third, usual)
+    yield from runs(stops, SEVEN, ("csd",))
     yield from runs(stops, DOMAIN, ("fine_tune",))
 
 
@@ -98,7 +101,7 @@ def _once(points: Iterator[Point]) -> tuple[Point, ...]:
     return tuple(dict.fromkeys(points))
 
 
-FULL_STOPS, QUICK_STOPS, TINY_STOPS = (50, 100, 200, 400, 700, 1000), (50, 100, 200), (1, 2)
+FULL_STOPS, QUICK_STOPS, TINY_STOPS = (75, 150, 300, 600, 1000), (75, 150, 300), (1, 2)
 PLANS = {
     "full": lambda: Plan("full", Sampling(1000), FULL_STOPS, _once(full_points(FULL_STOPS))),
     "quick": lambda: Plan(

@@ -20,7 +20,7 @@ from torch import Generator, Tensor
 from ..claims.deciding import Decision, decide
 from ..claims.keeping import Row
 from .points import Point
-from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, RECIPES, RECONSTRUCTION, SGF
+from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, RECIPES, RECONSTRUCTION, SGF, WEAK
 from .sweep import Plan
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, TASKS
 
@@ -102,7 +102,7 @@ class Evidence:
 
 
 def invalidities(rows: Sequence[Row]) -> dict[str, str]:
-    """Why a task can decide nothing: the judge refuses its exact answers, or the prior itself cannot draw its prompt."""
+    """Why a task decides nothing: the judge refuses its exact answers, or the prior itself cannot draw its prompt."""
     found: dict[str, str] = {}
     for row in rows:
         task, share = row.point.task, row.numbers["accuracy"]
@@ -275,7 +275,7 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         "within the operations of SGF's full run with the directional regularizer"
     )
     part, sgf, ratios, words = "equal compute", {name: evidence.complete(name) for name in SGF}, {}, {}
-    budget_runs = sgf[DEFAULT]
+    budget_runs, weak = sgf[DEFAULT], [evidence.complete(name) for name in WEAK]
     for recipe in BEYOND:
         runs = {key: rows for key, rows in evidence.complete(recipe).items() if key in budget_runs}
         runs = {key: rows for key, rows in runs.items() if all(key in one for one in sgf.values())}
@@ -284,8 +284,9 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         budget = {key: budget_runs[key][-1].point.step * budget_runs[key][-1].numbers["gflops"] for key in runs}
         # Within a millionth: budgets are products of rounded numbers.
         ours = {key: nearest(rows, budget[key] * 1.000001) for key, rows in runs.items()}
+        rivals = [*sgf.values(), *weak]
         theirs = {
-            key: torch.stack([nearest(one[key], budget[key] * 1.000001) for one in sgf.values()]).amin(0)
+            key: torch.stack([nearest(one[key], budget[key] * 1.000001) for one in rivals if key in one]).amin(0)
             for key in runs
         }
         mean, other = evidence.mean(ours), evidence.mean(theirs)
@@ -309,9 +310,8 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
     }  # fmt: skip
     values = torch.stack(list(ratios.values())).amin(0)
-    return [
-        _decided("e", part, evidence, statement, values, 1.0, "lower", details, (*SGF, *BEYOND), "ratio", words[best])
-    ]
+    recipes = (*SGF, *WEAK, *BEYOND)
+    return [_decided("e", part, evidence, statement, values, 1.0, "lower", details, recipes, "ratio", words[best])]
 
 
 def all_verdicts(rows: Sequence[Row], plan: Plan) -> list[Verdict]:

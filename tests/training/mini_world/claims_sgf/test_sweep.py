@@ -50,7 +50,8 @@ def test_the_quick_sweep_has_something_of_every_claim():
     points = TRAINED["quick"]
     assert {point.task for point in points} >= {tasks.LONG.name, tasks.SEVEN.name, tasks.DOMAIN.name}
     assert len({point.task for point in points if point.task in {one.name for one in tasks.COLOURS}}) >= 3
-    assert {point.seed for point in points if point.recipe in recipes.SGF} == {0, 1, 2}
+    for recipe in ("sds", *recipes.WEAK):
+        assert {point.seed for point in points if point.recipe == recipe} == {0, 1, 2}
     assert {point.recipe for point in points} >= {*recipes.SGF, "sds_layers_3", "domain", "fine_tune", "csd"}
     assert PLANS["quick"].coarse and PLANS["tiny"].coarse and not PLANS["full"].coarse
 

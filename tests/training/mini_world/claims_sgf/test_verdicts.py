@@ -57,9 +57,9 @@ def test_b_takes_the_best_accurate_stop_and_counts_runs_that_never_get_there_as_
     found = verdict([*good, *never], "colours/b/directional")
     assert found.outcome == "refuted" and found.value == pytest.approx(0.45)  # the mean over two tasks
     # Another strength may do better; the best counts.
-    other = [row("sds_directional_half", 200, 0.95, 0.95, task=task) for task in (FIRST, SECOND)]
+    other = [row("sds_directional_weak", 200, 0.95, 0.95, task=task) for task in (FIRST, SECOND)]
     found = verdict([*good, *never, *other], "colours/b/directional")
-    assert found.outcome == "confirmed" and found.details["setting"] == "SDS + directional 0.5"
+    assert found.outcome == "confirmed" and found.details["setting"] == "SDS + directional 0.2"
 
 
 def test_the_interval_holds_the_training_seeds():
