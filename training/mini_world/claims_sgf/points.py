@@ -96,7 +96,7 @@ class Bench:
         task = TASKS[point.task]
         facts = {
             "version": VERSION,
-            "task": asdict(task),
+            "task": {key: value for key, value in asdict(task).items() if key != "title"},
             "recipe": point.recipe,
             "run": self.runs.facts(point.run, point.step) if point.run else None,
             "sampling": asdict(self.sampling),

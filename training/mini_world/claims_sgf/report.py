@@ -97,8 +97,8 @@ def draw(rows: Sequence[Row]) -> Image.Image | None:
             continue
         for name, label, top, level in (
             ("accuracy", "prompt accuracy", 1.0, ACCURATE),
-            ("diversity", "diversity of what obeys, share of the exact answers'", 1.0, DIVERSE),
-            ("distance", "Frechet distance to the exact answers", 0.0, None),
+            ("diversity", "diversity of what obeys", 1.0, DIVERSE),
+            ("distance", "distance to the exact answers", 0.0, None),
         ):
             panels.append(Curves(task.title, "steps", label, curves(mine, name), top, level))
     return draw_panels(panels, columns=3, width_px=560, height_px=400) if panels else None

@@ -103,7 +103,7 @@ LONG = colour_task(
 )  # fmt: skip
 SEVEN = shape_task(7)
 # The 16 colour pairs of the coloured handwriting, of which "a digit" says nothing.
-DOMAIN = Task("handwriting", "domain", "a digit", "coloured handwriting, which no prompt describes", t_max=900)
+DOMAIN = Task("handwriting", "domain", "a digit", "coloured handwriting", t_max=900)
 TASKS = {task.name: task for task in (*COLOURS, LONG, SEVEN, DOMAIN)}
 
 assert all(head in HEADS for task in TASKS.values() for head, _ in task.named)
