@@ -130,6 +130,19 @@ def test_the_demo_saves_the_three_methods_under_their_names():
     assert starts[0] == starts[1] == starts[2]
 
 
+def test_the_adapting_workflow_is_the_guides_first_adaptation():
+    from indomain_guidance.training.mini_world.pictures import FIRST_ADAPTATION
+
+    graph = api("adapt_generator")
+    (node,) = (one for one in graph.values() if one["class_type"] == "InDomainAdaptGenerator")
+    values = {**graph[node["inputs"]["options"][0]]["inputs"], **node["inputs"]}
+    elsewhere = {"generator", "base", "name", "prompt"}
+    assert {name: values[name] for name in FIRST_ADAPTATION if name not in elsewhere} == {
+        name: value for name, value in FIRST_ADAPTATION.items() if name not in elsewhere
+    }
+    assert graph[node["inputs"]["positive"][0]]["inputs"]["text"] == FIRST_ADAPTATION["prompt"]
+
+
 def test_every_node_has_a_help_page():
     ids = set()
     for path in (ROOT / "nodes").glob("*.py"):
