@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .batching import Piece, call_together, in_few_calls, is_batched
 from .schedules import GuidanceError, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
@@ -304,35 +305,11 @@ class Guidance:
 # Running a guidance on plain callables
 
 
-def _is_batched(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.ndim > 0
+@dataclass(frozen=True, eq=False)
+class _Wanted(Piece):
+    """One source's prediction on the images of a step."""
 
-
-def _same_value(left: Any, right: Any) -> bool:
-    """Whether two arguments that carry no batch may be passed once for both."""
-    if isinstance(left, (list, tuple, set, Mapping)):
-        return False  # it may hold one entry per image, which nobody would join
-    if left is right:
-        return True
-    plain = (str, bytes, bool, int, float, type(None))
-    if isinstance(left, plain) and isinstance(right, plain):
-        return type(left) is type(right) and left == right
-    if isinstance(left, Tensor) and isinstance(right, Tensor):  # 0-d
-        return left.dtype == right.dtype and left.device == right.device and bool(left == right)
-    return False
-
-
-def _can_share_a_call(left: Mapping[str, Any], right: Mapping[str, Any], batch: int) -> bool:
-    if left.keys() != right.keys():
-        return False
-    for key, a in left.items():
-        b = right[key]
-        if _is_batched(a) and _is_batched(b):
-            if a.shape != b.shape or a.shape[0] != batch or a.dtype != b.dtype or a.device != b.device:
-                return False
-        elif _is_batched(a) or _is_batched(b) or not _same_value(a, b):
-            return False
-    return True
+    source: Source
 
 
 class MultiGuidance:
@@ -438,10 +415,13 @@ class MultiGuidance:
         for source in step.needed:
             by_model.setdefault(id(source.model), []).append(source)
         for sources in by_model.values():
-            wanted = [(source, self._arguments(source, x, kwargs, chosen, batch)) for source in sources]
-            for group in self._calls(wanted, x.shape[0]):
+            wanted = [
+                _Wanted(x, sigma, self._arguments(source, x, kwargs, chosen, batch), source) for source in sources
+            ]
+            for group in in_few_calls(wanted, self.max_batch):
                 calls += 1
-                predictions.update(self._call(group, x, sigma))
+                outputs = call_together(group[0].source.model, group)
+                predictions.update((one.source, output) for one, output in zip(group, outputs))
         return step.combine(predictions), calls
 
     @staticmethod
@@ -451,7 +431,7 @@ class MultiGuidance:
         """One conditioning's keyword arguments, its tensors cut to the chosen images and expanded to the batch."""
         arguments = {**kwargs, **(source.cond or {})}
         for key, value in arguments.items():
-            if not _is_batched(value):
+            if not is_batched(value):
                 continue
             if value.shape[0] == 1:
                 arguments[key] = value.expand(x.shape[0], *value.shape[1:])
@@ -463,41 +443,3 @@ class MultiGuidance:
                     )
                 arguments[key] = value[chosen.to(value.device)]
         return arguments
-
-    def _calls(
-        self, wanted: list[tuple[Source, dict[str, Any]]], batch: int
-    ) -> list[list[tuple[Source, dict[str, Any]]]]:
-        """Sort one model's conditionings into as few calls as their arguments and `max_batch` allow."""
-        most = len(wanted) if self.max_batch is None else max(1, self.max_batch // batch)
-        calls: list[list[tuple[Source, dict[str, Any]]]] = []
-        for source, arguments in wanted:
-            for call in calls:
-                if len(call) < most and _can_share_a_call(call[0][1], arguments, batch):
-                    call.append((source, arguments))
-                    break
-            else:
-                calls.append([(source, arguments)])
-        return calls
-
-    @staticmethod
-    def _call(group: list[tuple[Source, dict[str, Any]]], x: Tensor, sigma: Tensor | float) -> dict[Source, Tensor]:
-        count, batch = len(group), x.shape[0]
-        model = group[0][0].model
-        if count == 1:
-            joined = model(x, sigma, **group[0][1])
-        else:
-            arguments = {
-                key: torch.cat([other[key] for _, other in group]) if _is_batched(value) else value
-                for key, value in group[0][1].items()
-            }
-            if isinstance(sigma, Tensor) and sigma.ndim > 0 and sigma.shape[0] == batch:
-                sigma = sigma.repeat(count)
-            joined = model(x.repeat(count, *[1] * (x.ndim - 1)), sigma, **arguments)
-        if not isinstance(joined, Tensor):
-            raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(joined).__name__}.")
-        if joined.shape != (count * batch, *x.shape[1:]):
-            raise GuidanceError(
-                f"Expected a model to return the shape it was given, {[count * batch, *x.shape[1:]]}, "
-                f"got {list(joined.shape)}."
-            )
-        return {source: output for (source, _), output in zip(group, joined.split(batch))}

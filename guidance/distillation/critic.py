@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..combination import Guidance, Step, _is_batched, _same_value
+from ..batching import Piece, call_together, check_shape, in_few_calls, is_batched
+from ..combination import Guidance, Step
 from ..diffusion import NoiseSchedule
 from ..presets import cfg
 from ..schedules import GuidanceError, PercentToSigma
@@ -56,16 +57,13 @@ class Prediction:
     e_source_c: Tensor | None = None
 
 
-@dataclass
-class _Job:
+@dataclass(frozen=True, eq=False)
+class _Job(Piece):
     """One source on some rows of one question."""
 
     ask: int
     source: Source
     rows: list[int]
-    x: Tensor
-    sigma: Tensor
-    arguments: dict[str, Any]
 
 
 class Critic:
@@ -74,7 +72,8 @@ class Critic:
     guidance: what the generator is led towards; its models are callables `model(x, sigma [B], **cond) -> x0` and its
     conditionings dicts of their arguments, as for `MultiGuidance`. schedule: which noise level a timestep is. negative:
     the Source of e_negative (NFSD, CSD). source: a Guidance that describes what the generator makes now (DDS,
-    SDS-Bridge). percent_to_sigma: the schedule's own unless given. max_batch: the most latents in one model call.
+    SDS-Bridge). percent_to_sigma: the schedule's own unless given. max_batch: the most latents in one model call, None
+    for no limit; one question's latents on one conditioning are never split, and `denoise_many` sets its own limits.
 
     All questions of a step are asked together (`predict_many`): each (model, conditioning, latents) is evaluated once,
     and all that fit together of one model run in one call. A model whose conditionings are not plain tensors may bring
@@ -217,63 +216,16 @@ class Critic:
         for own in by_model.values():
             model = own[0].source.model
             many = getattr(model, "denoise_many", None)
-            for call in [own] if callable(many) else self._calls(own):
+            for call in [own] if callable(many) else in_few_calls(own, self.max_batch):
                 self.calls += 1
                 self.samples += sum(len(job.rows) for job in call)
                 if callable(many):
                     outputs = list(many([(job.x, job.sigma, job.arguments) for job in call]))
                 else:
-                    outputs = self._call(model, call)
+                    outputs = call_together(model, call)
                 for job, output in zip(call, outputs):
-                    if not isinstance(output, Tensor) or output.shape != job.x.shape:
-                        found = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-                        raise GuidanceError(
-                            f"Expected a critic's model to return the shape it was given, {list(job.x.shape)}, "
-                            f"got {found}."
-                        )
+                    check_shape(output, job.x)
                     yield job, output
-
-    def _calls(self, jobs: Sequence[_Job]) -> list[list[_Job]]:
-        calls: list[list[_Job]] = []
-        for job in jobs:
-            for call in calls:
-                rows = len(job.rows) + sum(len(other.rows) for other in call)
-                if (self.max_batch is None or rows <= self.max_batch) and _fits(call[0], job):
-                    call.append(job)
-                    break
-            else:
-                calls.append([job])
-        return calls
-
-    @staticmethod
-    def _call(model: Any, jobs: Sequence[_Job]) -> Sequence[Tensor]:
-        first = jobs[0]
-        if len(jobs) == 1:
-            return [model(first.x, first.sigma, **first.arguments)]
-        arguments = {
-            key: torch.cat([job.arguments[key] for job in jobs]) if _is_batched(value) else value
-            for key, value in first.arguments.items()
-        }
-        rows = [len(job.rows) for job in jobs]
-        joined = model(torch.cat([job.x for job in jobs]), torch.cat([job.sigma for job in jobs]), **arguments)
-        if not isinstance(joined, Tensor) or len(joined) != sum(rows):
-            found = list(joined.shape) if isinstance(joined, Tensor) else type(joined).__name__
-            raise GuidanceError(f"Expected a critic's model to return {sum(rows)} latents, got {found}.")
-        return joined.split(rows)
-
-
-def _fits(left: _Job, right: _Job) -> bool:
-    """Whether two jobs can share a model call: same latent shape, same arguments, tensors joined along the batch."""
-    if left.x.shape[1:] != right.x.shape[1:] or left.arguments.keys() != right.arguments.keys():
-        return False
-    for key, a in left.arguments.items():
-        b = right.arguments[key]
-        if _is_batched(a) and _is_batched(b):
-            if a.shape[1:] != b.shape[1:] or a.dtype != b.dtype or a.device != b.device:
-                return False
-        elif _is_batched(a) or _is_batched(b) or not _same_value(a, b):
-            return False
-    return True
 
 
 class _Plan:
@@ -315,7 +267,7 @@ class _Plan:
         x, sigma = (self.x, self.sigma) if whole else (self.x[chosen], self.sigma[chosen])
         arguments = dict(source.cond or {})
         for key, value in arguments.items():
-            if not _is_batched(value):
+            if not is_batched(value):
                 continue
             if value.shape[0] == 1:
                 arguments[key] = value.expand(len(rows), *value.shape[1:])
@@ -326,7 +278,7 @@ class _Plan:
                 )
             elif not whole:
                 arguments[key] = value[chosen.to(value.device)]
-        return _Job(index, source, rows, x, sigma, arguments)
+        return _Job(x, sigma, arguments, index, source, rows)
 
     def answer(self, predictions: Mapping[Source, Tensor]) -> Prediction:
         critic, needs = self.critic, self.needs
@@ -354,6 +306,7 @@ class _Plan:
 
     def _groups(self, steps: Mapping[float, Step]) -> list[tuple[Step, list[int]]]:
         """Rows whose guidance is the same, with it."""
+        # By weights: steps of one `recipe` combine alike, yet may differ in the sum of weights, which is `scale`.
         groups: dict[tuple, tuple[Step, list[int]]] = {}
         for row, level in enumerate(self.levels):
             step = steps[level]

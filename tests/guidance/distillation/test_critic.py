@@ -83,6 +83,16 @@ def test_a_domain_model_and_intervals_per_sample(make_gaussian, schedule, mean):
     assert prior.calls == [8] and domain.calls == [2]
 
 
+def test_samples_that_combine_alike_may_differ_in_scale(gaussian, schedule, mean):
+    """A term on the base's own conditioning adds nothing to e but to the sum of weights."""
+    base, level = mean(*U), Interval(2.0, start=schedule.sigma(400), end=0.0, unit="sigma")
+    terms = [Term("nothing", gaussian, base, level), Term("control", gaussian, mean(*C), 3.0)]
+    critic = Critic(Guidance(Source(gaussian, base), terms), schedule)
+    found = critic.predict(latents(3), torch.tensor([100, 700, 300]))
+    assert found.scale.flatten().tolist() == [5.0, 3.0, 5.0]
+    torch.testing.assert_close(found.e_u + found.scale * (found.e_c - found.e_u), found.e, rtol=1e-4, atol=1e-4)
+
+
 def test_a_conditioning_per_latent_follows_its_rows(gaussian, schedule):
     per_image = {"mu": torch.arange(4.0).reshape(4, 1, 1, 1).expand(4, 4, 1, 1).contiguous()}
     base = {"mu": torch.zeros(1, 4, 1, 1)}
@@ -103,6 +113,9 @@ def test_the_largest_batch_splits_calls(gaussian, schedule, mean):
     for split, joined in zip(critic.predict_many(asks), whole.predict_many(asks)):
         torch.testing.assert_close(split.e, joined.e)
     assert gaussian.calls == [4, 4, 4, 12]
+    gaussian.calls.clear()
+    critic.predict(latents(6), torch.full((6,), 50), ("e",))  # one question's latents stay together
+    assert gaussian.calls == [6, 6]
 
 
 def test_a_model_may_batch_its_own_conditionings(gaussian, schedule, mean):
@@ -120,6 +133,9 @@ def test_a_model_may_batch_its_own_conditionings(gaussian, schedule, mean):
     expected = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule).predict(z_t, t)
     torch.testing.assert_close(critic.predict(z_t, t).e, expected.e)
     assert model.jobs == 2
+    critic = Critic.cfg(model, {"means": list(U)}, {"means": list(C)}, 7.5, schedule=schedule, max_batch=1)
+    torch.testing.assert_close(critic.predict(z_t, t).e, expected.e)
+    assert model.jobs == 2  # whatever the limit: it batches by itself
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])

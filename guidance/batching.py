@@ -1,0 +1,109 @@
+"""Several conditionings of one model in one call: which of them fit together, and the call itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from .schedules import GuidanceError
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """What one call `model(x, sigma, **arguments) -> x0` would take: x [B, ...], sigma a number or [B], arguments.
+
+    Tensors whose first dimension is B belong to single latents and are joined along it, where their shapes agree.
+    Everything else must be equal to share a call; lists and dicts never share one, since their entries may belong to
+    single latents.
+    """
+
+    x: Tensor
+    sigma: Tensor | float
+    arguments: Mapping[str, Any]
+
+    def fits(self, other: Piece) -> bool:
+        """Whether one call can serve both."""
+        if self.arguments.keys() != other.arguments.keys():
+            return False
+        pairs = [(self.x, other.x), *((value, other.arguments[key]) for key, value in self.arguments.items())]
+        if self.sigma is not other.sigma:
+            pairs.append((self.sigma, other.sigma))
+        return all(_agree(left, right, len(self.x), len(other.x)) for left, right in pairs)
+
+
+OfPiece = TypeVar("OfPiece", bound=Piece)
+
+
+def in_few_calls(pieces: Sequence[OfPiece], max_batch: int | None = None) -> list[list[OfPiece]]:
+    """One model's pieces sorted into as few calls as their arguments and `max_batch` allow; none is ever split."""
+    calls: list[list[OfPiece]] = []
+    for piece in pieces:
+        for call in calls:
+            rows = len(piece.x) + sum(len(other.x) for other in call)
+            if (max_batch is None or rows <= max_batch) and call[0].fits(piece):
+                call.append(piece)
+                break
+        else:
+            calls.append([piece])
+    return calls
+
+
+def call_together(model: Any, pieces: Sequence[Piece]) -> list[Tensor]:
+    """x0 of each of the pieces, which must fit, from one call. Raises GuidanceError for another shape than x's."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        x, sigma, arguments = first.x, first.sigma, first.arguments
+    else:
+        x = torch.cat([piece.x for piece in pieces])
+        sigma = _joined([piece.sigma for piece in pieces], len(first.x))
+        arguments = {
+            key: _joined([piece.arguments[key] for piece in pieces], len(first.x)) for key in first.arguments
+        }
+    joined = model(x, sigma, **arguments)
+    check_shape(joined, x)
+    return list(joined.split([len(piece.x) for piece in pieces]))
+
+
+def check_shape(made: Any, x: Tensor) -> None:
+    """Raise GuidanceError for what is no denoised x."""
+    if not isinstance(made, Tensor):
+        raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(made).__name__}.")
+    if made.shape != x.shape:
+        raise GuidanceError(
+            f"Expected a model to return the shape it was given, {list(x.shape)}, got {list(made.shape)}."
+        )
+
+
+def is_batched(value: Any) -> bool:
+    """Whether a value may have an entry per latent."""
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def _joined(values: Sequence[Any], rows: int) -> Any:
+    return torch.cat(list(values)) if is_batched(values[0]) and len(values[0]) == rows else values[0]
+
+
+def _agree(left: Any, right: Any, left_rows: int, right_rows: int) -> bool:
+    if is_batched(left) and is_batched(right):
+        per_latent = len(left) == left_rows and len(right) == right_rows
+        same_kind = left.dtype == right.dtype and left.device == right.device
+        return per_latent and same_kind and left.shape[1:] == right.shape[1:]
+    return not is_batched(left) and not is_batched(right) and _same_value(left, right)
+
+
+def _same_value(left: Any, right: Any) -> bool:
+    """Whether two arguments that carry no batch may be passed once for both."""
+    if isinstance(left, (list, tuple, set, Mapping)):
+        return False
+    if left is right:
+        return True
+    plain = (str, bytes, bool, int, float, type(None))
+    if isinstance(left, plain) and isinstance(right, plain):
+        return type(left) is type(right) and left == right
+    if isinstance(left, Tensor) and isinstance(right, Tensor):  # 0-d
+        return left.dtype == right.dtype and left.device == right.device and bool(left == right)
+    return False
