@@ -80,6 +80,14 @@ class Models:
         )  # fmt: skip
 
 
+@torch.no_grad()
+def move(parameters: dict[str, Tensor], seed: int) -> None:
+    """Change the trained tensors by a tenth of their spread: the directional gradient of equal generators is zero."""
+    randomness = torch.Generator().manual_seed(seed)
+    for one in parameters.values():
+        one.add_(torch.randn(one.shape, generator=randomness), alpha=0.1 * float(one.square().mean().sqrt()))
+
+
 class Ours:
     """The production step; mode: "shared", the default, or "sgf"."""
 
@@ -87,6 +95,7 @@ class Ours:
         config = models.config(mode, clamps, seed)
         self.objective = make_objective(config, models.critic, models.encode, "cpu")
         self.adapter = Adapter(config, models.generator, self.objective, models.encode)
+        move(self.adapter.parameters, seed)
 
     @property
     def parameters(self) -> dict[str, Tensor]:
