@@ -87,6 +87,10 @@ RECIPES = {
             "shared_reconstruction", "SDS + reconstruction 1, shared noise",
             {**RELEASED, "mode": "shared", "reconstruction": 1.0},
         ),
+        Recipe(
+            "shared_directional_weak", "SDS + directional 0.2, shared noise",
+            {**RELEASED, "mode": "shared", "directional": 0.2},
+        ),
         _ours("csd", "CSD", method="csd"),
         _ours("csd_directional", "CSD + directional 0.2", method="csd", directional=0.2),
         _ours("nfsd", "NFSD", method="nfsd"),
@@ -110,7 +114,7 @@ LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
 BEYOND = (
-    "shared_directional", "shared_reconstruction", "csd", "csd_directional", "nfsd", "bridge", "dds", "ism", "vsd",
-    "sds_unclamped",
+    "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional", "nfsd", "bridge",
+    "dds", "ism", "vsd", "sds_unclamped",
 )  # fmt: skip
 GUIDED = ("domain", "fine_tune", "domain_directional")

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import BEYOND, RECIPES, SGF, WEAK
+from .recipes import BEYOND, RECIPES, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -43,19 +43,20 @@ def runs(
 def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """Everything, most telling first."""
     first, *others = COLOURS
-    # 1. One colour prompt: SDS alone, its two regularizers, layer selection, and the strongest rivals.
+    # 1. One colour prompt: SDS alone, its two regularizers weak and strong, layer selection, and the rivals.
     yield Point(first.name, "prior")
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", *WEAK, "shared_directional", "sds_100"))
+    telling = ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3", "csd")
+    yield from runs(stops, first, (*telling, "shared_directional_weak", "sds_100"))
     # 2. The shape change, and the domain that no prompt describes.
     yield Point(SEVEN.name, "prior")
-    yield from runs(stops, SEVEN, (*SGF, "csd", *WEAK))
+    yield from runs(stops, SEVEN, telling)
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"))
     # 3. The other colours and the long prompt, then three seeds of all of that.
     for task in (*others, LONG):
         yield Point(task.name, "prior")
-        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3", *WEAK))
+        yield from runs(stops, task, telling)
     for task in (*COLOURS, LONG, SEVEN):
-        yield from runs(stops, task, (*SGF, "csd", "sds_layers_3", *WEAK), SEEDS)
+        yield from runs(stops, task, telling, SEEDS)
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS)
     # 4. Every recipe on every task.
     everything = tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt")
@@ -72,7 +73,7 @@ def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     first, second, third, _ = COLOURS
     usual = ("sds", *WEAK)
     yield Point(first.name, "prior")
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3", *WEAK))
+    yield from runs(stops, first, ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3"))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
     yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, usual)
@@ -80,7 +81,7 @@ def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
         yield Point(task.name, "prior")
         yield from runs(stops, task, usual)
     yield from runs(stops, first, usual, SEEDS[1:])
-    yield from runs(stops, first, ("sds_100", "shared_directional", "csd_directional", "bridge"))
+    yield from runs(stops, first, ("shared_directional_weak", "bridge", "csd", "csd_directional", "sds_100"))
     yield Point(third.name, "prior")
     yield from runs(stops, third, usual)
     yield from runs(stops, SEVEN, ("csd",))
@@ -90,7 +91,7 @@ def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
 def tiny_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """Shows that everything runs, in seconds; the numbers mean nothing."""
     first = COLOURS[0]
-    yield from runs(stops, first, (*SGF, "csd", "sds_layers_3"))
+    yield from runs(stops, first, ("sds", "sds_directional", "sds_reconstruction", "csd", "sds_layers_3"))
     yield Point(first.name, "prior")
     yield from runs(stops, SEVEN, ("nfsd", "bridge"))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
