@@ -171,8 +171,7 @@ class Adapter:
     def _let_learn(self, layers: Sequence[str] | None) -> None:
         """Let the trained parameters of these layers learn, None: all of them."""
         for name, one in self.parameters.items():
-            layer = ".".join(name.removeprefix("synthesis.").split(".")[:2])
-            one.requires_grad_(layers is None or layer in layers)
+            one.requires_grad_(layers is None or _layer_of(name) in layers)
 
     def _images(self, generator: Generator, ws: Tensor, index: int) -> Tensor:
         # The trained and the frozen generator see the same noise inputs.
@@ -314,7 +313,10 @@ class _Chooses:
 
     def __init__(self, adapter: Adapter, frozen: bool = False) -> None:
         self._adapter, self._generator = adapter, adapter.frozen if frozen else adapter.generator
-        self.style_layers, self.ws_index = self._generator.style_layers, self._generator.ws_index
+        learns = {_layer_of(name) for name in adapter.parameters}
+        # A layer of which nothing is trained would, chosen alone, leave the step without a gradient.
+        self.style_layers = tuple(name for name in self._generator.style_layers if name in learns)
+        self.ws_index = self._generator.ws_index
 
     def synthesize(self, ws: Tensor) -> Tensor:
         return self._adapter._images(self._generator, ws, 0)
@@ -351,6 +353,11 @@ def trained_names(generator: Generator, train: str, freeze_bias: bool) -> tuple[
         name for name, _ in generator.named_parameters()
         if TRAINED[train].fullmatch(name) and not (freeze_bias and name.endswith(".bias"))
     )
+
+
+def _layer_of(name: str) -> str:
+    """The layer of a parameter as `Generator.style_layers` calls it; of others, what none of these is called."""
+    return ".".join(name.removeprefix("synthesis.").split(".")[:2])
 
 
 def describe_trained(generator: Generator, names: Sequence[str], layers: int = 0) -> str:

@@ -182,6 +182,19 @@ def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
     assert moved and {".".join(name.split(".")[1:3]) for name in moved} == chosen
 
 
+def test_layer_selection_passes_over_layers_of_which_nothing_trains(run, monkeypatch):
+    """`released` leaves b4.conv1 as it is: chosen alone, it would leave the step without a gradient."""
+    from indomain_guidance.guidance.distillation import layer_selection
+
+    def coarsest_first(synthesize, ws, gradient, rate):
+        return torch.arange(ws.shape[1], 0, -1).float()
+
+    monkeypatch.setattr(layer_selection, "rank_layers", coarsest_first)
+    result, events = run(steps=1, layers=1, train="released", checkpoint_every=0)
+    (step,) = [event for event in events if isinstance(event, Distilled)]
+    assert result.status == "finished" and [name for name in step.parts if "trained" in name] == ["trained b8.conv0"]
+
+
 def test_layers_are_chosen_anew_in_every_step(run):
     _, events = run(steps=12, layers=1, checkpoint_every=0)
     chosen = [
