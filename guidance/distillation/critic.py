@@ -7,6 +7,7 @@ combination of them (`combination`), can be the critic.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,11 +33,15 @@ _OF_SOURCE = frozenset({"e_source", "e_source_c"})
 
 @dataclass(frozen=True)
 class Ask:
-    """One question to a critic: `needs`, a set of OPINIONS, on z_t [B, C, h, w] at timesteps t [B], whole numbers."""
+    """One question to a critic: `needs`, a set of OPINIONS, on z_t [B, C, h, w] at timesteps t [B], whole numbers.
+
+    negative_from: e_negative is evaluated only for samples at this timestep or later; 0: for all.
+    """
 
     z_t: Tensor
     t: Tensor
     needs: frozenset[str] = _OF_GUIDANCE
+    negative_from: int = 0
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class Prediction:
     """Noise predictions [B, C, h, w] in float32; those that were not asked for are None.
 
     e: the guided prediction. e_u: the base's. e_c: that of the effective condition, e = e_u + scale (e_c - e_u), with
-    `scale` [B, 1, 1, 1] the sum of the terms' weights. e_negative: on the critic's negative. e_source, e_source_c:
-    guided and effective-condition predictions of the guidance that describes the source.
+    `scale` [B, 1, 1, 1] the sum of the terms' weights. e_negative: on the critic's negative, NaN for samples below
+    `Ask.negative_from`. e_source, e_source_c: guided and effective-condition predictions of the guidance that describes
+    the source.
     """
 
     e: Tensor | None = None
@@ -233,6 +239,7 @@ class _Plan:
 
     def __init__(self, critic: Critic, ask: Ask, x: Tensor, levels: list[float]) -> None:
         self.critic, self.needs, self.x, self.levels = critic, ask.needs, x, levels
+        self.negative = [int(t) >= ask.negative_from for t in ask.t.reshape(-1).tolist()]
         self.sigma = torch.tensor(levels, dtype=torch.float32, device=x.device)
         self.of_guidance = self._steps(critic.guidance, _OF_GUIDANCE, {"e_u", "e_c"})
         self.of_source = self._steps(critic.source, _OF_SOURCE, {"e_source_c"})
@@ -254,7 +261,7 @@ class _Plan:
                 needed |= dict.fromkeys(self.of_guidance[level].needed if terms else [self.critic.guidance.base])
             if self.of_source:
                 needed |= dict.fromkeys(self.of_source[level].needed)
-            if "e_negative" in self.needs:
+            if "e_negative" in self.needs and self.negative[row]:
                 needed[self.critic.negative] = None
             for source in needed:
                 rows.setdefault(source, []).append(row)
@@ -291,7 +298,10 @@ class _Plan:
             condition, found["scale"] = self._effective(self.of_guidance, predictions)
             found["e_c"] = self.noise(condition)
         if "e_negative" in needs:
-            found["e_negative"] = self.noise(predictions[critic.negative])
+            rows = torch.tensor(self.negative, device=self.x.device)
+            found["e_negative"] = torch.full_like(self.x, math.nan)
+            if any(self.negative):
+                found["e_negative"][rows] = self.noise(predictions[critic.negative])[rows]
         if "e_source" in needs:
             found["e_source"] = self.noise(self._combined(self.of_source, predictions))
         if "e_source_c" in needs:

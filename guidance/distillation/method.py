@@ -48,12 +48,14 @@ class Context:
 class LatentTerm(ABC):
     """A part of the objective on latents. `needs` and `needs_frozen` name opinions (`critic.OPINIONS`) on z_t and on
     the frozen image's latents; all opinions of a step are asked in one go. `uses_frozen`: whether the frozen image's
-    latents are looked at."""
+    latents are looked at. `negative_from`: e_negative is needed only for samples at this timestep or later, 0 for all.
+    """
 
     name: str = ""
     needs: frozenset[str] = frozenset()
     needs_frozen: frozenset[str] = frozenset()
     uses_frozen: bool = False
+    negative_from: int = 0
 
     @abstractmethod
     def gradient(self, context: Context) -> Tensor:

@@ -19,8 +19,9 @@ class NFSD(Method):
 
     The noise is left out of SDS: delta_D is e_u below timestep `threshold`, where e_u is mostly the domain's direction,
     and e_u - e_negative from there on, since both predict the same noise. s (e_c - e_u) is e - e_u of the critic's
-    guidance, at a nominal scale (7.5 in the paper). threshold: 200 of 1000 as published; 0 asks the negative prompt at
-    every timestep. The negative prompt says what images should not be ("unrealistic, blurry, low quality, ...").
+    guidance, at a nominal scale (7.5 in the paper). threshold: 200 of 1000 as published, below which the negative
+    prompt is not evaluated; 0 asks it at every timestep. It says what images should not be ("unrealistic, blurry, low
+    quality, ...").
     """
 
     threshold: int = 200
@@ -31,6 +32,10 @@ class NFSD(Method):
     def __post_init__(self) -> None:
         if self.threshold < 0:
             raise GuidanceError(f"Expected the threshold of NFSD to be a timestep of at least 0, got {self.threshold}.")
+
+    @property
+    def negative_from(self) -> int:
+        return self.threshold
 
     def gradient(self, context: Context) -> Tensor:
         """delta_D + (e - e_u)."""

@@ -324,11 +324,13 @@ class Objective:
         for group, noise in enumerate(noises):
             members = [term for term, own in zip(terms, group_of) if own == group]
             for of_frozen in (False, True):
-                needs = frozenset().union(*((one.needs_frozen if of_frozen else one.needs) for one in members))
+                wanted = [(one, one.needs_frozen if of_frozen else one.needs) for one in members]
+                needs = frozenset().union(*(names for _, names in wanted))
+                negative_from = min((one.negative_from for one, names in wanted if "e_negative" in names), default=0)
                 if needs:
                     place[group, of_frozen] = len(asks)
                     latents = z_frozen if of_frozen else z
-                    asks.append(Ask(self.critic.noisy(latents, noise.to(z), t), t, needs))
+                    asks.append(Ask(self.critic.noisy(latents, noise.to(z), t), t, needs, negative_from))
         answers = self.critic.predict_many(asks) if asks else []
         contexts = []
         for group in group_of:

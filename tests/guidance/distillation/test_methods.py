@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from indomain_guidance.guidance.distillation.critic import Critic
+from indomain_guidance.guidance.distillation.critic import Ask, Critic
 from indomain_guidance.guidance.distillation.csd import CSD
 from indomain_guidance.guidance.distillation.ism import ISM
 from indomain_guidance.guidance.distillation.methods import METHODS, make_method
@@ -74,6 +74,23 @@ def test_nfsd_switches_its_direction_at_the_threshold(case):
     early = (T < 200).reshape(-1, 1, 1, 1)
     close(case.gradient(NFSD()), torch.where(early, case.e(U), case.e(U) - case.e(NEGATIVE)) + guidance)
     close(case.gradient(NFSD(threshold=0)), case.e(U) - case.e(NEGATIVE) + guidance)
+
+
+@pytest.mark.parametrize(("threshold", "evaluated"), [(0, 4), (199, 3), (200, 2), (601, 0)])
+def test_nfsd_evaluates_the_negative_prompt_only_where_it_counts(case, threshold, evaluated):
+    found = case.gradient(NFSD(threshold))
+    assert case.critic.samples == 2 * len(T) + evaluated and sum(case.gaussian.calls) == case.critic.samples
+    late = (T >= threshold).reshape(-1, 1, 1, 1)
+    guidance = SCALE * (case.e(C) - case.e(U))
+    close(found, case.e(U) - torch.where(late, case.e(NEGATIVE), 0.0) + guidance)
+
+
+def test_an_opinion_that_was_not_asked_for_is_no_number(case):
+    ask = Ask(case.z, T, frozenset({"e_negative"}), negative_from=200)
+    (found,) = case.critic.predict_many([ask])
+    (whole,) = case.critic.predict_many([Ask(case.z, T, frozenset({"e_negative"}))])
+    assert found.e_negative.isnan().all((1, 2, 3)).tolist() == [True, True, False, False]
+    torch.testing.assert_close(found.e_negative[2:], whole.e_negative[2:])
 
 
 def test_dds_is_the_difference_of_two_sds(case):
