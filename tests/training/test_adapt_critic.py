@@ -60,6 +60,19 @@ def test_methods_get_their_prompts(mini, configure):
     assert torch.allclose(found.e_source_c, predicted(mini, config.source_prompt, z_t, t), atol=1e-4)
 
 
+def test_the_second_critic_of_vsd_is_the_priors_on_the_prompt(mini, configure):
+    """And the domain model's only where there is no prompt."""
+    config = configure(method="vsd", domain=DOMAIN)
+    critic = open_critic(config, mini, 64, "cpu")
+    own = make_objective(config, critic, lambda images: images, "cpu").method.source
+    assert own == critic.guidance.term("control").source and own.model is critic.guidance.base.model
+    assert torch.equal(own.cond["context"], mini.encode_text([config.prompt]).context)
+    config = configure(method="vsd", domain=DOMAIN, prompt="")
+    critic = open_critic(config, mini, 64, "cpu")
+    own = make_objective(config, critic, lambda images: images, "cpu").method.source
+    assert own == critic.guidance.term("domain").source and own.model is not critic.guidance.base.model
+
+
 def test_a_domain_model_of_another_latent_space_is_refused(tiny_run, configure):
     with pytest.raises(FileProblem, match="latent space 'tiny', found one of 'mini_world'"):
         open_critic(configure(base="tiny", prompt="", domain=DOMAIN), tiny_run.tiny_base(), 64, "cpu")
