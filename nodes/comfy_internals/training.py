@@ -322,7 +322,8 @@ class Progress:
 
     def cancel(self, interrupted: BaseException) -> None:
         """Take note of a cancel that was raised, and so used up, in the middle of a step."""
-        self._interrupted = interrupted
+        # Its traceback would keep that step's tensors while the step is done once more.
+        self._interrupted = interrupted.with_traceback(None)
 
     def raise_if_cancelled(self) -> None:
         """End the node the way ComfyUI ends a cancelled one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -243,6 +244,24 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
     events = log_of(world, "parts")
     assert type(events[-1]).__name__ == "Stopped" and 1 <= events[-1].step < 4
     assert same_bits(weights(adapt(name="parts", steps=4).generator), weights(whole.generator))
+
+
+def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
+    """While the step is done once more, the first try's tensors are gone."""
+    progress, kept = module("nodes.comfy_internals.training").Progress(), []
+    interruption = comfyui.model_management.InterruptProcessingException
+
+    def step():
+        if not kept:
+            activations = torch.zeros(3)
+            kept.append(weakref.ref(activations))
+            raise interruption
+        return kept[0]()
+
+    assert module("nodes.comfy_internals.critic").to_the_end(step, progress.cancel)() is None
+    assert progress.should_stop()
+    with pytest.raises(interruption):
+        progress.raise_if_cancelled()
 
 
 def test_the_texts_behind_conditionings_are_found(world, monkeypatch):
