@@ -29,8 +29,8 @@ def row(recipe: str, step: int = 0, seed: int = 0, value: float = 0.95, distance
 
 ROWS = [
     row("source", value=0.0), row("exact"), row("prior"),
-    *(row("sds", step, seed, 0.99 - step / 1000, 10.0 + seed) for seed in range(3) for step in (50, 100, 200)),
-    *(row("sds_directional", step) for step in (50, 100, 200)),
+    *(row("sds", step, seed, 0.99 - step / 1500, 10.0 + seed) for seed in range(3) for step in PLAN.stops),
+    *(row("sds_directional", step) for step in PLAN.stops),
 ]  # fmt: skip
 VERDICTS = verdicts.all_verdicts(ROWS, PLAN)
 
@@ -42,7 +42,7 @@ def test_the_page_has_verdicts_tables_and_what_is_missing():
     assert "few settings and seeds are asked" in page
     (line,) = [one for one in page.splitlines() if one.startswith("| (a) | colours | SDS alone: its share")]
     assert "0.79 (0.79 to 0.79) | at most 0.8 |" in line and line.endswith("**confirmed so far** |")
-    assert "| **SDS alone** | 200 | 3 | 11.0 (10.0 to 12.0) | 99.0 | 79.0% (79.0% to 79.0%) |" in page
+    assert "| **SDS alone** | 300 | 3 | 11.0 (10.0 to 12.0) | 99.0 | 79.0% (79.0% to 79.0%) |" in page
     assert "| source, not adapted |  |  | 20.0 (20.0 to 20.0) |" in page
     assert "Prompt: 'a yellow digit on a blue background'. The judge accepts 95.0% of the exact answers (at least 95%)" in page
     assert "(sgf.png)" in page and "(sgf_samples.png)" not in page and "## Every latent a seven" not in page
@@ -66,8 +66,8 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
 def test_curves_begin_at_the_source_and_join_the_seeds():
     found = {one.label: one for one in report.curves(ROWS, "distance")}
     assert list(found) == ["SDS alone", "SDS + directional 1"]
-    assert found["SDS alone"].points == [(0.0, 20.0), (50.0, 11.0), (100.0, 11.0), (200.0, 11.0)]
-    assert found["SDS alone"].intervals[1] == ((50, 50), (10.0, 12.0))
+    assert found["SDS alone"].points == [(0.0, 20.0), (75.0, 11.0), (150.0, 11.0), (300.0, 11.0)]
+    assert found["SDS alone"].intervals[1] == ((75, 75), (10.0, 12.0))
 
 
 def test_the_report_is_written_whole(tmp_path):
@@ -85,6 +85,6 @@ def test_the_report_is_written_whole(tmp_path):
 def test_the_last_step_of_every_run_stands_in_the_tables():
     found = report.last_rows(ROWS)
     assert [(one.point.recipe, one.point.step, one.point.seed) for one in found] == [
-        ("source", 0, 0), ("exact", 0, 0), ("prior", 0, 0), ("sds", 200, 0), ("sds", 200, 1), ("sds", 200, 2),
-        ("sds_directional", 200, 0),
+        ("source", 0, 0), ("exact", 0, 0), ("prior", 0, 0), ("sds", 300, 0), ("sds", 300, 1), ("sds", 300, 2),
+        ("sds_directional", 300, 0),
     ]  # fmt: skip
