@@ -60,6 +60,7 @@ class Evidence:
         self.tasks = tuple(name for name in GROUPS[group] if name not in self.invalid)
         self.rows = [row for row in rows if row.point.task in self.tasks and row.point.recipe in RECIPES]
         self.points = [one for one in plan.points if one.task in self.tasks and one.recipe in RECIPES]
+        self.framed = {row.point for row in rows}
 
     def progress(self, recipes: Sequence[str]) -> tuple[int, int]:
         """(measured, planned) points of some recipes."""
@@ -68,7 +69,9 @@ class Evidence:
 
     def settled(self, recipes: Sequence[str]) -> bool:
         measured, planned = self.progress(recipes)
-        return measured == planned and not self.plan.coarse
+        # What a task is held against: an answer that the judge refuses, or a prompt unknown to the prior, voids it.
+        framed = {one for one in self.plan.points if one.task in self.tasks and one.recipe in ("exact", "prior")}
+        return measured == planned and framed <= self.framed and not self.plan.coarse
 
     def curves(self, recipe: str) -> dict[Key, list[Row]]:
         """The rows of each run of a recipe in the order of steps; runs that begin late do not count."""
@@ -167,6 +170,12 @@ def claim_a(evidence: Evidence) -> list[Verdict]:
     for part, (name, statement, target, better) in statements.items():
         if not runs:
             found.append(_missing("a", part, evidence, statement, target, better))
+            continue
+        # What `measures.diversity` says where hardly any sample obeys.
+        silent = sum(rows[-1].numbers["diversity"] == 0.0 for rows in runs.values())
+        if name == "diversity" and silent:
+            reason = f"at the end of {silent} of {len(runs)} runs hardly any sample obeys: diversity is unknown"
+            found.append(_missing("a", part, evidence, statement, target, better, reason))
             continue
         values = evidence.mean({key: at_end(rows, name) for key, rows in runs.items()})
         details, literal = _runs(runs), evidence.complete("sds_100")

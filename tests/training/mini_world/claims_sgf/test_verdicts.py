@@ -47,6 +47,14 @@ def test_a_asks_for_the_end_of_training_in_both_numbers():
     assert verdict([row("csd", 100, 1, 1)], "colours/a/loses_diversity").outcome == "undecided"
 
 
+def test_a_is_silent_on_diversity_where_hardly_any_sample_obeys():
+    """The diversity of no samples is 0, which is not a loss of diversity."""
+    rows = [row("sds", 200, 0.05, 0.0)]
+    found = verdict(rows, "colours/a/loses_diversity")
+    assert found.outcome == "undecided" and "at the end of 1 of 1 runs" in found.details["reason"]
+    assert verdict(rows, "colours/a/reaches_the_prompt").outcome == "refuted"
+
+
 def test_b_takes_the_best_accurate_stop_and_counts_runs_that_never_get_there_as_zero():
     good = [row("sds_directional", 100, 0.5, 1.0), row("sds_directional", 200, 0.95, 0.9)]
     found = verdict(good, "colours/b/directional")
@@ -125,6 +133,10 @@ def test_missing_points_and_coarse_sweeps_make_it_so_far():
     found = verdict(rows, "colours/a/loses_diversity", missing=later)
     assert found.outcome == "confirmed so far" and (found.measured, found.planned) == (2, 4)
     assert verdict(rows, "colours/a/loses_diversity", coarse=True).outcome == "confirmed so far"
+    # Whether the task can decide anything is a point too.
+    for frame in ("exact", "prior"):
+        found = verdict(rows, "colours/a/loses_diversity", missing=(Point(FIRST, frame),))
+        assert found.outcome == "confirmed so far"
     # A run whose last stop is missing is not yet at its end.
     half = verdict(rows[:1], "colours/a/loses_diversity", missing=(rows[1].point,))
     assert half.outcome == "undecided"
