@@ -19,7 +19,15 @@ from .adapt_config import AdaptConfig
 from .adapt_critic import Distance, first_opinion, judged_resolution, latent_encoder, make_objective, open_critic
 from .adapt_estimate import estimate_adaptation
 from .adapt_previews import BeforeAfter
-from .adapter import Adapter, Encode, check_generator, describe_trained, generator_hash, trained_names
+from .adapter import (
+    Adapter,
+    Encode,
+    check_generator,
+    describe_trained,
+    generator_hash,
+    learning_names,
+    trained_names,
+)
 from .base import MINI_WORLD, Base, open_base
 from .engine import Engine, Result, check_resume, due
 from .events import Listener, Sampled, Started, Warned
@@ -193,7 +201,8 @@ class _Adaptation(Engine):
         config, before = self.config, self.loaded.metadata
         stage = {
             "prompt": config.prompt, "method": config.method, "scale": config.scale, "steps": self.learner.step,
-            "parent": before.name, "parent_sha256": self.learner.source_hash, "trained": list(self.learner.parameters),
+            "parent": before.name, "parent_sha256": self.learner.source_hash,
+            "trained": list(learning_names(self.learner.generator, list(self.learner.parameters), config.layers)),
         }
         return dataclasses.replace(
             before, name=config.name, licence=config.licence or before.licence,

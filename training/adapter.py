@@ -360,8 +360,14 @@ def _layer_of(name: str) -> str:
     return ".".join(name.removeprefix("synthesis.").split(".")[:2])
 
 
+def learning_names(generator: Generator, names: Sequence[str], layers: int = 0) -> tuple[str, ...]:
+    """Those of `names` that a step can change: with layer selection only what belongs to a style layer."""
+    return tuple(name for name in names if not layers or _layer_of(name) in generator.style_layers)
+
+
 def describe_trained(generator: Generator, names: Sequence[str], layers: int = 0) -> str:
     """Exactly which tensors learn, and how many numbers they hold, for people."""
+    names = learning_names(generator, names, layers)
     sizes = {name: one.numel() for name, one in generator.named_parameters()}
     learns, total = sum(sizes[name] for name in names), sum(sizes.values())
     count = f"trains {len(names)} of {len(sizes)} tensors, {learns:,} of {total:,} parameters"

@@ -91,6 +91,15 @@ def test_tensors_are_named_layer_by_layer(tiny_adaptation):
     assert left.startswith("mapping.fc0.{weight, bias}, mapping.fc1.{weight, bias}, synthesis.b4.const, ")
 
 
+def test_layer_selection_names_no_tensor_that_it_cannot_choose(tiny_adaptation):
+    generator = tiny_adaptation.tiny_generator()
+    names = trained_names(generator, "all", False)
+    trained, left = describe_trained(generator, names, 2).split("\nleft as they are: ")
+    assert "synthesis.b4.const" in left and "mapping.fc0" in left and "b8.conv1" not in left
+    assert "const" not in trained and "synthesis.b8.conv1" in trained
+    assert "left as they are" not in describe_trained(generator, names)
+
+
 def test_a_generator_is_known_by_its_weights_and_architecture(tiny_adaptation):
     one = tiny_adaptation.tiny_generator()
     assert generator_hash(one) == generator_hash(tiny_adaptation.tiny_generator())
