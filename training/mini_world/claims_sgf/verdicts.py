@@ -227,7 +227,8 @@ def claim_c(evidence: Evidence) -> list[Verdict]:
                 ratio = {key: changed_at(runs[key], name) / before[key] for key in usable}
                 ratios[recipe] = evidence.mean({key: one.nan_to_num(1.0, torch.inf) for key, one in ratio.items()})
         if not ratios:
-            reason = "no run of SDS with all layers reaches the accuracy" if evidence.complete("sds") else ""
+            reached = any(bool(torch.isfinite(changed_at(rows, name)[0])) for rows in every.values())
+            reason = "no run of SDS with all layers reaches the accuracy" if every and not reached else ""
             found.append(_missing("c", part, evidence, statement, 1.0, "lower", reason))
             continue
         stacked = torch.stack(list(ratios.values()))
