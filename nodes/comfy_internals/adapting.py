@@ -17,7 +17,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ...guidance.files import FileProblem, write_generator
+from ...guidance.files import write_generator
 from ...guidance.null_text import NullContext
 from . import domain_info
 from .critic import NODE, CriticInputs, ignored_hooks, native_side
@@ -25,7 +25,7 @@ from .export import exported_config, exported_latent_format, exported_prediction
 from .generators import GraphGenerator, generator_folder
 from .guider import TermInput
 from .loading import ordinary_tensors
-from .training import Progress, export_autoencoder, exported_dtype, free_memory, weights_digest
+from .training import Progress, check_claim, export_autoencoder, exported_dtype, finish_run
 
 if TYPE_CHECKING:
     from ...training.adapt_config import AdaptConfig
@@ -114,21 +114,8 @@ def finished_file(config: AdaptConfig) -> Path:
 
 
 def check_name(config: AdaptConfig) -> None:
-    """Refuse to replace a generator that another run made. Raises FileProblem.
-
-    A run has a claim once it has checkpoints, or when the weights are those it finished with.
-    """
-    from ...training.checkpoints import find_checkpoints
-
-    path, own = finished_file(config), config.run_folder / f"{config.name}.safetensors"
-    if not path.exists() or find_checkpoints(config.run_folder):
-        return
-    if own.is_file() and own.stat().st_size == path.stat().st_size and weights_digest(own) == weights_digest(path):
-        return
-    raise FileProblem(
-        f"{path}: expected no file under this name, found one that this run did not make; choose another name or move "
-        "the file away."
-    )
+    """Refuse to replace a generator that another run made. Raises FileProblem."""
+    check_claim(config, finished_file(config))
 
 
 def run(
@@ -141,7 +128,6 @@ def run(
     ValueError in one sentence for everything a user can do something about.
     """
     from ...training.adapt_config import NEEDS_SOURCE
-    from ...training.isolated import memory_problem
 
     if config.method in NEEDS_SOURCE and critic.source is None:
         raise ValueError(
@@ -151,25 +137,13 @@ def run(
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
-    free_memory()
-    try:
+
+    def learn() -> Result:
         if job is not None:
-            result = _in_a_process(config, generator, critic, resume, job, progress)
-        else:
-            result = _in_this_process(config, generator, critic, resume, progress)
-    except (RuntimeError, MemoryError) as problem:
-        message = memory_problem(problem, config)
-        if message is None:
-            raise
-        # The traceback holds the tensors of the step that did not fit.
-        raise ValueError(message) from problem.with_traceback(None)
-    finally:
-        free_memory()
-    if result.status == "stopped":
-        progress.raise_if_cancelled()
-        # Somebody else ended it, such as the system the process; an older run's file is not its result.
-        raise ValueError(f"{NODE}: was stopped at step {result.step} and saved; run again to continue.")
-    return result, progress.warnings
+            return _in_a_process(config, generator, critic, resume, job, progress)
+        return _in_this_process(config, generator, critic, resume, progress)
+
+    return finish_run(NODE, config, progress, learn)
 
 
 def _in_this_process(

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,6 +41,7 @@ from .export import (
 from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
 
 if TYPE_CHECKING:
+    from ...training.adapt_config import AdaptConfig
     from ...training.config import TrainConfig
     from ...training.events import Event
     from ...training.exported_base import ExportedBase
@@ -255,16 +256,27 @@ def finished_file(config: TrainConfig) -> Path:
 def check_name(config: TrainConfig) -> None:
     """Refuse to replace a file that another run made: a first try that failed leaves a folder but no claim to a name.
 
-    A run has a claim once it has checkpoints, or when the weights are those it finished with. Raises FileProblem.
+    Raises FileProblem.
+    """
+    check_claim(config, finished_file(config), is_untrained)
+
+
+def check_claim(
+    config: TrainConfig | AdaptConfig, path: Path, replaceable: Callable[[Path], bool] = lambda path: False
+) -> None:
+    """Raise FileProblem where a run would replace `path` and has no claim to it.
+
+    A run has a claim once it has checkpoints, or when the weights are those it finished with. replaceable: whether a
+    file may go whoever made it.
     """
     from ...training.checkpoints import find_checkpoints
 
-    path, own = finished_file(config), config.run_folder / f"{config.name}.safetensors"
+    own = config.run_folder / f"{config.name}.safetensors"
     if not path.exists() or find_checkpoints(config.run_folder):
         return
     if own.is_file() and own.stat().st_size == path.stat().st_size and weights_digest(own) == weights_digest(path):
         return
-    if not is_untrained(path):
+    if not replaceable(path):
         raise FileProblem(
             f"{path}: expected no file under this name, found one that this run did not make; choose another name "
             "or move the file away."
@@ -409,21 +421,37 @@ def run(
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
     one sentence for everything a user can do something about.
     """
-    from ...training.isolated import memory_problem, run_isolated
+    from ...training.isolated import run_isolated
     from ...training.train import train
 
     progress = Progress()
-    free_memory()
-    try:
+
+    def learn() -> Result:
         if job is not None:
-            result = run_isolated(
+            return run_isolated(
                 config, folder=job, resume=resume, base=base, listener=progress, should_stop=progress.should_stop
             )
-        else:
-            result = train(
-                config, resume=resume, base=None if base is None else base.open(), listener=progress,
-                should_stop=progress.should_stop,
-            )
+        return train(
+            config, resume=resume, base=None if base is None else base.open(), listener=progress,
+            should_stop=progress.should_stop,
+        )
+
+    return finish_run(NODE, config, progress, learn)
+
+
+def finish_run(
+    node: str, config: TrainConfig | AdaptConfig, progress: Progress, learn: Callable[[], Result]
+) -> tuple[Result, list[str]]:
+    """(result, warnings) of a run that finishes, with memory freed before and after it.
+
+    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
+    one sentence for memory that does not suffice, and for a run that somebody else stopped.
+    """
+    from ...training.isolated import memory_problem
+
+    free_memory()
+    try:
+        result = learn()
     except (RuntimeError, MemoryError) as problem:
         message = memory_problem(problem, config)
         if message is None:
@@ -435,7 +463,7 @@ def run(
     if result.status == "stopped":
         progress.raise_if_cancelled()
         # Somebody else ended it, such as the system the training process; an older run's file is not its result.
-        raise ValueError(f"{NODE}: was stopped at step {result.step} and saved; run again to continue.")
+        raise ValueError(f"{node}: was stopped at step {result.step} and saved; run again to continue.")
     return result, progress.warnings
 
 
