@@ -149,16 +149,7 @@ def _add_train(commands: Any) -> None:
         "run goes on where it was.",
     )  # fmt: skip
     command.usage = "indomain train -b PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
-    command.add_argument(
-        "--config", metavar="FILE",
-        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
-             "first run on the miniature; options given here come first",
-    )
-    _add_run_options(command)
-    command.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default="auto",
-        help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
-    )
+    _add_start_options(command)
     _add_fields(command, lambda one: True)
 
 
@@ -170,16 +161,7 @@ def _add_adapt(commands: Any) -> None:
         "goes on where it was.",
     )  # fmt: skip
     command.usage = "indomain adapt -g PATH -b PATH -p TEXT [-n TEXT] [--config FILE] [OPTION ...]"
-    command.add_argument(
-        "--config", metavar="FILE",
-        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
-             "first run on the miniature; options given here come first",
-    )
-    _add_run_options(command)
-    command.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default="auto",
-        help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
-    )
+    _add_start_options(command)
     _add_fields(command, lambda one: True, AdaptConfig)
     command.set_defaults(memory_full=MEMORY_FULL_ADAPTING)
 
@@ -200,6 +182,20 @@ def _add_resume(commands: Any) -> None:
 def _may_change(one: dataclasses.Field) -> bool:
     """Whether a field may be another one when a run goes on."""
     return one.metadata["free"] and one.name not in ("output", "name")
+
+
+def _add_start_options(command: argparse.ArgumentParser) -> None:
+    """What every command that starts a run takes."""
+    command.add_argument(
+        "--config", metavar="FILE",
+        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
+             "first run on the miniature; options given here come first",
+    )
+    _add_run_options(command)
+    command.add_argument(
+        "--resume", action=argparse.BooleanOptionalAction, default="auto",
+        help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
+    )
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Generator, Tensor
@@ -87,10 +86,6 @@ class Evidence:
             if point.recipe == recipe:
                 last[point.task, point.seed] = max(point.step, last.get((point.task, point.seed), 0))
         return {key: rows for key, rows in self.curves(recipe).items() if rows[-1].point.step >= last.get(key, 0)}
-
-    @cached_property
-    def replicates(self) -> int:
-        return min((len(next(iter(row.draws.values()))) for row in self.rows), default=0)
 
     def mean(self, values: Values) -> Tensor:
         """The mean over tasks of the mean over seeds, replicates resampling the seeds: [1 + R]."""
