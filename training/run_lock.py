@@ -15,14 +15,18 @@ NAME = ".lock"
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder's lock within the block; the folder is made.
+class Busy(FileProblem):
+    """Another process holds the lock; trying again later may succeed."""
 
-    Raises FileProblem when another process holds it, or when the folder cannot be made. File systems without locks
-    (some network shares) are used without one.
+
+@contextmanager
+def locked(folder: Path, name: str = NAME) -> Iterator[None]:
+    """Hold a lock of the folder within the block; the folder is made. name: of the lock's file, one for each lock.
+
+    Raises Busy when another process holds it, and FileProblem when the folder cannot be made. File systems without
+    locks (some network shares) are used without one.
     """
-    path = folder / NAME
+    path = folder / name
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -35,7 +39,7 @@ def locked(folder: Path) -> Iterator[None]:
             _lock(handle)
         except OSError as error:
             if error.errno in HELD:
-                raise FileProblem(
+                raise Busy(
                     f"{folder}: another process is training in this folder; wait for it, or choose another name or "
                     "output."
                 ) from error

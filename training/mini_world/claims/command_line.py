@@ -10,7 +10,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
+from ...run_lock import Busy
 from .keeping import Row
+from .lines import say_lines
 
 # Modules with open_study(size, work, samples) -> Study.
 STUDIES = {"idg": "..claims.study", "sgf": "..claims_sgf.study"}
@@ -30,7 +32,7 @@ class Study(Protocol):
         """The point as measured before, or None."""
 
     def measure(self, point: Any) -> Row:
-        """The point, measured now where it is missing."""
+        """The point, measured now where it is missing. Raises Busy while another process does what it takes."""
 
     def line(self, row: Row) -> str:
         """The row as a JSON line."""
@@ -43,7 +45,8 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(
         prog="run.py claims",
         description="Measure a paper's claims on the mini world. Results go to standard output, one "
-        "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on.",
+        "JSON object a line. Every point is kept: stop with Ctrl+C whenever you like, the same command goes on; "
+        "started twice, two processes share the work.",
     )
     found.add_argument("paper", choices=STUDIES, help="; ".join(f"{name}: {title}" for name, title in TITLES.items()))
     size = found.add_mutually_exclusive_group()
@@ -69,6 +72,37 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
+def gather(study: Study, options: argparse.Namespace) -> tuple[list[Row], bool]:
+    """(the rows in the plan's order, measured now as far as the options allow; whether Ctrl+C ended that).
+
+    What another process is at is left to it, and looked at again when everything else is done.
+    """
+    rows: dict[int, Row] = {}
+    left, measured, stopped, started = list(enumerate(study.points, 1)), 0, False, time.monotonic()
+    while left:
+        busy, before = [], measured
+        for number, point in left:
+            row = study.find(point)
+            minutes = (time.monotonic() - started) / 60
+            late = options.minutes is not None and minutes >= options.minutes
+            if row is None and not (options.report_only or stopped or late or measured == options.limit):
+                print(f"{number}/{len(study.points)} after {minutes:.1f} min: {point}", file=sys.stderr, flush=True)
+                try:
+                    row = study.measure(point)
+                    measured += 1
+                    say_lines([study.line(row)])
+                except Busy:
+                    print("  left to another process, which is at it", file=sys.stderr, flush=True)
+                    busy.append((number, point))
+                except KeyboardInterrupt:
+                    stopped = True
+                    print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
+            if row is not None:
+                rows[number] = row
+        left = busy if measured > before else []
+    return [rows[number] for number in sorted(rows)], stopped
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Returns 0 also when stopped by Ctrl+C after a report was written, 130 when there was nothing to report."""
     options = parser().parse_args(arguments)
@@ -76,7 +110,6 @@ def main(arguments: list[str] | None = None) -> int:
         given = getattr(options, name)
         if given is not None and not given >= least:
             parser().error(f"--{name}: expected {least} or more, found {given}")
-    from .lines import say_lines
 
     size = "tiny" if options.tiny else "quick" if options.quick else "full"
     study: Study = import_module(STUDIES[options.paper], __package__).open_study(size, options.work, options.samples)
@@ -84,23 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
         for point in study.points:
             print(f"{'measured' if study.find(point) else '-':<9}{point}")
         return 0
-    rows: list[Row] = []
-    measured, stopped, started = 0, False, time.monotonic()
-    for number, point in enumerate(study.points, 1):
-        row = study.find(point)
-        minutes = (time.monotonic() - started) / 60
-        late = options.minutes is not None and minutes >= options.minutes
-        if row is None and not (options.report_only or stopped or late or measured == options.limit):
-            print(f"{number}/{len(study.points)} after {minutes:.1f} min: {point}", file=sys.stderr, flush=True)
-            try:
-                row = study.measure(point)
-                measured += 1
-                say_lines([study.line(row)])
-            except KeyboardInterrupt:
-                stopped = True
-                print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
-        if row is not None:
-            rows.append(row)
+    rows, stopped = gather(study, options)
     if not rows:
         print("nothing measured yet, so there is nothing to report", file=sys.stderr)
         return 130 if stopped else 0

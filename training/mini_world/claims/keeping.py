@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...atomic import write_text
+from ...run_lock import locked
 from .statistics import Measured
 
 FILE_DIGITS = 5
@@ -62,6 +64,15 @@ class Shelf:
             return Row(point, sampling, kept["numbers"], intervals, draws)
         except (OSError, ValueError, KeyError, TypeError):
             return None
+
+    @contextmanager
+    def making(self, key: str) -> Iterator[None]:
+        """Keeps other processes from making the same row within the block. Raises Busy where one is making it."""
+        name = f"{key}.lock"
+        with locked(self.folder, name):
+            yield
+        with suppress(OSError):  # whoever finds the lock gone finds the row
+            (self.folder / name).unlink()
 
     def put(
         self, key: str, said: Mapping[str, Any], numbers: Mapping[str, float], measured: Mapping[str, Measured]

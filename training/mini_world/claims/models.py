@@ -20,6 +20,7 @@ from ....guidance.diffusion import Denoiser
 from ....guidance.files import FileProblem, read_domain_file, read_state_dict
 from ....guidance.networks.unet import UNet
 from ...atomic import replacing
+from ...run_lock import locked
 from .. import assets, pictures
 from ..assets import MiniWorld
 from ..train_domain import FILE_NAMES
@@ -134,7 +135,8 @@ class Models:
     def train(self, spec: ModelSpec, should_stop: Callable[[], bool] = lambda: False) -> Path:
         """The model's file, trained now where it does not exist; a run that was cut off goes on from its checkpoint.
 
-        Raises KeyboardInterrupt when `should_stop` ended the training; nothing is lost.
+        Raises KeyboardInterrupt when `should_stop` ended the training, nothing is lost; Busy while another process
+        trains this run.
         """
         path = self.path(spec)
         if path.is_file():
@@ -180,10 +182,14 @@ class Models:
         return [int(name) for name in names if name.isdigit()]
 
     def image_folder(self, domain: str) -> Path:
-        """The training images of a domain as PNG files, written where they are missing."""
+        """The training images of a domain as PNG files, written where they are missing.
+
+        Raises Busy while another process writes them.
+        """
         folder = self.folder / f"{domain}-{self.images}-images"
-        if len(list(folder.glob("*.png"))) != self.images:
-            pictures.export_pictures(folder, domain, self.images)
+        with locked(self.folder, f".{folder.name}.lock"):
+            if len(list(folder.glob("*.png"))) != self.images:
+                pictures.export_pictures(folder, domain, self.images)
         return folder
 
     def denoiser(self, spec: ModelSpec) -> Denoiser:

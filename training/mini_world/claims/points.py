@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Mapping
@@ -9,8 +10,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from ....guidance.diffusion import Denoiser
 from ....guidance.networks.autoencoder import Autoencoder
 from ...metrics import kernel_distance, within_class_diversity
 from .. import measure
@@ -24,6 +27,7 @@ from .statistics import Measured, measure_distance, measure_share, resampling_co
 
 # Part of every key: raise it when the meaning of a stored number changes.
 VERSION = 2
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How points are drawn and measured: part of their keys. targets: pictures in the target set."""
+    """How points are drawn and measured: part of their keys. targets: pictures in the target set; precision: of the
+    UNets, everything around them is float32."""
 
     samples: int
     steps: int = 25
@@ -79,6 +84,16 @@ class Sampling:
     sampler: str = "dpmpp_2m"
     replicates: int = 400
     targets: int = 2000
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, found {self.precision!r}")
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What decides numbers; fp32 goes without saying, as in points from before there was another."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("precision", "fp32")}
 
 
 class Bench:
@@ -116,7 +131,7 @@ class Bench:
             "question": point.question,
             "method": point.method,
             "settings": point.values,
-            "sampling": asdict(self.sampling),
+            "sampling": self.sampling.facts,
             "world": self.models.world_hash,
             "model": self.models.file_hash(point.model) if point.model else None,
         }
@@ -140,18 +155,29 @@ class Bench:
         return self.shelf.numbers("floors", facts, lambda: self.examiner(question).floors(autoencoder))
 
     def measure(self, point: Point) -> Row:
-        """The point from the folder, or else measured now and put there."""
+        """The point from the folder, or else measured now and put there.
+
+        Raises Busy while another process measures it or trains its model.
+        """
         found = self.find(point)
         if found is not None:
             return found
+        if point.model:
+            self.models.train(point.model)  # the key needs its file
+        with self.shelf.making(self.key(point)):
+            return self.find(point) or self._measure(point)
+
+    def _measure(self, point: Point) -> Row:
         started = time.monotonic()
-        model = self.models.denoiser(point.model) if point.model else None
+        precision = PRECISIONS[self.sampling.precision]
+        prior = cast(self.world.prior, precision)
+        model = cast(self.models.denoiser(point.model), precision) if point.model else None
         guidance_of, settings = METHODS[point.method], point.values
         examiner = self.examiner(point.question)
         prompts = examiner.question.prompts(self.sampling.samples, self.sampling.seed)
         pictures, cost = measure.sample_prompts(
             self.world,
-            lambda uncond, cond: guidance_of(self.world.prior, model, settings, uncond, cond),
+            lambda uncond, cond: guidance_of(prior, model, settings, uncond, cond),
             prompts,
             steps=self.sampling.steps,
             seed=self.sampling.seed,
@@ -171,6 +197,14 @@ class Bench:
         }
         self.shelf.put(self.key(point), said, numbers, measured)
         return self.find(point)  # what a continued run will read, to the last digit
+
+
+def cast(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
+    """The same denoiser with a network of another dtype; itself where it has that one."""
+    if next(denoiser.unet.parameters()).dtype == dtype:
+        return denoiser
+    unet = copy.deepcopy(denoiser.unet).to(dtype)
+    return Denoiser(unet, denoiser.schedule, denoiser.prediction_type, denoiser.quantize)
 
 
 def examine(

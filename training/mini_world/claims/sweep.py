@@ -250,7 +250,7 @@ def tiny_points() -> Iterator[Point]:
 
 
 PLANS = {
-    "full": lambda: Plan("full", Sampling(2000), _once(full_points())),
+    "full": lambda: Plan("full", Sampling(2000, steps=15, precision="bf16"), _once(full_points())),
     "quick": lambda: Plan(
         "quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000, coarse=True
     ),

@@ -109,10 +109,17 @@ class Bench:
         return self.shelf.find(self.key(point), point, self.sampling)
 
     def measure(self, point: Point) -> Row:
-        """The point from the folder, or else measured now and put there."""
+        """The point from the folder, or else measured now and put there.
+
+        Raises Busy while another process measures it or trains what it needs.
+        """
         found = self.find(point)
         if found is not None:
             return found
+        with self.shelf.making(self.key(point)):
+            return self.find(point) or self._measure(point)
+
+    def _measure(self, point: Point) -> Row:
         started = time.monotonic()
         task = TASKS[point.task]
         answers = self.answers(task)

@@ -16,10 +16,12 @@ from indomain_guidance.training import bootstrap
 from indomain_guidance.training.metrics import frechet_distance
 from indomain_guidance.training.mini_world import assets, measure, render
 from indomain_guidance.training.mini_world.claims import command_line, points, sweep
+from indomain_guidance.training.mini_world.claims.keeping import Row
 from indomain_guidance.training.mini_world.claims.models import Models, ModelSpec
 from indomain_guidance.training.mini_world.claims.points import Bench, Point, Sampling
 from indomain_guidance.training.mini_world.claims.questions import QUESTIONS, Examiner
 from indomain_guidance.training.mini_world.claims.statistics import TargetSet
+from indomain_guidance.training.run_lock import Busy
 
 TINY = Sampling(20, steps=2, replicates=20, targets=40)
 PRIOR = Point.of("handwriting", "prior", scale=2.0)
@@ -86,9 +88,54 @@ def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
         {"replicates": 21},
         {"targets": 41},
         {"sampler": "euler"},
+        {"precision": "bf16"},
     ):
         keys.append(make_bench(replace(TINY, **change)).key(PRIOR))
     assert len(set(keys)) == len(keys)
+
+
+def test_half_precision_networks_hardly_move_a_point(make_bench):
+    full, half = (make_bench(replace(TINY, steps=4, precision=one)).measure(PRIOR).numbers for one in ("fp32", "bf16"))
+    assert half["kernel"] != full["kernel"]
+    assert half["kernel"] == pytest.approx(full["kernel"], rel=0.01) and half["ink"] == full["ink"]
+    with pytest.raises(ValueError, match="a precision of fp32, bf16, found 'int8'"):
+        Sampling(20, precision="int8")
+
+
+def test_a_point_that_another_process_measures_is_left_to_it(make_bench, monkeypatch):
+    bench = make_bench()
+    refuse_to_sample(monkeypatch)
+    with make_bench().shelf.making(bench.key(PRIOR)), pytest.raises(Busy):
+        bench.measure(PRIOR)
+    assert not list(bench.folder.iterdir())
+
+
+def test_two_processes_share_the_points(capsys):
+    """What is busy is skipped, looked at again after the rest, and left when nothing else can be done."""
+
+    class Shared:
+        points = ("here", "there", "long", "also here")
+        kept: dict[str, Row] = {}
+        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3}
+
+        def find(self, point):
+            return self.kept.get(point)
+
+        def measure(self, point):
+            answer = self.answers.get(point, [Row]).pop(0)
+            if isinstance(answer, Busy):
+                raise answer
+            self.kept[point] = Row(point, None, {}, {}, {})
+            return self.kept[point]
+
+        def line(self, row):
+            return "{}"
+
+    options = command_line.parser().parse_args(["idg"])
+    rows, stopped = command_line.gather(Shared(), options)
+    assert [row.point for row in rows] == ["here", "there", "also here"] and not stopped
+    assert capsys.readouterr().err.count("left to another process") == 4
+    assert Shared.answers["long"] == []
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"numbers": {}}'])
