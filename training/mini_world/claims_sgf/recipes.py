@@ -34,6 +34,8 @@ RELEASED: dict[str, Any] = {
 }  # fmt: skip
 # One noise for all terms, one pass back through the encoder, no clamps.
 OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0}
+# Only high noise levels, where this prior decides colours; the released update asks about low ones too.
+NOISY: dict[str, Any] = {"t_min": 300, "t_max": 900}
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ RECIPES = {
         _released("sds_reconstruction", "SDS + reconstruction 1", reconstruction=1.0),
         _released("sds_directional_weak", "SDS + directional 0.2", directional=0.2),
         _released("sds_reconstruction_weak", "SDS + reconstruction 0.2", reconstruction=0.2),
+        _released("sds_directional_noisy", "SDS + directional 0.2, t 300 to 900", directional=0.2, **NOISY),
+        _released("sds_reconstruction_noisy", "SDS + reconstruction 0.2, t 300 to 900", reconstruction=0.2, **NOISY),
         _released("sds_layers_6", "SDS, 6 layers", layers=6),
         _released("sds_layers_3", "SDS, 3 layers", layers=3),
         _released("sds_layers_1", "SDS, 1 layer", layers=1),
@@ -93,6 +97,9 @@ RECIPES = {
         ),
         _ours("csd", "CSD", method="csd"),
         _ours("csd_directional", "CSD + directional 0.2", method="csd", directional=0.2),
+        _ours(
+            "csd_directional_noisy", "CSD + directional 0.2, t 300 to 900", method="csd", directional=0.2, **NOISY
+        ),
         _ours("nfsd", "NFSD", method="nfsd"),
         _ours("bridge", "SDS-Bridge", method="bridge"),
         _ours("dds", "DDS", method="dds"),
@@ -108,13 +115,14 @@ RECIPES = {
     )
 }
 # What stands behind each claim.
-DIRECTIONAL = ("sds_directional", "sds_directional_weak")
-RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_weak")
+DIRECTIONAL = ("sds_directional", "sds_directional_weak", "sds_directional_noisy")
+RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_weak", "sds_reconstruction_noisy")
 LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
+NOISIER = ("sds_directional_noisy", "sds_reconstruction_noisy")
 BEYOND = (
-    "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional", "nfsd", "bridge",
-    "dds", "ism", "vsd", "sds_unclamped",
+    "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",
+    "csd_directional_noisy", "nfsd", "bridge", "dds", "ism", "vsd", "sds_unclamped",
 )  # fmt: skip
 GUIDED = ("domain", "fine_tune", "domain_directional")

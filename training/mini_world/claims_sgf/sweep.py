@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import BEYOND, RECIPES, WEAK
+from .recipes import BEYOND, NOISIER, RECIPES, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -45,7 +45,9 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     first, *others = COLOURS
     # 1. One colour prompt: SDS alone, its two regularizers weak and strong, layer selection, and the rivals.
     yield Point(first.name, "prior")
-    telling = ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3", "csd")
+    telling = (
+        "sds", *WEAK, "sds_directional", "sds_reconstruction", *NOISIER, "csd_directional_noisy", "sds_layers_3", "csd",
+    )  # fmt: skip
     yield from runs(stops, first, (*telling, "shared_directional_weak", "sds_100"))
     # 2. The shape change, and the domain that no prompt describes.
     yield Point(SEVEN.name, "prior")
@@ -71,21 +73,23 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """A coarse look at every claim."""
     first, second, third, _ = COLOURS
-    usual = ("sds", *WEAK)
+    usual, noisy = ("sds", *WEAK), (*NOISIER, "csd_directional_noisy")
     yield Point(first.name, "prior")
-    yield from runs(stops, first, ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3"))
+    yield from runs(stops, first, ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3", *noisy))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
     yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, usual)
     for task in (second, LONG):
         yield Point(task.name, "prior")
         yield from runs(stops, task, usual)
-    yield from runs(stops, first, usual, SEEDS[1:])
     yield from runs(stops, first, ("shared_directional_weak", "bridge", "csd", "csd_directional", "sds_100"))
+    yield from runs(stops, SEVEN, ("csd", *noisy))
+    yield from runs(stops, DOMAIN, ("fine_tune",))
+    for task in (second, LONG):
+        yield from runs(stops, task, noisy)
+    yield from runs(stops, first, usual, SEEDS[1:])
     yield Point(third.name, "prior")
     yield from runs(stops, third, usual)
-    yield from runs(stops, SEVEN, ("csd",))
-    yield from runs(stops, DOMAIN, ("fine_tune",))
 
 
 def tiny_points(stops: tuple[int, ...]) -> Iterator[Point]:

@@ -91,6 +91,9 @@ def test_c_compares_what_changed_at_the_first_accurate_stop():
     found = verdict([*every, *some], "colours/c/parameters_changed")
     assert found.outcome == "confirmed" and found.value == pytest.approx(0.5) and found.unit == "ratio"
     assert verdict([*every, *some], "colours/c/distance_moved").value == pytest.approx(0.5)
+    # The constant that no layer holds is no selection.
+    hardly = [row("sds_layers_3", 100, 0.95, 1, changed=0.79)]
+    assert verdict([*every, *hardly], "colours/c/parameters_changed").outcome == "refuted"
     never = [row("sds_layers_3", step, 0.5, 1, changed=0.2) for step in (100, 200)]
     assert verdict([*every, *never], "colours/c/parameters_changed").outcome == "refuted"
     poor = [row("sds", step, 0.5, 0.9) for step in (100, 200)]
@@ -104,6 +107,8 @@ def test_d_compares_the_share_in_the_domain_at_the_end():
     assert found.outcome == "confirmed" and found.value == pytest.approx(0.6)
     assert found.details["in the domain with the prompt alone"] == pytest.approx(0.1)
     assert verdict(rows, "domain/d/fine-tuned_model").outcome == "undecided"
+    few = [rows[0], row("domain", 200, 0.13, 0.5, task=DOMAIN.name)]
+    assert verdict(few, "domain/d/domain_model").outcome == "refuted"
 
 
 def sgf(distance: float, gflops: float = 2.0) -> list[Row]:
@@ -115,7 +120,8 @@ def test_e_compares_distances_within_the_operations_of_sgfs_full_run():
     ours = [row("csd", 100, 0.95, 0.9, 8.0, gflops=3.0), row("csd", 200, 0.95, 0.9, 2.0, gflops=3.0)]
     found = verdict([*sgf(10.0), *ours], "colours/e/equal_compute")
     # 200 steps of 2 GFLOPs are SGF's; of ours only the first 100 steps of 3 fit into that.
-    assert found.outcome == "confirmed" and found.value == pytest.approx(0.8) and found.details["best"] == "CSD"
+    assert found.outcome == "confirmed" and found.value == pytest.approx(0.8)
+    assert found.details["best"] == "CSD, of 1 methods by these same numbers"
     assert verdict([*sgf(5.0), *ours], "colours/e/equal_compute").outcome == "refuted"
     poor = [row("csd", step, 0.5, 0.9, 2.0) for step in (100, 200)]
     found = verdict([*sgf(5.0), *poor], "colours/e/equal_compute")
