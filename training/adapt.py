@@ -139,7 +139,8 @@ class _Adaptation(Engine):
             self.go_on(adapter, start, found)
             del found  # what lies in the checkpoint's file has been copied out of it
             if self.config.sample_every and self.processes.is_main:
-                self.grids = BeforeAfter(self.config, adapter.frozen, self.samples_path(0).parent)
+                folder = self.samples_path(0).parent
+                self.grids = BeforeAfter(self.config, adapter.frozen, folder, anew=start == 0)
             return self.loop()
 
     def _objective(self, stack: ExitStack, parts: _Parts) -> tuple[Objective, Encode]:

@@ -28,10 +28,14 @@ class BeforeAfter:
 
     Seeds are config.seed, config.seed + 1, ...; a conditional generator shows its classes in turn, or the one that is
     trained on. Each stage is kept as a strip of images in `folder`/rows, so that a run that goes on shows its past.
+    anew: whether the run begins, and stages that an earlier try left in the folder are none of its own.
     """
 
-    def __init__(self, config: AdaptConfig, source: Generator, folder: Path) -> None:
+    def __init__(self, config: AdaptConfig, source: Generator, folder: Path, *, anew: bool = False) -> None:
         self.config, self.folder = config, folder / ROWS
+        if anew:
+            for path in self._strips():
+                path.unlink(missing_ok=True)
         self.before = self._strip(source)
 
     def draw(self, generator: Generator, step: int) -> Image:
@@ -75,10 +79,13 @@ class BeforeAfter:
     def _path(self, step: int) -> Path:
         return self.folder / f"step-{step:06d}.png"
 
+    def _strips(self) -> list[Path]:
+        return [path for path in self.folder.glob("step-*.png") if ROW_NAME.fullmatch(path.name)]
+
     def _kept(self) -> list[int]:
         """The steps whose stages can be shown: written by this run, as wide as the source's row."""
-        found = (ROW_NAME.fullmatch(path.name) for path in self.folder.glob("step-*.png"))
-        return sorted(step for step in (int(match[1]) for match in found if match) if self._read(step) is not None)
+        steps = (int(ROW_NAME.fullmatch(path.name)[1]) for path in self._strips())
+        return sorted(step for step in steps if self._read(step) is not None)
 
     def _read(self, step: int) -> np.ndarray | None:
         from PIL import Image

@@ -7,6 +7,7 @@ its own module's (`train`, `adapt`). Both leave the same folder behind and go on
 from __future__ import annotations
 
 import math
+import re
 import time
 from abc import ABC, abstractmethod
 from collections import deque
@@ -48,6 +49,7 @@ from .run_lock import locked
 from .settings import ConfigProblem, Settings
 
 SAMPLES = "samples"
+GRID_NAME = re.compile(r"step-(\d{6,})\.png")
 RECENT = 50  # steps that the reported loss and speed are means of
 RESUME = (True, False, "auto")
 Found = tuple[Path, dict[str, Any]]  # a checkpoint: its file and its state
@@ -349,10 +351,11 @@ class Engine(ABC):
 
     def result(self, status: str, step: int, path: Path | None = None) -> Result:
         loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
-        # An earlier run with grids may have left some; who wants none now gets none.
-        grids = sorted((self.folder / SAMPLES).glob("step-*.png")) if self.config.sample_every else []
+        # An earlier run with grids may have left some, also of later steps; who wants none now gets none.
+        found = (GRID_NAME.fullmatch(path.name) for path in (self.folder / SAMPLES).glob("step-*.png"))
+        steps = [int(match[1]) for match in found if match and int(match[1]) <= step] if self.config.sample_every else []
         return Result(
-            status, step, path, self.folder, loss, grids[-1] if grids else None,
+            status, step, path, self.folder, loss, self.samples_path(max(steps)) if steps else None,
             self.plot if self.plot.exists() else None,
         )
 

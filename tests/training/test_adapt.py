@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import subprocess
 import sys
 
@@ -351,6 +352,16 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
         from indomain_guidance.training.train import train
 
         train(other, base=tiny_run.tiny_base())
+
+
+def test_a_try_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_the_next_ones_pictures(run, tmp_path):
+    clean, _ = run(sample_every=3, steps=4)
+    expected = clean.samples.read_bytes()
+    shutil.rmtree(tmp_path / "run")
+    run(sample_every=1, steps=6, learning_rate=0.1)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    result, _ = run(sample_every=3, steps=4)
+    assert result.samples.name == "step-000004.png" and result.samples.read_bytes() == expected
 
 
 def test_finished_it_can_be_made_longer(run):

@@ -46,3 +46,14 @@ def test_damaged_and_other_rows_are_left_out(tiny_adaptation, tmp_path):
     (tmp_path / "rows" / "step-000001.png").write_bytes(b"cut off")
     Image.new("RGB", (3, 3)).save(tmp_path / "rows" / "step-000000.png")
     assert grids.draw(source, 2).size == whole.size
+
+
+def test_a_run_begun_anew_shows_nothing_of_an_earlier_try(tiny_adaptation, tmp_path):
+    source, other = tiny_adaptation.tiny_generator(), tiny_adaptation.tiny_generator(1)
+    config = tiny_adaptation.tiny_config(tmp_path, sample_count=2)
+    BeforeAfter(config, source, tmp_path).draw(other, 2)
+    (tmp_path / "rows" / "notes.txt").write_text("somebody else's")
+    goes_on = BeforeAfter(config, source, tmp_path).draw(other, 4)
+    anew = BeforeAfter(config, source, tmp_path, anew=True).draw(other, 4)
+    assert anew.height < goes_on.height
+    assert {path.name for path in (tmp_path / "rows").iterdir()} == {"step-000004.png", "notes.txt"}
