@@ -32,6 +32,9 @@ SCHEDULES = (
     (0.1, 0.55, 1.5, 4.0),
     (0.5, 0.75, 3.0, 4.0),
 )
+# (a, w_d, w_c): the control alone to percent a, then both terms to the end. What an image shows is settled early, how it
+# is drawn late.
+LATE = ((0.3, 1.2, 5.0), (0.3, 2.0, 4.0), (0.2, 1.5, 3.0), (0.45, 2.0, 3.0))
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,11 @@ def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, obje
         "w_d": Keyframes(tuple(domain), ramp="step").to_json(),
         "w_c": Keyframes(tuple(control), ramp="step").to_json(),
     }
+
+
+def late_start(a: float, w_d: float, w_c: float) -> dict[str, object]:
+    """w_d of multi-guidance as a step schedule, 0 to percent a; w_c is constant."""
+    return {"w_d": Keyframes(((0.0, 0.0), (a, w_d)), ramp="step").to_json(), "w_c": w_c}
 
 
 def shipped(question: str) -> ModelSpec:
@@ -89,6 +97,10 @@ def scheduled(question: str, schedules: tuple[tuple[float, ...], ...], model: Mo
     return [
         Point.of(question, "scheduled", model or trained_domain(question), **cheap_schedule(*one)) for one in schedules
     ]
+
+
+def late(question: str, starts: tuple[tuple[float, float, float], ...] = LATE) -> list[Point]:
+    return [Point.of(question, "scheduled", trained_domain(question), **late_start(*one)) for one in starts]
 
 
 def fine_tunes(question: str, model: ModelSpec, scales: tuple[float, ...] = SCALES) -> list[Point]:
@@ -159,11 +171,12 @@ def full_points() -> Iterator[Point]:
     yield from fine_tunes(main, fine_tune(main, "full", DOMAIN_STEPS, FIXED_CAPTION), (1.5, 3.0))
     yield from multi(main, HEADLINE_WEIGHTS)
     yield Point.of(main, "domain", trained_domain(main), scale=1.0)
-    # 2. Colours it never had, and schedules at plain CFG's cost.
+    # 2. Colours it never had, and schedules, most of them at plain CFG's cost.
     yield from priors(foreign, (2.0, 1.5, 3.0))
     yield from multi(foreign, HEADLINE_WEIGHTS)
-    yield from scheduled(main, SCHEDULES[:4])
-    yield from scheduled(foreign, SCHEDULES[:4])
+    for question in (main, foreign):
+        yield from late(question)
+        yield from scheduled(question, SCHEDULES[:4])
     # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
     for steps in (HEADLINE_STEPS, 100, 1000, 30):
         yield from all_fine_tunes(main, steps)
@@ -174,6 +187,7 @@ def full_points() -> Iterator[Point]:
         yield from multi(question, HEADLINE_WEIGHTS)
     yield from shaped(narrow_foreign)
     yield from more_shaped(narrow_foreign)
+    yield from late(narrow_foreign)
     yield from scheduled(narrow_foreign, SCHEDULES[:4])
     for steps in (HEADLINE_STEPS, 100, 1000, 30):
         yield from all_fine_tunes(narrow, steps, (FIXED_CAPTION,))
@@ -187,6 +201,7 @@ def full_points() -> Iterator[Point]:
         yield from priors(question)
         yield Point.of(question, "domain", trained_domain(question), scale=1.0)
         yield from scheduled(question, SCHEDULES[:4])
+        yield from late(question)
         yield from shaped(question)
     for question in (main, foreign):
         yield from multi(question, MORE_WEIGHTS)

@@ -113,6 +113,16 @@ def test_every_schedule_costs_at_most_two_samples_a_step(schedule):
     assert costs[-1] == 1 and max(costs) == 3
 
 
+@pytest.mark.parametrize("start", sweep.LATE)
+def test_a_late_start_asks_the_control_alone_until_then(start):
+    noise = NoiseSchedule.scaled_linear()
+    weights = {name: weight_from_json(value) for name, value in sweep.late_start(*start).items()}
+    guidance = in_domain(lambda: 0, lambda: 0, {}, {"c": 1}, weights["w_d"], weights["w_c"])
+    costs = [guidance.at(noise.percent_to_sigma(step / 100), noise.percent_to_sigma).samples for step in range(1, 100)]
+    early = round(start[0] * 100)
+    assert set(costs[: early - 2]) == {2} and set(costs[early:]) == {3}
+
+
 def test_the_settings_are_parts_of_the_point_and_readable():
     point = sweep.scheduled("handwriting", sweep.SCHEDULES[:1], sweep.shipped("handwriting"))[0]
     assert str(point) == "handwriting: scheduled [shipped handwriting] w_c 4@0/0@0.6, w_d 0@0/2@0.2/1@0.6"
