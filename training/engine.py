@@ -353,9 +353,10 @@ class Engine(ABC):
         loss = sum(loss for loss, _ in self.recent) / len(self.recent) if self.recent else None
         # An earlier run with grids may have left some, also of later steps; who wants none now gets none.
         found = (GRID_NAME.fullmatch(path.name) for path in (self.folder / SAMPLES).glob("step-*.png"))
-        steps = [int(match[1]) for match in found if match and int(match[1]) <= step] if self.config.sample_every else []
+        steps = [int(match[1]) for match in found if match] if self.config.sample_every else []
+        last = max((at for at in steps if at <= step), default=None)
         return Result(
-            status, step, path, self.folder, loss, self.samples_path(max(steps)) if steps else None,
+            status, step, path, self.folder, loss, None if last is None else self.samples_path(last),
             self.plot if self.plot.exists() else None,
         )
 

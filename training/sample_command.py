@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..guidance.files import DomainMetadata, FileProblem, check_latent_format, holds_generator, read_domain_file
+from ..guidance.networks.seeds import latents_of_seeds
 from .adapt_config import AdaptConfig, configuration_kind
 from .atomic import replacing
 from .base import MINI_WORLD, open_base
@@ -71,7 +72,7 @@ def _run_generator(options: argparse.Namespace, path: str, console: Console) -> 
     generator, name = loaded.generator.to(pick_device(options.device)), Path(path).name
     config, device = generator.config, next(generator.parameters()).device
     for number, seed in enumerate(range(options.seed, options.seed + options.count)):
-        z = torch.randn(1, config.z_dim, generator=torch.Generator().manual_seed(seed)).to(device)
+        z = latents_of_seeds([seed], config.z_dim).to(device)
         label = number % config.c_dim if config.c_dim else None
         c = None if label is None else torch.eye(config.c_dim)[[label]].to(device)
         with torch.no_grad():

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import comfy.model_management
 import comfy.utils
 import folder_paths
-import numpy as np
 import torch
 from torch import Tensor
 
 from ...guidance.files import FileProblem
+from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from .loading import ordinary_tensors
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_wo
 EXTENSIONS = {".safetensors", ".pkl", ".pt"}
 FILE_DTYPES = ("fp32", "fp16", "bf16")
 NOISE = ("const", "random", "none")
-# NVIDIA's tools seed each image's latent with a number of this many bits.
-LARGEST_SEED = 2**32 - 1
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
 PIXELS_AT_ONCE = 2**22
 
@@ -197,12 +195,6 @@ def blend(
 # ---- drawing ----------------------------------------------------------------------------------------------------
 
 
-def latents(seed: int, count: int, z_dim: int) -> Tensor:
-    """Latents z [count, z_dim] as NVIDIA's tools draw them: image i is the one of seed + i there."""
-    rows = [np.random.RandomState((seed + index) & LARGEST_SEED).randn(z_dim) for index in range(count)]
-    return torch.from_numpy(np.stack(rows)).float()
-
-
 def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
     """Class labels c [count, c_dim]; None for a generator without classes. Raises ValueError for an unknown class."""
     if c_dim == 0:
@@ -241,7 +233,8 @@ def draw(
     if noise not in NOISE:
         raise ValueError(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
     generator, config = one.generator, one.generator.config
-    z, c = latents(seed, count, config.z_dim), one_hot(label, count, config.c_dim)
+    z = latents_of_seeds(range(seed, seed + count), config.z_dim)
+    c = one_hot(label, count, config.c_dim)
     images, done = [], 0
     at_once = max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
     progress = comfy.utils.ProgressBar(count)

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 
 def module(name: str):
@@ -102,6 +103,27 @@ def test_images_are_the_generators_own_for_nvidias_seeds(world, call):
     assert float((images[0] - images[1]).abs().mean()) > 1e-3
     mean, _ = call("GeneratorSample", generator=one, seed=1, truncation=0.0, batch_size=2)
     assert torch.equal(mean[0], mean[1])
+
+
+def test_a_seed_is_one_picture_in_the_node_the_grid_and_the_command(world, call):
+    """With everybody's own defaults."""
+    from indomain_guidance.training.adapt_config import AdaptConfig
+    from indomain_guidance.training.adapt_previews import BeforeAfter
+    from indomain_guidance.training.command_line import main
+
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    entries = {entry.id: entry for entry in world.nodes.GeneratorSample.define_schema().inputs}
+    images, _ = call("GeneratorSample", generator=one, seed=3, batch_size=2, truncation=entries["truncation"].default)
+    drawn = [image.mul(255).round().numpy() for image in images]
+    strip = BeforeAfter(AdaptConfig(generator="x", base="y", seed=3, sample_count=2), one.generator, world.tmp).before
+    file, pictures = world.shipped / "shipped.safetensors", world.tmp / "pictures"
+    assert main(["sample", str(file), "-o", str(pictures), "--seed", "3", "-c", "2", "--device", "cpu", "--quiet"]) == 0
+    for index, own in enumerate(drawn):
+        with Image.open(pictures / f"shipped-{3 + index}.png") as image:
+            by_command = np.asarray(image).astype(float)
+        in_grid = strip[:, 16 * index : 16 * (index + 1)].astype(float)
+        assert np.abs(own - by_command).max() <= 1 and np.abs(own - in_grid).max() <= 1  # batches round otherwise
+    assert np.abs(drawn[0] - drawn[1]).mean() > 1
 
 
 def test_batches_that_are_drawn_in_parts_are_the_same(world, call, monkeypatch):
