@@ -337,6 +337,11 @@ class Progress:
         # Its traceback would keep that step's tensors while the step is done once more.
         self._interrupted = interrupted.with_traceback(None)
 
+    def pass_on(self) -> None:
+        """Give a cancel that came too late to stop the run back to ComfyUI, which asks before its next node."""
+        if self._interrupted is not None:
+            comfy.model_management.interrupt_current_processing()
+
     def raise_if_cancelled(self) -> None:
         """End the node the way ComfyUI ends a cancelled one."""
         if self._interrupted is not None:
@@ -444,8 +449,9 @@ def finish_run(
 ) -> tuple[Result, list[str]]:
     """(result, warnings) of a run that finishes, with memory freed before and after it.
 
-    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
-    one sentence for memory that does not suffice, and for a run that somebody else stopped.
+    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled; one that was in its
+    last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that does
+    not suffice, and for a run that somebody else stopped.
     """
     from ...training.isolated import memory_problem
 
@@ -464,6 +470,7 @@ def finish_run(
         progress.raise_if_cancelled()
         # Somebody else ended it, such as the system the training process; an older run's file is not its result.
         raise ValueError(f"{node}: was stopped at step {result.step} and saved; run again to continue.")
+    progress.pass_on()
     return result, progress.warnings
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import json
 import weakref
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -215,6 +216,24 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, adapt, w
     assert not (world.tmp / "models" / "generators" / "parts.safetensors").exists()
     parts = adapt(name="parts", steps=6, resume="continue")
     assert same_bits(weights(parts.generator), weights(whole.generator))
+
+
+def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_finished_run(comfyui, adapt, world, monkeypatch):
+    """What was made is returned and its file written; ComfyUI asks before its next node."""
+    management = comfyui.model_management
+
+    def interrupt(bar, value, total=None, preview=None):
+        if value == total == 3:
+            management.interrupt_current_processing()
+        management.throw_exception_if_processing_interrupted()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+            made = adapt(name="late", steps=3)
+        assert Path(made.path).is_file() and management.processing_interrupted()
+    finally:
+        management.interrupt_current_processing(False)
 
 
 @pytest.mark.parametrize("where", ["critic", "encoder"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -314,6 +315,24 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, p
     assert not (world.tmp / "models" / "domain_unets" / "parts.safetensors").exists()
     parts = train(images=[pictures], name="parts", steps=6, resume="continue")
     assert same_bits(weights_of(parts.path), weights_of(whole.path))
+
+
+def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_run(comfyui, train, pictures, world, monkeypatch):
+    """What was made is returned and its file written; ComfyUI asks before its next node."""
+    management = comfyui.model_management
+
+    def interrupt(bar, value, total=None, preview=None):
+        if value == total == 3:
+            management.interrupt_current_processing()
+        management.throw_exception_if_processing_interrupted()
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+            made = train(images=[pictures], name="late", steps=3)
+        assert Path(made.path).is_file() and management.processing_interrupted()
+    finally:
+        management.interrupt_current_processing(False)
 
 
 def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monkeypatch):
