@@ -75,6 +75,8 @@ RECIPES = {
         _released("sds_reconstruction", "SDS + reconstruction 1", reconstruction=1.0),
         _released("sds_directional_weak", "SDS + directional 0.2", directional=0.2),
         _released("sds_reconstruction_weak", "SDS + reconstruction 0.2", reconstruction=0.2),
+        _released("sds_directional_faint", "SDS + directional 0.05", directional=0.05),
+        _released("sds_reconstruction_faint", "SDS + reconstruction 0.05", reconstruction=0.05),
         _released("sds_directional_noisy", "SDS + directional 0.2, t 300 to 900", directional=0.2, **NOISY),
         _released("sds_reconstruction_noisy", "SDS + reconstruction 0.2, t 300 to 900", reconstruction=0.2, **NOISY),
         _released("sds_layers_6", "SDS, 6 layers", layers=6),
@@ -115,11 +117,14 @@ RECIPES = {
     )
 }
 # What stands behind each claim.
-DIRECTIONAL = ("sds_directional", "sds_directional_weak", "sds_directional_noisy")
-RECONSTRUCTION = ("sds_reconstruction", "sds_reconstruction_weak", "sds_reconstruction_noisy")
+DIRECTIONAL = ("sds_directional", "sds_directional_weak", "sds_directional_faint", "sds_directional_noisy")
+RECONSTRUCTION = (
+    "sds_reconstruction", "sds_reconstruction_weak", "sds_reconstruction_faint", "sds_reconstruction_noisy",
+)  # fmt: skip
 LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
+FAINT = ("sds_directional_faint", "sds_reconstruction_faint")
 NOISIER = ("sds_directional_noisy", "sds_reconstruction_noisy")
 BEYOND = (
     "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import BEYOND, NOISIER, RECIPES, WEAK
+from .recipes import FAINT, NOISIER, RECIPES, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -42,38 +42,38 @@ def runs(
 
 def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """Everything, most telling first."""
-    first, *others = COLOURS
-    # 1. One colour prompt: SDS alone, its two regularizers weak and strong, layer selection, and the rivals.
+    first, second, third, dark = COLOURS
+    usual = ("sds", *WEAK, *FAINT)
+    strong = ("sds_directional", "sds_reconstruction")
+    telling = ("sds", *WEAK, *strong, *FAINT, "shared_directional_weak", "sds_layers_3", "csd")
+    # 1. One colour prompt: SDS alone, its two regularizers from faint to strong, layer selection, and the rivals.
     yield Point(first.name, "prior")
-    telling = (
-        "sds", *WEAK, "sds_directional", "sds_reconstruction", *NOISIER, "csd_directional_noisy", "sds_layers_3", "csd",
-    )  # fmt: skip
-    yield from runs(stops, first, (*telling, "shared_directional_weak", "sds_100"))
+    yield from runs(stops, first, telling)
     # 2. The shape change, and the domain that no prompt describes.
     yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, telling)
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"))
-    # 3. The other colours and the long prompt, then three seeds of all of that.
-    for task in (*others, LONG):
+    # 3. The other colours and the long prompt.
+    for task in (second, LONG, third):
         yield Point(task.name, "prior")
         yield from runs(stops, task, telling)
-    for task in (*COLOURS, LONG, SEVEN):
-        yield from runs(stops, task, telling, SEEDS)
-    yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS)
-    # 4. Every recipe on every task.
-    everything = tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt")
-    for task in (first, SEVEN, *others, LONG):
-        yield from runs(stops, task, BEYOND)
-        yield from runs(stops, task, everything)
-    yield from runs(stops, DOMAIN, ("sds", "sds_directional", "domain_directional"), SEEDS)
-    for task in (*COLOURS, LONG, SEVEN):
-        yield from runs(stops, task, everything, SEEDS)
+    # 4. Every recipe on the first colour.
+    yield from runs(stops, first, tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt"))
+    # 5. Three seeds of what the claims are about.
+    for task in (first, SEVEN, second, LONG, third):
+        yield from runs(stops, task, usual, SEEDS[1:])
+    yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS[1:])
+    yield from runs(stops, DOMAIN, ("domain_directional",))
+    # 6. Dark ink on a light ground, and the rivals on the shape.
+    yield Point(dark.name, "prior")
+    yield from runs(stops, dark, ("sds", *WEAK, "shared_directional_weak"))
+    yield from runs(stops, SEVEN, ("shared_reconstruction", "csd_directional", "nfsd", "bridge", "sds_layers_6"))
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """A coarse look at every claim."""
     first, second, third, _ = COLOURS
-    usual, noisy = ("sds", *WEAK), (*NOISIER, "csd_directional_noisy")
+    usual, noisy = ("sds", *WEAK), (*FAINT, *NOISIER, "csd_directional_noisy")
     yield Point(first.name, "prior")
     yield from runs(stops, first, ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3", *noisy))
     yield from runs(stops, DOMAIN, ("sds", "domain"))
@@ -83,10 +83,8 @@ def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
         yield Point(task.name, "prior")
         yield from runs(stops, task, usual)
     yield from runs(stops, first, ("shared_directional_weak", "bridge", "csd", "csd_directional", "sds_100"))
-    yield from runs(stops, SEVEN, ("csd", *noisy))
+    yield from runs(stops, SEVEN, ("csd", *FAINT))
     yield from runs(stops, DOMAIN, ("fine_tune",))
-    for task in (second, LONG):
-        yield from runs(stops, task, noisy)
     yield from runs(stops, first, usual, SEEDS[1:])
     yield Point(third.name, "prior")
     yield from runs(stops, third, usual)
@@ -106,12 +104,12 @@ def _once(points: Iterator[Point]) -> tuple[Point, ...]:
     return tuple(dict.fromkeys(points))
 
 
-FULL_STOPS, QUICK_STOPS, TINY_STOPS = (75, 150, 300, 600, 1000), (75, 150, 300), (1, 2)
+STOPS, TINY_STOPS = (75, 150, 300), (1, 2)
 PLANS = {
-    "full": lambda: Plan("full", Sampling(1000), FULL_STOPS, _once(full_points(FULL_STOPS))),
+    "full": lambda: Plan("full", Sampling(1000), STOPS, _once(full_points(STOPS))),
     "quick": lambda: Plan(
-        "quick", Sampling(300, answers=1500, rendered=200, rendered_steps=12, replicates=200), QUICK_STOPS,
-        _once(quick_points(QUICK_STOPS)), images=2000, coarse=True,
+        "quick", Sampling(300, answers=1500, rendered=200, rendered_steps=12, replicates=200), STOPS,
+        _once(quick_points(STOPS)), images=2000, coarse=True,
     ),
     "tiny": lambda: Plan(
         "tiny", Sampling(30, answers=120, rendered=8, rendered_steps=2, replicates=20), TINY_STOPS,

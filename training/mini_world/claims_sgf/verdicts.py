@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from ..claims.deciding import Decision, decide
 from ..claims.keeping import Row
 from .points import Point
-from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, NOISIER, RECIPES, RECONSTRUCTION, SGF, WEAK
+from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, RECIPES, RECONSTRUCTION, SGF
 from .sweep import Plan
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, TASKS
 
@@ -32,6 +32,7 @@ DEFAULT = "sds_directional"  # SGF's setting whose full run is the budget of (e)
 # and a handful of samples more is no domain.
 FEWER = 0.9
 PULLED = 0.1
+OTHERS = tuple(name for name in (*DIRECTIONAL, *RECONSTRUCTION) if name not in SGF)  # SGF's settings too
 GROUPS = {
     "colours": tuple(task.name for task in COLOURS), "long prompt": (LONG.name,), "shape": (SEVEN.name,),
     "domain": (DOMAIN.name,),
@@ -286,7 +287,7 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         "within the operations of SGF's full run with the directional regularizer"
     )
     part, sgf, ratios, words = "equal compute", {name: evidence.complete(name) for name in SGF}, {}, {}
-    budget_runs, others = sgf[DEFAULT], [evidence.complete(name) for name in (*WEAK, *NOISIER)]
+    budget_runs, others = sgf[DEFAULT], [evidence.complete(name) for name in OTHERS]
     for recipe in BEYOND:
         runs = {key: rows for key, rows in evidence.complete(recipe).items() if key in budget_runs}
         runs = {key: rows for key, rows in runs.items() if all(key in one for one in sgf.values())}
@@ -321,7 +322,7 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
     }  # fmt: skip
     values = torch.stack(list(ratios.values())).amin(0)
-    recipes = (*SGF, *WEAK, *NOISIER, *BEYOND)
+    recipes = (*SGF, *OTHERS, *BEYOND)
     return [_decided("e", part, evidence, statement, values, 1.0, "lower", details, recipes, "ratio", words[best])]
 
 
