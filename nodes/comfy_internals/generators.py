@@ -126,11 +126,20 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
 
 
 def output_path(filename: str, node: str = "Save Generator") -> Path:
-    """Where a new generator goes. Raises FileProblem for names outside the folder."""
+    """Where a new generator goes. Raises FileProblem for names outside the folder, and that some system cannot take."""
+    from ...training.settings import ConfigProblem, check_name
+
     folder = generator_folder()
     name = filename.strip().removesuffix(".safetensors")
-    path = Path(f"{folder / name}.safetensors")
-    if not name or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
+    parts = Path(name).parts
+    try:
+        for part in parts:
+            check_name(part)
+            os.fsencode(part)
+    except (ConfigProblem, UnicodeError) as problem:
+        raise FileProblem(f"{node}: expected a file name inside {folder}; {problem}") from None
+    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors") if parts else folder
+    if not parts or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
         raise FileProblem(f"{node}: expected a file name inside {folder}, found '{filename}'; use a plain name.")
     return path
 
@@ -141,11 +150,11 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
 
     if dtype not in FILE_DTYPES:
         raise ValueError(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
-    if path.exists() and not replace:
+    # Unlike Path.exists it has an answer for paths that are too long, too; writing says what is wrong with them.
+    if os.path.exists(path) and not replace:
         raise FileProblem(
             f"{path}: expected no file under this name, found one; choose another name, or switch replace on."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = one.metadata if one.metadata.name else dataclasses.replace(one.metadata, name=path.stem)
     write_generator(path, one.generator, metadata, dtype=dtype)
     return path
@@ -229,38 +238,50 @@ def draw(
     """Images as IMAGE [count, H, W, 3] in 0..1.
 
     truncation: 1 is a no-op, 0 the mean image. cutoff: how many of the w vectors it acts on, from the coarsest; 0 all.
+    noise: "random" is drawn from each image's own seed, the same on every device. Raises ValueError in one sentence
+    where memory does not suffice.
     """
     if noise not in NOISE:
         raise ValueError(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
+    from ...training.isolated import is_memory_problem
+
     generator, config = one.generator, one.generator.config
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)
     c = one_hot(label, count, config.c_dim)
-    images, done = [], 0
-    at_once = max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
+    done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
+    if noise == "random":
+        at_once = 1  # each image's from its own seed, however many are drawn
     progress = comfy.utils.ProgressBar(count)
-    with ordinary_tensors(), on_device(generator) as device:
-        random = torch.Generator(device=device).manual_seed(seed)
-        while done < count:
-            chosen = slice(done, done + at_once)
-            try:
-                ws = generator.map(
-                    z[chosen].to(device), None if c is None else c[chosen].to(device), truncation=truncation,
-                    truncation_cutoff=cutoff or None,
-                )
-                drawn = generator.synthesize(ws, noise=noise, generator=random)
-            except comfy.model_management.OOM_EXCEPTION as problem:
-                comfy.model_management.soft_empty_cache()
-                if at_once == 1:
-                    raise ValueError(
-                        f"Generator Sample: one image of {config.resolution} px needs more memory than there is; free "
-                        "some, or use a smaller generator."
-                    ) from problem.with_traceback(None)
-                at_once = (at_once + 1) // 2
-                continue
-            images.append(as_image(drawn))
-            done += len(drawn)
-            progress.update_absolute(done, count)
-    return torch.cat(images)
+    try:
+        with ordinary_tensors(), on_device(generator) as device:
+            images = torch.empty(count, config.resolution, config.resolution, 3)
+            while done < count:
+                chosen = slice(done, done + at_once)
+                random = torch.Generator().manual_seed((seed + done) & LARGEST_SEED)
+                try:
+                    ws = generator.map(
+                        z[chosen].to(device), None if c is None else c[chosen].to(device), truncation=truncation,
+                        truncation_cutoff=cutoff or None,
+                    )
+                    drawn = as_image(generator.synthesize(ws, noise=noise, generator=random))
+                except (RuntimeError, MemoryError) as problem:
+                    if at_once == 1 or not is_memory_problem(problem):
+                        raise
+                    problem.with_traceback(None)  # it holds the tensors that did not fit
+                    comfy.model_management.soft_empty_cache()
+                    at_once = (at_once + 1) // 2
+                    continue
+                images[chosen] = drawn
+                done += len(drawn)
+                progress.update_absolute(done, count)
+    except (RuntimeError, MemoryError) as problem:
+        if not is_memory_problem(problem):
+            raise
+        raise ValueError(
+            f"Generator Sample: memory ran out at image {done + 1} of {count}, of {config.resolution} px each; lower "
+            "batch_size, free some memory, or use a generator of fewer pixels."
+        ) from problem.with_traceback(None)
+    return images
 
 
 def as_image(drawn: Tensor) -> Tensor:

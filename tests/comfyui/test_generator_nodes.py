@@ -150,8 +150,47 @@ def test_a_device_that_is_full_gets_fewer_images_at_once(world, call, comfyui, m
     images, _ = call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
     assert len(images) == 5 and sizes == [5, 3, 2, 2, 1]
     limit = 0
-    with pytest.raises(ValueError, match="one image of 16 px needs more memory than there is"):
+    with pytest.raises(ValueError, match="ran out at image 1 of 5, of 16 px each; lower batch_size"):
         call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
+
+
+@pytest.mark.parametrize("where", ["synthesize", "map", "to"])
+def test_memory_that_runs_out_anywhere_is_one_sentence(world, call, monkeypatch, where):
+    """As the CPU's allocator says it, too, which has no exception of its own."""
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    kept, calls = getattr(type(one.generator), where), []
+
+    def full(self, *args, **more):
+        calls.append(1)
+        if where != "to" or len(calls) == 1:  # back to the CPU it always fits
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:114] DefaultCPUAllocator: can't allocate memory\nTrace")
+        return kept(self, *args, **more)
+
+    monkeypatch.setattr(type(one.generator), where, full)
+    with pytest.raises(ValueError, match="Generator Sample: memory ran out.*lower batch_size") as caught:
+        call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(type(one.generator), where, lambda *args, **more: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=5)
+
+
+def test_random_noise_is_each_images_own(world, call, monkeypatch):
+    generator = tiny_generator()
+    for name, parameter in generator.named_parameters():
+        if name.endswith("noise_strength"):
+            parameter.data.fill_(0.5)
+    one = world.internals.GraphGenerator(generator, world.files.GeneratorMetadata(), "x")
+    values = {"generator": one, "truncation": 1.0, "noise": "random"}
+    whole, _ = call("GeneratorSample", seed=5, batch_size=3, **values)
+    monkeypatch.setattr(world.internals, "PIXELS_AT_ONCE", 2 * 16 * 16)
+    parts, _ = call("GeneratorSample", seed=5, batch_size=3, **values)
+    assert torch.allclose(whole, parts, atol=1e-5)
+    for index in range(3):
+        alone, _ = call("GeneratorSample", seed=5 + index, batch_size=1, **values)
+        assert torch.allclose(alone[0], whole[index], atol=1e-5)
+    without, _ = call("GeneratorSample", seed=5, batch_size=3, **{**values, "noise": "none"})
+    assert float((without - whole).abs().mean()) > 1e-3
 
 
 def test_classes_and_noise(world, call):
@@ -214,6 +253,17 @@ def test_a_saved_generator_is_the_same_and_replaces_nothing_unasked(world, call)
     for name in ("../outside", "", "folder/"):
         with pytest.raises(ValueError, match="expected a file name inside"):
             call("SaveGenerator", generator=one, filename=name, file_dtype="fp32")
+    long = "x" * 190
+    for name, words in (
+        ("x" * 201, "at most 200 bytes, found 201"), ("a/" + "y" * 300, "at most 200 bytes"), ("nul", "device on Windows"),
+        ("nothing\0", "plain file name"), ("two\nlines", "plain file name"), ("a:b", "plain file name"),
+        ("\ud800", "surrogates"), ("/".join([long] * 30), "could not be written .*too long"),
+        ("mine/blend.safetensors/x", "could not be written"),
+    ):  # fmt: skip
+        with pytest.raises(world.files.FileProblem, match=words) as caught:
+            call("SaveGenerator", generator=one, filename=name, file_dtype="fp32")
+        assert "\n" not in str(caught.value)
+    assert {path.name for path in world.folder.rglob("*")} == {"mine", "blend.safetensors"}
     with pytest.raises(ValueError, match="one of fp32, fp16, bf16, found 'int8'"):
         call("SaveGenerator", generator=one, filename="x", file_dtype="int8")
     assert not list(world.tmp.rglob("outside*"))
