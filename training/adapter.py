@@ -118,6 +118,7 @@ class Adapter:
             self.optimizer.zero_grad(set_to_none=True)
             at = ", ".join(map(str, draws.t.tolist()))
             raise NonFiniteLoss(f"the gradient at the timesteps {at}", self.step + 1, ())
+        report = self.objective.train_method(report)
         self.intact = False
         self.optimizer.step()
         if self.average is not None:
@@ -151,7 +152,8 @@ class Adapter:
         images = self._images(self.generator, ws, self.processes.rank)
         randomness = self._randomness("method", self.processes.rank)
         return objective.backward(
-            images, frozen, self.encode, step=self.step, steps=config.steps, generator=randomness, draws=draws
+            images, frozen, self.encode, step=self.step, steps=config.steps, generator=randomness, draws=draws,
+            wait=True,  # a second critic learns once the gradient is known to be sound
         )
 
     def _choose(self, t: Tensor) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class Objective:
     image_quantile: float | None = None
     mode: str = "shared"
     perceptual: Perceptual | None = None
+    _waiting: Context | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -151,6 +152,7 @@ class Objective:
         generator: torch.Generator | None = None,
         t: Tensor | None = None,
         draws: Draws | None = None,
+        wait: bool = False,
     ) -> Report:
         """Add this objective's gradient to everything that `images` were made from.
 
@@ -158,15 +160,22 @@ class Objective:
         latents, or None where `needs_frozen` is false. encode: images -> z [B, C, h, w], scaled as the critic's models
         expect, differentiable (posterior mean; any resizing and clamping to -1..1 belongs to it). step of steps: 0 to
         steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were drawn before; draws: all
-        random numbers of the step. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected,
+        random numbers of the step. wait: leave what the method itself learns to `train_method`, for who looks at the
+        generator's gradients first. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected,
         where a gradient is not finite, and GuidanceError for inputs that do not fit.
         """
         if not images.requires_grad:
             raise GuidanceError("Expected images with a graph to the generator's weights, got images without one.")
         gradient, report, context = self._gradient(images, frozen, encode, step, steps, generator, t, draws, True)
         torch.autograd.backward(images, gradient.to(images.dtype))
-        losses = self.method.step(context)
-        return Report({**report.loss, **losses}, report.gradient_norm, report.clamped, report.timesteps)
+        self._waiting = context
+        return report if wait else self.train_method(report)
+
+    def train_method(self, report: Report) -> Report:
+        """Let a method with a state learn from the last `backward`, once; the report with its losses."""
+        context, self._waiting = self._waiting, None
+        losses = {} if context is None else self.method.step(context)
+        return replace(report, loss={**report.loss, **losses})
 
     def image_gradient(
         self,

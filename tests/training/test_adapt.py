@@ -313,6 +313,24 @@ def test_a_gradient_that_is_not_finite_stops_with_the_last_good_weights(run, tmp
     assert same(kept, good)
 
 
+def test_a_gradient_that_overflows_on_its_way_through_the_generator_teaches_no_second_critic(
+    run, tmp_path, base, monkeypatch
+):
+    changes = {"method": "vsd", "scale": 5.0, "steps": 3, "ema": 0.0}
+    run(output=str(tmp_path / "whole"), parts=by_base(base), checkpoint_every=1, **changes)
+    norm, calls = torch.nn.utils.clip_grad_norm_, []
+
+    def overflows(*args):
+        calls.append(1)
+        return norm(*args) * (math.inf if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", overflows)
+    with pytest.raises(NonFiniteLoss, match="at step 2"):
+        run(parts=by_base(base), checkpoint_every=0, **changes)
+    whole, kept = (load_checkpoint(checkpoint_path(tmp_path / name, 1)) for name in ("whole", "run"))
+    assert same(whole["weights"], kept["weights"]) and same(whole["objective"]["state"], kept["objective"]["state"])
+
+
 def test_any_failure_leaves_the_last_step(run, tmp_path):
     class Cancelled(Exception):
         pass

@@ -87,6 +87,25 @@ def test_the_gradient_becomes_the_difference_of_the_two_scores(critic, schedule)
     torch.testing.assert_close(found.mean((0, 2, 3)), torch.full((4,), -2 * factor), rtol=0.15, atol=0)
 
 
+def test_the_second_critic_can_wait_until_the_generators_gradients_are_looked_at(critic):
+    z = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
+    straight = Objective(critic, make_method("vsd", critic, learning_rate=0.01))
+    (loss,) = run(straight, z, 1)
+    waits = Objective(critic, make_method("vsd", critic, learning_rate=0.01))
+    before = waits.state_dict()["state"]
+    leaf, generator = z.clone().requires_grad_(), torch.Generator().manual_seed(0)
+    report = waits.backward(
+        leaf * 1.0, None, lambda x: x * 1.0, step=0, steps=1, generator=generator, wait=True
+    )
+    state = waits.state_dict()["state"]
+    assert leaf.grad is not None and "vsd_critic" not in report.loss
+    assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)
+    assert waits.train_method(report).loss["vsd_critic"] == loss
+    state, expected = waits.state_dict()["state"], straight.state_dict()["state"]
+    assert all(torch.equal(state[name], expected[name]) for name in expected)
+    assert waits.train_method(report) == report  # once for each step
+
+
 def test_a_restart_goes_on_with_identical_numbers(critic):
     z = torch.randn(8, 4, 2, 2, generator=torch.Generator().manual_seed(0))
     whole = Objective(critic, make_method("vsd", critic, learning_rate=0.01))
