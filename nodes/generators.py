@@ -195,8 +195,8 @@ class AdaptGenerator(io.ComfyNode):
                     "methods dds and bridge need it.",
                 ),
                 io.Conditioning.Input(
-                    "unwanted", optional=True, tooltip="What images should not be, such as 'blurry, low quality'; only "
-                    "the method nfsd looks at it.",
+                    "unwanted", optional=True, tooltip="What images should not be, such as 'blurry, low quality, "
+                    "unrealistic'; the method nfsd needs it, beside an empty negative. Without effect for others.",
                 ),
                 AdaptOptions.Input(
                     "options", optional=True, tooltip="Everything else, from In-Domain Adapt Options."

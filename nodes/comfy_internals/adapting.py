@@ -134,6 +134,12 @@ def run(
             f"{NODE}: expected a conditioning that describes what the generator makes now, which the method "
             f"{config.method} compares with, found none; connect one to source."
         )
+    if config.method == "nfsd" and critic.unwanted is None:
+        # The negative conditioning is no stand-in: e_u - e_negative, most of NFSD's gradient, would be zero.
+        raise ValueError(
+            f"{NODE}: expected a conditioning that describes what images should not be, such as 'blurry, low quality, "
+            "unrealistic', which the method nfsd compares with, found none; connect one to unwanted."
+        )
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")

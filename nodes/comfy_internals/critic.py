@@ -275,7 +275,7 @@ class Predictions:
         source = None
         if SOURCE in others:
             source = Guidance(base, [Term(PROMPT, self, self._conditionings[others[SOURCE]], prompt.weight)])
-        unwanted = self.source(others[UNWANTED]) if UNWANTED in others else base
+        unwanted = self.source(others[UNWANTED]) if UNWANTED in others else None
         return Critic(
             Guidance(base, terms), schedule, negative=unwanted, source=source,
             percent_to_sigma=self.guider._percent_to_sigma,

@@ -306,6 +306,8 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
         ({"positive": narrow}, "positive conditioning of width 128.*found width 12"),
         ({"vae": SimpleNamespace(first_stage_model=None)}, "expected the VAE .* found no VAE"),
         ({"method": "dds"}, "what the generator makes now, which the method dds .* connect one to source"),
+        ({"method": "nfsd"}, "what images should not be.*which the method nfsd .* connect one to unwanted"),
+        ({"method": "nfsd", "isolated": True}, "connect one to unwanted"),
         ({"name": "../outside"}, "plain file name"),
         ({"resume": "perhaps"}, "resume to be one of auto, continue, new"),
         ({"resume": "continue"}, "expected a run to resume"),

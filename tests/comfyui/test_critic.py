@@ -132,6 +132,9 @@ def test_methods_conditionings_are_asked_for_and_are_no_terms(tiny, ask, core_ep
     assert error(made.e_source, base + 2.0 * (now - base)) < 1e-5 and error(made.e_source_c, now) < 1e-5
     assert error(made.e_negative, bad) < 1e-5
     assert len(critic.guidance.terms) == 1 and (critic.calls, critic.samples) == (1, 8)
+    # Nothing stands in for what is not connected.
+    _, critic = ask(model, positive, negative, x)
+    assert critic.negative is None and critic.source is None
 
 
 # ---- images to latents ------------------------------------------------------------------------------------------
