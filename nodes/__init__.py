@@ -13,7 +13,7 @@ def node_classes() -> list[type]:
         LoadGenerator,
         SaveGenerator,
     )
-    from .guiders import GuidanceTerm, InDomainGuider, InDomainSampler, MultiGuidanceGuider
+    from .guiders import GuidanceTerm, InDomainGuider, InDomainSampler, MultiGuidanceGuider, ShapeGuidanceTerm
     from .loaders import LoadDomainUNet, LoadMiniWorld
     from .text_free import TextFreeUNet
     from .training import DomainTrainingOptions, MiniWorldImages, TrainDomainUNet
@@ -28,6 +28,7 @@ def node_classes() -> list[type]:
         InDomainSampler,
         InDomainGuider,
         GuidanceTerm,
+        ShapeGuidanceTerm,
         MultiGuidanceGuider,
         LoadGenerator,
         GeneratorSample,

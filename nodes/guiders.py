@@ -1,11 +1,19 @@
-"""Guidance Term, Multi-Guidance Guider, In-Domain Guider and In-Domain Sampler."""
+"""Guidance Term, Shape Guidance Term, Multi-Guidance Guider, In-Domain Guider and In-Domain Sampler."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
 import comfy.samplers
 from comfy_api.latest import io
+from torch import Tensor
 
+from ..guidance.frequency import LowPass
+from ..guidance.orthogonal import PER, Orthogonal
 from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
+from ..guidance.shaping import Shaping
 from .comfy_internals.guider import MultiGuidanceGuider as Guider
 from .comfy_internals.guider import TermInput, in_domain_guider, sample_latent
 
@@ -36,6 +44,103 @@ def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> 
         return Interval(weight, start, end)  # Nothing to ramp over: empty, or refused as running backwards.
     first, last, curve = shape
     return Interval(Keyframes(((start, first * weight), (end, last * weight)), ramp=curve), start, end)
+
+
+@dataclass(frozen=True)
+class Bands(Shaping):
+    """S(d) = low L(d) + high (d - L(d)), L the Gaussian of `LowPass`: both bands of a direction in one term.
+
+    Two terms of one source, `LowPass` and `HighPass`, have the same sum, but count the weight twice in the W that
+    methods made for CFG see, and have two names where other terms refer to one. width: of L in latent pixels, inf for
+    each channel's mean. low, high: factors of the term's weight; 1 and 1 are neutral. Raises GuidanceError for a width
+    not above 0 and factors that are not finite.
+    """
+
+    width: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        LowPass(self.width)
+        for band, strength in (("low", self.low), ("high", self.high)):
+            if not math.isfinite(strength):
+                raise GuidanceError(f"Expected the strength of the {band} band to be finite, got {strength}.")
+
+    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """direction [B, ..., H, W] -> the same shape."""
+        return self.high * direction + (self.low - self.high) * LowPass(self.width)(direction, ())
+
+
+@dataclass(frozen=True)
+class InOrder(Shaping):
+    """S(d) = then(first(d)), for two shapings of which at most one looks at other terms.
+
+    With two, it could not be told whose directions are left out where the weight of another term is 0. Raises
+    GuidanceError for them.
+    """
+
+    first: Shaping
+    then: Shaping
+
+    def __post_init__(self) -> None:
+        if self.first.others and self.then.others:
+            raise GuidanceError(
+                f"Expected one list of terms to be orthogonal to, got {', '.join(self.first.others)} and then "
+                f"{', '.join(self.then.others)}; name them all in one Shape Guidance Term."
+            )
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The terms that one of the two looks at."""
+        return self.first.others or self.then.others
+
+    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """direction [B, C, ...] and the others' directions of the same shape -> [B, C, ...]."""
+        for shaping in (self.first, self.then):
+            direction = shaping(direction, others if shaping.others else ())
+        return direction
+
+
+SHAPES = ("frequencies", "mean", "orthogonal")
+
+
+def shaping_of_mode(
+    mode: str, orthogonal_to: str, share: float, only_opposing: bool, per: str, width: float, low: float, high: float
+) -> Shaping | None:
+    """A term's shaping from the node's widgets, None where they are neutral, so that nothing is rounded differently.
+
+    Raises GuidanceError for an unknown mode, for a list of names without one or with one twice, and for values that
+    the mode cannot use.
+    """
+    if mode not in SHAPES:
+        raise GuidanceError(f"Expected a mode of {', '.join(SHAPES)}, got {mode!r}.")
+    if mode == "orthogonal":
+        names = [name.strip() for name in orthogonal_to.split(",") if name.strip()]
+        for name in names:
+            if names.count(name) > 1:
+                raise GuidanceError(f"Expected terms to be orthogonal to once each, got {name!r} twice.")
+        shaping = Orthogonal(tuple(names), share, only_opposing, per)
+        return None if share == 0.0 else shaping
+    shaping = Bands(math.inf if mode == "mean" else width, low, high)
+    return None if low == high == 1.0 else shaping
+
+
+def term_to_shape(terms: Sequence[TermInput], name: str) -> TermInput:
+    """The term of that name, the last one for an empty name. Raises GuidanceError where it is none, or two."""
+    if not terms:
+        raise GuidanceError(
+            "Shape Guidance Term: expected at least one Guidance Term, got none; connect a Guidance Term."
+        )
+    name = name or terms[-1].name
+    known = ", ".join(term.name for term in terms)
+    found = [term for term in terms if term.name == name]
+    if not found:
+        raise GuidanceError(f"Shape Guidance Term: expected one of the terms so far ({known}), got {name!r}.")
+    if len(found) > 1:
+        raise GuidanceError(
+            f"Shape Guidance Term: expected terms with different names, got {name!r} twice among {known}; rename one."
+        )
+    return found[0]
 
 
 def _domain_interval_inputs() -> list:
@@ -165,6 +270,90 @@ class GuidanceTerm(io.ComfyNode):
             raise GuidanceError(f"Term {name!r}: {problem}") from None
         term = TermInput(name, over_sampling, model, conditioning, reference.strip() or None)
         return io.NodeOutput((*(terms or ()), term))
+
+
+class ShapeGuidanceTerm(io.ComfyNode):
+    """Changes the direction of one term of a chain before it is weighted: w S(D_i - R_i)."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="InDomainShapeTerm",
+            display_name="Shape Guidance Term",
+            category=CATEGORY,
+            description="Lets a term guide only where it should: coarse and fine detail each with its own strength, or "
+            "nothing that other terms decide already. For a domain of few colours and a prompt with others.",
+            inputs=[
+                GuidanceTerms.Input("terms", tooltip="The terms so far, from Guidance Term or another Shape Guidance "
+                "Term. Terms that come later may be named in orthogonal_to as well."),
+                io.String.Input(
+                    "term", default="",
+                    tooltip="The name of the term to shape. Empty (the default): the last one. Shaping a term again "
+                    "adds to what was done to it before.",
+                ),
+                io.Combo.Input(
+                    "mode", options=list(SHAPES), default="frequencies",
+                    tooltip="frequencies (the default) splits the term into coarse and fine detail, mean into the "
+                    "picture's overall colour and all else: low_strength and high_strength weigh the two. orthogonal "
+                    "takes out what the terms in orthogonal_to decide already.",
+                ),
+                io.Float.Input(
+                    "width", default=1.0, min=0.1, max=64.0, step=0.1, round=0.01, optional=True,
+                    tooltip="For frequencies: the size in latent pixels (8 image pixels each in Stable Diffusion) "
+                    "above which detail is coarse. Typical 0.5 to 4, default 1; none is neutral.",
+                ),
+                io.Float.Input(
+                    "low_strength", default=0.2, min=-10.0, max=10.0, step=0.05, round=0.001, optional=True,
+                    tooltip="For frequencies and mean: what share of the term's weight its coarse part, or its mean, "
+                    "gets. 1 is neutral, 0 removes it and leaves colours to the other terms, negative values push "
+                    "away. Typical 0 to 0.5, default 0.2.",
+                ),
+                io.Float.Input(
+                    "high_strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001, optional=True,
+                    tooltip="For frequencies and mean: what share of the term's weight its fine part (strokes, "
+                    "texture), or all but its mean, gets. 1 (the default) is neutral, 0 removes it.",
+                ),
+                io.String.Input(
+                    "orthogonal_to", default="control", optional=True,
+                    tooltip="For orthogonal: the names of the terms to be orthogonal to, separated by commas; the "
+                    "default is control. Where such a term has weight 0, it removes nothing.",
+                ),
+                io.Float.Input(
+                    "share", default=1.0, min=0.0, max=1.0, step=0.05, round=0.001, optional=True,
+                    tooltip="For orthogonal: how much of what the term has in common with those terms is removed. 0 is "
+                    "neutral, 1 (the default) removes all of it.",
+                ),
+                io.Boolean.Input(
+                    "only_opposing", default=False, optional=True,
+                    tooltip="For orthogonal: remove only what works against those terms. Off (the default) also "
+                    "removes what points their way.",
+                ),
+                io.Combo.Input(
+                    "per", options=list(PER), default="position", optional=True,
+                    tooltip="For orthogonal: compare the terms at each position by itself (the default), or over the "
+                    "whole image, which removes less.",
+                ),
+            ],
+            outputs=[GuidanceTerms.Output(display_name="terms", tooltip="The same terms, one of them shaped.")],
+        )  # fmt: skip
+
+    @classmethod
+    def execute(
+        cls, terms=(), term: str = "", mode: str = "frequencies", width: float = 1.0, low_strength: float = 0.2,
+        high_strength: float = 1.0, orthogonal_to: str = "control", share: float = 1.0, only_opposing: bool = False,
+        per: str = "position",
+    ) -> io.NodeOutput:  # fmt: skip
+        chosen = term_to_shape(terms or (), term.strip())
+        try:
+            shaping = shaping_of_mode(
+                mode, orthogonal_to, share, only_opposing, per, width, low_strength, high_strength
+            )
+            if shaping is not None and chosen.shaping is not None:
+                shaping = InOrder(chosen.shaping, shaping)
+        except GuidanceError as problem:
+            raise GuidanceError(f"Term {chosen.name!r}: {problem}") from None
+        shaped = chosen if shaping is None else replace(chosen, shaping=shaping)
+        return io.NodeOutput(tuple(shaped if one is chosen else one for one in terms))
 
 
 class MultiGuidanceGuider(io.ComfyNode):

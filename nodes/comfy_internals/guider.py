@@ -29,6 +29,7 @@ from torch import Tensor
 
 from ...guidance.combination import Guidance, Step
 from ...guidance.schedules import Constant, Interval, WeightLike
+from ...guidance.shaping import Shaping
 from ...guidance.terms import Source, Term
 from . import compatibility, effective_condition
 from .branch import NEGATIVE, POSITIVE, Branch, Conditionings, controls, run_conditionings
@@ -42,17 +43,20 @@ _HOOK_MODELS = "indomain_guidance hook models"
 
 @dataclass(frozen=True)
 class TermInput:
-    """One term as the user wired it. No model means the prior, no conditioning the base's, no reference the base."""
+    """One term as the user wired it. No model means the prior, no conditioning the base's, no reference the base, no
+    shaping the direction as it is.
+    """
 
     name: str
     weight: WeightLike
     model: ModelPatcher | None = None
     conditioning: list | None = None
     reference: str | None = None
+    shaping: Shaping | None = None
 
 
 class MultiGuidanceGuider(comfy.samplers.CFGGuider):
-    """D = D_u + sum_i w_i(sigma) (D_i - R_i) of arXiv 2312.08195, D_u the prior on the base conditioning.
+    """D = D_u + sum_i w_i(sigma) S_i(D_i - R_i), arXiv 2312.08195 with shapings S_i; D_u: the prior on the base.
 
     Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit,
     weights that are not finite, models of another latent space or another way of adding noise; and at the start of
@@ -78,6 +82,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                     base if term.conditioning is None else term.conditioning,
                     term.weight,
                     term.reference,
+                    term.shaping,
                 )
                 for term, model in given
             ],

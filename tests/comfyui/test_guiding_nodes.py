@@ -1,4 +1,4 @@
-"""Guidance Term, Multi-Guidance Guider, In-Domain Guider and In-Domain Sampler as ComfyUI sees them."""
+"""The guiding nodes as ComfyUI sees them; what Shape Guidance Term computes is in test_shaping_node."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-NODES = ["GuidanceTerm", "MultiGuidanceGuider", "InDomainGuider", "InDomainSampler"]
+NODES = ["GuidanceTerm", "ShapeGuidanceTerm", "MultiGuidanceGuider", "InDomainGuider", "InDomainSampler"]
 
 # Published inputs may be added to, never removed, renamed or moved: saved workflows store widgets by position.
 INPUTS = {
     "InDomainGuidanceTerm": (
         ["name", "weight", "start_percent", "end_percent", "ramp"],
         ["reference", "model", "conditioning", "terms"],
+    ),
+    "InDomainShapeTerm": (
+        ["terms", "term", "mode"],
+        ["width", "low_strength", "high_strength", "orthogonal_to", "share", "only_opposing", "per"],
     ),
     "InDomainMultiGuidanceGuider": (["prior", "base"], ["terms"]),
     "InDomainGuider": (

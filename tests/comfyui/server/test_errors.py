@@ -161,6 +161,24 @@ def test_reference_to_no_term(server, graphs):
     assert "nobody" in message_of(server, prompt, "InDomainMultiGuidanceGuider")
 
 
+@pytest.mark.parametrize(
+    ("inputs", "node_type", "word"),
+    [
+        ({"term": "nobody"}, "InDomainShapeTerm", "one, two"),
+        ({"mode": "orthogonal", "orthogonal_to": "nobody"}, "InDomainMultiGuidanceGuider", "two"),
+    ],
+)
+def test_shaping_of_or_by_no_term(server, graphs, inputs, node_type, word):
+    prompt = graphs.multi_guidance([{"name": "one", "model": ["domain", 0]}, {"name": "two"}])
+    prompt["shape"] = {
+        "class_type": "InDomainShapeTerm",
+        "inputs": {"terms": ["term1", 0], "term": "one", "mode": "frequencies", **inputs},
+    }
+    prompt["guider"]["inputs"]["terms"] = ["shape", 0]
+    message = message_of(server, prompt, node_type)
+    assert "nobody" in message and word in message
+
+
 def test_two_terms_of_one_name(server, graphs):
     prompt = graphs.multi_guidance([{"name": "same", "model": ["domain", 0]}, {"name": "same", "model": ["domain", 0]}])
     assert "same" in message_of(server, prompt, "InDomainMultiGuidanceGuider")

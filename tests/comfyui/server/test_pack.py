@@ -9,10 +9,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 NODES = (
-    "InDomainLoadDomainUNet", "InDomainTextFreeUNet", "InDomainGuidanceTerm", "InDomainMultiGuidanceGuider",
-    "InDomainGuider", "InDomainSampler", "InDomainLoadMiniWorld", "InDomainTrainDomainUNet", "InDomainTrainingOptions",
-    "InDomainMiniWorldImages", "InDomainLoadGenerator", "InDomainGeneratorSample", "InDomainAdaptGenerator",
-    "InDomainAdaptOptions", "InDomainBlendGenerators", "InDomainSaveGenerator",
+    "InDomainLoadDomainUNet", "InDomainTextFreeUNet", "InDomainGuidanceTerm", "InDomainShapeTerm",
+    "InDomainMultiGuidanceGuider", "InDomainGuider", "InDomainSampler", "InDomainLoadMiniWorld",
+    "InDomainTrainDomainUNet", "InDomainTrainingOptions", "InDomainMiniWorldImages", "InDomainLoadGenerator",
+    "InDomainGeneratorSample", "InDomainAdaptGenerator", "InDomainAdaptOptions", "InDomainBlendGenerators",
+    "InDomainSaveGenerator",
 )  # fmt: skip
 ONLY_IN_THE_EDITOR = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 API_WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
