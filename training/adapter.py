@@ -21,10 +21,10 @@ from ..guidance.distillation.layer_selection import select_layers
 from ..guidance.distillation.objective import Draws, NotFinite, Objective, Report
 from ..guidance.networks.stylegan2 import Generator
 from .adapt_config import AdaptConfig
-from .checkpoints import different_facts, machine_facts
+from .checkpoints import machine_facts
 from .ema import WeightAverage
-from .engine import NonFiniteLoss, Outcome, check_same_run
-from .optimizers import rate_at, restore, set_rate
+from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_other_facts
+from .optimizers import rate_at, set_rate
 from .processes import OneProcess
 from .randomness import sample_generator
 from .settings import ConfigProblem
@@ -291,19 +291,9 @@ class Adapter:
                     f"the critic's {name} differs by {difference:.1e} from when {source} was written; the run goes on, "
                     "but its weights can differ from an uninterrupted run's in their last bits."
                 )
-        changed = different_facts(state["facts"], self.facts())
-        if changed:
-            warnings.append(
-                f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can "
-                "differ from an uninterrupted run's in their last bits."
-            )
+        warnings += warn_of_other_facts(state, self.facts(), source)
         self.intact = False
-        with torch.no_grad():
-            for name, one in self.parameters.items():
-                one.copy_(state["weights"][name])
-        restore(self.optimizer, state["optimizer"])
-        if self.average is not None:
-            self.average.load(state["average"])
+        take_over(state, self.parameters, self.optimizer, self.average)
         self.objective.load_state_dict(state["objective"])
         self.step = int(state["step"])
         self.intact = True

@@ -18,17 +18,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from torch import nn
 
 from .adapt_config import configuration_kind
 from .atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import (
     FOLDER,
     checkpoint_path,
+    different_facts,
     find_checkpoints,
     latest_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
+from .ema import WeightAverage
 from .events import (
     Distilled,
     Event,
@@ -44,6 +47,7 @@ from .events import (
     Warned,
     read_log,
 )
+from .optimizers import restore
 from .processes import OneProcess, pick_precision
 from .run_lock import locked
 from .settings import ConfigProblem, Settings
@@ -405,6 +409,30 @@ def check_same_run(config: Settings, state: Mapping[str, Any], source: str) -> N
             f"{source}: expected a run of the same configuration, but {listed}; use the earlier values, or another "
             "name or output folder for a new run."
         )
+
+
+def take_over(
+    state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    average: WeightAverage | None,
+) -> None:  # fmt: skip
+    """Weights, optimizer and average as a state holds them, copied out of its file."""
+    with torch.no_grad():
+        for name, one in parameters.items():
+            one.copy_(state["weights"][name])
+    restore(optimizer, state["optimizer"])
+    if average is not None:
+        average.load(state["average"])
+
+
+def warn_of_other_facts(state: Mapping[str, Any], facts: Mapping[str, str], source: str) -> list[str]:
+    """A warning where a state was written under circumstances that can change last bits; none otherwise."""
+    changed = different_facts(state["facts"], facts)
+    if not changed:
+        return []
+    return [
+        f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can differ from "
+        "an uninterrupted run's in their last bits."
+    ]
 
 
 def due(step: int, every: int, steps: int) -> bool:

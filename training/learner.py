@@ -18,14 +18,14 @@ from torch import Generator, Tensor, nn
 
 from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from .base import ImageSize
-from .checkpoints import different_facts, machine_facts
+from .checkpoints import machine_facts
 from .config import ConfigProblem, TrainConfig
 from .data import BadImage, DataProblem, Sample
 from .ema import WeightAverage
-from .engine import NonFiniteLoss, Outcome, check_same_run
+from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_other_facts
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .origin import check_origin
-from .optimizers import build_optimizer, rate_at, restore, set_rate
+from .optimizers import build_optimizer, rate_at, set_rate
 from .processes import OneProcess
 from .randomness import Batch, BatchPlan, Draw
 
@@ -230,19 +230,9 @@ class Learner:
                 f"now {len(self.dataset)}); the run goes on with those of now, and its weights will "
                 "differ from an uninterrupted run's."
             )
-        changed = different_facts(state["facts"], self.facts())
-        if changed:
-            warnings.append(
-                f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can "
-                "differ from an uninterrupted run's in their last bits."
-            )
+        warnings += warn_of_other_facts(state, self.facts(), source)
         self.intact = False
-        with torch.no_grad():
-            for name, one in self.parameters.items():
-                one.copy_(state["weights"][name])
-        restore(self.optimizer, state["optimizer"])
-        if self.average is not None:
-            self.average.load(state["average"])
+        take_over(state, self.parameters, self.optimizer, self.average)
         if self.scaler.is_enabled() and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])

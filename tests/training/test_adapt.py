@@ -176,6 +176,9 @@ def test_the_report_names_exactly_what_trains(run, tiny_adaptation, train, expec
 def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
     source = tiny_adaptation.tiny_generator()
     result, events = run(steps=1, layers=1, ema=0.0, train="synthesis", checkpoint_every=0)
+    (stage,) = read_generator(result.path).metadata.history
+    assert "synthesis.b4.conv1.weight" in stage["trained"] and "synthesis.b4.const" not in stage["trained"]
+    assert "b4.const" not in events[0].estimate.partition("left as they are")[0]
     (step,) = [event for event in events if isinstance(event, Distilled)]
     chosen = {name.removeprefix("trained ") for name in step.parts if name.startswith("trained ")}
     assert 1 <= len(chosen) <= 2 and len({source.ws_index[name] for name in chosen}) == 1
