@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKFLOWS = ROOT / "workflows"
@@ -154,3 +155,14 @@ def test_every_node_has_a_help_page():
 def test_only_workflows_are_served():
     # ComfyUI serves the whole folder to the network.
     assert {path.suffix for path in WORKFLOWS.rglob("*") if path.is_file()} <= {".json", ".jpg"}
+
+
+def test_pictures_in_the_template_browser_are_small_and_belong_to_a_workflow():
+    pictures = sorted(WORKFLOWS.rglob("*.jpg"))
+    assert {path.stem for path in pictures} >= {"in_domain_text_to_image", "shaped_terms"}
+    for path in pictures:
+        # The template browser looks for the workflow's own name.
+        assert path.with_suffix(".json").is_file() and path.stat().st_size < 60_000
+        with Image.open(path) as picture:
+            picture.load()
+            assert picture.format == "JPEG" and min(picture.size) >= 200
