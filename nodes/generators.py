@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from comfy_api.latest import io, ui
+from comfy_api.latest import io
 
 from .comfy_internals import adapting, generators, training
 from .guiders import GuidanceTerms
 from .loaders import CATEGORY
-from .training import LARGEST_SEED, RESUME, config_input
+from .training import LARGEST_SEED, RESUME, config_input, run_outputs
 
 GeneratorType = io.Custom("INDOMAIN_GENERATOR")
 AdaptOptions = io.Custom("INDOMAIN_ADAPT_OPTIONS")
@@ -235,14 +235,7 @@ class AdaptGenerator(io.ComfyNode):
             adapting.check_name(config)
             result, warnings = adapting.run(config, generator, critic, resume, job)
         adapted, _ = generators.load_generator(f"{config.name}.safetensors")
-        path = str(adapting.finished_file(config))
-        grid, plot = training.load_image(result.samples), training.load_image(result.plot)
-        shown = [picture[0] for picture in (grid, plot) if picture is not None]
-        preview = ui.PreviewImage(shown, cls=cls).as_dict() if shown else {}
-        return io.NodeOutput(
-            adapted, training.or_blocked(grid), training.or_blocked(plot), path,
-            ui={**preview, "text": (path, *warnings)},
-        )
+        return run_outputs(cls, adapted, result, adapting.finished_file(config), warnings)
 
 
 class GeneratorAdaptOptions(io.ComfyNode):

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
 from .comfy_internals import training
 from .loaders import CATEGORY
+
+if TYPE_CHECKING:
+    from ..training.engine import Result
 
 TrainingOptions = io.Custom("INDOMAIN_TRAINING_OPTIONS")
 
@@ -69,6 +74,19 @@ def _float_step(default: float, largest: float) -> float:
     if largest < 1.0 and default > 0.5:
         return 0.0001
     return 10.0 ** min(math.floor(math.log10(default)) - 1, -1)
+
+
+def run_outputs(
+    node: type[io.ComfyNode], made: Any, result: Result, path: Path, warnings: Sequence[str]
+) -> io.NodeOutput:  # fmt: skip
+    """What both training nodes give: what was made, grid, loss curve and file; the node shows the pictures too."""
+    grid, plot = training.load_image(result.samples), training.load_image(result.plot)
+    shown = [picture[0] for picture in (grid, plot) if picture is not None]
+    preview = ui.PreviewImage(shown, cls=node).as_dict() if shown else {}
+    return io.NodeOutput(
+        made, training.or_blocked(grid), training.or_blocked(plot), str(path),
+        ui={**preview, "text": (str(path), *warnings)},
+    )
 
 
 class TrainDomainUNet(io.ComfyNode):
@@ -166,14 +184,7 @@ class TrainDomainUNet(io.ComfyNode):
             config = config.with_changes(data=training.gather_data(";".join(image_folder), images, config.run_folder))
             result, warnings = training.run(config, exported, resume, job)
             model = training.load_trained(config, given.get("model"))
-        path = str(training.finished_file(config))
-        grid, plot = training.load_image(result.samples), training.load_image(result.plot)
-        shown = [picture[0] for picture in (grid, plot) if picture is not None]
-        preview = ui.PreviewImage(shown, cls=cls).as_dict() if shown else {}
-        return io.NodeOutput(
-            model, training.or_blocked(grid), training.or_blocked(plot), path,
-            ui={**preview, "text": (path, *warnings)},
-        )
+        return run_outputs(cls, model, result, training.finished_file(config), warnings)
 
 
 class DomainTrainingOptions(io.ComfyNode):
