@@ -11,9 +11,9 @@ _MODULE_OF_NAME = {
     for module, names in {
         "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
         "terms": ("Source", "Term"),
-        "shaping": ("Shaping",),
+        "shaping": ("InOrder", "Shaping"),
         "orthogonal": ("Orthogonal",),
-        "frequency": ("HighPass", "LowPass"),
+        "frequency": ("Bands", "HighPass", "LowPass"),
         "combination": ("Guidance", "MultiGuidance", "Step", "combine"),
         "presets": (
             "autoguidance",

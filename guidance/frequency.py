@@ -18,7 +18,7 @@ from torch import Tensor
 from .schedules import GuidanceError
 from .shaping import Shaping
 
-__all__ = ["HighPass", "LowPass"]
+__all__ = ["Bands", "HighPass", "LowPass"]
 
 
 def _check_width(width: float) -> None:
@@ -70,3 +70,28 @@ class HighPass(Shaping):
     def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
         """direction [B, ..., H, W] -> the same shape."""
         return direction - blur(direction, self.width)
+
+
+@dataclass(frozen=True)
+class Bands(Shaping):
+    """S(d) = low L(d) + high (d - L(d)), L the Gaussian of `LowPass`: both bands of a direction in one term.
+
+    Two terms of one source, `LowPass` and `HighPass`, have the same sum, but count the weight twice in the W that
+    methods made for CFG see, and have two names where other terms refer to one. width: of L in latent pixels, inf for
+    each channel's mean. low, high: factors of the term's weight; 1 and 1 are neutral. Raises GuidanceError for a width
+    not above 0 and factors that are not finite.
+    """
+
+    width: float
+    low: float
+    high: float
+
+    def __post_init__(self) -> None:
+        LowPass(self.width)
+        for band, strength in (("low", self.low), ("high", self.high)):
+            if not math.isfinite(strength):
+                raise GuidanceError(f"Expected the strength of the {band} band to be finite, got {strength}.")
+
+    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """direction [B, ..., H, W] -> the same shape."""
+        return self.high * direction + (self.low - self.high) * LowPass(self.width)(direction, ())

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from .schedules import GuidanceError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Shaping"]
+__all__ = ["InOrder", "Shaping"]
 
 
 class Shaping(ABC):
@@ -28,3 +31,33 @@ class Shaping(ABC):
     @abstractmethod
     def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
         """The shaped direction [B, C, ...], from it and the other terms' directions, in float32 at least."""
+
+
+@dataclass(frozen=True)
+class InOrder(Shaping):
+    """S(d) = then(first(d)), for two shapings of which at most one looks at other terms.
+
+    With two, it could not be told whose directions are left out where the weight of another term is 0. Raises
+    GuidanceError for them.
+    """
+
+    first: Shaping
+    then: Shaping
+
+    def __post_init__(self) -> None:
+        if self.first.others and self.then.others:
+            raise GuidanceError(
+                f"Expected one list of terms to be orthogonal to, got {', '.join(self.first.others)} and then "
+                f"{', '.join(self.then.others)}; name them all in one Shape Guidance Term."
+            )
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The terms that one of the two looks at."""
+        return self.first.others or self.then.others
+
+    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """direction [B, C, ...] and the others' directions of the same shape -> [B, C, ...]."""
+        for shaping in (self.first, self.then):
+            direction = shaping(direction, others if shaping.others else ())
+        return direction

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import comfy.samplers
 from comfy_api.latest import io
-from torch import Tensor
 
-from ..guidance.frequency import LowPass
+from ..guidance.frequency import Bands
 from ..guidance.orthogonal import PER, Orthogonal
 from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
-from ..guidance.shaping import Shaping
+from ..guidance.shaping import InOrder, Shaping
 from .comfy_internals.guider import MultiGuidanceGuider as Guider
 from .comfy_internals.guider import TermInput, in_domain_guider, sample_latent
 
@@ -44,61 +43,6 @@ def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> 
         return Interval(weight, start, end)  # Nothing to ramp over: empty, or refused as running backwards.
     first, last, curve = shape
     return Interval(Keyframes(((start, first * weight), (end, last * weight)), ramp=curve), start, end)
-
-
-@dataclass(frozen=True)
-class Bands(Shaping):
-    """S(d) = low L(d) + high (d - L(d)), L the Gaussian of `LowPass`: both bands of a direction in one term.
-
-    Two terms of one source, `LowPass` and `HighPass`, have the same sum, but count the weight twice in the W that
-    methods made for CFG see, and have two names where other terms refer to one. width: of L in latent pixels, inf for
-    each channel's mean. low, high: factors of the term's weight; 1 and 1 are neutral. Raises GuidanceError for a width
-    not above 0 and factors that are not finite.
-    """
-
-    width: float
-    low: float
-    high: float
-
-    def __post_init__(self) -> None:
-        LowPass(self.width)
-        for band, strength in (("low", self.low), ("high", self.high)):
-            if not math.isfinite(strength):
-                raise GuidanceError(f"Expected the strength of the {band} band to be finite, got {strength}.")
-
-    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """direction [B, ..., H, W] -> the same shape."""
-        return self.high * direction + (self.low - self.high) * LowPass(self.width)(direction, ())
-
-
-@dataclass(frozen=True)
-class InOrder(Shaping):
-    """S(d) = then(first(d)), for two shapings of which at most one looks at other terms.
-
-    With two, it could not be told whose directions are left out where the weight of another term is 0. Raises
-    GuidanceError for them.
-    """
-
-    first: Shaping
-    then: Shaping
-
-    def __post_init__(self) -> None:
-        if self.first.others and self.then.others:
-            raise GuidanceError(
-                f"Expected one list of terms to be orthogonal to, got {', '.join(self.first.others)} and then "
-                f"{', '.join(self.then.others)}; name them all in one Shape Guidance Term."
-            )
-
-    @property
-    def others(self) -> tuple[str, ...]:
-        """The terms that one of the two looks at."""
-        return self.first.others or self.then.others
-
-    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """direction [B, C, ...] and the others' directions of the same shape -> [B, C, ...]."""
-        for shaping in (self.first, self.then):
-            direction = shaping(direction, others if shaping.others else ())
-        return direction
 
 
 SHAPES = ("frequencies", "mean", "orthogonal")

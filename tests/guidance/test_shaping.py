@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from indomain_guidance.guidance.combination import Guidance, MultiGuidance
-from indomain_guidance.guidance.frequency import HighPass, LowPass
+from indomain_guidance.guidance.frequency import Bands, HighPass, LowPass
 from indomain_guidance.guidance.orthogonal import Orthogonal
 from indomain_guidance.guidance.schedules import GuidanceError, Interval
-from indomain_guidance.guidance.shaping import Shaping
+from indomain_guidance.guidance.shaping import InOrder, Shaping
 from indomain_guidance.guidance.terms import Source, Term
 
 SHAPE = (3, 4, 8, 8)
@@ -111,6 +111,23 @@ def test_the_two_bands_add_up_and_a_constant_is_all_low(width):
     torch.testing.assert_close(LowPass(width)(d, []) + HighPass(width)(d, []), d)
     flat = torch.full(SHAPE, 3.0, dtype=torch.float64)
     torch.testing.assert_close(LowPass(width)(flat, []), flat)
+
+
+@pytest.mark.parametrize("width", [0.3, 1.0, math.inf])
+def test_both_bands_in_one_term_are_their_weighted_sum(width):
+    (d,) = draws(1)
+    expected = 0.3 * LowPass(width)(d, []) + 1.2 * HighPass(width)(d, [])
+    torch.testing.assert_close(Bands(width, 0.3, 1.2)(d, []), expected)
+    torch.testing.assert_close(Bands(width, 1.0, 1.0)(d, []), d)
+
+
+def test_two_shapings_in_order_and_only_one_that_looks_at_others():
+    d, c = draws(2)
+    both = InOrder(HighPass(1.0), Orthogonal("control", per="position"))
+    assert both.others == ("control",)
+    torch.testing.assert_close(both(d, [c]), Orthogonal("control", per="position")(HighPass(1.0)(d, []), [c]))
+    with pytest.raises(GuidanceError, match="got a and then b"):
+        InOrder(Orthogonal("a"), Orthogonal("b"))
 
 
 def test_the_low_band_is_the_gaussian_of_its_width():
@@ -215,6 +232,9 @@ def test_a_denoiser_of_shaped_terms_keeps_half_precision_and_mixed_noise_levels_
         lambda: HighPass(-1.0),
         lambda: LowPass(math.nan),
         lambda: LowPass(True),
+        lambda: Bands(0.0, 1.0, 1.0),
+        lambda: Bands(1.0, math.nan, 1.0),
+        lambda: Bands(1.0, 1.0, math.inf),
     ],
 )
 def test_values_that_cannot_work_are_refused(make):
