@@ -24,18 +24,17 @@ from . import rosinality
 from .inert_pickle import Refused, shown
 from .network_pickle import read_network_pickle, recognise
 from .tensors import (
-    SAFE_PICKLE_TORCH,
     FileProblem,
     _existing,
     _first_line,
     _guess,
     check_finite,
+    load_checkpoint,
     read_keys,
     read_metadata,
     read_state_dict,
     write_safetensors,
 )
-from .torch_pickle import check_torch_pickle
 
 FORMAT = "indomain_guidance.generator"
 VERSION = "1"
@@ -151,11 +150,11 @@ def read_generator(
             f"{path}: expected a generator of at most {limit_bytes} bytes, found {size}; raise the limit if you trust "
             "the file."
         )
-    if kind == "safetensors":
-        return _read_safetensors(path)
     try:
+        if kind == "safetensors":
+            return _read_safetensors(path)
         if kind == "torch":
-            return _converted(path, None, prefer_converted) or _read_torch(path, limit_bytes)
+            return _converted(path, None, prefer_converted) or _read_torch(path)
         data = path.read_bytes()
         if len(data) > limit_bytes:
             raise FileProblem(f"{path}: the file grows while it is read; wait until it is complete.")
@@ -264,36 +263,8 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
     return _finish(path, tensors, metadata, list(pickled.notes), **pickled.hints)
 
 
-def _read_torch(path: Path, limit_bytes: int) -> LoadedGenerator:
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < SAFE_PICKLE_TORCH:
-        raise FileProblem(
-            f"{path}: this is a torch pickle, which only torch 2.10 or newer reads safely, found torch "
-            f"{torch.__version__}; convert the file to .safetensors where torch is newer (indomain convert)."
-        )
-    _check_zip(path, limit_bytes)
-    try:
-        check_torch_pickle(path)
-    except Refused as problem:
-        raise FileProblem(
-            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({problem}); use "
-            "the original file from its authors."
-        ) from None
-
-    class Namespace:
-        """Stands for argparse.Namespace, in which rosinality's trainer keeps its options; made anew for every file."""
-
-    Namespace.__module__ = "argparse"
-    try:
-        with torch.serialization.safe_globals([(Namespace, "argparse.Namespace")]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its parser met
-        named = re.search(r"\b(?:GLOBAL|global|class):? ([A-Za-z_]\w*(?:\.\w+)+)", str(error), re.ASCII)
-        reason = f"the name {shown(named[1])}, which is not allowed" if named else shown(_first_line(error))
-        raise FileProblem(
-            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({reason}); use the "
-            "original file from its authors."
-        ) from error
+def _read_torch(path: Path) -> LoadedGenerator:
+    content = load_checkpoint(path, "use the original file from its authors")
     found = rosinality.find_generator(content)
     if found is None:
         keys = ", ".join(sorted(shown(str(key)) for key in list(content)[:8])) if isinstance(content, Mapping) else ""
@@ -435,27 +406,6 @@ def _converted(path: Path, data: bytes | None, wanted: bool) -> LoadedGenerator 
     except FileProblem:
         return None
     return replace(loaded, notes=(*loaded.notes, f"Read from its conversion {beside.name}."))
-
-
-def _check_zip(path: Path, limit_bytes: int) -> None:
-    """Refuse archives that grow when read: torch stores its records, it never packs them."""
-    with path.open("rb") as file:
-        if file.read(4) != b"PK\x03\x04":
-            return
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, UnicodeError, EOFError) as error:
-        raise FileProblem(
-            f"{path}: expected a checkpoint, found a damaged archive ({_first_line(error)}); download it again."
-        ) from error
-    packed = [member for member in members if member.compress_type != zipfile.ZIP_STORED]
-    total = sum(member.file_size for member in members)
-    if packed or total > limit_bytes or total > path.stat().st_size:
-        raise FileProblem(
-            f"{path}: expected an archive of plain records, found {'packed' if packed else 'overlapping'} ones "
-            f"({total} bytes in a file of {path.stat().st_size}); torch never writes such a file."
-        )
 
 
 def _names_part(path: Path) -> bytes:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +21,7 @@ LONG_TEXT = 2**20  # bytes; longer texts stay undecoded (protocol 2 writes binar
 MAX_TEXT = 2**26  # bytes of all decoded texts together
 _ORDERED = ("collections", "OrderedDict")
 _KEY_RANGE = 2**31  # of whole numbers as keys: larger ones can be made to collide
+_CONTAINERS = (tuple, list, dict)
 
 
 class Refused(ValueError):
@@ -70,11 +71,15 @@ class Budget:
     opcodes: int = MAX_OPCODES
     text: int = MAX_TEXT
     decoded: int = 0  # bytes that `_codecs.encode` may make
+    depth: int | None = None  # of containers in containers, as far as known when one is put into another
+
+    def __post_init__(self) -> None:
+        self.allowed = self.opcodes
 
     def spend(self, opcodes: int) -> None:
         self.opcodes -= opcodes
         if self.opcodes < 0:
-            raise Refused(f"a pickle of more than {MAX_OPCODES} steps, which no network needs")
+            raise Refused(f"a pickle of more than {self.allowed} steps, which no network needs")
 
 
 Call = Callable[[Name, tuple, Budget], Any]
@@ -85,9 +90,9 @@ class Vocabulary:
     """All names that one kind of stream may mention, as (module, name).
 
     reduce, new: what takes the place of calling and of instantiating a name, with its name, arguments and the budget.
-    build: names whose placeholders may be given a state, which is dropped. inert: names that may only be mentioned.
-    persistent: what takes the place of a persistent id (None: such ids are refused). explain: (module, name) -> a
-    clause for a name that is not listed, or None.
+    build: names whose placeholders may be given a state, which is dropped after `check_state` (target, state) saw it.
+    inert: names that may only be mentioned. persistent: what takes the place of a persistent id (None: such ids are
+    refused). explain: (module, name) -> a clause for a name that is not listed, or None.
     """
 
     reduce: Mapping[tuple[str, str], Call] = field(default_factory=dict)
@@ -95,6 +100,7 @@ class Vocabulary:
     build: frozenset[tuple[str, str]] = frozenset()
     inert: frozenset[tuple[str, str]] = frozenset()
     persistent: Callable[[Any], Any] | None = None
+    check_state: Callable[[Any, Any], None] = lambda target, state: None
     explain: Callable[[str, str], str | None] = lambda module, name: None
 
     def name(self, module: Any, name: Any) -> Name:
@@ -138,6 +144,7 @@ class _Machine:
         self.stack: list = []
         self.outer: list[list] = []  # stacks below the marks
         self.memo: dict[int, Any] = {}
+        self.depths: dict[int, int] = {}  # of containers that hold containers, by id
 
     def run(self) -> tuple[Any, int]:
         if self.take(1)[0] != 0x80:
@@ -238,24 +245,48 @@ class _Machine:
             raise Refused(f"a reference to the value {index}, which was not kept")
         self.push(self.memo[index])
 
+    def fresh(self, container: Any) -> None:
+        self.depths.pop(id(container), None)  # of a dead one that lay there
+        self.push(container)
+
+    def nest(self, container: Any, items: Iterable[Any]) -> None:
+        """Count how deep `container` has become by `items`."""
+        if self.budget.depth is None:
+            return
+        depth = max((self.depths.get(id(item), 0) + 1 for item in items if type(item) in _CONTAINERS), default=0)
+        if depth > self.budget.depth:
+            raise Refused(f"values nested more than {self.budget.depth} deep")
+        if depth > self.depths.get(id(container), 0):
+            self.depths[id(container)] = depth
+
+    def make_tuple(self, items: list) -> None:
+        self.fresh(tuple(items))
+        self.nest(self.stack[-1], items)
+
     def tuple_of(self, count: int) -> None:
         if len(self.stack) < count:
             raise Refused("an instruction that takes a value where there is none")
-        items = tuple(self.stack[-count:])
+        items = self.stack[-count:]
         del self.stack[-count:]
-        self.push(items)
+        self.make_tuple(items)
 
     def append(self) -> None:
         value = self.pop()
-        self.top(list, "filling").append(value)
+        target = self.top(list, "filling")
+        target.append(value)
+        self.nest(target, (value,))
 
     def appends(self) -> None:
         items = self.items()
-        self.top(list, "filling").extend(items)
+        target = self.top(list, "filling")
+        target.extend(items)
+        self.nest(target, items)
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
-        self.top(dict, "filling")[_key(key)] = value
+        target = self.top(dict, "filling")
+        target[_key(key)] = value
+        self.nest(target, (value,))
 
     def set_items(self) -> None:
         items = self.items()
@@ -264,6 +295,7 @@ class _Machine:
         target = self.top(dict, "filling")
         for key, value in zip(items[::2], items[1::2]):
             target[_key(key)] = value
+        self.nest(target, items[1::2])
 
     def add_items(self) -> None:
         items = self.items()
@@ -286,18 +318,21 @@ class _Machine:
         made = table.get((name.module, name.name))
         if made is None:
             raise Refused(f"{doing} of {name}, which is not done to it")
-        self.push(made(name, arguments, self.budget))
+        self.fresh(made(name, arguments, self.budget))
 
     def build(self) -> None:
         state = self.pop()
         target = self.stack[-1] if self.stack else None
         if type(target) is dict and _ORDERED in self.vocabulary.build and type(state) is dict:
+            self.vocabulary.check_state(target, state)
+            self.nest(target, (state,))
             return  # attributes of an OrderedDict, such as a state dict's _metadata
-        if type(target) is not Placeholder or (target.name.module, target.name.name) not in self.vocabulary.build:
+        if not isinstance(target, Placeholder) or (target.name.module, target.name.name) not in self.vocabulary.build:
             found = str(target) if type(target) is Name else article(target)
             raise Refused(f"a state (BUILD) for {found}, which has none")
         if type(state) not in (dict, tuple):
             raise Refused(f"a state (BUILD) that is {article(state)}")
+        self.vocabulary.check_state(target, state)
 
     def persistent(self) -> None:
         if self.vocabulary.persistent is None:
@@ -305,13 +340,11 @@ class _Machine:
         self.push(self.vocabulary.persistent(self.pop()))
 
 
-def _key(key: Any) -> str | int:
+def _key(key: Any) -> str | int | Name:
     # Anything else may be nested, and hashing it recurses in C without a limit.
-    if type(key) is str or (type(key) is int and -_KEY_RANGE <= key < _KEY_RANGE):
+    if type(key) in (str, Name) or (type(key) is int and -_KEY_RANGE <= key < _KEY_RANGE):
         return key
     raise Refused(f"a key that is {article(key)}")
-
-
 
 
 def _opcode_name(code: int) -> str:
@@ -342,11 +375,11 @@ _ACTIONS: dict[int, Callable[[_Machine], None]] = {
     ord("B"): lambda m: m.push(m.take(m.number("<I"))),
     ord("C"): lambda m: m.push(m.take(m.number("<B"))),
     0x8E: lambda m: m.push(m.take(m.number("<Q"))),
-    ord("}"): lambda m: m.push({}),
-    ord("]"): lambda m: m.push([]),
+    ord("}"): lambda m: m.fresh({}),
+    ord("]"): lambda m: m.fresh([]),
     ord(")"): lambda m: m.push(()),
-    0x8F: lambda m: m.push(set()),
-    ord("t"): lambda m: m.push(tuple(m.items())),
+    0x8F: lambda m: m.fresh(set()),
+    ord("t"): lambda m: m.make_tuple(m.items()),
     0x85: lambda m: m.tuple_of(1),
     0x86: lambda m: m.tuple_of(2),
     0x87: lambda m: m.tuple_of(3),

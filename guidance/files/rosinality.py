@@ -42,6 +42,8 @@ def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -
         name = _name(key)
         if name is None:
             raise ValueError(f"the tensor {key[:80]!r} has no place in a StyleGAN2 generator")
+        if name in tensors:
+            raise ValueError(f"the tensor {key[:80]!r} has the place of another, {name}")
         tensors[name] = _shaped(key, name, value)
     if mean_style is not None:
         if mean_style.ndim not in (1, 2) or mean_style.numel() != mean_style.shape[-1]:
@@ -68,7 +70,10 @@ def _name(key: str) -> str | None:
         return f"synthesis.b4.conv1.{_CONVOLUTION[rest]}"
     if first == "to_rgb1" and rest in _TO_RGB:
         return f"synthesis.b4.torgb.{_TO_RGB[rest]}"
-    match = re.fullmatch(r"(style|convs|to_rgbs|noises)\.(?:noise_)?(\d{1,2})(?:\.(.+))?", key, re.ASCII)
+    # One spelling for each place: two names of one would overwrite each other.
+    match = re.fullmatch(r"(style|convs|to_rgbs)\.(0|[1-9]\d?)\.(.+)", key, re.ASCII) or re.fullmatch(
+        r"(noises)\.noise_(0|[1-9]\d?)()", key, re.ASCII
+    )
     if not match:
         return None
     group, number, rest = match[1], int(match[2]), match[3]
@@ -78,7 +83,7 @@ def _name(key: str) -> str | None:
         return f"synthesis.b{8 << number // 2}.conv{number % 2}.{_CONVOLUTION[rest]}"
     if group == "to_rgbs" and rest in _TO_RGB:
         return f"synthesis.b{8 << number}.torgb.{_TO_RGB[rest]}"
-    if group == "noises" and rest is None:
+    if group == "noises":
         layer = "b4.conv1" if number == 0 else f"b{8 << (number - 1) // 2}.conv{(number - 1) % 2}"
         return f"synthesis.{layer}.noise_const"
     return None

@@ -12,9 +12,13 @@ import uuid
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from .inert_pickle import Refused, shown
+from .torch_pickle import read_torch_pickle
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Earlier versions execute code from crafted files even with weights_only=True.
@@ -215,22 +219,36 @@ def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]
         ) from error
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def load_checkpoint(path: Path, advice: str) -> Any:
+    """What a torch checkpoint (both formats of `torch.save`) holds, read as plain data. Raises FileProblem.
+
+    advice: what to do where it cannot be read safely, a clause without its full stop.
+    """
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < SAFE_PICKLE_TORCH:
         raise FileProblem(
             f"{path}: this is a pickle, which only torch 2.10 or newer reads safely, found torch {torch.__version__}; "
-            "convert the file to .safetensors first, or update torch."
+            "update torch, or convert the file to .safetensors where torch is newer."
         )
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises whatever its parser met
+        return read_torch_pickle(path)
+    except Refused as problem:
         raise FileProblem(
-            f"{path}: expected a pickle of plain tensors, found one that cannot be read safely "
-            f"({_first_line(error)}); get the model as .safetensors from a source you trust."
+            f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({problem}); "
+            f"{advice}."
+        ) from None
+    except (MemoryError, OSError) as error:
+        raise FileProblem(
+            f"{path}: the file could not be read ({shown(_first_line(error))}); it is damaged or too large for this "
+            "computer."
         ) from error
+
+
+def _read_pickle(path: Path) -> dict[str, Tensor]:
+    loaded = load_checkpoint(path, "get the model as .safetensors from a source you trust")
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise FileProblem(f"{path}: expected a pickled dictionary of tensors, found {type(loaded).__name__}.")
-    return {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    # Detached: without the attributes, hooks and claims to gradients that a file may give to its tensors.
+    return {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}

@@ -1,0 +1,408 @@
+"""Torch checkpoints: read as torch reads them, and nothing asked of torch that the file's size does not justify."""
+
+from __future__ import annotations
+
+import collections
+import gc
+import io
+import random
+import re
+import struct
+import sys
+import time
+import tracemalloc
+import types
+import zipfile
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from indomain_guidance.guidance.files import FileProblem, read_keys, read_state_dict
+from indomain_guidance.guidance.files import torch_pickle as module
+
+BOTH = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
+PLAIN_STATE = b"\x80\x02}X\x01\0\0\0a"
+
+
+def network():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.Linear(4, 2))
+
+
+def trained():
+    """A state dict with _metadata, and what Lightning's trainer keeps beside it."""
+    net = network()
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
+    net(torch.rand(2, 3, 6, 6)).sum().backward()
+    optimizer.step()
+    schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 7])
+    return {
+        "epoch": 3, "global_step": 470_000, "pytorch-lightning_version": "1.4.2", "state_dict": net.state_dict(),
+        "callbacks": {"ModelCheckpoint{'monitor': None}": {
+            "best_model_score": torch.tensor(0.25), "best_model_path": "", "dirpath": "a/b", "best_k_models": {}}},
+        "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()],
+        "hparams_name": "kwargs", "hyper_parameters": {"size": torch.Size([1, 4]), "device": torch.device("cuda", 1),
+                                                       "dtype": torch.float16, "names": {"a", "b"}, "raw": b"\xff\0"},
+        "loops": {"fit_loop": {"state_dict": {}, "total": {"ready": 3, "done": None, "last": False}}},
+    }  # fmt: skip
+
+
+def tensors():
+    base = torch.arange(48.0).reshape(6, 8)
+    tagged, parameter = torch.ones(3), torch.nn.Parameter(torch.rand(4, requires_grad=True))
+    tagged.note, parameter.sharded = "mine", True
+    made = {
+        "whole": base, "rows": base[1:4], "turned": base.t(), "every": base[:, ::2], "again": base,
+        "last": torch.rand(2, 4, 3, 3).to(memory_format=torch.channels_last), "number": torch.tensor(2.5),
+        "none": torch.zeros(0, 5), "trained": torch.nn.Parameter(torch.rand(2, 3)), "tagged": tagged,
+        "parameter": parameter, "frozen": torch.nn.Parameter(torch.rand(2), requires_grad=False),
+        "flags": torch.tensor([True, False]),
+    }  # fmt: skip
+    for name in ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "complex64"):
+        made[name] = torch.arange(5).to(getattr(torch, name))
+    return made
+
+
+def expected(path):
+    """What torch makes of the file on its own."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def same(read, wanted):
+    assert read.keys() == wanted.keys()
+    for key, value in wanted.items():
+        assert read[key].dtype == value.dtype and read[key].stride() == value.stride(), key
+        left, right = (one.detach().contiguous().view(torch.uint8) if value.numel() and value.ndim else one.detach()
+                       for one in (read[key], value))  # fmt: skip
+        assert torch.equal(left, right) and not read[key].requires_grad, key
+
+
+def refused(path) -> str:
+    with pytest.raises(FileProblem) as caught:
+        read_state_dict(path)
+    text = str(caught.value)
+    assert text.startswith(f"{path}: ") and text.endswith(".") and "\n" not in text and len(text) < 600, text
+    return text
+
+
+def zipped(path, code: bytes, records=(), start=b"\x80\x02"):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", start + code)
+        archive.writestr("archive/version", "3\n")
+        for name, content in dict(records).items():
+            archive.writestr(f"archive/data/{name}", content)
+    return path
+
+
+def legacy(path, code: bytes, keys=b"\x80\x02].", numbers=b"", start=b"\x80\x02"):
+    magic = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    path.write_bytes(magic + b"\x80\x02M\xe9\x03.\x80\x02}." + start + code + keys + numbers)
+    return path
+
+
+def text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value)) + value.encode()
+
+
+def number(value: int) -> bytes:
+    return b"\x8a\x09" + value.to_bytes(9, "little", signed=True)
+
+
+def storage(numel: int, key="0", kind=b"ctorch\nFloatStorage\n") -> bytes:
+    return b"(" + text("storage") + kind + text(key) + text("cpu") + number(numel) + b"tQ"
+
+
+def tensor(numel: int, shape: int, stride=1, offset=0) -> bytes:
+    return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(numel) + number(offset) + number(shape) + b"\x85"
+            + number(stride) + b"\x85\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ what is read
+
+
+@BOTH
+@pytest.mark.parametrize("protocol", [2, 3])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_every_kind_of_tensor_is_read_as_torch_reads_it(tmp_path, new, protocol):
+    path, content = tmp_path / "a.pt", tensors()
+    torch.save(content, path, _use_new_zipfile_serialization=new, pickle_protocol=protocol)
+    read = read_state_dict(path)
+    same(read, expected(path))
+    assert read["rows"].untyped_storage().data_ptr() == read["whole"].untyped_storage().data_ptr()
+    assert type(read["parameter"]) is torch.Tensor and not hasattr(read["tagged"], "note")
+
+
+@pytest.mark.parametrize("name", sorted(module._UNTYPED_DTYPES))
+def test_number_formats_that_torch_stores_as_bytes(tmp_path, name):
+    path, values = tmp_path / "a.ckpt", torch.arange(32, dtype=torch.uint8).view(module._UNTYPED_DTYPES[name])
+    torch.save({"a": values, "part": values[2:4], "bytes": torch.ones(3).untyped_storage()}, path)
+    same(read_state_dict(path), {key: value for key, value in expected(path).items() if key != "bytes"})
+
+
+@BOTH
+def test_a_trainers_checkpoint_gives_its_weights(tmp_path, new):
+    path = tmp_path / "last.ckpt"
+    torch.save(trained(), path, _use_new_zipfile_serialization=new)
+    found = expected(path)
+    assert found["state_dict"]._metadata and found["lr_schedulers"][0]["milestones"] == collections.Counter([3, 7])
+    same(read_state_dict(path), found["state_dict"])
+    assert set(read_keys(path)) == set(network().state_dict())
+
+
+@BOTH
+def test_what_torch_alone_refuses_of_old_trainers(tmp_path, new, monkeypatch):
+    """Lightning's classes as keys and numpy's numbers, as the first Stable Diffusion files have them."""
+    name, class_name = module._CALLBACKS[0]
+    callback = type(class_name, (), {"__module__": name})
+    for part in (name.split(".")[0], ".".join(name.split(".")[:2]), name):
+        monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
+    setattr(sys.modules[name], class_name, callback)
+    path, content = tmp_path / "sd.ckpt", trained()
+    numbers = [numpy.dtype(code).type(1) for code in module._NUMBERS]
+    content["callbacks"] = {callback: {"monitor": "val", "best_model_score": numbers, "scale": numpy.float64(0.5)}}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    with pytest.raises(Exception, match="Unsupported global"):
+        expected(path)
+    before = set(torch.serialization.get_safe_globals())
+    same(read_state_dict(path), content["state_dict"])
+    # As where ComfyUI has allowed some of them before: its list stays as it was.
+    theirs = [numpy.dtype, type(numpy.dtype("f8")), (numpy.dtype, "numpy.dtype"), callback]
+    with torch.serialization.safe_globals(theirs):
+        same(read_state_dict(path), content["state_dict"])
+        assert set(torch.serialization.get_safe_globals()) == before | set(theirs)
+    assert set(torch.serialization.get_safe_globals()) == before
+    content["callbacks"] = {"scale": numpy.ones(3)}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    assert "_reconstruct, which is not on the list of allowed names: the file holds objects of its" in refused(path)
+
+
+@BOTH
+def test_large_checkpoints_stay_far_from_the_bounds(tmp_path, new):
+    """SDXL has 2,500 tensors, a trainer's file 5,000: a file of few bytes may have as many, a large one ten times."""
+    path = tmp_path / "a.ckpt"
+    content = {f"model.diffusion_model.input_blocks.{n}.weight": torch.zeros(1) for n in range(5_000)}
+    torch.save({"state_dict": content}, path, _use_new_zipfile_serialization=new)
+    module.check_torch_pickle(path)
+    assert 10 * 38 * 5_000 < module.MAX_STEPS
+
+
+def test_numbers_of_other_machines_and_of_other_writers(tmp_path):
+    path, whole = tmp_path / "a.pt", tmp_path / "whole.pt"
+    torch.save({"a": torch.arange(4.0)}, whole)
+    with zipfile.ZipFile(whole) as source, zipfile.ZipFile(path, "w") as target:  # stored anew, without zip64
+        for name in source.namelist():
+            target.writestr(name, source.read(name))
+    same(read_state_dict(path), expected(whole))
+    torch.save({"a": torch.ones(2)}, path, pickle_protocol=4)
+    assert "pickle protocol 4, of which torch reads nothing safely" in refused(path)
+
+
+# ----------------------------------------------------------------------------------------------------------- attacks
+
+_DICT = b"ccollections\nOrderedDict\n)R"
+_FULL = b"}q\0(" + b"".join(text(f"k{n}") + b"N" for n in range(40)) + b"u"
+_LIST = b"](" + b"".join(b"K" + bytes([n]) for n in range(40)) + b"eq\0"
+_DTYPE = b"cnumpy\ndtype\n" + text("f8") + b"\x89\x88\x87R"
+_SCALAR = b"cnumpy.core.multiarray\nscalar\n"
+_BYTES = b"c_codecs\nencode\n" + text("abcdefgh") + text("latin1") + b"\x86R"
+_STATE = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+ATTACKS = {
+    "bytearray": (b"cbuiltins\nbytearray\n" + number(400_000_000) + b"\x85R", "builtins.bytearray"),
+    "bytearray of bytes": (b"c__builtin__\nbytearray\n" + _BYTES + b"\x85R", "__builtin__.bytearray"),
+    "tensor of a length": (b"ctorch\nTensor\n" + number(400_000_000) + b"\x85R", "a call of torch.Tensor"),
+    "new tensor": (b"ctorch\nTensor\n)\x81", "an instance of torch.Tensor"),
+    "storage of a length": (b"ctorch.storage\nUntypedStorage\n" + number(2**30) + b"\x85R", "UntypedStorage, which is"),
+    "storage beyond the file": (storage(10**8), "storages that claim more than"),
+    "many storages": (b"".join(storage(40, str(n)) for n in range(9)), "claim more than|record|one value"),
+    "negative storage": (storage(-5), "claim more than"),
+    "storage of no record": (storage(2, "7"), "a storage of 8 bytes|list of keys"),
+    "two descriptions": (storage(4) + storage(2, kind=b"ctorch\nDoubleStorage\n") + b"\x86", "two descriptions"),
+    "view of a storage": (storage(4)[:-2] + b"NK\0K\1\x87tQ", "a view of a storage|a persistent id"),
+    "tensor beyond its storage": (tensor(4, 10**9), "reaches to number 999999999"),
+    "tensor with a far offset": (tensor(4, 2, offset=2**40), "out of bounds"),
+    "tensor that repeats": (tensor(4, 10**12, stride=0), "numbers in a storage of 4"),
+    "tensor with a negative stride": (tensor(4, 2, stride=-1), "negative"),
+    "one tensor again and again": (b"(" + tensor(4, 4).replace(b"tR", b"tq\1R")
+                                   + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R" + b"h\2h\1R" * 500 + b"t",
+                                   "claim more than 4 times"),
+    "tensors without numbers": (b"(" + tensor(4, 0).replace(b"tR", b"tq\1R")
+                                + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R" + b"h\2h\1R" * 500 + b"t",
+                                "claim more than 4 times"),
+    "empty of exabytes": (tensor(4, 0).replace(number(0) + b"\x85", number(0) + number(2**60) + b"\x86")
+                          .replace(number(1) + b"\x85", number(1) + number(1) + b"\x86"), "impossible sizes"),
+    "attributes copied again": (_FULL + b"(" + (_DICT + b"h\0b") * 3 + b"t\x86",
+                                "a dict that is copied more than once"),
+    "counts copied again": (_FULL.replace(b"N", b"K\1") + b"(" + b"ccollections\nCounter\nh\0\x85R" * 2 + b"t\x86",
+                            "a dict that is copied more than once"),
+    "counts of a text": (b"ccollections\nCounter\n" + text("abc") + b"\x85R", "other arguments than counts"),
+    "set copied again": (_LIST + b"(" + b"cbuiltins\nset\nh\0\x85R" * 2 + b"t\x86", "a list that is copied more"),
+    "set of a text": (b"cbuiltins\nset\n" + text("abc") + b"\x85R", "other arguments than a list"),
+    "set that collides": (b"cbuiltins\nset\n](" + number(2**61 - 1) + number(2**62 - 2) + b"e\x85R",
+                          "a key that is an int"),
+    "dictionary of a list": (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict with arguments"),
+    "methods as attributes": (_DICT + b"}" + text("items") + b"Nsb", "the attribute items"),
+    "hidden attributes": (_DICT + b"}" + text("__setstate__") + b"Nsb", "the attribute __setstate__"),
+    "options with a method": (b"cargparse\nNamespace\n)\x81}" + text("__class__") + b"Nsb", "the attribute __class__"),
+    "state of slots": (b"cargparse\nNamespace\n)\x81N}\x86b", "attributes that are a tuple"),
+    "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\nK\1\x88" + _DICT + b"\x87R", "other arguments"),
+    "parameter's own attributes": (b"ctorch._utils\n_rebuild_parameter_with_state\n(" + tensor(4, 4) + b"\x88" + _DICT
+                                   + b"}" + text("data") + b"NstR", "the attribute data, which Parameter has"),
+    "tensor by another function": (b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\ndevice\nctorch\nTensor\n"
+                                   + text("cpu") + b"\x85NtR", "another function than torch writes"),
+    "tensor of another type": (b"ctorch._tensor\n_rebuild_from_type_v2\n(Nctorch\nSize\n)NtR", "other arguments than"),
+    "size of a list": (b"ctorch\nSize\n]\x85R", "a call of torch.Size with"),
+    "long size": (b"ctorch\nSize\n(" + b"K\1" * 50 + b"t\x85R", "a call of torch.Size with"),
+    "device of a number": (b"ctorch\ndevice\nK\1\x85R", "a call of torch.device with"),
+    "layout": (b"ctorch.serialization\n_get_layout\n" + text("torch.strided") + b"\x85R", "_get_layout"),
+    "numbers of numpy without end": (b"cnumpy\ndtype\n" + text("V400000000") + b"\x89\x88\x87R",
+                                     "other things than numbers"),
+    "objects of numpy": (b"cnumpy\ndtype\n" + text("O8") + b"\x89\x88\x87R", "other things than numbers"),
+    "numpy's shared type": (b"cnumpy\ndtype\n" + text("f8") + b"\x89\x89\x87R", "other things than numbers"),
+    "numpy type of a made-up state": (_DTYPE + _STATE.replace(b"K\0tb", b"K\1tb"), "another description than numpy"),
+    "number without bytes": (_SCALAR + _DTYPE + b"N\x86R", "other arguments than numpy writes"),
+    "number of other bytes": (_SCALAR + _DTYPE + _BYTES.replace(text("abcdefgh"), text("abc")) + b"\x86R",
+                              "a number of 8 bytes in 3"),
+    "another codec": (b"c_codecs\nencode\n" + text("ab") + text("zip") + b"\x86R", "the codec 'zip'"),
+    "decoded again and again": (b"(" + text("a" * 250) + b"q\0c_codecs\nencode\nq\1" + text("latin1")
+                                + b"q\2h\1h\0h\2\x86R" + b"h\1h\0h\2\x86R" * 200 + b"t", "more binary data"),
+    "deep tuples": (b"N" + b"\x85" * 400_000, "nested more than 100 deep"),
+    "deep lists": (b"]" * 9000 + b"a" * 8999, "nested more than 100 deep"),
+    "deep dictionaries": ((b"}" + text("a")) * 900 + b"N" + b"s" * 900, "nested more than 100"),
+    "deep attributes": ((_DICT + b"}" + text("a")) * 300 + b"N" + b"sb" * 300, "nested more than 100"),
+    "steps without end": (b"(" + b"N" * 150_000 + b"t", r"more than 1\d{5} steps"),
+    "text without end": (b"X\xff\xff\xff\xff", "truncated stream"),
+    "a name of its own": (b"cindomain_guidance\nrun\n)R", "the name indomain_guidance.run, which is not on the list"),
+    "a trainer's object": (b"comegaconf.dictconfig\nDictConfig\n)\x81", "objects of its trainer besides the weights"),
+    "a system call": (b"cposix\nsystem\n" + text("echo") + b"\x85R", "the name posix.system"),
+    "defaultdict": (b"ccollections\ndefaultdict\n)R", "collections.defaultdict"),
+    "sparse": (b"ctorch._utils\n_rebuild_sparse_tensor\n)R", "_rebuild_sparse_tensor"),
+    "no tensor storage": (b"torch" + b"Q", "BINPERSID|instruction|mark"),
+}  # fmt: skip
+
+
+@pytest.fixture
+def without_torch(monkeypatch):
+    """Fails where a file gets as far as torch."""
+    monkeypatch.setattr(module.torch, "load", lambda *values, **more: pytest.fail("torch was asked to read it"))
+
+
+def memory() -> int:
+    """The most bytes of memory that this process has had since `forget`."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+
+
+def forget() -> int:
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory()
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks_end_before_torch_and_take_no_memory(tmp_path, without_torch, name):
+    code, reason = ATTACKS[name]
+    for path in (
+        zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s.", {"0": bytes(16)}),
+        legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s.", numbers=bytes(24)),
+    ):
+        gc.collect()
+        tracemalloc.start()
+        begin = time.process_time()
+        try:
+            found = refused(path)
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert re.search(reason, found), found
+        assert peak < 2**21 + 150 * path.stat().st_size and time.process_time() - begin < 5
+
+
+def archive(value: int) -> bytes:
+    out = io.BytesIO()
+    zipped(out, b"K" + bytes([value]) + b".")
+    return out.getvalue()
+
+
+def renamed() -> bytes:
+    """What Python reads under a name of the extra field, and torch under the plain one."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as made:
+        for raw, other in (("archive/data.pkl", "archive/other"), ("archive/other2", "archive/data.pkl")):
+            info = zipfile.ZipInfo(raw)
+            name = b"\1" + struct.pack("<I", zipfile.crc32(raw.encode())) + other.encode()
+            info.extra = struct.pack("<HH", 0x7075, len(name)) + name
+            made.writestr(info, b"\x80\x02N.")
+    return out.getvalue()
+
+
+def test_archives_that_torch_would_read_otherwise(tmp_path, without_torch):
+    path = tmp_path / "a.ckpt"
+    path.write_bytes(archive(1)[:-22] + archive(2))
+    assert zipfile.ZipFile(path).read("archive/data.pkl")[-2] == 2  # where torch takes the first directory
+    assert "its directory is not where it is said to be" in refused(path)
+    path.write_bytes(archive(1) + b"tail")
+    assert "does not end with its directory" in refused(path)
+    path.write_bytes(b"PK\x03\x04")
+    assert "does not end with its directory" in refused(path)
+    path.write_bytes(renamed())
+    if zipfile.ZipFile(path).namelist()[0] == "archive/other":  # from Python 3.12 on
+        assert "two names each" in refused(path)
+    for name, reason in (("archive/DATA.PKL", "several records of"), ("archive/constants.pkl", "no checkpoint")):
+        zipped(path, b"N.")
+        with zipfile.ZipFile(path, "a") as more:
+            more.writestr(name, b"\x80\x02N.")
+        assert reason in refused(path)
+    with zipfile.ZipFile(path, "w") as made:
+        made.writestr("archive/Data.pkl", b"\x80\x02N.")
+    assert "no checkpoint of tensors" in refused(path)
+
+
+def test_records_that_grow_are_refused(tmp_path, without_torch):
+    path, code = tmp_path / "a.ckpt", b"}" + text("a") + tensor(10**7, 10**7) + b"s."
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        made.writestr("archive/data.pkl", b"\x80\x02" + code)
+        made.writestr("archive/data/0", bytes(4 * 10**7))
+    assert path.stat().st_size < 10**5
+    assert re.search(r"an archive of packed records \(40000\d+ bytes in a file of \d+\)", refused(path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")
+def test_what_is_read_takes_memory_by_the_size_of_its_file(tmp_path):
+    """The most that a file of 100 kB may make: empty dictionaries, tensors without numbers, one tensor many times."""
+    one = tensor(4, 0).replace(b"tR", b"tq\1R") + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R"
+    most = {
+        "dictionaries": b"(ccollections\nOrderedDict\nq\0)R" + b"h\0)R" * 25_000 + b"t",
+        "lists": b"(" + b"]" * 90_000 + b"t",
+        "tensors": b"(" + one + b"h\2h\1R" * 5_000 + b"t" + text("a" * 60_000) + b"\x86",
+    }  # fmt: skip
+    path = tmp_path / "a.ckpt"
+    torch.save({"a": torch.ones(2)}, path)
+    read_state_dict(path)
+    for name, code in most.items():
+        zipped(path, b"}(" + text("b") + code + text("a") + tensor(4, 4) + b"u.", {"0": bytes(16)})
+        gc.collect()
+        before, begin = forget(), time.process_time()
+        assert read_state_dict(path).keys() == {"a"}, name
+        assert memory() - before < 2**25 and time.process_time() - begin < 5, name
+
+
+def test_damaged_files_are_read_or_refused(tmp_path):
+    path, originals = tmp_path / "a.ckpt", []
+    for new in (True, False):
+        torch.save({"state_dict": network().state_dict(), "epoch": 3}, path, _use_new_zipfile_serialization=new)
+        originals.append(path.read_bytes())
+    generator, kinds = random.Random(5), {"read": 0, "refused": 0}
+    for turn in range(300):
+        data = bytearray(originals[turn % 2])
+        if turn % 3 == 0:
+            del data[generator.randrange(9, len(data)) :]
+        for _ in range(generator.choice((1, 1, 5))):
+            data[generator.randrange(len(data))] = generator.randrange(256)
+        path.write_bytes(data)
+        try:
+            read_state_dict(path)
+            kinds["read"] += 1
+        except FileProblem as problem:
+            assert "\n" not in str(problem) and len(str(problem)) < 600
+            kinds["refused"] += 1
+    assert kinds["refused"] > 100
