@@ -24,7 +24,6 @@ from .adapter import (
     Encode,
     check_generator,
     describe_trained,
-    generator_hash,
     learning_names,
     trained_names,
 )
