@@ -10,7 +10,7 @@ A run may stop early: what it keeps is taken at the best of its stops that reach
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -144,15 +144,24 @@ def changed_at(rows: Sequence[Row], name: str = "changed") -> Tensor:
     return changed.masked_fill(out, torch.inf).gather(0, out.long().argmin(0, keepdim=True))[0]
 
 
+def most_tasks(found: Mapping[str, Mapping[Key, object]]) -> list[str]:
+    """Those recipes whose runs are on as many tasks as any recipe's."""
+    counts = {recipe: len({task for task, _ in runs}) for recipe, runs in found.items()}
+    return [recipe for recipe, count in counts.items() if count and count == max(counts.values())]
+
+
 def best_of(
     evidence: Evidence, recipes: Sequence[str], measure: Callable[[list[Row]], Tensor], lowest: bool = False
 ) -> tuple[Tensor, str] | None:
-    """The best recipe's mean of a measure over its complete runs, and its name; every replicate chooses anew."""
-    means = {}
-    for recipe in recipes:
-        runs = evidence.complete(recipe)
-        if runs:
-            means[recipe] = evidence.mean({key: measure(rows) for key, rows in runs.items()})
+    """The best recipe's mean of a measure over its complete runs, and its name; every replicate chooses anew.
+
+    Recipes that were asked fewer of the tasks than others are no rivals: tasks are not equally hard.
+    """
+    found = {recipe: evidence.complete(recipe) for recipe in recipes}
+    everywhere = most_tasks(found)
+    means = {
+        recipe: evidence.mean({key: measure(rows) for key, rows in found[recipe].items()}) for recipe in everywhere
+    }
     if not means:
         return None
     stacked = torch.stack(list(means.values()))
@@ -288,9 +297,11 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
     )
     part, sgf, ratios, words = "equal compute", {name: evidence.complete(name) for name in SGF}, {}, {}
     budget_runs, others = sgf[DEFAULT], [evidence.complete(name) for name in OTHERS]
+    rivalled = {}
     for recipe in BEYOND:
         runs = {key: rows for key, rows in evidence.complete(recipe).items() if key in budget_runs}
-        runs = {key: rows for key, rows in runs.items() if all(key in one for one in sgf.values())}
+        rivalled[recipe] = {key: rows for key, rows in runs.items() if all(key in one for one in sgf.values())}
+    for recipe, runs in rivalled.items():
         if not runs:
             continue
         budget = {key: budget_runs[key][-1].point.step * budget_runs[key][-1].numbers["gflops"] for key in runs}
@@ -312,16 +323,18 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
         measured = any(evidence.complete(name) for name in BEYOND) and all(sgf.values())
         reason = "neither side reaches 90 % in every run that both have" if measured else ""
         return [_missing("e", part, evidence, statement, 1.0, "lower", reason)]
-    best = min(ratios, key=lambda one: float(ratios[one][0]))
+    compared = most_tasks({name: rivalled[name] for name in ratios})
+    best = min(compared, key=lambda one: float(ratios[one][0]))
     runs = evidence.complete(best)
     details = {
-        **_runs(runs), "best": f"{RECIPES[best].title}, of {len(ratios)} methods by these same numbers",
-        **{f"ratio of {RECIPES[name].title}": float(one[0]) for name, one in ratios.items() if name != best},
+        **_runs(runs), "best": f"{RECIPES[best].title}, of {len(compared)} methods by these same numbers",
+        **{f"ratio of {RECIPES[name].title}{'' if name in compared else ', on fewer tasks'}": float(one[0])
+           for name, one in ratios.items() if name != best},
         "GFLOPs a step": _mean(runs, lambda rows: rows[-1].numbers["gflops"]),
         "GFLOPs a step of SGF's": _mean(budget_runs, lambda rows: rows[-1].numbers["gflops"]),
         "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
     }  # fmt: skip
-    values = torch.stack(list(ratios.values())).amin(0)
+    values = torch.stack([ratios[name] for name in compared]).amin(0)
     recipes = (*SGF, *OTHERS, *BEYOND)
     return [_decided("e", part, evidence, statement, values, 1.0, "lower", details, recipes, "ratio", words[best])]
 

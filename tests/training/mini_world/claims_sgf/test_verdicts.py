@@ -70,6 +70,18 @@ def test_b_takes_the_best_accurate_stop_and_counts_runs_that_never_get_there_as_
     assert found.outcome == "confirmed" and found.details["setting"] == "SDS + directional 0.2"
 
 
+def test_a_setting_asked_only_the_easy_task_is_not_the_best():
+    both = [row("sds_directional", 200, 0.95, 0.7, task=task) for task in (FIRST, SECOND)]
+    easy = [row("sds_directional_noisy", 200, 0.95, 0.99)]
+    assert verdict([*both, *easy], "colours/b/directional").value == pytest.approx(0.7)
+    assert verdict(easy, "colours/b/directional").value == pytest.approx(0.99)
+    rows = [*sgf(10.0), *sgf(10.0, task=SECOND)]
+    rows += [row("csd", 200, 0.95, 0.9, 9.0, task=task) for task in (FIRST, SECOND)]
+    found = verdict([*rows, row("bridge", 200, 0.95, 0.9, 1.0)], "colours/e/equal_compute")
+    assert found.value == pytest.approx(0.9) and found.details["best"].startswith("CSD, of 1 ")
+    assert found.details["ratio of SDS-Bridge, on fewer tasks"] == pytest.approx(0.1)
+
+
 def test_the_interval_holds_the_training_seeds():
     rows = [row("sds_directional", 200, 0.95, diversity, seed=seed) for seed, diversity in enumerate((0.7, 0.9, 0.95))]
     found = verdict(rows, "colours/b/directional")
@@ -111,9 +123,9 @@ def test_d_compares_the_share_in_the_domain_at_the_end():
     assert verdict(few, "domain/d/domain_model").outcome == "refuted"
 
 
-def sgf(distance: float, gflops: float = 2.0) -> list[Row]:
+def sgf(distance: float, gflops: float = 2.0, task: str = FIRST) -> list[Row]:
     names = ("sds", "sds_directional", "sds_reconstruction")
-    return [row(name, 200, 0.95, 0.9, distance + index, gflops=gflops) for index, name in enumerate(names)]
+    return [row(name, 200, 0.95, 0.9, distance + index, gflops=gflops, task=task) for index, name in enumerate(names)]
 
 
 def test_e_compares_distances_within_the_operations_of_sgfs_full_run():
