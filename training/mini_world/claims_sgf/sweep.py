@@ -45,7 +45,7 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     first, second, third, dark = COLOURS
     usual = ("sds", *WEAK, *FAINT)
     strong = ("sds_directional", "sds_reconstruction")
-    telling = ("sds", *WEAK, *strong, *FAINT, "shared_directional_weak", "sds_layers_3", "csd")
+    telling = ("sds", *WEAK, *strong, *FAINT, "first", "shared_directional_weak", "sds_layers_3", "csd")
     # 1. One colour prompt: SDS alone, its two regularizers from faint to strong, layer selection, and the rivals.
     yield Point(first.name, "prior")
     yield from runs(stops, first, telling)
@@ -61,12 +61,12 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     yield from runs(stops, first, tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt"))
     # 5. Three seeds of what the claims are about.
     for task in (first, SEVEN, second, LONG, third):
-        yield from runs(stops, task, usual, SEEDS[1:])
+        yield from runs(stops, task, (*usual, "first"), SEEDS[1:])
     yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS[1:])
     yield from runs(stops, DOMAIN, ("domain_directional",))
     # 6. Dark ink on a light ground, and the rivals on the shape.
     yield Point(dark.name, "prior")
-    yield from runs(stops, dark, ("sds", *WEAK, "shared_directional_weak"))
+    yield from runs(stops, dark, ("sds", *WEAK, "first", "shared_directional_weak"))
     yield from runs(stops, SEVEN, ("shared_reconstruction", "csd_directional", "nfsd", "bridge", "sds_layers_6"))
 
 

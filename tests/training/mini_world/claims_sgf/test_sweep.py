@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 from indomain_guidance.training.adapt_config import AdaptConfig
 from indomain_guidance.training.mini_world.claims_sgf import recipes, sweep, tasks
 from indomain_guidance.training.mini_world.claims_sgf.points import FIXED, Point
+from indomain_guidance.training.mini_world.pictures import FIRST_ADAPTATION
 
 PLANS = {name: make() for name, make in sweep.PLANS.items()}
 TRAINED = {name: [point for point in plan.points if point.run] for name, plan in PLANS.items()}
@@ -67,12 +69,24 @@ def test_every_recipe_is_a_configuration_that_fits_every_task(name):
     for task in tasks.TASKS.values():
         config = AdaptConfig.from_mapping(recipe.settings(task))
         config.check_prompts()
-        noisy = {"t_min": 300, "t_max": 900} if name.endswith("_noisy") else {"t_min": 10, "t_max": task.t_max}
+        high = name == "first" or name.endswith("_noisy")
+        noisy = {"t_min": 300, "t_max": 900} if high else {"t_min": 10, "t_max": task.t_max}
         assert config.prompt == task.prompt and {"t_min": config.t_min, "t_max": config.t_max} == noisy
         assert recipe.released == (config.mode == "sgf")
         # All the same but for the objective: nothing else may decide a comparison.
         common = {"learning_rate", "batch_size", "train", "freeze_bias", "ema", "truncation", "schedule"}
-        assert {key: getattr(config, key) for key in common} == {key: recipes.COMMON[key] for key in common}
+        own = {"learning_rate": FIRST_ADAPTATION["learning_rate"]} if name == "first" else {}
+        assert {key: getattr(config, key) for key in common} == {key: recipes.COMMON[key] for key in common} | own
+
+
+def test_what_the_command_line_ships_is_a_row():
+    shipped = {**FIRST_ADAPTATION, "prompt": "p"}
+    mine = AdaptConfig.from_mapping(recipes.RECIPES["first"].settings(replace(tasks.COLOURS[0], prompt="p")))
+    different = {
+        field.name for field in fields(AdaptConfig)
+        if getattr(AdaptConfig.from_mapping(shipped), field.name) != getattr(mine, field.name)
+    }  # fmt: skip
+    assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation"}
 
 
 def test_points_name_what_exists():
@@ -96,4 +110,4 @@ def test_the_readme_names_the_long_prompt_and_the_scale():
     assert tasks.LONG.prompt in text
     assert f"guidance scale: {recipes.SCALE:g}, since at the released {recipes.RELEASED_SCALE:g}" in text
     scales = {recipe.settings(tasks.COLOURS[0])["scale"] for recipe in recipes.RECIPES.values()}
-    assert scales == {recipes.SCALE, recipes.RELEASED_SCALE}
+    assert scales == {recipes.SCALE, recipes.RELEASED_SCALE, recipes.FIRST["scale"]}
