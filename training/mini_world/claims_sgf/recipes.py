@@ -117,6 +117,7 @@ RECIPES = {
         _ours("sds_unclamped", "SDS, no clamps", method="sds"),
         # A domain that no prompt describes.
         _released("domain", "SDS, domain model as critic", "domain", domain_weight=SCALE),
+        _released("domain_mild", "SDS, domain model at weight 1.5", "domain", domain_weight=1.5),
         _released("fine_tune", "SDS, fine-tuned critic", "fine_tune"),
         _released(
             "domain_directional", "SDS + directional 1, domain model", "domain", domain_weight=SCALE, directional=1.0
@@ -137,4 +138,4 @@ BEYOND = (
     "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",
     "csd_directional_noisy", "first", "nfsd", "bridge", "dds", "ism", "vsd", "sds_unclamped",
 )  # fmt: skip
-GUIDED = ("domain", "fine_tune", "domain_directional")
+GUIDED = ("domain", "domain_mild", "fine_tune", "domain_directional")

@@ -52,7 +52,7 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     # 2. The shape change, and the domain that no prompt describes.
     yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, telling)
-    yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"))
+    yield from runs(stops, DOMAIN, ("sds", "domain", "domain_mild", "fine_tune"))
     # 3. The other colours and the long prompt.
     for task in (second, LONG, third):
         yield Point(task.name, "prior")
@@ -62,7 +62,7 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     # 5. Three seeds of what the claims are about.
     for task in (first, SEVEN, second, LONG, third):
         yield from runs(stops, task, (*usual, "first"), SEEDS[1:])
-    yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune"), SEEDS[1:])
+    yield from runs(stops, DOMAIN, ("sds", "domain", "domain_mild", "fine_tune"), SEEDS[1:])
     yield from runs(stops, DOMAIN, ("domain_directional",))
     # 6. Dark ink on a light ground, and the rivals on the shape.
     yield Point(dark.name, "prior")

@@ -34,7 +34,7 @@ def test_the_full_sweep_asks_the_claims_of_every_task_with_three_seeds():
     for task in tasks.TASKS.values():
         found = {(point.recipe, point.seed) for point in points if point.task == task.name}
         if task.kind == "domain":
-            names = {"sds", "domain", "fine_tune"}
+            names = {"sds", "domain", "domain_mild", "fine_tune"}
         else:
             names = {"sds", *recipes.WEAK, *recipes.FAINT}
             telling = {*names, *recipes.SGF, "sds_layers_3", "csd", "shared_directional_weak"}
