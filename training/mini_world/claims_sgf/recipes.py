@@ -37,8 +37,8 @@ RELEASED: dict[str, Any] = {
 OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0}
 # Only high noise levels, where this prior decides colours; the released update asks about low ones too.
 NOISY: dict[str, Any] = {"t_min": 300, "t_max": 900}
-# What `indomain adapt --config mini_world` sets: CSD with a directional regularizer, high noise levels, and a rate of its
-# own, twice the common one.
+# What `indomain adapt --config mini_world` sets: CSD with a directional regularizer, high noise levels, and a rate of
+# its own, twice the common one.
 FIRST: dict[str, Any] = {
     name: FIRST_ADAPTATION[name] for name in ("method", "scale", "t_min", "t_max", "directional", "learning_rate")
 }

@@ -260,7 +260,8 @@ def claim_c(evidence: Evidence) -> list[Verdict]:
 def claim_d(evidence: Evidence) -> list[Verdict]:
     """A domain model or a fine-tuned model as critic pulls where the prompt alone cannot, by ten points at least."""
     found, alone = [], evidence.complete("sds")
-    for part, recipes in (("domain model", ("domain", "domain_mild", "domain_directional")), ("fine-tuned model", ("fine_tune",))):
+    critics = {"domain model": ("domain", "domain_mild", "domain_directional"), "fine-tuned model": ("fine_tune",)}
+    for part, recipes in critics.items():
         assert set(recipes) <= set(GUIDED)
         statement = (
             f"{part} as critic: samples judged to be of the domain at the end, less those of the prompt alone"
