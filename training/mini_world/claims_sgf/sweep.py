@@ -43,31 +43,26 @@ def runs(
 def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     """Everything, most telling first."""
     first, second, third, dark = COLOURS
-    usual = ("sds", *WEAK, *FAINT)
-    strong = ("sds_directional", "sds_reconstruction")
-    telling = ("sds", *WEAK, *strong, *FAINT, "first", "shared_directional_weak", "sds_layers_3", "csd")
-    # 1. One colour prompt: SDS alone, its two regularizers from faint to strong, layer selection, and the rivals.
-    yield Point(first.name, "prior")
-    yield from runs(stops, first, telling)
-    # 2. The shape change, and the domain that no prompt describes.
-    yield Point(SEVEN.name, "prior")
-    yield from runs(stops, SEVEN, telling)
-    yield from runs(stops, DOMAIN, ("sds", "domain", "domain_mild", "fine_tune"))
-    # 3. The other colours and the long prompt.
-    for task in (second, LONG, third):
+    released = ("sds", *WEAK, "sds_directional", "sds_reconstruction")
+    usual = (*released, *FAINT, "first")
+    telling = (*usual, "shared_directional_weak", "sds_layers_3", "csd")
+    # 1. Two colour prompts and the shape change: SDS alone, its two regularizers from strong to faint, layer selection,
+    #    and the rivals. Then the domain that no prompt describes.
+    for task in (first, SEVEN, second):
         yield Point(task.name, "prior")
         yield from runs(stops, task, telling)
-    # 4. Every recipe on the first colour.
+    yield from runs(stops, DOMAIN, ("sds", "domain", "fine_tune", "domain_mild", "domain_directional"))
+    # 2. The long prompt and another colour.
+    for task in (LONG, third):
+        yield Point(task.name, "prior")
+        yield from runs(stops, task, usual)
+    # 3. Three seeds of what the claims are about.
+    for task in (first, SEVEN, second):
+        yield from runs(stops, task, released, SEEDS[1:])
+    # 4. Every recipe on the first colour, and dark ink on a light ground.
     yield from runs(stops, first, tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt"))
-    # 5. Three seeds of what the claims are about.
-    for task in (first, SEVEN, second, LONG, third):
-        yield from runs(stops, task, (*usual, "first"), SEEDS[1:])
-    yield from runs(stops, DOMAIN, ("sds", "domain", "domain_mild", "fine_tune"), SEEDS[1:])
-    yield from runs(stops, DOMAIN, ("domain_directional",))
-    # 6. Dark ink on a light ground, and the rivals on the shape.
     yield Point(dark.name, "prior")
-    yield from runs(stops, dark, ("sds", *WEAK, "first", "shared_directional_weak"))
-    yield from runs(stops, SEVEN, ("shared_reconstruction", "csd_directional", "nfsd", "bridge", "sds_layers_6"))
+    yield from runs(stops, dark, ("sds", *WEAK, "first"))
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
