@@ -135,6 +135,18 @@ def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, othe
     return largest
 
 
+def last_defeat(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> float:
+    """The largest share, of those that both sets reach, at which the first is not nearer; 0 where it is at all.
+
+    Points [P, 1] and [Q, 1].
+    """
+    both = min(float(shares.max()), float(other_shares.max()))
+    levels = {float(share) for share in (*shares[:, 0], *other_shares[:, 0]) if share <= both}
+    return max(
+        (at for at in levels if lowest(distances, shares, at) >= lowest(other_distances, other_shares, at)), default=0.0
+    )
+
+
 def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Tensor:
     """The share of the rectangle 0..worst_distance by 0..1 that points [P, R] dominate: [R] in 0..1, higher is better.
 

@@ -23,7 +23,7 @@ from .deciding import Decision, decide
 from .keeping import Row
 from .points import Point
 from .questions import QUESTIONS
-from .statistics import hypervolume, lowest, worst_ratio
+from .statistics import hypervolume, last_defeat, lowest, worst_ratio
 from .sweep import Plan
 
 PAPER = ("multi_guidance",)
@@ -166,6 +166,8 @@ def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
             hypervolume(columns(theirs, "distance"), columns(theirs, "digit"), evidence.ceiling(True))[0]
         ),
     }
+    points = (*own, columns(theirs, "distance"), columns(theirs, "digit"))
+    details["nearer at every digit accuracy above"] = f"{last_defeat(*(one[:, :1] for one in points)):.0%}"
     for method, title in (("fine_tune", "own unconditional"), ("fine_tune_prior_u", "prior's unconditional")):
         some = evidence.of(True, (method,))
         if some:

@@ -123,6 +123,14 @@ def test_worst_ratio_looks_at_every_share_that_both_reach():
     assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.6, 0.7]))) == pytest.approx(30 / 25)
 
 
+def test_the_last_defeat_is_the_largest_share_at_which_the_first_set_is_not_nearer():
+    mine = columns([10, 30]), columns([0.5, 0.9])
+    assert stats.last_defeat(*mine, columns([25, 40]), columns([0.4, 0.7])) == 0.0
+    # Nearer at .6 (25 against 30), and not above: the last defeat is there; beyond .7 there is no rival.
+    assert stats.last_defeat(*mine, columns([25, 40]), columns([0.6, 0.7])) == pytest.approx(0.6)
+    assert stats.last_defeat(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.9)
+
+
 def test_columns_are_compared_with_themselves_only():
     distances = torch.tensor([[10.0, 1.0], [20.0, 2.0]]).double()
     shares = torch.tensor([[0.5, 0.9], [0.9, 0.5]]).double()
