@@ -149,7 +149,8 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         "",
         f"Made by `python run.py claims idg{'' if plan.name == 'full' else f' --{plan.name}'}`; do not edit. "
         f"{len(rows)} of {len(plan.points)} points of the sweep are measured, {sampling.samples} samples each, "
-        f"{sampling.steps} steps of {sampling.sampler}, networks in {sampling.precision}, sampling seed {sampling.seed}, "
+        f"{sampling.steps} steps of {sampling.sampler}, networks in {sampling.precision}, "
+        f"sampling seed {sampling.seed}, "
         "the same noise and prompts for every method. "
         f"{took} Settings and every number: idg.jsonl.",
         "",

@@ -32,8 +32,8 @@ SCHEDULES = (
     (0.1, 0.55, 1.5, 4.0),
     (0.5, 0.75, 3.0, 4.0),
 )
-# (a, w_d, w_c): the control alone to percent a, then both terms to the end. What an image shows is settled early, how it
-# is drawn late.
+# (a, w_d, w_c): the control alone to percent a, then both terms to the end. What an image shows is settled early, how
+# it is drawn late.
 LATE = ((0.3, 1.2, 5.0), (0.3, 2.0, 4.0), (0.2, 1.5, 3.0), (0.45, 2.0, 3.0))
 
 
