@@ -141,12 +141,17 @@ class Models:
         path = self.path(spec)
         if path.is_file():
             return path
-        from ...config import TrainConfig
-        from ...train import train
-
         for shorter in self.wanted:
             if shorter.steps < spec.steps and replace(shorter, steps=spec.steps) == spec:
                 self.train(shorter, should_stop)
+        # Which stops exist, and where the run stands, must not change between looking and going on.
+        with locked(self.folder, f".{spec.run_name}-{self._setting_hash(spec)}.lock"):
+            return path if path.is_file() else self._train(spec, path, should_stop)
+
+    def _train(self, spec: ModelSpec, path: Path, should_stop: Callable[[], bool]) -> Path:
+        from ...config import TrainConfig
+        from ...train import train
+
         run = self.folder / "runs" / f"{spec.run_name}-{self._setting_hash(spec)}"
         if any(steps > spec.steps for steps in self._finished_steps(spec)):
             run = run.with_name(f"{run.name}-to-{spec.steps}")  # the run has gone past this stop; go there once more

@@ -23,6 +23,7 @@ from ...adapt_critic import latent_encoder, make_objective, open_critic
 from ...adapter import Adapter, Encode
 from ...atomic import replacing
 from ...base import Base, open_mini_world
+from ...run_lock import locked
 from .. import assets
 from ..claims.keeping import Shelf, key_of
 from ..claims.models import FIXED_CAPTION, Models, ModelSpec, file_hash
@@ -99,10 +100,15 @@ class Runs:
         return read_generator(self.adapted(run, step)).generator
 
     def adapted(self, run: Run, step: int) -> Path:
-        """The generator's file. A run that was cut off goes on from its checkpoint."""
+        """The generator's file. A run that was cut off goes on from its checkpoint. Raises Busy while another process
+        works on the run: which stops exist, and where the run stands, must not change between looking and going on."""
         path = self.path(run, step)
         if path.is_file():
             return path
+        with locked(self.folder, f".{run.name}-{self.hash_of(run)}.lock"):
+            return path if path.is_file() else self._adapt(run, step, path)
+
+    def _adapt(self, run: Run, step: int, path: Path) -> Path:
         place = self.folder / "runs" / f"{run.name}-{self.hash_of(run)}"
         if any(finished > step for finished in self.finished_steps(run)):
             place = place.with_name(f"{place.name}-to-{step}")  # the run has gone past this stop; go there once more

@@ -7,6 +7,7 @@ import torch
 from indomain_guidance.guidance.files import FileProblem, read_state_dict
 from indomain_guidance.training.mini_world import assets
 from indomain_guidance.training.mini_world.claims.models import Models, ModelSpec, with_additions
+from indomain_guidance.training.run_lock import Busy, locked
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,13 @@ def test_wanted_stops_are_kept_in_passing(world, tmp_path):
     models.train(two)
     assert models.exists(one) and models.exists(two) and not any(map(models.exists, others[1:]))
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.endswith("-to-1")] == []
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(world, tmp_path):
+    models, spec = Models(tmp_path, world, images=8, batch=4), ModelSpec("domain", "narrow", 1)
+    with locked(tmp_path, f".{spec.run_name}-{models._setting_hash(spec)}.lock"), pytest.raises(Busy):
+        models.train(spec)
+    assert not models.exists(spec) and not (tmp_path / "runs").exists()
 
 
 def test_an_interrupted_training_says_so_and_leaves_no_model(world, tmp_path):

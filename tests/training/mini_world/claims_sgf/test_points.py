@@ -22,6 +22,7 @@ from indomain_guidance.training.mini_world.claims_sgf import runs as runs_module
 from indomain_guidance.training.mini_world.claims_sgf import sweep
 from indomain_guidance.training.mini_world.claims_sgf.points import Bench, Point, Sampling
 from indomain_guidance.training.mini_world.claims_sgf.runs import Run, Runs
+from indomain_guidance.training.run_lock import Busy, locked
 
 TINY = Sampling(24, answers=80, rendered=4, rendered_steps=2, replicates=20)
 POINT = Point("yellow_on_blue", "sds_directional", 1)
@@ -92,6 +93,15 @@ def test_stops_of_a_run_are_one_adaptation_and_a_missed_stop_is_made_again(make_
         kept.write_bytes(before)
         expected = read_generator(kept).generator.state_dict()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_run_that_another_process_works_on_is_left_to_it(make_bench, monkeypatch):
+    """From looking at its stops on, not only while it trains: else a stop could get the weights of a later one."""
+    runs, run = make_bench().runs, Run("yellow_on_blue", "sds")
+    refuse_to_adapt(monkeypatch)
+    with locked(runs.folder, f".{run.name}-{runs.hash_of(run)}.lock"), pytest.raises(Busy):
+        runs.adapted(run, 1)
+    assert not runs.finished_steps(run)
 
 
 def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
