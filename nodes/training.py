@@ -233,7 +233,7 @@ class MiniWorldImages(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=False,
-                    tooltip="Which images, and in which colours.",
+                    tooltip="In which colours; count alone decides which images. Without effect for narrow.",
                 ),
             ],
             outputs=[

@@ -197,7 +197,8 @@ def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
         return None
     (term,) = terms
     info = None if term.model is None else domain_info(term.model)
-    is_plain = isinstance(term.weight, (int, float)) and term.reference in (None, "base") and term.conditioning is None
+    is_plain = isinstance(term.weight, (int, float)) and term.reference in (None, "base")
+    is_plain = is_plain and term.conditioning is None and term.shaping is None
     is_file = info is not None and info.form != "full" and Path(info.path).is_file() and not term.model.patches
     return (info.path, float(term.weight)) if is_plain and is_file else None
 

@@ -188,6 +188,10 @@ def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, c
         str(module("nodes.comfy_internals.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
     )
     term = module("nodes.comfy_internals.guider").TermInput("domain", 1.0, domain)
+    # A configuration has no word for a shaped one, so it must not name it as if it were plain.
+    named = module("nodes.comfy_internals.adapting").domain_of
+    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
+    assert named((term,))[1] == 1.0 and named((shaped,)) is None
     hooked = mini.model.clone()
     hooked.set_model_sampler_cfg_function(lambda args: args["uncond"])
     made = adapt(terms=(term,), model=hooked, layers=2, options={"mode": "sgf", "train": "released"})

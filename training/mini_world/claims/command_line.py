@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     )
     found.add_argument("paper", choices=STUDIES, help="; ".join(f"{name}: {title}" for name, title in TITLES.items()))
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a coarse look, in half an hour to an hour on two cores")
+    size.add_argument("--quick", action="store_true", help="a coarse look, in one to two hours on two cores")
     size.add_argument(
         "--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing"
     )
