@@ -397,6 +397,11 @@ class CriticInputs:
             if conditioning is not None:
                 check_conditioning(self.model, conditioning, what)
         for term in self.terms:
+            if term.shaping is not None:  # distillation takes a prediction apart by its terms, as they are
+                raise ValueError(
+                    f"The judge's term {term.name!r}: expected a term as Guidance Term makes it, found one changed by Shape "
+                    "Guidance Term; connect the terms from before that node."
+                )
             if term.conditioning is not None:
                 model = self.model if term.model is None else term.model
                 check_conditioning(model, term.conditioning, f"term {term.name!r}")

@@ -324,6 +324,10 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
     term = module("nodes.comfy_internals.guider").TermInput("other", 1.0, conditioning=mini.negative)
     with pytest.raises(ValueError, match="as the only term, found other; switch isolated off"):
         adapt(isolated=True, terms=(term,))
+    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
+    for isolated in (False, True):
+        with pytest.raises(ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"):
+            adapt(isolated=isolated, terms=(shaped,))
     assert not list(world.tmp.rglob("outside*"))
 
 

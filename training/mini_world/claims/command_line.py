@@ -16,6 +16,7 @@ from .lines import say_lines
 
 # Modules with open_study(size, work, samples) -> Study.
 STUDIES = {"idg": "..claims.study", "sgf": "..claims_sgf.study"}
+WAIT_S = 10  # before looking again at what other processes measure
 TITLES = {
     "idg": "in-domain guidance (arXiv 2312.08195)",
     "sgf": "StyleGAN-Fusion, diffusion guided adaptation of generators (arXiv 2212.04473)",
@@ -75,17 +76,22 @@ def parser() -> argparse.ArgumentParser:
 def gather(study: Study, options: argparse.Namespace) -> tuple[list[Row], bool]:
     """(the rows in the plan's order, measured now as far as the options allow; whether Ctrl+C ended that).
 
-    What another process is at is left to it, and looked at again when everything else is done.
+    What another process is at is left to it, and looked at again until it is there: should that process end without it,
+    it is measured here.
     """
     rows: dict[int, Row] = {}
     left, measured, stopped, started = list(enumerate(study.points, 1)), 0, False, time.monotonic()
+
+    def done() -> bool:
+        late = options.minutes is not None and time.monotonic() - started >= 60 * options.minutes
+        return options.report_only or stopped or late or measured == options.limit
+
     while left:
         busy, before = [], measured
         for number, point in left:
             row = study.find(point)
             minutes = (time.monotonic() - started) / 60
-            late = options.minutes is not None and minutes >= options.minutes
-            if row is None and not (options.report_only or stopped or late or measured == options.limit):
+            if row is None and not done():
                 print(f"{number}/{len(study.points)} after {minutes:.1f} min: {point}", file=sys.stderr, flush=True)
                 try:
                     row = study.measure(point)
@@ -99,7 +105,14 @@ def gather(study: Study, options: argparse.Namespace) -> tuple[list[Row], bool]:
                     print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
             if row is not None:
                 rows[number] = row
-        left = busy if measured > before else []
+        left = busy
+        if left and measured == before:
+            if done():
+                break
+            try:
+                time.sleep(WAIT_S)
+            except KeyboardInterrupt:
+                stopped = True
     return [rows[number] for number in sorted(rows)], stopped
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -52,12 +53,20 @@ class Runs:
     """Finds, makes and loads adapted generators; everything it makes lies in `folder`.
 
     source: the generator to adapt. models: where the fine-tuned critic comes from. fine_tune: its length in steps.
+    stops: steps that will be asked for; a run keeps them in passing.
     """
 
     def __init__(
-        self, folder: Path, source: Generator, source_path: Path, models: Models, fine_tune: int = FINE_TUNE_STEPS
+        self,
+        folder: Path,
+        source: Generator,
+        source_path: Path,
+        models: Models,
+        fine_tune: int = FINE_TUNE_STEPS,
+        stops: Sequence[int] = (),
     ) -> None:
         self.folder, self.source, self.source_path, self.models = folder, source, source_path, models
+        self.stops = tuple(stops)
         self.fine_tune = ModelSpec("full", "handwriting", fine_tune, FIXED_CAPTION)
         self.costs = Shelf(folder / "costs")
 
@@ -106,7 +115,10 @@ class Runs:
         if path.is_file():
             return path
         with locked(self.folder, f".{run.name}-{self.hash_of(run)}.lock"):
-            return path if path.is_file() else self._adapt(run, step, path)
+            for stop in sorted({step, *(one for one in self.stops if one < step)}):
+                if not self.path(run, stop).is_file():
+                    self._adapt(run, stop, self.path(run, stop))
+        return path
 
     def _adapt(self, run: Run, step: int, path: Path) -> Path:
         place = self.folder / "runs" / f"{run.name}-{self.hash_of(run)}"

@@ -27,7 +27,7 @@ class SgfStudy:
         self.plan, self.points, self.folder = plan, plan.points, work / "sgf"
         models = Models(work / "models", world, plan.images, plan.batch)
         path = generators_dir() / f"{GENERATOR}.safetensors"
-        runs = Runs(self.folder / "generators", source, path, models, plan.fine_tune)
+        runs = Runs(self.folder / "generators", source, path, models, plan.fine_tune, plan.stops)
         self.bench = Bench(
             self.folder / "points", runs, world, source, load_classifier(), plan.sampling,
             load_classifier(held_out=True),

@@ -96,6 +96,7 @@ COLOURS = (
     colour_task("purple", "black"),
     colour_task("black", "yellow"),
 )
+DARK = COLOURS[3]
 # Longer than any caption the prior was trained on, with words that it does not know.
 LONG = colour_task(
     "yellow", "red", "long",

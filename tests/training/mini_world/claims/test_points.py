@@ -110,13 +110,15 @@ def test_a_point_that_another_process_measures_is_left_to_it(make_bench, monkeyp
     assert not list(bench.folder.iterdir())
 
 
-def test_two_processes_share_the_points(capsys):
-    """What is busy is skipped, looked at again after the rest, and left when nothing else can be done."""
+def test_two_processes_share_the_points(capsys, monkeypatch):
+    """What is busy is skipped, looked at again after the rest and then until it is there or time is up."""
+    waited = []
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
 
     class Shared:
         points = ("here", "there", "long", "also here")
         kept: dict[str, Row] = {}
-        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3}
+        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3 + [Row]}
 
         def find(self, point):
             return self.kept.get(point)
@@ -133,9 +135,22 @@ def test_two_processes_share_the_points(capsys):
 
     options = command_line.parser().parse_args(["idg"])
     rows, stopped = command_line.gather(Shared(), options)
-    assert [row.point for row in rows] == ["here", "there", "also here"] and not stopped
+    assert [row.point for row in rows] == ["here", "there", "long", "also here"] and not stopped
     assert capsys.readouterr().err.count("left to another process") == 4
-    assert Shared.answers["long"] == []
+    assert waited == [command_line.WAIT_S]
+
+    Shared.answers["never"] = [Busy("at it")] * 9
+    monkeypatch.setattr(Shared, "points", ("here", "never"))
+    options.limit = 0
+    assert [row.point for row in command_line.gather(Shared(), options)[0]] == ["here"]
+    options.limit = None
+    monkeypatch.setattr(command_line.time, "sleep", interrupted)
+    rows, stopped = command_line.gather(Shared(), options)
+    assert [row.point for row in rows] == ["here"] and stopped
+
+
+def interrupted(seconds):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"numbers": {}}'])

@@ -95,6 +95,15 @@ def test_stops_of_a_run_are_one_adaptation_and_a_missed_stop_is_made_again(make_
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
+def test_stops_that_will_be_asked_for_are_kept_in_passing(make_bench, monkeypatch):
+    runs, run = make_bench().runs, Run("yellow_on_blue", "sds")
+    runs.stops = (1, 2, 3)
+    runs.adapted(run, 2)
+    assert runs.finished_steps(run) == [1, 2]
+    refuse_to_adapt(monkeypatch)
+    assert runs.adapted(run, 1) == runs.path(run, 1)
+
+
 def test_a_run_that_another_process_works_on_is_left_to_it(make_bench, monkeypatch):
     """From looking at its stops on, not only while it trains: else a stop could get the weights of a later one."""
     runs, run = make_bench().runs, Run("yellow_on_blue", "sds")
