@@ -20,7 +20,11 @@ MAX_NAME = 200  # characters of a module or class name
 LONG_TEXT = 2**20  # bytes; longer texts stay undecoded (protocol 2 writes binary data as text)
 MAX_TEXT = 2**26  # bytes of all decoded texts together
 _ORDERED = ("collections", "OrderedDict")
-_KEY_RANGE = 2**31  # of whole numbers as keys: larger ones can be made to collide
+KEY_RANGE = 2**31  # of whole numbers as keys
+# Python spreads whole numbers in a dictionary by their lowest bits, so that a file can choose ones of which every
+# further one meets all before: 160,000 such keys take most of a minute, 20,000 half a second.
+MAX_NUMBER_KEYS = 20_000
+FREE_KEYS = 2**10  # smaller ones are not counted: there are too few of them
 _CONTAINERS = (tuple, list, dict)
 
 
@@ -72,6 +76,7 @@ class Budget:
     text: int = MAX_TEXT
     decoded: int = 0  # bytes that `_codecs.encode` may make
     depth: int | None = None  # of containers in containers, as far as known when one is put into another
+    number_keys: int = MAX_NUMBER_KEYS
 
     def __post_init__(self) -> None:
         self.allowed = self.opcodes
@@ -80,6 +85,11 @@ class Budget:
         self.opcodes -= opcodes
         if self.opcodes < 0:
             raise Refused(f"a pickle of more than {self.allowed} steps, which no network needs")
+
+    def count_keys(self, cost: int) -> None:
+        self.number_keys -= cost
+        if self.number_keys < 0:
+            raise Refused(f"more than {MAX_NUMBER_KEYS} numbers as keys")
 
 
 Call = Callable[[Name, tuple, Budget], Any]
@@ -92,7 +102,8 @@ class Vocabulary:
     reduce, new: what takes the place of calling and of instantiating a name, with its name, arguments and the budget.
     build: names whose placeholders may be given a state, which is dropped after `check_state` (target, state) saw it.
     inert: names that may only be mentioned. persistent: what takes the place of a persistent id (None: such ids are
-    refused). explain: (module, name) -> a clause for a name that is not listed, or None.
+    refused). explain: (module, name) -> a clause for a name that is not listed, or None. key_range: what whole numbers
+    as keys lie below.
     """
 
     reduce: Mapping[tuple[str, str], Call] = field(default_factory=dict)
@@ -102,6 +113,7 @@ class Vocabulary:
     persistent: Callable[[Any], Any] | None = None
     check_state: Callable[[Any, Any], None] = lambda target, state: None
     explain: Callable[[str, str], str | None] = lambda module, name: None
+    key_range: int = KEY_RANGE
 
     def name(self, module: Any, name: Any) -> Name:
         if type(module) is not str or type(name) is not str:
@@ -110,6 +122,16 @@ class Vocabulary:
             return Name(module, name)
         known = self.explain(module, name)
         raise Refused(known or f"the name {shown(f'{module}.{name}')}, which is not on the list of allowed names")
+
+    def key(self, key: Any, budget: Budget) -> Any:
+        """`key`, if a dictionary may have it: anything else may be nested, and hashing it recurses without a limit."""
+        if type(key) in (str, Name):
+            return key
+        if type(key) is int and -KEY_RANGE <= key < self.key_range:
+            if not 0 <= key < FREE_KEYS:
+                budget.count_keys(1)
+            return key
+        raise Refused(f"a key that is {article(key)}")
 
 
 def shown(text: str) -> str:
@@ -282,10 +304,13 @@ class _Machine:
         target.extend(items)
         self.nest(target, items)
 
+    def key(self, key: Any) -> Any:
+        return self.vocabulary.key(key, self.budget)
+
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
         target = self.top(dict, "filling")
-        target[_key(key)] = value
+        target[self.key(key)] = value
         self.nest(target, (value,))
 
     def set_items(self) -> None:
@@ -294,12 +319,12 @@ class _Machine:
             raise Refused("a key without a value")
         target = self.top(dict, "filling")
         for key, value in zip(items[::2], items[1::2]):
-            target[_key(key)] = value
+            target[self.key(key)] = value
         self.nest(target, items[1::2])
 
     def add_items(self) -> None:
         items = self.items()
-        self.top(set, "filling").update(map(_key, items))
+        self.top(set, "filling").update(map(self.key, items))
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()
@@ -338,13 +363,6 @@ class _Machine:
         if self.vocabulary.persistent is None:
             raise Refused("the pickle instruction BINPERSID, which no network file contains")
         self.push(self.vocabulary.persistent(self.pop()))
-
-
-def _key(key: Any) -> str | int | Name:
-    # Anything else may be nested, and hashing it recurses in C without a limit.
-    if type(key) in (str, Name) or (type(key) is int and -_KEY_RANGE <= key < _KEY_RANGE):
-        return key
-    raise Refused(f"a key that is {article(key)}")
 
 
 def _opcode_name(code: int) -> str:

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, _key, article, read_pickle, shown
+from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
 from .storage_stream import MAGIC, MAX_DIMENSIONS, STORAGES, VERSION, Storage, StoredTensor, encode, rebuild_tensor
 
 LEGACY_PICKLES = 5  # magic number, version, system, content, keys; the numbers follow
@@ -29,6 +29,7 @@ MAX_STEPS = 2_000_000
 FREE_STEPS = 100_000  # of a file of any size; every further step needs 4 bytes of it
 MAX_PICKLE = 2**27  # bytes; SDXL's has 300 thousand
 MAX_DEPTH = 100
+MAX_KEY = 2**57  # until 1.5 torch kept an optimizer's state by the addresses of its parameters
 MAX_CLAIM = 4  # times the file's bytes that all its tensors together may have: tensors share storages
 _LEAST_CLAIM = 64  # bytes that an empty tensor counts as
 _EMPTY_SIZES = 2**20  # that a tensor without numbers may have
@@ -211,7 +212,7 @@ class _Torch:
             new={_NAMESPACE: lambda name, arguments, budget: Placeholder(name)},
             build=frozenset((_ORDERED, _NAMESPACE, _NUMPY_DTYPE)),
             inert=frozenset((*_STORAGES, *_CALLBACKS, ("torch", "Tensor"), *(("torch", name) for name in _DTYPES))),
-            persistent=self.storage, check_state=self.state, explain=_explain,
+            persistent=self.storage, check_state=self.state, explain=_explain, key_range=MAX_KEY,
         )  # fmt: skip
 
     def storage(self, found: Any) -> Storage:
@@ -306,7 +307,7 @@ class _Torch:
     def set(self, name: Name, arguments: tuple, budget: Budget) -> set:
         if len(arguments) != 1 or type(arguments[0]) is not list:
             raise Refused(f"a call of {name} with other arguments than a list")
-        return set(map(_key, self.once(arguments[0])))
+        return {self.vocabulary.key(key, budget) for key in self.once(arguments[0])}
 
     def numpy_dtype(self, name: Name, arguments: tuple, budget: Budget) -> _NumpyDtype:
         code = arguments[0] if len(arguments) == 3 else None

@@ -187,6 +187,17 @@ def test_large_checkpoints_stay_far_from_the_bounds(tmp_path, new):
     assert 10 * 38 * 5_000 < module.MAX_STEPS
 
 
+@BOTH
+def test_an_optimizers_state_by_addresses(tmp_path, new):
+    """As torch 1.0 to 1.5 saved it."""
+    path, keys = tmp_path / "a.pt", [140_435_163_178_672 + 72 * n for n in range(500)]
+    state = {key: {"step": 3, "exp_avg": torch.ones(2)} for key in keys}
+    content = {"a": torch.ones(2), "optim": {"state": state, "param_groups": [{"params": keys}]}}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    same(read_state_dict(path), {"a": content["a"]})
+    assert list(module.read_torch_pickle(path)["optim"]["state"]) == keys
+
+
 def test_numbers_of_other_machines_and_of_other_writers(tmp_path):
     path, whole = tmp_path / "a.pt", tmp_path / "whole.pt"
     torch.save({"a": torch.arange(4.0)}, whole)
@@ -315,6 +326,33 @@ def test_attacks_end_before_torch_and_take_no_memory(tmp_path, without_torch, na
             tracemalloc.stop()
         assert re.search(reason, found), found
         assert peak < 2**21 + 150 * path.stat().st_size and time.process_time() - begin < 5
+
+
+def colliding(bits: int, run: int) -> list[int]:
+    """Keys that fill slot after slot of a dictionary's table of 2**bits, then one that walks along those slots."""
+    mask, slot, filled = 2**bits - 1, 1, {}
+    for place in range(run):
+        filled[slot] = place
+        slot = (5 * slot + 1) & mask
+    for key in range(2**bits, 2**31):
+        rest, slot = key, key & mask
+        while slot in filled and rest:
+            rest >>= 5
+            slot = (5 * slot + rest + 1) & mask
+        if filled.get(slot, run) < run // 4:
+            return [*filled, *[key] * run]
+    raise AssertionError("no such key")
+
+
+def test_keys_that_collide_take_no_time(tmp_path, without_torch):
+    keys = {"chosen": colliding(15, 10_500), "multiples": [n << 40 for n in range(1, 2**17)]}
+    for name, values in keys.items():
+        code = b"}(" + b"".join(b"\x8a\x08" + value.to_bytes(8, "little") + b"N" for value in values) + b"u"
+        for path in (zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s."),
+                     legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s.")):  # fmt: skip
+            begin = time.process_time()
+            assert re.search(r"more than (20000 numbers as keys|\d+ steps)", refused(path)), name
+            assert time.process_time() - begin < 3, name
 
 
 def archive(value: int) -> bytes:
