@@ -41,6 +41,7 @@ LIMIT_BYTES = 2**31  # the largest published StyleGAN2 files, optimizers include
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_RESOLUTION = 2**14
 MEAN_SAMPLES = 10_000  # latents that the mean style is measured on where a file has none
+NOISE_SEED = 0  # of the constant noise where a file has none
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number's pickle
 _NVIDIA_KEY = "synthesis.b4.const"
 _SEARCHED = 2**24  # bytes of a checkpoint that hold its names
@@ -305,6 +306,18 @@ def _from_rosinality(
         if not tensor.is_floating_point() or tensor.is_sparse:
             raise FileProblem(f"{path}: expected weights as plain numbers, found {tensor.dtype} in {key}.")
     tensors = {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in tensors.items()}
+    lacking = rosinality.noise_without_constants(tensors)
+    if 4 * sum(side**2 for side in lacking.values()) > size:
+        raise FileProblem(
+            f"{path}: expected a StyleGAN2 generator of rosinality's layout, found strengths of noise for more pixels "
+            "than the file has weights; the file is damaged."
+        )
+    if lacking:
+        random = torch.Generator().manual_seed(NOISE_SEED)
+        for key in sorted(lacking):
+            tensors[key] = torch.randn(lacking[key], lacking[key], generator=random)
+        notes = [*notes, "The file has no constant noise; it was drawn from a fixed seed, so that images differ in "
+                         "details from others of this network."]  # fmt: skip
     return _finish(path, tensors, metadata, notes, img_channels=3, architecture="skip")
 
 

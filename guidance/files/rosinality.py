@@ -52,6 +52,17 @@ def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -
     return tensors
 
 
+def noise_without_constants(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """The constant noise that converted tensors lack, name -> side, where they have strengths of noise and no constant.
+
+    Early versions of the network drew noise anew for every image; files of theirs have `noise.weight` alone.
+    """
+    if any(name.endswith(".noise_const") for name in tensors):
+        return {}
+    strengths = (re.fullmatch(r"synthesis\.b(\d+)\.conv[01]\.noise_strength", name) for name in tensors)
+    return {match[0].replace("strength", "const"): int(match[1]) for match in strengths if match}
+
+
 _CONVOLUTION = {
     "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
     "noise.weight": "noise_strength", "activate.bias": "bias",

@@ -91,6 +91,29 @@ def test_rosinalitys_weights_give_rosinalitys_images(golden, tmp_path, relative_
     assert same(plain.generator, read_generator(tmp_path / "nada.pt").generator)
 
 
+def test_strengths_of_noise_without_its_constants(golden, tmp_path):
+    """As rosinality's published 550000.pt has them: noise was drawn anew for every image."""
+    weights, expected = golden
+    path, bare = tmp_path / "a.pt", {key: value for key, value in weights.items() if not key.startswith("noises.")}
+    torch.save({"g_ema": weights, "latent_avg": expected["latent_avg"]}, path)
+    whole = read_generator(path).generator
+    torch.save({"g_ema": bare, "latent_avg": expected["latent_avg"]}, path)
+    loaded, again = read_generator(path), read_generator(path)
+    assert same(loaded.generator, again.generator) and "no constant noise; it was drawn" in loaded.notes[0]
+    state, wanted = loaded.generator.state_dict(), whole.state_dict()
+    drawn = {key for key in wanted if not torch.equal(state[key], wanted[key])}
+    assert state.keys() == wanted.keys() and drawn == {key for key in wanted if key.endswith(".noise_const")}
+    values = torch.cat([state[key].flatten() for key in sorted(drawn)])
+    assert abs(float(values.mean())) < 0.2 and abs(float(values.std()) - 1) < 0.2
+    ws = whole.map(expected["z"])
+    images = [one.synthesize(ws, "random", torch.Generator().manual_seed(1)) for one in (whole, loaded.generator)]
+    assert torch.equal(*images)
+    torch.save({"g_ema": {**bare, "convs.40.noise.weight": torch.ones(1)}}, path)
+    assert "strengths of noise for more pixels than the file has weights" in problem(path)
+    torch.save({"g_ema": {**bare, "noises.noise_0": weights["noises.noise_0"]}}, path)
+    assert "missing synthesis.b16.conv0.noise_const" in problem(path)
+
+
 def test_every_name_of_rosinality_has_its_place(golden):
     weights, _ = golden
     made = rosinality.to_nvidia(weights)
