@@ -18,6 +18,7 @@ from .inert_pickle import Budget, LongText, Name, Refused, Vocabulary, read_pick
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 MAX_DIMENSIONS = 8
+MAX_EMPTY = 2**20  # that a view without numbers may have as a size, of a storage of any length
 _MAX_WHOLE = 2**63  # of what torch itself can say about a tensor
 STORAGES = {
     "FloatStorage": torch.float32, "HalfStorage": torch.float16, "DoubleStorage": torch.float64,
@@ -132,10 +133,11 @@ def load_from_bytes(name: Name, arguments: tuple, budget: Budget) -> Storage:
     return read_storage(arguments[0], budget)
 
 
-def rebuild_tensor(name: Name, arguments: tuple, budget: Budget) -> StoredTensor:
+def rebuild_tensor(name: Name, arguments: tuple, budget: Budget, *, views: bool = False) -> StoredTensor:
     """In the place of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
 
-    Raises Refused for a tensor that does not lie within its storage, or would be larger than it.
+    Raises Refused for a tensor that does not lie within its storage, or would be larger than it. views: whether it may
+    be larger (expanded: strides of 0), and without numbers may lie anywhere; the caller then bounds its size.
     """
     if len(arguments) not in (6, 7) or arguments[6:] not in ((), (None,)):
         raise Refused(f"a call of {name} with other arguments than torch writes")
@@ -153,11 +155,11 @@ def rebuild_tensor(name: Name, arguments: tuple, budget: Budget) -> StoredTensor
     tensor = StoredTensor(storage, offset, shape, stride)
     end = offset + tensor.extent
     if 0 in shape:
-        if offset > storage.numel or max(shape) > storage.numel:
+        if not views and offset > storage.numel or max(shape) > max(storage.numel, MAX_EMPTY if views else 0):
             raise Refused("an empty tensor with impossible sizes")
     elif end > storage.numel:
         raise Refused(f"a tensor that reaches to number {end - 1} of a storage of {storage.numel} (out of bounds)")
-    elif tensor.numel > storage.numel:
+    elif tensor.numel > storage.numel and not views:
         raise Refused(f"a tensor of {tensor.numel} numbers in a storage of {storage.numel}")
     return tensor
 

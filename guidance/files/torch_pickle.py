@@ -31,8 +31,8 @@ MAX_PICKLE = 2**27  # bytes; SDXL's has 300 thousand
 MAX_DEPTH = 100
 MAX_KEY = 2**57  # until 1.5 torch kept an optimizer's state by the addresses of its parameters
 MAX_CLAIM = 4  # times the file's bytes that all its tensors together may have: tensors share storages
+FREE_CLAIM = 2**20  # bytes that expanded tensors may have in a file of any size
 _LEAST_CLAIM = 64  # bytes that an empty tensor counts as
-_EMPTY_SIZES = 2**20  # that a tensor without numbers may have
 _ORDERED = ("collections", "OrderedDict")
 _NAMESPACE = ("argparse", "Namespace")
 _UNTYPED = ("torch.storage", "UntypedStorage")
@@ -196,6 +196,7 @@ class _Torch:
         self.storages: dict[str, Storage] = {}
         self.kinds: dict[str, Name] = {}
         self.stored = self.claimed = 0  # bytes
+        self.free = FREE_CLAIM
         self.copied: dict[int, Any] = {}
         self.vocabulary = Vocabulary(
             reduce={
@@ -239,12 +240,18 @@ class _Torch:
         return self.storages[key]
 
     def tensor(self, name: Name, arguments: tuple, budget: Budget) -> StoredTensor:
-        shape = arguments[2] if len(arguments) > 2 else ()
-        if type(shape) is tuple and 0 in shape and type(arguments[0]) is Storage:
-            arguments = (Storage(arguments[0].dtype, _EMPTY_SIZES, arguments[0].data), *arguments[1:])
-        made = rebuild_tensor(name, arguments, budget)
-        self.claimed += max(_LEAST_CLAIM, made.numel * made.dtype.itemsize)
+        made = rebuild_tensor(name, arguments, budget, views=True)
+        claim = made.numel * made.dtype.itemsize
+        if made.numel > made.storage.numel:
+            free = min(self.free, claim)
+            self.free, claim = self.free - free, claim - free
+        self.claimed += max(_LEAST_CLAIM, claim)
         if self.claimed > MAX_CLAIM * self.size:
+            if made.numel > made.storage.numel:
+                raise Refused(
+                    f"a tensor of {made.numel} numbers in a storage of {made.storage.numel}, which is more than "
+                    f"{MAX_CLAIM} times the {self.size} bytes of the file"
+                )
             raise Refused(f"tensors that claim more than {MAX_CLAIM} times the {self.size} bytes of the file")
         return made
 

@@ -188,6 +188,25 @@ def test_large_checkpoints_stay_far_from_the_bounds(tmp_path, new):
 
 
 @BOTH
+def test_tensors_that_repeat_numbers_and_ones_without(tmp_path, new):
+    path, base = tmp_path / "a.pt", torch.arange(30.0).reshape(5, 6)
+    long = torch.zeros(2**20 + 30, dtype=torch.int8)
+    content = {
+        "one": torch.zeros(1).expand(1000), "rows": torch.arange(3.0)[:, None].expand(3, 50), "base": base,
+        "windows": torch.arange(20.0).unfold(0, 5, 1), "none": base[5:], "beyond": base.flatten()[::7][5:],
+        "last": long[-9:][9:], "tall": long[:, None][:, :0], "wide": base[:, 6:].expand(5, 0),
+    }  # fmt: skip
+    assert content["beyond"].storage_offset() > base.numel()
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    same(read_state_dict(path), expected(path))
+    torch.save({"b": torch.zeros(1).expand(1000)}, path, _use_new_zipfile_serialization=new)
+    assert path.stat().st_size < 2000
+    same(read_state_dict(path), expected(path))
+    torch.save({"a": base, "b": torch.zeros(1).expand(10**9)}, path, _use_new_zipfile_serialization=new)
+    assert "a tensor of 1000000000 numbers in a storage of 1, which is more than 4 times" in refused(path)
+
+
+@BOTH
 def test_an_optimizers_state_by_addresses(tmp_path, new):
     """As torch 1.0 to 1.5 saved it."""
     path, keys = tmp_path / "a.pt", [140_435_163_178_672 + 72 * n for n in range(500)]
