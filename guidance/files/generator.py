@@ -426,6 +426,8 @@ def _names_part(path: Path) -> bytes:
         with zipfile.ZipFile(path) as archive:
             for member in archive.infolist():
                 if member.filename.endswith("/data.pkl") and member.compress_type == zipfile.ZIP_STORED:
+                    if member.CRC == 0:  # as torch writes where its checksums are switched off
+                        member.CRC = None
                     with archive.open(member) as file:
                         return file.read(_SEARCHED)
             return b""

@@ -8,6 +8,7 @@ trainer need and with arguments as torch writes them. What a file may make is bo
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import re
 import struct
@@ -90,9 +91,15 @@ def check_torch_pickle(path: Path) -> None:
     budget = Budget(opcodes=min(MAX_STEPS, FREE_STEPS + size // 4), decoded=size, depth=MAX_DEPTH)
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells them apart
-            # Not closed by hand: what was read may still refer to it.
-            data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            _check_legacy(data, _Torch(size, None), budget)
+            mapped, reader = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _Torch(size, None)
+            try:
+                with memoryview(mapped) as data:
+                    _check_legacy(data, reader, budget)
+            finally:
+                # Else a cycle would keep what was read, and with it the file open, which Windows then keeps in place.
+                vars(reader).clear()
+                with contextlib.suppress(BufferError):  # an error may still refer to it, and goes before long
+                    mapped.close()
             return
     data, records = _archive(path, size)
     _read(data, 0, _Torch(size, records).vocabulary, budget)
@@ -152,7 +159,10 @@ def _archive(path: Path, size: int) -> tuple[memoryview, dict[str, int]]:
                 raise Refused("an archive that is no checkpoint of tensors")
             if names[folder + "data.pkl"].file_size > MAX_PICKLE:
                 raise Refused(f"more than {MAX_PICKLE >> 20} MiB of instructions")
-            data = memoryview(archive.read(names[folder + "data.pkl"]))
+            wanted = names[folder + "data.pkl"]
+            if wanted.CRC == 0:  # as torch writes where its checksums are switched off; it never looks at them
+                wanted.CRC = None  # so zipfile compares nothing
+            data = memoryview(archive.read(wanted))
     except Refused:
         raise
     except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, IndexError, OverflowError,

@@ -206,6 +206,35 @@ def test_tensors_that_repeat_numbers_and_ones_without(tmp_path, new):
     assert "a tensor of 1000000000 numbers in a storage of 1, which is more than 4 times" in refused(path)
 
 
+def test_files_without_checksums(tmp_path):
+    path, before = tmp_path / "a.pt", torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"a": torch.arange(4.0)}, path)
+    finally:
+        torch.serialization.set_crc32_options(before)
+    same(read_state_dict(path), expected(path))
+    with zipfile.ZipFile(path) as archive:
+        assert {member.CRC for member in archive.infolist()} == {0}
+        with pytest.raises(zipfile.BadZipFile):
+            archive.read("a/data.pkl")
+
+
+def test_a_mapped_file_is_closed(tmp_path, monkeypatch):
+    made, real = [], module.mmap.mmap
+    monkeypatch.setattr(module.mmap, "mmap", lambda *values, **more: made.append(real(*values, **more)) or made[-1])
+    path = tmp_path / "a.pt"
+    gc.disable()
+    try:
+        for raw in ("", b"\xff\0"):
+            torch.save({"a": torch.ones(2), "raw": raw}, path, _use_new_zipfile_serialization=False)
+            module.check_torch_pickle(path)
+        refused(legacy(path, PLAIN_STATE[2:] + b"cos\nsystem\ns."))
+        assert [one.closed for one in made[:2]] == [True, True] and len(made) == 3
+    finally:
+        gc.enable()
+
+
 @BOTH
 def test_an_optimizers_state_by_addresses(tmp_path, new):
     """As torch 1.0 to 1.5 saved it."""
