@@ -24,6 +24,8 @@ KEY_RANGE = 2**31  # of whole numbers as keys
 # Python spreads whole numbers in a dictionary by their lowest bits, so that a file can choose ones of which every
 # further one meets all before: 160,000 such keys take most of a minute, 20,000 half a second.
 MAX_NUMBER_KEYS = 20_000
+_TUPLE_COST = 10  # tuples can be made to have one hash, and are then compared one by one
+MAX_KEY_TUPLE = 8
 FREE_KEYS = 2**10  # smaller ones are not counted: there are too few of them
 _CONTAINERS = (tuple, list, dict)
 
@@ -103,7 +105,8 @@ class Vocabulary:
     build: names whose placeholders may be given a state, which is dropped after `check_state` (target, state) saw it.
     inert: names that may only be mentioned. persistent: what takes the place of a persistent id (None: such ids are
     refused). explain: (module, name) -> a clause for a name that is not listed, or None. key_range: what whole numbers
-    as keys lie below.
+    as keys lie below. other_keys: whether None, truth values, numbers with a fraction and flat tuples may be keys.
+    surrogates: whether texts may have halves of characters.
     """
 
     reduce: Mapping[tuple[str, str], Call] = field(default_factory=dict)
@@ -114,6 +117,8 @@ class Vocabulary:
     check_state: Callable[[Any, Any], None] = lambda target, state: None
     explain: Callable[[str, str], str | None] = lambda module, name: None
     key_range: int = KEY_RANGE
+    other_keys: bool = False
+    surrogates: bool = False
 
     def name(self, module: Any, name: Any) -> Name:
         if type(module) is not str or type(name) is not str:
@@ -131,6 +136,17 @@ class Vocabulary:
             if not 0 <= key < FREE_KEYS:
                 budget.count_keys(1)
             return key
+        if self.other_keys:
+            if key is None or type(key) is bool:
+                return key
+            if type(key) is float and key == key:  # a NaN equals nothing, itself included
+                budget.count_keys(1)
+                return key
+            if type(key) is tuple and len(key) <= MAX_KEY_TUPLE and not any(type(one) is tuple for one in key):
+                budget.count_keys(_TUPLE_COST)
+                for one in key:
+                    self.key(one, budget)
+                return key
         raise Refused(f"a key that is {article(key)}")
 
 
@@ -214,7 +230,7 @@ class _Machine:
         if self.budget.text < 0:
             raise Refused(f"more than {MAX_TEXT >> 20} MiB of text")
         try:
-            return str(data, "utf-8")
+            return str(data, "utf-8", "surrogatepass" if self.vocabulary.surrogates else "strict")
         except UnicodeDecodeError:
             raise Refused("a text that is no UTF-8") from None
 

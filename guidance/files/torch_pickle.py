@@ -224,6 +224,7 @@ class _Torch:
             build=frozenset((_ORDERED, _NAMESPACE, _NUMPY_DTYPE)),
             inert=frozenset((*_STORAGES, *_CALLBACKS, ("torch", "Tensor"), *(("torch", name) for name in _DTYPES))),
             persistent=self.storage, check_state=self.state, explain=_explain, key_range=MAX_KEY,
+            other_keys=True, surrogates=True,
         )  # fmt: skip
 
     def storage(self, found: Any) -> Storage:

@@ -206,6 +206,25 @@ def test_tensors_that_repeat_numbers_and_ones_without(tmp_path, new):
     assert "a tensor of 1000000000 numbers in a storage of 1, which is more than 4 times" in refused(path)
 
 
+@BOTH
+def test_keys_that_are_neither_texts_nor_whole_numbers(tmp_path, new):
+    path, inf = tmp_path / "a.pt", float("inf")
+    keys = [None, True, 0.5, -0.25, inf, -inf, 1e300, (), ("a", 2, None, 0.5), tuple(range(8)), "\udc80", ("\udfff",)]
+    content = {"a": torch.ones(2), "more": dict.fromkeys(keys, 1), "some": {(1, 2), 0.5}}
+    torch.save(content, path, _use_new_zipfile_serialization=new)
+    same(read_state_dict(path), {"a": content["a"]})
+    read = module.read_torch_pickle(path)
+    assert read["more"] == expected(path)["more"] == content["more"] and read["some"] == content["some"]
+    torch.save({"\udc80": torch.ones(1)}, path, _use_new_zipfile_serialization=new)
+    assert read_state_dict(path).keys() == {"\udc80"} and read_keys(path) == ["\udc80"]
+    for key, kind in ((float("nan"), "float"), (tuple(range(9)), "tuple"), ((1, (2,)), "tuple"), (b"a", "memoryview"),
+                      ((1, float("nan")), "float"), ((2**57,), "int")):  # fmt: skip
+        torch.save({"a": torch.ones(2), "more": {key: 1}}, path, _use_new_zipfile_serialization=new)
+        assert re.search(f"a key that is an? {kind}", refused(path))
+    torch.save({"a": torch.ones(2), "more": {(n, -1): 1 for n in range(2001)}}, path, _use_new_zipfile_serialization=new)
+    assert "more than 20000 numbers as keys" in refused(path)
+
+
 def test_files_without_checksums(tmp_path):
     path, before = tmp_path / "a.pt", torch.serialization.get_crc32_options()
     torch.serialization.set_crc32_options(False)
