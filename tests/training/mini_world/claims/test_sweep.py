@@ -100,7 +100,7 @@ def test_the_readme_states_what_the_sweeps_cost():
     longest = {}
     for model in {point.model for point in full.points if point.model and point.model.kind != "shipped"}:
         longest[model.run_name] = max(longest.get(model.run_name, 0), model.steps)
-    assert f"trains {len(longest)} models: {sum(longest.values()):,} steps of {full.batch} images" in text
+    assert f"makes {len(longest)} training runs, {sum(longest.values()):,} steps of {full.batch} images" in text
 
 
 @pytest.mark.parametrize("schedule", sweep.SCHEDULES)
