@@ -74,7 +74,9 @@ def write_report(
     lines_ = [verdict_line(verdict, plan) for verdict in verdicts] + [row_line(row) for row in rows]
     written = [folder / "sgf.jsonl"]
     write_text(written[0], "\n".join(lines_) + "\n")
-    for name, picture in (("sgf", draw(rows)), ("sgf_samples", sheet(rows, shown))):
+    plot = draw(rows)
+    few_colours = None if plot is None else plot.quantize(256)  # a third of the bytes
+    for name, picture in (("sgf", few_colours), ("sgf_samples", sheet(rows, shown))):
         if picture is not None:
             written.append(folder / f"{name}.png")
             with replacing(written[-1]) as file:
