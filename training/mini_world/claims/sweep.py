@@ -13,9 +13,9 @@ from .questions import QUESTIONS
 # One sweep of scales for everything of the form u + w (c - u); the prior has 2 as well, where its digits are best.
 SCALES = (1.5, 3.0, 5.0)
 PRIOR_SCALES = (2.0, *SCALES)
-# Training lengths of the fine-tunes and of the domain model; stopping early is fine-tuning's best defence.
-LENGTHS = (30, 100, 300, 1000)
 HEADLINE_STEPS = 300
+# Training lengths of the fine-tunes, most telling first; stopping early is fine-tuning's best defence.
+LENGTHS = (HEADLINE_STEPS, 100, 1000, 30)
 DOMAIN_STEPS = 1000
 SEEDS = (0, 1, 2)
 CAPTIONS = ("", FIXED_CAPTION)
@@ -178,7 +178,7 @@ def full_points() -> Iterator[Point]:
         yield from late(question)
         yield from scheduled(question, SCHEDULES[:4])
     # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
-    for steps in (HEADLINE_STEPS, 100, 1000, 30):
+    for steps in LENGTHS:
         yield from all_fine_tunes(main, steps)
     # 4. The same again on narrow handwriting, whose colours are the extreme case; one caption, since "a digit" is not
     #    less true of it.
@@ -189,7 +189,7 @@ def full_points() -> Iterator[Point]:
     yield from more_shaped(narrow_foreign)
     yield from late(narrow_foreign)
     yield from scheduled(narrow_foreign, SCHEDULES[:4])
-    for steps in (HEADLINE_STEPS, 100, 1000, 30):
+    for steps in LENGTHS:
         yield from all_fine_tunes(narrow, steps, (FIXED_CAPTION,))
     # 5. Three training seeds of the headline rows, and the models that the project ships.
     for question in (main, foreign):

@@ -117,10 +117,10 @@ class Runs:
         with locked(self.folder, f".{run.name}-{self.hash_of(run)}.lock"):
             for stop in sorted({step, *(one for one in self.stops if one < step)}):
                 if not self.path(run, stop).is_file():
-                    self._adapt(run, stop, self.path(run, stop))
+                    self._adapt(run, stop)
         return path
 
-    def _adapt(self, run: Run, step: int, path: Path) -> Path:
+    def _adapt(self, run: Run, step: int) -> None:
         place = self.folder / "runs" / f"{run.name}-{self.hash_of(run)}"
         if any(finished > step for finished in self.finished_steps(run)):
             place = place.with_name(f"{place.name}-to-{step}")  # the run has gone past this stop; go there once more
@@ -135,9 +135,8 @@ class Runs:
         result = adapt(config, resume="auto", generator=self.source, critic=critic, encode=encode)
         if result.status != "finished":
             raise KeyboardInterrupt(f"{run.name} stopped at step {result.step}; start again to go on")
-        with replacing(path) as file, open(result.path, "rb") as made:
+        with replacing(self.path(run, step)) as file, open(result.path, "rb") as made:
             file.write(made.read())
-        return path
 
     def _places(self, run: Run) -> dict[str, str]:
         if RECIPES[run.recipe].critic != "domain":
