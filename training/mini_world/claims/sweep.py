@@ -177,11 +177,7 @@ def full_points() -> Iterator[Point]:
     for question in (main, foreign):
         yield from late(question)
         yield from scheduled(question, SCHEDULES[:4])
-    # 3. Fine-tuning's best defences: other captions, adapters, and stopping early.
-    for steps in LENGTHS:
-        yield from all_fine_tunes(main, steps)
-    # 4. The same again on narrow handwriting, whose colours are the extreme case; one caption, since "a digit" is not
-    #    less true of it.
+    # 3. The same on narrow handwriting, whose colours are the extreme case, and what could keep them.
     for question in (narrow, narrow_foreign):
         yield from priors(question)
         yield from multi(question, HEADLINE_WEIGHTS)
@@ -189,11 +185,15 @@ def full_points() -> Iterator[Point]:
     yield from more_shaped(narrow_foreign)
     yield from late(narrow_foreign)
     yield from scheduled(narrow_foreign, SCHEDULES[:4])
+    # 4. Fine-tuning's best defences: other captions, adapters, and stopping early; one caption on narrow handwriting,
+    #    since "a digit" is not less true of it. Three training seeds of the headline rows on the way.
     for steps in LENGTHS:
+        yield from all_fine_tunes(main, steps)
         yield from all_fine_tunes(narrow, steps, (FIXED_CAPTION,))
-    # 5. Three training seeds of the headline rows, and the models that the project ships.
-    for question in (main, foreign):
-        yield from training_seeds(question)
+        if steps == HEADLINE_STEPS:
+            for question in (main, foreign):
+                yield from training_seeds(question)
+    # 5. The models that the project ships.
     for question in QUESTIONS:
         yield from of_shipped(question)
     # 6. The rest of the grids, and domain models stopped as early as fine-tunes are.

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import FAINT, NOISIER, RECIPES, WEAK
+from .recipes import FAINT, GUIDED, NOISIER, RECIPES, SGF, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -63,6 +63,10 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     yield from runs(stops, first, tuple(name for name, recipe in RECIPES.items() if recipe.critic == "prompt"))
     yield Point(dark.name, "prior")
     yield from runs(stops, dark, ("sds", *WEAK, "first"))
+    # 5. The colour that is reached, asked as much as the first; the other tasks' seeds.
+    yield from runs(stops, third, telling)
+    for task, recipes in ((third, released), (DOMAIN, ("sds", *GUIDED)), (LONG, SGF)):
+        yield from runs(stops, task, recipes, SEEDS[1:])
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:

@@ -96,6 +96,7 @@ COLOURS = (
     colour_task("purple", "black"),
     colour_task("black", "yellow"),
 )
+INK = COLOURS[2]  # only the ink has to change
 DARK = COLOURS[3]
 # Longer than any caption the prior was trained on, with words that it does not know.
 LONG = colour_task(

@@ -21,7 +21,7 @@ from ..claims.keeping import Row
 from .points import Point
 from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, RECIPES, RECONSTRUCTION, SGF
 from .sweep import Plan
-from .tasks import COLOURS, DARK, DOMAIN, LONG, SEVEN, TASKS
+from .tasks import COLOURS, DARK, DOMAIN, INK, LONG, SEVEN, TASKS
 
 ACCURATE = 0.9
 DIVERSE = 0.8
@@ -33,10 +33,12 @@ DEFAULT = "sds_directional"  # SGF's setting whose full run is the budget of (e)
 FEWER = 0.9
 PULLED = 0.1
 OTHERS = tuple(name for name in (*DIRECTIONAL, *RECONSTRUCTION) if name not in SGF)  # SGF's settings too
-# Dark ink on a light ground is only looked at: this source never drew it, and few recipes are asked for it.
+# Dark ink on a light ground is only looked at: this source never drew it, and few recipes are asked for it. The colour
+# that keeps the source's ground is decided among the colours and by itself: it alone is reached by most recipes (a
+# group made after that had been seen).
 GROUPS = {
-    "colours": tuple(task.name for task in COLOURS if task != DARK), "long prompt": (LONG.name,), "shape": (SEVEN.name,),
-    "domain": (DOMAIN.name,),
+    "colours": tuple(task.name for task in COLOURS if task != DARK), "ink alone": (INK.name,),
+    "long prompt": (LONG.name,), "shape": (SEVEN.name,), "domain": (DOMAIN.name,),
 }  # fmt: skip
 
 Key = tuple[str, int]  # task, seed
@@ -342,9 +344,9 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
 
 
 def all_verdicts(rows: Sequence[Row], plan: Plan) -> list[Verdict]:
-    """(a), (b), (c) and (e) for the colours, the long prompt and the shape, (d) for the domain."""
+    """(a), (b), (c) and (e) for the colours, one of them alone, the long prompt and the shape, (d) for the domain."""
     found = []
-    for group in ("colours", "long prompt", "shape"):
+    for group in ("colours", "ink alone", "long prompt", "shape"):
         evidence = Evidence(rows, plan, group)
         for claim in (claim_a, claim_b, claim_c, claim_e):
             found += claim(evidence)

@@ -35,12 +35,13 @@ def test_the_full_sweep_asks_the_claims_of_every_task():
     for task in tasks.TASKS.values():
         found = {(point.recipe, point.seed) for point in points if point.task == task.name}
         if task.kind == "domain":
-            assert {("sds", 0), *((name, 0) for name in recipes.GUIDED)} == found
+            assert {(name, seed) for name in ("sds", *recipes.GUIDED) for seed in sweep.SEEDS} == found
         elif task == dark:  # out of this source's reach: a look only
             assert {("sds", 0), ("first", 0)} <= found
         else:
             assert {(name, 0) for name in (*released, *recipes.FAINT, "first")} <= found
-        if task in (first, second, tasks.SEVEN):
+            assert {(name, seed) for name in recipes.SGF for seed in sweep.SEEDS} <= found
+        if task in (first, second, third, tasks.SEVEN):
             assert {(name, seed) for name in released for seed in sweep.SEEDS} <= found
             assert {(name, 0) for name in ("sds_layers_3", "csd", "shared_directional_weak")} <= found
     assert {point.recipe for point in points} == set(recipes.RECIPES)

@@ -70,6 +70,14 @@ def test_b_takes_the_best_accurate_stop_and_counts_runs_that_never_get_there_as_
     assert found.outcome == "confirmed" and found.details["setting"] == "SDS + directional 0.2"
 
 
+def test_the_colour_that_keeps_the_ground_is_also_decided_by_itself():
+    rows = [row("sds", 200, 0.2, 0.9), row("sds", 200, 0.99, 0.5, task=COLOURS[2].name)]
+    assert verdict(rows, "colours/a/reaches_the_prompt").value == pytest.approx(0.595)
+    alone = verdict(rows, "ink_alone/a/reaches_the_prompt")
+    assert alone.outcome == "confirmed" and alone.value == 0.99
+    assert verdict(rows[:1], "ink_alone/a/reaches_the_prompt").outcome == "undecided"
+
+
 def test_a_setting_asked_only_the_easy_task_is_not_the_best():
     both = [row("sds_directional", 200, 0.95, 0.7, task=task) for task in (FIRST, SECOND)]
     easy = [row("sds_directional_noisy", 200, 0.95, 0.99)]
@@ -188,4 +196,4 @@ def test_shape_and_colours_are_decided_apart():
 def test_every_claim_is_there_without_points():
     found = verdicts.all_verdicts([], PLANS["full"]())
     assert {one.outcome for one in found} == {"undecided"}
-    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 23
+    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 30
