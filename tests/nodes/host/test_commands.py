@@ -30,3 +30,38 @@ def test_test_tools_are_found_whether_or_not_python_reads_its_variable(tmp_path,
         monkeypatch.setattr(commands.subprocess, "Popen", lambda command, cwd: real(command, cwd=cwd, stdout=out))
         assert commands.test({"rest": ["-k", "a and b"], "tools": str(tools)}) == 7
     assert printed.read_text() == "arguments ['-k', 'a and b']\n"
+
+
+def test_the_whole_suite_is_shared_out_file_by_file(monkeypatch):
+    from indomain_guidance.nodes.host import __main__ as commands
+
+    started = []
+    monkeypatch.setattr(commands, "_child", lambda command, cwd: started.append(command[4:]) or 0)
+    monkeypatch.setattr(commands, "_cores", lambda: 2)
+    commands.test({"rest": [], "tools": None})
+    commands.test({"rest": ["tests/nodes"], "tools": None})
+    monkeypatch.setattr(commands, "_cores", lambda: 64)
+    commands.test({"rest": [], "tools": None})
+    monkeypatch.setattr(commands, "_cores", lambda: 1)
+    commands.test({"rest": [], "tools": None})
+    assert started == [
+        ["-n", "2", "--dist", "loadfile"], ["tests/nodes"], ["-n", "4", "--dist", "loadfile"], [],
+    ]  # fmt: skip
+
+
+def test_a_python_that_reads_no_variables_tests_alone():
+    """Its testers would not find pytest."""
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import bootstrap; bootstrap.register(); "
+        "from indomain_guidance.nodes.host import __main__ as commands; print(commands._shared_out(8))"
+    )
+    folder = str(bootstrap_folder())
+    for flags, expected in (([], "['-n', '4', '--dist', 'loadfile']"), (["-E"], "[]")):
+        found = subprocess.run([sys.executable, *flags, "-c", code, folder], capture_output=True, text=True, check=True)
+        assert found.stdout.strip() == expected
+
+
+def bootstrap_folder():
+    from indomain_guidance.training import bootstrap
+
+    return os.path.dirname(bootstrap.__file__)
