@@ -226,7 +226,7 @@ class Adapter:
         try:
             for name, value in self.values().items():
                 self.parameters[name].data = value.to(self.parameters[name])
-            if any(name.startswith("mapping.") for name in self.parameters):
+            if self._mapping_moved():
                 with torch.no_grad():
                     self.generator.mapping.w_avg.copy_(self.generator.mean_style())
             yield self.generator
@@ -235,6 +235,12 @@ class Adapter:
                 self.parameters[name].data = value
             with torch.no_grad():
                 self.generator.mapping.w_avg.copy_(centre)
+
+    def _mapping_moved(self) -> bool:
+        """Whether the mean style is another: with layers chosen, the mapping is never trained."""
+        was = dict(self.frozen.named_parameters())
+        mapping = (name for name in self.parameters if name.startswith("mapping."))
+        return any(not torch.equal(self.parameters[name].data, was[name]) for name in mapping)
 
     def has_finite_weights(self) -> bool:
         """Whether the trained weights and their average are free of NaN and infinity."""

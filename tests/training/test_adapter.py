@@ -69,6 +69,16 @@ def test_what_is_shown_is_the_average_and_leaves_the_weights_alone(adapter):
     assert all(torch.equal(value, before[name]) for name, value in one.generator.state_dict().items())
 
 
+def test_the_mean_style_is_the_files_own_while_the_mapping_stays(adapter, tiny_adaptation):
+    source = tiny_adaptation.tiny_generator()
+    source.mapping.w_avg += 1.0  # no mean of its styles
+    for layers, stays in ((1, True), (0, False)):
+        one = adapter(source, train="all", layers=layers)
+        one.take_step()
+        with one.shown() as generator:
+            assert torch.equal(generator.mapping.w_avg, source.mapping.w_avg) == stays
+
+
 def test_the_learning_rate_follows_its_schedule(adapter):
     one = adapter(steps=4, schedule="linear", warmup=2, learning_rate=0.01)
     assert [round(one.take_step().rate, 6) for _ in range(4)] == [0.005, 0.01, 0.01, 0.005]
