@@ -5,9 +5,11 @@ INDOMAIN_COMFYUI_PATH names the ComfyUI to test against; only where it is not se
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -218,3 +220,31 @@ def guiders(comfyui: SimpleNamespace) -> Any:
 def internals(comfyui: SimpleNamespace) -> Any:
     """The guider behind the nodes."""
     return importlib.import_module("indomain_guidance.nodes.comfy_internals.guider")
+
+
+@pytest.fixture
+def cancelled_at(comfyui: SimpleNamespace, monkeypatch: pytest.MonkeyPatch):
+    """``with cancelled_at(2, of=6) as seen:`` a cancel arrives as a progress bar of 6 steps shows its second.
+
+    The bar raises as ComfyUI's own hook does on every update; ``seen`` lists what bars have shown.
+    """
+    management = comfyui.model_management
+
+    @contextlib.contextmanager
+    def run(value: int, of: int) -> Iterator[list[int]]:
+        seen: list[int] = []
+
+        def update(bar: Any, now: int, total: int | None = None, preview: Any = None) -> None:
+            seen.append(now)
+            if (now, total) == (value, of):
+                management.interrupt_current_processing()
+            management.throw_exception_if_processing_interrupted()
+
+        try:
+            with monkeypatch.context() as patch:
+                patch.setattr(comfyui.utils.ProgressBar, "update_absolute", update)
+                yield seen
+        finally:
+            management.interrupt_current_processing(False)
+
+    return run

@@ -200,44 +200,23 @@ def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, c
     assert config["domain"].endswith("mini-handwriting.safetensors") and config["domain_weight"] == 1.0
 
 
-def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, adapt, world, monkeypatch):
+def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, adapt, world, cancelled_at):
     whole = adapt(name="whole", steps=6)
-    seen = []
-
-    def interrupt(bar, value, total=None, preview=None):
-        seen.append(value)
-        if total == 6 and value == 2:
-            comfyui.model_management.interrupt_current_processing()
-        # What ComfyUI's own hook does on every update.
-        comfyui.model_management.throw_exception_if_processing_interrupted()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+    with cancelled_at(2, of=6) as seen:
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             adapt(name="parts", steps=6)
-    assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
+        assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
     assert [event.step for event in log_of(world, "parts") if type(event).__name__ == "Stopped"] == [seen[-1]]
     assert not (world.tmp / "models" / "generators" / "parts.safetensors").exists()
     parts = adapt(name="parts", steps=6, resume="continue")
     assert same_bits(weights(parts.generator), weights(whole.generator))
 
 
-def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_finished_run(comfyui, adapt, world, monkeypatch):
+def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_finished_run(comfyui, adapt, cancelled_at):
     """What was made is returned and its file written; ComfyUI asks before its next node."""
-    management = comfyui.model_management
-
-    def interrupt(bar, value, total=None, preview=None):
-        if value == total == 3:
-            management.interrupt_current_processing()
-        management.throw_exception_if_processing_interrupted()
-
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
-            made = adapt(name="late", steps=3)
-        assert Path(made.path).is_file() and management.processing_interrupted()
-    finally:
-        management.interrupt_current_processing(False)
+    with cancelled_at(3, of=3):
+        made = adapt(name="late", steps=3)
+        assert Path(made.path).is_file() and comfyui.model_management.processing_interrupted()
 
 
 @pytest.mark.parametrize("where", ["critic", "encoder"])

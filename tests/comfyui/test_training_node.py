@@ -294,22 +294,12 @@ def test_the_same_run_from_inputs_and_from_the_name_is_the_same(mini, train, pic
     assert error(*(torch.cat([made[key].float().flatten() for key in ours]) for made in (theirs, ours))) < 2e-3
 
 
-def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, pictures, world, monkeypatch):
+def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, pictures, world, cancelled_at):
     whole = train(images=[pictures], name="whole", steps=6)
-    seen = []
-
-    def interrupt(bar, value, total=None, preview=None):
-        seen.append(value)
-        if total == 6 and value == 2:
-            comfyui.model_management.interrupt_current_processing()
-        # What ComfyUI's own hook does on every update.
-        comfyui.model_management.throw_exception_if_processing_interrupted()
-
-    with monkeypatch.context() as patch:
-        patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
+    with cancelled_at(2, of=6) as seen:
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             train(images=[pictures], name="parts", steps=6)
-    assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
+        assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
     events = module("training.events").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
     assert [event.step for event in events if type(event).__name__ == "Stopped"] == [seen[-1]]
     assert not (world.tmp / "models" / "domain_unets" / "parts.safetensors").exists()
@@ -317,22 +307,11 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, p
     assert same_bits(weights_of(parts.path), weights_of(whole.path))
 
 
-def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_run(comfyui, train, pictures, world, monkeypatch):
+def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_run(comfyui, train, pictures, cancelled_at):
     """What was made is returned and its file written; ComfyUI asks before its next node."""
-    management = comfyui.model_management
-
-    def interrupt(bar, value, total=None, preview=None):
-        if value == total == 3:
-            management.interrupt_current_processing()
-        management.throw_exception_if_processing_interrupted()
-
-    try:
-        with monkeypatch.context() as patch:
-            patch.setattr(comfyui.utils.ProgressBar, "update_absolute", interrupt)
-            made = train(images=[pictures], name="late", steps=3)
-        assert Path(made.path).is_file() and management.processing_interrupted()
-    finally:
-        management.interrupt_current_processing(False)
+    with cancelled_at(3, of=3):
+        made = train(images=[pictures], name="late", steps=3)
+        assert Path(made.path).is_file() and comfyui.model_management.processing_interrupted()
 
 
 def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monkeypatch):
