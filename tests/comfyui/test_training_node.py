@@ -154,6 +154,7 @@ def test_exported_vae_encodes_as_cores(mini, world):
     # The same autoencoder as the mini world's own file: cached latents are shared with runs from there.
     own = module("training.base").open_mini_world()
     assert base.latent_scale == own.latent_scale and base.autoencoder.config == own.autoencoder.config
+    assert base.vae_id == own.vae_id
 
 
 def test_prediction_and_patches_are_the_models(tiny, clip, mini, world):

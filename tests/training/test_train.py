@@ -252,7 +252,8 @@ def test_other_parts_of_the_prior_are_refused(run, base, tiny_run):
     run(steps=2)
     vae = tiny_run.tiny_base()
     with torch.no_grad():
-        next(vae.autoencoder.parameters()).mul_(1.05)
+        for parameter in vae.autoencoder.parameters():
+            parameter.neg_()
     with pytest.raises(ConfigProblem, match="same VAE"):
         run(base=vae)
     with pytest.raises(ConfigProblem, match="found epsilon where the prior is now taken for v_prediction"):
@@ -265,6 +266,17 @@ def test_other_parts_of_the_prior_are_refused(run, base, tiny_run):
         run(base=encoded(lambda tensor: tensor * 1.05))
     _, events = run(base=encoded(lambda tensor: tensor * (1 + 1e-6)))
     assert any("the text is encoded by" in event.text for event in events if isinstance(event, Warned))
+
+
+def test_a_vae_that_is_rounded_otherwise_is_the_same(run, tiny_run):
+    """ComfyUI holds the VAE of a file in bf16 where the device has it."""
+    run(steps=2)
+    rounded = tiny_run.tiny_base()
+    rounded.autoencoder.to(torch.bfloat16).float()
+    assert rounded.vae_id != tiny_run.tiny_base().vae_id
+    _, events = run(base=rounded)
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert any("the VAE's weights are rounded otherwise" in text for text in warned)
 
 
 @pytest.mark.parametrize("place", ["grid", "image"])
