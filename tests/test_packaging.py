@@ -54,6 +54,15 @@ def test_no_upper_bound_and_no_requirements_file():
     assert not (ROOT / "requirements.txt").exists()
 
 
+def test_comfyui_reads_what_the_registry_needs(core):
+    """By core's own parser, which drops a whole list of classifiers for one that it does not know."""
+    about = core("comfy_config.config_parser").extract_node_configuration(str(ROOT))
+    project, comfy = about.project, about.tool_comfy
+    assert (project.name, comfy.display_name) == ("indomain-guidance", "In-Domain Guidance") and comfy.publisher_id
+    assert project.supported_os == ["OS Independent"] and len(project.supported_accelerators) == 3
+    assert project.supported_comfyui_version == ">=0.3.75"
+
+
 def tracked_files() -> list[Path]:
     listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
                             capture_output=True)
