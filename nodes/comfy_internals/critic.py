@@ -19,7 +19,6 @@ import comfy.model_base
 import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
-import comfy.supported_models
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +31,7 @@ from ...guidance.terms import Source, Term
 from . import domain_info
 from .compatibility import display_name, noise_family
 from .guider import MultiGuidanceGuider, TermInput
-from .mini_world import MiniWorldLatentFormat
+from .loading import LATENT_FORMATS
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -144,13 +143,12 @@ def _ordinary(module: nn.Module) -> nn.Module:
 
 def native_side(model: ModelPatcher) -> int:
     """The side in pixels of the images a MODEL was made for."""
-    kind = type(model.model.model_config)
-    if isinstance(model.get_model_object("latent_format"), MiniWorldLatentFormat):
-        return 64
-    if issubclass(kind, comfy.supported_models.SDXL):
-        return 1024
+    from ...training.adapt_critic import native_resolution
+
+    kind = type(model.get_model_object("latent_format"))
+    latent_format = next((name for name, known in LATENT_FORMATS.items() if known is kind), "")
     is_v = isinstance(model.get_model_object("model_sampling"), comfy.model_sampling.V_PREDICTION)
-    return 768 if issubclass(kind, comfy.supported_models.SD20) and is_v else 512
+    return native_resolution(latent_format, model.model.model_config.unet_config.get("context_dim"), is_v) or 512
 
 
 def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tuple[int, int, int, int]:

@@ -183,6 +183,24 @@ def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet, iso
             adapt(positive=tiny.conditioning(1), negative=negative, **inputs)
 
 
+@pytest.mark.parametrize("family, prediction, context, side", [
+    ("SD15", "EPS", 768, 512), ("SD15", "V_PREDICTION", 768, 512), ("SD20", "EPS", 1024, 512),
+    ("SD20", "V_PREDICTION", 1024, 768), ("SDXL", "EPS", 2048, 1024), ("SDXL", "V_PREDICTION", 2048, 1024),
+])  # fmt: skip
+def test_a_family_is_judged_at_one_size_in_every_process(world, tiny, mini, family, prediction, context, side):
+    critic, judge = module("nodes.comfy_internals.critic"), module("training.adapt_critic")
+    adapt_config = module("training.adapt_config")
+    config = adapt_config.AdaptConfig(generator="x", base="y", prompt="a red seven")
+    unet = {"context_dim": context, "model_channels": 64, **(SDXL if family == "SDXL" else {})}
+    model = tiny.prior(family=family, prediction=prediction, **unet)
+    for one, expected in ((model, side), (mini.model, 64)):
+        inputs = critic.CriticInputs(one, mini.vae, tiny.conditioning(1), tiny.conditioning(2), 7.5)
+        with torch.inference_mode(False):
+            base = world.internals.export_judge(inputs, config).open()
+        apart = judge.judged_resolution(config, base, tiny_generator())
+        assert critic.native_side(one) == apart == expected
+
+
 def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, caplog):
     domain = module("nodes.comfy_internals.loading").load_domain_unet(
         str(module("nodes.comfy_internals.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")

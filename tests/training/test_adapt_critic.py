@@ -94,6 +94,10 @@ def test_images_are_judged_at_the_size_the_model_was_made_for(mini, configure, t
     generator, config = tiny_adaptation.tiny_generator(), configure()
     assert judged_resolution(config, mini, generator) == 64
     assert judged_resolution(config, dataclasses.replace(mini, latent_format="sdxl"), generator) == 1024
+    wide = dataclasses.replace(mini.config, context_dim=1024)
+    for prediction, side in (("epsilon", 512), ("v_prediction", 768)):
+        second = dataclasses.replace(mini, latent_format="sd15", config=wide, prediction_type=prediction)
+        assert judged_resolution(config, second, generator) == side
     assert judged_resolution(configure(resolution=128), mini, generator) == 128
     assert judged_resolution(config, tiny_run.tiny_base(), generator) == 16  # an unknown family: the generator's own
     assert judged_resolution(config, None, generator) == 16
