@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def adapt(
     """Adapt a generator to a prompt (StyleGAN-Fusion, arXiv 2212.04473) as the configuration says; returns when done.
 
     generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W], about
-    -1..1, -> latents, differentiable): instead of `config.base`, prompts and domain. base: an opened prior instead of
+    -1..1, -> latents, differentiable): instead of `config.base`, prompts, domain and precision. base: an opened prior instead of
     `config.base`. distance: of the perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener,
     should_stop, dry_run and the run's folder are those of `train.train`; an adaptation that was killed and goes on ends
     with the same bits too.
@@ -68,7 +69,7 @@ def adapt(
         raise ValueError("Expected a critic and its encode together, got one of them.")
     # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
-        run = _Adaptation(config, open_processes(config.device), listener, should_stop)
+        run = _Adaptation(config, open_processes(config.device), listener, should_stop, critic is not None)
         parts = _Parts(generator, critic, encode, base, distance)
         return run.dry(resume, parts) if dry_run else run.adapt(resume, parts)
 
@@ -108,9 +109,11 @@ class _Adaptation(Engine):
     blame = "lower learning_rate or scale, or set latent_clamp and image_quantile"
 
     def __init__(
-        self, config: AdaptConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool]
-    ) -> None:
+        self, config: AdaptConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool],
+        has_critic: bool,
+    ) -> None:  # fmt: skip
         super().__init__(config, processes, listener, should_stop)
+        self.has_critic = has_critic
         self.loaded: LoadedGenerator | None = None
         self.grids: BeforeAfter | None = None
 
@@ -141,6 +144,17 @@ class _Adaptation(Engine):
                 folder = self.samples_path(0).parent
                 self.grids = BeforeAfter(self.config, adapter.frozen, folder, anew=start == 0)
             return self.loop()
+
+    def _resolve(self, state: dict[str, Any] | None) -> None:
+        """As every run, but a critic that is given computes in a precision of its own, which stands in it as auto."""
+        began = None if state is None else state["config"]["precision"]
+        if self.has_critic:
+            self.config = self.config.with_changes(precision="auto")
+        else:
+            super()._resolve(None if began == "auto" else state)
+        if "auto" in (began, self.config.precision) and state is not None:
+            # What nobody chose, then or now, is no other configuration; the facts tell the difference.
+            state["config"]["precision"] = self.config.precision
 
     def _objective(self, stack: ExitStack, parts: _Parts) -> tuple[Objective, Encode]:
         """The critic's objective and the encoder, on this process' device while `stack` is open."""

@@ -118,7 +118,8 @@ class AdaptConfig(Settings):
     ema: float = option(0.99, "optimisation", "decay of the average of the weights that is sampled and exported, "
                         "warmed up as (1+n)/(10+n); 0: no average", min=0.0, max=0.9999999)
     precision: str = option("auto", "optimisation", "of the diffusion model and its VAE (the generator stays fp32); "
-                            "auto: bf16 on GPUs that have it, else fp32", choices=("auto", "fp32", "bf16", "fp16"))
+                            "auto: bf16 on GPUs that have it, else fp32. In ComfyUI only with isolated: else the model "
+                            "and the VAE stay as they were loaded", choices=("auto", "fp32", "bf16", "fp16"))
     seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
     device: str = option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
     critic_rank: int = option(4, "optimisation", "method vsd only: rank of the second critic's additions", min=1,

@@ -253,7 +253,7 @@ class Adapter:
         return []
 
     def facts(self) -> dict[str, str]:
-        """`machine_facts` of this run, and the precision of its critic."""
+        """`machine_facts` of this run, and the precision of its critic; auto where the critic was given."""
         return {**machine_facts(self.device, self.processes.world), "precision": self.config.precision}
 
     def state(self) -> dict[str, Any]:

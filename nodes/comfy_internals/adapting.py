@@ -143,6 +143,11 @@ def run(
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
+    if job is None and config.precision != "auto":
+        progress.warnings.append(
+            f"precision {config.precision} is for a process of its own (isolated): ignored. Here the model and the VAE "
+            "compute as they were loaded."
+        )
 
     def learn() -> Result:
         if job is not None:

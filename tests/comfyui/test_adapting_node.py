@@ -218,6 +218,15 @@ def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, c
     assert config["domain"].endswith("mini-handwriting.safetensors") and config["domain_weight"] == 1.0
 
 
+def test_precision_is_for_a_process_of_its_own(adapt, world):
+    """The connected model and VAE have theirs; what the option says does not keep a run from going on."""
+    adapt(steps=1)
+    made = adapt(steps=2, options={"precision": "bf16"})
+    assert [text for text in made.ui["text"] if "precision bf16 is for a process of its own" in text]
+    config = json.loads((world.tmp / "output" / "generator_adaptation" / "made" / "config.json").read_text())
+    assert config["precision"] == "auto"
+
+
 def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, adapt, world, cancelled_at):
     whole = adapt(name="whole", steps=6)
     with cancelled_at(2, of=6) as seen:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_generator, write_generator
 from indomain_guidance.training.adapt import adapt
+from indomain_guidance.training.adapt_critic import latent_encoder, open_critic
 from indomain_guidance.training.base import Text
 from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint
 from indomain_guidance.training.engine import NonFiniteLoss
@@ -345,6 +346,28 @@ def test_any_failure_leaves_the_last_step(run, tmp_path):
     with pytest.raises(Cancelled):
         run(listener=cancel, checkpoint_every=0)
     assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [3]
+
+
+def test_a_critic_that_is_given_has_its_own_precision(run, base, tmp_path, tiny_adaptation):
+    """The field is for models that a run opens; without them it neither stands in the files nor hinders a run."""
+    run(steps=1, precision="fp32")
+    result, events = run(steps=2, precision="bf16")
+    assert not [event for event in events if isinstance(event, Warned)]
+    states = [load_checkpoint(checkpoint_path(tmp_path / "run", step)) for step in (1, 2)]
+    assert [(one["config"]["precision"], one["facts"]["precision"]) for one in states] == [("auto", "auto")] * 2
+    assert json.loads(read_generator(result.path).metadata.extra["training"])["precision"] == "auto"
+    # Opened by the run, the models have the configuration's; and each way goes on with what the other began.
+    changes = {"output": str(tmp_path / "opened"), "scale": 5.0, "t_max": 100, "resolution": 32}
+    run(steps=1, parts=by_base(base), precision="fp32", **changes)
+    with pytest.raises(ConfigProblem, match="precision was 'fp32' and is 'bf16'"):
+        run(steps=2, parts=by_base(base), precision="bf16", **changes)
+    critic = open_critic(tiny_adaptation.tiny_config(tmp_path, **changes), base, 32, "cpu")
+    given = {"critic": critic, "encode": latent_encoder(base, 32)}
+    for step, parts, precision in ((2, given, "auto"), (3, by_base(base), "fp32")):
+        _, events = run(steps=step, parts=parts, precision="fp32", **changes)
+        assert load_checkpoint(checkpoint_path(tmp_path / "opened", step))["facts"]["precision"] == precision
+        (warned,) = (event.text for event in events if isinstance(event, Warned))
+        assert f"-> {precision})" in warned
 
 
 def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_path, tiny_run):
