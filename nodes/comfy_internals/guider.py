@@ -2,7 +2,7 @@
 
 The prior is the guider's own model, exactly as in core's `CFGGuider`; every other model is a `Branch`. Where only the
 prior's own control conditioning is left to guide, core's `predict_noise` runs, so that the result is core's to the last
-bit.
+bit. Where the conditioning of a term covers nothing (`coverage`), its prediction is its reference's.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 from ...guidance.combination import Guidance, Step
 from ...guidance.schedules import Constant, Interval, WeightLike
 from ...guidance.shaping import Shaping
-from ...guidance.terms import Source, Term
-from . import compatibility, effective_condition
+from ...guidance.terms import BASE, Source, Term
+from . import compatibility, coverage, effective_condition
 from .branch import NEGATIVE, POSITIVE, Branch, Conditionings, controls, run_conditionings
 from .shared_weights import on_own_weights, same_weights
 
@@ -58,6 +58,9 @@ class TermInput:
 class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     """D = D_u + sum_i w_i(sigma) S_i(D_i - R_i), arXiv 2312.08195 with shapings S_i; D_u: the prior on the base.
 
+    A term says nothing where its conditioning covers nothing: D_i is R_i there. A run that is core's CFG, the prior's
+    base and control with nothing else, is core's there too.
+
     Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit,
     weights that are not finite, models of another latent space or another way of adding noise; and at the start of
     sampling a model whose sigma range does not cover the steps it is active in.
@@ -76,15 +79,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self.guidance = Guidance(
             Source(prior, base),
             [
-                Term(
-                    term.name,
-                    model,
-                    base if term.conditioning is None else term.conditioning,
-                    term.weight,
-                    term.reference,
-                    term.shaping,
-                )
-                for term, model in given
+                Term(term.name, model, conditioning, term.weight, term.reference, term.shaping)
+                for (term, model), conditioning in zip(given, _conditionings(given, base))
             ],
         )
         self._given_prior = prior
@@ -94,6 +90,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._keys: dict[Source, str] = {}
         self._branch_conds: Conditionings = {}
         self._control = self._name_conditionings()
+        self._is_core = self._is_cores_cfg()
         self._weights = object()
         self._branches: dict[int, Branch] = {}
         self._loaded_branches: list[Branch] = []
@@ -149,6 +146,11 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             self._keys[source] = names[id(source.cond)]
         self.inner_set_conds(own)
         return control
+
+    def _is_cores_cfg(self) -> bool:
+        """Whether nothing but base and control ever guides, as in core's own sampling."""
+        shaped = any(term.shaping is not None for term in self.guidance.terms if term.weight != Constant(0.0))
+        return not shaped and all(s in (self._control, self.guidance.base) for s in self._sources_ever_needed())
 
     def _add_branches(self) -> None:
         """One branch for each model that can ever be needed; core loads them together with the prior, in one call.
@@ -315,16 +317,38 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])
         step = self.guidance.at(sigma, self._percent_to_sigma, keep_base=hooked or always_base)
-        plain = not step.shaped and all(s in (self._control, self.guidance.base) for s in step.needed)
+        gaps = {} if self._is_core else self._gaps(step.needed, x, timestep)
+        plain = not step.shaped and not gaps and all(s in (self._control, self.guidance.base) for s in step.needed)
         if plain and self._control in step.coefficients:
             self.cfg = step.coefficients[self._control]
             self._count([self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed)
             return super().predict_noise(x, timestep, model_options, seed)
         self.cfg = step.total_weight
-        predictions = self._predict(step.needed, x, timestep, model_options)
+        needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])
+        predictions = self._predict(list(needed), x, timestep, model_options)
+        guiding = _without_gaps(predictions, gaps)
         if not effective_condition.has_prediction_hooks(model_options):
-            return step.combine(predictions)
-        return self._apply_hooks(step, predictions, x, timestep, model_options)
+            return step.combine(guiding)
+        return self._apply_hooks(step, guiding, predictions, x, timestep, model_options)
+
+    def _gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> Gaps:
+        """What of these sources, and of the references that fill their gaps, does not cover the picture here.
+
+        The base is left as it is: nothing else could take its place, and core treats it alike.
+        """
+        gaps: Gaps = {}
+        waiting = list(sources)
+        while waiting:
+            source = waiting.pop()
+            if source == self.guidance.base or source in gaps:
+                continue
+            conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
+            where = coverage.covered(conds[self._keys[source]], x, timestep)
+            if where is not None:
+                reference = next(self.guidance.reference(term) for term in self.guidance.terms if term.source == source)
+                gaps[source] = where, reference
+                waiting.append(reference)
+        return gaps
 
     def _predict(
         self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
@@ -369,13 +393,15 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         return outputs
 
     def _apply_hooks(
-        self, step: Step, predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
-    ) -> Tensor:
-        effective, base, scale = step.effective(predictions)
+        self, step: Step, guiding: dict[Source, Tensor], predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor,
+        model_options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        effective, base, scale = step.effective(guiding)
         # Without a control conditioning the base's stands in, as a list of its own so that the two can be told apart.
         control = self.guidance.base if self._control is None else self._control
         control_cond = list(self.conds[NEGATIVE]) if self._control is None else self.conds[POSITIVE]
 
+        # With its gaps, as the prior answers a hook that runs it again.
         def control_prediction() -> Tensor:
             if control not in predictions:
                 predictions.update(self._predict([control], x, timestep, model_options))
@@ -388,6 +414,35 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
 
     def _count(self, sources: Sequence[Source]) -> None:
         self.evaluations.update(self._term_names(source) for source in sources)
+
+
+# For a source that does not cover the picture: where [B, C, ...] it does, and the source that stands in elsewhere.
+Gaps = dict[Source, tuple[Tensor, Source]]
+
+
+def _without_gaps(predictions: dict[Source, Tensor], gaps: Gaps) -> dict[Source, Tensor]:
+    """Predictions [B, C, ...] in which those of the references fill the gaps."""
+
+    def filled(source: Source) -> Tensor:
+        if source not in gaps:
+            return predictions[source]
+        where, reference = gaps[source]
+        return torch.where(where, predictions[source], filled(reference))
+
+    return {source: filled(source) for source in predictions}
+
+
+def _conditionings(given: Sequence[tuple[TermInput, ModelPatcher]], base: list) -> list[list]:
+    """Every term's conditioning; of terms that share a prediction with gaps, but not what fills them, each its own."""
+    found, references = [], {}
+    for term, model in given:
+        conditioning = base if term.conditioning is None else term.conditioning
+        if coverage.may_have_gaps(options for _, options in conditioning):
+            reference = term.reference or BASE
+            if references.setdefault((id(model), id(conditioning)), reference) != reference:
+                conditioning = list(conditioning)
+        found.append(conditioning)
+    return found
 
 
 def in_domain_guider(

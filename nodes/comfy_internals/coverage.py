@@ -1,0 +1,63 @@
+"""Where a conditioning says something: masks, areas and step ranges can leave pixels, or whole steps, to nobody.
+
+Core's `calc_cond_batch` answers 0 there. That is no prediction, and a guidance that took it for one would push the
+picture away from its reference with all its weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import comfy.samplers
+import torch
+from torch import Tensor
+
+# What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
+_LIMITS = {
+    "area", "mask", "strength", "start_percent", "end_percent", "clip_start_percent", "clip_end_percent",
+    "timestep_start", "timestep_end",
+}  # fmt: skip
+# What would have core do more than weigh pixels.
+_RUNS_MODELS = {"control", "gligen", "hooks", "model_conds"}
+
+
+def may_have_gaps(options: Iterable[dict[str, Any]]) -> bool:
+    """Whether a conditioning, given as its entries' options, is not certain to cover every pixel of every step."""
+    return not any(_LIMITS.isdisjoint(entry) for entry in options)
+
+
+def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tensor | None:
+    """Where [B, C, ...] the entries of a processed conditioning apply; None stands for everywhere.
+
+    Core itself decides: its batch runs on a model that predicts 1, so that the answer is 1 wherever an entry applies.
+    """
+    if not may_have_gaps(entries):
+        return None
+    bare = [
+        {**{key: value for key, value in entry.items() if key not in _RUNS_MODELS}, "model_conds": {}}
+        for entry in entries
+    ]
+    (answer,) = comfy.samplers.calc_cond_batch(_One(), [bare], x, timestep, {})
+    where = answer > 0
+    return None if bool(where.all()) else where
+
+
+class _One:
+    """As much of a model as `calc_cond_batch` asks for; predicts 1."""
+
+    @property
+    def current_patcher(self) -> _One:
+        return self
+
+    def prepare_state(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    def apply_hooks(self, *args: Any, **kwargs: Any) -> dict:
+        return {}
+
+    def memory_required(self, *args: Any, **kwargs: Any) -> float:
+        return 0.0
+
+    def apply_model(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return torch.ones_like(x)
