@@ -121,8 +121,9 @@ def _control_weight_input():
 def _prior_input():
     return io.Model.Input(
         "prior",
-        tooltip="The large model, untouched. It sees both conditionings. Put LoRAs, and nodes that change the sampling "
-        "function (RescaleCFG, PAG, ...), on this one.",
+        tooltip="The large model, untouched. It sees both conditionings. Nodes that change the sampling function "
+        "(RescaleCFG, PAG, ...) belong on this one. The domain model pushes against a LoRA that only this one has: see "
+        "the help page.",
     )
 
 

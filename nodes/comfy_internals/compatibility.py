@@ -141,5 +141,18 @@ def missing_weight_patches(prior: ModelPatcher, other: ModelPatcher) -> bool:
     return any(key in weights for key in lacking)
 
 
+def missing_model_patches(prior: ModelPatcher, other: ModelPatcher) -> list[str]:
+    """The places in the UNet where the prior carries patches (FreeU, IPAdapter, ...) and `other` carries none."""
+    ours, theirs = (_patched_places(patcher) for patcher in (prior, other))
+    return [place for place in ours if place not in theirs]
+
+
+def _patched_places(patcher: ModelPatcher) -> list[str]:
+    options = patcher.model_options.get("transformer_options", {})
+    return [
+        place for kind in ("patches", "patches_replace") for place, patches in options.get(kind, {}).items() if patches
+    ]
+
+
 def _weight_key(key: Any) -> str:
     return key if isinstance(key, str) else key[0]

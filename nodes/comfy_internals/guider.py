@@ -118,11 +118,15 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             against_prior = self.guidance.reference(term).model is prior
             if term.model is prior or not against_prior or term.weight == Constant(0.0):
                 continue
+            lacking = compatibility.missing_model_patches(prior, term.model)
             if compatibility.missing_weight_patches(prior, term.model):
+                lacking = ["weights (LoRAs)", *lacking]
+            if lacking:
                 LOG.warning(
-                    "Multi-guidance: the prior carries weight patches (LoRAs) that the model of term '%s' lacks, so "
-                    "this term pushes against them; put the same LoRA on that model, or add the unpatched prior as a "
-                    "term of weight 0 and make it this term's reference.", term.name,
+                    "Multi-guidance: the prior carries patches that the model of term '%s' lacks (%s), so this term "
+                    "pushes against them; add the prior without them as a term of weight 0 and make it this term's "
+                    "reference, or, which comes near, put the same LoRA or node on that model.",
+                    term.name, ", ".join(lacking),
                 )  # fmt: skip
 
     def _name_conditionings(self) -> Source | None:

@@ -289,6 +289,31 @@ def test_lora_on_the_prior_alone_is_warned_about(tiny, internals, caplog):
     assert "LoRA" not in caplog.text
 
 
+def test_patches_inside_the_prior_alone_are_warned_about(tiny, internals, caplog):
+    # FreeU and IPAdapter leave the weights alone and patch the computation.
+    checkpoint, domain = tiny.prior(0), tiny.prior(1)
+    prior = checkpoint.clone()
+    prior.set_model_output_block_patch(lambda h, skip, options: (1.1 * h, skip))
+    prior.set_model_attn2_replace(lambda q, k, v, options: 0.5 * v, "middle", 0)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    internals.in_domain_guider(prior, domain, positive, negative)
+    assert caplog.text.count("pushes against them") == 1
+    assert "term 'domain' lacks (output_block_patch, attn2)" in caplog.text
+    caplog.clear()
+    alike = domain.clone()
+    alike.set_model_output_block_patch(lambda h, skip, options: (1.1 * h, skip))
+    alike.set_model_attn2_replace(lambda q, k, v, options: 0.5 * v, "middle", 0)
+    internals.in_domain_guider(prior, alike, positive, negative)
+    internals.in_domain_guider(checkpoint, domain, positive, negative)
+    internals.in_domain_guider(prior, domain, positive, negative, domain_weight=0.0)
+    remedy = [
+        internals.TermInput("plain", 0.0, model=checkpoint),
+        internals.TermInput("domain", 2.5, model=domain, reference="plain"),
+    ]
+    internals.MultiGuidanceGuider(prior, negative, remedy)
+    assert "pushes against" not in caplog.text
+
+
 def test_sampling_hooks_on_other_models_are_ignored_with_one_warning(tiny, internals, caplog):
     prior, domain = tiny.prior(0), tiny.prior(1)
     positive, negative = tiny.conditioning(1), tiny.conditioning(2)
