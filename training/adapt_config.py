@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import math
+import re
+import struct
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
-from .config import TrainConfig
+from .config import CONNECTED_BASE, TrainConfig
 from .settings import ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
 METHODS = ("sds", "csd", "nfsd", "dds", "bridge", "ism", "vsd")
 NEEDS_SOURCE = ("dds", "bridge")
 MODES = ("shared", "sgf")
+OVERSHOOTS = ("auto", "return", "stop")
 T_SCHEDULES = ("uniform", "annealed", "falling")
 WEIGHTINGS = ("1-abar", "uniform", "sigma", "sigma2", "sqrt_abar")
 TRAINS = ("convolutions", "released", "synthesis", "all")
 FEATURES = ("vgg", "alex", "squeeze", "latents")
 RESOLUTION_STEP = 8
+PROMPTS = ("prompt", "negative", "source_prompt")
+# A conditioning that was connected in ComfyUI stands in a prompt as its signature: what it consists of, exactly, and 16
+# bits of each of 8 numbers that say where it lies. Earlier versions wrote a digest of its bits.
+SIGNATURE = re.compile(r"\[([0-9a-f]{6})-([0-9a-f]{32})\]")
+DIGEST = re.compile(rf"\[[0-9a-f]{{12}}\]|(?<={CONNECTED_BASE} )[0-9a-f]{{12}}\b")
+# In half precision, or by another version of torch, a text is encoded a thousandth of its norm away; a word changes it by
+# a tenth and more.
+SAME_PROMPT = 0.01
 
 
 @dataclass(frozen=True)
@@ -150,6 +162,9 @@ class AdaptConfig(Settings):
     licence: str = option("", "reporting", "licence written into the finished file; empty: the source generator's",
                           free=True)
     # New fields come last: they are inputs of a published node in this order.
+    overshoot: str = option("auto", "distillation", "what pixels beyond white and black learn: return, only the way "
+                            "back; stop, nothing, as StyleGAN-Fusion was released, so that an image that is all black "
+                            "stays so; auto: stop with the mode sgf, else return", choices=OVERSHOOTS)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -162,6 +177,17 @@ class AdaptConfig(Settings):
                 f"resolution: expected a multiple of {RESOLUTION_STEP} pixels, found {self.resolution}; the nearest is "
                 f"{max(1, round(self.resolution / RESOLUTION_STEP)) * RESOLUTION_STEP}."
             )
+
+    @property
+    def bound(self) -> float | None:
+        """`Objective.bound` of this configuration."""
+        returns = self.mode != "sgf" if self.overshoot == "auto" else self.overshoot == "return"
+        return 1.0 if returns else None
+
+    def differences(self, other: AdaptConfig) -> dict[str, tuple[Any, Any]]:
+        """The binding fields in which two configurations differ; prompts as `same_prompt` compares them."""
+        found = super().differences(other)
+        return {name: pair for name, pair in found.items() if name not in PROMPTS or not same_prompt(*pair)}
 
     def check_prompts(self) -> None:
         """Raise ConfigProblem where a method lacks a prompt; not for critics that are given, which bring their own."""
@@ -177,6 +203,32 @@ class AdaptConfig(Settings):
                 "negative: expected what images should not be, such as 'blurry, low quality, unrealistic', which the "
                 "method nfsd compares with, found nothing; give one."
             )
+
+
+def same_prompt(one: str, other: str) -> bool:
+    """Whether two prompts are one: texts exactly, connected conditionings by their signatures up to last bits.
+
+    What a graph shows of a conditioning's text does not count beside them. A signature and an earlier version's digest
+    tell nothing of each other: there the texts count where both are known, and else only the critic's opinion is left.
+    """
+    mine, theirs = SIGNATURE.findall(one), SIGNATURE.findall(other)
+    if mine and theirs:
+        return len(mine) == len(theirs) and all(map(_same_conditioning, mine, theirs))
+    if (mine and DIGEST.search(other)) or (theirs and DIGEST.search(one)):
+        texts = prompt_text(one), prompt_text(other)
+        return texts[0] == texts[1] or any(CONNECTED_BASE in text for text in texts)
+    return one == other
+
+
+def prompt_text(prompt: str) -> str:
+    """A prompt without what a connected conditioning is known again by, for people."""
+    return " ".join(DIGEST.sub("", SIGNATURE.sub("", prompt)).split()).replace(" ,", ",")
+
+
+def _same_conditioning(one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two signatures agree: in what they consist of, and nearly in where they lie."""
+    here, there = (struct.unpack("<8e", bytes.fromhex(numbers)) for _, numbers in (one, other))
+    return one[0] == other[0] and math.dist(here, there) <= SAME_PROMPT * math.hypot(*there)
 
 
 def configuration_kind(values: Mapping[str, Any]) -> type[Settings]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..schedules import GuidanceError
 
-__all__ = ["clamp_latent_gradient", "clamp_image_gradient", "quantile"]
+__all__ = ["clamp_latent_gradient", "clamp_image_gradient", "lead_back", "quantile"]
 
 
 def clamp_latent_gradient(gradient: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -52,3 +52,12 @@ def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Ten
     # What is not finite stays so: a clamp must not hide that something overflowed.
     clamped = torch.where(gradient.isfinite(), gradient.clamp(-wide, wide), gradient)
     return clamped, (size > limit[:, None]).to(gradient.dtype).mean()
+
+
+def lead_back(gradient: Tensor, images: Tensor, bound: float = 1.0) -> Tensor:
+    """The projected gradient on images that are shown clamped to +-bound: nothing that leads further out remains.
+
+    gradient: that on the clamped images. What lies inside the bound keeps it, and so does what it leads back.
+    """
+    outward = ((images > bound) & (gradient < 0)) | ((images < -bound) & (gradient > 0))  # descent goes against it
+    return gradient.masked_fill(outward, 0.0)

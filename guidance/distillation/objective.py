@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..schedules import GuidanceError
-from .clamps import clamp_image_gradient, clamp_latent_gradient
+from .clamps import clamp_image_gradient, clamp_latent_gradient, lead_back
 from .critic import Ask, Critic, Prediction
 from .method import Context, LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
@@ -102,6 +102,7 @@ class Objective:
     image_quantile: float | None = None
     mode: str = "shared"
     perceptual: Perceptual | None = None
+    bound: float | None = None
     _waiting: Context | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -117,6 +118,8 @@ class Objective:
             raise GuidanceError(
                 f"Expected image_quantile above 0 and at most 1, or none, got {self.image_quantile}."
             )
+        if self.bound is not None and not 0 < self.bound < math.inf:
+            raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
         for term in (*self.regularizers, *([self.perceptual] if self.perceptual else [])):
             if not math.isfinite(term.weight):
                 raise GuidanceError(f"Expected the weight of {term.name} to be finite, got {term.weight}.")
@@ -261,7 +264,8 @@ class Objective:
                 f"Expected frozen images of the shape {list(images.shape)}, got {list(frozen.shape)}."
             )
         # A leaf here, so that the encoder's graph is gone before the generator's is walked.
-        leaf = images.detach().requires_grad_()
+        leaf = images.detach()
+        leaf = (leaf if self.bound is None else leaf.clamp(-self.bound, self.bound)).requires_grad_()
         with torch.enable_grad():
             encoded = encode(leaf)
         z = encoded.detach().float()
@@ -295,6 +299,8 @@ class Objective:
                 value = self.perceptual.loss(perceived, frozen)
             loss["perceptual"] = value.detach()
             gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
+        if self.bound is not None:
+            gradient = lead_back(gradient, images.detach(), self.bound)
         if not bool(gradient.isfinite().all()):
             raise NotFinite(
                 f"The image gradient has values that are not finite at timesteps {draws.t.tolist()}; run the encoder "

@@ -100,6 +100,50 @@ def test_the_goldens_tell_settings_apart(schedule, relative_error):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Images beyond their range
+
+
+def clamped_encode(images):
+    return golden_encode(images.clamp(-1, 1))
+
+
+def test_beyond_the_bound_only_what_leads_back_remains(schedule):
+    settings = {"regularizers": [Reconstruction()], "perceptual": Perceptual(FeatureDistance(clamped_encode), 2.0)}
+    bounded = Objective(golden_critic(schedule, 7.5), SDS(), bound=1.0, **settings)
+    plain = Objective(golden_critic(schedule, 7.5), SDS(), **settings)
+    images, frozen = golden("images")[0] * 2.5, golden("frozen")[0]
+    generator = torch.Generator().manual_seed(0)
+    draws = plain.draw(golden_encode(images), 0, 10, generator)
+    told = {"step": 0, "steps": 10, "draws": draws}
+    found, _ = bounded.image_gradient(images, frozen, clamped_encode, **told)
+    # torch's clamp passes gradients at its very ends, so the gradient of what is shown is known without the bound.
+    shown, _ = plain.image_gradient(images.clamp(-1, 1), frozen, clamped_encode, **told)
+    beyond, outward = images.abs() > 1, shown * images.sign() < 0
+    assert 0.1 < beyond.float().mean() < 0.9 and bool((beyond & outward).any()) and bool((beyond & ~outward).any())
+    assert torch.equal(found, torch.where(beyond & outward, 0.0, shown))
+    stopped, _ = plain.image_gradient(images, frozen, clamped_encode, **told)
+    assert not bool(stopped[beyond].any()) and bool(found[beyond].any())
+
+
+def test_an_image_that_is_black_throughout_learns_again(gaussian, mean, schedule):
+    """A critic that wants grey, and pixels far below black: the encoder's own clamp never lets them go."""
+    def encode(images):
+        return F.avg_pool2d(images.clamp(-1, 1), 4)
+
+    critic = Critic.cfg(gaussian, mean(0.25, 0.25, 0.25), mean(0.25, 0.25, 0.25), 1.0, schedule=schedule)
+    for bound, level in ((None, -3.0), (1.0, 0.25)):
+        images = torch.full((1, 3, 8, 8), -3.0, requires_grad=True)
+        optimizer = torch.optim.Adam([images], lr=0.1, betas=(0.5, 0.9))
+        objective = Objective(critic, SDS(), bound=bound)
+        for step in range(150):
+            optimizer.zero_grad()
+            generator = torch.Generator().manual_seed(step)
+            objective.backward(images * 1.0, None, encode, step=step, steps=150, generator=generator)
+            optimizer.step()
+        assert float(images.detach().mean()) == pytest.approx(level, abs=0.15)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The default mode
 
 

@@ -5,7 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from indomain_guidance.guidance.distillation.clamps import clamp_image_gradient, clamp_latent_gradient, quantile
+from indomain_guidance.guidance.distillation.clamps import (
+    clamp_image_gradient,
+    clamp_latent_gradient,
+    lead_back,
+    quantile,
+)
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.distillation.weighting import weigh
 from indomain_guidance.guidance.schedules import GuidanceError
@@ -56,6 +61,13 @@ def test_weightings(schedule):
     assert weigh(lambda a: a * 2, abar).tolist() == (abar * 2).tolist()
     with pytest.raises(GuidanceError, match="got 'snr'"):
         weigh("snr", abar)
+
+
+def test_nothing_leads_further_out():
+    images = torch.tensor([-2.0, -2.0, -1.0, -1.0, 0.0, 1.0, 1.0, 2.0, 2.0])
+    gradient = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
+    assert lead_back(gradient, images).tolist() == [-1, 0, -1, 1, 1, -1, 1, 0, 1]
+    assert torch.equal(lead_back(gradient, images, 2.0), gradient)
 
 
 def test_the_latent_clamp_says_what_it_changed():

@@ -33,8 +33,10 @@ SCALE = 5.0
 RELEASED: dict[str, Any] = {
     "method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
 }  # fmt: skip
-# One noise for all terms, one pass back through the encoder, no clamps.
-OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0}
+# Pixels beyond white and black keep the gradient that leads back; the released update gives them none.
+BACK: dict[str, Any] = {"overshoot": "return"}
+# One noise for all terms, one pass back through the encoder, no clamps of gradients.
+OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0, **BACK}
 # Only high noise levels, where this prior decides colours; the released update asks about low ones too.
 NOISY: dict[str, Any] = {"t_min": 300, "t_max": 900}
 # What `indomain adapt --config mini_world` sets: CSD with a directional regularizer, high noise levels, and a rate of
@@ -91,17 +93,28 @@ RECIPES = {
         _released("sds_directional_layers_3", "SDS + directional 1, 3 layers", directional=1.0, layers=3),
         _released("sds_100", "SDS alone, scale 100", scale=RELEASED_SCALE),
         _released("sds_100_directional", "SDS + directional 1, scale 100", scale=RELEASED_SCALE, directional=1.0),
+        # The released update with nothing but the way back.
+        *(
+            Recipe(f"{name}_back", f"{title}, way back", {**RELEASED, **BACK, **changes})
+            for name, title, changes in (
+                ("sds", "SDS alone", {}),
+                ("sds_directional", "SDS + directional 1", {"directional": 1.0}),
+                ("sds_directional_weak", "SDS + directional 0.2", {"directional": 0.2}),
+                ("sds_reconstruction", "SDS + reconstruction 1", {"reconstruction": 1.0}),
+                ("sds_reconstruction_weak", "SDS + reconstruction 0.2", {"reconstruction": 0.2}),
+            )
+        ),
         # The same terms in this project's update.
         Recipe(
-            "shared_directional", "SDS + directional 1, shared noise", {**RELEASED, "mode": "shared", "directional": 1.0}
+            "shared_directional", "SDS + directional 1, shared noise", {**RELEASED, **BACK, "mode": "shared", "directional": 1.0}
         ),
         Recipe(
             "shared_reconstruction", "SDS + reconstruction 1, shared noise",
-            {**RELEASED, "mode": "shared", "reconstruction": 1.0},
+            {**RELEASED, **BACK, "mode": "shared", "reconstruction": 1.0},
         ),
         Recipe(
             "shared_directional_weak", "SDS + directional 0.2, shared noise",
-            {**RELEASED, "mode": "shared", "directional": 0.2},
+            {**RELEASED, **BACK, "mode": "shared", "directional": 0.2},
         ),
         _ours("csd", "CSD", method="csd"),
         _ours("csd_directional", "CSD + directional 0.2", method="csd", directional=0.2),
@@ -122,6 +135,18 @@ RECIPES = {
         _released(
             "domain_directional", "SDS + directional 1, domain model", "domain", domain_weight=SCALE, directional=1.0
         ),
+        *(
+            Recipe(f"{name}_back", f"{title}, way back", {**RELEASED, **BACK, **changes}, critic)
+            for name, title, critic, changes in (
+                ("domain", "SDS, domain model as critic", "domain", {"domain_weight": SCALE}),
+                ("domain_mild", "SDS, domain model at weight 1.5", "domain", {"domain_weight": 1.5}),
+                ("fine_tune", "SDS, fine-tuned critic", "fine_tune", {}),
+                (
+                    "domain_directional", "SDS + directional 1, domain model", "domain",
+                    {"domain_weight": SCALE, "directional": 1.0},
+                ),
+            )
+        ),
     )
 }
 # What stands behind each claim.
@@ -134,8 +159,14 @@ SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
 FAINT = ("sds_directional_faint", "sds_reconstruction_faint")
 NOISIER = ("sds_directional_noisy", "sds_reconstruction_noisy")
+WAY_BACK = (
+    "sds_back", "sds_directional_back", "sds_directional_weak_back", "sds_reconstruction_back",
+    "sds_reconstruction_weak_back",
+)  # fmt: skip
 BEYOND = (
+    *WAY_BACK,
     "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",
     "csd_directional_noisy", "first", "nfsd", "bridge", "dds", "ism", "vsd", "sds_unclamped",
 )  # fmt: skip
 GUIDED = ("domain", "domain_mild", "fine_tune", "domain_directional")
+GUIDED_BACK = ("domain_back", "domain_mild_back", "fine_tune_back", "domain_directional_back")

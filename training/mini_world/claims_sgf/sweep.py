@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from .points import Point, Sampling
-from .recipes import FAINT, GUIDED, NOISIER, RECIPES, SGF, WEAK
+from .recipes import FAINT, GUIDED, GUIDED_BACK, NOISIER, RECIPES, SGF, WAY_BACK, WEAK
 from .tasks import COLOURS, DOMAIN, LONG, SEVEN, Task
 
 SEEDS = (0, 1, 2)
@@ -65,8 +65,14 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
     yield from runs(stops, dark, ("sds", *WEAK, "first"))
     # 5. The colour that is reached, asked as much as the first; the other tasks' seeds.
     yield from runs(stops, third, telling)
-    for task, recipes in ((third, released), (DOMAIN, ("sds", *GUIDED)), (LONG, SGF)):
+    for task, recipes in ((third, released), (DOMAIN, ("sds", *GUIDED)), (LONG, SGF), (SEVEN, FAINT)):
         yield from runs(stops, task, recipes, SEEDS[1:])
+    # 6. The way back for pixels beyond white and black, without which a black image learns nothing more.
+    yield from runs(stops, DOMAIN, ("sds_back", *GUIDED_BACK), SEEDS)
+    for task in (SEVEN, first, second, third, LONG):
+        yield from runs(stops, task, WAY_BACK)
+    for task in (SEVEN, first, second):
+        yield from runs(stops, task, ("sds_back", "sds_directional_weak_back", "sds_reconstruction_weak_back"), SEEDS[1:])
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:

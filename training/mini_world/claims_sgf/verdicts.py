@@ -19,7 +19,7 @@ from torch import Generator, Tensor
 from ..claims.deciding import Decision, decide
 from ..claims.keeping import Row
 from .points import Point
-from .recipes import BEYOND, DIRECTIONAL, GUIDED, LAYERS, RECIPES, RECONSTRUCTION, SGF
+from .recipes import BEYOND, DIRECTIONAL, GUIDED, GUIDED_BACK, LAYERS, RECIPES, RECONSTRUCTION, SGF
 from .sweep import Plan
 from .tasks import COLOURS, DARK, DOMAIN, INK, LONG, SEVEN, TASKS
 
@@ -262,10 +262,16 @@ def claim_c(evidence: Evidence) -> list[Verdict]:
 
 def claim_d(evidence: Evidence) -> list[Verdict]:
     """A domain model or a fine-tuned model as critic pulls where the prompt alone cannot, by ten points at least."""
-    found, alone = [], evidence.complete("sds")
-    critics = {"domain model": ("domain", "domain_mild", "domain_directional"), "fine-tuned model": ("fine_tune",)}
-    for part, recipes in critics.items():
-        assert set(recipes) <= set(GUIDED)
+    found = []
+    critics = {
+        "domain model": ("sds", ("domain", "domain_mild", "domain_directional")),
+        "fine-tuned model": ("sds", ("fine_tune",)),
+        "domain model, way back": ("sds_back", ("domain_back", "domain_mild_back", "domain_directional_back")),
+        "fine-tuned model, way back": ("sds_back", ("fine_tune_back",)),
+    }
+    for part, (prompt_alone, recipes) in critics.items():
+        assert set(recipes) <= {*GUIDED, *GUIDED_BACK}
+        alone = evidence.complete(prompt_alone)
         statement = (
             f"{part} as critic: samples judged to be of the domain at the end, less those of the prompt alone"
         )
@@ -289,7 +295,7 @@ def claim_d(evidence: Evidence) -> list[Verdict]:
             "distance with the prompt alone": _mean(alone, lambda rows: rows[-1].numbers["distance"]),
         }  # fmt: skip
         values = torch.stack(list(differences.values())).amax(0)
-        found.append(_decided("d", part, evidence, statement, values, PULLED, "higher", details, ("sds", *recipes)))
+        found.append(_decided("d", part, evidence, statement, values, PULLED, "higher", details, (prompt_alone, *recipes)))
     return found
 
 

@@ -35,7 +35,8 @@ def test_the_full_sweep_asks_the_claims_of_every_task():
     for task in tasks.TASKS.values():
         found = {(point.recipe, point.seed) for point in points if point.task == task.name}
         if task.kind == "domain":
-            assert {(name, seed) for name in ("sds", *recipes.GUIDED) for seed in sweep.SEEDS} == found
+            critics = ("sds", *recipes.GUIDED, "sds_back", *recipes.GUIDED_BACK)
+            assert {(name, seed) for name in critics for seed in sweep.SEEDS} == found
         elif task == dark:  # out of this source's reach: a look only
             assert {("sds", 0), ("first", 0)} <= found
         else:
@@ -73,7 +74,7 @@ def test_every_recipe_is_a_configuration_that_fits_every_task(name):
         high = name == "first" or name.endswith("_noisy")
         noisy = {"t_min": 300, "t_max": 900} if high else {"t_min": 10, "t_max": task.t_max}
         assert config.prompt == task.prompt and {"t_min": config.t_min, "t_max": config.t_max} == noisy
-        assert recipe.released == (config.mode == "sgf")
+        assert recipe.released == (config.mode == "sgf" and config.bound is None)
         # All the same but for the objective: nothing else may decide a comparison.
         common = {"learning_rate", "batch_size", "train", "freeze_bias", "ema", "truncation", "schedule"}
         own = {"learning_rate": FIRST_ADAPTATION["learning_rate"]} if name == "first" else {}
@@ -87,7 +88,8 @@ def test_what_the_command_line_ships_is_a_row():
         field.name for field in fields(AdaptConfig)
         if getattr(AdaptConfig.from_mapping(shipped), field.name) != getattr(mine, field.name)
     }  # fmt: skip
-    assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation"}
+    assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation", "overshoot"}
+    assert mine.bound == AdaptConfig.from_mapping(shipped).bound == 1.0
 
 
 def test_points_name_what_exists():
@@ -100,7 +102,7 @@ def test_points_name_what_exists():
 
 
 def test_every_set_of_recipes_is_made_of_recipes():
-    strengths = (*recipes.DIRECTIONAL, *recipes.RECONSTRUCTION, *recipes.LAYERS, *recipes.GUIDED)
+    strengths = (*recipes.DIRECTIONAL, *recipes.RECONSTRUCTION, *recipes.LAYERS, *recipes.GUIDED, *recipes.GUIDED_BACK)
     assert {*recipes.SGF, *recipes.BEYOND, *strengths} <= set(recipes.RECIPES)
     assert all(recipes.RECIPES[name].released for name in recipes.SGF)
     assert not any(recipes.RECIPES[name].released for name in recipes.BEYOND)

@@ -196,4 +196,4 @@ def test_shape_and_colours_are_decided_apart():
 def test_every_claim_is_there_without_points():
     found = verdicts.all_verdicts([], PLANS["full"]())
     assert {one.outcome for one in found} == {"undecided"}
-    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 30
+    assert {one.claim for one in found} == set("abcde") and len({one.name for one in found}) == len(found) == 32
