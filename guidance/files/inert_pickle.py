@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,13 @@ MAX_TEXT = 2**26  # bytes of all decoded texts together
 _ORDERED = ("collections", "OrderedDict")
 KEY_RANGE = 2**31  # of whole numbers as keys
 # Python spreads whole numbers in a dictionary by their lowest bits, so that a file can choose ones of which every
-# further one meets all before: 160,000 such keys take most of a minute, 20,000 half a second.
-MAX_NUMBER_KEYS = 20_000
+# further one meets all before: 160,000 such keys take most of a minute, 10,000 a tenth of a second.
+MAX_NUMBER_KEYS = 10_000
 _TUPLE_COST = 10  # tuples can be made to have one hash, and are then compared one by one
 MAX_KEY_TUPLE = 8
 FREE_KEYS = 2**10  # smaller ones are not counted: there are too few of them
+# Kept values are numbered in turn, by Python 2 from 1 on: numbers that may be chosen could collide, here and in torch.
+MAX_SKIPPED = 16
 _CONTAINERS = (tuple, list, dict)
 
 
@@ -128,25 +130,34 @@ class Vocabulary:
         known = self.explain(module, name)
         raise Refused(known or f"the name {shown(f'{module}.{name}')}, which is not on the list of allowed names")
 
-    def key(self, key: Any, budget: Budget) -> Any:
-        """`key`, if a dictionary may have it: anything else may be nested, and hashing it recurses without a limit."""
+    def key(self, key: Any, budget: Budget, container: Container = ()) -> Any:
+        """`key`, if `container` may get it: anything else may be nested, and hashing it recurses without a limit.
+
+        All but texts come once: each repetition would meet all keys that collide with it again.
+        """
         if type(key) in (str, Name):
             return key
+        self._check_key(key, budget)
+        if key in container:
+            raise Refused("one key twice in a dictionary or set")
+        return key
+
+    def _check_key(self, key: Any, budget: Budget) -> None:
         if type(key) is int and -KEY_RANGE <= key < self.key_range:
             if not 0 <= key < FREE_KEYS:
                 budget.count_keys(1)
-            return key
+            return
         if self.other_keys:
             if key is None or type(key) is bool:
-                return key
+                return
             if type(key) is float and key == key:  # a NaN equals nothing, itself included
                 budget.count_keys(1)
-                return key
+                return
             if type(key) is tuple and len(key) <= MAX_KEY_TUPLE and not any(type(one) is tuple for one in key):
                 budget.count_keys(_TUPLE_COST)
                 for one in key:
                     self.key(one, budget)
-                return key
+                return
         raise Refused(f"a key that is {article(key)}")
 
 
@@ -276,6 +287,8 @@ class _Machine:
     def remember(self, index: int) -> None:
         if not self.stack:
             raise Refused("an instruction that keeps a value where there is none")
+        if index > len(self.memo) + MAX_SKIPPED:
+            raise Refused(f"a value kept under the number {index} after {len(self.memo)} others")
         self.memo[index] = self.stack[-1]
 
     def recall(self, index: int) -> None:
@@ -320,13 +333,13 @@ class _Machine:
         target.extend(items)
         self.nest(target, items)
 
-    def key(self, key: Any) -> Any:
-        return self.vocabulary.key(key, self.budget)
+    def fill(self, target: dict, key: Any, value: Any) -> None:
+        target[self.vocabulary.key(key, self.budget, target)] = value
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
         target = self.top(dict, "filling")
-        target[self.key(key)] = value
+        self.fill(target, key, value)
         self.nest(target, (value,))
 
     def set_items(self) -> None:
@@ -335,12 +348,14 @@ class _Machine:
             raise Refused("a key without a value")
         target = self.top(dict, "filling")
         for key, value in zip(items[::2], items[1::2]):
-            target[self.key(key)] = value
+            self.fill(target, key, value)
         self.nest(target, items[1::2])
 
     def add_items(self) -> None:
         items = self.items()
-        self.top(set, "filling").update(map(self.key, items))
+        target = self.top(set, "filling")
+        for item in items:
+            target.add(self.vocabulary.key(item, self.budget, target))
 
     def stack_global(self) -> None:
         name, module = self.pop(), self.pop()

@@ -325,7 +325,10 @@ class _Torch:
     def set(self, name: Name, arguments: tuple, budget: Budget) -> set:
         if len(arguments) != 1 or type(arguments[0]) is not list:
             raise Refused(f"a call of {name} with other arguments than a list")
-        return {self.vocabulary.key(key, budget) for key in self.once(arguments[0])}
+        made: set = set()
+        for key in self.once(arguments[0]):
+            made.add(self.vocabulary.key(key, budget, made))
+        return made
 
     def numpy_dtype(self, name: Name, arguments: tuple, budget: Budget) -> _NumpyDtype:
         code = arguments[0] if len(arguments) == 3 else None

@@ -44,17 +44,17 @@ class Raw:
 
 @dataclass(frozen=True)
 class Keep:
-    """A value, kept under a number of one's own (protocols 2 and 3, where kept values are numbered freely)."""
+    """A value, kept to be referred to by a name."""
 
     value: Any
-    index: int
+    name: str
 
 
 @dataclass(frozen=True)
 class Again:
-    """The value that was kept under a number."""
+    """The value that was kept under a name."""
 
-    index: int
+    name: str
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,10 @@ class Writer:
             self.out.write(value.code)
         elif isinstance(value, Keep):
             self.write(value.value)
-            self.out.write(b"r" + struct.pack("<I", value.index))
+            self.keep(("kept", value.name))
         elif isinstance(value, Again):
-            self.out.write(b"j" + struct.pack("<I", value.index))
+            if not self.known(("kept", value.name)):
+                raise ValueError(f"Expected a value that was kept as {value.name} before.")
         elif isinstance(value, Filled):
             self.write(value.value)
             self.items(tuple(value.items.items()))
@@ -495,7 +496,11 @@ def attacks() -> dict[str, tuple[bytes, str]]:
             top([Call(Name("_codecs", "encode"), ("a" * 2**19, "latin1"))] * 3000, 2),
             "more binary data written as text"),
         "reference to nothing": (raw(b"j\xff\xff\xff\x7f"), "which was not kept"),
-        "memo of 2 ** 31": (raw(b"Nr\xff\xff\xff\x7f"), "^$"),
+        "memo of 2 ** 31": (raw(b"Nr\xff\xff\xff\x7f"), r"kept under the number 2147483647 after \d+ others"),
+        "memo that collides": (raw(b"N" + b"".join(b"r" + struct.pack("<I", n) for n in colliding(10, 400))),
+                               "kept under the number"),
+        "one key again and again": (raw(b"}(" + b"K\x01N" * 3 + b"u"), "one key twice"),
+        "set of one number": (raw(b"\x8f(" + b"K\x01" * 3 + b"\x90"), "one key twice"),
         "append to a tuple": (raw(b")Na"), "filling of a list on a tuple"),
         "set items of a network": (raw(b"NNNs"), "filling of a dict on a NoneType"),
         "take from nothing": (b"\x80\x04.", "more or less than one value"),
@@ -569,6 +574,22 @@ def attacks() -> dict[str, tuple[bytes, str]]:
     return found
 
 
+def colliding(bits: int, run: int) -> list[int]:
+    """Keys that fill slot after slot of a dictionary's table of 2**bits, then one that walks along those slots."""
+    mask, slot, filled = 2**bits - 1, 1, {}
+    for place in range(run):
+        filled[slot] = place
+        slot = (5 * slot + 1) & mask
+    for key in range(2**bits, 2**31):
+        rest, slot = key, key & mask
+        while slot in filled and rest:
+            rest >>= 5
+            slot = (5 * slot + rest + 1) & mask
+        if filled.get(slot, run) < run // 4:
+            return [*filled, *[key] * run]
+    raise AssertionError("no such key")
+
+
 def _doubling(levels: int) -> list:
     """A list of 2 ** levels empty lists, in a few bytes per level."""
     made: list = []
@@ -579,14 +600,13 @@ def _doubling(levels: int) -> list:
 
 def _cycle() -> bytes:
     """A network whose modules come to contain the network itself, after it was made."""
-    modules, whole = 2**30, 2**30 + 1
-    made = persistent("Generator", {"_parameters": {}, "_buffers": {}, "_modules": Keep({}, modules)})
-    return dump({"G_ema": Keep(made, whole), "x": Filled(Again(modules), {"synthesis": Again(whole)})}, 3)
+    made = persistent("Generator", {"_parameters": {}, "_buffers": {}, "_modules": Keep({}, "modules")})
+    return dump({"G_ema": Keep(made, "whole"), "x": Filled(Again("modules"), {"synthesis": Again("whole")})}, 3)
 
 
 def _shared() -> bytes:
     layer = persistent("FullyConnectedLayer", {"_parameters": {}, "_buffers": {}, "_modules": {}})
-    layers = {"fc0": Keep(layer, 2**30), "fc1": Again(2**30)}
+    layers = {"fc0": Keep(layer, "layer"), "fc1": Again("layer")}
     mapping = persistent("MappingNetwork", {"_parameters": {}, "_buffers": {}, "_modules": layers})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"mapping": mapping}}
     return dump({"G_ema": persistent("Generator", state)}, 3)
@@ -603,8 +623,8 @@ def _one_storage(step: int = 1) -> bytes:
     claims = {}
     for key, value in weights.items():
         stride = tuple(step * one for one in value.stride())
-        claims[key] = Call(TENSOR, (Again(2**30), 0, tuple(value.shape), stride, False, Call(ORDERED, ())))
-    owner = Keep(Call(FROM_BYTES, (storage_bytes(storage),)), 2**30)
+        claims[key] = Call(TENSOR, (Again("storage"), 0, tuple(value.shape), stride, False, Call(ORDERED, ())))
+    owner = Keep(Call(FROM_BYTES, (storage_bytes(storage),)), "storage")
     return dump({"storage": owner, "G_ema": network(generator, claims)}, 3)
 
 
