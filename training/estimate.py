@@ -176,7 +176,7 @@ def estimate(
         seconds_caching=caching,
         seconds=config.steps * per_step + grids * per_grid + caching + validations * held_out * 6 * forward_s,
         device=str(device),
-        advice=_advice(max(peak, preview), available, config),
+        advice=_advice(max(peak, preview), fixed + gradients, available, config),
     )
 
 
@@ -349,11 +349,25 @@ def _available(device: torch.device) -> int | None:
     return None
 
 
-def _advice(needed: int, available: int | None, config: TrainConfig) -> str:
-    """What to change when it will not fit; "" when it will, or when nobody knows."""
+def _advice(needed: int, fixed: int, available: int | None, config: TrainConfig) -> str:
+    """What to change when it will not fit; "" when it will, or when nobody knows.
+
+    fixed: what is needed whatever the batch and its resolution.
+    """
     if available is None or needed <= available:
         return ""
     ways = []
+    if fixed > available:
+        if config.train != "low_rank":
+            ways.append("train self_attention or low_rank" if config.train == "all" else "train low_rank")
+        if config.optimizer != "adamw8bit":
+            ways.append("optimizer adamw8bit")
+        if config.ema:
+            ways.append("ema 0")
+        return (
+            f"This is more than the {size_text(available)} available, and {size_text(fixed)} of it are needed whatever "
+            "the batch: try " + ", ".join(ways or ["another device"]) + "."
+        )
     if not config.gradient_checkpointing:
         ways.append("gradient_checkpointing")
     if config.batch_size > 1:

@@ -91,10 +91,27 @@ def test_counts_what_each_choice_costs(base, monkeypatch):
 
 
 def test_says_what_to_change_when_it_does_not_fit(base, monkeypatch):
+    monkeypatch.setattr(module, "SHORTEST_TIMING_S", 0.0)
     monkeypatch.setattr(module, "_available", lambda device: 10 * 2**20)
-    text = estimate(base, config()).to_text()
-    assert "more than the 10.0 MiB available: try gradient_checkpointing, batch_size 1 with accumulation 8" in text
+    found = estimate(base, config(sample_every=0))
+    text = found.to_text()
     assert "trains 2.85 M of 2.85 M parameters (100.0 %)" in text and "time: about" in text
+    # What the weights and all that goes with them take, no batch lowers.
+    fixed = found.base + found.weights + found.gradients + found.optimizer + found.average
+    assert f"than the 10.0 MiB available, and {module.size_text(fixed)} of it are needed whatever the batch" in text
+    assert text.endswith("try train self_attention or low_rank, optimizer adamw8bit, ema 0.")
+    monkeypatch.setattr(module, "_available", lambda device: fixed)
+    text = estimate(base, config(sample_every=0)).to_text()
+    assert "available: try gradient_checkpointing, batch_size 1 with accumulation 8, train self_attention" in text
+
+
+@pytest.mark.parametrize("changes, told", [
+    ({"train": "self_attention", "ema": 0.0}, "try train low_rank, optimizer adamw8bit."),
+    ({"train": "low_rank", "optimizer": "adamw8bit", "ema": 0.0}, "try another device."),
+], ids=["self_attention", "all done"])
+def test_advice_names_only_what_is_left_to_lower(changes, told):
+    assert module._advice(9, 8, 7, config(**changes)).endswith(told)
+    assert module._advice(7, 7, 7, config(**changes)) == module._advice(9, 8, None, config(**changes)) == ""
 
 
 def test_traces_stable_diffusion_without_its_memory():
