@@ -30,6 +30,7 @@ INDEX = "content-index.jsonl"  # in the cache folder
 POSTERIORS = ("sample", "mean")
 MOST_MEMORY = 8 * 2**30  # bytes of latents kept in memory, or a quarter of the machine's, whichever is less
 LOOKS = 64               # files between two looks at should_stop while reading
+BATCH_AREA = 512 * 512   # pixels of an image up to which a whole batch is encoded at once
 
 
 class CachingStopped(Exception):
@@ -164,12 +165,13 @@ class LatentDataset:
         """Read all entries, leave out what cannot be used, and encode what the cache lacks.
 
         encode: images [B, 3, H, W] in -1..1 -> (mean, std) of their scaled latents, [B, C, h, w] each. sizes: shapes to
-        choose from (`bucket_sizes`). flip: draw every image mirrored half of the time. random_crops: 0 the centre;
-        k: k cuts per image whose places follow from its content. posterior: "sample" or "mean". batch: images the
-        encoder gets at once. min_side: images with a shorter side are skipped (0: none). progress(done, total) counts
-        images, those found in the cache included. turn of turns: processes that prepare the same images at once begin
-        at different places and take over what the others have done. memory_limit: bytes of latents to keep in memory
-        (None: a quarter of the machine's, at most 8 GiB); the rest is read from the cache when drawn.
+        choose from (`bucket_sizes`). flip: draw every image mirrored half of the time. random_crops: 0 the centre; k: k
+        cuts per image whose places follow from its content. posterior: "sample" or "mean". batch: images of up to 512 x
+        512 pixels that the encoder gets at once; of larger ones fewer. min_side: images with a shorter side are skipped
+        (0: none). progress(done, total) counts images, those found in the cache included. turn of turns: processes that
+        prepare the same images at once begin at different places and take over what the others have done. memory_limit:
+        bytes of latents to keep in memory (None: a quarter of the machine's, at most 8 GiB); the rest is read from the
+        cache when drawn.
 
         Raises DataProblem when nothing can be used, CachingStopped when should_stop said so, FileProblem for a cache
         that cannot be written.
@@ -270,7 +272,8 @@ def open_dataset(
     cannot be read to their end. Raises what `prepare` does, and DataProblem when there is no image at all.
 
     An autoencoder on the CPU gets one image at a time, so that a latent depends on its image alone. On other devices it
-    gets config.caching_batch, where the last bits depend on the company; their latents are cached apart.
+    gets config.caching_batch, of large ones fewer, where the last bits depend on the company; their latents are cached
+    apart.
     """
     entries: list[Entry] = [] if images is None else list(image_entries(images))
     warn = callbacks.get("warn") or log_warning
@@ -389,6 +392,11 @@ def _nothing_usable(count: int, skipped: Sequence[tuple[str, str]]) -> str:
 # ------------------------------------------------------------------------------------------------------------ encoding
 
 
+def at_once_of(batch: int, size: Size) -> int:
+    """How many pictures of a size the encoder gets at once, so that large ones take no more memory than usual ones."""
+    return max(1, min(batch, batch * BATCH_AREA // (size[0] * size[1])))
+
+
 def _cut(record: _Record, pictures: Sequence[_Picture]) -> list[tuple[_Picture, Tensor]]:
     """The pictures of one image as tensors [3, H, W], decoded once. Raises BadImage."""
     data = record.entry.read()
@@ -457,9 +465,10 @@ class _Filling:
                         self._finish(record, picture, *stored)
                     else:
                         waiting.append((record, picture, pixels))
-                while len(waiting) >= self.batch:
-                    self._encode(waiting[: self.batch])
-                    del waiting[: self.batch]
+                at_once = at_once_of(self.batch, record.size)
+                while len(waiting) >= at_once:
+                    self._encode(waiting[:at_once])
+                    del waiting[:at_once]
         for waiting in pending.values():
             if waiting:
                 if self.should_stop():

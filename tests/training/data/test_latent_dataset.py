@@ -32,8 +32,10 @@ from indomain_guidance.training.data import (
     open_dataset,
     to_tensor,
 )
+from indomain_guidance.training.data import latent_dataset
 from indomain_guidance.training.data.content_index import ContentIndex, Known
 from indomain_guidance.training.data.images import cover
+from indomain_guidance.training.data.latent_dataset import at_once_of
 
 SIZES = bucket_sizes(32, 8, 2.0)
 SPREAD = 0.25
@@ -101,6 +103,18 @@ def test_every_image_equals_encoding_it_by_hand(folder, tmp_path):
     assert sorted(index for group in data.groups.values() for index in group) == list(range(16))
     assert all(data.draw(index, draw(0)).size == size for size, group in data.groups.items() for index in group)
     assert data.upscaled == 2  # of the eight shapes only 20 x 25 is smaller than its bucket
+
+
+def test_large_pictures_are_encoded_fewer_at_once(folder, tmp_path, monkeypatch):
+    assert [at_once_of(8, (side, side)) for side in (64, 512, 768, 1024, 2048)] == [8, 8, 3, 2, 1]
+    assert at_once_of(1, (4096, 4096)) == 1
+    monkeypatch.setattr(latent_dataset, "BATCH_AREA", 512)  # the smallest shapes here have 1024 pixels
+    encoder = Encoder()
+    few = prepare(folder, tmp_path / "few", encoder, batch=4)
+    assert encoder.images == 16 and max(encoder.batches) <= 2
+    many = prepare(folder, tmp_path / "many", batch=16)
+    for index in range(16):
+        assert torch.allclose(few.mean(index), many.mean(index), atol=1e-6)
 
 
 def test_images_are_encoded_once_for_all_runs(folder, tmp_path):
