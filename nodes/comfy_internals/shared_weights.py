@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import weakref
 from typing import Any
 
 import comfy.model_management
@@ -18,6 +19,11 @@ LOG = logging.getLogger(__name__)
 
 # Object patches that hold no reference to the module they sit in, so that a copied module may carry them too.
 _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
+
+
+# Copies made so far, for as long as ComfyUI or anyone else keeps the MODEL they were made for: a queue that changes only
+# a seed brings the same MODELs again, and a guider anew.
+_copies: weakref.WeakKeyDictionary[ModelPatcher, ModelPatcher] = weakref.WeakKeyDictionary()
 
 
 def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
@@ -52,11 +58,32 @@ def _same_list(a: Any, b: Any) -> bool:
 def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
     """The same MODEL on a private copy of its module, so that it can be loaded beside its siblings.
 
-    None where a copy cannot stand in for the original (something else holds on to the module: compiled code,
-    injections, wrappers, dynamic loading) or where main memory does not allow it.
+    The copy is made once and lives as long as `patcher` does. None where a copy cannot stand in for the original
+    (something else holds on to the module: compiled code, injections, wrappers, dynamic loading) or where main memory
+    does not allow it.
     """
     if not _is_copyable(patcher):
         return None
+    kept = _copies.get(patcher)
+    if kept is None:
+        module = _copy_module(patcher)
+        if module is None:
+            return None
+        kept = _copies[patcher] = patcher.clone()
+        kept.model, kept.parent = module, None
+        # Clones share these with their siblings: they describe what is patched into the module; this one is pristine.
+        kept.backup, kept.object_patches_backup, kept.hook_backup = {}, {}, {}
+        kept.cached_hook_patches, kept.pinned, kept.current_hooks = {}, set(), None
+    own = patcher.clone()
+    # Core falls back on the parent of a clone that is gone, so that a copy may stay loaded from one guider to the next.
+    own.model, own.parent = kept.model, kept
+    own.backup, own.object_patches_backup, own.hook_backup = kept.backup, kept.object_patches_backup, kept.hook_backup
+    own.cached_hook_patches, own.pinned, own.current_hooks = {}, kept.pinned, None
+    return own
+
+
+def _copy_module(patcher: ModelPatcher) -> torch.nn.Module | None:
+    """A copy of a MODEL's module without its patches; None where there is no room or way for one."""
     size = patcher.model_size()
     if comfy.model_management.get_free_memory(torch.device("cpu")) < 1.5 * size + 2**30:
         return None
@@ -64,16 +91,10 @@ def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
     # The configuration is shared: nothing writes to it, and newer versions of core give it no way to be copied.
     config = getattr(patcher.model, "model_config", None)
     try:
-        module = copy.deepcopy(patcher.model, {id(config): config})
+        return copy.deepcopy(patcher.model, {id(config): config})
     except (RuntimeError, TypeError, MemoryError) as problem:
         LOG.debug("Could not copy %s: %s", type(patcher.model).__name__, problem)
         return None
-    own = patcher.clone()
-    own.model, own.parent = module, None
-    # Clones share these with their siblings: they describe what is patched into the module, and this one is pristine.
-    own.backup, own.object_patches_backup, own.hook_backup = {}, {}, {}
-    own.cached_hook_patches, own.pinned, own.current_hooks = {}, set(), None
-    return own
 
 
 def _is_copyable(patcher: ModelPatcher) -> bool:

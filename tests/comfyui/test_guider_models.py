@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import gc
 import logging
+import weakref
 
 import pytest
 import torch
@@ -111,6 +114,41 @@ def test_copies_do_not_disturb_a_loaded_checkpoint(tiny, internals):
     prior, domain = two_loras(tiny)
     tiny.denoised(prior, tiny.conditioning(1), noisy(3), 2.0)
     check_two_loras(tiny, internals, prior, domain)
+
+
+def test_a_copy_is_made_once_and_goes_with_its_model(comfyui, tiny, internals, monkeypatch):
+    checkpoint = tiny.prior(0)
+    prior, domain = tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 2)
+    copied, deepcopy = [], copy.deepcopy
+
+    def spy(thing, *args):
+        copied.extend([1] if thing is checkpoint.model else [])
+        return deepcopy(thing, *args)
+
+    monkeypatch.setattr(copy, "deepcopy", spy)
+    modules = []
+    # Every queue builds a guider of the same MODELs; in between, the copy may stay loaded or be unloaded.
+    for unload in (False, False, True):
+        guider = check_two_loras(tiny, internals, prior, domain)
+        modules.append(weakref.ref(next(iter(guider._branches.values())).patcher.model))
+        del guider
+        gc.collect()
+        assert any(entry.real_model() is modules[0]() for entry in comfyui.model_management.current_loaded_models)
+        if unload:
+            comfyui.model_management.unload_all_models()
+            check_two_loras(tiny, internals, prior, domain)
+    assert len(copied) == 1 and len({id(module()) for module in modules}) == 1
+    # Patches added to the same MODEL go into the same copy, a MODEL with another LoRA gets its own.
+    key, patches = next(iter(domain.patches.items()))
+    domain.add_patches({key: patches[0][1]}, 2.0)
+    check_two_loras(tiny, internals, prior, domain)
+    assert len(copied) == 1
+    check_two_loras(tiny, internals, prior, tiny.lora(checkpoint, 3))
+    assert len(copied) == 2
+    del domain
+    gc.collect()
+    assert modules[0]() is None, "ComfyUI let the MODEL go, and with it goes the copy"
+    assert not any(entry.is_dead() for entry in comfyui.model_management.current_loaded_models)
 
 
 def test_another_noise_schedule_on_one_checkpoint(comfyui, tiny, internals):
