@@ -125,6 +125,7 @@ class Adapter:
             self.average.update()
         self.step += 1
         self.intact = True
+        self.optimizer.zero_grad(set_to_none=True)  # grids and checkpoints, which may come now, have no use for them
         self._let_learn(None)
         return Outcome(self.step, loss, norm, rate, stop, _parts(report, chosen))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import MISSING, dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from .settings import ConfigProblem, Settings, kinds_of, option, read_values
 
@@ -75,8 +75,9 @@ class TrainConfig(Settings):
                             choices=("sample", "mean"))
     cache: str = option("", "data", "folder of cached latents, shared between runs; empty: in the user's cache folder",
                         path=True, free=True)
-    caching_batch: int = option(8, "data", "images the VAE encodes at once while filling the cache, on a GPU; on the "
-                                "CPU always one, so that a latent depends on its image alone", min=1, max=256,
+    caching_batch: int = option(8, "data", "images the VAE encodes at once while filling the cache, on a GPU; of more "
+                                "than 512 x 512 pixels fewer, as their area says; on the CPU always one, so that a "
+                                "latent depends on its image alone", min=1, max=256,
                                 free=True)
 
     # optimisation
@@ -131,7 +132,7 @@ class TrainConfig(Settings):
     validate_every: int = option(250, "reporting", "steps between losses on held-out images; 0: none", min=0,
                                  max=10_000_000, free=True)
     held_out_share: float = option(0.05, "reporting", "share of the images kept out of training (at most 256) for "
-                                   "that loss; 0: none", min=0.0, max=0.5)
+                                   "that loss; 0, or validate_every 0 when a run begins: none", min=0.0, max=0.5)
     log_every: int = option(10, "reporting", "steps between lines of the log", min=1, max=1_000_000, free=True)
     tensorboard: bool = option(False, "reporting", "also write events for TensorBoard (needs tensorboard)", free=True)
     file_dtype: str = option("fp16", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"),
@@ -163,15 +164,6 @@ class TrainConfig(Settings):
     def global_batch(self) -> int:
         """Images per optimizer step, over all processes and passes."""
         return self.batch_size * self.accumulation
-
-    @property
-    def held_out(self) -> float:
-        """The share of the images that is really held out: none when nobody looks at their loss."""
-        return self.held_out_share if self.validate_every else 0.0
-
-    def binding(self) -> dict[str, Any]:
-        """The fields that decide the trained numbers, which a resumed run must share."""
-        return {**super().binding(), "held_out_share": self.held_out}
 
 
 def field_kinds() -> dict[str, type]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 import time
+import traceback
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -24,10 +25,12 @@ from .adapt_config import configuration_kind
 from .atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import (
     FOLDER,
+    DamagedCheckpoint,
     checkpoint_path,
     different_facts,
     find_checkpoints,
     latest_checkpoint,
+    load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
 )
@@ -112,11 +115,12 @@ class Learns(Protocol):
     """What the engine needs of whatever is trained; `Learner` and `Adapter` are such.
 
     step: finished steps. intact: False while weights, average and step do not belong together, for who wants to save
-    after an exception.
+    after an exception. optimizer: of all that learns.
     """
 
     step: int
     intact: bool
+    optimizer: torch.optim.Optimizer
 
     def take_step(self, should_stop: Callable[[], bool]) -> Outcome:
         """One optimizer step; raises NonFiniteLoss before anything is changed."""
@@ -215,11 +219,29 @@ class Engine(ABC):
                 "folder as output."
             )
         if found is not None and int(found[1]["step"]) > self.config.steps:
-            raise ConfigProblem(
-                f"{found[0]}: expected a run of at most {self.config.steps} steps, found one that has done "
-                f"{found[1]['step']}; raise steps, or choose another name for a shorter run."
-            )
+            return self._stage(found, dict(any_there))
         return found
+
+    def _stage(self, last: Found, there: dict[int, Path]) -> Found:
+        """The checkpoint of exactly `steps`, of a run that has done more: any stage that was kept can be finished."""
+        steps, done = self.config.steps, int(last[1]["step"])
+        kept = [step for step in there if step <= done]
+        if steps in there:
+            try:
+                found = there[steps], load_checkpoint(there[steps])
+            except DamagedCheckpoint as problem:
+                kept.remove(steps)
+                self.tell(Warned(str(problem)))
+            else:
+                self.tell(Warned(
+                    f"{self.folder}: this run has done {done} steps; the finished file is that of step {steps}, and "
+                    "the later checkpoints stay."
+                ))
+                return found
+        raise ConfigProblem(
+            f"{last[0]}: expected a run of at most {steps} steps, found one that has done {done}; set steps to a stage "
+            f"that was kept ({', '.join(map(str, kept))}), raise it, or choose another name for a shorter run."
+        )
 
     def open_reports(self, stack: ExitStack, start: int) -> None:
         """The configuration, log, loss curve and TensorBoard of the run's folder, in the first process.
@@ -228,8 +250,11 @@ class Engine(ABC):
         """
         if self.processes.is_main:
             every, log = self.config.log_every, self.folder / "log.jsonl"
-            board = TensorBoard(self.folder / "tensorboard", every) if self.config.tensorboard else None
-            self.config.write_json(self.folder / "config.json")
+            # A run that takes no step repeats none.
+            again = start if start < self.config.steps else None
+            board = TensorBoard(self.folder / "tensorboard", every, again) if self.config.tensorboard else None
+            if start == 0:
+                self._write_config()
             self.curve = LossCurve(self.plot, read_log(log), start)
             # Files come before the caller: what it shows lies on the disk already.
             files: list[Any] = [LogFile(log, every), *([board] if board else [])]
@@ -240,7 +265,7 @@ class Engine(ABC):
 
     def warn_of_replacing(self, start: int) -> None:
         """Name what lies where the finished file will go, when a run begins."""
-        for place in self.places()[1:]:
+        for place in self.places():
             if start == 0 and place.exists():
                 self.tell(Warned(f"{place} is there already and will be replaced when this run is finished."))
 
@@ -252,18 +277,39 @@ class Engine(ABC):
         if found is not None:
             for warning in learner.load(found[1], str(found[0])):
                 self.tell(Warned(warning))
+            self._write_config()
+
+    def stopped_early(self, start: int, found: Found | None) -> Result:
+        """The end of a run that was asked to stop before its learner was there."""
+        self._write_config()
+        self.tell(Stopped(start, "" if found is None else str(found[0])))
+        return self.result("stopped", start)
+
+    def _write_config(self) -> None:
+        """Keep the configuration for `resume`; a run that goes on only once it may: those of a refused one stay out."""
+        if self.processes.is_main:
+            self.config.write_json(self.folder / "config.json")
 
     def _failed(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """At the end of a run: when that is an error, save what was learned before it, and say so in the log."""
         if error is None or not self.processes.is_main:
             return
-        learner = self.learner
-        if learner is not None and learner.intact and self.processes.world == 1 and learner.step != self.saved_step:
-            with suppress(Exception):  # the error that ends the run is the one to tell
+        learner, told = self.learner, _words(error)
+        sound = learner is not None and learner.intact and not isinstance(error, NonFiniteLoss)
+        if sound and self.processes.world == 1 and learner.step != self.saved_step:
+            # Memory may be what ran out: the step that failed lives on in its frames, as do its gradients.
+            while error is not None:
+                traceback.clear_frames(error.__traceback__)
+                error = error.__cause__ or error.__context__
+            learner.optimizer.zero_grad(set_to_none=True)
+            try:
                 self.save(quietly=True)
+            except Exception as problem:  # the error that ends the run is the one to raise
+                lost = f"the steps after {self.saved_step} could not be saved: {_words(problem)}"
+                with suppress(Exception):
+                    self.tell(Warned(lost))
         with suppress(Exception):
-            text = " ".join(str(error).split()) or type(error).__name__
-            self.listeners[0](Failed(0 if learner is None else learner.step, text))  # the log
+            self.listeners[0](Failed(0 if learner is None else learner.step, told))  # the log
 
     # ---- the steps
 
@@ -433,6 +479,11 @@ def warn_of_other_facts(state: Mapping[str, Any], facts: Mapping[str, str], sour
         f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can differ from "
         "an uninterrupted run's in their last bits."
     ]
+
+
+def _words(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def due(step: int, every: int, steps: int) -> bool:

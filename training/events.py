@@ -52,6 +52,11 @@ class Caching(Event):
 
 
 @dataclass(frozen=True)
+class Measuring(Caching):
+    """Passes of the prior for the form `constant` done so far."""
+
+
+@dataclass(frozen=True)
 class Step(Event):
     """An optimizer step is finished.
 
@@ -138,7 +143,9 @@ class Failed(Event):
 
 EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
-    for kind in (Started, Caching, Step, Distilled, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed)
+    for kind in (
+        Started, Caching, Measuring, Step, Distilled, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed
+    )
 }
 Listener = Callable[[Event], None]
 
@@ -233,9 +240,12 @@ class LogFile:
 
 
 class TensorBoard:
-    """Listener that writes scalars and sample grids for TensorBoard (optional package tensorboard)."""
+    """Listener that writes scalars and sample grids for TensorBoard (optional package tensorboard).
 
-    def __init__(self, folder: str | os.PathLike, every: int = 10) -> None:
+    start: the step that the run goes on from; what a killed run wrote of later ones is hidden. None: all stays.
+    """
+
+    def __init__(self, folder: str | os.PathLike, every: int = 10, start: int | None = None) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -244,7 +254,7 @@ class TensorBoard:
                 "turn the option off (log.jsonl and loss.png are always written)."
             ) from error
         self.every = every
-        self._writer = SummaryWriter(str(folder))
+        self._writer = SummaryWriter(str(folder), purge_step=None if start is None else start + 1)
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Step) and (event.step % self.every == 0 or event.step == event.steps):
@@ -276,6 +286,8 @@ def describe(event: Event) -> str:
         if "generator" in event.config:
             head = f"adaptation {where}: {event.steps} steps"
         return f"{head}\n{event.estimate}".rstrip()
+    if isinstance(event, Measuring):
+        return f"measuring the prior {_bar(event.done, event.total)} {event.done}/{event.total}"
     if isinstance(event, Caching):
         return f"latents {_bar(event.done, event.total)} {event.done}/{event.total}"
     if isinstance(event, Step):

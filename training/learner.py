@@ -169,6 +169,7 @@ class Learner:
             self.average.update()
         self.step += 1
         self.intact = True
+        self.optimizer.zero_grad(set_to_none=True)  # grids and checkpoints, which may come now, have no use for them
         return Outcome(self.step, loss, norm, rate, bool(stop))
 
     def names(self, batch: Batch) -> list[str]:
@@ -211,7 +212,8 @@ class Learner:
     def load(self, state: Mapping[str, Any], source: str = "checkpoint") -> list[str]:
         """Go on from a state; returns what makes the continuation other than bit-identical, as warnings.
 
-        Raises ConfigProblem when the state belongs to another configuration, prior, VAE, noise or text.
+        Raises ConfigProblem when the state belongs to another configuration, prior, VAE, noise or text, and when no
+        step is left to learn images that changed.
         """
         check_same_run(self.config, state, source)
         if state["prior"] != self.prior:
@@ -225,10 +227,17 @@ class Learner:
             raise ConfigProblem(f"{source}: expected weights of the same network, found others; start a new run.")
         warnings = check_origin(self.origin, state.get("origin") or {}, source)
         if state["dataset"]["hash"] != self.dataset.content_hash:
+            changed = f"({state['dataset']['images']} then, now {len(self.dataset)})"
+            if int(state["step"]) >= self.config.steps:
+                # Its finished file would claim to have learned images that it never saw.
+                raise ConfigProblem(
+                    f"{source}: expected the images that this run learned, found that it is finished and they changed "
+                    f"since {changed}; raise steps to learn those of now too, choose another name for a new run, or "
+                    "bring the earlier ones back."
+                )
             warnings.append(
-                f"the images changed since {source} was written ({state['dataset']['images']} then, "
-                f"now {len(self.dataset)}); the run goes on with those of now, and its weights will "
-                "differ from an uninterrupted run's."
+                f"the images changed since {source} was written {changed}; the run goes on with those of now, and its "
+                "weights will differ from an uninterrupted run's."
             )
         warnings += warn_of_other_facts(state, self.facts(), source)
         self.intact = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .base import Base, ImageSize, open_base
 from .config import ConfigProblem, TrainConfig
-from .data import CachingStopped, LatentDataset, find_images, open_dataset
+from .data import CachingStopped, DataProblem, LatentDataset, find_images, open_dataset
 from .engine import Engine, Result, check_resume, due
 from .estimate import estimate
-from .events import Caching, Listener, Sampled, Started, Stopped, Validated, Warned
+from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
+from .isolated import is_memory_problem
 from .learner import DTYPES, Learner
 from .origin import origin_of
 from .parts import Trainee, start_model
@@ -61,6 +62,10 @@ def train(
         return run.dry(resume, base, images) if dry_run else run.train(resume, base, images)
 
 
+class _MeasuringStopped(Exception):
+    """Somebody asked to stop while the prior was measured."""
+
+
 class _Run(Engine):
     """One call of `train`."""
 
@@ -96,11 +101,12 @@ class _Run(Engine):
             self.warn_of_replacing(start)
             dataset = self._dataset(base, images)
             if dataset is None:
-                self.tell(Stopped(start, "" if found is None else str(found[0])))
-                return self.result("stopped", start)
-            learning, held_out = dataset.split(self.config.held_out)
+                return self.stopped_early(start, found)
+            learning, held_out = dataset.split(self.config.held_out_share)
             self.base, self.learning = base, learning
             self.trainee = trainee = self._trainee(base, state)
+            if trainee is None:
+                return self.stopped_early(start, found)
             learner = stack.enter_context(Learner(
                 self.config, trainee.unet, learning, base.schedule, base.prediction_type,
                 lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash,
@@ -110,6 +116,13 @@ class _Run(Engine):
             del state, found  # what lies in the checkpoint's file has been copied out of it
             self.reports = _Reports(self, base, held_out)
             return self.loop()
+
+    def _resolve(self, state: Mapping[str, Any] | None) -> None:
+        super()._resolve(state)
+        if not self.config.validate_every:
+            # Nobody looks at their loss: a new run learns from all images, one that goes on from those of before.
+            share = 0.0 if state is None else TrainConfig.from_mapping(state["config"]).held_out_share
+            self.config = self.config.with_changes(held_out_share=share)
 
     def begun(self) -> dict[str, Any]:
         return {"constants": dict(self.trainee.constants), "null_text_error": dict(self.trainee.null_text_error)}
@@ -126,6 +139,14 @@ class _Run(Engine):
                 )
         except CachingStopped:
             stopped = 1.0
+        except (RuntimeError, MemoryError) as problem:
+            if not is_memory_problem(problem):
+                raise
+            # The traceback holds the pictures that did not fit.
+            raise DataProblem(
+                f"Encoding the images ran out of memory at {self.config.resolution} px; set caching_batch to 1 (it "
+                "counts on GPUs alone), close other programs that use the device, or train at a lower resolution."
+            ) from problem.with_traceback(None)
         if self.anywhere(stopped):
             return None
         if dataset.skipped:
@@ -138,17 +159,28 @@ class _Run(Engine):
             ))
         return dataset
 
-    def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee:
-        """The UNet that learns; the prior is measured for form constant only when a run begins."""
+    def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee | None:
+        """The UNet that learns; None when somebody asked to stop meanwhile.
+
+        The prior is measured for form constant only when a run begins.
+        """
+        def measured(done: int, total: int) -> None:
+            self.tell(Measuring(done, total))
+            if self.should_stop():
+                raise _MeasuringStopped
+
         config, begun = self.config, (state or {}).get("start") or {}
         # Copies: the checkpoint's file must not stay open, nor be read again.
         constants = {name: one.clone() for name, one in (begun.get("constants") or {}).items()}
-        return start_model(
-            base, config.form, config.train, caption=config.caption, rank=config.rank, alpha=config.low_rank_alpha,
-            gradient_checkpointing=config.gradient_checkpointing, resolution=config.resolution, seed=config.seed,
-            device=self.processes.device, constants=constants or None,
-            null_text_error=begun.get("null_text_error"),
-        )
+        trainee = None
+        with suppress(_MeasuringStopped):
+            trainee = start_model(
+                base, config.form, config.train, caption=config.caption, rank=config.rank,
+                alpha=config.low_rank_alpha, gradient_checkpointing=config.gradient_checkpointing,
+                resolution=config.resolution, seed=config.seed, device=self.processes.device,
+                constants=constants or None, null_text_error=begun.get("null_text_error"), on_probe=measured,
+            )
+        return None if self.anywhere(float(trainee is None)) else trainee
 
     def _announce(self, step: int, base: Base, images: Sequence[Tensor] | Tensor | None) -> None:
         """Say what begins and what it will need, before anything takes long."""

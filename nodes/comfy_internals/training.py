@@ -383,6 +383,8 @@ def describe(event: Event) -> str:
     if isinstance(event, events.Step):
         left = "" if event.eta_s is None else f", {events.duration(event.eta_s)} left"
         return f"step {event.step} of {event.steps}: loss {event.loss:.4f}{left}"
+    if isinstance(event, events.Measuring):
+        return f"measuring the prior: {event.done} of {event.total}"
     if isinstance(event, events.Caching):
         return f"encoding images: {event.done} of {event.total}"
     if isinstance(event, events.Started):

@@ -416,6 +416,24 @@ def test_finished_it_can_be_made_longer(run):
     assert longer.step == 3 and [event.step for event in events if isinstance(event, Distilled)] == [3]
 
 
+def test_a_stage_that_was_kept_becomes_the_generator_and_later_ones_stay(run, tmp_path):
+    run(steps=6, sample_every=2)
+    kept = {path: path.read_bytes() for _, path in find_checkpoints(tmp_path / "run")}
+    stage, events = run(steps=4, sample_every=2, keep_checkpoints=1)
+    assert (stage.status, stage.step) == ("finished", 4) and stage.samples.name == "step-000004.png"
+    assert not [event for event in events if isinstance(event, (Distilled, Sampled))]
+    assert any("has done 6" in event.text and "step 4" in event.text for event in events if isinstance(event, Warned))
+    loaded = read_generator(stage.path)
+    (stage,) = loaded.metadata.history
+    average, values = load_checkpoint(checkpoint_path(tmp_path / "run", 4))["average"], loaded.generator.state_dict()
+    assert stage["steps"] == 4
+    assert all(torch.equal(values[name], average[f"average.{name}"]) for name in stage["trained"])
+    assert {path: path.read_bytes() for _, path in find_checkpoints(tmp_path / "run")} == kept
+    with pytest.raises(ConfigProblem, match="at most 5 steps, found one that has done 6; .* was kept .2, 4, 6.,"):
+        run(steps=5)
+    assert run(steps=7)[0].step == 7
+
+
 def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
     result, events = run(dry_run=True, parts=by_base(base), precision="auto")
     assert result.status == "dry_run" and [type(event) for event in events] == [Started]

@@ -15,6 +15,7 @@ from indomain_guidance.training.events import (
     Finished,
     LogFile,
     LossCurve,
+    Measuring,
     Sampled,
     Saved,
     Started,
@@ -33,7 +34,7 @@ from indomain_guidance.training.events import (
 from PIL import Image
 
 ALL = [
-    Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Caching(2, 3),
+    Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Caching(2, 3), Measuring(1, 56),
     step := Step(1, 9, 0.5, 1e-4, 2.0, 0.1, 0.8),
     Distilled(2, 9, 0.4, 1e-4, None, 0.1, None, {"t": 300.5, "clamped sds": 0.1}), Validated(3, 0.4, {"50": 0.1}), Sampled(3, "s.png"), Saved(3, "c.ckpt"), Warned("careful"), Stopped(3, "c.ckpt"),
     Finished(9, "a.safetensors"), Failed(3, "the disk is full"),
@@ -180,3 +181,19 @@ def test_tensorboard_that_is_missing_is_named(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(ValueError, match="pip install tensorboard"):
         events.TensorBoard(tmp_path)
+
+
+def test_tensorboard_hides_the_steps_that_a_run_repeats(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def write(steps, **more):
+        board = events.TensorBoard(tmp_path, 1, **more)
+        for step in steps:
+            board(Step(step, 9, 0.1, 1e-4, None, 0.1))
+        board.close()
+        return [one.step for one in EventAccumulator(str(tmp_path)).Reload().Scalars("train/loss")]
+
+    assert write([1, 2, 3, 4]) == [1, 2, 3, 4]
+    assert write([3, 4], start=2) == [1, 2, 3, 4]
+    assert write([5]) == [1, 2, 3, 4, 5]  # nothing is repeated

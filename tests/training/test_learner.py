@@ -143,6 +143,12 @@ def test_accumulation_is_the_big_batch(configure, learn, batch_size, accumulatio
         torch.testing.assert_close(small.parameters[name].detach(), weight, rtol=1e-2, atol=1e-3)
 
 
+def test_gradients_do_not_outlive_their_step(configure, learn):
+    learner = learn(configure(batch_size=2, accumulation=2))
+    learner.take_step()
+    assert all(one.grad is None for one in learner.parameters.values())
+
+
 def test_average_warms_up(configure, learn):
     learner = learn(configure(ema=0.9, steps=4))
     expected = weights_of(learner)

@@ -6,7 +6,9 @@ import json
 import math
 import os
 import re
+import shutil
 import tarfile
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -21,6 +23,7 @@ from indomain_guidance.training.events import (
     Caching,
     Failed,
     Finished,
+    Measuring,
     Sampled,
     Saved,
     Started,
@@ -183,8 +186,26 @@ def test_a_finished_run_is_finished_and_can_be_made_longer(run, folder):
     assert again.status == "finished" and again.step == 4 and not [e for e in events if isinstance(e, Step)]
     longer, events = run(steps=6, schedule="cosine")
     assert longer.step == 6 and [event.step for event in events if isinstance(event, Step)] == [5, 6]
-    with pytest.raises(ConfigProblem, match="at most 5 steps, found one that has done 6"):
+    with pytest.raises(ConfigProblem, match="at most 5 steps, found one that has done 6; .* was kept .4, 6.,"):
         run(steps=5)
+
+
+def test_a_stage_that_was_kept_becomes_the_model_and_later_ones_stay(run, folder):
+    run(keep_checkpoints=9, checkpoint_every=2)
+    kept = {path: path.read_bytes() for _, path in find_checkpoints(folder / "run")}
+    assert len(kept) == 2
+    stage, events = run(steps=2, keep_checkpoints=1)
+    assert (stage.status, stage.step) == ("finished", 2) and not [e for e in events if isinstance(e, Step)]
+    assert any("has done 4" in event.text and "step 2" in event.text for event in events if isinstance(event, Warned))
+    state_dict, metadata = read_domain_file(stage.path)
+    average = load_checkpoint(checkpoint_path(folder / "run", 2))["average"]
+    assert metadata.steps == 2
+    assert all(torch.equal(weight, average[f"average.{name}"]) for name, weight in state_dict.items())
+    assert {path: path.read_bytes() for _, path in find_checkpoints(folder / "run")} == kept
+    assert run()[0].step == 4
+    checkpoint_path(folder / "run", 2).write_bytes(b"")
+    with pytest.raises(ConfigProblem, match="was kept .4.,"):
+        run(steps=2)
 
 
 def test_resume_is_what_the_caller_says(run, folder):
@@ -238,6 +259,19 @@ def test_other_circumstances_warn(run, folder):
     warnings = [event.text for event in events if isinstance(event, Warned)]
     assert any("torch 1.0 ->" in text for text in warnings)
     assert any("the images changed since" in text and "12 then, now 13" in text for text in warnings)
+
+
+def test_a_finished_run_does_not_pass_for_one_on_other_images(run, folder, tiny_run):
+    finished, _ = run(steps=2)
+    before, settings = finished.path.read_bytes(), (folder / "run" / "config.json").read_bytes()
+    tiny_run.draw_images(folder / "others", 9, sizes=((48, 96),))
+    with pytest.raises(ConfigProblem, match=r"finished and they changed.*raise steps .* another name"):
+        run(steps=2, data=(str(folder / "others"),))
+    assert finished.path.read_bytes() == before and (folder / "run" / "config.json").read_bytes() == settings
+    assert run(steps=2)[0].status == "finished"
+    longer, events = run(steps=3, data=(str(folder / "others"),))
+    assert longer.step == 3 and any("goes on with those of now" in e.text for e in events if isinstance(e, Warned))
+    assert read_domain_file(longer.path)[1].dataset_size == 9
 
 
 def test_another_prior_is_refused(run, tiny_run):
@@ -309,6 +343,70 @@ def test_any_failure_leaves_the_last_step_and_says_what_it_was(run, folder, monk
     assert isinstance(last, Failed) and last.step == done and re.search(text, last.text)
 
 
+def test_a_step_that_runs_out_of_memory_is_forgotten_before_the_last_one_is_saved(run, folder, monkeypatch):
+    held, seen = [], []
+
+    def broken(self, one):
+        if self.step < 2:
+            return losses(self, one)
+        activations = torch.zeros(3, requires_grad=True)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("no memory for a step")
+
+    def save(path, state):
+        seen.append(held[-1]() is None if held else None)
+        if disk_full:
+            raise FileProblem("the disk is full")
+        return save_checkpoint(path, state)
+
+    losses, disk_full = Learner._losses, False
+    monkeypatch.setattr(Learner, "_losses", broken)
+    monkeypatch.setattr("indomain_guidance.training.engine.save_checkpoint", save)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(checkpoint_every=0)
+    assert seen == [True] and [step for step, _ in find_checkpoints(folder / "run")] == [2]
+    disk_full, events = True, []
+    with pytest.raises(torch.OutOfMemoryError):
+        run(checkpoint_every=0, output=str(folder / "full"), listener=events.append)
+    told = "the steps after 0 could not be saved: the disk is full"
+    assert events[-1] == Warned(told)
+    assert [type(event) for event in read_log(folder / "full" / "log.jsonl")[-2:]] == [Warned, Failed]
+
+
+def test_images_that_do_not_fit_into_memory_name_their_own_option(run, monkeypatch):
+    def full(*args, **callbacks):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("indomain_guidance.training.train.open_dataset", full)
+    with pytest.raises(DataProblem, match="Encoding the images .* at 64 px; set caching_batch to 1"):
+        run()
+
+
+def test_measuring_the_prior_is_reported_and_can_be_stopped(run, folder):
+    seen = []
+
+    def listener(event):
+        if isinstance(event, Measuring):
+            seen.append((event.done, event.total))
+
+    result, events = run(form="constant", should_stop=lambda: len(seen) == 3, listener=listener)
+    assert (result.status, result.step) == ("stopped", 0) and events[-1] == Stopped(0, "")
+    assert seen == [(1, 56), (2, 56), (3, 56)] and find_checkpoints(folder / "run") == []
+
+
+def test_a_run_goes_on_without_validating(run, folder):
+    run(steps=2, validate_every=2)
+    whole, _ = run(steps=4, validate_every=2, output=str(folder / "whole"))
+    blind, events = run(steps=3, validate_every=0)
+    assert not [event for event in events if isinstance(event, Validated)]
+    assert not [event for event in events if isinstance(event, Warned) and "images changed" in event.text]
+    again, events = run(steps=4, validate_every=2)
+    assert [event.step for event in events if isinstance(event, Validated)] == [4]
+    assert read_domain_file(again.path)[1].dataset_hash == read_domain_file(whole.path)[1].dataset_hash
+    all_of_them, _ = run(steps=2, validate_every=0, output=str(folder / "all"))
+    assert read_domain_file(all_of_them.path)[1].dataset_size == 12
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(run, folder, monkeypatch):
     real = Learner._losses
     calls = []
@@ -355,6 +453,10 @@ def test_what_lies_there_is_named_before_it_is_replaced(run, folder):
     assert any("will be replaced" in event.text for event in events if isinstance(event, Warned))
     assert (models / "circles.safetensors").stat().st_size > 1000
     assert [path.name for path in models.iterdir()] == ["circles.safetensors"]
+    shutil.rmtree(folder / "run" / "checkpoints")  # nothing says any more that the run is finished
+    _, events = run(steps=1)
+    told = f"{folder / 'run' / 'circles.safetensors'} is there already and will be replaced"
+    assert any(event.text.startswith(told) for event in events if isinstance(event, Warned))
 
 
 def test_reports_that_a_killed_run_did_not_come_to_are_made_up_for(run, folder):
