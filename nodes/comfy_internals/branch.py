@@ -69,10 +69,24 @@ def run_conditionings(
         calls = [call[:2], *([key] for key in call[2:])]
     predictions = {}
     for call in calls:
+        forget_adapter_outputs(conds)
         batch = [None if key is None else conds[key] for key in call]
         outputs = comfy.samplers.calc_cond_batch(model, batch, x, timestep, options)
         predictions.update({key: output for key, output in zip(call, outputs) if key is not None})
     return predictions
+
+
+def forget_adapter_outputs(conds: Conditionings) -> None:
+    """Have T2I-Adapters with several hint images run again for the next call.
+
+    They keep their output in the batch size of the first call. Core's calls in one run are alike; those of several
+    models are not, and core only logs that a control could not be applied.
+    """
+    for control in controls(conds).values():
+        while control is not None:
+            if getattr(control, "control_input", None) is not None and control.cond_hint_original.shape[0] > 1:
+                control.control_input = None
+            control = control.previous_controlnet
 
 
 class _PreparedElsewhere:

@@ -32,7 +32,15 @@ from ...guidance.schedules import Constant, Interval, WeightLike
 from ...guidance.shaping import Shaping
 from ...guidance.terms import BASE, Source, Term
 from . import compatibility, coverage, effective_condition
-from .branch import NEGATIVE, POSITIVE, Branch, Conditionings, controls, run_conditionings
+from .branch import (
+    NEGATIVE,
+    POSITIVE,
+    Branch,
+    Conditionings,
+    controls,
+    forget_adapter_outputs,
+    run_conditionings,
+)
 from .shared_weights import on_own_weights, same_weights
 
 LOG = logging.getLogger(__name__)
@@ -326,6 +334,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         if plain and self._control in step.coefficients:
             self.cfg = step.coefficients[self._control]
             self._count([self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed)
+            if not self._is_core:
+                forget_adapter_outputs(self.conds)
             return super().predict_noise(x, timestep, model_options, seed)
         self.cfg = step.total_weight
         needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])

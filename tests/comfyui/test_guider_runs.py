@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+
+from .conftest import WIDTH, randomize
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:
@@ -345,6 +348,40 @@ def test_control_net_is_prepared_once_by_the_prior(comfyui, tiny, internals):
     positive, negative = (tiny.with_options(tiny.conditioning(i), control=control) for i in (1, 2))
     tiny.predict(internals.in_domain_guider(prior, domain, positive, negative), noisy(4), 2.0)
     assert set(map(id, prepared)) == {id(prior.model)}
+
+
+@pytest.fixture
+def adapter(comfyui, tiny):
+    """A T2I-Adapter with two hint images behind a ControlNet, and a UNet of which it fits the blocks."""
+    module = importlib.import_module("comfy.t2i_adapter.adapter")
+    unet = {"num_res_blocks": [2, 2], "transformer_depth": [1] * 4, "transformer_depth_output": [1] * 6}
+    network = randomize(module.Adapter([WIDTH, 2 * WIDTH], nums_rb=1, cin=3 * 64, ksize=1, sk=True, xl=False), 7)
+    control = comfyui.controlnet.T2IAdapter(network, 3, 8, "nearest-exact", torch.device("cpu"))
+    hints = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    last = tiny.control_net(**unet)
+    return last.set_previous_controlnet(control.set_cond_hint(hints)), unet
+
+
+def test_an_adapter_with_several_hints_reaches_every_model(tiny, internals, adapter, caplog):
+    # An adapter keeps its output in the batch size of the call that came first: two images of the domain model, or two
+    # conditionings of the prior.
+    control, unet = adapter
+    prior, domain = tiny.prior(0, **unet), tiny.prior(1, **unet)
+    positive, negative = (tiny.with_options(tiny.conditioning(i), control=control) for i in (1, 2))
+    x = noisy(6)
+    expected = by_hand(tiny, (prior, domain, positive, negative, 1.5, 2.0), x, 2.0)
+    guider = internals.in_domain_guider(prior, domain, positive, negative, 1.5, 2.0)
+    assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
+    before = control.previous_controlnet
+    control.previous_controlnet = None
+    assert relative(by_hand(tiny, (prior, domain, positive, negative, 1.5, 2.0), x, 2.0), expected) > 1e-3
+    control.previous_controlnet = before
+    # From one conditioning a model to core's own pair, and the other way round.
+    for interval in ({"domain_end": 0.5}, {"domain_start": 0.5}):
+        guider = internals.in_domain_guider(prior, domain, positive, negative, 0.4, 0.6, **interval)
+        tiny.sample(guider, steps=4, batch=2)
+        assert guider.evaluations["base"] == guider.evaluations["domain"] == 2
+    assert "could not be applied" not in caplog.text
 
 
 @pytest.mark.parametrize("given", [True, False])
