@@ -41,6 +41,8 @@ LIMIT_BYTES = 2**31  # the largest published StyleGAN2 files, optimizers include
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_RESOLUTION = 2**14
 MEAN_SAMPLES = 10_000  # latents that the mean style is measured on where a file has none
+MAX_FEATURES = 2**15  # of a latent and its label on their way to a style, all layers together, for measuring it
+_FULL = ("can't allocate memory", "not enough memory")  # what torch says on the CPU, where it has no error for it
 NOISE_SEED = 0  # of the constant noise where a file has none
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number's pickle
 _NVIDIA_KEY = "synthesis.b4.const"
@@ -159,7 +161,9 @@ def read_generator(
         if len(data) > limit_bytes:
             raise FileProblem(f"{path}: the file grows while it is read; wait until it is complete.")
         return _converted(path, data, prefer_converted) or _read_network_pickle(path, data)
-    except (RecursionError, MemoryError, OverflowError, OSError) as error:
+    except (RecursionError, MemoryError, OverflowError, OSError, RuntimeError) as error:
+        if type(error) is RuntimeError and not any(sign in str(error) for sign in _FULL):
+            raise
         raise FileProblem(
             f"{path}: the file could not be read ({_first_line(error)}); it is damaged or too large for this computer."
         ) from error
@@ -389,6 +393,12 @@ def _finish(
         raise FileProblem(f"{path}: expected a StyleGAN2 generator, found that {_first_line(problem)}.") from problem
     generator.eval().requires_grad_(False)
     if not averaged:
+        features = config.c_dim + sum(generator.mapping.widths)
+        if features > MAX_FEATURES:
+            raise FileProblem(
+                f"{path}: expected a mean style (mapping.w_avg), or at most {MAX_FEATURES} features in all layers of the "
+                f"mapping to measure it on, found {features}; the file is damaged or of another network."
+            )
         with torch.no_grad():
             generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))
         notes = [*notes, f"The file has no mean style; it was measured on {MEAN_SAMPLES} latents."]

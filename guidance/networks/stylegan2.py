@@ -27,6 +27,9 @@ LEAK = 0.2
 ACTIVATION_GAIN = math.sqrt(2.0)  # keeps the second moment through a leaky ReLU, as He's initialisation does
 EPSILON = 1e-8
 MEAN_MOMENTUM = 0.998
+MAX_TAPS = 64  # of a resampling filter, which is squared; the published one has 4
+MEAN_SAMPLES_AT_ONCE = 1000
+MEAN_NUMBERS_AT_ONCE = 2**24  # of a layer; fewer samples are taken at once where it is wider than any published one
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,10 @@ class GeneratorConfig:
                 raise ValueError(f"Generator configuration: {name} must be a positive number, got {value!r}.")
             object.__setattr__(self, name, None if value is None else float(value))
         taps = self.resample_filter
+        if isinstance(taps, (list, tuple)) and len(taps) > MAX_TAPS:
+            raise ValueError(
+                f"Generator configuration: resample_filter must have at most {MAX_TAPS} taps, got {len(taps)}."
+            )
         if not isinstance(taps, (list, tuple)) or not taps or not all(map(_is_number, taps)) or not sum(taps):
             raise ValueError(f"Generator configuration: resample_filter must be taps with a sum, got {taps!r}.")
         object.__setattr__(self, "resample_filter", tuple(map(float, taps)))
@@ -244,7 +251,8 @@ class Dense(nn.Module):
 class MappingNetwork(nn.Module):
     """z and a label to the style space, section 2 of arXiv 1812.04948: [B, z_dim], [B, c_dim] -> w [B, w_dim].
 
-    `w_avg` [w_dim] is the running mean of w, the centre of truncation; `track_mean` moves it while training.
+    `w_avg` [w_dim] is the running mean of w, the centre of truncation; `track_mean` moves it while training. `widths`:
+    of what enters the first layer, and of what every layer gives.
     """
 
     def __init__(self, config: GeneratorConfig) -> None:
@@ -252,11 +260,11 @@ class MappingNetwork(nn.Module):
         self.config = config
         embedded = (config.embed_dim or config.w_dim) if config.c_dim else 0
         hidden = config.mapping_dim or config.w_dim
-        widths = [config.z_dim + embedded, *[hidden] * (config.mapping_layers - 1), config.w_dim]
+        self.widths = [config.z_dim + embedded, *[hidden] * (config.mapping_layers - 1), config.w_dim]
         if config.c_dim:
             self.embed = Dense(config.c_dim, embedded)
         for index in range(config.mapping_layers):
-            self.add_module(f"fc{index}", Dense(widths[index], widths[index + 1], config.mapping_lr_multiplier))
+            self.add_module(f"fc{index}", Dense(*self.widths[index : index + 2], config.mapping_lr_multiplier))
         self.register_buffer("w_avg", torch.zeros(config.w_dim))
 
     def forward(self, z: Tensor, c: Tensor | None = None) -> Tensor:
@@ -533,16 +541,22 @@ class Generator(nn.Module):
         """
         config, weight = self.config, self.mapping.fc0.weight
         random = torch.Generator().manual_seed(seed)
-        if config.c_dim and c is None:
-            c = torch.eye(config.c_dim)
         total = torch.zeros(config.w_dim, dtype=torch.float64)
-        for start in range(0, samples, 1000):
-            count = min(1000, samples - start)
+        at_once = max(1, min(MEAN_SAMPLES_AT_ONCE, MEAN_NUMBERS_AT_ONCE // max(config.c_dim, *self.mapping.widths)))
+        for start in range(0, samples, at_once):
+            count = min(at_once, samples - start)
             z = torch.randn(count, config.z_dim, generator=random).to(weight.device)
             labels = None
             if config.c_dim:
-                labels = c[(torch.arange(count) + start) % len(c)].to(weight.device)
-            total += self.map(z, labels)[:, 0].cpu().double().sum(dim=0)  # in this order: not every device has float64
+                rows = torch.arange(count) + start
+                if c is None:  # made in parts: the square of many classes is large
+                    labels = torch.zeros(count, config.c_dim).scatter_(1, rows[:, None] % config.c_dim, 1.0)
+                else:
+                    labels = c[rows % len(c)]
+                labels = labels.to(weight.device)
+            with _without_autocast(weight.device):
+                w = self.mapping(z, labels)
+            total += w.cpu().double().sum(dim=0)  # in this order: not every device has float64
         return (total / samples).to(weight.device, _scale_dtype(weight))
 
 
@@ -575,9 +589,11 @@ def _check_and_drop_filters(config: GeneratorConfig, state_dict: dict[str, Tenso
     """NVIDIA's files repeat the resampling filter in every layer; here it is the configuration's."""
     expected = fir_kernel(config.resample_filter, dtype=torch.float64)[0, 0] / 4
     for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".resample_filter")]:
-        found = state_dict.pop(key).cpu().double()  # in this order: not every device has float64
-        found = torch.outer(found, found) if found.ndim == 1 else found
-        if found.shape != expected.shape or not torch.allclose(found, expected, atol=1e-3):
+        found, fits = state_dict.pop(key), False
+        if found.shape in (expected.shape, expected.shape[:1]):
+            found = found.cpu().double()  # in this order: not every device has float64
+            fits = torch.allclose(torch.outer(found, found) if found.ndim == 1 else found, expected, atol=1e-3)
+        if not fits:
             raise ValueError(
                 f"Generator: the filter {key} is not the configuration's {list(config.resample_filter)}."
             )
@@ -641,6 +657,8 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
 
 def _taps(key: str, kernel: Tensor) -> tuple[float, ...]:
     """The taps of a separable filter, as whole numbers where they are multiples of the first."""
+    if any(size > MAX_TAPS for size in kernel.shape):
+        raise ValueError(f"Generator: {key} is no resampling filter of at most {MAX_TAPS} taps.")
     kernel = kernel.detach().cpu().double()
     row = kernel if kernel.ndim == 1 else kernel.sum(dim=0)
     if kernel.ndim not in (1, 2) or not bool(row.isfinite().all()) or not float(row.sum()):

@@ -543,6 +543,13 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "filter of another shape": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv1.resample_filter": tensor(torch.ones(3, 3) / 9)})}),
             "filter"),
+        "filter of 20000 taps": (
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.resample_filter": tensor(torch.ones(20_000))})}),
+            "no resampling filter of at most 64 taps"),
+        "another filter of 20000 taps": (
+            dump({"G_ema": network(tiny, {"synthesis.b8.resample_filter": tensor(torch.ones(20_000))})}),
+            "is not the configuration's"),
+        "classes without a mean style": (_many_classes(), "at most 32768 features in all layers"),
         "nothing": (dump({}), "no generator"),
         "a number": (dump(1), "an int at the top"),
         "protocol 1": (b"\x80\x01}.", "pickle protocol 1"),
@@ -610,6 +617,12 @@ def _shared() -> bytes:
     mapping = persistent("MappingNetwork", {"_parameters": {}, "_buffers": {}, "_modules": layers})
     state = {"_parameters": {}, "_buffers": {}, "_modules": {"mapping": mapping}}
     return dump({"G_ema": persistent("Generator", state)}, 3)
+
+
+def _many_classes() -> bytes:
+    """A network of 60,000 classes whose mean style would have to be measured, in a file of 240 kB."""
+    config = GeneratorConfig(resolution=8, channels=(6, 4), z_dim=5, w_dim=1, c_dim=60_000, mapping_layers=2)
+    return dump({"G_ema": network(filled(config), {"mapping.w_avg": None})})
 
 
 def _one_storage(step: int = 1) -> bytes:

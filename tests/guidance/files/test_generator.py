@@ -137,7 +137,10 @@ def test_every_place_has_one_name(golden, key, monkeypatch):
         rosinality.to_nvidia({"style.1.bias": torch.ones(1), "style.2.bias": torch.ones(1)})
 
 
-@pytest.mark.parametrize("fault", [MemoryError("no room"), OSError(5, "Input/output error")])
+FULL = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ...\nTrace"
+
+
+@pytest.mark.parametrize("fault", [MemoryError("no room"), OSError(5, "Input/output error"), RuntimeError(FULL)])
 def test_a_computers_faults_are_file_problems(generator, tmp_path, monkeypatch, fault):
     def failing(*values, **more):
         raise fault
@@ -145,6 +148,33 @@ def test_a_computers_faults_are_file_problems(generator, tmp_path, monkeypatch, 
     path = write_generator(tmp_path / "a.safetensors", generator)
     monkeypatch.setattr(module, "read_state_dict", failing)
     assert "could not be read" in problem(path)
+    fault = RuntimeError("a mistake of ours")
+    with pytest.raises(RuntimeError, match="of ours"):
+        read_generator(path)
+
+
+def test_a_mean_style_is_measured_on_plausible_networks_alone(streams, tmp_path):
+    """A file of 132 kB could have one draw 330 million numbers, and take a square of its classes."""
+    path = tmp_path / "a.safetensors"
+    for more in ({"z_dim": 33_000, "mapping_layers": 1}, {"c_dim": 33_000, "embed_dim": 1}):
+        generator = streams.filled(replace(CONFIG, **{"w_dim": 1, **more}))
+        weights = generator.state_dict()
+        safetensors.torch.save_file(weights, path)
+        assert same(read_generator(path).generator, generator)
+        safetensors.torch.save_file({key: one for key, one in weights.items() if key != "mapping.w_avg"}, path)
+        assert re.search(r"at most 32768 features in all layers .* found 330\d\d", problem(path))
+
+
+def test_filters_are_as_small_as_filters(generator, tmp_path):
+    path, weights = tmp_path / "a.safetensors", generator.state_dict()
+    config = CONFIG.to_dict() | {"resample_filter": [1.0] * 20_000}
+    safetensors.torch.save_file(weights, path, GeneratorMetadata().to_strings(CONFIG) | {"config": json.dumps(config)})
+    assert "at most 64 taps, got 20000" in problem(path)
+    for shape in ((20_000,), (1, 20_000), (20_000, 1)):
+        safetensors.torch.save_file({**weights, "synthesis.b8.conv1.resample_filter": torch.ones(shape)}, path)
+        assert "conv1.resample_filter is no resampling filter of at most 64 taps" in problem(path)
+        safetensors.torch.save_file({**weights, "synthesis.b8.resample_filter": torch.ones(shape)}, path)
+        assert "the filter synthesis.b8.resample_filter is not the configuration's" in problem(path)
 
 
 def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path, monkeypatch):

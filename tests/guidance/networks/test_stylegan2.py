@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from indomain_guidance.guidance.networks import stylegan2
 from indomain_guidance.guidance.networks.stylegan2 import (
     Generator,
     GeneratorConfig,
@@ -491,6 +493,44 @@ def test_mean_style_is_the_mean():
     assert not torch.allclose(one_hot, first, atol=1e-3)
 
 
+class Largest(TorchDispatchMode):
+    """Notes the most numbers that any operation within gives."""
+
+    most = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        made = function(*arguments, **(named or {}))
+        if isinstance(made, torch.Tensor):
+            self.most = max(self.most, made.numel())
+        return made
+
+
+@pytest.mark.parametrize("classes", [0, 3])
+def test_mean_style_takes_its_latents_by_the_thousand(classes):
+    generator = loaded(replace(TINY, c_dim=classes))
+    random, total = torch.Generator().manual_seed(4), torch.zeros(7, dtype=torch.float64)
+    with torch.no_grad():
+        for start, count in ((0, 1000), (1000, 500)):
+            z = torch.randn(count, 5, generator=random)
+            c = torch.eye(classes)[(torch.arange(count) + start) % classes] if classes else None
+            total += generator.map(z, c)[:, 0].double().sum(dim=0)
+    assert torch.equal(generator.mean_style(1500, seed=4), (total / 1500).float())
+
+
+def test_mean_style_of_wide_layers_takes_little_memory(monkeypatch):
+    many = loaded(replace(TINY, c_dim=4000, embed_dim=1))
+    with Largest() as seen:
+        many.mean_style(10)
+    assert seen.most == 10 * 4000
+    generator = loaded(TINY)
+    whole = generator.mean_style(160)
+    monkeypatch.setattr(stylegan2, "MEAN_NUMBERS_AT_ONCE", 7 * 16)
+    with Largest() as seen:
+        parts = generator.mean_style(160)
+    assert seen.most == 7 * 16
+    torch.testing.assert_close(parts, whole)  # both draw in blocks of 16 numbers, so the same ones
+
+
 def test_no_hidden_state_outside_the_state_dict():
     # Loaders build on the meta device and assign: nothing may be left there.
     with torch.device("meta"):
@@ -544,6 +584,14 @@ def test_filters_in_files_are_read_and_checked():
         generator.load_state_dict(narrow)
     with pytest.raises(ValueError, match="not separable"):
         generator_config_from_state_dict(with_filter(torch.eye(4) / 4))
+    for long in (torch.ones(3000), torch.ones(1, 3000), torch.ones(3000, 1), torch.ones(1, 4, 1)):
+        with Largest() as seen:
+            with pytest.raises(ValueError, match="is no resampling filter"):
+                generator_config_from_state_dict(with_filter(long))
+            with pytest.raises(ValueError, match="filter synthesis.* is not the configuration's"):
+                generator.load_state_dict(with_filter(long))
+        assert seen.most <= 3000
+    generator.load_state_dict(with_filter(row))
 
 
 def test_filters_are_dropped_without_the_hook_that_torch_2_4_lacks(monkeypatch):
@@ -579,6 +627,7 @@ def test_hints_that_contradict_the_weights_are_refused():
 @pytest.mark.parametrize("change, message", [
     ({"resolution": 48}, "power of two"), ({"resolution": 32}, "channels lists 3"),
     ({"channels": (4, 0, 4)}, "channels"), ({"resample_filter": (1, -1)}, "resample_filter"),
+    ({"resample_filter": [1.0] * 65}, "at most 64 taps, got 65"),
     ({"z_dim": 0}, "z_dim"), ({"c_dim": -1}, "c_dim"), ({"mapping_layers": 0}, "mapping_layers"),
     ({"mapping_dim": 0}, "mapping_dim"), ({"architecture": "progressive"}, "architecture"),
     ({"conv_clamp": 0}, "conv_clamp"), ({"mapping_lr_multiplier": float("nan")}, "mapping_lr_multiplier"),
