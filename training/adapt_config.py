@@ -16,7 +16,8 @@ GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
 METHODS = ("sds", "csd", "nfsd", "dds", "bridge", "ism", "vsd")
 NEEDS_SOURCE = ("dds", "bridge")
 MODES = ("shared", "sgf")
-OVERSHOOTS = ("auto", "return", "stop")
+# Enough for Adam, whose steps have one size, where nothing else speaks; too little to matter where something does.
+WAY_BACK = 0.01
 T_SCHEDULES = ("uniform", "annealed", "falling")
 WEIGHTINGS = ("1-abar", "uniform", "sigma", "sigma2", "sqrt_abar")
 TRAINS = ("convolutions", "released", "synthesis", "all")
@@ -27,8 +28,8 @@ PROMPTS = ("prompt", "negative", "source_prompt")
 # bits of each of 8 numbers that say where it lies. Earlier versions wrote a digest of its bits.
 SIGNATURE = re.compile(r"\[([0-9a-f]{6})-([0-9a-f]{32})\]")
 DIGEST = re.compile(rf"\[[0-9a-f]{{12}}\]|(?<={CONNECTED_BASE} )[0-9a-f]{{12}}\b")
-# In half precision, or by another version of torch, a text is encoded a thousandth of its norm away; a word changes it by
-# a tenth and more.
+# In half precision, or by another version of torch, a text is encoded a thousandth of its norm away; a word changes it
+# by a tenth and more.
 SAME_PROMPT = 0.01
 
 
@@ -162,9 +163,9 @@ class AdaptConfig(Settings):
     licence: str = option("", "reporting", "licence written into the finished file; empty: the source generator's",
                           free=True)
     # New fields come last: they are inputs of a published node in this order.
-    overshoot: str = option("auto", "distillation", "what pixels beyond white and black learn: return, only the way "
-                            "back; stop, nothing, as StyleGAN-Fusion was released, so that an image that is all black "
-                            "stays so; auto: stop with the mode sgf, else return", choices=OVERSHOOTS)
+    way_back: float = option(-1.0, "distillation", "how much of the gradient that leads back pixels beyond white and black "
+                             "keep, 0 to 1; 0: none, as StyleGAN-Fusion was released, so that an image that is all black "
+                             f"stays so; -1: {WAY_BACK:g}, or 0 with the mode sgf", min=-1.0, max=1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -179,10 +180,9 @@ class AdaptConfig(Settings):
             )
 
     @property
-    def bound(self) -> float | None:
-        """`Objective.bound` of this configuration."""
-        returns = self.mode != "sgf" if self.overshoot == "auto" else self.overshoot == "return"
-        return 1.0 if returns else None
+    def share_back(self) -> float:
+        """`Objective.way_back` of this configuration."""
+        return self.way_back if self.way_back >= 0 else 0.0 if self.mode == "sgf" else WAY_BACK
 
     def differences(self, other: AdaptConfig) -> dict[str, tuple[Any, Any]]:
         """The binding fields in which two configurations differ; prompts as `same_prompt` compares them."""

@@ -144,7 +144,8 @@ def make_objective(
     return Objective(
         critic, make_method(config.method, critic, **options), regularizers,
         Timesteps(config.t_min, config.t_max, config.t_schedule), config.weighting, config.latent_clamp or None,
-        config.image_quantile or None, config.mode, perceptual, config.bound,
+        config.image_quantile or None, config.mode, perceptual,
+        1.0 if config.share_back else None, config.share_back,
     )
 
 

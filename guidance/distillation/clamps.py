@@ -54,10 +54,11 @@ def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Ten
     return clamped, (size > limit[:, None]).to(gradient.dtype).mean()
 
 
-def lead_back(gradient: Tensor, images: Tensor, bound: float = 1.0) -> Tensor:
-    """The projected gradient on images that are shown clamped to +-bound: nothing that leads further out remains.
+def lead_back(gradient: Tensor, images: Tensor, bound: float = 1.0, share: float = 1.0) -> Tensor:
+    """The gradient on images that are shown clamped to +-bound: of what leads back a share, of what leads out nothing.
 
-    gradient: that on the clamped images. What lies inside the bound keeps it, and so does what it leads back.
+    gradient: that on the clamped images; inside the bound it stays. share: 1 is the projected gradient, 0 that of a clamp.
     """
-    outward = ((images > bound) & (gradient < 0)) | ((images < -bound) & (gradient > 0))  # descent goes against it
-    return gradient.masked_fill(outward, 0.0)
+    beyond = images.abs() > bound
+    outward = images.sign() * gradient < 0  # descent goes against it
+    return torch.where(beyond, torch.where(outward, 0.0, share * gradient), gradient)

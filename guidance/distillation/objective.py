@@ -80,7 +80,10 @@ class Objective:
     method: an SDS-like `Method`. regularizers: terms that keep the frozen generator's character. perceptual: an
     optional `Perceptual` on the images. timesteps, weighting: t and w(t), the same for all terms. latent_clamp: the
     limit on each term's gradient on z after its weight, None for none. image_quantile: the quantile at which the image
-    gradient is clamped per sample, None for none.
+    gradient is clamped per sample, None for none. bound: images are judged clamped to +-bound, and a value beyond it
+    keeps the share `way_back`, 0 to 1, of a gradient that leads back (`lead_back`); None leaves all to `encode`. With a
+    clamp alone, images that are beyond everywhere, all black, never learn again; the whole gradient unsettles saturated
+    colours, which a clamp holds. An optimizer like Adam makes whole steps of a hundredth where there is nothing else.
 
     mode:
     * "shared": all terms see one noise, so predictions on the same z_t are evaluated once, and their gradients are
@@ -103,6 +106,7 @@ class Objective:
     mode: str = "shared"
     perceptual: Perceptual | None = None
     bound: float | None = None
+    way_back: float = 0.01
     _waiting: Context | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -120,6 +124,8 @@ class Objective:
             )
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
+        if not 0 <= self.way_back <= 1:
+            raise GuidanceError(f"Expected way_back to be 0 to 1, got {self.way_back}.")
         for term in (*self.regularizers, *([self.perceptual] if self.perceptual else [])):
             if not math.isfinite(term.weight):
                 raise GuidanceError(f"Expected the weight of {term.name} to be finite, got {term.weight}.")
@@ -300,7 +306,7 @@ class Objective:
             loss["perceptual"] = value.detach()
             gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
         if self.bound is not None:
-            gradient = lead_back(gradient, images.detach(), self.bound)
+            gradient = lead_back(gradient, images.detach(), self.bound, self.way_back)
         if not bool(gradient.isfinite().all()):
             raise NotFinite(
                 f"The image gradient has values that are not finite at timesteps {draws.t.tolist()}; run the encoder "

@@ -118,3 +118,17 @@ def test_the_objective_is_what_the_configuration_says(mini, configure, tiny_adap
     assert (objective.latent_clamp, objective.image_quantile, objective.mode) == (None, None, "sgf")
     timesteps = objective.timesteps
     assert (timesteps.t_min, timesteps.t_max, timesteps.schedule, objective.weighting) == (20, 400, "falling", "sigma")
+
+
+def test_pixels_find_back_but_in_the_released_update(configure, tiny_adaptation):
+    critic = tiny_adaptation.tiny_critic()
+    found = {}
+    for mode in ("shared", "sgf"):
+        for way_back in (-1.0, 0.0, 0.5):
+            config = configure(mode=mode, way_back=way_back)
+            objective = make_objective(config, critic, tiny_adaptation.shrink, "cpu")
+            found[mode, way_back] = objective.bound and objective.way_back
+    assert found == {
+        ("shared", -1.0): 0.01, ("shared", 0.0): None, ("shared", 0.5): 0.5,
+        ("sgf", -1.0): None, ("sgf", 0.0): None, ("sgf", 0.5): 0.5,
+    }  # fmt: skip

@@ -67,7 +67,8 @@ def test_nothing_leads_further_out():
     images = torch.tensor([-2.0, -2.0, -1.0, -1.0, 0.0, 1.0, 1.0, 2.0, 2.0])
     gradient = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, 1.0])
     assert lead_back(gradient, images).tolist() == [-1, 0, -1, 1, 1, -1, 1, 0, 1]
-    assert torch.equal(lead_back(gradient, images, 2.0), gradient)
+    assert lead_back(gradient, images, share=0.25).tolist() == [-0.25, 0, -1, 1, 1, -1, 1, 0, 0.25]
+    assert torch.equal(lead_back(gradient, images, 2.0, 0.0), gradient)
 
 
 def test_the_latent_clamp_says_what_it_changed():

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ...adapt_config import WAY_BACK as SHARE_BACK
 from ..pictures import FIRST_ADAPTATION
 from .tasks import SOURCE_PROMPT, Task
 
@@ -33,8 +34,8 @@ SCALE = 5.0
 RELEASED: dict[str, Any] = {
     "method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
 }  # fmt: skip
-# Pixels beyond white and black keep the gradient that leads back; the released update gives them none.
-BACK: dict[str, Any] = {"overshoot": "return"}
+# Pixels beyond white and black keep a hundredth of the gradient that leads back; the released update gives them none.
+BACK: dict[str, Any] = {"way_back": SHARE_BACK}
 # One noise for all terms, one pass back through the encoder, no clamps of gradients.
 OURS: dict[str, Any] = {"mode": "shared", "scale": SCALE, "latent_clamp": 0.0, "image_quantile": 0.0, **BACK}
 # Only high noise levels, where this prior decides colours; the released update asks about low ones too.
@@ -98,9 +99,7 @@ RECIPES = {
             Recipe(f"{name}_back", f"{title}, way back", {**RELEASED, **BACK, **changes})
             for name, title, changes in (
                 ("sds", "SDS alone", {}),
-                ("sds_directional", "SDS + directional 1", {"directional": 1.0}),
                 ("sds_directional_weak", "SDS + directional 0.2", {"directional": 0.2}),
-                ("sds_reconstruction", "SDS + reconstruction 1", {"reconstruction": 1.0}),
                 ("sds_reconstruction_weak", "SDS + reconstruction 0.2", {"reconstruction": 0.2}),
             )
         ),
@@ -159,10 +158,7 @@ SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
 FAINT = ("sds_directional_faint", "sds_reconstruction_faint")
 NOISIER = ("sds_directional_noisy", "sds_reconstruction_noisy")
-WAY_BACK = (
-    "sds_back", "sds_directional_back", "sds_directional_weak_back", "sds_reconstruction_back",
-    "sds_reconstruction_weak_back",
-)  # fmt: skip
+WAY_BACK = ("sds_back", "sds_directional_weak_back", "sds_reconstruction_weak_back")
 BEYOND = (
     *WAY_BACK,
     "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",

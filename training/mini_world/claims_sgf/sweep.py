@@ -69,10 +69,9 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
         yield from runs(stops, task, recipes, SEEDS[1:])
     # 6. The way back for pixels beyond white and black, without which a black image learns nothing more.
     yield from runs(stops, DOMAIN, ("sds_back", *GUIDED_BACK), SEEDS)
-    for task in (SEVEN, first, second, third, LONG):
-        yield from runs(stops, task, WAY_BACK)
     for task in (SEVEN, first, second):
-        yield from runs(stops, task, ("sds_back", "sds_directional_weak_back", "sds_reconstruction_weak_back"), SEEDS[1:])
+        yield from runs(stops, task, WAY_BACK, SEEDS)
+    yield from runs(stops, third, WAY_BACK)
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:

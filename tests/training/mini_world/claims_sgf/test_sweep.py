@@ -74,7 +74,7 @@ def test_every_recipe_is_a_configuration_that_fits_every_task(name):
         high = name == "first" or name.endswith("_noisy")
         noisy = {"t_min": 300, "t_max": 900} if high else {"t_min": 10, "t_max": task.t_max}
         assert config.prompt == task.prompt and {"t_min": config.t_min, "t_max": config.t_max} == noisy
-        assert recipe.released == (config.mode == "sgf" and config.bound is None)
+        assert recipe.released == (config.mode == "sgf" and config.share_back == 0)
         # All the same but for the objective: nothing else may decide a comparison.
         common = {"learning_rate", "batch_size", "train", "freeze_bias", "ema", "truncation", "schedule"}
         own = {"learning_rate": FIRST_ADAPTATION["learning_rate"]} if name == "first" else {}
@@ -88,8 +88,8 @@ def test_what_the_command_line_ships_is_a_row():
         field.name for field in fields(AdaptConfig)
         if getattr(AdaptConfig.from_mapping(shipped), field.name) != getattr(mine, field.name)
     }  # fmt: skip
-    assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation", "overshoot"}
-    assert mine.bound == AdaptConfig.from_mapping(shipped).bound == 1.0
+    assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation", "way_back"}
+    assert mine.share_back == AdaptConfig.from_mapping(shipped).share_back > 0
 
 
 def test_points_name_what_exists():
