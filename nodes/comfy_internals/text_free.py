@@ -137,12 +137,20 @@ class TextFreeModel:
         return super().extra_conds(**kwargs)
 
     def encode_adm(self, **kwargs) -> Tensor | None:
-        # SDXL's pooled text is folded into the weights, which are zero where it enters; zeros here keep it out even
-        # under a LoRA, and let a conditioning do without it. Sizes and crops stay live.
-        if self.adm_channels in POOLED_TEXT_ADM:
-            kwargs.pop("unclip_conditioning", None)
+        # SDXL's pooled text is for ControlNets, which get what the prior gives them; a conditioning may do without it.
+        # Sizes and crops are live.
+        pooled = kwargs.get("pooled_output")
+        if self.adm_channels in POOLED_TEXT_ADM and (pooled is None or pooled.shape[-1] != POOLED_TEXT_WIDTH):
             kwargs["pooled_output"] = torch.zeros(1, POOLED_TEXT_WIDTH)
         return super().encode_adm(**kwargs)
+
+    def apply_model(self, x: Tensor, t: Tensor, *args, **kwargs) -> Tensor:
+        # The UNet has its pooled text folded into the weights, which are zero where it enters; zeros here keep text out
+        # even where a LoRA, or a file of another origin, has other weights there.
+        y = kwargs.get("y")
+        if y is not None and self.adm_channels in POOLED_TEXT_ADM:
+            kwargs["y"] = torch.cat([torch.zeros_like(y[:, :POOLED_TEXT_WIDTH]), y[:, POOLED_TEXT_WIDTH:]], dim=1)
+        return super().apply_model(x, t, *args, **kwargs)
 
     def state_dict_for_saving(self, *args, **kwargs) -> dict:
         """As core's, with the frozen tokens under the names this project's files give them."""

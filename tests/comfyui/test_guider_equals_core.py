@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
+from .conftest import CONTEXT
+
+SDXL_VECTOR = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
 SAMPLERS = ["euler", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2m_sde"]
 
 
@@ -112,6 +117,68 @@ def test_untrained_cached_domain_model_with_control_nets_is_core(comfyui, tiny, 
     expected = tiny.predict(plain, x, 2.0)
     result = tiny.predict(internals.in_domain_guider(prior, domain, spread, negative, 2.5, 3.0), x, 2.0)
     assert relative(result, expected) < 1e-4
+
+
+@pytest.fixture
+def sdxl(comfyui, tiny, monkeypatch):
+    """(prior, its `cached` form for a text [1, T, D] and pooled text [1, 1280]) of SDXL's classes in a tiny size."""
+    null_text, unet, loading = (
+        importlib.import_module(f"indomain_guidance.{name}")
+        for name in ("guidance.null_text", "guidance.networks.unet", "nodes.comfy_internals.loading")
+    )
+
+    class TinySDXL(comfyui.supported_models.SDXL):
+        unet_config = {
+            **comfyui.supported_models.SDXL.unet_config, "model_channels": 64, "context_dim": CONTEXT,
+            "use_linear_in_transformer": False, "transformer_depth": [1, 1],
+        }  # fmt: skip
+
+    monkeypatch.setattr(comfyui.supported_models, "models", [TinySDXL, *comfyui.supported_models.models])
+    prior = tiny.prior(family="SDXL", **SDXL_VECTOR)
+
+    def cached(text, pooled):
+        weights = {key: value.clone() for key, value in prior.model.diffusion_model.state_dict().items()}
+        config = unet.unet_config_from_state_dict(weights, num_head_channels=64)
+        weights, config = null_text.build_cached(weights, config, null_text.NullContext(text, {}, pooled))
+        info = loading.DomainInfo("tiny", "tiny.safetensors", "cached", None)
+        return loading.build_unet_model(weights, config, info=info, latent_format="sdxl", source="tiny")
+
+    return prior, cached
+
+
+def test_control_nets_of_sdxl_see_the_same_vector_on_both_models(comfyui, tiny, internals, sdxl):
+    # A ControlNet of SDXL takes the pooled text too, which the text-free UNet has folded away.
+    pooled = torch.randn(2, 1, 1280, generator=torch.Generator().manual_seed(0))
+    control = tiny.control_net(**SDXL_VECTOR)
+    positive, negative = (
+        tiny.conditioning(i, pooled_output=pooled[i], width=512, crop_h=64, control=control) for i in range(2)
+    )
+    prior, cached = sdxl
+    domain = cached(negative[0][0], pooled[1])
+    x = noisy(13)
+    plain = comfyui.samplers.CFGGuider(prior)
+    plain.set_conds(positive, negative)
+    plain.set_cfg(3.0)
+    expected = tiny.predict(plain, x, 2.0)
+    result = tiny.predict(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 3.0), x, 2.0)
+    assert relative(result, expected) < 1e-4
+    other = [[text, {**options, "pooled_output": pooled[0]}] for text, options in negative]
+    assert relative(tiny.denoised(domain, other, x, 2.0), tiny.denoised(domain, negative, x, 2.0)) > 1e-4
+
+
+def test_pooled_text_never_reaches_a_text_free_unet(tiny, sdxl):
+    pooled = torch.randn(2, 1, 1280, generator=torch.Generator().manual_seed(0))
+    text = tiny.conditioning(1)
+    # A LoRA fills the columns that making the model text-free has emptied; a file of another origin may have its own.
+    domain = tiny.lora(sdxl[1](text[0][0], pooled[0]), 1, contains="label_emb.0.0")
+    x = noisy(14)
+    foreign = torch.randn(1, 768)
+    without, *given = (
+        tiny.denoised(domain, tiny.with_options(text, **options), x, 2.0)
+        for options in ({}, {"pooled_output": pooled[0]}, {"pooled_output": pooled[1]}, {"pooled_output": foreign})
+    )
+    assert all(torch.equal(one, without) for one in given)
+    assert not torch.equal(tiny.denoised(domain, tiny.with_options(text, width=128), x, 2.0), without)
 
 
 def test_core_itself_predicts_where_only_the_control_guides(comfyui, tiny, internals, monkeypatch):

@@ -495,7 +495,8 @@ def test_sdxl_freezes_the_pooled_text_and_keeps_the_size_live(comfyui, library, 
     def y(width: int, **conditioning):
         return model.model.encode_adm(noise=noise, device=cpu, width=width, height=64, **conditioning)
 
-    assert torch.equal(y(64, pooled_output=torch.randn(1, 1280)), y(64))
+    text = y(64, pooled_output=torch.randn(1, 1280))
+    assert torch.equal(text[:, 1280:], y(64)[:, 1280:])
     assert not torch.equal(y(64), y(128))
     x = noisy(1)
 
@@ -508,6 +509,7 @@ def test_sdxl_freezes_the_pooled_text_and_keeps_the_size_live(comfyui, library, 
     if form == "cached":
         assert error(predicted(model.model.diffusion_model, live), predicted(prior, full_y, context.tensor)) < 1e-4
     changed = predicted(model.model.diffusion_model, y(64))
+    assert torch.equal(predicted(model.model.diffusion_model, text), changed)
     assert error(changed, predicted(model.model.diffusion_model, live)) > 1e-4
 
 
