@@ -16,7 +16,7 @@ from ..guidance.distillation.objective import Objective
 from ..guidance.files import FileProblem
 from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ..guidance.networks.stylegan2 import Generator
-from .adapt_config import AdaptConfig
+from .adapt_config import AdaptConfig, prompt_text
 from .adapt_critic import Distance, first_opinion, judged_resolution, latent_encoder, make_objective, open_critic
 from .adapt_estimate import estimate_adaptation
 from .adapt_previews import BeforeAfter
@@ -24,6 +24,7 @@ from .adapter import (
     Adapter,
     Encode,
     check_generator,
+    describe_terms,
     describe_trained,
     learning_names,
     trained_names,
@@ -56,10 +57,10 @@ def adapt(
     """Adapt a generator to a prompt (StyleGAN-Fusion, arXiv 2212.04473) as the configuration says; returns when done.
 
     generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W], about
-    -1..1, -> latents, differentiable): instead of `config.base`, prompts, domain and precision. base: an opened prior instead of
-    `config.base`. distance: of the perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener,
-    should_stop, dry_run and the run's folder are those of `train.train`; an adaptation that was killed and goes on ends
-    with the same bits too.
+    -1..1, -> latents, differentiable): instead of `config.base`, prompts, domain and precision. base: an opened prior
+    instead of `config.base`. distance: of the perceptual regularizer, `distance(images, source images) -> [B]`. resume,
+    listener, should_stop, dry_run and the run's folder are those of `train.train`; an adaptation that was killed and
+    goes on ends with the same bits too.
 
     Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
     NonFiniteLoss.
@@ -214,7 +215,8 @@ class _Adaptation(Engine):
         """What the finished file tells of itself: its source, and how it was adapted."""
         config, before = self.config, self.loaded.metadata
         stage = {
-            "prompt": config.prompt, "method": config.method, "scale": config.scale, "steps": self.learner.step,
+            "prompt": prompt_text(config.prompt), "method": config.method, "scale": config.scale,
+            "terms": describe_terms(self.learner.objective.critic.guidance), "steps": self.learner.step,
             "parent": before.name, "parent_sha256": self.learner.source_hash,
             "trained": list(learning_names(self.learner.generator, list(self.learner.parameters), config.layers)),
         }

@@ -7,6 +7,7 @@ keyed by the step, so that a run that was killed and resumed repeats the very sa
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..guidance.combination import Guidance
+from ..guidance.distillation.critic import Critic
 from ..guidance.distillation.layer_selection import select_layers
 from ..guidance.distillation.objective import Draws, NotFinite, Objective, Report
 from ..guidance.networks.stylegan2 import Generator
+from ..guidance.terms import BASE, Source
 from .adapt_config import AdaptConfig
 from .checkpoints import machine_facts
 from .ema import WeightAverage
@@ -40,10 +44,12 @@ TRAINED = {
     "synthesis": re.compile(r"synthesis\..*"),
     "all": re.compile(r".*"),
 }
-# The critic's opinion of a fixed picture, of another VAE, model or prompt, differs by far more; on another device or in
-# half precision it differs by about a thousandth.
-SAME_OPINION = 0.02
+# Another VAE's, model's or prompt's opinion of a fixed picture differs by far more; on another device or in half
+# precision it differs by about a thousandth, and where there is little noise, by what bf16 rounds the picture under it.
+SAME_OPINION, ROUNDING = 0.02, 2.0**-8
 PROBE_SEED = 20
+OTHERS = ("source prompt", "unwanted prompt")  # what some methods ask for beside the guidance
+GUIDED = "prediction"  # all that earlier versions kept beside the latents
 
 
 class Adapter:
@@ -265,7 +271,8 @@ class Adapter:
             "prior": "",
             "dataset": {},
             "generator": self.source_hash,
-            "origin": self.origin,
+            "origin": {name: one for name, one in self.origin.items() if name != GUIDED},
+            "terms": describe_terms(self.objective.critic.guidance),
             "facts": self.facts(),
             "weights": {name: one.detach() for name, one in self.parameters.items()},
             "average": None if self.average is None else self.average.state(),
@@ -285,13 +292,16 @@ class Adapter:
                 f"{source}: expected a run from the same generator, found one that adapts another (content "
                 f"{state['generator'][:12]} instead of {self.source_hash[:12]}); use that one, or start a new run."
             )
+        self._check_terms(state, source)
         warnings = []
         for name, before in state["origin"].items():
-            difference = _difference(self.origin.get(name), before)
-            if difference > SAME_OPINION:
+            if name not in self.origin:
+                continue  # of what the method does not ask for
+            difference = _difference(self.origin[name], before)
+            if difference > self._tolerated(name):
                 raise ConfigProblem(
-                    f"{source}: expected a run with the same diffusion model, VAE and prompts, found one whose {name} "
-                    "differs for the same picture; use those that the run began with, or start a new run."
+                    f"{source}: expected a run with the same diffusion model, VAE, prompts and terms, found one whose "
+                    f"{name} differs for the same picture; use those that the run began with, or start a new run."
                 )
             if difference > 0:
                 warnings.append(
@@ -305,6 +315,23 @@ class Adapter:
         self.step = int(state["step"])
         self.intact = True
         return warnings
+
+
+    def _check_terms(self, state: Mapping[str, Any], source: str) -> None:
+        """Raise ConfigProblem for other weights or references than a state's, where it says them."""
+        now = describe_terms(self.objective.critic.guidance)
+        before = state.get("terms", now)
+        if _nameless(now) != _nameless(before):
+            was, now = (json.dumps(one, ensure_ascii=False) for one in (before, now))
+            raise ConfigProblem(
+                f"{source}: expected a run with the same guidance terms, found that they were {was} and are {now}; use "
+                "the earlier ones, or start a new run."
+            )
+
+    def _tolerated(self, name: str) -> float:
+        """How far an opinion may lie from a state's of the same name."""
+        _, at, t = name.partition(" at timestep ")
+        return SAME_OPINION + (ROUNDING / self.objective.critic.schedule.sigma(float(t)) if at else 0.0)
 
 
 class _Chooses:
@@ -409,13 +436,53 @@ def fixed_picture(generator: Generator, device: torch.device | str) -> Tensor:
 
 @torch.no_grad()
 def opinion(objective: Objective, encode: Encode, picture: Tensor) -> dict[str, Tensor]:
-    """What the critic makes of a picture: its `latents` and the guided `prediction` on them, on the CPU."""
+    """What the critic makes of a picture, on the CPU: its `latents`, and what each of the critic's sources predicts.
+
+    At the least, a middle and the largest timestep, of those that act there: "base at timestep 10". One source at a
+    time, because guidance enlarges their last bits; the guided `prediction`, at the middle one, is for runs of earlier
+    versions.
+    """
+    critic, timesteps, sources = objective.critic, objective.timesteps, _sources(objective.critic)
     z = encode(picture).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(z)
-    t = torch.tensor([(objective.timesteps.t_min + objective.timesteps.t_max) // 2])
-    critic = objective.critic
-    prediction = critic.predict(critic.noisy(z, noise, t), t, ("e",))
-    return {"latents": z.cpu(), "prediction": prediction.e.float().cpu()}
+    middle = (timesteps.t_min + timesteps.t_max) // 2
+    asked = list(dict.fromkeys((timesteps.t_min, middle, timesteps.t_max)))
+    levels = [critic.schedule.sigma(float(step)) for step in asked]
+    plans = [critic.guidance.at(level, critic.percent_to_sigma, keep_base=True) for level in levels]
+    found, made = {"latents": z.cpu()}, {}
+    for name, source in sources.items():
+        steps = [step for step, plan in zip(asked, plans) if name in OTHERS or source in plan.needed]
+        if steps:
+            t = torch.tensor(steps)
+            z_t = critic.noisy(z.expand(len(t), -1, -1, -1), noise.expand(len(t), -1, -1, -1), t)
+            made |= {(source, step): one for step, one in zip(steps, critic.noise_prediction(source, z_t, t).split(1))}
+        found |= {f"{name} at timestep {step}": made[source, step].cpu() for step in steps}
+    guided = plans[asked.index(middle)]
+    found[GUIDED] = guided.combine({source: made[source, middle] for source in guided.needed}).cpu()
+    return found
+
+
+def _sources(critic: Critic) -> dict[str, Source]:
+    """All that a critic can ask, by its part; a graph's terms and a configuration's may be called otherwise."""
+    guidance = critic.guidance
+    found = {"base": guidance.base} | {f"term {at}": term.source for at, term in enumerate(guidance.terms, 1)}
+    others = (None if critic.source is None else critic.source.terms[-1].source, critic.negative)
+    return found | {name: one for name, one in zip(OTHERS, others) if one is not None}
+
+
+def describe_terms(guidance: Guidance) -> list[dict[str, Any]]:
+    """The terms of a guidance as plain values: name, weight (`Weight.to_json`), reference, and shaping if any."""
+    return [
+        {"name": term.name, "weight": term.weight.to_json(), "reference": term.reference or BASE}
+        | ({"shaping": repr(term.shaping)} if term.shaping is not None else {})
+        for term in guidance.terms
+    ]
+
+
+def _nameless(terms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Described terms that go by their places, which a graph and a configuration have in common."""
+    places = {term["name"]: place for place, term in enumerate(terms, 1)}
+    return [{**term, "name": None, "reference": places.get(term["reference"])} for term in terms]
 
 
 def _parts(report: Report, chosen: Sequence[str] | None) -> dict[str, float]:

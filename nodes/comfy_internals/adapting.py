@@ -28,6 +28,8 @@ from .loading import ordinary_tensors
 from .training import Progress, check_claim, export_autoencoder, exported_dtype, finish_run
 
 if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
     from ...training.adapt_config import AdaptConfig
     from ...training.engine import Result
     from ...training.exported_base import ExportedBase
@@ -35,20 +37,23 @@ if TYPE_CHECKING:
 RUNS = "generator_adaptation"
 
 
-def conditioning_digest(conditioning: list | None) -> str:
-    """The first 12 hex digits of a SHA-256 over the tensors and numbers of a CONDITIONING; empty for none."""
-    if conditioning is None:
-        return ""
-    digest = hashlib.sha256()
+def conditioning_signature(conditioning: list) -> str:
+    """What a CONDITIONING is known again by (`training.adapt_config.same_prompt`), in hex: WHAT-WHERE.
+
+    WHAT: digest of its numbers, texts and shapes. WHERE: 8 random projections of its tensors, whose distance says how
+    far two conditionings lie apart, so that the last bits of another driver or torch do not make it another one.
+    """
+    digest, tensors = hashlib.sha256(), []
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            digest.update(repr((tuple(value.shape), str(value.dtype))).encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            digest.update(repr(tuple(value.shape)).encode())
+            tensors.append(value)
         elif isinstance(value, dict):
             for key in sorted(value, key=str):
-                digest.update(str(key).encode())
-                add(value[key])
+                if value[key] is not None:  # what a version of ComfyUI has a name for, and nobody set
+                    digest.update(str(key).encode())
+                    add(value[key])
         elif isinstance(value, (list, tuple)):
             for one in value:
                 add(one)
@@ -56,7 +61,13 @@ def conditioning_digest(conditioning: list | None) -> str:
             digest.update(repr(value).encode())
 
     add(conditioning)
-    return digest.hexdigest()[:12]
+    where = torch.zeros(8, dtype=torch.float64)
+    for index, tensor in enumerate(tensors):
+        flat = tensor.detach().to("cpu", torch.float64).flatten()
+        random = torch.Generator().manual_seed(index)
+        for at in range(len(where)):
+            where[at] += torch.randn(len(flat), generator=random).double() @ flat / max(1, len(flat)) ** 0.5
+    return f"{digest.hexdigest()[:6]}-{where.half().numpy().astype('<f2').tobytes().hex()}"
 
 
 def prompt_texts(prompt: Mapping[str, Any] | None) -> dict[str, str]:
@@ -80,8 +91,8 @@ def places(
 ) -> dict[str, Any]:
     """What the graph decides of a configuration: what is connected, where files go, what is computed on.
 
-    Prompts are conditionings here, and stand in it by a digest, behind their text where that is known (`prompt_texts`):
-    a run goes on only with the same ones.
+    Prompts are conditionings here, and stand in it by a signature, behind their text where that is known
+    (`prompt_texts`): a run goes on only with the same ones, wherever in the graph their texts stand.
     """
     from ...training.config import CONNECTED_BASE
 
@@ -89,11 +100,13 @@ def places(
         conditioning, text = getattr(critic, what), (texts or {}).get(what)
         if conditioning is None:
             return ""
-        digest = conditioning_digest(conditioning)
-        return f"{text} [{digest}]" if text else f"{CONNECTED_BASE} {digest}"
+        return f"{text or CONNECTED_BASE} [{conditioning_signature(conditioning)}]"
 
     found = domain_of(critic.terms)
     domain = {} if found is None else {"domain": found[0], "domain_weight": found[1]}
+    if critic.terms and found is None:
+        models = (model_name(critic.model if term.model is None else term.model) for term in critic.terms)
+        domain = {"domain": f"{CONNECTED_BASE} {', '.join(models)}"}
     negative = ", unwanted ".join(filter(None, map(connected, ("negative", "unwanted"))))
     return {
         "generator": generator.source,
@@ -191,6 +204,13 @@ def _in_a_process(
         config, folder=job, resume=resume, base=base, generator=source, listener=progress,
         should_stop=progress.should_stop,
     )
+
+
+def model_name(model: ModelPatcher) -> str:
+    """What a MODEL can be called in a file: the domain model's file or the family, and whether it is patched."""
+    info = domain_info(model)
+    name = type(model.model.model_config).__name__ if info is None else Path(info.path).name
+    return f"{name} with {len(model.patches)} patched weights" if model.patches else name
 
 
 def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:

@@ -119,13 +119,37 @@ def test_default_options_are_the_adaptations_own(world):
     assert AdaptConfig(generator="x", base="y", **options) == AdaptConfig(generator="x", base="y")
 
 
+def moved(conditioning, share: float) -> list:
+    """A CONDITIONING whose context lies this share of its norm away."""
+    (context, options), *_ = conditioning
+    noise = torch.randn(context.shape, generator=torch.Generator().manual_seed(3))
+    return [[context.clone() + share * context.norm() / noise.norm() * noise, options]]
+
+
 def test_conditionings_are_told_apart_and_known_again(world, mini):
-    digest = world.internals.conditioning_digest
+    same_prompt = module("training.adapt_config").same_prompt
+
+    def same(one, other, texts=("", "")):
+        one, other = (f"{text or 'connected:'} [{world.internals.conditioning_signature(conditioning)}]"
+                      for text, conditioning in zip(texts, (one, other)))  # fmt: skip
+        return same_prompt(one, other)
+
     with torch.inference_mode():
-        again, other = mini.encode("a red seven"), mini.encode("a blue seven")
-    assert digest(mini.positive) == digest(again) != digest(other) and len(digest(other)) == 12
-    pooled = [[mini.positive[0][0], {**mini.positive[0][1], "width": 64}]]
-    assert digest(pooled) != digest(mini.positive) and digest(None) == ""
+        again, other = mini.encode("a red seven"), mini.encode("a red nine")
+    assert same(mini.positive, again) and not same(mini.positive, other)
+    # Whatever is known of their texts, and whoever computed them.
+    assert same(mini.positive, again, ("a red seven", "")) and not same(mini.positive, other, ("a red seven",) * 2)
+    half = [[again[0][0].to(torch.bfloat16), again[0][1]]]
+    assert same(mini.positive, half) and same(mini.positive, moved(again, 2e-3))
+    assert not same(mini.positive, moved(again, 0.05))
+    # And whatever else is in them.
+    context, options = again[0]
+    assert same(again, [[context, {**options, "hooks": None}]])
+    for more in ({"width": 64}, {"mask": torch.ones(1, 8, 8)}, {"pooled_output": torch.ones(1, 32)}):
+        assert not same(again, [[context, {**options, **more}]])
+    assert not same(again, [*again, *again]) and not same(again, [])
+    zeros = [[torch.zeros_like(context), options]]
+    assert same(zeros, zeros) and not same(zeros, again)
 
 
 # ---- adapting ---------------------------------------------------------------------------------------------------
@@ -155,6 +179,8 @@ def test_both_ways_adapt_alike(adapt):
     # Core's UNet rounds otherwise than ours, and Adam makes the same of large and small gradients.
     close = [float((ours[key] - theirs[key]).abs().median()) for key in ours if key.endswith("conv1.weight")]
     assert close and max(close) < 2e-4
+    # And each goes on with what the other began, whose judge says the same in other words.
+    assert adapt(name="apart", steps=3).generator.metadata.history[-1]["steps"] == 3
 
 
 @pytest.mark.parametrize("method", ["csd", "nfsd", "dds", "bridge", "ism", "vsd"])
@@ -246,17 +272,18 @@ def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_finished_run(comfy
         assert Path(made.path).is_file() and comfyui.model_management.processing_interrupted()
 
 
-@pytest.mark.parametrize("where", ["critic", "encoder"])
-def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, world, monkeypatch, where):
+# A critic's first opinions take 2 calls.
+@pytest.mark.parametrize("where, at", [("critic", 5), ("encoder", 4)])
+def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, world, monkeypatch, where, at):
     """Core's layers raise a cancel wherever they are; the run goes on from whole steps only."""
     whole = adapt(name="whole", steps=4)
     critic, interrupt = module("nodes.comfy_internals.critic"), comfyui.model_management.interrupt_current_processing
     calls = []
 
-    def fourth_time(call):
+    def interrupted(call):
         def wrapped(*args):
             calls.append(1)
-            if len(calls) == 4:
+            if len(calls) == at:
                 interrupt()
             return call(*args)
 
@@ -264,10 +291,10 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
 
     with monkeypatch.context() as patch:
         if where == "critic":
-            patch.setattr(critic.Predictions, "_denoise", fourth_time(critic.Predictions._denoise))
+            patch.setattr(critic.Predictions, "_denoise", interrupted(critic.Predictions._denoise))
         else:
             made = critic.gradient_encoder
-            patch.setattr(critic, "gradient_encoder", lambda *args: fourth_time(made(*args)))
+            patch.setattr(critic, "gradient_encoder", lambda *args: interrupted(made(*args)))
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             adapt(name="parts", steps=4)
     events = log_of(world, "parts")
@@ -345,6 +372,48 @@ def test_another_conditioning_is_another_run(adapt, mini):
         adapt(positive=other)
 
 
+def test_a_run_goes_on_wherever_its_texts_stand_and_whoever_encodes_them(adapt, mini, world, monkeypatch):
+    """A text that now comes through a link is not seen any more; another attention moves the last bits."""
+    texts = {"positive": "a red seven", "source": "a digit"}
+    monkeypatch.setattr(world.internals, "prompt_texts", lambda prompt: texts)
+    with torch.inference_mode():
+        source, other = mini.encode("a white digit"), mini.encode("a blue digit")
+        inputs = {"method": "dds", "source": source, "options": {"t_max": 300}}
+        first = adapt(steps=1, **inputs)
+        assert first.generator.metadata.history[-1]["prompt"] == "a red seven"
+        monkeypatch.setattr(world.internals, "prompt_texts", lambda prompt: {})
+        inputs |= {"positive": moved(mini.positive, 1e-3), "source": moved(source, 1e-3)}
+        made = adapt(steps=2, **inputs)
+        assert any("term 1 at timestep 10 differs by" in text for text in made.ui["text"])
+        with pytest.raises(ValueError, match="source_prompt was"):
+            adapt(steps=3, **{**inputs, "source": other})
+
+
+def test_other_terms_are_another_run_and_stand_in_the_finished_file(adapt, mini, world):
+    loading, schedules = module("nodes.comfy_internals.loading"), module("guidance.schedules")
+    term_input = module("nodes.comfy_internals.guider").TermInput
+    with torch.inference_mode():
+        blue = mini.encode("a blue seven")
+    domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
+
+    def terms(weight, model=domain, start=0.5, name="hand"):
+        return (term_input(name, schedules.Interval(weight, start, 1.0), model),
+                term_input("blue", 0.5, conditioning=blue, reference=name))  # fmt: skip
+
+    made = adapt(steps=1, terms=terms(1.5))
+    hand, other, prompt = made.generator.metadata.history[-1]["terms"]
+    assert hand["name"] == "hand" and hand["weight"]["value"] == 1.5 and other["reference"] == "hand"
+    assert (prompt["name"], prompt["weight"]) == ("prompt", 7.5)
+    told = json.loads(made.generator.metadata.extra["training"])["domain"]
+    assert told == "connected: mini-handwriting.safetensors, PlainUNetConfig"
+    for changed in (terms(1.4), terms(1.5, start=0.51), terms(1.5)[:1]):
+        with pytest.raises(ValueError, match="expected a run with the same guidance terms, found that they were"):
+            adapt(steps=2, terms=changed)
+    with pytest.raises(ValueError, match="found one whose term 1 at timestep"):
+        adapt(steps=2, terms=terms(1.5, model=mini.model))
+    adapt(steps=2, terms=terms(1.5, name="script"))
+
+
 def test_no_file_of_somebody_elses_is_replaced(adapt, world):
     mine = world.tmp / "models" / "generators" / "made.safetensors"
     world.files.write_generator(mine, tiny_generator(9))
@@ -366,7 +435,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_weights
     def broken(self, jobs):
         calls.append(1)
         made = denoise(self, jobs)
-        return [one * float("nan") for one in made] if len(calls) > 4 else made
+        return [one * float("nan") for one in made] if len(calls) > 5 else made
 
     monkeypatch.setattr(critic.Predictions, "denoise_many", broken)
     with pytest.raises(ValueError, match="became NaN or infinite at step .*the last good weights, of step"):

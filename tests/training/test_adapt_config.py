@@ -11,7 +11,7 @@ from indomain_guidance.guidance.distillation.objective import MODES
 from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES
 from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
 from indomain_guidance.training import adapt_config
-from indomain_guidance.training.adapt_config import GROUPS, AdaptConfig, configuration_kind
+from indomain_guidance.training.adapt_config import GROUPS, AdaptConfig, configuration_kind, prompt_text, same_prompt
 from indomain_guidance.training.adapter import TRAINED
 from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.settings import ConfigProblem, kinds_of
@@ -63,3 +63,31 @@ def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
     assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_rows=9, device="cpu")) == {}
     other = config.with_changes(scale=7.5, prompt="x")
     assert config.differences(other) == {"prompt": ("", "x"), "scale": (100.0, 7.5)}
+
+
+SIGNATURE = "[0a1b2c-" + "003c" * 7 + "{}]"  # 1.0 seven times, and another number
+
+
+@pytest.mark.parametrize("one, other, same", [
+    ("a cat", "a cat", True), ("a cat", "a dog", False), ("", "a cat", False),
+    # Of connected conditionings the signatures count, and not what is known of their texts.
+    (f"a cat {SIGNATURE}", f"connected: {SIGNATURE}", True), (f"a cat {SIGNATURE}", f"A  Cat {SIGNATURE}", True),
+    (f"a cat {SIGNATURE}", f"a cat {SIGNATURE}".replace("a1b2c", "a1b2d"), False),
+    (f"{SIGNATURE}, unwanted {SIGNATURE}", f"{SIGNATURE}", False),
+    # An earlier version's digest says nothing of a signature.
+    (f"connected: {SIGNATURE}", "connected: 0123456789ab", True), (f"a cat {SIGNATURE}", "a cat [0123456789ab]", True),
+    (f"a cat {SIGNATURE}", "connected: 0123456789ab", True), (f"a cat {SIGNATURE}", "a dog [0123456789ab]", False),
+    ("connected: 0123456789ab", "connected: 0123456789ac", False), (f"a cat {SIGNATURE}", "a cat", False),
+])  # fmt: skip
+def test_prompts_are_known_again(one, other, same):
+    one, other = (text.replace("{}", "003c") for text in (one, other))
+    assert same_prompt(one, other) == same_prompt(other, one) == same
+
+
+@pytest.mark.parametrize(
+    "bits, same", [("013c", True), ("083c", True), ("283c", False), ("00bc", False), ("007e", False)]
+)
+def test_signatures_may_differ_by_last_bits(bits, same):
+    config = AdaptConfig(**NEEDED, negative=SIGNATURE.format("003c"))
+    assert (config.differences(config.with_changes(negative=SIGNATURE.format(bits))) == {}) == same
+    assert prompt_text(f"a cat {config.negative}, unwanted a dog [0123456789ab]") == "a cat, unwanted a dog"
