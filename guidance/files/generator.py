@@ -27,6 +27,7 @@ from .tensors import (
     _existing,
     _first_line,
     _guess,
+    _read_header,
     check_finite,
     load_checkpoint,
     read_keys,
@@ -141,7 +142,8 @@ def read_generator(
     """The StyleGAN2 generator in a file: safetensors, an NVIDIA `.pkl`, or a rosinality / StyleGAN-NADA `.pt`.
 
     The moving average is taken where a file has one. limit_bytes: larger files are refused. prefer_converted: where a
-    conversion (`convert_generator`) of exactly this file lies beside it under its name with .safetensors, read that.
+    conversion (`convert_generator`) of exactly this file lies beside it under its name with .safetensors, unrounded
+    and unchanged, read that.
     Raises FileProblem, naming the reason, for every file that is no such generator.
     """
     path = _existing(path)
@@ -396,8 +398,8 @@ def _finish(
         features = config.c_dim + sum(generator.mapping.widths)
         if features > MAX_FEATURES:
             raise FileProblem(
-                f"{path}: expected a mean style (mapping.w_avg), or at most {MAX_FEATURES} features in all layers of the "
-                f"mapping to measure it on, found {features}; the file is damaged or of another network."
+                f"{path}: expected a mean style (mapping.w_avg), or at most {MAX_FEATURES} features in all layers of "
+                f"the mapping to measure it on, found {features}; the file is damaged or of another network."
             )
         with torch.no_grad():
             generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))
@@ -418,7 +420,10 @@ def _converted(path: Path, data: bytes | None, wanted: bool) -> LoadedGenerator 
     if not wanted or beside == path or not beside.is_file():
         return None
     try:
-        stated = read_metadata(beside)
+        header = _read_header(beside)
+        stated = header.pop("__metadata__", {})
+        if any(entry.get("dtype") != "F32" for entry in header.values()):  # smaller, for being chosen by its own name
+            return None
         if stated.get("format") != FORMAT or stated.get("history") or not stated.get("source_sha256"):
             return None
         digest = hashlib.sha256(path.read_bytes() if data is None else data).hexdigest()

@@ -371,7 +371,13 @@ def test_conversion_is_one_way_and_preferred_afterwards(tmp_path):
     assert converted.metadata.name == "cats"
     assert replace(converted.metadata, name=direct.metadata.name) == direct.metadata
     assert read_generator(source, prefer_converted=False).notes == direct.notes
-    # Another source, an adapted generator, or a damaged file is not its conversion.
+    # A rounded one, another source's, an adapted generator, or a damaged file is not its conversion.
+    for dtype in ("fp16", "bf16"):
+        convert_generator(source, target, dtype=dtype)
+        rounded = read_generator(source)
+        assert same(rounded.generator, direct.generator) and rounded.notes == direct.notes
+    convert_generator(source, target)
+    assert read_generator(source).notes != direct.notes
     source.write_bytes((GOLDEN / "stylegan3.pkl").read_bytes())
     assert read_generator(source).generator.config.c_dim == 2
     source.write_bytes((GOLDEN / "stylegan2_ada.pkl").read_bytes())
