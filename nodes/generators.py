@@ -54,8 +54,8 @@ class LoadGenerator(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "convert", default=False,
-                    tooltip="Also write a .pkl or .pt as .safetensors into models/generators, which loads faster and "
-                    "can hide no code. off (the default) writes nothing.",
+                    tooltip="Also write a .pkl or .pt as .safetensors beside it, which loads faster, can hide no code "
+                    "and is read from then on. off (the default) writes nothing.",
                 ),
             ],
             outputs=[GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack.")],

@@ -170,7 +170,10 @@ def convert_generator(one: GraphGenerator) -> str:
         return "Nothing to convert: it is a .safetensors file."
     if path.exists():
         return f"Not converted: {path} is there already."
-    return f"Converted to {convert(source, path)}, which is read from now on."
+    try:
+        return f"Converted to {convert(source, path)}, which is read from now on."
+    except FileProblem as problem:  # such as a folder that cannot be written to; what was loaded is good all the same
+        return f"Not converted: {problem}"
 
 
 def describe_generator(one: GraphGenerator) -> str:
@@ -189,6 +192,7 @@ def blend(
 ) -> GraphGenerator:
     """source + amount * (adapted - source); with split_px, layers of up to that many pixels take `below` instead.
 
+    Its metadata are those of `adapted`, with the licences of both and the blend as the last entry of the history.
     Raises ValueError for generators of different architecture and for a split that is none of their sizes.
     """
     from ...guidance.networks.blending import blend_generators, resolution_split
@@ -198,7 +202,20 @@ def blend(
         blended = blend_generators(source.generator, adapted.generator, amounts)
     said = f"{amount:g}" if not split_px else f"{below:g} up to {split_px} px, {amount:g} above"
     name = f"{source.name} to {adapted.name} at {said}"
-    return GraphGenerator(blended, dataclasses.replace(adapted.metadata, name=name), name)
+    stage = {"blend": amount, "source": source.name, "adapted": adapted.name}
+    if split_px:
+        stage |= {"split_resolution": split_px, "amount_below_split": below}
+    metadata = dataclasses.replace(
+        adapted.metadata, name=name, licence=_both_licences(source, adapted),
+        history=(*adapted.metadata.history, stage),
+    )  # fmt: skip
+    return GraphGenerator(blended, metadata, name)
+
+
+def _both_licences(source: GraphGenerator, adapted: GraphGenerator) -> str:
+    """The licences of what a blend is made of, each once; both hold for it."""
+    stated = [part for one in (source, adapted) for part in one.metadata.licence.split("; ") if part]
+    return "; ".join(dict.fromkeys(stated))
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------

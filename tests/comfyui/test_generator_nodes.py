@@ -309,6 +309,53 @@ def test_a_pickle_is_converted_on_request_and_its_conversion_read_from_then_on(w
     assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), one.generator.parameters()))
 
 
+def test_a_conversion_that_cannot_be_written_loses_no_generator(world, call, monkeypatch):
+    torch.save(as_rosinality(world.generator), world.folder / "old.pt")
+    tensors = module("guidance.files.tensors")
+
+    def full(*values, **more):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tensors.os, "replace", full)
+    one, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
+    assert torch.equal(one.generator.synthesis.b8.conv0.weight, world.generator.synthesis.b8.conv0.weight)
+    assert ui["text"][-1].startswith(f"Not converted: {world.folder / 'old.safetensors'}: could not be written ([Errno 28]")
+    assert [path.name for path in world.folder.iterdir()] == ["old.pt"]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_what_is_saved_beside_a_pickle_is_not_taken_for_it(world, call, dtype):
+    torch.save(as_rosinality(world.generator), world.folder / "old.pt")
+    source, _ = call("LoadGenerator", generator_name="old.pt")
+    for one, amount in ((source, 0.5), (source, 1.0)):
+        blended, _ = call("BlendGenerators", source=source, adapted=one, amount=amount)
+        kept = source if dtype == "fp16" else blended
+        call("SaveGenerator", generator=kept, filename="old", file_dtype=dtype, replace=True)
+        again, ui = call("LoadGenerator", generator_name="old.pt")
+        assert len(ui["text"]) == 1 and again.source.endswith("old.pt")
+        assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), source.generator.parameters()))
+
+
+def test_a_blend_says_what_it_is_made_of(world, call):
+    described, made = world.files.GeneratorMetadata, world.internals.GraphGenerator
+    stage = {"prompt": "a red seven", "steps": 3, "parent": "digits"}
+    source = made(world.generator, described(name="digits", licence="CC0-1.0", source_sha256="ab" * 32), "x")
+    adapted = made(tiny_generator(5), described(name="red", licence="Apache-2.0", history=(stage,)), "y")
+    values = {"source": source, "adapted": adapted, "amount": 0.25}
+    blended, _ = call("BlendGenerators", **values)
+    call("SaveGenerator", generator=blended, filename="blend", file_dtype="fp32")
+    again, _ = call("LoadGenerator", generator_name="blend.safetensors")
+    assert again.metadata == blended.metadata and again.name == "digits to red at 0.25"
+    assert again.metadata.history == (stage, {"blend": 0.25, "source": "digits", "adapted": "red"})
+    assert again.metadata.licence == "CC0-1.0; Apache-2.0"
+    more, _ = call("BlendGenerators", source=again, adapted=adapted, amount=1.0, split_resolution=8)
+    assert more.metadata.licence == "CC0-1.0; Apache-2.0" and more.metadata.history[:-1] == (stage,)
+    assert more.metadata.history[-1] == {"blend": 1.0, "source": again.name, "adapted": "red", "split_resolution": 8,
+                                         "amount_below_split": 0.0}  # fmt: skip
+    unknown = made(world.generator, described(name="any"), "x")
+    assert call("BlendGenerators", **values | {"source": unknown})[0].metadata.licence == "Apache-2.0"
+
+
 def test_nothing_is_converted_that_need_not_be(world, call):
     _, ui = call("LoadGenerator", generator_name="shipped.safetensors", convert=True)
     assert ui["text"][-1].startswith("Nothing to convert")
