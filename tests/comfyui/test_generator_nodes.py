@@ -319,7 +319,8 @@ def test_a_conversion_that_cannot_be_written_loses_no_generator(world, call, mon
     monkeypatch.setattr(tensors.os, "replace", full)
     one, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
     assert torch.equal(one.generator.synthesis.b8.conv0.weight, world.generator.synthesis.b8.conv0.weight)
-    assert ui["text"][-1].startswith(f"Not converted: {world.folder / 'old.safetensors'}: could not be written ([Errno 28]")
+    target = world.folder / "old.safetensors"
+    assert ui["text"][-1].startswith(f"Not converted: {target}: could not be written ([Errno 28]")
     assert [path.name for path in world.folder.iterdir()] == ["old.pt"]
 
 
