@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ...guidance.files import FileProblem
 from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
-from .loading import ordinary_tensors
+from .loading import ordinary_tensors, own_model_folder, register_model_folder
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
@@ -63,20 +63,13 @@ class GraphGenerator:
 
 
 def register_generator_folder() -> None:
-    """Make `models/generators` a model folder of ComfyUI, with the mini world's shipped generator listed in it too."""
-    default = os.path.join(folder_paths.models_dir, FOLDER)
-    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    paths = [*paths]
-    for path in (default, str(SHIPPED_GENERATORS)):
-        if path not in paths:
-            paths.append(path)
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | EXTENSIONS)
+    """Make `models/generators` a model folder of ComfyUI."""
+    register_model_folder(FOLDER, SHIPPED_GENERATORS, EXTENSIONS)
 
 
 def generator_folder() -> Path:
-    """The folder that new generators are written to: the user's first one, never the shipped one."""
-    shipped = str(SHIPPED_GENERATORS)
-    return Path(next(path for path in folder_paths.get_folder_paths(FOLDER) if path != shipped))
+    """The folder that new generators are written to."""
+    return own_model_folder(FOLDER, SHIPPED_GENERATORS)
 
 
 def list_generators() -> list[str]:

@@ -76,24 +76,32 @@ class DomainInfo:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def register_domain_unet_folder() -> None:
-    """Make `models/domain_unets` a model folder of ComfyUI, with the mini world's shipped models listed in it too.
+def register_model_folder(name: str, shipped: Path, extensions: set[str]) -> None:
+    """Make `models/NAME` a model folder of ComfyUI, made where it is missing, with what is shipped listed in it too.
 
     An extra_model_paths.yaml may have named the folder already, without file extensions, which would list every file.
     """
-    default = os.path.join(folder_paths.models_dir, FOLDER)
-    paths, extensions = folder_paths.folder_names_and_paths.get(FOLDER, ([], set()))
-    paths = [*paths]
-    for path in (default, str(SHIPPED_DOMAIN_UNETS)):
-        if path not in paths:
-            paths.append(path)
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, set(extensions) | folder_paths.supported_pt_extensions)
+    default = os.path.join(folder_paths.models_dir, name)
+    with contextlib.suppress(OSError):  # nothing is lost where it cannot be made
+        os.makedirs(default, exist_ok=True)
+    paths, known = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    added = [path for path in (default, str(shipped)) if path not in paths]
+    folder_paths.folder_names_and_paths[name] = ([*paths, *added], set(known) | extensions)
+
+
+def own_model_folder(name: str, shipped: Path) -> Path:
+    """The folder that new models are written to: the user's first one, never the shipped one."""
+    return Path(next(path for path in folder_paths.get_folder_paths(name) if path != str(shipped)))
+
+
+def register_domain_unet_folder() -> None:
+    """Make `models/domain_unets` a model folder of ComfyUI."""
+    register_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS, folder_paths.supported_pt_extensions)
 
 
 def domain_unet_folder() -> Path:
-    """The folder that new domain models are written to: the user's first one, never the shipped one."""
-    shipped = str(SHIPPED_DOMAIN_UNETS)
-    return Path(next(path for path in folder_paths.get_folder_paths(FOLDER) if path != shipped))
+    """The folder that new domain models are written to."""
+    return own_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS)
 
 
 def list_domain_unets() -> list[str]:

@@ -35,7 +35,7 @@ def world(comfyui, tmp_path, monkeypatch):
     folder_paths.folder_names_and_paths.pop("generators", None)
     internals.register_generator_folder()
     folder, shipped = tmp_path / "models" / "generators", tmp_path / "shipped"
-    folder.mkdir(parents=True)
+    assert folder.is_dir()  # a user finds it where the help says it is
     shipped.mkdir()
     generator = tiny_generator()
     files.write_generator(shipped / "shipped.safetensors", generator, files.GeneratorMetadata(name="digits"))
