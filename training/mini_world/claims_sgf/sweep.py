@@ -69,9 +69,9 @@ def full_points(stops: tuple[int, ...]) -> Iterator[Point]:
         yield from runs(stops, task, recipes, SEEDS[1:])
     # 6. The way back for pixels beyond white and black, without which a black image learns nothing more.
     yield from runs(stops, DOMAIN, ("sds_back", *GUIDED_BACK), SEEDS)
-    for task in (SEVEN, first, second):
-        yield from runs(stops, task, WAY_BACK, SEEDS)
-    yield from runs(stops, third, WAY_BACK)
+    yield from runs(stops, SEVEN, WAY_BACK, SEEDS)
+    for task in (first, second, third):
+        yield from runs(stops, task, WAY_BACK)
 
 
 def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
