@@ -69,7 +69,7 @@ def _number(value: float) -> str:
 
 def _float_step(default: float, largest: float) -> float:
     """A step of the arrows that suits a number: a tenth of its own size, finer for decays that end just below 1."""
-    if default == 0.0:
+    if default <= 0.0:
         return 0.01
     if largest < 1.0 and default > 0.5:
         return 0.0001

@@ -84,7 +84,7 @@ def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(s
     assert run.outputs["adapt"]["text"] == [str(made_by(graph))]
     assert len(run.images("adapt")) == 2  # samples and loss curve
     loaded = read_generator(made_by(graph))
-    assert loaded.metadata.history[-1]["prompt"].startswith("a red seven [")
+    assert loaded.metadata.history[-1]["prompt"] == "a red seven"
     assert loaded.metadata.history[-1]["steps"] == 4 and not same_weights(made_by(graph), folder / SOURCE)
     assert len(list((run_of(graph) / "samples").glob("*.png"))) == 3
     # Progress counts the steps, and grids arrive as previews.
