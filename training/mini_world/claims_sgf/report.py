@@ -74,13 +74,11 @@ def write_report(
     lines_ = [verdict_line(verdict, plan) for verdict in verdicts] + [row_line(row) for row in rows]
     written = [folder / "sgf.jsonl"]
     write_text(written[0], "\n".join(lines_) + "\n")
-    plot = draw(rows)
-    few_colours = None if plot is None else plot.quantize(256)  # a third of the bytes
-    for name, picture in (("sgf", few_colours), ("sgf_samples", sheet(rows, shown))):
+    for name, picture in (("sgf", draw(rows)), ("sgf_samples", sheet(rows, shown))):
         if picture is not None:
             written.append(folder / f"{name}.png")
             with replacing(written[-1]) as file:
-                picture.save(file, "PNG", optimize=True)
+                picture.quantize(256, dither=Image.Dither.NONE).save(file, "PNG", optimize=True)  # a third of the bytes
     has = {path.stem for path in written if path.suffix == ".png"}
     written.append(folder / "sgf.md")
     write_text(written[-1], markdown(plan, rows, verdicts, has))
