@@ -73,7 +73,7 @@ class Models:
 
     def config(self, mode: str, clamps: bool = True, seed: int = 0) -> AdaptConfig:
         """SDS with the directional regularizer, batch 1, as released but for the mode."""
-        limits = dict(zip(("latent_clamp", "image_quantile"), (1.0, 0.95) if clamps else (0.0, 0.0)))
+        limits = {} if clamps else {"latent_clamp": 0.0, "image_quantile": 0.0, "way_back": 0.0}
         return AdaptConfig(
             "benchmark", "benchmark", prompt="benchmark", method="sds", scale=SCALE, mode=mode, directional=1.0,
             batch_size=1, ema=0.0, precision="fp32", device="cpu", seed=seed, **limits,

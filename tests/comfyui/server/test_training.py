@@ -160,11 +160,11 @@ def test_unchanged_inputs_are_answered_from_the_cache_and_new_images_are_not(ser
     server.client.run(graph)
     assert "train" in server.client.run(graph).cached
     Image.new("RGB", (64, 64), "red").save(tmp_path / "new.png")
-    again = server.client.run(graph)
-    assert "train" not in again.cached
-    # The run is complete, and the node says so instead of passing old weights off as trained on the new image.
-    assert any("images changed" in text for text in again.outputs["train"]["text"])
-    assert any("already trained for 4 steps" in text for text in again.texts)
+    # The run is complete, and the node says what to do instead of passing old weights off as trained on the new image.
+    with pytest.raises(ExecutionFailed, match=r"finished and they changed since \(6 then, now 7\); raise steps"):
+        server.client.run(graph)
+    graph["train"]["inputs"]["steps"] += 1
+    assert "train" not in server.client.run(graph).cached
 
 
 def test_the_server_answers_while_it_trains(server, prompt):
