@@ -80,7 +80,7 @@ def quick_points(stops: tuple[int, ...]) -> Iterator[Point]:
     usual, noisy = ("sds", *WEAK), (*FAINT, *NOISIER, "csd_directional_noisy")
     yield Point(first.name, "prior")
     yield from runs(stops, first, ("sds", *WEAK, "sds_directional", "sds_reconstruction", "sds_layers_3", *noisy))
-    yield from runs(stops, DOMAIN, ("sds", "domain"))
+    yield from runs(stops, DOMAIN, ("sds", "domain", "sds_back", "domain_back"))
     yield Point(SEVEN.name, "prior")
     yield from runs(stops, SEVEN, usual)
     for task in (second, LONG):
