@@ -29,6 +29,7 @@ from .checkpoints import machine_facts
 from .ema import WeightAverage
 from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_other_facts
 from .optimizers import rate_at, set_rate
+from .origin import relative_difference
 from .processes import OneProcess
 from .randomness import sample_generator
 from .settings import ConfigProblem
@@ -297,7 +298,7 @@ class Adapter:
         for name, before in state["origin"].items():
             if name not in self.origin:
                 continue  # of what the method does not ask for
-            difference = _difference(self.origin[name], before)
+            difference = relative_difference(self.origin[name], before)
             if difference > self._tolerated(name):
                 raise ConfigProblem(
                     f"{source}: expected a run with the same diffusion model, VAE, prompts and terms, found one whose "
@@ -491,10 +492,3 @@ def _parts(report: Report, chosen: Sequence[str] | None) -> dict[str, float]:
     parts |= {f"norm {name}": value for name, value in report.gradient_norm.items()}
     parts |= {f"clamped {name}": value for name, value in report.clamped.items()}
     return parts | {f"trained {name}": 1.0 for name in chosen or ()}
-
-
-def _difference(now: Tensor | None, before: Tensor) -> float:
-    """Norm of the difference relative to that of `before`; infinite where the shapes differ."""
-    if now is None or now.shape != before.shape:
-        return math.inf
-    return float((now - before).norm() / before.norm().clamp_min(1e-12))

@@ -49,7 +49,7 @@ def check_origin(now: Mapping[str, Any], before: Mapping[str, Any], source: str)
     both = {name for name in now if name in before}
     warnings, other = [], "autoencoder" in both and now["autoencoder"] != before["autoencoder"]
     if other and "latents" in both:
-        moved = _difference(now["latents"], before["latents"])
+        moved = relative_difference(now["latents"], before["latents"])
         other = moved > SAME_LATENTS
         if not other:
             warnings.append(
@@ -66,7 +66,8 @@ def check_origin(now: Mapping[str, Any], before: Mapping[str, Any], source: str)
             f"{source}: expected a run of the same noise, found {before['noise']} where the prior is now taken for "
             f"{now['noise']}; set prediction as before, or start a new run."
         )
-    difference = max((_difference(now[name], before[name]) for name in both & {"context", "pooled"}), default=0.0)
+    texts = both & {"context", "pooled"}
+    difference = max((relative_difference(now[name], before[name]) for name in texts), default=0.0)
     if difference > SAME_TEXT:
         raise ConfigProblem(
             f"{source}: expected a run with the same text encoder, found another encoding of its text; use the text "
@@ -80,7 +81,7 @@ def check_origin(now: Mapping[str, Any], before: Mapping[str, Any], source: str)
     return warnings
 
 
-def _difference(now: Tensor | None, before: Tensor | None) -> float:
+def relative_difference(now: Tensor | None, before: Tensor | None) -> float:
     """Norm of the difference relative to that of `before`; infinite where the shapes differ."""
     if now is None or before is None or now.shape != before.shape:
         return 0.0 if now is before else float("inf")
