@@ -220,10 +220,13 @@ class AdaptGenerator(io.ComfyNode):
         cls, generator, model, vae, positive, negative, resume: str, isolated: bool, terms=(), source=None,
         unwanted=None, options: dict | None = None, **values: Any,
     ) -> io.NodeOutput:  # fmt: skip
-        from ..training.adapt_config import AdaptConfig
+        from ..training.adapt_config import NEEDS_SOURCE, AdaptConfig
         from .comfy_internals.critic import CriticInputs
 
         resume = training.one_of("resume", RESUME, resume)
+        # What the method does not ask for neither costs an evaluation nor binds the run that goes on.
+        source = source if values["method"] in NEEDS_SOURCE else None
+        unwanted = unwanted if values["method"] == "nfsd" else None
         critic = CriticInputs(
             model, vae, positive, negative, values["scale"], tuple(terms or ()), source=source, unwanted=unwanted
         )

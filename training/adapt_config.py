@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
-from .config import CONNECTED_BASE, TrainConfig
+from .config import TrainConfig
 from .settings import ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
@@ -25,9 +25,8 @@ FEATURES = ("vgg", "alex", "squeeze", "latents")
 RESOLUTION_STEP = 8
 PROMPTS = ("prompt", "negative", "source_prompt")
 # A conditioning that was connected in ComfyUI stands in a prompt as its signature: what it consists of, exactly, and 16
-# bits of each of 8 numbers that say where it lies. Earlier versions wrote a digest of its bits.
+# bits of each of 8 numbers that say where it lies.
 SIGNATURE = re.compile(r"\[([0-9a-f]{6})-([0-9a-f]{32})\]")
-DIGEST = re.compile(rf"\[[0-9a-f]{{12}}\]|(?<={CONNECTED_BASE} )[0-9a-f]{{12}}\b")
 # In half precision, or by another version of torch, a text is encoded a thousandth of its norm away; a word changes it
 # by a tenth and more.
 SAME_PROMPT = 0.01
@@ -187,6 +186,8 @@ class AdaptConfig(Settings):
     def differences(self, other: AdaptConfig) -> dict[str, tuple[Any, Any]]:
         """The binding fields in which two configurations differ; prompts as `same_prompt` compares them."""
         found = super().differences(other)
+        if self.method not in NEEDS_SOURCE:
+            found.pop("source_prompt", None)
         return {name: pair for name, pair in found.items() if name not in PROMPTS or not same_prompt(*pair)}
 
     def check_prompts(self) -> None:
@@ -208,21 +209,17 @@ class AdaptConfig(Settings):
 def same_prompt(one: str, other: str) -> bool:
     """Whether two prompts are one: texts exactly, connected conditionings by their signatures up to last bits.
 
-    What a graph shows of a conditioning's text does not count beside them. A signature and an earlier version's digest
-    tell nothing of each other: there the texts count where both are known, and else only the critic's opinion is left.
+    What a graph shows of a conditioning's text does not count beside them.
     """
     mine, theirs = SIGNATURE.findall(one), SIGNATURE.findall(other)
     if mine and theirs:
         return len(mine) == len(theirs) and all(map(_same_conditioning, mine, theirs))
-    if (mine and DIGEST.search(other)) or (theirs and DIGEST.search(one)):
-        texts = prompt_text(one), prompt_text(other)
-        return texts[0] == texts[1] or any(CONNECTED_BASE in text for text in texts)
     return one == other
 
 
 def prompt_text(prompt: str) -> str:
     """A prompt without what a connected conditioning is known again by, for people."""
-    return " ".join(DIGEST.sub("", SIGNATURE.sub("", prompt)).split()).replace(" ,", ",")
+    return " ".join(SIGNATURE.sub("", prompt).split()).replace(" ,", ",")
 
 
 def _same_conditioning(one: tuple[str, str], other: tuple[str, str]) -> bool:

@@ -27,8 +27,8 @@ from .adapt_config import AdaptConfig
 from .adapter import Encode, fixed_picture, opinion
 from .base import Base, ImageSize
 from .drawing import trained_caption
-from .isolated import is_memory_problem
 from .learner import DTYPES
+from .memory import is_memory_problem
 from .settings import ConfigProblem
 
 Distance = Callable[[Tensor, Tensor], Tensor]

@@ -50,7 +50,6 @@ TRAINED = {
 SAME_OPINION, ROUNDING = 0.02, 2.0**-8
 PROBE_SEED = 20
 OTHERS = ("source prompt", "unwanted prompt")  # what some methods ask for beside the guidance
-GUIDED = "prediction"  # all that earlier versions kept beside the latents
 
 
 class Adapter:
@@ -272,7 +271,7 @@ class Adapter:
             "prior": "",
             "dataset": {},
             "generator": self.source_hash,
-            "origin": {name: one for name, one in self.origin.items() if name != GUIDED},
+            "origin": self.origin,
             "terms": describe_terms(self.objective.critic.guidance),
             "facts": self.facts(),
             "weights": {name: one.detach() for name, one in self.parameters.items()},
@@ -321,7 +320,7 @@ class Adapter:
     def _check_terms(self, state: Mapping[str, Any], source: str) -> None:
         """Raise ConfigProblem for other weights or references than a state's, where it says them."""
         now = describe_terms(self.objective.critic.guidance)
-        before = state.get("terms", now)
+        before = state["terms"]
         if _nameless(now) != _nameless(before):
             was, now = (json.dumps(one, ensure_ascii=False) for one in (before, now))
             raise ConfigProblem(
@@ -440,26 +439,22 @@ def opinion(objective: Objective, encode: Encode, picture: Tensor) -> dict[str, 
     """What the critic makes of a picture, on the CPU: its `latents`, and what each of the critic's sources predicts.
 
     At the least, a middle and the largest timestep, of those that act there: "base at timestep 10". One source at a
-    time, because guidance enlarges their last bits; the guided `prediction`, at the middle one, is for runs of earlier
-    versions.
+    time, because guidance enlarges their last bits.
     """
     critic, timesteps, sources = objective.critic, objective.timesteps, _sources(objective.critic)
     z = encode(picture).float()
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(z)
-    middle = (timesteps.t_min + timesteps.t_max) // 2
-    asked = list(dict.fromkeys((timesteps.t_min, middle, timesteps.t_max)))
+    asked = list(dict.fromkeys((timesteps.t_min, (timesteps.t_min + timesteps.t_max) // 2, timesteps.t_max)))
     levels = [critic.schedule.sigma(float(step)) for step in asked]
     plans = [critic.guidance.at(level, critic.percent_to_sigma, keep_base=True) for level in levels]
-    found, made = {"latents": z.cpu()}, {}
+    found = {"latents": z.cpu()}
     for name, source in sources.items():
         steps = [step for step, plan in zip(asked, plans) if name in OTHERS or source in plan.needed]
         if steps:
             t = torch.tensor(steps)
             z_t = critic.noisy(z.expand(len(t), -1, -1, -1), noise.expand(len(t), -1, -1, -1), t)
-            made |= {(source, step): one for step, one in zip(steps, critic.noise_prediction(source, z_t, t).split(1))}
-        found |= {f"{name} at timestep {step}": made[source, step].cpu() for step in steps}
-    guided = plans[asked.index(middle)]
-    found[GUIDED] = guided.combine({source: made[source, middle] for source in guided.needed}).cpu()
+            made = critic.noise_prediction(source, z_t, t).cpu().split(1)
+            found |= {f"{name} at timestep {step}": one for step, one in zip(steps, made)}
     return found
 
 

@@ -517,7 +517,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _complain(options, str(problem))
         return USAGE
     except (ValueError, OSError, MemoryError, RuntimeError) as problem:
-        from .isolated import is_memory_problem
+        from .memory import is_memory_problem
 
         full = isinstance(problem, (MemoryError, RuntimeError)) and is_memory_problem(problem)
         if isinstance(problem, RuntimeError) and not full:

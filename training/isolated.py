@@ -22,8 +22,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig
 from .atomic import write_text
@@ -32,7 +30,7 @@ from .events import Event, event_from_dict
 
 if TYPE_CHECKING:
     from .exported_base import ExportedBase
-    from .train import Result
+    from .engine import Result
 
 JOB, BASE, GENERATOR, LOG = "job.json", "base.safetensors", "generator.safetensors", "worker.log"
 KINDS: dict[str, type[TrainConfig] | type[AdaptConfig]] = {"train": TrainConfig, "adapt": AdaptConfig}
@@ -79,30 +77,6 @@ class Job:
             return cls(KINDS[values["kind"]].from_mapping(values["config"], str(path)), values["resume"], *files)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
             raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
-
-
-def is_memory_problem(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out; the CPU's and some devices' allocators say so in words only."""
-    words = str(error).lower()
-    return isinstance(error, (torch.cuda.OutOfMemoryError, MemoryError)) or any(
-        sign in words for sign in ("out of memory", "can't allocate memory", "not enough memory", "cannot allocate")
-    )
-
-
-def memory_problem(error: BaseException, config: TrainConfig | AdaptConfig) -> str | None:
-    """One sentence when `error` says that memory ran out, else None."""
-    if not is_memory_problem(error):
-        return None
-    if isinstance(config, AdaptConfig):
-        side = f" at {config.resolution} px" if config.resolution else ""
-        return (
-            f"Adapting ran out of memory with batch size {config.batch_size}{side}; use a smaller batch size, gradient "
-            "checkpointing, or a lower resolution."
-        )
-    return (
-        f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use a smaller batch "
-        "size with more accumulation, gradient checkpointing, the form constant, train low_rank, or a lower resolution."
-    )
 
 
 def run_isolated(
@@ -222,7 +196,7 @@ def _ask_to_stop(process: subprocess.Popen) -> None:
 
 
 def _result(message: dict[str, Any]) -> Result:
-    from .train import Result
+    from .engine import Result
 
     paths = {name: None if message[name] is None else Path(message[name]) for name in ("path", "run", "samples", "plot")}
     return Result(status=message["status"], step=message["step"], loss=message["loss"], **paths)

@@ -18,8 +18,8 @@ from .estimate import estimate
 from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
-from .isolated import is_memory_problem
 from .learner import DTYPES, Learner
+from .memory import is_memory_problem
 from .origin import origin_of
 from .parts import Trainee, start_model
 from .previews import Preview, save_png

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .adapt_config import AdaptConfig
-from .isolated import FAILURE, RESULT, STOP, Job, memory_problem
+from .isolated import FAILURE, RESULT, STOP, Job
+from .memory import memory_problem
 from .signals import StopRequest
 
 if TYPE_CHECKING:

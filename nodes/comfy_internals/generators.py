@@ -253,7 +253,7 @@ def draw(
     """
     if noise not in NOISE:
         raise ValueError(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
-    from ...training.isolated import is_memory_problem
+    from ...training.memory import is_memory_problem
 
     generator, config = one.generator, one.generator.config
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)

@@ -455,7 +455,7 @@ def finish_run(
     last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that does
     not suffice, and for a run that somebody else stopped.
     """
-    from ...training.isolated import memory_problem
+    from ...training.memory import memory_problem
 
     free_memory()
     try:

@@ -190,6 +190,16 @@ def test_every_method_runs(adapt, mini, method):
     adapt(method=method, steps=1, source=source, unwanted=unwanted, directional=0.0, reconstruction=0.5)
 
 
+def test_what_a_method_does_not_ask_for_does_not_bind_a_run(adapt, mini):
+    with torch.inference_mode():
+        source, unwanted = mini.encode("a white digit"), mini.encode("a blue digit")
+    adapt(steps=1, source=source, unwanted=unwanted)
+    adapt(steps=2)
+    adapt(name="dds", method="dds", steps=1, source=source)
+    with pytest.raises(ValueError, match="source_prompt was "):
+        adapt(name="dds", method="dds", steps=2, source=unwanted)
+
+
 SDXL = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import pickle
 import shutil
 import subprocess
 import sys
@@ -14,10 +13,9 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_generator, write_generator
 from indomain_guidance.training.adapt import adapt
-from indomain_guidance.training.adapt_critic import latent_encoder, make_objective, open_critic
-from indomain_guidance.training.adapter import fixed_picture, opinion
+from indomain_guidance.training.adapt_critic import latent_encoder, open_critic
 from indomain_guidance.training.base import Text
-from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
+from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint
 from indomain_guidance.training.engine import NonFiniteLoss
 from indomain_guidance.training.events import (
     Distilled,
@@ -349,32 +347,6 @@ def test_any_failure_leaves_the_last_step(run, tmp_path):
     with pytest.raises(Cancelled):
         run(listener=cancel, checkpoint_every=0)
     assert [step for step, _ in find_checkpoints(tmp_path / "run")] == [3]
-
-
-def test_a_run_of_an_earlier_version_goes_on_with_what_is_known_of_it(run, tiny_adaptation, tmp_path):
-    """One guided prediction, and digests of connected prompts' bits."""
-    prompt = f"connected: [0a1b2c-{'003c' * 8}]"
-    run(steps=1, checkpoint_every=1, prompt=prompt)
-    path = checkpoint_path(tmp_path / "run", 1)
-    state = {name: value for name, value in load_checkpoint(path).items() if name != "terms"}
-    objective = make_objective(
-        tiny_adaptation.tiny_config(tmp_path), tiny_adaptation.tiny_critic(), tiny_adaptation.shrink, "cpu"
-    )
-    origin = opinion(objective, tiny_adaptation.shrink, fixed_picture(tiny_adaptation.tiny_generator(), "cpu"))
-    origin = {name: origin[name] for name in ("latents", "prediction")}
-    # The prediction as it was asked for then.
-    t = torch.tensor([255])
-    noise = torch.randn(origin["latents"].shape, generator=torch.Generator().manual_seed(20))
-    then = objective.critic.predict(objective.critic.noisy(origin["latents"], noise, t), t, ("e",)).e
-    assert torch.allclose(origin["prediction"], then, atol=1e-5)
-    config = {**state["config"], "prompt": "connected: 0123456789ab"}
-    copied = pickle.loads(pickle.dumps({**state, "origin": origin, "config": config}))  # off the file it lies in
-    save_checkpoint(path, copied)
-    with pytest.raises(ConfigProblem, match="found one whose prediction differs"):
-        run(steps=2, prompt=prompt, parts={"critic": tiny_adaptation.tiny_critic((0.5, -0.6, 0.2))})
-    run(steps=2, prompt=prompt)
-    kept = load_checkpoint(checkpoint_path(tmp_path / "run", 2))
-    assert kept["config"]["prompt"] == prompt and "base at timestep 10" in kept["origin"] and kept["terms"]
 
 
 def test_a_critic_that_is_given_has_its_own_precision(run, base, tmp_path, tiny_adaptation):

@@ -63,6 +63,10 @@ def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
     assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_rows=9, device="cpu")) == {}
     other = config.with_changes(scale=7.5, prompt="x")
     assert config.differences(other) == {"prompt": ("", "x"), "scale": (100.0, 7.5)}
+    # What the generator makes now is a question of some methods only.
+    for method, binds in (("sds", False), ("dds", True), ("bridge", True)):
+        config = AdaptConfig(**NEEDED, method=method, source_prompt="a photo")
+        assert ("source_prompt" in config.differences(config.with_changes(source_prompt="a seven"))) == binds
 
 
 SIGNATURE = "[0a1b2c-" + "003c" * 7 + "{}]"  # 1.0 seven times, and another number
@@ -74,10 +78,7 @@ SIGNATURE = "[0a1b2c-" + "003c" * 7 + "{}]"  # 1.0 seven times, and another numb
     (f"a cat {SIGNATURE}", f"connected: {SIGNATURE}", True), (f"a cat {SIGNATURE}", f"A  Cat {SIGNATURE}", True),
     (f"a cat {SIGNATURE}", f"a cat {SIGNATURE}".replace("a1b2c", "a1b2d"), False),
     (f"{SIGNATURE}, unwanted {SIGNATURE}", f"{SIGNATURE}", False),
-    # An earlier version's digest says nothing of a signature.
-    (f"connected: {SIGNATURE}", "connected: 0123456789ab", True), (f"a cat {SIGNATURE}", "a cat [0123456789ab]", True),
-    (f"a cat {SIGNATURE}", "connected: 0123456789ab", True), (f"a cat {SIGNATURE}", "a dog [0123456789ab]", False),
-    ("connected: 0123456789ab", "connected: 0123456789ac", False), (f"a cat {SIGNATURE}", "a cat", False),
+    (f"a cat {SIGNATURE}", "a cat", False), (f"a cat {SIGNATURE}", "connected:", False),
 ])  # fmt: skip
 def test_prompts_are_known_again(one, other, same):
     one, other = (text.replace("{}", "003c") for text in (one, other))
@@ -90,4 +91,4 @@ def test_prompts_are_known_again(one, other, same):
 def test_signatures_may_differ_by_last_bits(bits, same):
     config = AdaptConfig(**NEEDED, negative=SIGNATURE.format("003c"))
     assert (config.differences(config.with_changes(negative=SIGNATURE.format(bits))) == {}) == same
-    assert prompt_text(f"a cat {config.negative}, unwanted a dog [0123456789ab]") == "a cat, unwanted a dog"
+    assert prompt_text(f"a cat {config.negative}, unwanted a dog {config.negative}") == "a cat, unwanted a dog"

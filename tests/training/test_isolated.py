@@ -170,14 +170,3 @@ def test_jobs_are_files(config, tmp_path):
     assert isolated.Job.read(tmp_path) == job
     with pytest.raises(FileProblem, match="job.json: expected the description of a training job"):
         isolated.Job.read(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("error, expected", [
-    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
-    (MemoryError(), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-])  # fmt: skip
-def test_running_out_of_memory_is_recognised(config, error, expected):
-    told = isolated.memory_problem(error, config)
-    assert (told is not None and "batch size 2 at 64 px" in told) == expected

@@ -21,7 +21,11 @@ SEEDS = (0, 1, 2)
 CAPTIONS = ("", FIXED_CAPTION)
 # (w_d, w_c): the released defaults, and a grid of strengths and ratios.
 HEADLINE_WEIGHTS = ((1.5, 3.0), (1.0, 3.0), (2.5, 2.5), (1.5, 5.0), (1.0, 5.0), (0.5, 2.0), (2.0, 6.0))
-MORE_WEIGHTS = ((1.0, 4.0), (0.5, 3.0), (1.0, 7.0), (2.0, 4.0), (0.5, 5.0), (1.0, 2.0))
+MORE_WEIGHTS = ((0.5, 5.0), (1.0, 7.0), (1.0, 4.0), (0.5, 3.0), (2.0, 4.0), (1.0, 2.0))
+# Nearer, at digits that only fine-tunes had been asked for.
+LITTLE_CONTROL = ((1.0, 1.0), (1.5, 1.5), (1.5, 2.0), (2.0, 2.0))
+# What early-stopped domain models are asked in colours they never had.
+FOREIGN_WEIGHTS = ((1.5, 5.0), (1.0, 3.0), (1.0, 5.0), (1.5, 3.0))
 # (a, b, w_d, w_c): the control alone to percent a, both terms to b, the domain model alone (w_d 1, w_c 0: one sample)
 # from there. 1 + 2 b - a samples a step on average, so b = (1 + a) / 2 costs two.
 SCHEDULES = (
@@ -32,9 +36,12 @@ SCHEDULES = (
     (0.1, 0.55, 1.5, 4.0),
     (0.5, 0.75, 3.0, 4.0),
 )
+# The same with a late turn, which keeps more of what the prompt says.
+LATE_TURNS = ((0.7, 0.85, 1.5, 3.0), (0.8, 0.9, 2.0, 4.0))
 # (a, w_d, w_c): the control alone to percent a, then both terms to the end. What an image shows is settled early, how
 # it is drawn late.
 LATE = ((0.3, 1.2, 5.0), (0.3, 2.0, 4.0), (0.2, 1.5, 3.0), (0.45, 2.0, 3.0))
+LATER = ((0.6, 1.5, 4.0), (0.5, 0.7, 3.0))
 
 
 @dataclass(frozen=True)
@@ -142,6 +149,18 @@ def more_shaped(question: str) -> list[Point]:
     ]
 
 
+def gently_shaped(question: str) -> list[Point]:
+    """The same weaker, near the share of right colours that claim (d) asks for."""
+    model = trained_domain(question)
+    return [
+        Point.of(question, "bands", model, w_low=0.15, w_high=0.7, w_c=3.0, width=1.0),
+        Point.of(question, "bands", model, w_low=0.0, w_high=1.0, w_c=5.0, width="inf"),
+        Point.of(question, "bands", model, w_low=0.3, w_high=1.0, w_c=5.0, width=1.0),
+        Point.of(question, "orthogonal", model, w_d=0.7, w_c=3.0, per="position"),
+        Point.of(question, "orthogonal", model, w_d=1.0, w_c=5.0, per="position"),
+    ]
+
+
 def of_shipped(question: str) -> Iterator[Point]:
     """The shipped model's rows, kept apart from the others by reports and verdicts."""
     model = shipped(question)
@@ -153,7 +172,7 @@ def training_seeds(question: str) -> Iterator[Point]:
     """The same few points with every model trained from three seeds, those of seed 0 included."""
     own = QUESTIONS[question].own_colours
     for seed in SEEDS:
-        weights = HEADLINE_WEIGHTS[:4] if own else HEADLINE_WEIGHTS[2:6]
+        weights = HEADLINE_WEIGHTS[:6] if own else HEADLINE_WEIGHTS[2:6]
         yield from multi(question, weights, trained_domain(question, seed=seed))
         if own:
             tuned = fine_tune(question, "full", HEADLINE_STEPS, FIXED_CAPTION, seed)
@@ -185,7 +204,20 @@ def full_points() -> Iterator[Point]:
     yield from more_shaped(narrow_foreign)
     yield from late(narrow_foreign)
     yield from scheduled(narrow_foreign, SCHEDULES[:4])
-    # 4. Fine-tuning's best defences: other captions, adapters, and stopping early; one caption on narrow handwriting,
+    # 4. What a first look at these left open: settings near the accuracies that the claims ask for, and domain models
+    #    stopped early in colours they never had.
+    for question in (foreign, narrow_foreign):
+        for steps in (HEADLINE_STEPS, 100):
+            yield from multi(question, FOREIGN_WEIGHTS, trained_domain(question, steps))
+        yield from gently_shaped(question)
+    for question in (narrow, narrow_foreign):
+        yield from multi(question, MORE_WEIGHTS)
+    for question in (main, narrow):
+        yield from multi(question, LITTLE_CONTROL)
+    for question in QUESTIONS:
+        yield from scheduled(question, LATE_TURNS)
+        yield from late(question, LATER)
+    # 5. Fine-tuning's best defences: other captions, adapters, and stopping early; one caption on narrow handwriting,
     #    since "a digit" is not less true of it. Three training seeds of the headline rows on the way.
     for steps in LENGTHS:
         yield from all_fine_tunes(main, steps)
@@ -193,10 +225,10 @@ def full_points() -> Iterator[Point]:
         if steps == HEADLINE_STEPS:
             for question in (main, foreign):
                 yield from training_seeds(question)
-    # 5. The models that the project ships.
+    # 6. The models that the project ships.
     for question in QUESTIONS:
         yield from of_shipped(question)
-    # 6. The rest of the grids, and domain models stopped as early as fine-tunes are.
+    # 7. The rest of the grids, and domain models stopped as early as fine-tunes are.
     for question in QUESTIONS:
         yield from priors(question)
         yield Point.of(question, "domain", trained_domain(question), scale=1.0)

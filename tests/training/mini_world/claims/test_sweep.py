@@ -54,8 +54,12 @@ def test_fine_tunes_have_every_kind_caption_length_and_scale_in_both_domains(que
     assert {(p.model, p.values["scale"]) for p in points if p.method == "fine_tune_prior_u"} == {
         (p.model, p.values["scale"]) for p in tuned
     }
-    domain_steps = {p.model.steps for p in points if p.method == "multi_guidance" and p.model.kind == "domain"}
-    assert domain_steps == {100, 300, 1000}  # stopped early too
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+def test_domain_models_are_stopped_early_too(question):
+    points = [p for p in PLANS["full"].points if p.question == question and p.method == "multi_guidance"]
+    assert {p.model.steps for p in points if p.model.kind == "domain"} == {100, 300, 1000}
 
 
 def test_domain_models_and_fine_tunes_are_trained_alike():
@@ -87,7 +91,7 @@ def test_the_headline_has_points_of_three_training_seeds(question):
             seeds.setdefault(point.with_seed(0), set()).add(point.model.seed)
     assert {frozenset(found) for found in seeds.values()} == {frozenset({0}), frozenset({0, 1, 2})}
     three = [point.method for point, found in seeds.items() if len(found) == 3]
-    assert three.count("multi_guidance") == 4
+    assert three.count("multi_guidance") == (6 if QUESTIONS[question].own_colours else 4)
     if QUESTIONS[question].own_colours:
         assert three.count("fine_tune") == three.count("fine_tune_prior_u") == 2
 
@@ -103,17 +107,18 @@ def test_the_readme_states_what_the_sweeps_cost():
     assert f"makes {len(longest)} training runs, {sum(longest.values()):,} steps of {full.batch} images" in text
 
 
-@pytest.mark.parametrize("schedule", sweep.SCHEDULES)
-def test_every_schedule_costs_at_most_two_samples_a_step(schedule):
+@pytest.mark.parametrize("steps", [15, 25])
+@pytest.mark.parametrize("schedule", sweep.SCHEDULES + sweep.LATE_TURNS)
+def test_every_schedule_costs_at_most_two_samples_a_step(schedule, steps):
     noise = NoiseSchedule.scaled_linear()
     weights = {name: weight_from_json(value) for name, value in sweep.cheap_schedule(*schedule).items()}
     guidance = in_domain(lambda: 0, lambda: 0, {}, {"c": 1}, weights["w_d"], weights["w_c"])
-    costs = [guidance.at(float(sigma), noise.percent_to_sigma).samples for sigma in sigmas_uniform(noise, 25)[:-1]]
+    costs = [guidance.at(float(sigma), noise.percent_to_sigma).samples for sigma in sigmas_uniform(noise, steps)[:-1]]
     assert sum(costs) / len(costs) <= 2.0
     assert costs[-1] == 1 and max(costs) == 3
 
 
-@pytest.mark.parametrize("start", sweep.LATE)
+@pytest.mark.parametrize("start", sweep.LATE + sweep.LATER)
 def test_a_late_start_asks_the_control_alone_until_then(start):
     noise = NoiseSchedule.scaled_linear()
     weights = {name: weight_from_json(value) for name, value in sweep.late_start(*start).items()}
