@@ -32,10 +32,11 @@ class Decision:
 def decide(values: Tensor, target: float, better: str) -> tuple[float, float, float, str]:
     """(value, low, high, outcome) of one number with its replicates [1 + R], the value first.
 
-    An interval that ends exactly at the target, as that of a method compared with itself, leaves it undecided.
+    An interval that ends exactly at the target, as that of a method compared with itself, leaves it undecided, and so
+    does one that lies wholly on the other side than its value, as that of a maximum can, which replicates overstate.
     """
     value, (low, high) = float(values[0]), interval(values[1:])
-    below, above = high < target, low > target
+    below, above = max(value, high) < target, min(value, low) > target
     if better == "higher":
         below, above = above, below
     return value, low, high, "confirmed" if below else "refuted" if above else "undecided"
@@ -52,7 +53,7 @@ def shown_interval(decision: Decision) -> str:
     """The value of a decision with its interval, or what is said in its place."""
     if decision.words:
         return decision.words
-    if decision.value is None or math.isinf(decision.value):
+    if decision.value is None or (math.isinf(decision.value) and math.isinf(decision.low)):
         return shown(decision.value)
     return f"{shown(decision.value)} ({_end(decision.low)} to {_end(decision.high)})"
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,11 @@ class Row:
     def column(self, name: str) -> Tensor:
         """Value and replicates of one measure, [1 + R] in float64."""
         return torch.cat([torch.tensor([self.numbers[name]], dtype=torch.float64), self.draws[name].double()])
+
+
+def columns(rows: Sequence[Row], name: str) -> Tensor:
+    """[P, 1 + R] of one measure, value first."""
+    return torch.stack([row.column(name) for row in rows])
 
 
 def key_of(facts: Mapping[str, Any]) -> str:

@@ -121,6 +121,15 @@ def lowest(distances: Tensor, shares: Tensor, at_least: Tensor | float) -> Tenso
     return distances.masked_fill(shares < at_least, torch.inf).amin(0)
 
 
+def ratio_of_lowest(
+    distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor, at_least: Tensor | float
+) -> Tensor:
+    """The lowest distance of points [P, R] over that of others [Q, R] at a share: [R]; 0 where only the first set
+    reaches it, infinite where only the other one does, 1 where neither."""
+    ours, theirs = lowest(distances, shares, at_least), lowest(other_distances, other_shares, at_least).clamp(min=1e-9)
+    return torch.where(theirs.isinf(), ours.isinf().to(ours), ours / theirs)
+
+
 def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> Tensor:
     """The largest ratio, over the shares that both sets reach, of the first's lowest distance to the second's: [R].
 
@@ -130,20 +139,19 @@ def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, othe
     both = torch.minimum(shares.amax(0), other_shares.amax(0))
     largest = torch.zeros_like(both)
     for level in [*shares, *other_shares]:
-        ratio = lowest(distances, shares, level) / lowest(other_distances, other_shares, level).clamp(min=1e-9)
+        ratio = ratio_of_lowest(distances, shares, other_distances, other_shares, level)
         largest = torch.where(level <= both, torch.maximum(largest, ratio), largest)
     return largest
 
 
-def last_defeat(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> float:
-    """The largest share, of those that both sets reach, at which the first is not nearer; 0 where it is at all.
-
-    Points [P, 1] and [Q, 1].
-    """
+def worst_share(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> float:
+    """The largest share at which `worst_ratio` is reached. Points [P, 1] and [Q, 1]."""
+    worst = worst_ratio(distances, shares, other_distances, other_shares)
     both = min(float(shares.max()), float(other_shares.max()))
-    levels = {float(share) for share in (*shares[:, 0], *other_shares[:, 0]) if share <= both}
+    levels = [float(share) for share in (*shares[:, 0], *other_shares[:, 0]) if share <= both]
     return max(
-        (at for at in levels if lowest(distances, shares, at) >= lowest(other_distances, other_shares, at)), default=0.0
+        (at for at in levels if ratio_of_lowest(distances, shares, other_distances, other_shares, at) >= worst),
+        default=0.0,
     )
 
 

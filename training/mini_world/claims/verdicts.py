@@ -5,7 +5,8 @@ reaches the target, refuted when none of it does, else undecided. While points o
 outcome are missing, and in coarse sweeps always, it is only "confirmed so far" or "refuted so far"; where floors and
 ceiling make a question invalid, all of its claims stay undecided. Refuted means refuted by the points of this sweep:
 settings nobody tried could still do it. Choosing the best of a sweep on the same samples makes every method look a
-little better than it is; the interval repeats the choice in every replicate.
+little better than it is, the more so the more settings it has; the interval repeats the choice in every replicate,
+which does not undo it.
 
 All is decided on domain models of the fine-tunes' own trainer and images. The shipped domain models come from another
 recipe (more coloured pictures, another rate); they have verdicts of their own, which say nothing about fine-tuning.
@@ -13,18 +14,18 @@ recipe (more coloured pictures, another rate); they have verdicts of their own, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from .deciding import Decision, decide
-from .keeping import Row
+from .keeping import Row, columns
 from .points import Point
 from .questions import QUESTIONS
-from .statistics import hypervolume, last_defeat, lowest, worst_ratio
+from .statistics import hypervolume, lowest, ratio_of_lowest, worst_ratio, worst_share
 from .sweep import Plan
 
 PAPER = ("multi_guidance",)
@@ -33,6 +34,7 @@ FINE_TUNES = ("fine_tune", "fine_tune_prior_u")
 DIGIT_TOLERANCE = 0.03
 COLOURS_RIGHT = 0.8
 AFFORDABLE_SAMPLES = 2.0
+FINE_TUNE_KINDS = {"full": "full fine-tunes", "low_rank": "LoRA fine-tunes"}
 METHOD_SETS = {"paper": PAPER, "beyond": BEYOND}
 TRAINED, SHIPPED = "domain", "shipped"  # kinds of domain models
 LEAST_CEILING = 20.0  # of the ceiling over the floor
@@ -119,6 +121,12 @@ class Evidence:
         other = SHIPPED if self.models == TRAINED else TRAINED
         return model is None or (model.seed == self.seed and model.kind != other)
 
+    def only(self, kind: str) -> Evidence:
+        """The same of one kind of models alone."""
+        rows = [row for row in self.rows if row.point.model and row.point.model.kind == kind]
+        points = [point for point in self.points if point.model and point.model.kind == kind]
+        return Evidence(rows, self.domain, self.ceilings, self.seed, self.models, points, self.coarse)
+
     def progress(self, *parts: Part) -> tuple[int, int]:
         """(measured, planned) points of some parts."""
         sets = [
@@ -148,11 +156,6 @@ class Evidence:
         return self.ceilings[self.question(own)]
 
 
-def columns(rows: Sequence[Row], name: str) -> Tensor:
-    """[P, 1 + R] of one measure."""
-    return torch.stack([row.column(name) for row in rows])
-
-
 def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
     """Multi-guidance against every fine-tune over digit accuracy, in the domain's own colours."""
     statement = "at every digit accuracy that both reach, its distance over that of the best fine-tune is below 1"
@@ -167,9 +170,9 @@ def claim_a(evidence: Evidence, methods: str = "paper") -> Verdict:
             hypervolume(columns(theirs, "distance"), columns(theirs, "digit"), evidence.ceiling(True))[0]
         ),
     }
-    points = (*own, columns(theirs, "distance"), columns(theirs, "digit"))
-    defeat = math.ceil(last_defeat(*(one[:, :1] for one in points)) * 1000) / 10  # rounded so that it stays true
-    details["of the digit accuracies that both reach, nearer at all above"] = f"{defeat:g}%"
+    at = worst_share(*(one[:, :1] for one in (*own, columns(theirs, "distance"), columns(theirs, "digit"))))
+    nearest = [_nearest(rows, "digit", at) for rows in (ours, theirs)]
+    details["worst at a digit accuracy of"] = f"{at:.1%}, {' against '.join(nearest)}"
     for method, title in (("fine_tune", "own unconditional"), ("fine_tune_prior_u", "prior's unconditional")):
         some = evidence.of(True, (method,))
         if some:
@@ -200,12 +203,17 @@ def claim_b(evidence: Evidence, methods: str = "paper") -> Verdict:
     return _decided("b", evidence, methods, statement, "ratio", values, 0.5, "lower", details, settled)
 
 
-def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
-    """`u + w (ft(c) - u)` with the fine-tune's own u against the prior's u, at the scales that both have."""
+def claim_c(evidence: Evidence, methods: str = "paper", kind: str = "full") -> Verdict:
+    """`u + w (ft(c) - u)` with the fine-tune's own u against the prior's u, at the scales that both have.
+
+    kind: "full" or "low_rank" fine-tunes, which need not agree.
+    """
     statement = (
-        "hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over fine-tunes, is above 0"
+        f"hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {FINE_TUNE_KINDS[kind]}, is "
+        "above 0"
     )
-    differences = []
+    name, evidence = f"c, {FINE_TUNE_KINDS[kind]}", evidence.only(kind)
+    differences = {}
     for model in dict.fromkeys(row.point.model for row in evidence.of(True, ("fine_tune",))):
         own, theirs = (
             {row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}
@@ -221,18 +229,20 @@ def claim_c(evidence: Evidence, methods: str = "paper") -> Verdict:
                 )
                 for rows in (theirs, own)
             ]
-            differences.append(volumes[0] - volumes[1])
+            differences[model] = volumes[0] - volumes[1]
     if not differences:
-        return _missing("c", evidence, methods, statement, "share", 0.0, "higher")
-    outcomes = [decide(one, 0.0, "higher")[3] for one in differences]
+        return _missing(name, evidence, methods, statement, "share", 0.0, "higher")
+    decided = {model: decide(one, 0.0, "higher") for model, one in differences.items()}
+    outcomes = [outcome for *_, outcome in decided.values()]
     details = {
         "fine-tunes compared": len(differences),
         "better with the prior's u": outcomes.count("confirmed"),
         "worse with the prior's u": outcomes.count("refuted"),
+        **{str(model): f"{value:.2f} ({low:.2f} to {high:.2f})" for model, (value, low, high, _) in decided.items()},
     }
     settled = dict.fromkeys(("confirmed", "refuted"), ((True, FINE_TUNES),))
-    mean = torch.stack(differences).mean(0)
-    return _decided("c", evidence, methods, statement, "share", mean, 0.0, "higher", details, settled)
+    mean = torch.stack(list(differences.values())).mean(0)
+    return _decided(name, evidence, methods, statement, "share", mean, 0.0, "higher", details, settled)
 
 
 def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
@@ -244,8 +254,13 @@ def claim_d(evidence: Evidence, methods: str = "paper") -> Verdict:
     if not ours or not prior:
         return _missing("d", evidence, methods, statement, "ratio", 0.7)
     best = columns(prior, "distance").amin(0)
-    values = lowest(columns(ours, "distance"), columns(ours, "both_colours"), COLOURS_RIGHT) / best
-    details = {"prior's best distance": float(best[0]), **_best(ours, "both_colours", COLOURS_RIGHT)}
+    points = columns(ours, "distance"), columns(ours, "both_colours")
+    details = {
+        "prior's best distance": float(best[0]),
+        **_best(ours, "both_colours", COLOURS_RIGHT),
+        "hypervolume": float(hypervolume(*points, evidence.ceiling(False))[0]),
+    }
+    values = lowest(*points, COLOURS_RIGHT) / best
     settled = {"confirmed": ((False, ("prior",)),), "refuted": ((False, METHOD_SETS[methods]),)}
     return _decided("d", evidence, methods, statement, "ratio", values, 0.7, "lower", details, settled)
 
@@ -270,7 +285,8 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
             name, evidence, "paper", statement, "ratio", 1.0, reason="neither reaches the accuracy asked for"
         )
     # Where only one of the two reaches it, the ratio is 0 or infinite: it decides, but is no number to show.
-    values = torch.where(theirs.isinf(), torch.where(ours.isinf(), 1.0, 0.0), ours / theirs)
+    points = (columns(rows, name) for rows in (cheap, constant) for name in ("distance", share))
+    values = ratio_of_lowest(*points, wanted)
     words = "only the schedules reach it" if theirs[0].isinf() else "only constant weights reach it"
     details = {
         "accuracy asked for": float(wanted[0]),
@@ -299,8 +315,9 @@ def all_verdicts(rows: Sequence[Row], floors: Mapping[str, Mapping[str, float]],
     found, ceilings = [], {question: values["ceiling"] for question, values in floors.items()}
     for domain in dict.fromkeys(question.domain for question in QUESTIONS.values()):
         evidence = Evidence(rows, domain, ceilings, points=plan.points, coarse=plan.coarse)
-        for claim in (claim_a, claim_b, claim_c, claim_d):
-            for methods in METHOD_SETS if claim is not claim_c else ("paper",):
+        of_kinds = [partial(claim_c, kind=kind) for kind in FINE_TUNE_KINDS]
+        for claim in (claim_a, claim_b, *of_kinds, claim_d):
+            for methods in METHOD_SETS if claim not in of_kinds else ("paper",):
                 verdict = claim(evidence, methods)
                 if methods == "paper":
                     _add_training_seeds(verdict, claim, rows, domain, ceilings)
@@ -330,7 +347,7 @@ def _add_training_seeds(
     if verdict.value is None:
         return
     question = QUESTIONS[Evidence((), domain, ceilings).question(verdict.claim != "d")].name
-    methods = {"a": PAPER + FINE_TUNES, "c": FINE_TUNES}.get(verdict.claim, PAPER)
+    methods = {"a": PAPER + FINE_TUNES, "c": FINE_TUNES}.get(verdict.claim[0], PAPER)
     trained: dict[int, set[Point]] = {}
     for row in rows:
         point = row.point
@@ -358,6 +375,12 @@ def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float |
         f"its {share}": best.numbers[share],
         "its samples per step": best.numbers["samples_per_step"],
     }
+
+
+def _nearest(rows: Sequence[Row], share: str, at_least: float) -> str:
+    """The nearest point at a share, in words."""
+    best = min((row for row in rows if row.numbers[share] >= at_least), key=lambda row: row.numbers["distance"])
+    return f"{best.numbers['distance']:.1f} ({str(best.point).partition(': ')[2]})"
 
 
 def _decided(

@@ -17,7 +17,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..claims.deciding import Decision, decide
-from ..claims.keeping import Row
+from ..claims.keeping import Row, columns
 from .points import Point
 from .recipes import BEYOND, DIRECTIONAL, GUIDED, GUIDED_BACK, LAYERS, RECIPES, RECONSTRUCTION, SGF
 from .sweep import Plan
@@ -117,11 +117,6 @@ def invalidities(rows: Sequence[Row]) -> dict[str, str]:
         if row.point.recipe == "prior" and share < LEAST_PRIOR and TASKS[task].kind != "domain":
             found[task] = f"of the prior's own pictures {share:.0%} obey the prompt (at least {LEAST_PRIOR:.0%})"
     return found
-
-
-def columns(rows: Sequence[Row], name: str) -> Tensor:
-    """[stops, 1 + R] of one measure of a run."""
-    return torch.stack([row.column(name) for row in rows])
 
 
 def at_end(rows: Sequence[Row], name: str) -> Tensor:

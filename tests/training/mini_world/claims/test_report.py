@@ -58,7 +58,7 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     page = report.markdown(PLANS["full"](), ROWS, FLOORS, VERDICTS)
     assert (
         "| (b) | handwriting | constant weights |" in page
-        and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 25 | **confirmed so far** |" in page
+        and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 29 | **confirmed so far** |" in page
     )
     assert "| prior |  | scale 2 | 200.0 (200.0 to 200.0) | 1.25 | 98.0% (97.0% to 99.0%) | 95.0% |" in page
     assert "| (b) | handwriting | constant weights, shipped model |" in page and "0.2 (0.2 to 0.2) |" in page
@@ -68,6 +68,12 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     assert "| 3 | 90.0 (80.0 to 100.0) | 90.0% (90.0% to 90.0%) |" in page
     assert "| handwriting, its own colours | 1.70 | 0.07 | 305 | 179 | 0.04% | yes |" in page
     assert "autoencoder floor / prior 0.04% (at most 5%): valid." in page.split("## Handwriting")[1]
+    nearest = page.split("## Handwriting")[1]
+    assert "| multi-guidance | 1 | 50.0 (50.0 to 50.0) |" in nearest and "| all fine-tunes | 1 | 80.0" in nearest
+    assert "| multi-guidance, shipped model | 1 | 40.0" in nearest
+    # Ours are those of the fine-tunes' trainer, and the fine-tune has no point above 90 %.
+    ratio = next(line for line in nearest.splitlines() if line.startswith("| multi-guidance / all fine-tunes |"))
+    assert ratio.count("0.62 (0.62 to 0.62)") == 7 and ratio.endswith("| no rival |  |")
     for line in page.splitlines():  # tables have one width each
         assert not line.startswith("|") or line.endswith("|")
 
@@ -76,7 +82,7 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
     lines = [report.row_line(one) for one in ROWS] + [
         report.verdict_line(verdict, PLANS["full"]()) for verdict in VERDICTS
     ]
-    lines += report.floor_lines(ROWS, FLOORS, PLANS["full"]())
+    lines += report.floor_lines(ROWS, FLOORS, PLANS["full"]()) + report.front_lines(ROWS, FLOORS, PLANS["full"]())
     for line in lines:
         record = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
         assert {"name", "value", "unit", "target", "better", "samples", "seed"} <= record.keys()
@@ -84,8 +90,20 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
     assert json.loads(report.json_line("x", math.inf, "ratio", 1, 0, low=-math.inf))["value"] is None
     (valid,) = [json.loads(line) for line in lines if "handwriting/valid/ceiling" in line]
     assert valid["valid"] is True and valid["target"] == 20 and valid["value"] == round(305 / 1.7, 5)
+    (nearest,) = [json.loads(line) for line in lines if 'handwriting/nearest/multi-guidance"' in line]
+    assert nearest["at"]["0.95"] == [50.0, 50.0, 50.0] and nearest["value"] == round(0.97 * 255 / 305, 5)
     verdict = json.loads(next(line for line in lines if 'claim/handwriting/b"' in line))
     assert verdict["outcome"] == "confirmed so far" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
+
+
+def test_the_page_names_the_command_that_makes_it():
+    plan = PLANS["full"]()
+    fewer = replace(plan, sampling=replace(plan.sampling, samples=500))
+    assert "`python run.py claims idg`; do not" in report.markdown(plan, ROWS, FLOORS, VERDICTS)
+    page = report.markdown(fewer, ROWS, FLOORS, VERDICTS)
+    assert "`python run.py claims idg --samples 500`; do not" in page
+    assert "500 samples each (the sweep's own number is 2,000)" in page
+    assert "`python run.py claims idg --quick`; do not" in report.markdown(PLANS["quick"](), ROWS, FLOORS, VERDICTS)
 
 
 def test_a_number_that_is_none_is_said_in_words():

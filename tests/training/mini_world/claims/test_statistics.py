@@ -123,12 +123,17 @@ def test_worst_ratio_looks_at_every_share_that_both_reach():
     assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.6, 0.7]))) == pytest.approx(30 / 25)
 
 
-def test_the_last_defeat_is_the_largest_share_at_which_the_first_set_is_not_nearer():
+def test_the_worst_share_is_where_the_worst_ratio_is():
     mine = columns([10, 30]), columns([0.5, 0.9])
-    assert stats.last_defeat(*mine, columns([25, 40]), columns([0.4, 0.7])) == 0.0
-    # Nearer at .6 (25 against 30), and not above: the last defeat is there; beyond .7 there is no rival.
-    assert stats.last_defeat(*mine, columns([25, 40]), columns([0.6, 0.7])) == pytest.approx(0.6)
-    assert stats.last_defeat(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.9)
+    assert stats.worst_share(*mine, columns([25, 40]), columns([0.4, 0.7])) == pytest.approx(0.7)  # 30 / 40
+    assert stats.worst_share(*mine, columns([25, 40]), columns([0.6, 0.7])) == pytest.approx(0.6)  # 30 / 25
+    assert stats.worst_share(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.4)  # 10 / 5
+
+
+def test_ratios_where_only_one_set_has_a_point():
+    near, far = (columns([10]), columns([0.5])), (columns([40]), columns([0.9]))
+    found = [float(stats.ratio_of_lowest(*near, *far, level)) for level in (0.5, 0.8, 0.95)]
+    assert found == [0.25, math.inf, 1.0] and float(stats.ratio_of_lowest(*far, *near, 0.8)) == 0.0
 
 
 def test_columns_are_compared_with_themselves_only():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,12 @@ def test_a_within_the_noise_is_undecided():
     assert verdict.outcome == "undecided" and verdict.low < 1 < verdict.high
 
 
+def test_a_says_where_it_is_worst():
+    verdict = verdicts.claim_a(evidence(guided(20, 0.6), guided(60, 0.95), tuned(40, 0.6), tuned(50, 0.8)))
+    where = verdict.details["worst at a digit accuracy of"]
+    assert where.startswith("80.0%, 60.0 (multi_guidance [handwriting-domain") and "against 50.0 (fine_tune [" in where
+
+
 def test_a_counts_fine_tunes_with_either_unconditional_and_names_both():
     verdict = verdicts.claim_a(evidence(guided(50, 0.9), tuned(90, 0.9), tuned(40, 0.9, "fine_tune_prior_u")))
     assert verdict.outcome == "refuted"
@@ -134,11 +141,18 @@ def test_c_compares_the_same_scales_of_the_same_model():
     # A scale that only one of them was measured at changes nothing.
     assert verdicts.claim_c(evidence(*rows, tuned(5, 0.99, scale=9.0))).value == pytest.approx(verdict.value)
     other = ModelSpec("low_rank", "handwriting", 300)
-    both = verdicts.claim_c(
-        evidence(
-            *rows, tuned(50, 0.9, scale=2.0, model=other), tuned(100, 0.8, "fine_tune_prior_u", scale=2.0, model=other)
-        )
-    )
+    longer = replace(TUNED, steps=1000)
+    opposed = [
+        [tuned(50, 0.9, scale=2.0, model=model), tuned(100, 0.8, "fine_tune_prior_u", scale=2.0, model=model)]
+        for model in (other, longer)
+    ]
+    # Adapters and full fine-tunes are decided apart: they need not agree.
+    apart = evidence(*rows, *opposed[0])
+    assert (verdicts.claim_c(apart).outcome, verdicts.claim_c(apart, kind="low_rank").outcome) == (
+        "confirmed", "refuted",
+    )  # fmt: skip
+    both = verdicts.claim_c(evidence(*rows, *opposed[1]))
+    assert both.details[str(longer)].startswith("-0.22 (") and both.claim == "c, full fine-tunes"
     assert both.value == pytest.approx(0.0) and both.outcome == "undecided"
     assert (both.details["better with the prior's u"], both.details["worse with the prior's u"]) == (1, 1)
     assert (
@@ -199,8 +213,9 @@ def test_every_claim_is_undecided_without_points_and_both_domains_are_asked():
     found = verdicts.all_verdicts([], {}, PLANS["full"]())
     assert {verdict.outcome for verdict in found} == {"undecided"}
     names = [verdict.name for verdict in found]
-    assert len(set(names)) == len(names) == 28
-    assert {f"{domain}/{claim}" for domain in ("handwriting", "narrow") for claim in "abcde"} <= set(names)
+    assert len(set(names)) == len(names) == 30
+    assert {f"{domain}/{claim}" for domain in ("handwriting", "narrow") for claim in "abde"} <= set(names)
+    assert {f"narrow/c, {kind} fine-tunes" for kind in ("full", "LoRA")} <= set(names)
     assert {f"{domain}/{claim}/shipped" for domain in ("handwriting", "narrow") for claim in "abde"} <= set(names)
 
 
@@ -306,3 +321,14 @@ def test_numbers_in_words():
         "no point qualifies",
         "0.123",
     ]
+    decision = deciding.Decision("s", "ratio", math.inf, 0.4871, math.inf, 0.5, "lower", "undecided")
+    assert deciding.shown_interval(decision) == "no point qualifies (0.487 to none)"
+    assert deciding.shown_interval(replace(decision, low=math.inf)) == "no point qualifies"
+
+
+def test_an_interval_on_the_other_side_than_its_value_decides_nothing():
+    """Replicates of a maximum overstate it."""
+    draws = torch.linspace(1.01, 1.3, REPLICATES).double()
+    outcome = {value: deciding.decide(torch.cat([torch.tensor([value]).double(), draws]), 1.0, "lower")[3]
+               for value in (0.99, 1.02)}  # fmt: skip
+    assert outcome == {0.99: "undecided", 1.02: "refuted"}
