@@ -189,7 +189,8 @@ def _add_start_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--config", metavar="FILE",
         help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
-             "first run on the miniature; options given here come first",
+             "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
+             "beside the file's output, where it names one",
     )
     _add_run_options(command)
     command.add_argument(
@@ -212,7 +213,7 @@ def _train(options: argparse.Namespace) -> int:
 
         config = _usage(lambda: TrainConfig.from_mapping({**FIRST_RUN, **values}, source="options"))
     elif options.config is not None:
-        config = _usage(lambda: TrainConfig.read(options.config, **values))
+        config = _usage(lambda: _read_settings(TrainConfig, options.config, values))
     else:
         if "base" not in values:
             options.parser.error("expected --base FILE, the prior to start from (mini_world is the one that ships).")
@@ -229,7 +230,7 @@ def _adapt(options: argparse.Namespace) -> int:
 
         config = _usage(lambda: AdaptConfig.from_mapping({**FIRST_ADAPTATION, **values}, source="options"))
     elif options.config is not None:
-        config = _usage(lambda: AdaptConfig.read(options.config, **values))
+        config = _usage(lambda: _read_settings(AdaptConfig, options.config, values))
     else:
         for name, (what, role) in AdaptConfig.required.items():
             if name not in values:
@@ -250,6 +251,16 @@ def _resume(options: argparse.Namespace) -> int:
     given = _given(options, {**field_kinds(), **kinds_of(AdaptConfig)})
     config = _usage(lambda: kind.read(settings, **given, output=str(folder)))
     return _learn(config, options, True)
+
+
+def _read_settings(kind: type[Settings], path: str, values: dict[str, Any]) -> Settings:
+    """The settings of a file, with `values` in place of its own; another name never goes on in the file's own run."""
+    config = kind.read(path, **values)
+    renamed = "name" in values and read_values(path).get("name") != config.name
+    if not renamed or "output" in values or not config.output:
+        return config
+    beside = os.path.dirname(os.path.abspath(os.path.expanduser(config.output)))
+    return config.with_changes(output=os.path.join(beside, config.name))
 
 
 def _given(options: argparse.Namespace, names: Iterable[str] | None = None) -> dict[str, Any]:

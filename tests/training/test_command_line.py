@@ -111,6 +111,22 @@ def test_file_and_options_together_and_options_come_first(started, tmp_path):
     assert keywords["dry_run"] is True and keywords["resume"] is True
 
 
+def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_path):
+    settings = tmp_path / "runs" / "porcelain" / "config.json"
+    TrainConfig("mini_world", ("/images",), "porcelain", output=str(settings.parent)).write_json(settings)
+    for options, folder in (
+        (["-n", "teapots", "-d", "/teapots"], tmp_path / "runs" / "teapots"),
+        (["-n", "teapots", "-o", tmp_path / "here"], tmp_path / "here"),
+        (["-n", "porcelain"], settings.parent),
+        (["-d", "/teapots"], settings.parent),
+    ):
+        status, _, err = run("train", "--config", settings, *options, "--dry-run")
+        assert status == 0 and started[-1][0].output == str(folder), (options, err)
+    settings.write_text('{"base": "mini_world", "data": ["/images"]}', encoding="utf-8")
+    assert run("train", "--config", settings, "-n", "teapots")[0] == 0
+    assert started[-1][0].output == str(Path("runs/teapots").absolute())
+
+
 def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()

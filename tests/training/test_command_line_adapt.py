@@ -85,6 +85,14 @@ def test_settings_of_the_miniature_and_of_files(started, tmp_path):
     assert (started[1][0].scale, started[1][0].prompt, started[1][1]["resume"]) == (9.0, "a blue digit", False)
 
 
+def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_path):
+    settings = tmp_path / "mine" / "config.json"
+    AdaptConfig("g.pkl", "mini_world", "a cat", name="cat", output=str(settings.parent)).write_json(settings)
+    for options, folder in ((["-n", "dog", "-p", "a dog"], tmp_path / "dog"), (["--steps", "9"], settings.parent)):
+        status, _, err = run("adapt", "--config", settings, *options)
+        assert status == 0 and started[-1][0].output == str(folder), (options, err)
+
+
 def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     AdaptConfig("g.pkl", "mini_world", "a cat", name="cat", output="/elsewhere").write_json(tmp_path / "config.json")
     assert run("resume", tmp_path, "--steps", "8", "--sample-truncation", "0.5")[0] == 0
