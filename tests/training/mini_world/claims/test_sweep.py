@@ -91,7 +91,7 @@ def test_the_headline_has_points_of_three_training_seeds(question):
             seeds.setdefault(point.with_seed(0), set()).add(point.model.seed)
     assert {frozenset(found) for found in seeds.values()} == {frozenset({0}), frozenset({0, 1, 2})}
     three = [point.method for point, found in seeds.items() if len(found) == 3]
-    assert three.count("multi_guidance") == (6 if QUESTIONS[question].own_colours else 4)
+    assert three.count("multi_guidance") == 6
     if QUESTIONS[question].own_colours:
         assert three.count("fine_tune") == three.count("fine_tune_prior_u") == 2
 
