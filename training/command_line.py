@@ -250,7 +250,17 @@ def _resume(options: argparse.Namespace) -> int:
         options.memory_full = MEMORY_FULL_ADAPTING
     given = _given(options, {**field_kinds(), **kinds_of(AdaptConfig)})
     config = _usage(lambda: kind.read(settings, **given, output=str(folder)))
-    return _learn(config, options, True)
+    return _learn(config, options, True if _has_saved(folder, config.name) else "auto")
+
+
+def _has_saved(folder: Path, name: str) -> bool:
+    """Whether the run in a folder ever saved something; one that was stopped before its first step has not."""
+    from .checkpoints import find_checkpoints
+    from .events import Saved, read_log
+
+    if find_checkpoints(folder) or (folder / f"{name}.safetensors").exists():
+        return True
+    return any(isinstance(event, Saved) for event in read_log(folder / "log.jsonl"))
 
 
 def _read_settings(kind: type[Settings], path: str, values: dict[str, Any]) -> Settings:

@@ -215,8 +215,8 @@ class Engine(ABC):
             )
         if found is None and resume is True:
             raise ConfigProblem(
-                f"{self.folder}: expected a run to resume, found none; start it without resume, or name the run's "
-                "folder as output."
+                f"{self.folder}: expected a checkpoint to go on from, found none; to begin anew set resume auto (in a "
+                f"terminal: `{self.config.command}` without --resume), or give another run's name or output."
             )
         if found is not None and int(found[1]["step"]) > self.config.steps:
             return self._stage(found, dict(any_there))

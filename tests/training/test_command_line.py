@@ -133,11 +133,20 @@ def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_pa
     TrainConfig("mini_world", ("/images",), "porcelain", output="/elsewhere", steps=5).write_json(moved / "config.json")
     assert run("resume", moved, "--steps", "8")[0] == 0
     config, keywords = started[0]
-    assert (config.name, config.output, config.steps) == ("porcelain", str(moved), 8) and keywords["resume"] is True
+    # Stopped before anything was saved, it begins.
+    assert (config.name, config.output, config.steps) == ("porcelain", str(moved), 8) and keywords["resume"] == "auto"
     status, _, err = run("resume", moved, "--learning-rate", "1")  # would change what is learned
     assert status == 2 and "--learning-rate" in err
     status, _, err = run("resume", tmp_path)
     assert status == 2 and "config.json" in err
+
+
+@pytest.mark.parametrize("left", ["checkpoints/step-000250.ckpt", "porcelain.safetensors", "log.jsonl"])
+def test_resume_never_begins_a_run_anew_that_had_saved_something(started, tmp_path, left):
+    TrainConfig("mini_world", ("/images",), "porcelain").write_json(tmp_path / "config.json")
+    (tmp_path / left).parent.mkdir(exist_ok=True)
+    (tmp_path / left).write_text(json.dumps({"event": "saved", "step": 250, "path": "x"}) + "\n", encoding="utf-8")
+    assert run("resume", tmp_path)[0] == 0 and started[0][1]["resume"] is True
 
 
 def test_a_run_from_connected_models_says_what_it_needs(tmp_path):

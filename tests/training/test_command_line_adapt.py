@@ -98,7 +98,7 @@ def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     assert run("resume", tmp_path, "--steps", "8", "--sample-truncation", "0.5")[0] == 0
     config, keywords = started[0]
     assert (config.name, config.output, config.steps, config.sample_truncation) == ("cat", str(tmp_path), 8, 0.5)
-    assert keywords["resume"] is True
+    assert keywords["resume"] == "auto"  # nothing was saved yet
     status, _, err = run("resume", tmp_path, "--data", "x")  # of the other kind
     assert status == 2 and "'data' is no field" in err
     TrainConfig("mini_world", ("/images",)).write_json(tmp_path / "config.json")

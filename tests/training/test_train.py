@@ -209,7 +209,7 @@ def test_a_stage_that_was_kept_becomes_the_model_and_later_ones_stay(run, folder
 
 
 def test_resume_is_what_the_caller_says(run, folder):
-    with pytest.raises(ConfigProblem, match="expected a run to resume, found none"):
+    with pytest.raises(ConfigProblem, match="expected a checkpoint to go on from, found none; .* resume auto"):
         run(resume=True)
     run(steps=2)
     with pytest.raises(ConfigProblem, match="found its checkpoints .*step 2"):
