@@ -99,6 +99,7 @@ class _Parts:
         if self.critic is None:
             config.check_prompts()
             self.base = self.base or open_base(config)
+            self.base.check_prompts((config.prompt, config.negative, config.source_prompt))
         if isinstance(self.generator, Generator):
             return LoadedGenerator(self.generator, GeneratorMetadata(name="generator"), ())
         return self.generator or open_generator(config.generator)

@@ -218,18 +218,22 @@ class Base:
     def encode_text(self, prompts: Sequence[str]) -> Text:
         """Prompts -> encoded text [B, T, D]. Empty prompts always work; others need a tokenizer, else ValueError."""
         prompts = list(prompts)
-        if self.text is not None and any(prompts):
-            return self.text(prompts)
+        self.check_prompts(prompts)
         if any(prompts):
-            raise ValueError(
-                f"{self.name}: expected a tokenizer to encode the prompt {next(filter(None, prompts))!r}, found none; "
-                "set tokenizer to a folder with CLIP's vocab.json and merges.txt (in ComfyUI: comfy/sd1_tokenizer)."
-            )
+            return self.text(prompts)
         pooled = self.null_context.pooled
         return Text(
             self.null_context.tensor.expand(len(prompts), -1, -1),
             None if pooled is None else pooled.expand(len(prompts), -1),
         )
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raise ValueError where `encode_text` could not encode these prompts, without encoding them."""
+        if self.text is None and any(prompts):
+            raise ValueError(
+                f"{self.name}: expected a tokenizer to encode the prompt {next(filter(None, prompts))!r}, found none; "
+                "set tokenizer to a folder with CLIP's vocab.json and merges.txt (in ComfyUI: comfy/sd1_tokenizer)."
+            )
 
     def vector(
         self,

@@ -289,7 +289,7 @@ def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resum
     else:
         from .train import train as run
 
-        prompts = config.sample_prompts
+        prompts = (config.caption, *config.sample_prompts)
     if any(prompts) and not config.tokenizer:
         config = config.with_changes(tokenizer=comfyui_tokenizer())
     console = Console(options.json, options.quiet, options.dry_run)

@@ -184,6 +184,8 @@ class _Run(Engine):
 
     def _announce(self, step: int, base: Base, images: Sequence[Tensor] | Tensor | None) -> None:
         """Say what begins and what it will need, before anything takes long."""
+        # In every process: one that failed alone would let the others wait.
+        base.check_prompts((self.config.caption, *(self.config.sample_prompts if self.config.sample_every else ())))
         if self.processes.is_main:
             config, left = self.config, max(1, self.config.steps - step)
             count = len(find_images(self.config.data)) if self.config.data else 0

@@ -445,6 +445,15 @@ def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
     assert events[0].config["precision"] == "fp32" and not list(tmp_path.iterdir())
 
 
+def test_prompts_that_cannot_be_encoded_are_refused_by_a_dry_run_too(run, base):
+    base.text = None
+    for changes in ({}, {"negative": "a cat", "prompt": "", "domain": "x"}, {"source_prompt": "a cat", "method": "bridge"}):
+        fields = {"prompt": "a cat", **changes}
+        with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
+            run(dry_run=True, parts=by_base(base), **fields)
+
+
+
 def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):
     for method, more in [
         ("sds", {"negative": "grey"}), ("csd", {}), ("nfsd", {"negative": "blurry pictures"}), ("ism", {"t_max": 100}),

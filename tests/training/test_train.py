@@ -34,6 +34,7 @@ from indomain_guidance.training.events import (
     read_log,
 )
 from indomain_guidance.training.learner import Learner, NonFiniteLoss
+from indomain_guidance.training.processes import OneProcess
 from indomain_guidance.training.run_lock import locked
 from indomain_guidance.training.train import train
 from PIL import Image
@@ -487,6 +488,20 @@ def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
     assert kinds(events) == [Started] and events[0].config["precision"] == "fp32" and events[0].images == 12
     assert "per step" in events[0].estimate
     assert sorted(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("changes", [
+    {"sample_prompts": ("", "a cat"), "sample_every": 8}, {"form": "full", "caption": "a cat"},
+])  # fmt: skip
+def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, changes, monkeypatch):
+    """In every process, so that none waits for one that has failed; and by a dry run."""
+    told, processes = [], OneProcess("cpu")
+    monkeypatch.setattr("indomain_guidance.training.train.open_processes", lambda device: processes)
+    for rank, dry_run in ((0, True), (0, False), (1, False)):
+        processes.rank = rank
+        with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
+            run(dry_run=dry_run, listener=told.append, steps=1, **changes)
+    assert not any(isinstance(event, Caching) for event in told)
 
 
 def test_a_dry_run_looks_at_the_run_that_it_would_go_on_with(run, folder):
