@@ -33,26 +33,12 @@ from .settings import ConfigProblem
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
-# Sides in pixels that published families were made for, by the name of their latents.
-NATIVE_RESOLUTION = {"sd15": 512, "sdxl": 1024, "mini_world": 64}
-
-
-def native_resolution(latent_format: str, context_dim: int | None, is_v: bool) -> int | None:
-    """The side in pixels of the images a model was made for; None where its latents are no published family's.
-
-    context_dim: width of its text; is_v: whether it predicts v. Both together tell Stable Diffusion 2.x at 768 px.
-    """
-    if latent_format == "sd15" and context_dim == 1024 and is_v:
-        return 768
-    return NATIVE_RESOLUTION.get(latent_format)
-
 
 def judged_resolution(config: AdaptConfig, base: Base | None, generator: Generator) -> int:
     """The side in pixels at which images are judged: as configured, the base's own, else the generator's."""
     if base is None:
         return config.resolution or generator.config.resolution
-    native = native_resolution(base.latent_format, base.config.context_dim, base.prediction_type == "v_prediction")
-    return max(config.resolution or native or generator.config.resolution, base.factor)
+    return max(config.resolution or base.native_resolution or generator.config.resolution, base.factor)
 
 
 def open_critic(config: AdaptConfig, base: Base, resolution: int, device: torch.device | str) -> Critic:

@@ -47,6 +47,8 @@ MINI_WORLD = "mini_world"
 PREDICTIONS = ("auto", "epsilon", "v_prediction", "v_prediction_zero_snr", "sample")
 # Scaled latent = mean * factor: 1 / standard deviation of the training latents, as each family was published with.
 LATENT_SCALES = {"sd15": 0.18215, "sdxl": 0.13025}
+# Sides in pixels that published families were made for, by the name of their latents.
+NATIVE_RESOLUTION = {"sd15": 512, "sdxl": 1024, "mini_world": 64}
 SIZE_EMBEDDING = 256  # channels of each of SDXL's six size and crop numbers
 AUTOENCODER_PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
 
@@ -177,6 +179,11 @@ class Base:
         return self.autoencoder.config.embed_dim
 
     @property
+    def native_resolution(self) -> int | None:
+        """The side in pixels of the images it was made for, None where that is unknown."""
+        return native_resolution(self.latent_format, self.config.context_dim, self.prediction_type == "v_prediction")
+
+    @property
     def null_text(self) -> Text:
         """The empty prompt as encoded text."""
         return Text(self.null_context.tensor, self.null_context.pooled)
@@ -280,6 +287,16 @@ class Base:
         """The untouched prior as a module in evaluation mode; weights already in `dtype` are shared, not copied."""
         with torch.inference_mode(False):
             return load_unet(self.unet, self.config, dtype)
+
+
+def native_resolution(latent_format: str, context_dim: int | None, is_v: bool) -> int | None:
+    """The side in pixels of the images a model was made for; None where its latents are no published family's.
+
+    context_dim: width of its text; is_v: whether it predicts v. Both together tell Stable Diffusion 2.x at 768 px.
+    """
+    if latent_format == "sd15" and context_dim == 1024 and is_v:
+        return 768
+    return NATIVE_RESOLUTION.get(latent_format)
 
 
 def open_base(config: TrainConfig) -> Base:

@@ -412,7 +412,8 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--prediction", choices=kinds["prediction"].metadata["choices"], default="auto",
                          help=kinds["prediction"].metadata["help"])  # fmt: skip
     command.add_argument("--resolution", type=int, default=None, metavar="PIXELS",
-                         help="form constant: size of the pictures it is measured on (default 512; mini_world: 64)")
+                         help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
+                              "made for, 512 for SD 1.5, 1024 for SDXL)")  # fmt: skip
     command.add_argument("--name", default="", metavar="TEXT", help="what to call the model (default: the file's name)")
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
     command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
@@ -426,10 +427,10 @@ def _convert(options: argparse.Namespace) -> int:
 
     if os.path.exists(options.target) and not options.overwrite:
         raise FileProblem(f"{options.target}: expected a new file to write, found one there; add --overwrite.")
-    console, mini = Console(quiet=options.quiet), options.source == MINI_WORLD
+    console = Console(quiet=options.quiet)
     path = convert(
         options.source, options.target, form=options.form, file_dtype=options.file_dtype, prediction=options.prediction,
-        resolution=options.resolution or (64 if mini else 512), name=options.name,
+        resolution=options.resolution, name=options.name,
         device=_usage(lambda: pick_device(options.device)),
         on_probe=lambda done, total: console.count("measuring", done, total),
     )  # fmt: skip
@@ -469,7 +470,8 @@ def _add_sample(commands: Any) -> None:
                          help="(default dpmpp_2m)")  # fmt: skip
     command.add_argument("--spacing", choices=("uniform", "karras"), default="uniform",
                          help="of the noise levels (default uniform)")  # fmt: skip
-    command.add_argument("--width", type=int, metavar="PIXELS", help="(default: the resolution it was trained at)")
+    command.add_argument("--width", type=int, metavar="PIXELS",
+                         help="(default: the resolution it was trained at, else what the prior was made for)")
     command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the width)")
     command.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures drawn at once (default 4)")
     command.add_argument("--vae", default="", metavar="PATH", help="another VAE than the checkpoint's")

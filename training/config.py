@@ -61,7 +61,8 @@ class TrainConfig(Settings):
 
     # data
     resolution: int = option(512, "data", "side of a square training image in pixels, a multiple of 8; other shapes "
-                             "have the same area", min=MIN_RESOLUTION, max=8192)
+                             "have the same area. Use what the prior was made for: 512 for SD 1.5, 1024 for SDXL",
+                             min=MIN_RESOLUTION, max=8192)
     buckets: bool = option(True, "data", "keep aspect ratios by sorting images into shapes of about the same area; "
                            "off: every image becomes a square")
     bucket_step: int = option(64, "data", "sides of the shapes are multiples of this many pixels", min=8, max=1024)

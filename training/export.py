@@ -174,7 +174,7 @@ def convert(
     form: str = "",
     file_dtype: str = "",
     prediction: str = "auto",
-    resolution: int = 512,
+    resolution: int | None = None,
     name: str = "",
     device: torch.device | str = "cpu",
     on_probe: Callable[[int, int], None] | None = None,
@@ -182,9 +182,9 @@ def convert(
     """Make a domain file out of a checkpoint ("mini_world" for the shipped prior) or out of another domain file.
 
     From a checkpoint, form "cached" or "constant" gives an untrained text-free UNet, "full" its UNet alone; `constant`
-    is measured at `resolution` pixels on `device`. From a domain file (form "" or its own) the number format changes
-    and its knowledge about itself is kept. From a StyleGAN2 generator of any readable format: a generator file, which
-    nothing leads back from. file_dtype: "fp16" where it is "", a generator's "fp32". Raises FileProblem and ValueError;
+    is measured at `resolution` pixels (None: what the checkpoint was made for) on `device`. From a domain file (form ""
+    or its own) the number format changes and its knowledge about itself is kept. From a StyleGAN2 generator of any
+    readable format: a generator file, which nothing leads back from. file_dtype: "fp16" where it is "", a generator's "fp32". Raises FileProblem and ValueError;
     `source` is never written to.
     """
     if form and form not in FORMS:
@@ -207,6 +207,7 @@ def convert(
         base = open_checkpoint(source, prediction=prediction)
     else:
         base = open_mini_world(prediction)
+    resolution = resolution or base.native_resolution or 512
     trainee = start_model(base, form or "full", resolution=resolution, device=device, on_probe=on_probe)
     return write_domain_model(
         target, trainee.weights(), trainee.config, base, file_dtype=file_dtype or "fp16",

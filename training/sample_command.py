@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,14 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
     path, trained = find_domain(options.domain)
     weights, metadata = read_domain_file(path)
     config = base_config(options, metadata, trained, path)
-    width = options.width or metadata.resolution or (64 if metadata.latent_format == "mini_world" else 512)
     settings = Settings(
         options.domain_weight, options.control_weight, options.domain_start, options.domain_end, options.steps,
-        options.method, options.spacing, (options.height or width, width), options.batch_size,
+        options.method, options.spacing, batch=options.batch_size,
     )  # fmt: skip
     device = pick_device(options.device)
     base = open_base(config)
+    width = options.width or metadata.resolution or base.native_resolution or 512
+    settings = replace(settings, size=(options.height or width, width))
     check_latent_format(metadata, base.latent_format, path)
     if metadata.prior_hash and metadata.prior_hash != base.prior_hash:
         console.warn(f"{path.name} was made from another prior than {base.name}; pictures may suffer.")

@@ -27,6 +27,7 @@ from .processes import OneProcess, open_processes
 
 __all__ = ["Result", "train"]
 
+SMALL = 0.75  # of the side in pixels that the prior was made for
 HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
 
 
@@ -205,6 +206,12 @@ class _Run(Engine):
                 self.tell(Warned(
                     "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
                     "overall brightness is learned from the levels before it; 0 weighs all levels alike."
+                ))
+            native = base.native_resolution
+            if step < config.steps and native is not None and config.resolution < SMALL * native:
+                self.tell(Warned(
+                    f"{base.name} was made for images of {native} px, and this run learns them at {config.resolution} "
+                    f"px, where its pictures are poor; set resolution to {native} unless that is meant."
                 ))
             too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
             if too_much and self.processes.device.type == "cpu" and step < self.config.steps:

@@ -184,6 +184,18 @@ def test_a_configuration_names_the_base(tiny_checkpoint):
         bases.open_base(config)
 
 
+def test_it_says_what_images_it_was_made_for(mini, tiny_run):
+    wide = replace(mini.config, context_dim=1024)
+    second = replace(mini, latent_format="sd15", config=wide)
+    sizes = [
+        one.native_resolution for one in (
+            mini, replace(mini, latent_format="sd15"), second, replace(second, prediction_type="v_prediction"),
+            replace(mini, latent_format="sdxl"), tiny_run.tiny_base(),
+        )
+    ]  # fmt: skip
+    assert sizes == [64, 512, 512, 768, 1024, None]
+
+
 def test_the_autoencoder_moves_and_comes_back(mini):
     with mini.on("cpu") as same:
         assert same is mini

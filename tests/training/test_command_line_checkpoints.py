@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_domain_file
-from indomain_guidance.training import command_line
+from indomain_guidance.training import command_line, parts
 from indomain_guidance.training.mini_world.pictures import export_pictures
 from PIL import Image
 
@@ -69,3 +69,30 @@ def test_another_prior_is_noted_and_another_family_refused(tiny_checkpoint, tmp_
     assert "--base" in capsys.readouterr().err
     assert command_line.main(["sample", "mini-handwriting", "--base", str(sd1), "-o", str(tmp_path)]) == 1
     assert "mini_world" in capsys.readouterr().err
+
+
+def test_sizes_that_nobody_gives_are_the_priors_own(tiny_checkpoint, tmp_path, monkeypatch):
+    """1024 px for SDXL: what constants are measured at, and pictures of a file that states no resolution."""
+    sdxl, free, asked = tiny_checkpoint("sdxl").path, tmp_path / "free.safetensors", []
+
+    def start_model(base, form, *, resolution, **more):
+        asked.append(resolution)
+        return parts.start_model(base, "cached")
+
+    class Artist:
+        def __init__(self, *_, **__):
+            pass
+
+        def draw(self, prompts, seeds, settings, *_):
+            asked.append(settings.size)
+            return iter(())
+
+    monkeypatch.setattr("indomain_guidance.training.export.start_model", start_model)
+    monkeypatch.setattr("indomain_guidance.training.sample_command.Artist", Artist)
+    indomain("convert", sdxl, free, "--form", "constant")
+    indomain("convert", sdxl, free, "--form", "constant", "--resolution", 512, "--overwrite")
+    indomain("convert", "mini_world", tmp_path / "mini.safetensors", "--form", "constant")
+    indomain("sample", free, "--base", sdxl)
+    indomain("sample", free, "--base", sdxl, "--width", 512)
+    indomain("sample", "mini-handwriting")
+    assert asked == [1024, 512, 64, (1024, 1024), (512, 512), (64, 64)]

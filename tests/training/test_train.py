@@ -504,6 +504,14 @@ def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, chang
     assert not any(isinstance(event, Caching) for event in told)
 
 
+@pytest.mark.parametrize("latent_format, expected", [("mini_world", False), ("sd15", True), ("tiny", False)])
+def test_a_resolution_far_below_the_priors_own_warns(run, base, latent_format, expected):
+    """Of 64 px: the miniature's own, one eighth of Stable Diffusion's, and one of a family that nobody knows."""
+    _, events = run(dry_run=True, base=replace(base, latent_format=latent_format))
+    warned = [event.text for event in events if isinstance(event, Warned)]
+    assert any("512 px" in text and "resolution" in text for text in warned) is expected
+
+
 def test_a_dry_run_looks_at_the_run_that_it_would_go_on_with(run, folder):
     run(steps=2)
     before = sorted(folder.rglob("*"))
