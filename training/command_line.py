@@ -455,7 +455,8 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("-p", "--prompt", action="append", metavar="TEXT",
                          help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
     command.add_argument("--negative", default="", metavar="TEXT", help="prompt of the base (default: empty)")
-    command.add_argument("-o", "--output", default="pictures", metavar="DIR", help="folder (default: pictures)")
+    command.add_argument("-o", "--output", default="pictures", metavar="DIR",
+                         help="folder (default: pictures); a picture whose name is taken gets a number behind it")
     command.add_argument("-c", "--count", type=int, default=4, metavar="N", help="pictures per prompt (default 4)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the first; the next one has N + 1")
     command.add_argument("--domain-weight", type=float, default=2.5, metavar="X", help="usually 0 to 5 (default 2.5)")

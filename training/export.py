@@ -184,8 +184,8 @@ def convert(
     From a checkpoint, form "cached" or "constant" gives an untrained text-free UNet, "full" its UNet alone; `constant`
     is measured at `resolution` pixels (None: what the checkpoint was made for) on `device`. From a domain file (form ""
     or its own) the number format changes and its knowledge about itself is kept. From a StyleGAN2 generator of any
-    readable format: a generator file, which nothing leads back from. file_dtype: "fp16" where it is "", a generator's "fp32". Raises FileProblem and ValueError;
-    `source` is never written to.
+    readable format: a generator file, which nothing leads back from. file_dtype: "fp16" where it is "", a generator's
+    "fp32". Raises FileProblem and ValueError; `source` is never written to.
     """
     if form and form not in FORMS:
         raise ValueError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")

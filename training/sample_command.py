@@ -58,8 +58,7 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
         prompt_number = number // options.count
         target = Path(options.output) / f"{prompt_number + 1:02d}-{slug(drawn.prompt)}-{drawn.seed}.png"
         about = describe(drawn, settings, options.negative, path, base.name)
-        save(drawn, target, about)
-        yield {"path": str(target), **about}
+        yield {"path": str(save(drawn, target, about)), **about}
 
 
 def _run_generator(options: argparse.Namespace, path: str, console: Console) -> Iterator[dict[str, Any]]:
@@ -82,7 +81,7 @@ def _run_generator(options: argparse.Namespace, path: str, console: Console) -> 
         about = {"generator": name, "seed": seed, "truncation": options.truncation, "label": label}
         about |= {"width": config.resolution, "height": config.resolution}
         target = Path(options.output) / f"{slug(Path(path).stem)}-{seed}.png"
-        save(Drawn("", seed, pixels, 0.0), target, about)
+        target = save(Drawn("", seed, pixels, 0.0), target, about)
         console.count("drawing", number + 1, options.count)
         yield {"path": str(target), **about}
 
@@ -173,12 +172,22 @@ def describe(drawn: Drawn, settings: Settings, negative: str, domain: Path, base
     }  # fmt: skip
 
 
-def save(drawn: Drawn, path: Path, about: dict[str, Any]) -> None:
-    """Write a picture as PNG with its description in the text field "indomain"."""
+def free_path(path: Path) -> Path:
+    """The path, or where its name is taken, with the next number behind it, as ComfyUI's SaveImage counts."""
+    numbered = re.compile(re.escape(path.stem) + r"_(\d+)" + re.escape(path.suffix))
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    taken = [int(match[1]) for match in map(numbered.fullmatch, names) if match] + [1] * (path.name in names)
+    return path.with_name(f"{path.stem}_{max(taken) + 1:05d}{path.suffix}") if taken else path
+
+
+def save(drawn: Drawn, path: Path, about: dict[str, Any]) -> Path:
+    """Write a picture as PNG with its description in the text field "indomain", replacing none; where it went."""
     from PIL import Image, PngImagePlugin
 
     values = ((drawn.pixels.clamp(-1, 1) + 1) * 127.5).round().byte()
     text = PngImagePlugin.PngInfo()
     text.add_text("indomain", json.dumps(about))
+    path = free_path(path)
     with replacing(path) as file:
         Image.fromarray(values.permute(1, 2, 0).contiguous().numpy()).save(file, format="PNG", pnginfo=text)
+    return path

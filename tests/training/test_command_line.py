@@ -311,6 +311,21 @@ def test_sample_saves_pictures_that_say_how_they_were_made(tmp_path):
     assert max(difference) <= 2  # rounding of another batch size
 
 
+def test_sample_never_replaces_a_picture(tmp_path):
+    """The same prompt and seed with other weights, as one looks for them: numbered as ComfyUI's SaveImage does."""
+    (tmp_path / "01-a-red-seven-0_00004.png").write_bytes(b"of long ago")
+    names = []
+    for weight in (1, 2, 3):
+        status, out, err = run("sample", "mini-handwriting", "-p", "a red seven", "--domain-weight", weight, "--steps", 1,
+                               "--count", 1, "-o", tmp_path, "--json")  # fmt: skip
+        about = json.loads(out)
+        names.append(Path(about["path"]).name)
+        with Image.open(about["path"]) as image:
+            assert json.loads(image.text["indomain"])["domain_weight"] == weight
+    assert names == [f"01-a-red-seven-0_0000{number}.png" for number in (5, 6, 7)]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_sample_needs_the_right_base(tmp_path):
     status, _, err = run("sample", tmp_path / "missing.safetensors")
     assert status == 1 and "missing.safetensors" in err

@@ -150,5 +150,8 @@ def test_adapted_resumed_and_sampled(tiny_adaptation, tmp_path):
     ]  # fmt: skip
     with Image.open(pictures[0]["path"]) as image:
         assert image.size == (16, 16) and json.loads(image.text["indomain"])["seed"] == 0
+    run("sample", out, "-o", tmp_path / "pictures", "-c", "1", "--truncation", "1")
+    names = sorted(path.name for path in (tmp_path / "pictures").iterdir())
+    assert names == ["red-0.png", "red-0_00002.png", "red-1.png"]  # none is replaced
     status, _, err = run("sample", source, "-p", "x")
     assert status == 2 and "expected none for an image generator" in err
