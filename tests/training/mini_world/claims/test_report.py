@@ -58,7 +58,7 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     page = report.markdown(PLANS["full"](), ROWS, FLOORS, VERDICTS)
     assert (
         "| (b) | handwriting | constant weights |" in page
-        and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 29 | **confirmed so far** |" in page
+        and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 35 | **confirmed so far** |" in page
     )
     assert "| prior |  | scale 2 | 200.0 (200.0 to 200.0) | 1.25 | 98.0% (97.0% to 99.0%) | 95.0% |" in page
     assert "| (b) | handwriting | constant weights, shipped model |" in page and "0.2 (0.2 to 0.2) |" in page
