@@ -6,13 +6,17 @@ this file is no part of a package, and the bootstrap makes it one.
 
 from __future__ import annotations
 
+import os
 import sys
 
 
 def _start() -> int:
     if __package__:
         from .training.command_line import main
+        from .training.console import pasted
 
+        typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
+        os.environ.setdefault("INDOMAIN_COMMAND", pasted(typed))
         return main()
     import runpy
     from pathlib import Path

@@ -27,6 +27,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -496,6 +497,13 @@ def benches_training(options: argparse.Namespace) -> bool:
     return not options.list and named == "training" and not {"-h", "--help"} & set(options.rest)
 
 
+def typed_command(options: argparse.Namespace, typed: Sequence[str], arguments: Sequence[str]) -> str:
+    """How `indomain` was called, as one pastes it into a terminal. typed: the whole command; arguments: its end."""
+    named = [f"--{name}={getattr(options, name)}" for name in ("comfyui", "python") if getattr(options, name)]
+    words = [*typed[: len(typed) - len(arguments)], options.command, *named]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
 def hand_over(python: Path, order: dict, environ: dict[str, str]) -> int:
     """Start stage two under `python`; where it can, this process becomes it, so that signals reach it directly."""
     command = [str(python), str(ROOT / "training" / "bootstrap.py"), "indomain_guidance.nodes.host", json.dumps(order)]
@@ -522,6 +530,8 @@ def main(arguments: Sequence[str]) -> int:
         else:
             python = own_interpreter(comfyui, options.python)
         environ = clean_environ(INDOMAIN_COMFYUI_PATH=str(comfyui))
+        if options.command == "indomain":
+            environ["INDOMAIN_COMMAND"] = typed_command(options, sys.orig_argv, arguments)
         tools = None
         if options.command == "test":
             tools = str(test_tools(python))

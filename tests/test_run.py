@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -286,6 +287,18 @@ def test_unknown_arguments_are_handed_on_in_order():
     options = run.parse(["indomain", "--comfyui", "/c", *wanted])
     assert options.comfyui == "/c" and options.rest == wanted
     assert run.parse(["claims", "idg", "-h"]).rest == ["idg", "-h"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="quoted as a POSIX shell wants it")
+def test_what_was_typed_before_the_command_can_be_pasted():
+    """With what finds the environment again."""
+    for typed, expected in (
+        ("indomain train -d x --steps 3", "python run.py indomain"),
+        ("indomain --comfyui /my/ui train --python '/my py/bin/python' -d x",
+         "python run.py indomain --comfyui=/my/ui '--python=/my py/bin/python'"),
+    ):
+        arguments = shlex.split(typed)
+        assert run.typed_command(run.parse(arguments), ["python", "run.py", *arguments], arguments) == expected
 
 
 def test_diffusers_is_fetched_only_for_the_benchmark_that_needs_it():

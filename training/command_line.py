@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
 from .config import CONNECTED_BASE, ConfigProblem, TrainConfig, field_kinds
-from .console import Console
+from .console import Console, own_command
 from .settings import Settings, kinds_of, read_values
 from .signals import StopRequest
 
@@ -67,7 +67,7 @@ class _Parser(argparse.ArgumentParser):
         super().__init__(**more)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message}\n(help: {self.prog} --help)\n")
+        self.exit(USAGE, f"{self.prog}: {message}\n(help: {own_command(*self.prog.split()[1:], '--help')})\n")
 
 
 def _formatter(prog: str) -> argparse.HelpFormatter:

@@ -87,7 +87,10 @@ class Console:
         elif result.path is not None:
             self._out(str(result.path))
         if result.status == "stopped":
-            self._say(f"go on with: {_command(['indomain', 'resume', str(result.run)])}", always=True)
+            # Several processes go on as several.
+            alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
+            how = f": {own_command('resume', result.run)}" if alone else " the same command"
+            self._say(f"go on with{how}", always=True)
 
     def _event(self, line: str) -> None:
         try:
@@ -129,7 +132,12 @@ class Console:
             self._errors.flush()
 
 
-def _command(words: Sequence[str], windows: bool = os.name == "nt") -> str:
+def own_command(*words: object) -> str:
+    """A command of this program, called as it was started: whoever starts it otherwise says so in INDOMAIN_COMMAND."""
+    return f"{os.environ.get('INDOMAIN_COMMAND', 'indomain')} {pasted([str(word) for word in words])}"
+
+
+def pasted(words: Sequence[str], windows: bool = os.name == "nt") -> str:
     """A command as one pastes it into a terminal of this system."""
     return subprocess.list2cmdline(words) if windows else shlex.join(words)
 

@@ -19,7 +19,7 @@ from .adapt_config import AdaptConfig, configuration_kind
 from .atomic import replacing
 from .base import MINI_WORLD, open_base
 from .config import ConfigProblem, TrainConfig, read_values
-from .console import Console
+from .console import Console, own_command
 from .drawing import Artist, Drawn, Settings
 from .learner import DTYPES
 from .processes import pick_device, pick_precision
@@ -99,7 +99,7 @@ def find_generator(name: str) -> str | None:
         file = path / f"{AdaptConfig.read(settings).name}.safetensors"
         if not file.is_file():
             raise FileProblem(
-                f"{file}: expected the run's finished generator, found none; go on with indomain resume {path}."
+                f"{file}: expected the run's finished generator, found none; go on with {own_command('resume', path)}."
             )
         return str(file)
     if name == MINI_WORLD:
@@ -121,7 +121,8 @@ def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
         file = path / f"{config.name}.safetensors"
         if not file.is_file():
             raise FileProblem(
-                f"{file}: expected the run's finished domain model, found none; go on with indomain resume {path}."
+                f"{file}: expected the run's finished domain model, found none; go on with "
+                f"{own_command('resume', path)}."
             )
         return file, config
     if not path.exists() and path.name == name:

@@ -6,8 +6,11 @@ import contextlib
 import dataclasses
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ import torch
 from indomain_guidance.guidance.files import read_domain_file
 from indomain_guidance.training import command_line, console
 from indomain_guidance.training.config import TrainConfig, field_kinds
+from indomain_guidance.training.engine import Result
 from indomain_guidance.training.mini_world.assets import domain_unets_dir
 from PIL import Image
 
@@ -170,7 +174,36 @@ def test_a_run_from_connected_models_says_what_it_needs(tmp_path):
     (r"C:\my runs\first", True, r'indomain resume "C:\my runs\first"'),
 ])  # fmt: skip
 def test_the_command_to_go_on_with_can_be_pasted(folder, windows, expected):
-    assert console._command(["indomain", "resume", folder], windows) == expected
+    assert console.pasted(["indomain", "resume", folder], windows) == expected
+
+
+@pytest.mark.parametrize("around, expected", [
+    ({}, "go on with: indomain resume "),
+    ({"INDOMAIN_COMMAND": "python run.py indomain"}, "go on with: python run.py indomain resume "),
+    ({"WORLD_SIZE": "2"}, "go on with the same command"),
+])  # fmt: skip
+def test_advice_is_a_command_as_the_user_calls_it(monkeypatch, tmp_path, around, expected):
+    for name in ("INDOMAIN_COMMAND", "WORLD_SIZE", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in around.items():
+        monkeypatch.setenv(name, value)
+    errors = io.StringIO()
+    console.Console(errors=errors).result(Result("stopped", 3, None, tmp_path))
+    assert errors.getvalue().startswith(expected)
+    TrainConfig("mini_world", name="mine").write_json(tmp_path / "config.json")
+    called = around.get("INDOMAIN_COMMAND", "indomain")
+    assert f"{called} resume {tmp_path}" in run("sample", tmp_path)[2]
+    assert f"help: {called} train --help" in run("train", "--nonsense")[2]
+
+
+@pytest.mark.parametrize("start", [[""], ["training/bootstrap.py", "indomain_guidance"]])
+def test_a_checkout_knows_what_it_is_called(start):
+    """What its advice says is what was typed before the command."""
+    place, *more = start
+    command = [sys.executable, str(Path(command_line.__file__).parents[1] / place), *more]
+    environ = {key: value for key, value in os.environ.items() if key != "INDOMAIN_COMMAND"}
+    done = subprocess.run([*command, "sample", "--nonsense"], capture_output=True, text=True, env=environ)
+    assert f"help: {console.pasted(command)} sample --help" in done.stderr
 
 
 @pytest.mark.parametrize(

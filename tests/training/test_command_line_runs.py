@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -20,7 +21,8 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a child 
 
 def environ(**more: str) -> dict[str, str]:
     # One thread: bit-identical and fair to neighbours. No run of several processes around this one.
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
+                                                                              "INDOMAIN_COMMAND")}
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **more}
 
 
@@ -105,7 +107,7 @@ def test_stopped_run_goes_on_to_the_same_bits(place, uninterrupted, name, status
     assert kinds[0] == "started" and "caching" in kinds and kinds[-2:] == ["stopped", "result"]
     result = events[-1]
     assert result["status"] == "stopped" and 7 <= result["step"] < 12 and result["path"] is None
-    assert Path(events[-2]["path"]).is_file() and f"indomain resume {run}" in err
+    assert Path(events[-2]["path"]).is_file() and f"{shlex.join(INDOMAIN)} resume {run}" in err
     assert not (run / f"stopped-{name}.safetensors").exists()
     status, out, err = indomain("resume", run, cwd=place.parent)  # from any folder
     assert status == 0, err
