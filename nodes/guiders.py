@@ -32,8 +32,14 @@ RAMPS = {
 def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> WeightLike:
     """A term's weight from the node's widgets: `weight` between `start` and `end` percent of sampling, 0 elsewhere.
 
-    Raises GuidanceError for an unknown ramp, an interval that runs backwards, or numbers that are not finite.
+    A weight of 0 is 0, whatever its interval. Raises GuidanceError for an unknown ramp, an interval that runs backwards,
+    or numbers that are not finite.
     """
+    made = _weight_over_sampling(weight, start, end, ramp)
+    return 0.0 if weight == 0 else made
+
+
+def _weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> WeightLike:
     if ramp not in RAMPS:
         raise GuidanceError(f"Expected a ramp of {', '.join(RAMPS)}, got {ramp!r}.")
     shape = RAMPS[ramp]

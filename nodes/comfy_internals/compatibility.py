@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import comfy.controlnet
 import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
 from ...guidance.combination import Guidance, GuidanceError
-from . import domain_info
+from . import coverage, domain_info
 
 LOG = logging.getLogger(__name__)
 
@@ -37,6 +38,46 @@ def check_same_latents(prior: ModelPatcher, other: ModelPatcher, term: str) -> N
             f"Term {term!r}: expected a model in the latent space of the prior ({_latent_words(ours)}), but the "
             f"{display_name(other)} works in another one ({_latent_words(theirs)}); use models of one family."
         )
+
+
+def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, Iterable[tuple[Any, dict]]]) -> None:
+    """Refuse what core cannot do: give the prompt's Apply ControlNet (OLD) or GLIGEN boxes also to a conditioning of
+    which nothing is for the whole picture. others: conditionings by the terms that they belong to. Raises GuidanceError.
+    """
+    spread = [
+        "Apply ControlNet (OLD)" if options.get("control_apply_to_uncond") else "GLIGEN"
+        for _, options in positive
+        if not coverage.limited_to_area(options)
+        and (options.get("control_apply_to_uncond") or options.get("gligen") is not None)
+    ]
+    for names, conditioning in others.items():
+        entries = [options for _, options in conditioning]
+        if spread and entries and all(map(coverage.limited_to_area, entries)):
+            raise GuidanceError(
+                f"Term {names!r}: expected a conditioning that is not for an area alone beside {spread[0]} on the prompt, "
+                "which ComfyUI gives to every conditioning; use Apply ControlNet, or combine the term's conditioning "
+                "with one for the whole picture."
+            )
+
+
+def check_control_loras(model: ModelPatcher, conditioning: Iterable[tuple[Any, dict]], of_prior: set, term: str) -> None:
+    """Refuse Control-LoRAs on a text-free model: they are made of the model's own weights, text layers included.
+
+    of_prior: identities of the controls that the prior prepares, with its weights. Raises GuidanceError.
+    """
+    info = domain_info(model)
+    if info is None or info.form == "full":
+        return
+    for _, options in conditioning:
+        control = options.get("control")
+        while control is not None and id(options["control"]) not in of_prior:
+            if isinstance(control, comfy.controlnet.ControlLora):
+                raise GuidanceError(
+                    f"Term {term!r}: expected a ControlNet with a network of its own, found a Control-LoRA, which is made "
+                    f"of the model's weights; the {display_name(model)} has no text layers to make it of. Put the same "
+                    "Control-LoRA on the base's conditioning too, or use a ControlNet."
+                )
+            control = control.previous_controlnet
 
 
 def _latent_identity(latent_format: Any) -> tuple:

@@ -27,6 +27,11 @@ def may_have_gaps(options: Iterable[dict[str, Any]]) -> bool:
     return not any(_LIMITS.isdisjoint(entry) for entry in options)
 
 
+def limited_to_area(options: dict[str, Any]) -> bool:
+    """Whether an entry, given as its options, is for a rectangle of the picture."""
+    return "area" in options or bool(options.get("set_area_to_bounds") and "mask" in options)
+
+
 def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tensor | None:
     """Where [B, C, ...] the entries of a processed conditioning apply; None stands for everywhere.
 

@@ -30,7 +30,7 @@ from ...guidance.schedules import Constant
 from ...guidance.terms import Source, Term
 from . import domain_info
 from .compatibility import display_name, noise_family
-from .guider import MultiGuidanceGuider, TermInput
+from .guider import MultiGuidanceGuider, TermInput, without_gaps
 from .loading import LATENT_FORMATS
 
 if TYPE_CHECKING:
@@ -207,8 +207,21 @@ class CriticGuider(MultiGuidanceGuider):
     ) -> None:  # fmt: skip
         asked = [TermInput(f"{name} conditioning", 0.0, conditioning=cond) for name, cond in (others or {}).items()]
         prompt = TermInput(PROMPT, scale, conditioning=positive)
+        self._asked_apart = len(asked)
         super().__init__(prior, negative, [*asked, *terms, prompt])
         self.others = {name: term.source for name, term in zip(others or (), self.guidance.terms)}
+
+    def _sources_ever_needed(self) -> list[Source]:
+        asked = [term.source for term in self.guidance.terms[: self._asked_apart]]
+        return list(dict.fromkeys([*super()._sources_ever_needed(), *asked]))
+
+    def predict_many(
+        self, sources: Sequence[Source], x: Tensor, sigma: Tensor, model_options: dict[str, Any]
+    ) -> dict[Source, Tensor]:
+        """Denoised predictions [B, C, h, w] of `sources` for x at sigma [B]; a reference's where one covers nothing."""
+        gaps = self._gaps(sources, x, sigma)
+        needed = dict.fromkeys([*sources, *(reference for _, reference in gaps.values())])
+        return without_gaps(self._predict(list(needed), x, sigma, model_options), gaps)
 
     def hold(self, shape: Sequence[int], sigmas: Sequence[float], body: Callable[[Predictions], Outcome]) -> Outcome:
         """Run `body(predictions)` while the models are loaded for latents of `shape` [B, C, h, w]; its outcome.
@@ -320,9 +333,9 @@ class Predictions:
 
     def _predict(self, sources: Sequence[Source], x: Tensor, sigma: Tensor) -> dict[Source, Tensor]:
         if not self._one_level_at_a_time or len(sigma) == 1:
-            return self.guider._predict(sources, x, sigma, self.model_options)
+            return self.guider.predict_many(sources, x, sigma, self.model_options)
         rows = [
-            self.guider._predict(sources, one, level, self.model_options)
+            self.guider.predict_many(sources, one, level, self.model_options)
             for one, level in zip(x.split(1), sigma.split(1))
         ]
         return {source: torch.cat([row[source] for row in rows]) for source in sources}

@@ -106,6 +106,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._active: dict[int, tuple[ModelPatcher, object]] = {}
         self._memory_required = 0.0
         self._percent_to_sigma = self._percent_scale()
+        self._known_to_caches: set[str] = set()
         self.evaluations: Counter[str] = Counter()
         self.steps = 0
 
@@ -140,22 +141,34 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _name_conditionings(self) -> Source | None:
         """Name every source as core would: the base is "negative", the prior's first own conditioning "positive".
 
-        Conditionings of the prior go through core; the others are only for their branches. Returns the control source.
+        Conditionings of the prior go through core; the others are only for their branches. One that no weight asks for
+        stays out: core would give its areas and ControlNets to the others. Returns the control source.
         """
+        needed = self._sources_ever_needed()
+        own_texts = [
+            source for source in self.guidance.sources
+            if source.model is self._given_prior and source.cond is not self.guidance.base.cond
+        ]
+        if not any(source in needed for source in own_texts):  # hooks ask for the control whatever its weight
+            needed += own_texts[:1]
         names: dict[int, str] = {id(self.guidance.base.cond): NEGATIVE}
         own: dict[str, list] = {NEGATIVE: self.guidance.base.cond}
         control = None
-        for source in self.guidance.sources:
+        for source in (source for source in self.guidance.sources if source in needed):
             if source.model is self._given_prior and id(source.cond) not in names:
                 key = POSITIVE if control is None else f"term {self.guidance.names(source)[0]}"
                 control = control or source
                 names[id(source.cond)] = key
                 own[key] = source.cond
-        for source in self.guidance.sources:
+        for source in (source for source in self.guidance.sources if source in needed):
             if id(source.cond) not in names:
                 key = names[id(source.cond)] = f"term {self.guidance.names(source)[0]}"
                 self._branch_conds[key] = comfy.sampler_helpers.convert_cond(source.cond)
             self._keys[source] = names[id(source.cond)]
+        compatibility.check_spreading(own.get(POSITIVE, ()), {
+            " and ".join(self.guidance.names(source)): source.cond for source in self._keys
+            if self._keys[source] != POSITIVE
+        })  # fmt: skip
         self.inner_set_conds(own)
         return control
 
@@ -177,6 +190,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             if source.model is self._given_prior or id(source.model) in self._branches:
                 continue
             patcher, name = self._static_if_hooked(source.model), self._term_names(source)
+            of_prior = {id(options.get("control")) for entries in self.original_conds.values() for options in entries}
+            compatibility.check_control_loras(source.model, source.cond, of_prior, name)
             holder, weights = holders.get(id(patcher.model), (None, object()))
             if holder is not None and not same_weights(patcher, holder):
                 weights = object()
@@ -239,6 +254,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     ) -> Tensor:
         """Core's run of the prior, with the branches prepared around it and tidied up whatever happens."""
         self.evaluations, self.steps = Counter(), max(len(sigmas) - 1, 0)
+        self._known_to_caches.clear()
         self._percent_to_sigma = self._percent_scale()
         compatibility.check_sigma_ranges(self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior)
         # Newer versions may have replaced the prior, and the models that hang on it, by another kind of patcher.
@@ -333,14 +349,16 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         plain = not step.shaped and not gaps and all(s in (self._control, self.guidance.base) for s in step.needed)
         if plain and self._control in step.coefficients:
             self.cfg = step.coefficients[self._control]
-            self._count([self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed)
+            evaluated = [self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed
+            self._count(evaluated)
+            self._tell_caches([self._keys[source] for source in evaluated], model_options)
             if not self._is_core:
                 forget_adapter_outputs(self.conds)
             return super().predict_noise(x, timestep, model_options, seed)
         self.cfg = step.total_weight
         needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])
         predictions = self._predict(list(needed), x, timestep, model_options)
-        guiding = _without_gaps(predictions, gaps)
+        guiding = without_gaps(predictions, gaps)
         if not effective_condition.has_prediction_hooks(model_options):
             return step.combine(guiding)
         return self._apply_hooks(step, guiding, predictions, x, timestep, model_options)
@@ -357,7 +375,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             if source == self.guidance.base or source in gaps:
                 continue
             conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
-            where = coverage.covered(conds[self._keys[source]], x, timestep)
+            # Only what the source was given: core appends others' areas, without the source's own limits.
+            where = coverage.covered(conds[self._keys[source]][: len(source.cond)], x, timestep)
             if where is not None:
                 reference = next(self.guidance.reference(term) for term in self.guidance.terms if term.source == source)
                 gaps[source] = where, reference
@@ -386,6 +405,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _run_prior(
         self, keys: Sequence[str], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> dict[str, Tensor]:
+        self._tell_caches(keys, model_options)
         run = functools.partial(run_conditionings, self.inner_model, self.conds)
         hook = model_options.get(effective_condition.CALC_COND_BATCH)
         if hook is None:
@@ -405,6 +425,13 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             )
             outputs.update(zip((POSITIVE, NEGATIVE), hooked))
         return outputs
+
+    def _tell_caches(self, keys: Sequence[str], model_options: dict[str, Any]) -> None:
+        """Core's EasyCache skips whole calls by what it knows of every conditioning; one that joins later it must not."""
+        cache = model_options.get("transformer_options", {}).get("easycache")
+        if cache is not None and self._known_to_caches and not self._known_to_caches.issuperset(keys):
+            cache.reset()
+        self._known_to_caches.update(keys)
 
     def _apply_hooks(
         self, step: Step, guiding: dict[Source, Tensor], predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor,
@@ -434,7 +461,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
 Gaps = dict[Source, tuple[Tensor, Source]]
 
 
-def _without_gaps(predictions: dict[Source, Tensor], gaps: Gaps) -> dict[Source, Tensor]:
+def without_gaps(predictions: dict[Source, Tensor], gaps: Gaps) -> dict[Source, Tensor]:
     """Predictions [B, C, ...] in which those of the references fill the gaps."""
 
     def filled(source: Source) -> Tensor:

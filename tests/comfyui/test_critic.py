@@ -122,6 +122,26 @@ def test_what_acts_on_some_noise_levels_only_acts_for_each_image(tiny, ask, core
     assert error(made.e, expected) < 1e-5
 
 
+def test_a_judge_says_nothing_where_its_conditioning_covers_nothing(tiny, ask, core_eps, x, internals):
+    model, domain, positive, negative = tiny.prior(), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2)
+    mask = torch.zeros(1, 8 * x.shape[-2], 8 * x.shape[-1])
+    half = x.shape[-2] // 2
+    mask[:, : 8 * half] = 1.0
+    term = module("nodes.comfy_internals.guider").TermInput
+    limited = tiny.with_options(negative, mask=mask, mask_strength=1.0)
+    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", 1.5, domain, limited),))
+    base, prompt, own = (core_eps(m, c, x) for m, c in ((model, negative), (model, positive), (domain, negative)))
+    expected = base + 2.0 * (prompt - base)
+    expected[:, :, :half] += 1.5 * (own - base)[:, :, :half]
+    assert error(made.e, expected) < 1e-5
+    # The first of the two timesteps lies before the range.
+    limited = tiny.with_options(negative, start_percent=0.5, end_percent=1.0)
+    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", 1.5, domain, limited),))
+    expected = base + 2.0 * (prompt - base)
+    expected[1:] += 1.5 * (own - base)[1:]
+    assert error(made.e, expected) < 1e-5
+
+
 def test_methods_conditionings_are_asked_for_and_are_no_terms(tiny, ask, core_eps, x):
     model, positive, negative = tiny.prior(), tiny.conditioning(1), tiny.conditioning(2)
     source, unwanted = tiny.conditioning(3), tiny.conditioning(4)

@@ -176,3 +176,53 @@ def test_hooks_see_the_filled_prediction(tiny, internals, parts):
     assert relative(result, expected) < 1e-5
     # A hook that runs the prior again, undisturbed, finds no difference, outside the mask either.
     assert relative(seen["again"], seen["cond"]) < 1e-5
+
+
+@pytest.mark.parametrize("limit, sigma", [(upper_half, SIGMA), (late, 10.0)], ids=["mask", "step range"])
+def test_another_terms_area_does_not_undo_a_limit(tiny, internals, parts, limit, sigma):
+    """Core gives every conditioning a further entry of each area, without its own mask and range."""
+    prior, domain, base, prompt, x, core = parts
+    regional = [*prompt, *tiny.with_options(tiny.conditioning(3), area=(8, 16, 8, 0), strength=1.0)]
+    terms = [
+        internals.TermInput("control", 3.0, conditioning=regional),
+        internals.TermInput("domain", 1.5, model=domain, conditioning=limit(tiny, base)),
+    ]
+    made = [tiny.predict(internals.MultiGuidanceGuider(prior, base, terms[:n]), x, sigma) for n in (1, 2)]
+    apart = slice(8, 16) if limit is upper_half else slice(None)
+    assert relative(made[1][:, :, apart], made[0][:, :, apart]) < 1e-6
+    if limit is upper_half:
+        assert relative(made[1][:, :, :8], made[0][:, :, :8]) > 1e-2
+
+
+def test_a_term_of_weight_0_gives_its_area_to_nobody(tiny, internals, parts):
+    prior, domain, base, prompt, x, _ = parts
+    control = internals.TermInput("control", 3.0, conditioning=prompt)
+    regional = tiny.with_options(tiny.conditioning(3), area=(8, 8, 0, 0), strength=1.0)
+    off = internals.TermInput("region", 0.0, conditioning=regional)
+    expected = tiny.predict(internals.MultiGuidanceGuider(prior, base, [control]), x, SIGMA)
+    for terms in ([control, off], [off, control]):
+        assert torch.equal(tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA), expected)
+
+
+def test_what_core_cannot_spread_over_an_area_is_refused(tiny, internals, parts):
+    """Core itself divides by zero there, in the middle of sampling."""
+    prior, domain, base, prompt, x, _ = parts
+    area = tiny.with_options(base, area=(8, 16, 8, 0), strength=1.0)
+    bounds = [[cond, {**options, "set_area_to_bounds": True}] for cond, options in upper_half(tiny, base)]
+    old = tiny.with_options(prompt, control=tiny.control_net(size=16), control_apply_to_uncond=True)
+    boxes = tiny.with_options(prompt, gligen=("position", None, []))
+
+    def guider(positive, own, base=base):
+        terms = [
+            internals.TermInput("control", 3.0, conditioning=positive),
+            internals.TermInput("domain", 1.5, model=domain, conditioning=own),
+        ]
+        return internals.MultiGuidanceGuider(prior, base, terms)
+
+    for positive, own, words in ((old, area, "OLD"), (old, bounds, "OLD"), (boxes, area, "GLIGEN")):
+        with pytest.raises(ValueError, match=rf"Term 'domain': expected .* not for an area alone beside .*{words}"):
+            guider(positive, own)
+    with pytest.raises(ValueError, match="Term 'base': expected"):
+        guider(old, base, area)
+    tiny.predict(guider(old, [*area, *base]), x, SIGMA)
+    tiny.predict(guider(tiny.with_options(old, control_apply_to_uncond=False), area), x, SIGMA)

@@ -256,3 +256,21 @@ def test_attention_patches_never_meet_a_third_conditioning(tiny, internals):
     assert relative(result, expected) < 1e-5
     assert {index for call in met for index in call} == {0, 1}
     assert {len(call) for call in met} == {1, 2}
+
+
+def test_easycache_survives_a_conditioning_that_joins_later(comfyui, tiny, internals):
+    """Core's cache knows a difference of each conditioning it has seen, and skips whole calls."""
+    nodes = importlib.import_module("comfy_extras.nodes_easycache")
+    execute = nodes.EasyCacheNode.execute.__func__
+    prior = execute(nodes.EasyCacheNode, tiny.prior(0), 3.0, 0.0, 1.0, False).result[0]
+    base, prompt = tiny.conditioning(1), tiny.conditioning(2)
+    ran = []
+    handle = prior.model.diffusion_model.time_embed.register_forward_hook(lambda *args: ran.append(1))
+    guider = internals.in_domain_guider(prior, tiny.prior(1), prompt, base, 1.5, 1.0, domain_start=0.5)
+    try:
+        for _ in range(2):  # the next run begins as the first did
+            ran.clear()
+            assert torch.isfinite(tiny.sample(guider, steps=12, size=16)).all()
+            assert 2 <= len(ran) < 12, "some steps are skipped, the first with the base is not"
+    finally:
+        handle.remove()

@@ -405,3 +405,22 @@ def test_every_model_hears_the_sigmas_of_the_run(tiny, internals):
     domain.set_model_unet_function_wrapper(listener("domain"))
     tiny.sample(internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(2)), steps=4)
     assert len(heard["prior"]) == 5 and heard["domain"] == heard["prior"]
+
+
+def test_a_control_lora_has_no_text_layers_to_be_made_of_in_a_text_free_model(comfyui, tiny, internals):
+    base, prompt = tiny.conditioning(1), tiny.conditioning(2)
+    domain = tiny.cached_domain(tiny.prior(1), torch.randn(1, 5, 24), 3)
+    behind = tiny.control_net()
+    behind.previous_controlnet = comfyui.controlnet.ControlLora({})
+
+    def guider(control, base=base, model=domain):
+        own = tiny.with_options(prompt, control=control)
+        terms = [internals.TermInput("domain", 1.5, model=model, conditioning=own)]
+        return internals.MultiGuidanceGuider(tiny.prior(0), base, terms)
+
+    for control in (comfyui.controlnet.ControlLora({}), behind):
+        with pytest.raises(ValueError, match="Term 'domain': .* found a Control-LoRA.*tiny domain.*no text layers"):
+            guider(control)
+        guider(control, model=tiny.prior(2))
+        guider(control, base=tiny.with_options(base, control=control))  # the prior lends its weights
+    guider(tiny.control_net())

@@ -88,6 +88,14 @@ def test_whole_run_at_full_weight_is_a_plain_number(guiders):
     assert guiders.weight_over_sampling(3.0, 0.0, 1.0, "constant") == 3.0
 
 
+@pytest.mark.parametrize("ramp", ["constant", "cosine rise"])
+def test_weight_0_is_0_whatever_its_interval(guiders, ramp):
+    """Else the term's model would be loaded for nothing."""
+    assert guiders.weight_over_sampling(0.0, 0.3, 1.0, ramp) == 0.0
+    with pytest.raises(ValueError, match="interval"):
+        guiders.weight_over_sampling(0.0, 0.7, 0.2, ramp)
+
+
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
