@@ -1,4 +1,4 @@
-"""Text-Free UNet: from a prior and its text encoder to a domain model that is ready to be trained."""
+"""Text-Free UNet: from a prior and its text encoder to a domain model that has learned nothing yet."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ class TextFreeUNet(io.ComfyNode):
             node_id="InDomainTextFreeUNet",
             display_name="Text-Free UNet",
             category=CATEGORY,
-            description="Makes a domain model to start training from: the prior's UNet without text. Weight patches "
-            "(LoRA) on the model are baked in. The file lands in models/domain_unets.",
+            description="Takes the text out of the prior's UNet and reports what that costs: an untrained domain "
+            "model. Train Domain UNet begins from the prior and needs no such file. Weight patches (LoRA) on the model "
+            "are baked in. The file lands in models/domain_unets.",
             is_output_node=True,
             inputs=[
                 io.Model.Input(

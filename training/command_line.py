@@ -36,12 +36,14 @@ EXIT_CODES = """exit status:
   130  stopped by Ctrl+C, 143 by SIGTERM: the step was finished and everything saved (a second Ctrl+C does not wait)
 """
 MEMORY_FULL = (
-    "the memory is full; try --gradient-checkpointing, a smaller --batch-size with more --accumulation, a smaller "
-    "--resolution, or --train low_rank. What was saved is usable."
+    "the memory is full; try --gradient-checkpointing, with which this run can go on, or in a run of another --name a "
+    "smaller --batch-size with more --accumulation, a smaller --resolution, or --train low_rank --learning-rate 1e-4. "
+    "What was saved is usable."
 )
 MEMORY_FULL_ADAPTING = (
-    "the memory is full; try --batch-size 1, --gradient-checkpointing, a smaller --resolution, --precision bf16 on a "
-    "GPU, or another --method than vsd. What was saved is usable."
+    "the memory is full; try --gradient-checkpointing, with which this run can go on, or in a run of another --name "
+    "--batch-size 1, a smaller --resolution, --precision bf16 on a GPU, or another --method than vsd. What was saved "
+    "is usable."
 )
 GROUP_TITLES = {
     "what": "what to train",
@@ -201,7 +203,8 @@ def _add_start_options(command: argparse.ArgumentParser) -> None:
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--dry-run", action="store_true",
-                         help="print the settings and the estimate of memory and time, and stop")  # fmt: skip
+                         help="print the settings and the estimate of memory (of training also disk and time), and "
+                              "stop")  # fmt: skip
     command.add_argument("--quiet", action="store_true", help="no progress on standard error, only problems")
     _add_json(command, "one JSON object a line, an event each, the result last")
 
@@ -398,9 +401,9 @@ def _add_convert(commands: Any) -> None:
     kinds = {one.name: one for one in dataclasses.fields(TrainConfig)}
     command = _command(
         commands, "convert", _convert, "make a domain model file from a checkpoint, or a generator file from a pickle",
-        "From a checkpoint: an untrained text-free UNet, or with --form full its UNet alone. From a domain model: the "
-        "same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or StyleGAN-NADA's "
-        ".pt): the generator as .safetensors, read without running anything that the file contains.",
+        "From a checkpoint: its UNet alone, or with --form cached or constant an untrained text-free one. From a "
+        "domain model: the same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or "
+        "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
     )  # fmt: skip
     command.add_argument("source", metavar="FROM", help="a checkpoint, a domain model, a generator, or mini_world")
     command.add_argument("target", metavar="TO", help="the .safetensors file to write")

@@ -218,4 +218,4 @@ def _obituary(code: int, folder: Path, config: TrainConfig | AdaptConfig) -> str
     kept = sorted((config.run_folder / "checkpoints").glob("*.ckpt"))
     step = re.search(r"(\d+)", kept[-1].stem) if kept else None
     remedy = f"run again to continue from step {int(step[1])}" if step else "it had not saved anything yet"
-    return f"The training process ended unexpectedly ({cause}{said}); {remedy}, with a smaller batch size if memory ran out."
+    return f"The training process ended unexpectedly ({cause}{said}); {remedy}, with gradient checkpointing if memory ran out."

@@ -23,10 +23,11 @@ def memory_problem(error: BaseException, config: TrainConfig | AdaptConfig) -> s
     if isinstance(config, AdaptConfig):
         side = f" at {config.resolution} px" if config.resolution else ""
         return (
-            f"Adapting ran out of memory with batch size {config.batch_size}{side}; use a smaller batch size, gradient "
-            "checkpointing, or a lower resolution."
+            f"Adapting ran out of memory with batch size {config.batch_size}{side}; use a smaller batch size or a "
+            "lower resolution in a run of another name, or gradient checkpointing, with which this one can go on."
         )
     return (
-        f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use a smaller batch "
-        "size with more accumulation, gradient checkpointing, the form constant, train low_rank, or a lower resolution."
+        f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use gradient "
+        "checkpointing, with which this run can go on, or in a run of another name a smaller batch size with more "
+        "accumulation, the form constant, train low_rank at learning_rate 1e-4, or a lower resolution."
     )
