@@ -357,7 +357,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
         ({"method": "nfsd", "isolated": True}, "connect one to unwanted"),
         ({"name": "../outside"}, "plain file name"),
         ({"resume": "perhaps"}, "resume to be one of auto, continue, new"),
-        ({"resume": "continue"}, "expected a run to resume"),
+        ({"resume": "continue"}, "expected a checkpoint to go on from, found none; to begin anew set resume auto"),
         ({"options": {"resolution": 60}}, "multiple of 8"),
         ({"isolated": True, "positive": mini.positive * 2}, "one encoded text, found 2 parts; switch isolated off"),
     ):
