@@ -207,7 +207,7 @@ def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):
 
 def test_other_refusals_name_what_to_do(server, prompt):
     assert "plain file name" in message_of(server, prompt(name="../outside"))
-    assert "expected a run to resume" in message_of(server, prompt(resume="continue"))
+    assert "expected a checkpoint to go on from, found none" in message_of(server, prompt(resume="continue"))
     assert "method dds" in message_of(server, prompt(method="dds"))
     assert "t_min" in message_of(server, prompt({"t_min": 700}))
     graph = prompt(sample_every=0, steps=1)

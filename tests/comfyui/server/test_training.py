@@ -284,7 +284,7 @@ def test_other_refusals_name_what_to_do(server, prompt, handwriting):
     assert "nothing at" in message_of(server, prompt(image_folder="not_there"))
     assert "absent.safetensors" in message_of(server, prompt(checkpoint="absent.safetensors"))
     assert "no model, no clip, no vae" in message_of(server, prompt(checkpoint="connected"))
-    assert "expected a run to resume" in message_of(server, prompt(resume="continue"))
+    assert "expected a checkpoint to go on from, found none" in message_of(server, prompt(resume="continue"))
     graph = prompt(sample_every=0, steps=1)
     server.client.run(graph)
     graph["train"]["inputs"].update(resume="new", steps=2)
