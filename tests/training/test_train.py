@@ -275,6 +275,16 @@ def test_a_finished_run_does_not_pass_for_one_on_other_images(run, folder, tiny_
     assert read_domain_file(longer.path)[1].dataset_size == 9
 
 
+def test_a_run_among_its_images_does_not_learn_its_own_pictures(run, folder):
+    fields = {"steps": 2, "sample_every": 1, "validate_every": 1, "output": str(folder / "images" / "runs" / "circles")}
+    stopped, _ = run(**fields, should_stop=(asked := stop_after(1))[0], listener=asked[1])
+    assert stopped.status == "stopped" and stopped.samples.exists() and stopped.plot.exists()
+    for _ in range(2):  # it goes on, and is finished
+        result, events = run(**fields)
+        assert result.status == "finished" and events[0].images == 12
+        assert not any("the images changed" in event.text for event in events if isinstance(event, Warned))
+
+
 def test_another_prior_is_refused(run, tiny_run):
     run(steps=2)
     other = tiny_run.tiny_base()

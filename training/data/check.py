@@ -29,7 +29,7 @@ class DataReport:
     last by min_side), with a reason each. Used, but worth knowing: upscaled (smaller than their shape), same_file and
     same_picture (groups of equal files, and of different files with equal pixels), alpha (laid over white), rotated (by
     EXIF), sixteen_bit, cmyk, animated (first frame). buckets: images per shape "WIDTHxHEIGHT". megapixels: images per
-    size class. places: folders and shards that could not be read. ignored: other files by ending.
+    size class. places: folders and shards that could not be read. ignored: other files by ending, folders of runs.
     """
 
     data: list[str]

@@ -23,6 +23,7 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", "
 BLOCK, REST = 512, 2**20  # bytes of a tar's header and end mark; looked at behind it, where only padding may be
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+OF_A_RUN = {"config.json", "log.jsonl"}  # both lie in the folder of every run
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ Entry = ImageEntry | MemoryEntry
 @dataclass
 class Found:
     """What a search came upon. skipped: (name, reason) of folders and shards that could not be read; ignored: how many
-    files of which ending were no images."""
+    files of which ending were no images, and how many images and folders were left out for what else."""
 
     entries: list[ImageEntry] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -125,9 +126,10 @@ def search(data: Sequence[str | os.PathLike]) -> Found:
     """Look for images in folders (recursively, symbolic links followed once), single files and .tar shards.
 
     Patterns like ``shard-{0000..0003}.tar``, ``{train,more}/*.tar`` and ``~`` are expanded. Hidden files and folders
-    and macOS' ``__MACOSX`` are left out. Each place's images are sorted by name; a file that is named twice counts
-    once. Nothing is opened but shards, and of those only the headers are read. Raises DataProblem for a place that does
-    not exist or a named shard that is none.
+    and macOS' ``__MACOSX`` are left out, and so are training runs below a place, whose pictures show what was learned
+    from the others. Each place's images are sorted by name; a file that is named twice counts once. Nothing is opened
+    but shards, and of those only the headers are read. Raises DataProblem for a place that does not exist or a named
+    shard that is none.
     """
     found, seen = Found(), set()
     for place in (path for one in data for path in expanded(os.fspath(one))):
@@ -219,6 +221,9 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
                 entries = sorted(listing, key=lambda entry: entry.name)
         except OSError as error:
             found.skipped.append((str(folder), f"cannot be read ({error.strerror or error}); check its permissions"))
+            continue
+        if parts and OF_A_RUN <= {entry.name for entry in entries}:
+            found.ignored["folders of runs"] += 1
             continue
         deeper = []
         for entry in entries:

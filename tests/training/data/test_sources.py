@@ -58,6 +58,18 @@ def test_folders_are_searched_deeply_sorted_and_without_rubbish(tmp_path):
     assert names(tmp_path / "b.JPG") == ["b.JPG"]
 
 
+def test_runs_below_a_folder_are_left_out_and_counted(tmp_path):
+    put(tmp_path / "1.png"), put(tmp_path / "runs/notes/2.png"), put(tmp_path / "plain/config.json", b"{}")
+    put(tmp_path / "plain/3.png")
+    for name in ("config.json", "log.jsonl", "loss.png", "samples/step-000000.png", "samples/rows/a.png", "images-1/4.png"):
+        put(tmp_path / "runs/porcelain" / name)
+    found = search([tmp_path])
+    assert [entry.name for entry in found.entries] == ["1.png", "plain/3.png", "runs/notes/2.png"]
+    assert found.ignored == {".json": 1, "folders of runs": 1}
+    # Who names a place inside a run means it, as the node does with the images that it keeps there.
+    assert names(tmp_path / "runs/porcelain/images-1") == ["4.png"]
+
+
 def test_a_place_named_twice_counts_once(tmp_path):
     put(tmp_path / "a/1.png"), put(tmp_path / "2.png")
     assert names(tmp_path, tmp_path / "a", tmp_path / "2.png") == ["2.png", "a/1.png"]
