@@ -224,5 +224,5 @@ class _Adaptation(Engine):
         return dataclasses.replace(
             before, name=config.name, licence=config.licence or before.licence,
             history=(*before.history, stage),
-            extra={**before.extra, TRAINING: json.dumps(config.public_dict(), ensure_ascii=False)},
+            extra={**before.extra, TRAINING: json.dumps(config.public_dict())},
         )

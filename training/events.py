@@ -234,7 +234,8 @@ class LogFile:
             self._last = None
 
     def _write(self, event: Event) -> None:
-        line = json.dumps({**event.to_dict(), "time": round(time.time(), 3)}, ensure_ascii=False, allow_nan=False)
+        # ASCII: a file's name in Python may hold what UTF-8 cannot.
+        line = json.dumps({**event.to_dict(), "time": round(time.time(), 3)}, allow_nan=False)
         self._file.write(line + "\n")
         self._file.flush()
 

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_SUFFIX = ".ckpt"  # of old model files, and of this trainer's runs
-TRAINING = "training"  # metadata field with the run's configuration as JSON
+TRAINING = "training"  # metadata field with the run's configuration as JSON (ASCII: paths may hold what UTF-8 cannot)
 _KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
 
 
@@ -98,7 +98,7 @@ def write_domain_model(
     path = Path(path)
     fields = dict(extra or {})
     if config is not None:
-        fields[TRAINING] = json.dumps(config.public_dict(), ensure_ascii=False)
+        fields[TRAINING] = json.dumps(config.public_dict())
         name, licence = name or config.name, licence or config.licence
         file_dtype = file_dtype or config.file_dtype
     metadata = DomainMetadata(
@@ -161,7 +161,7 @@ def write_low_rank(
     if dataset_size is not None:
         metadata["ss_num_train_images"] = str(dataset_size)
     if config is not None:
-        metadata[TRAINING] = json.dumps(config.public_dict(), ensure_ascii=False)
+        metadata[TRAINING] = json.dumps(config.public_dict())
         if config.licence:
             metadata["modelspec.license"] = config.licence
     return write_safetensors(path, file_tensors(tensors, file_dtype, path), metadata)

@@ -117,7 +117,8 @@ class Settings:
 
     def write_json(self, path: str | os.PathLike) -> None:
         """Write the fields as JSON, complete or not at all."""
-        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+        # ASCII: a path in Python may hold what UTF-8 cannot.
+        write_text(path, json.dumps(self.to_dict(), indent=2) + "\n")
 
     def with_changes(self: Own, **changes: Any) -> Own:
         """A copy with some fields replaced, validated again; unknown fields are refused as in `from_mapping`."""
@@ -196,6 +197,8 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
         if not isinstance(value, (str, os.PathLike)):
             raise ConfigProblem(f"{one.name}: expected text, found {value!r}.")
         value = os.fspath(value)
+        if not limits["path"] and not _is_unicode(value):
+            raise ConfigProblem(f"{one.name}: expected text, found {value!r}, which UTF-8 cannot hold; write it anew.")
         if "choices" in limits and value not in limits["choices"]:
             near = difflib.get_close_matches(value, limits["choices"], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
@@ -213,6 +216,14 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
     if not limits["min"] <= value <= limits["max"]:
         raise ConfigProblem(f"{one.name}: expected a number from {limits['min']} to {limits['max']}, found {value}.")
     return value
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # halves of characters, as a terminal of another encoding hands them over
+        return False
+    return True
 
 
 def check_name(name: str) -> None:

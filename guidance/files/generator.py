@@ -76,7 +76,8 @@ class GeneratorMetadata:
         values = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
         values |= {name: getattr(self, name) for name in self._TEXTS if getattr(self, name)}
         if self.history:
-            values["history"] = json.dumps([dict(entry) for entry in self.history], ensure_ascii=False)
+            # ASCII: it names files, and a file's name in Python may hold what UTF-8 cannot.
+            values["history"] = json.dumps([dict(entry) for entry in self.history])
         values |= self._modelspec(config)
         clashes = [key for key in self.extra if key in values and not key.startswith("modelspec.")]
         if clashes:

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 import torch
-from indomain_guidance.guidance.files import FileProblem, read_generator, write_generator
+from indomain_guidance.guidance.files import FileProblem, GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from indomain_guidance.training.adapt import adapt
 from indomain_guidance.training.adapt_critic import latent_encoder, open_critic
 from indomain_guidance.training.base import Text
@@ -435,6 +435,15 @@ def test_a_stage_that_was_kept_becomes_the_generator_and_later_ones_stay(run, tm
     with pytest.raises(ConfigProblem, match="at most 5 steps, found one that has done 6; .* was kept .2, 4, 6.,"):
         run(steps=5)
     assert run(steps=7)[0].step == 7
+
+
+def test_a_generator_of_any_file_name_can_be_adapted(run, tiny_adaptation, tmp_path):
+    named = GeneratorMetadata(name="caf\udce9")  # of a file whose name is not UTF-8
+    given = LoadedGenerator(tiny_adaptation.tiny_generator(), named)
+    result, _ = run(steps=1, generator="/old/caf\udce9.pkl", parts={"generator": given})
+    made = read_generator(result.path).metadata
+    assert made.history[0]["parent"] == "caf\udce9"
+    assert json.loads(made.extra["training"])["generator"] == "caf\udce9.pkl"
 
 
 def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):

@@ -292,6 +292,23 @@ def test_check_data_reports_and_its_status_says_whether_all_is_well(tmp_path):
     assert status == 1 and "missing" in err
 
 
+@pytest.mark.parametrize("encoding, name, shown", [
+    ("cp1252", "\u78c1\u5668.png", "\\u78c1\\u5668.png"), ("utf-8", "caf\udce9.png", "caf\\udce9.png"),
+    ("utf-8", "\u78c1\u5668.png", "\u78c1\u5668.png"),
+])  # fmt: skip
+def test_names_that_the_output_cannot_hold_end_no_command(monkeypatch, tmp_path, encoding, name, shown):
+    Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
+    try:
+        (tmp_path / name).write_bytes(b"torn")
+    except OSError:
+        pytest.skip("this file system takes no such name")
+    redirected = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", redirected)
+    assert command_line.main(["check-data", str(tmp_path), "--quiet"]) == 1
+    redirected.seek(0)
+    assert f"  {shown}: is " in redirected.read()
+
+
 def test_inspect_tells_what_the_file_says(tmp_path):
     status, out, _ = run("inspect", SHIPPED, "--json")
     about = json.loads(out)

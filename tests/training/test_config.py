@@ -24,6 +24,12 @@ def test_it_comes_back_from_json_and_toml(tmp_path):
     assert TrainConfig.read(tmp_path / "c.toml", steps=9).steps == 9
 
 
+def test_paths_of_any_characters_come_back(tmp_path):
+    config = TrainConfig(base="a", data=["/old/caf\udce9", "/\u78c1\u5668"], sample_prompts=["une th\u00e9i\u00e8re"])
+    config.write_json(tmp_path / "c.json")
+    assert TrainConfig.read(tmp_path / "c.json") == config
+
+
 @pytest.mark.parametrize("values, message", [
     ({"base": "m", "learning_rat": 1e-4}, r"'learning_rat' is no field .* did you mean learning_rate\?"),
     ({"base": "m", "batch-size": 2}, r"did you mean batch_size\?"),
@@ -44,6 +50,8 @@ def test_it_comes_back_from_json_and_toml(tmp_path):
     ({"base": "m", "name": "CON"}, "name: expected a plain file name.*device on Windows"),
     ({"base": "m", "name": "nul.v2"}, "name: expected a plain file name.*device on Windows"),
     ({"base": "m", "name": "\u753b" * 67}, "name: .* of at most 200 bytes, found 201"),
+    ({"base": "m", "name": "caf\udce9"}, r"name: expected text, found 'caf\\udce9', which UTF-8 cannot hold"),
+    ({"base": "m", "licence": "\ud800"}, "licence: expected text"),
     ({"base": "m", "caption": "a cat"}, "choose form full"),
     ({"base": "m", "device": "gpu"}, "device: expected auto, cpu"),
     ([1], "expected fields with values"),

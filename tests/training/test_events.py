@@ -90,6 +90,16 @@ def test_no_step_is_missing_in_the_log(tmp_path, end):
     assert end is None or found[-1] == end
 
 
+def test_the_log_takes_any_file_name(tmp_path):
+    """Names that are not UTF-8, as old archives and drives leave them, are halves of characters in Python."""
+    log = LogFile(tmp_path / "log.jsonl")
+    told = [Warned("caf\udce9.png is damaged"), Warned("\u78c1\u5668.png is damaged")]
+    for event in told:
+        log(event)
+    log.close()
+    assert read_log(tmp_path / "log.jsonl") == told
+
+
 def test_what_json_cannot_hold_is_no_number(tmp_path):
     log = LogFile(tmp_path / "log.jsonl")
     log(Validated(3, math.nan, {"50": math.inf, "60": 0.5}))

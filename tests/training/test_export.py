@@ -60,6 +60,16 @@ def test_a_domain_model_knows_everything_about_itself(base, trainee, tmp_path):
     assert max(map(len, text.splitlines())) < 2000
 
 
+def test_a_file_takes_the_settings_of_any_folder(base, trainee, tmp_path):
+    """The name of an image folder that is not UTF-8 would be found out only after the last step."""
+    settings = config().with_changes(data=("/secret/caf\udce9", "/secret/\u78c1\u5668"))
+    path = export.write_domain_model(tmp_path / "m.safetensors", trainee.weights(), trainee.config, base, config=settings)
+    assert json.loads(read_metadata(path)["training"]) == settings.public_dict()
+    low_rank = parts.start_model(base, "full", "low_rank", rank=1)
+    path = export.write_low_rank(tmp_path / "l.safetensors", low_rank, base, config=settings)
+    assert json.loads(read_metadata(path)["training"]) == settings.public_dict()
+
+
 def test_fp16_that_overflows_is_refused(base, trainee, tmp_path):
     weights = trainee.weights()
     weights["out.2.bias"] = torch.full((4,), 1e6)

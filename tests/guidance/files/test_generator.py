@@ -289,7 +289,7 @@ def test_round_trip_with_everything_the_file_knows(streams, tmp_path, more):
     generator = streams.filled(replace(CONFIG, **more))
     metadata = GeneratorMetadata(
         name="faces", licence="CC0-1.0", class_name="Generator", source_format="NVIDIA pickle", source_sha256="ab" * 32,
-        source_code_sha256="cd" * 32, history=({"prompt": "a red d\u00eegit", "steps": 300, "parent": "x"},),
+        source_code_sha256="cd" * 32, history=({"prompt": "a red d\u00eegit", "steps": 300, "parent": "caf\udce9"},),
         extra={"note": "mine"},
     )  # fmt: skip
     loaded = read_generator(write_generator(tmp_path / "g.safetensors", generator, metadata))
