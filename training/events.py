@@ -12,10 +12,12 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..guidance.files import FileProblem
 from .atomic import replacing
 
 
@@ -364,7 +366,9 @@ class LossCurve:
     def __call__(self, event: Event) -> None:
         self._keep(event)
         if isinstance(event, (Validated, Saved, Stopped, Finished)):
-            self.draw()
+            # On Windows a viewer may hold the picture; the next event draws it again, a full disk is told by others.
+            with suppress(FileProblem):
+                self.draw()
 
     def _keep(self, event: Event) -> None:
         if isinstance(event, Step) and math.isfinite(event.loss):
@@ -373,7 +377,7 @@ class LossCurve:
             self.held_out[event.step] = event.loss
 
     def draw(self) -> None:
-        """Write the picture, complete or not at all; nothing while there is nothing to draw."""
+        """Write the picture, complete or not at all; nothing while there is nothing to draw. Raises FileProblem."""
         if self.train or self.held_out:
             with replacing(self.path) as file:
                 draw_losses(thinned(self.train), self.held_out).save(file, format="PNG")

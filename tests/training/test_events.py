@@ -138,6 +138,17 @@ def test_the_loss_curve_is_drawn_and_forgets_what_a_killed_run_repeats(tmp_path)
     assert not (tmp_path / "empty.png").exists()
 
 
+def test_a_curve_that_cannot_be_written_ends_no_run(tmp_path):
+    """As on Windows while a viewer has the picture open: it is drawn again with the next event."""
+    curve = LossCurve(tmp_path / "loss.png", [at(1, 1.0), at(2, 0.9)], start=2)
+    (tmp_path / "loss.png").mkdir()
+    curve(Saved(2, "c"))
+    (tmp_path / "loss.png").rmdir()
+    assert not list(tmp_path.iterdir())
+    curve(Saved(2, "c"))
+    assert (tmp_path / "loss.png").is_file()
+
+
 def blue_heights(image):
     """Mean row of the running mean's pixels in each column that has any."""
     pixels = image.load()
