@@ -356,6 +356,8 @@ class Engine(ABC):
 
     def _keep_last_good(self) -> str:
         """Save the weights before a step that failed, if they are sound; the advice to give."""
+        if not self.learner.step:  # nothing is saved, and no checkpoint binds the settings
+            return f"nothing was learned yet; {self.blame}."
         advice = f"{self.blame}, and start a run of another name"
         if self.learner.has_finite_weights():
             path = checkpoint_path(self.folder, self.learner.step)

@@ -275,6 +275,26 @@ def test_a_finished_run_does_not_pass_for_one_on_other_images(run, folder, tiny_
     assert read_domain_file(longer.path)[1].dataset_size == 9
 
 
+@pytest.mark.parametrize("done", [0, 1])
+def test_a_loss_that_is_not_finite_names_weights_that_are_there(run, folder, monkeypatch, done):
+    real = Learner.take_step
+
+    def fails(self, should_stop):
+        if self.step == done:
+            raise NonFiniteLoss("the loss", done + 1, ["circle-1.png"])
+        return real(self, should_stop)
+
+    monkeypatch.setattr(Learner, "take_step", fails)
+    with pytest.raises(NonFiniteLoss) as caught:
+        run(checkpoint_every=0)
+    found, said = find_checkpoints(folder / "run"), str(caught.value)
+    assert "lower the learning rate" in said
+    if done:
+        assert f"of step 1, are in {found[0][1]};" in said and "another name" in said
+    else:
+        assert found == [] and "checkpoints" not in said and "another name" not in said and "nothing was learned" in said
+
+
 def test_a_run_among_its_images_does_not_learn_its_own_pictures(run, folder):
     fields = {"steps": 2, "sample_every": 1, "validate_every": 1, "output": str(folder / "images" / "runs" / "circles")}
     stopped, _ = run(**fields, should_stop=(asked := stop_after(1))[0], listener=asked[1])
