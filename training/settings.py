@@ -152,7 +152,7 @@ def read_values(path: str | os.PathLike) -> dict[str, Any]:
     if path.suffix.lower() not in (".toml", ".json"):
         raise FileProblem(f"{path}: expected a configuration in .toml or .json, found another ending.")
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise FileProblem(

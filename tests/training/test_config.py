@@ -24,6 +24,15 @@ def test_it_comes_back_from_json_and_toml(tmp_path):
     assert TrainConfig.read(tmp_path / "c.toml", steps=9).steps == 9
 
 
+@pytest.mark.parametrize("name, content", [("c.json", '{"base": "m", "steps": 7}'), ("c.toml", 'base = "m"\nsteps = 7\n')])
+def test_files_of_windows_editors_can_be_read(tmp_path, name, content):
+    """PowerShell 5 and older Notepads put a byte order mark before UTF-8."""
+    if name.endswith("toml") and sys.version_info < (3, 11):
+        pytest.importorskip("tomli")
+    (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+    assert TrainConfig.read(tmp_path / name).steps == 7
+
+
 def test_paths_of_any_characters_come_back(tmp_path):
     config = TrainConfig(base="a", data=["/old/caf\udce9", "/\u78c1\u5668"], sample_prompts=["une th\u00e9i\u00e8re"])
     config.write_json(tmp_path / "c.json")
