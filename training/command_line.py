@@ -326,7 +326,8 @@ def _add_check_data(commands: Any) -> None:
     command = _command(
         commands, "check-data", _check_data, "report what is wrong with a folder of images",
         "Corrupt, truncated, too small and duplicate images, and what training makes of the others; nothing is "
-        "changed. The exit status is 1 when an image has to be left out, or none can be used.",
+        "changed. The exit status is 1 when an image has to be left out, a folder, shard or link cannot be read to its "
+        "end, or no image can be used.",
     )  # fmt: skip
     command.add_argument("data", nargs="+", metavar="PATH", help="folders, searched recursively, or .tar shards")
     kinds = field_kinds()
@@ -354,7 +355,7 @@ def _check_data(options: argparse.Namespace) -> int:
     _print(report.to_dict() if options.json else report.to_text())
     if report.stopped:
         return request.exit_code
-    return PROBLEM if report.bad or not report.ok else DONE
+    return PROBLEM if report.bad or report.places or not report.ok else DONE
 
 
 def _add_mini_data(commands: Any) -> None:

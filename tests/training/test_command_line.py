@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -285,6 +286,17 @@ def test_check_data_reports_and_its_status_says_whether_all_is_well(tmp_path):
     (folder / "torn.png").write_bytes((folder / "handwriting-0000.png").read_bytes()[:-40])
     status, out, _ = run("check-data", folder, "--resolution", 64)
     assert status == 1 and "torn.png" in out and "6 can be used, 1 cannot" in out
+    (folder / "torn.png").unlink()
+    shard = tmp_path / "images.tar"
+    with tarfile.open(shard, "w") as archive:
+        for path in sorted(folder.iterdir()):
+            archive.add(path, path.name)
+    assert run("check-data", shard, "--resolution", 64)[0] == 0
+    with tarfile.open(shard) as archive:
+        second = archive.getmembers()[1].offset
+    shard.write_bytes(shard.read_bytes()[:second])
+    status, out, _ = run("check-data", shard, "--resolution", 64)
+    assert status == 1 and "1 can be used, 0 cannot" in out and "may be missing" in out
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run("check-data", empty)[0] == 1

@@ -593,7 +593,7 @@ def test_a_shard_that_ends_early_is_reported(run, folder):
     os.truncate(folder / "images" / "more.tar", whole)  # cut between two members
     _, events = run(steps=1)
     assert events[0].images == 15
-    assert any("1 folders or shards could not be read to their end" in event.text and "after 3 members" in event.text
+    assert any("1 folders, shards or links could not be read to their end" in event.text and "after 3 members" in event.text
                for event in events if isinstance(event, Warned))
 
 

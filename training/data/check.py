@@ -29,7 +29,8 @@ class DataReport:
     last by min_side), with a reason each. Used, but worth knowing: upscaled (smaller than their shape), same_file and
     same_picture (groups of equal files, and of different files with equal pixels), alpha (laid over white), rotated (by
     EXIF), sixteen_bit, cmyk, animated (first frame). buckets: images per shape "WIDTHxHEIGHT". megapixels: images per
-    size class. places: folders and shards that could not be read. ignored: other files by ending, folders of runs.
+    size class. places: folders, shards and links that could not be read. ignored: other files by ending, folders
+    of runs.
     """
 
     data: list[str]
@@ -80,7 +81,7 @@ class DataReport:
             ("cannot be read", self.unreadable),
             ("too large to decode", self.too_large),
             (f"shorter side below {self.min_side} pixels", self.too_small),
-            ("folders and shards with faults", self.places),
+            ("folders, shards and links with faults", self.places),
         ):
             lines += _listed(title, [f"{name}: {reason}" for name, reason in faults.items()])
         lines += _listed(f"smaller than their shape at resolution {self.resolution}, enlarged", self.upscaled)

@@ -285,7 +285,7 @@ def open_dataset(
         if found.skipped:
             named = "; ".join(f"{name} {reason}" for name, reason in found.skipped[:3])
             more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
-            warn(f"{len(found.skipped)} folders or shards could not be read to their end: {named}{more}.")
+            warn(f"{len(found.skipped)} folders, shards or links could not be read to their end: {named}{more}.")
     square = [(config.resolution, config.resolution)]
     sizes = bucket_sizes(config.resolution, config.bucket_step, config.bucket_max_ratio) if config.buckets else square
     device = next(base.autoencoder.parameters()).device.type

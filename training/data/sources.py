@@ -23,6 +23,7 @@ PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", "
 BLOCK, REST = 512, 2**20  # bytes of a tar's header and end mark; looked at behind it, where only padding may be
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d+)\.\.(\d+)")
+LOST_LINK = "is a link to nothing; connect the drive or fetch the file that it stands for"
 OF_A_RUN = {"config.json", "log.jsonl"}  # both lie in the folder of every run
 
 
@@ -95,8 +96,8 @@ Entry = ImageEntry | MemoryEntry
 
 @dataclass
 class Found:
-    """What a search came upon. skipped: (name, reason) of folders and shards that could not be read; ignored: how many
-    files of which ending were no images, and how many images and folders were left out for what else."""
+    """What a search came upon. skipped: (name, reason) of folders, shards and links that could not be read; ignored: how
+    many files of which ending were no images, and how many images and folders were left out for what else."""
 
     entries: list[ImageEntry] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)
@@ -229,10 +230,13 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
         for entry in entries:
             if _unwanted(entry.name):
                 continue
+            fault = ""
             try:
                 is_folder, is_file = entry.is_dir(), entry.is_file()
-            except OSError:  # a link to itself
-                continue
+                if not is_folder and not is_file and entry.is_symlink():
+                    fault = LOST_LINK
+            except OSError as error:  # a link to itself, a drive that fails
+                is_folder, is_file, fault = False, False, f"cannot be read ({error.strerror or error})"
             if is_folder:
                 # Links, and Windows' junctions, which do not look like links, may lead back to where it has been.
                 real = os.path.realpath(entry.path)
@@ -241,6 +245,8 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
                     deeper.append((Path(entry.path), (*parts, entry.name)))
             elif is_file:
                 files.append(((*parts, entry.name), Path(entry.path)))
+            elif fault:
+                _miss(Path(entry.path), fault, found)
         waiting.extend(reversed(deeper))
     for parts, path in sorted(files):
         if path.suffix.lower() == SHARD:
@@ -250,6 +256,15 @@ def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
                 found.skipped.append((str(path), f"is no uncompressed tar of images ({error})"))
         else:
             _add(path, "/".join(parts), found, seen)
+
+
+def _miss(path: Path, fault: str, found: Found) -> None:
+    """Tell of what is not there to look at; what its name says to be no image is ignored as if it were."""
+    ending = path.suffix.lower()
+    if ending in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
+        found.skipped.append((str(path), fault))
+    else:
+        found.ignored[ending] += 1
 
 
 def _add(path: Path, name: str, found: Found, seen: set[str]) -> None:

@@ -89,6 +89,26 @@ def test_symbolic_links_are_followed_but_not_in_circles(tmp_path):
     assert names(tmp_path / "set") == ["1.png", "more/deep/2.png"]
 
 
+def test_links_to_nothing_are_told(tmp_path):
+    """Images of a drive that is not there, or that git-annex has not fetched."""
+    put(tmp_path / "set/1.png")
+    try:
+        for name in ("2.png", "3.PNG", "more.tar", "notes.txt", "folder"):
+            os.symlink(tmp_path / "drive" / name, tmp_path / "set" / name)
+        os.symlink("4.png", tmp_path / "set" / "4.png")
+    except OSError:
+        pytest.skip("this system makes no symbolic links")
+    found = search([tmp_path / "set"])
+    assert [entry.name for entry in found.entries] == ["1.png"] and found.ignored == {".txt": 1}
+    told = {Path(name).name: reason for name, reason in found.skipped}
+    assert told.pop("4.png").startswith("cannot be read (")
+    nothing = "is a link to nothing; connect the drive or fetch the file that it stands for"
+    assert told == dict.fromkeys(["2.png", "3.PNG", "more.tar", "folder"], nothing)
+    (tmp_path / "set" / "1.png").unlink()
+    with pytest.raises(DataProblem, match="5 unreadable places, the first .*2.png: is a link to nothing"):
+        find_images([tmp_path / "set"])
+
+
 def test_folders_that_cannot_be_read_are_reported(tmp_path, monkeypatch):
     put(tmp_path / "1.png"), put(tmp_path / "closed/2.png")
     scandir = os.scandir
