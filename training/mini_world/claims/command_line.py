@@ -55,6 +55,12 @@ def parser() -> argparse.ArgumentParser:
     size.add_argument(
         "--tiny", action="store_true", help="show that everything runs, in seconds; the numbers mean nothing"
     )
+    size.add_argument(
+        "--confirm",
+        action="store_true",
+        help="idg only: draw the best settings of the sweep, as far as it is measured, anew: 2,000 samples each of "
+        "another seed; --samples then says which sweep",
+    )
     found.add_argument(
         "--work",
         type=Path,
@@ -124,7 +130,9 @@ def main(arguments: list[str] | None = None) -> int:
         if given is not None and not given >= least:
             parser().error(f"--{name}: expected {least} or more, found {given}")
 
-    size = "tiny" if options.tiny else "quick" if options.quick else "full"
+    size = next((name for name in ("tiny", "quick", "confirm") if getattr(options, name)), "full")
+    if size == "confirm" and options.paper != "idg":
+        parser().error("--confirm: expected the paper idg, whose sweep chooses among settings, found " + options.paper)
     study: Study = import_module(STUDIES[options.paper], __package__).open_study(size, options.work, options.samples)
     if options.list:
         for point in study.points:

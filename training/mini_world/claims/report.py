@@ -156,7 +156,7 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
     parts = [
         "# The claims of in-domain guidance, measured",
         "",
-        f"Made by `python run.py claims idg{_options(plan)}`; do not edit. "
+        f"Made by `python run.py claims idg{plan.options}`; do not edit. "
         f"{len(rows)} of {len(plan.points)} points of the sweep are measured, {sampling.samples:,} samples each"
         f"{_fewer(plan)}, "
         f"{sampling.steps} steps of {sampling.sampler}, networks in {sampling.precision}, "
@@ -164,6 +164,7 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
         "the same noise and prompts for every method. "
         f"{took} Settings and every number: idg.jsonl.",
         "",
+        *([plan.note, ""] if plan.note else []),
         "![Distance against obedience](idg.png)",
         "",
         "## Verdicts",
@@ -219,15 +220,8 @@ def markdown(plan: Plan, rows: Sequence[Row], floors: Floors, verdicts: Sequence
     return "\n".join(parts)
 
 
-def _options(plan: Plan) -> str:
-    """What was said to `run.py claims idg`."""
-    own = PLANS[plan.name]().sampling.samples
-    size = "" if plan.name == "full" else f" --{plan.name}"
-    return size + ("" if plan.sampling.samples == own else f" --samples {plan.sampling.samples}")
-
-
 def _fewer(plan: Plan) -> str:
-    own = PLANS[plan.name]().sampling.samples
+    own = PLANS[plan.name]().sampling.samples if plan.name in PLANS else plan.sampling.samples
     return "" if plan.sampling.samples == own else f" (the sweep's own number is {own:,})"
 
 

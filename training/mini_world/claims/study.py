@@ -7,12 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..assets import load_autoencoder, load_classifier, load_mini_world
+from .confirming import confirming
 from .keeping import Row
 from .models import Models
 from .points import Bench
 from .report import floor_lines, row_line, verdict_line, write_report
 from .sweep import PLANS, Plan
 from .verdicts import all_verdicts
+
+
+CONFIRM = "confirm"
 
 
 class IdgStudy:
@@ -39,8 +43,14 @@ class IdgStudy:
 
 
 def open_study(size: str, work: Path, samples: int | None) -> IdgStudy:
-    """size: "full", "quick" or "tiny"; samples: a point, None for the plan's own number."""
-    plan = PLANS[size]()
-    if samples:
-        plan = replace(plan, sampling=replace(plan.sampling, samples=samples))
-    return IdgStudy(plan, work)
+    """size: "full", "quick", "tiny", or "confirm" for the best of the full one, measured so far, drawn anew; samples: a
+    point, None for the plan's own number (with "confirm": of the full sweep)."""
+    plan = PLANS["full" if size == CONFIRM else size]()
+    if samples and samples != plan.sampling.samples:
+        sampling = replace(plan.sampling, samples=samples)
+        plan = replace(plan, sampling=sampling, options=f"{plan.options} --samples {samples}")
+    study = IdgStudy(plan, work)
+    if size != CONFIRM:
+        return study
+    rows = [row for row in map(study.find, plan.points) if row is not None]
+    return IdgStudy(confirming(plan, rows), work)

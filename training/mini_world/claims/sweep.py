@@ -51,6 +51,7 @@ class Plan:
     """A sweep: how its points are drawn, how its models are trained, and the points themselves in order.
 
     coarse: too few models and settings for a claim about all of them to be settled, even when every point is measured.
+    options: what is said to `run.py claims idg` for it; note: what its report says first.
     """
 
     name: str
@@ -59,6 +60,8 @@ class Plan:
     images: int = 8000
     batch: int = 64
     coarse: bool = False
+    options: str = ""
+    note: str = ""
 
 
 def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> dict[str, object]:
@@ -290,10 +293,12 @@ def tiny_points() -> Iterator[Point]:
 PLANS = {
     "full": lambda: Plan("full", Sampling(2000, steps=15, precision="bf16"), _once(full_points())),
     "quick": lambda: Plan(
-        "quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000, coarse=True
+        "quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000, coarse=True,
+        options=" --quick",
     ),
     "tiny": lambda: Plan(
-        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), 16, batch=4, coarse=True
+        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), 16, batch=4, coarse=True,
+        options=" --tiny",
     ),
 }
 

@@ -98,7 +98,7 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
 
 def test_the_page_names_the_command_that_makes_it():
     plan = PLANS["full"]()
-    fewer = replace(plan, sampling=replace(plan.sampling, samples=500))
+    fewer = replace(plan, sampling=replace(plan.sampling, samples=500), options=" --samples 500")
     assert "`python run.py claims idg`; do not" in report.markdown(plan, ROWS, FLOORS, VERDICTS)
     page = report.markdown(fewer, ROWS, FLOORS, VERDICTS)
     assert "`python run.py claims idg --samples 500`; do not" in page
