@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -115,7 +115,6 @@ class Base:
     text: Callable[[Sequence[str]], Text] | None = None
     notes: tuple[str, ...] = ()
     path: Path | None = None
-    _sizes: dict[tuple[int, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @classmethod
     def from_parts(
@@ -259,10 +258,7 @@ class Base:
         if self.config.adm_in_channels is None:
             return None
         numbers = (height, width, *crop, *(target or (height, width)))
-        if numbers not in self._sizes:
-            embedded = timestep_embedding(torch.tensor(numbers, dtype=torch.float32), SIZE_EMBEDDING)
-            self._sizes[numbers] = embedded.reshape(1, -1)
-        sizes = self._sizes[numbers]
+        sizes = timestep_embedding(torch.tensor(numbers, dtype=torch.float32), SIZE_EMBEDDING).reshape(1, -1)
         if pooled is None:
             pooled = torch.zeros(1, self.config.adm_in_channels - sizes.shape[1])
         return torch.cat([pooled.to("cpu", torch.float32), sizes], dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -61,6 +62,20 @@ def test_opens_every_family(family, latent_format, scale, tiny_checkpoint):
         assert torch.equal(arguments["y"][1, 1280:], timestep_embedding(numbers, 256).flatten())
         assert torch.equal(arguments["y"][2, :1280], base.null_context.pooled[0])
         assert not free["y"][0, :1280].any()
+
+
+def test_sizes_of_any_number_of_images_take_no_memory(tiny_checkpoint):
+    """Random crops make hundreds of thousands of different ones."""
+    base = bases.open_checkpoint(tiny_checkpoint("sdxl").path)
+
+    def held():
+        gc.collect()
+        return sum(type(one) is torch.Tensor for one in gc.get_objects())
+
+    before = held()
+    for top in range(100):
+        base.conditioning([bases.ImageSize((600, 400), (top, 5), (64, 32))] * 2)
+    assert held() == before
 
 
 def test_every_part_is_read_from_the_file_it_lies_in(tiny_checkpoint, tmp_path):
