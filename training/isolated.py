@@ -114,6 +114,7 @@ def run_isolated(
                 deadline = time.monotonic() + patience_s
                 _ask_to_stop(process)
             if deadline is not None and time.monotonic() > deadline:
+                process.kill()  # it has been asked and waited for; nobody has to do so again
                 raise IsolatedProblem(
                     f"Expected the training process to stop within {patience_s:.0f} s, it did not and was ended; run "
                     "again to continue from its last checkpoint."

@@ -161,6 +161,17 @@ def test_a_process_that_hangs_after_its_result_is_ended(config, job, children, t
     assert (result.status, result.step) == ("stopped", 3) and children[0].returncode == -signal.SIGKILL
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs shell scripts")
+def test_a_process_that_does_not_stop_is_waited_for_once(config, job, children, tmp_path):
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nexec sleep 300\n")
+    script.chmod(0o755)
+    began = time.monotonic()
+    with pytest.raises(isolated.IsolatedProblem, match="to stop within 2 s, it did not and was ended"):
+        isolated.run_isolated(config, folder=job, python=str(script), should_stop=lambda: True, patience_s=1.5)
+    assert time.monotonic() - began < 2.8
+
+
 def test_jobs_are_files(config, tmp_path):
     isolated.Job(config, "auto", tmp_path / "base.safetensors").write(tmp_path)
     assert isolated.Job.read(tmp_path) == isolated.Job(config, "auto", tmp_path / "base.safetensors")
