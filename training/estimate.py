@@ -151,7 +151,7 @@ def estimate(
     peak = fixed + max(start, end, gradients + temporaries)
     drawn = preview_dtype(device)
     prior = sum(tensor.numel() for tensor in base.unet.values()) * torch.empty((), dtype=drawn).element_size()
-    columns = min(config.sample_count, config.batch_size)
+    columns = min(config.sample_count, batch)
     preview = fixed + prior + int(3 * columns * trace.largest / batch) if config.sample_every else 0
 
     per_step, forward_s = _step_seconds(trace, config, device, dtype, trainable, batch)

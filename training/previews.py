@@ -44,15 +44,19 @@ class Preview:
     Rows follow `config.sample_prompts`: multi-guidance of prior, domain model and prompt with the configured weights.
     Without prompts there are two rows, the domain model alone, and the domain model against the prior. A model that
     takes text (form full) is sampled with its own classifier-free guidance instead, since that is how it is used.
-    Seeds are config.seed, config.seed + 1, ...; the noise is drawn on the CPU as ComfyUI draws it.
+    Seeds are config.seed, config.seed + 1, ...; the noise is drawn on the CPU as ComfyUI draws it. batch: how many are
+    drawn at once, None for the configuration's.
 
     The prior is built for a drawing and let go again, so that training keeps the memory. Raises ValueError for prompts
     that the base cannot encode, when it is made and not in the middle of a run.
     """
 
-    def __init__(self, base: Base, config: TrainConfig, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, base: Base, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
+    ) -> None:
         self.base = base
         self.config = config
+        self.batch = config.batch_size if batch is None else batch
         self.device = torch.device(device)
         self.prompts = tuple(config.sample_prompts)
         self.texts = [base.encode_text([prompt]) for prompt in self.prompts]
@@ -88,7 +92,7 @@ class Preview:
             denoiser = MultiGuidance(row.guidance)
             latents = [
                 sample(denoiser, part.to(self.device), sigmas, METHOD).float()
-                for part in noise.split(max(1, min(config.batch_size, len(noise))))
+                for part in noise.split(self.batch)
             ]
             drawn.append(torch.cat(latents))
         del prior

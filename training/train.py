@@ -248,6 +248,7 @@ class _Reports:
     def __init__(self, run: _Run, base: Base, held_out: LatentDataset) -> None:
         config, main = run.config, run.processes.is_main
         self.run, self.base, self.trainee = run, base, run.trainee
+        self.batch = max(1, config.batch_size // run.processes.world)  # what this process has memory for
         self.validates = config.validate_every if len(held_out) else 0
         self.held = [held_out.mean(index) for index in range(len(held_out))] if main and self.validates else []
         self.sizes = [
@@ -255,7 +256,8 @@ class _Reports:
             for index, latent in enumerate(self.held)
         ]
         self.keys = [held_out.content_of(index) for index in range(len(self.held))]
-        self.preview = Preview(base, config, run.processes.device) if config.sample_every and main else None
+        wanted = config.sample_every and main
+        self.preview = Preview(base, config, run.processes.device, self.batch) if wanted else None
 
     def __call__(self, step: int) -> bool:
         """Report on a step, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
@@ -277,7 +279,7 @@ class _Reports:
             loss, levels = held_out_loss(
                 unet, base.schedule, base.prediction_type, self.held,
                 lambda sizes: base.conditioning(sizes, self.trainee.text), self.sizes, keys=self.keys,
-                seed=run.config.seed, batch=run.config.batch_size, device=run.processes.device,
+                seed=run.config.seed, batch=self.batch, device=run.processes.device,
                 dtype=DTYPES[run.config.precision], should_stop=run.should_stop,
             )
         if levels:  # else it was asked to stop
