@@ -96,8 +96,11 @@ Entry = ImageEntry | MemoryEntry
 
 @dataclass
 class Found:
-    """What a search came upon. skipped: (name, reason) of folders, shards and links that could not be read; ignored: how
-    many files of which ending were no images, and how many images and folders were left out for what else."""
+    """What a search came upon.
+
+    skipped: (name, reason) of folders, shards and links that could not be read. ignored: how many files of which ending
+    were no images, and how many images and folders were left out for what else.
+    """
 
     entries: list[ImageEntry] = field(default_factory=list)
     skipped: list[tuple[str, str]] = field(default_factory=list)

@@ -397,7 +397,8 @@ def test_places_that_cannot_be_read_to_their_end_are_said(tmp_path, mini_world):
     data = open_dataset(config, mini_world, workers=1, warn=warnings.append)
     assert len(data) == 3 and [name for name, _ in data.skipped] == [f"{tmp_path / 'a.tar'}!3.png"]
     assert len(warnings) == 1
-    assert "1 folders, shards or links could not be read to their end:" in warnings[0] and "a.tar is damaged" in warnings[0]
+    assert "1 folders, shards or links could not be read to their end:" in warnings[0]
+    assert "a.tar is damaged" in warnings[0]
 
 
 def test_open_dataset_on_the_mini_world(tmp_path):

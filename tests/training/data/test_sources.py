@@ -61,7 +61,8 @@ def test_folders_are_searched_deeply_sorted_and_without_rubbish(tmp_path):
 def test_runs_below_a_folder_are_left_out_and_counted(tmp_path):
     put(tmp_path / "1.png"), put(tmp_path / "runs/notes/2.png"), put(tmp_path / "plain/config.json", b"{}")
     put(tmp_path / "plain/3.png")
-    for name in ("config.json", "log.jsonl", "loss.png", "samples/step-000000.png", "samples/rows/a.png", "images-1/4.png"):
+    of_the_run = ("config.json", "log.jsonl", "loss.png", "samples/step-000000.png", "samples/rows/a.png")
+    for name in (*of_the_run, "images-1/4.png"):
         put(tmp_path / "runs/porcelain" / name)
     found = search([tmp_path])
     assert [entry.name for entry in found.entries] == ["1.png", "plain/3.png", "runs/notes/2.png"]
