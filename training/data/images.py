@@ -33,6 +33,7 @@ TURNS = {
 }
 ORIENTATION, WIDTH, HEIGHT, BITS = 274, 256, 257, 258  # TIFF and EXIF tags
 STRIPS, STRIP_BYTES, TILES, TILE_BYTES = 273, 279, 324, 325
+OVERSHOOT = 2.0  # times its range that a floating-point picture may reach
 PNG_WITH_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
@@ -277,7 +278,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     """Grey of more than 8 bits -> L, or LA where one value is transparent; Pillow itself would cut at 255.
 
     16-bit files use their whole range. 32-bit integers and floats do not say their range: it is taken as the smallest
-    of 1 (floats only), 255, 65535 and 2^32 - 1 that holds the brightest pixel.
+    of 1 (floats only), 255, 65535 and 2^32 - 1 that holds the brightest pixel. Floats may reach twice as far, since
+    interpolation leaves some a little above, and are cut there.
     """
     values = np.asarray(image).astype(np.float64)
     if not np.isfinite(values).all():
@@ -285,8 +287,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     is_16_bit = image.mode.startswith("I;16") or image.format == "PNG"
     ranges = (65535.0,) if is_16_bit else (255.0, 65535.0, 2.0**32 - 1)
     brightest = float(values.max())
-    ranges = (1.0, *ranges) if image.mode == "F" else ranges
-    top = next((top for top in ranges if brightest <= top), ranges[-1])
+    ranges, beyond = ((1.0, *ranges), OVERSHOOT) if image.mode == "F" else (ranges, 1.0)
+    top = next((top for top in ranges if brightest <= beyond * top), ranges[-1])
     grey = Image.fromarray(np.rint(values.clip(0.0, top) * (255.0 / top)).astype(np.uint8))
     clear = image.info.get("transparency")
     if isinstance(clear, int):

@@ -126,6 +126,17 @@ def test_sixteen_bit_grey_keeps_its_whole_range():
         decode(encoded(Image.fromarray(bad), "TIFF"))
 
 
+@pytest.mark.parametrize("full, brightest", [
+    (1.0, 1.002), (1.0, 1.4), (255.0, 255.0), (255.0, 260.0), (65535.0, 65600.0), (255.0, 3.0),
+])  # fmt: skip
+def test_floats_a_little_above_their_range_do_not_widen_it(full, brightest):
+    """As interpolation leaves them; one such pixel would make the others black. The last is a dark picture of 0..255."""
+    ramp = np.linspace(0, min(full, brightest), 256).reshape(16, 16).astype(np.float32)
+    ramp[-1, -1] = brightest
+    pixels = np.asarray(decode(encoded(Image.fromarray(ramp), "TIFF")), float)[..., 0]
+    assert np.abs(pixels - np.clip(ramp, 0, full) * 255.0 / full).max() <= 1
+
+
 def png(depth: int, colour: int, height: int, width: int, rows: bytes, extra: bytes = b"") -> bytes:
     """A PNG of raw rows, for kinds that Pillow reads but does not write."""
     def chunk(name: bytes, body: bytes) -> bytes:
