@@ -96,7 +96,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not whole:
         raise DamagedCheckpoint(f"{path}: expected the checkpoint that was written, found one damaged since.")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = _read(path)
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
         raise CheckpointProblem(f"{path}: cannot be read ({reason}).") from error
@@ -185,6 +185,14 @@ def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     names = dict.fromkeys([*before, *now])
     changed = [name for name in names if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name, 'unknown')} -> {now.get(name, 'unknown')}" for name in changed)
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnicodeEncodeError:  # a folder's name that UTF-8 cannot hold, of which nothing can be mapped
+        with open(path, "rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _is_whole(path: Path) -> bool | None:

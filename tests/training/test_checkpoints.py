@@ -49,6 +49,19 @@ def test_a_state_comes_back(tmp_path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_a_state_comes_back_from_a_folder_whose_name_utf_8_cannot_hold(tmp_path):
+    run = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        run.mkdir()
+    except OSError:
+        pytest.skip("this system has no such names")
+    (path,) = save(run, 3)
+    assert torch.equal(load_checkpoint(path)["weights"]["a"], state(3)["weights"]["a"])
+    path.write_bytes(torn(path.read_bytes()))
+    with pytest.raises(CheckpointProblem, match="cut off"):
+        load_checkpoint(path)
+
+
 def torn(data):
     return data[: len(data) * 2 // 3]
 
