@@ -171,12 +171,18 @@ class ComfyClient:
                 prompt_id = await self._submit(session, prompt, client_id)
                 run = Run(prompt_id)
                 try:
-                    await self._follow(socket, prompt, run, bar, on_event)
+                    failure = await self._follow(socket, prompt, run, bar, on_event)
                 finally:
                     if bar is not None:
                         bar.close()
         run.seconds = time.monotonic() - started
-        await self._collect(run)
+        try:
+            await self._collect(run)
+        except (OSError, ValueError):
+            if failure is None:  # a server that went down with the run has told why the run failed
+                raise
+        if failure is not None:
+            raise failure
         return run
 
     async def _submit(self, session, prompt: Prompt, client_id: str) -> str:
@@ -197,7 +203,8 @@ class ComfyClient:
             raise PromptRejected(describe_rejection(answered, prompt), answered["node_errors"])
         return answered["prompt_id"]
 
-    async def _follow(self, socket, prompt: Prompt, run: Run, bar, on_event) -> None:
+    async def _follow(self, socket, prompt: Prompt, run: Run, bar, on_event) -> Exception | None:
+        """Follow the run to its last event; what made it fail, if anything did."""
         import aiohttp
 
         failure: Exception | None = None
@@ -225,23 +232,20 @@ class ComfyClient:
                 failure = ExecutionFailed(data)
             elif kind == "execution_interrupted":
                 failure = ExecutionInterrupted(f"The run was interrupted at node {data.get('node_id')}.")
-            # Sent after the result has entered the history; an error's own event comes before.
             finished = kind == "executing" and data.get("node") is None
-            if failure is not None and (finished or kind.startswith("execution_")):
-                raise failure
-            if finished or kind == "execution_success":
-                return
+            if finished or failure is not None or kind == "execution_success":
+                return failure
         raise ConnectionError("The ComfyUI server closed the connection before the run ended.")
 
     async def _collect(self, run: Run) -> None:
-        # execution_success is sent a moment before the history has the outputs.
+        # How a run ended is told a moment before it moves from the queue to the history.
         for _ in range(200):
             entry = self.history(run.prompt_id)
             if entry is not None:
                 run.outputs = entry.get("outputs", {})
                 return
             await asyncio.sleep(0.05)
-        raise TimeoutError(f"The outputs of the finished run {run.prompt_id} did not appear in ComfyUI's history.")
+        raise TimeoutError(f"The finished run {run.prompt_id} did not appear in ComfyUI's history.")
 
 
 def _title(prompt: Prompt, node_id: str | None) -> str:
