@@ -17,7 +17,16 @@ from ..guidance.files import FileProblem
 from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ..guidance.networks.stylegan2 import Generator
 from .adapt_config import AdaptConfig, prompt_text
-from .adapt_critic import Distance, first_opinion, judged_resolution, latent_encoder, make_objective, open_critic
+from .adapt_critic import (
+    Distance,
+    Domain,
+    first_opinion,
+    judged_resolution,
+    latent_encoder,
+    make_objective,
+    open_critic,
+    open_domain,
+)
 from .adapt_estimate import estimate_adaptation
 from .adapt_previews import BeforeAfter
 from .adapter import (
@@ -93,13 +102,15 @@ class _Parts:
     encode: Encode | None
     base: Base | None
     distance: Distance | None
+    domain: Domain | None = None
 
     def open(self, config: AdaptConfig) -> LoadedGenerator:
-        """The generator, and the base unless there is a critic."""
+        """The generator; unless there is a critic the base and its domain model, too."""
         if self.critic is None:
             config.check_prompts()
             self.base = self.base or open_base(config)
             self.base.check_prompts((config.prompt, config.negative, config.source_prompt))
+            self.domain = open_domain(config, self.base)
         if isinstance(self.generator, Generator):
             return LoadedGenerator(self.generator, GeneratorMetadata(name="generator"), ())
         return self.generator or open_generator(config.generator)
@@ -166,7 +177,8 @@ class _Adaptation(Engine):
             base = parts.base
             resolution = judged_resolution(config, base, self.loaded.generator)
             stack.enter_context(base.on(device))
-            critic = open_critic(config, base, resolution, device)
+            critic = open_critic(config, base, resolution, device, parts.domain)
+            parts.domain = None  # the critic has its weights now
             encode = latent_encoder(base, resolution, config.precision)
         return make_objective(config, critic, encode, device, parts.distance), encode
 

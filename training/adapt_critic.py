@@ -19,7 +19,7 @@ from ..guidance.distillation.objective import Objective
 from ..guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
 from ..guidance.distillation.reconstruction import Reconstruction
 from ..guidance.distillation.timesteps import Timesteps
-from ..guidance.files import FileProblem, read_domain_file
+from ..guidance.files import DomainMetadata, read_domain_file
 from ..guidance.networks.stylegan2 import Generator
 from ..guidance.null_text import load_unet
 from ..guidance.terms import Source, Term
@@ -32,6 +32,7 @@ from .memory import is_memory_problem
 from .settings import ConfigProblem
 
 Distance = Callable[[Tensor, Tensor], Tensor]
+Domain = tuple[dict[str, Tensor], DomainMetadata]
 
 
 def judged_resolution(config: AdaptConfig, base: Base | None, generator: Generator) -> int:
@@ -41,11 +42,26 @@ def judged_resolution(config: AdaptConfig, base: Base | None, generator: Generat
     return max(config.resolution or base.native_resolution or generator.config.resolution, base.factor)
 
 
-def open_critic(config: AdaptConfig, base: Base, resolution: int, device: torch.device | str) -> Critic:
+def open_domain(config: AdaptConfig, base: Base) -> Domain | None:
+    """Weights and metadata of the domain model that judges too, None where there is none or its weight is 0.
+
+    Raises FileProblem, and ValueError where `base` could not encode the caption that the model was trained with.
+    """
+    if not config.domain or not config.domain_weight:
+        return None
+    weights, metadata = read_domain_file(config.domain, latent_format=base.latent_format)
+    base.check_prompts([trained_caption(metadata) or ""])
+    return weights, metadata
+
+
+def open_critic(
+    config: AdaptConfig, base: Base, resolution: int, device: torch.device | str, domain: Domain | None = None
+) -> Critic:
     """The guidance that a configuration describes, with the base's models on `device` in the run's precision.
 
     The base prediction is on the negative prompt (with the method nfsd, which compares with it, on the empty one); the
-    terms are the domain model, where there is one, and the prompt. Raises ConfigProblem and FileProblem.
+    terms are the domain model, where there is one, and the prompt. domain: from `open_domain`, which is asked
+    otherwise. Raises ConfigProblem, FileProblem and ValueError.
     """
     config.check_prompts()
     dtype = DTYPES.get(config.precision, torch.float32)
@@ -58,20 +74,16 @@ def open_critic(config: AdaptConfig, base: Base, resolution: int, device: torch.
 
     uncond = cond("" if config.method == "nfsd" else config.negative)
     terms = []
-    if config.domain and config.domain_weight:
-        weights, metadata = read_domain_file(config.domain)
-        if metadata.latent_format != base.latent_format:
-            raise FileProblem(
-                f"{config.domain}: expected a domain model of the latent space '{base.latent_format}', found one of "
-                f"'{metadata.latent_format}'; use a domain model made from {base.name}'s family."
-            )
-        domain = Denoiser(
+    domain = domain or open_domain(config, base)
+    if domain is not None:
+        weights, metadata = domain
+        judge = Denoiser(
             load_unet(weights, metadata.config, dtype).to(device), base.schedule,
             metadata.prediction_type or base.prediction_type,
         )
         caption = trained_caption(metadata)
         own = uncond if caption is None else cond(caption)
-        terms.append(Term("domain", domain, own, config.domain_weight))
+        terms.append(Term("domain", judge, own, config.domain_weight))
     if config.prompt:
         terms.append(Term("control", prior, cond(config.prompt), config.scale))
     source = None

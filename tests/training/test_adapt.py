@@ -11,7 +11,15 @@ import sys
 
 import pytest
 import torch
-from indomain_guidance.guidance.files import FileProblem, GeneratorMetadata, LoadedGenerator, read_generator, write_generator
+from indomain_guidance.guidance.files import (
+    DomainMetadata,
+    FileProblem,
+    GeneratorMetadata,
+    LoadedGenerator,
+    read_generator,
+    write_domain_file,
+    write_generator,
+)
 from indomain_guidance.training.adapt import adapt
 from indomain_guidance.training.adapt_critic import latent_encoder, open_critic
 from indomain_guidance.training.base import Text
@@ -460,6 +468,25 @@ def test_prompts_that_cannot_be_encoded_are_refused_by_a_dry_run_too(run, base):
         fields = {"prompt": "a cat", **changes}
         with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
             run(dry_run=True, parts=by_base(base), **fields)
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_a_domain_model_that_cannot_judge_is_refused_before_anything_is_written(run, base, tmp_path, dry_run):
+    def domain(latent_format, **extra):
+        made = DomainMetadata(base.config, latent_format=latent_format, extra=extra)
+        return str(write_domain_file(tmp_path / f"{latent_format}.safetensors", base.unet, made))
+
+    def adapt_to(path):
+        run(parts=by_base(base), dry_run=dry_run, prompt="", domain=path, output=str(tmp_path / "made"))
+
+    base.text = None
+    with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a circle'"):
+        adapt_to(domain("tiny", training='{"caption": "a circle"}'))
+    with pytest.raises(FileProblem, match="other.safetensors: expected a domain model for the latent space 'tiny'"):
+        adapt_to(domain("other"))
+    with pytest.raises(FileProblem, match="missing.safetensors"):
+        adapt_to(str(tmp_path / "missing.safetensors"))
+    assert not list(tmp_path.rglob("*.jsonl"))
 
 
 

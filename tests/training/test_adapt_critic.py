@@ -74,7 +74,7 @@ def test_the_second_critic_of_vsd_is_the_priors_on_the_prompt(mini, configure):
 
 
 def test_a_domain_model_of_another_latent_space_is_refused(tiny_run, configure):
-    with pytest.raises(FileProblem, match="latent space 'tiny', found one of 'mini_world'"):
+    with pytest.raises(FileProblem, match="latent space 'tiny', found one for 'mini_world'"):
         open_critic(configure(base="tiny", prompt="", domain=DOMAIN), tiny_run.tiny_base(), 64, "cpu")
 
 
