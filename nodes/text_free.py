@@ -45,9 +45,9 @@ class TextFreeUNet(io.ComfyNode):
                     "nothing that the prior has.",
                 ),
                 io.Int.Input(
-                    "probe_size", default=512, min=64, max=2048, step=64,
-                    tooltip="constant only: side in pixels of the images on which the constants are measured, 64 to "
-                    "2048; use the size the prior was trained on (64 for the mini world). No effect on cached.",
+                    "probe_size", default=0, min=0, max=2048, step=64,
+                    tooltip="constant only: side in pixels of the images on which the constants are measured, up to "
+                    "2048. 0 is the size the prior was made for (1024 for SDXL). No effect on cached.",
                 ),
             ],
             outputs=[

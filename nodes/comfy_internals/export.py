@@ -201,9 +201,10 @@ def is_untrained(path: Path) -> bool:
         return False
 
 
-def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_side_px: int):
+def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_side_px: int = 0):
     """Write the text-free form of a MODEL's UNet to `path`; (the new file as a MODEL, report as text).
 
+    probe_side_px: of the images that the constants of `constant` are measured on, 0: what the prior was made for.
     The error of the `constant` form is measured on a second trajectory of the prior that its constants never saw.
     """
     config, latent_format = exported_config(model), exported_latent_format(model)
@@ -214,6 +215,11 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
             f"{config.out_channels} (an inpainting model); use the form 'cached'."
         )
     context = encode_empty_prompt(clip, has_pooled=config.adm_in_channels in POOLED_TEXT_ADM)
+    if not probe_side_px:
+        from ...training.base import native_resolution
+
+        is_v = prediction_type == "v_prediction"
+        probe_side_px = native_resolution(latent_format, config.context_dim, is_v) or 512
     y = vector_conditioning(model, context.pooled, probe_side_px)
     weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
     prior_hash = prior_content_hash(weights)

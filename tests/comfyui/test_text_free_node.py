@@ -117,6 +117,22 @@ def test_constant_error_is_measured_on_probes_that_were_not_used(comfyui, tiny, 
     assert seeds == [0, 1]
 
 
+def test_constants_are_measured_at_the_priors_own_size_unless_told(comfyui, make, monkeypatch):
+    export, shapes = module("nodes.comfy_internals.export"), []
+    collect = export.collect_probes
+
+    def spy(denoiser, context, shape, **options):
+        shapes.append(shape)
+        return collect(denoiser, context, shape, **options)
+
+    monkeypatch.setattr(export, "collect_probes", spy)
+    prior, clip, _ = module("nodes.comfy_internals.loading").load_mini_world()
+    for size, side in ((0, 8), (128, 16)):
+        make(prior, clip, "constant", filename=f"made_{size}", probe_size=size)
+        assert set(shapes) == {(1, 4, side, side)}
+        shapes.clear()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_file_describes_what_it_is(comfyui, tiny, clip, make, form):
     files = module("guidance.files")

@@ -85,8 +85,6 @@ def test_api_workflow_runs(server, graphs, handwriting, name):
         # The miniature stands in for a checkpoint that a newcomer would have to download: same outputs, same places.
         if node["class_type"] == "CheckpointLoaderSimple":
             node.update(class_type="InDomainLoadMiniWorld", inputs={})
-        if "probe_size" in node["inputs"]:
-            node["inputs"]["probe_size"] = 64
         if node["class_type"] == "InDomainTrainDomainUNet":
             # What stays is the graph; the folder is one that a newcomer has to fill.
             if node["inputs"]["checkpoint"] != "connected":
