@@ -247,9 +247,10 @@ def full_points() -> Iterator[Point]:
     for question in (main, foreign):
         yield from multi(question, MORE_WEIGHTS)
         yield from scheduled(question, SCHEDULES)
-    # Beside the claims: what fine-tunes make of foreign colours, one caption and length at two scales.
-    for kind in ("full", "low_rank"):
-        yield from fine_tunes(foreign, fine_tune(foreign, kind, HEADLINE_STEPS, FIXED_CAPTION), (1.5, 3.0))
+    # Beside the claims: what fine-tunes make of foreign colours, one caption, stopped as early as our models too.
+    for steps in (HEADLINE_STEPS, SHORT_STEPS):
+        for kind in ("full", "low_rank"):
+            yield from fine_tunes(foreign, fine_tune(foreign, kind, steps, FIXED_CAPTION))
 
 
 def quick_points() -> Iterator[Point]:

@@ -63,7 +63,7 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
     assert "| prior |  | scale 2 | 200.0 (200.0 to 200.0) | 1.25 | 98.0% (97.0% to 99.0%) | 95.0% |" in page
     assert "| (b) | handwriting | constant weights, shipped model |" in page and "0.2 (0.2 to 0.2) |" in page
     assert "\n| multi-guidance, shipped model | shipped handwriting |" in page
-    assert "7 of 424 points" in page and "took 1.4 hours" in page and "the rest would take 83.4 hours" in page
+    assert "7 of 440 points" in page and "took 1.4 hours" in page and "the rest would take 86.6 hours" in page
     assert "scale 5" not in page.split("## Handwriting")[1]  # dominated
     assert "| 3 | 90.0 (80.0 to 100.0) | 90.0% (90.0% to 90.0%) |" in page
     assert "| handwriting, its own colours | 1.70 | 0.07 | 305 | 179 | 0.04% | yes |" in page
