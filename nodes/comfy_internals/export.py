@@ -219,7 +219,9 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         from ...training.base import native_resolution
 
         is_v = prediction_type == "v_prediction"
-        probe_side_px = native_resolution(latent_format, config.context_dim, is_v) or 512
+        probe_side_px = native_resolution(latent_format, config.context_dim, is_v)
+    if probe_side_px < 64:
+        raise ValueError(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
     y = vector_conditioning(model, context.pooled, probe_side_px)
     weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
     prior_hash = prior_content_hash(weights)

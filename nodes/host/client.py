@@ -6,6 +6,7 @@ Plain requests use the standard library; only following a run over the websocket
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import time
 import urllib.error
@@ -178,7 +179,7 @@ class ComfyClient:
         run.seconds = time.monotonic() - started
         try:
             await self._collect(run)
-        except (OSError, ValueError):
+        except (OSError, http.client.HTTPException, ValueError):
             if failure is None:  # a server that went down with the run has told why the run failed
                 raise
         if failure is not None:
@@ -245,7 +246,7 @@ class ComfyClient:
                 run.outputs = entry.get("outputs", {})
                 return
             await asyncio.sleep(0.05)
-        raise TimeoutError(f"The finished run {run.prompt_id} did not appear in ComfyUI's history.")
+        raise ConnectionError(f"The finished run {run.prompt_id} did not appear in ComfyUI's history.")
 
 
 def _title(prompt: Prompt, node_id: str | None) -> str:

@@ -131,6 +131,8 @@ def test_constants_are_measured_at_the_priors_own_size_unless_told(comfyui, make
         make(prior, clip, "constant", filename=f"made_{size}", probe_size=size)
         assert set(shapes) == {(1, 4, side, side)}
         shapes.clear()
+    with pytest.raises(ValueError, match="expected a probe_size of 0 or at least 64, found 8"):
+        make(prior, clip, "constant", probe_size=8)
 
 
 @pytest.mark.parametrize("form", FORMS)

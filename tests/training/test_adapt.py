@@ -471,7 +471,7 @@ def test_prompts_that_cannot_be_encoded_are_refused_by_a_dry_run_too(run, base):
 
 
 @pytest.mark.parametrize("dry_run", [False, True])
-def test_a_domain_model_that_cannot_judge_is_refused_before_anything_is_written(run, base, tmp_path, dry_run):
+def test_a_domain_model_that_cannot_judge_is_refused_before_the_run_begins(run, base, tmp_path, dry_run):
     def domain(latent_format, **extra):
         made = DomainMetadata(base.config, latent_format=latent_format, extra=extra)
         return str(write_domain_file(tmp_path / f"{latent_format}.safetensors", base.unet, made))
@@ -487,7 +487,6 @@ def test_a_domain_model_that_cannot_judge_is_refused_before_anything_is_written(
     with pytest.raises(FileProblem, match="missing.safetensors"):
         adapt_to(str(tmp_path / "missing.safetensors"))
     assert not list(tmp_path.rglob("*.jsonl"))
-
 
 
 def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import replace
 from .keeping import Row
 from .points import Point
 from .questions import QUESTIONS
+from .statistics import reaches
 from .sweep import Plan
 from .verdicts import AFFORDABLE_SAMPLES, BEYOND, DIGIT_TOLERANCE, FINE_TUNES, PAPER, TRAINED
 
@@ -51,7 +52,7 @@ def _nearest(question: str, rows: Sequence[Row]) -> Iterator[Point]:
 
     def nearest(some: list[Row]) -> Iterator[Point]:
         for level in levels:
-            good = [row for row in some if row.numbers[share] >= level]
+            good = [row for row in some if reaches(row.numbers[share], level)]
             if good:
                 yield min(good, key=lambda row: row.numbers["distance"]).point
 

@@ -21,6 +21,8 @@ from torch import Generator, Tensor
 
 REPLICATES = 400
 LEVEL = 0.95
+# Shares count samples, of which there are far fewer than a million, and replicates are kept in single precision.
+ROUNDING = 1e-6
 
 
 def resampling_counts(groups: Tensor, replicates: int = REPLICATES, seed: int = 0) -> Tensor:
@@ -116,9 +118,14 @@ def with_value(measured: Mapping[str, Measured]) -> dict[str, Tensor]:
 # ------------------------------------------------------------------------------- sets of points, column by column
 
 
+def reaches(share: Tensor | float, at_least: Tensor | float) -> Tensor | bool:
+    """Whether a share is at least `at_least`; equal but for the rounding of single precision is equal."""
+    return share > at_least - ROUNDING
+
+
 def lowest(distances: Tensor, shares: Tensor, at_least: Tensor | float) -> Tensor:
     """The lowest distance among the points [P, R] whose share is at least `at_least`, [R] or a number: [R] or inf."""
-    return distances.masked_fill(shares < at_least, torch.inf).amin(0)
+    return distances.where(reaches(shares, at_least), torch.inf).amin(0)
 
 
 def ratio_of_lowest(

@@ -25,7 +25,7 @@ from .deciding import Decision, decide
 from .keeping import Row, columns
 from .points import Point
 from .questions import QUESTIONS
-from .statistics import hypervolume, lowest, ratio_of_lowest, worst_ratio, worst_share
+from .statistics import hypervolume, lowest, ratio_of_lowest, reaches, worst_ratio, worst_share
 from .sweep import Plan
 
 PAPER = ("multi_guidance",)
@@ -278,7 +278,7 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
     constant, prior = evidence.of(own, PAPER, lambda row: row.point.model in models), evidence.of(own, ("prior",))
     if not cheap or not constant or not prior:
         return _missing(name, evidence, "paper", statement, "ratio", 1.0)
-    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.full((1,), COLOURS_RIGHT).double()
+    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.tensor([COLOURS_RIGHT], dtype=torch.float64)
     ours, theirs = (lowest(columns(rows, "distance"), columns(rows, share), wanted) for rows in (cheap, constant))
     if bool(ours[0].isinf() & theirs[0].isinf()):
         return _missing(
@@ -365,7 +365,7 @@ def _add_training_seeds(
 
 def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float | str]:
     """The point of the lowest distance among those whose share is at least so high."""
-    good = [row for row in rows if row.numbers[share] >= at_least]
+    good = [row for row in rows if reaches(row.numbers[share], at_least)]
     if not good:
         return {"best point": "none qualifies"}
     best = min(good, key=lambda row: row.numbers["distance"])
@@ -379,7 +379,8 @@ def _best(rows: Sequence[Row], share: str, at_least: float) -> dict[str, float |
 
 def _nearest(rows: Sequence[Row], share: str, at_least: float) -> str:
     """The nearest point at a share, in words."""
-    best = min((row for row in rows if row.numbers[share] >= at_least), key=lambda row: row.numbers["distance"])
+    good = [row for row in rows if reaches(row.numbers[share], at_least)]
+    best = min(good, key=lambda row: row.numbers["distance"])
     return f"{best.numbers['distance']:.1f} ({str(best.point).partition(': ')[2]})"
 
 

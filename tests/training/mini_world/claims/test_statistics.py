@@ -115,6 +115,13 @@ def test_lowest_distance_at_a_share():
     ]
 
 
+def test_a_share_that_single_precision_rounds_is_still_reached():
+    shares = columns([0.7, 0.8]).float().double()  # a little below 0.7, a little above 0.8
+    for level, lowest in ((0.7, 10), (0.8, 20), (torch.tensor([0.8]).double(), 20), (0.8001, math.inf)):
+        assert float(stats.lowest(columns([10, 20]), shares, level)) == lowest
+    assert stats.reaches(0.996 - 0.03, 0.966) and stats.reaches(0.8, 0.8) and not stats.reaches(0.7998, 0.8)
+
+
 def test_worst_ratio_looks_at_every_share_that_both_reach():
     mine = columns([10, 30]), columns([0.5, 0.9])
     # Up to .4: 10/25. Up to .5: 10/40. Above, up to .7: 30/40; beyond .7 only the first set has points.

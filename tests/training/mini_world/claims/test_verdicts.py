@@ -209,6 +209,15 @@ def test_e_takes_only_schedules_that_cost_no_more_than_cfg():
     assert verdicts.claim_e(evidence(*rows, longer, cheap(55, 2.0)), True).outcome == "confirmed"
 
 
+def test_d_and_e_take_a_point_of_exactly_the_share_asked_for():
+    exact = guided(160, 0.9, "handwriting_foreign", colours=0.8)
+    found = verdicts.claim_d(evidence(*prior(), exact))
+    assert found.value == pytest.approx(0.8)
+    cheap = row("handwriting_foreign", "scheduled", 200, 0.8, DOMAIN, cost=2.0, **cheap_schedule(*SCHEDULES[0]))
+    found = verdicts.claim_e(evidence(*prior(), exact, cheap), False)
+    assert found.value == pytest.approx(200 / 160) and not found.words
+
+
 def test_every_claim_is_undecided_without_points_and_both_domains_are_asked():
     found = verdicts.all_verdicts([], {}, PLANS["full"]())
     assert {verdict.outcome for verdict in found} == {"undecided"}
