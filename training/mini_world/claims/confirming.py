@@ -30,7 +30,7 @@ def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
         f"{plan.sampling.samples:,} samples each): all priors, and the nearest of each kind at "
         f"{', '.join(f'{level:.0%}' for level in AT)} of right answers and at the accuracy of (b), with what the sweep has "
         "of other training seeds. They are drawn anew, from other noise and other prompts, so that none is flattered by "
-        "having been chosen."
+        "having been chosen. The verdicts are those of these points alone."
     )
     sampling = replace(plan.sampling, samples=SAMPLES, seed=SEED)
     return replace(
