@@ -18,6 +18,9 @@ from .verdicts import AFFORDABLE_SAMPLES, BEYOND, DIGIT_TOLERANCE, FINE_TUNES, P
 SAMPLES, SEED = 2000, 1
 # Shares of right digits, or of both colours right, at which the nearest points are chosen.
 AT = (0.5, 0.7, 0.8, 0.9)
+# A point that only just has so many falls short about every other time when it is drawn anew, so the nearest one with
+# this much to spare is drawn too.
+TO_SPARE = 0.02
 
 
 def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
@@ -28,9 +31,9 @@ def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
     note = (
         f"These are {len(chosen)} of the {len(rows)} points that the sweep had measured (of {len(plan.points)}, "
         f"{plan.sampling.samples:,} samples each): all priors, and the nearest of each kind at "
-        f"{', '.join(f'{level:.0%}' for level in AT)} of right answers and at the accuracy of (b), with what the sweep has "
-        "of other training seeds. They are drawn anew, from other noise and other prompts, so that none is flattered by "
-        "having been chosen. The verdicts are those of these points alone."
+        f"{', '.join(f'{level:.0%}' for level in AT)} of right answers and at the accuracy of (b), each also with "
+        f"{TO_SPARE:.0%} to spare, with what the sweep has of other training seeds. They are drawn anew, from other noise "
+        "and other prompts, so that none is flattered by having been chosen. The verdicts are those of these points alone."
     )
     sampling = replace(plan.sampling, samples=SAMPLES, seed=SEED)
     return replace(
@@ -52,9 +55,10 @@ def _nearest(question: str, rows: Sequence[Row]) -> Iterator[Point]:
 
     def nearest(some: list[Row]) -> Iterator[Point]:
         for level in levels:
-            good = [row for row in some if reaches(row.numbers[share], level)]
-            if good:
-                yield min(good, key=lambda row: row.numbers["distance"]).point
+            for asked in (level, level + TO_SPARE):
+                good = [row for row in some if reaches(row.numbers[share], asked)]
+                if good:
+                    yield min(good, key=lambda row: row.numbers["distance"]).point
 
     yield from (row.point for row in priors)
     yield from nearest([row for row in trained if row.point.method in PAPER])
