@@ -18,6 +18,7 @@ from .statistics import hypervolume, interval, lowest, ratio_of_lowest
 # Shares of right digits (own colours) or of both colours right (foreign ones).
 LEVELS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95)
 Ranged = tuple[float, float, float]  # value, low, high; infinite where no point qualifies
+NEITHER: Ranged = (math.nan,) * 3  # a ratio of two families of which neither has a point there
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ def front(name: str, rows: Sequence[Row], share: str, ceiling: float) -> Front:
 
 
 def ratios(name: str, ours: Sequence[Row], theirs: Sequence[Row], share: str) -> Front:
-    """Lowest distance over lowest distance; 0 or infinite where only one of the two has a point."""
+    """Lowest distance over lowest distance; 0 or infinite where only one of the two has a point, NaN where neither."""
     pairs = (columns(rows, column) for rows in (ours, theirs) for column in ("distance", share))
     own, own_share, other, other_share = pairs
-    at = {level: _ranged(ratio_of_lowest(own, own_share, other, other_share, level)) for level in LEVELS}
+    at = {}
+    for level in LEVELS:
+        lows = lowest(own, own_share, level), lowest(other, other_share, level)
+        found = ratio_of_lowest(own, own_share, other, other_share, level)
+        at[level] = NEITHER if all(math.isinf(low[0]) for low in lows) else _ranged(found)
     return Front(name, len(ours) + len(theirs), at)
 
 
@@ -66,6 +71,8 @@ def facts(one: Front) -> Mapping[str, list[float]]:
 
 def _cell(value: float, low: float, high: float, whole: bool) -> str:
     """`whole`: a distance and no ratio."""
+    if math.isnan(value):
+        return "neither"
     if math.isinf(value) or (not whole and value == 0):
         return "" if whole else "no rival" if value == 0 else "not reached"
     form = ".0f" if whole and value >= 100 else ".1f" if whole else ".2f"

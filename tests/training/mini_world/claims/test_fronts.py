@@ -37,6 +37,7 @@ def test_ratios_pair_the_replicates():
     found = fronts.ratios("ours / theirs", [row(20, 0.6)], [row(40, 0.82)], "digit")
     assert found.at[0.5] == pytest.approx((0.5, 0.5, 0.5)) and found.hypervolume is None and found.points == 2
     assert found.at[0.8] == (math.inf,) * 3
+    assert all(math.isnan(number) for number in found.at[0.9])
 
 
 def test_the_table_is_empty_where_nobody_is():
@@ -50,4 +51,4 @@ def test_the_table_is_empty_where_nobody_is():
     assert len({line.count("|") for line in lines}) == 1
     assert "| ours | 2 | 20.0 (18.1 to 21.9) |" in lines[2] and "| 120 (108 to 132) |  | " in lines[2]
     assert "| 0.50 (0.50 to 0.50) |" in lines[3] and "| 3.00 (3.00 to 3.00) | no rival | no rival |" in lines[3]
-    assert "not reached" in lines[4]
+    assert "| not reached | not reached | neither |" in lines[4]
