@@ -179,7 +179,7 @@ class TrainDomainUNet(io.ComfyNode):
             prediction = options.get("prediction", "auto")
             base, exported = training.prepare(*connected, given["checkpoint"], prompts, prediction, job)
             values = {**options, **{name: given[name] for name in ON_THE_NODE}, "base": base}
-            config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)})
+            config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)}).absolute()
             training.check_name(config)
             config = config.with_changes(data=training.gather_data(";".join(image_folder), images, config.run_folder))
             result, warnings = training.run(config, exported, resume, job)

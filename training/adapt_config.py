@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
-from .config import TrainConfig
+from .config import CONNECTED_BASE, TrainConfig
 from .settings import ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
@@ -44,15 +44,16 @@ class AdaptConfig(Settings):
 
     # what
     generator: str = option(MISSING, "what", "StyleGAN2 generator to adapt: .safetensors, NVIDIA's .pkl, "
-                            "rosinality's .pt, or mini_world", path=True, free=True)
+                            "rosinality's .pt, or mini_world", path=True, free=True, names=("mini_world",))
     base: str = option(MISSING, "what", "diffusion model that judges the images: a checkpoint (.safetensors in LDM "
-                       "layout: SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True)
+                       "layout: SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True, 
+                       names=("mini_world", CONNECTED_BASE))
     prompt: str = option("", "what", "describes the domain to reach, for instance 'a 3d render of a face, Pixar'")
     negative: str = option("", "what", "prompt of the prediction that guidance leads away from; with the method "
                            "nfsd, what images should not be")
     source_prompt: str = option("", "what", "methods dds and bridge only: describes what the generator makes now")
     domain: str = option("", "what", "domain model file that judges too; empty: the prompt alone", path=True,
-                         free=True)
+                         free=True, names=(CONNECTED_BASE,))
     name: str = option("adapted", "what", "name of the adapted generator; the finished file is NAME.safetensors",
                        free=True)
     output: str = option("", "what", "folder of the run (log, samples, checkpoints, finished file); empty: runs/NAME",

@@ -341,9 +341,10 @@ def open_checkpoint(
     """A full checkpoint of Stable Diffusion 1.x, 2.x or XL (`.safetensors`, LDM layout) as a base.
 
     vae: another file to take the autoencoder from ("" keeps the checkpoint's). tokenizer: folder with vocab.json and
-    merges.txt, needed only for prompts that are not empty. prediction: "auto" believes the file's markers, and where a
-    2.x file has none measures its UNet (`measured_prediction`). The text encoders are read when needed and let go
-    again. Raises FileProblem and ValueError.
+    merges.txt, needed only for prompts that are not empty. prediction: "auto" believes the file's markers; where a
+    2.x file has none its UNet is measured (`measured_prediction`), all others count as epsilon, as in ComfyUI, with a
+    note where a 1.x file measures otherwise. The text encoders are read when needed and let go again. Raises
+    FileProblem and ValueError.
     """
     if prediction not in PREDICTIONS:
         raise ValueError(f"Expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
@@ -380,13 +381,7 @@ def open_checkpoint(
     notes: list[str] = []
     zero_snr = prediction == "v_prediction_zero_snr" or (prediction == "auto" and "ztsnr" in keys)
     if prediction == "auto":
-        prediction = _stated_prediction(keys, metadata) or ("" if config.context_dim == 1024 else "epsilon")
-    if not prediction:
-        prediction, agreement = measured_prediction(weights, config, null.tensor)
-        notes.append(
-            f"{path.name} does not state its prediction type; measured {prediction} (its output on pure noise agrees "
-            f"with the noise to {agreement:.2f}; near 1 is epsilon). Set prediction to overrule it."
-        )
+        prediction = _stated_prediction(keys, metadata) or _unstated_prediction(path, weights, config, null, notes)
     if "ztsnr" in keys and not zero_snr:
         notes.append(
             f"{path.name} says that it was trained to zero SNR (marker ztsnr), and prediction asks for {prediction} on "
@@ -404,6 +399,29 @@ def open_checkpoint(
         prediction.removesuffix("_zero_snr"), zero_snr, family.latent_format,
         LATENT_SCALES[family.latent_format], null, network, encoders.encode if tokenizer else None, tuple(notes), path,
     )
+
+
+def _unstated_prediction(
+    path: Path, weights: Mapping[str, Tensor], config: UNetConfig, null: NullContext, notes: list[str]
+) -> str:
+    """The prediction type of a file that does not state it; what to know about that goes into `notes`."""
+    if config.adm_in_channels is not None:
+        return "epsilon"  # SDXL: its v-models are marked, and measuring one takes 10 GB
+    measured, agreement = measured_prediction(weights, config, null.tensor)
+    why = f"its output on pure noise agrees with the noise to {agreement:.2f}; near 1 is epsilon"
+    if config.context_dim == 1024:
+        notes.append(
+            f"{path.name} does not state its prediction type; measured {measured} ({why}). Set prediction to overrule "
+            "it."
+        )
+        return measured
+    if measured != "epsilon":
+        # Unmarked 1.x files count as epsilon in ComfyUI, which draws with what is trained here.
+        notes.append(
+            f"{path.name} does not state its prediction type and is taken for an epsilon model, as ComfyUI takes it, "
+            f"but looks like {measured} ({why}). Set prediction to {measured} if it is such a model."
+        )
+    return "epsilon"
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
-from .config import CONNECTED_BASE, ConfigProblem, TrainConfig, field_kinds
+from .config import ConfigProblem, TrainConfig, field_kinds
 from .console import Console, own_command
 from .settings import Settings, kinds_of, read_values
 from .signals import StopRequest
@@ -59,6 +59,7 @@ SHORT = {
     "data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p",
 }  # fmt: skip
 MINI_WORLD = "mini_world"
+PATH = os.path.expanduser  # shells leave the "~" of --option=~/here as it is
 
 
 class _Parser(argparse.ArgumentParser):
@@ -174,7 +175,7 @@ def _add_resume(commands: Any) -> None:
         "The options are those that do not change what is learned: with --steps a finished run learns on.",
     )  # fmt: skip
     command.usage = "indomain resume RUN [OPTION ...]"
-    command.add_argument("folder", metavar="RUN", help="the run's folder, which holds its config.json")
+    command.add_argument("folder", type=PATH, metavar="RUN", help="the run's folder, which holds its config.json")
     _add_run_options(command)
     known = {one.name for one in dataclasses.fields(TrainConfig)}
     _add_fields(command, _may_change)
@@ -189,7 +190,7 @@ def _may_change(one: dataclasses.Field) -> bool:
 def _add_start_options(command: argparse.ArgumentParser) -> None:
     """What every command that starts a run takes."""
     command.add_argument(
-        "--config", metavar="FILE",
+        "--config", type=PATH, metavar="FILE",
         help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
              "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
              "beside the file's output, where it names one",
@@ -284,7 +285,7 @@ def _given(options: argparse.Namespace, names: Iterable[str] | None = None) -> d
 def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resume: bool | str) -> int:
     from .sample_command import comfyui_tokenizer
 
-    config = absolute(config)
+    config = config.absolute()
     if isinstance(config, AdaptConfig):
         from .adapt import adapt as run
 
@@ -300,23 +301,6 @@ def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resum
         result = run(config, resume=resume, listener=console, should_stop=request, dry_run=options.dry_run)
     console.result(result)
     return request.exit_code if result.status == "stopped" else DONE
-
-
-def absolute(config: Settings) -> Settings:
-    """The configuration with absolute paths, so that a run can be continued from any folder."""
-
-    def place(path: str) -> str:
-        if path in ("", MINI_WORLD) or path.startswith(CONNECTED_BASE):
-            return path
-        return os.path.abspath(os.path.expanduser(path))
-
-    changes: dict[str, Any] = {}
-    for one in dataclasses.fields(config):
-        if one.metadata["path"]:
-            value = getattr(config, one.name)
-            changes[one.name] = tuple(map(place, value)) if isinstance(value, tuple) else place(value)
-    changes["output"] = place(str(config.run_folder))
-    return config.with_changes(**changes)
 
 
 # ---------------------------------------------------------------------------------------------- check-data, mini-data
@@ -363,7 +347,7 @@ def _add_mini_data(commands: Any) -> None:
         commands, "mini-data", _mini_data, "write images of the mini world, to try training on",
         "Handwritten digits as PNG files of 64 x 64 pixels, without captions: a domain for --base mini_world.",
     )  # fmt: skip
-    command.add_argument("folder", metavar="DIR", help="a new or empty folder")
+    command.add_argument("folder", type=PATH, metavar="DIR", help="a new or empty folder")
     command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
                          help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
     command.add_argument("--count", type=int, default=500, metavar="N", help="how many (default 500; 1 to 8000)")
@@ -387,7 +371,7 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", _inspect, "tell everything a model file knows about itself",
         "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
     )  # fmt: skip
-    command.add_argument("file", metavar="FILE", help="a .safetensors file, or a generator's .pkl or .pt")
+    command.add_argument("file", type=PATH, metavar="FILE", help="a .safetensors file, or a generator's .pkl or .pt")
     _add_json(command, "all of it as one JSON object")
 
 
@@ -406,8 +390,9 @@ def _add_convert(commands: Any) -> None:
         "domain model: the same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or "
         "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
     )  # fmt: skip
-    command.add_argument("source", metavar="FROM", help="a checkpoint, a domain model, a generator, or mini_world")
-    command.add_argument("target", metavar="TO", help="the .safetensors file to write")
+    command.add_argument("source", type=PATH, metavar="FROM",
+                         help="a checkpoint, a domain model, a generator, or mini_world")
+    command.add_argument("target", type=PATH, metavar="TO", help="the .safetensors file to write")
     command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
                          help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
                               "(default)")  # fmt: skip
@@ -452,14 +437,15 @@ def _add_sample(commands: Any) -> None:
         "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
         "the files that adapt takes, only count, seed, truncation, output and device matter.",
     )  # fmt: skip
-    command.add_argument("domain", metavar="MODEL",
+    command.add_argument("domain", type=PATH, metavar="MODEL",
                          help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "
                               "(domain model), mini_world (generator)")  # fmt: skip
-    command.add_argument("-b", "--base", metavar="PATH", help="the prior, a file or mini_world (default: the run's)")
+    command.add_argument("-b", "--base", type=PATH, metavar="PATH",
+                         help="the prior, a file or mini_world (default: the run's)")
     command.add_argument("-p", "--prompt", action="append", metavar="TEXT",
                          help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
     command.add_argument("--negative", default="", metavar="TEXT", help="prompt of the base (default: empty)")
-    command.add_argument("-o", "--output", default="pictures", metavar="DIR",
+    command.add_argument("-o", "--output", type=PATH, default="pictures", metavar="DIR",
                          help="folder (default: pictures); a picture whose name is taken gets a number behind it")
     command.add_argument("-c", "--count", type=int, default=4, metavar="N", help="pictures per prompt (default 4)")
     command.add_argument("--seed", type=int, default=0, metavar="N", help="of the first; the next one has N + 1")
@@ -479,8 +465,8 @@ def _add_sample(commands: Any) -> None:
                          help="(default: the resolution it was trained at, else what the prior was made for)")
     command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the width)")
     command.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures drawn at once (default 4)")
-    command.add_argument("--vae", default="", metavar="PATH", help="another VAE than the checkpoint's")
-    command.add_argument("--tokenizer", default="", metavar="PATH",
+    command.add_argument("--vae", type=PATH, default="", metavar="PATH", help="another VAE than the checkpoint's")
+    command.add_argument("--tokenizer", type=PATH, default="", metavar="PATH",
                          help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")
     command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                          help="auto: bf16 on GPUs that have it, else fp32")  # fmt: skip

@@ -29,7 +29,7 @@ class TrainConfig(Settings):
 
     # what
     base: str = option(MISSING, "what", "prior to start from: a checkpoint (.safetensors in LDM layout: "
-                       "SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True)
+                       "SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True, names=("mini_world", CONNECTED_BASE))
     data: tuple[str, ...] = option((), "what", "folders of images (searched recursively) or .tar shards of them; "
                                    "shard-{0000..0003}.tar names several", path=True, free=True)
     name: str = option("domain", "what", "name of the domain model; the finished file is NAME.safetensors", free=True)
@@ -55,8 +55,8 @@ class TrainConfig(Settings):
                                    "the rank, a scale of 1", min=0.0, max=4096.0)
     gradient_checkpointing: bool = option(False, "model", "compute activations twice instead of storing them: about a "
                                           "third slower, far less memory", free=True)
-    prediction: str = option("auto", "model", "what the prior predicts; auto: as the checkpoint says or, "
-                             "where it says nothing, as measured",
+    prediction: str = option("auto", "model", "what the prior predicts; auto: as the checkpoint says; "
+                             "where it says nothing, an SD 2.x one is measured and all others count as epsilon",
                              choices=("auto", "epsilon", "v_prediction", "v_prediction_zero_snr"))
 
     # data

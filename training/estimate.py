@@ -12,7 +12,6 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 
 from ..guidance.networks.unet import ResBlock, TransformerBlock, UNet, UNetConfig
 from .base import Base
+from .memory import available_memory
 from .parts import choose_trainable
 from .previews import preview_dtype
 from .processes import pick_precision
@@ -136,6 +136,7 @@ def estimate(
         # Only the blocks' inputs stay; during the backward pass one block's activations exist again.
         kept = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=True).saved + trace.block_bytes
     total, trainable = trace.parameters, trace.trainable
+    lora = config.form == "full" and config.train == "low_rank"  # its file is the additions alone
 
     weights, gradients = 4 * total, 4 * trainable
     optimizer = (2 if config.optimizer == "adamw8bit" else 8) * trainable
@@ -170,7 +171,7 @@ def estimate(
         total, trainable, waiting, weights, gradients, optimizer, average, kept, peak, preview, available,
         checkpoint=4 * trainable + average + optimizer,
         latents=latents,
-        file=total * (4 if config.file_dtype == "fp32" else 2),
+        file=(trainable if lora else total) * (4 if config.file_dtype == "fp32" else 2),
         seconds_per_step=per_step,
         seconds_preview=per_grid,
         seconds_caching=caching,
@@ -340,13 +341,7 @@ def _available(device: torch.device) -> int | None:
     """Free memory of the device in bytes, where it can be asked for."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    if device.type == "cpu":
-        try:  # what the system would give, disk caches included
-            lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-            return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-        except (OSError, StopIteration, ValueError, IndexError):  # not Linux
-            return None
-    return None
+    return available_memory() if device.type == "cpu" else None
 
 
 def _advice(needed: int, fixed: int, available: int | None, config: TrainConfig) -> str:

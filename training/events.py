@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from ..guidance.files import FileProblem
 from .atomic import replacing
+from .lettering import default_font
 
 
 @dataclass(frozen=True)
@@ -420,7 +421,7 @@ def draw_losses(train: Mapping[int, float], held_out: Mapping[int, float], width
     first, last = min([*steps, *held_out]), max([*steps, *held_out])
 
     image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), _font(13)
+    draw, font = ImageDraw.Draw(image), default_font(13)
     left, top, right, bottom = 70, 40, width - 24, height - 44
 
     def place(step: float, loss: float) -> tuple[float, float]:
@@ -456,12 +457,3 @@ def _ticks(low: float, high: float) -> list[float]:
     step = next(size * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (size * factor) <= 6)
     first, last = math.floor(low / step), math.ceil(high / step)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def _font(size: int) -> Any:
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size)
-    except (TypeError, ImportError, OSError):  # Pillow before 10.1, or one without FreeType: its small built-in font
-        return ImageFont.load_default()

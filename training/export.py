@@ -40,6 +40,7 @@ from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, 
 from ..guidance.networks.unet import UNetConfig, unet_config_from_state_dict
 from .base import FAMILIES, MINI_WORLD, Base, open_checkpoint, open_mini_world
 from .checkpoints import MARK, TRAILER, load_checkpoint
+from .config import MIN_RESOLUTION, RESOLUTION_STEP, ConfigProblem
 from .low_rank import kohya_tensors, low_rank_layers
 from .parts import FORMS, Trainee, start_model
 
@@ -189,6 +190,10 @@ def convert(
     """
     if form and form not in FORMS:
         raise ValueError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
+    if resolution is not None and (resolution < MIN_RESOLUTION or resolution % RESOLUTION_STEP):
+        raise ConfigProblem(
+            f"resolution: expected a multiple of {RESOLUTION_STEP} pixels from {MIN_RESOLUTION} on, found {resolution}."
+        )
     target = Path(target)
     if str(source) != MINI_WORLD:
         source = Path(source)

@@ -59,6 +59,12 @@ class Pass:
     conditioning: dict[str, Tensor]
 
 
+def check_batch(config: TrainConfig, world: int) -> None:
+    """Raise ConfigProblem for a batch that `world` processes cannot share."""
+    if config.batch_size % world:
+        raise ConfigProblem(f"batch_size: expected a multiple of the {world} processes, found {config.batch_size}.")
+
+
 class Learner:
     """Trains those parameters of `unet` that require gradients, on `dataset`, from step 0 or from a loaded state.
 
@@ -86,10 +92,7 @@ class Learner:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         self.processes = processes or OneProcess(config.device)
-        if config.batch_size % self.processes.world:
-            raise ConfigProblem(
-                f"batch_size: expected a multiple of the {self.processes.world} processes, found {config.batch_size}."
-            )
+        check_batch(config, self.processes.world)
         # Each process has read the images by itself; other numbering in one would mix batches up without a word.
         if len(set(self.processes.each(int(dataset.content_hash[:12], 16)))) > 1:
             raise DataProblem(

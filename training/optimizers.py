@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import ConfigProblem, TrainConfig
+
+
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise ConfigProblem for an optimizer whose package is missing, which loads nothing."""
+    if config.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+        raise ConfigProblem(
+            "optimizer: adamw8bit needs the package bitsandbytes, which is not installed; pip install bitsandbytes, or "
+            "choose adamw."
+        )
 
 
 def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -26,13 +36,9 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.optimizer == "adamw8bit":
-        try:
-            from bitsandbytes.optim import AdamW8bit
-        except ImportError as error:
-            raise ConfigProblem(
-                "optimizer: adamw8bit needs the package bitsandbytes, which is not installed; pip install "
-                "bitsandbytes, or choose adamw."
-            ) from error
+        check_optimizer(config)
+        from bitsandbytes.optim import AdamW8bit
+
         return AdamW8bit(groups, **options)
     # One pass over the weights instead of a dozen; every backend this runs on has it for fp32.
     fused = all(one.device.type in ("cpu", "cuda", "mps", "xpu") for one in parameters)

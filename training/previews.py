@@ -18,6 +18,7 @@ from ..guidance.presets import cfg, domain_guidance, in_domain
 from ..guidance.sampling import sample, sigmas_uniform
 from .atomic import replacing
 from .base import Base, ImageSize, Text
+from .lettering import default_font, write
 from .processes import computes_in_bf16
 
 if TYPE_CHECKING:
@@ -181,21 +182,21 @@ def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str]
     if max(height, width) > LARGEST_TILE:
         scale = LARGEST_TILE / max(height, width)
     tile = (round(width * scale), round(height * scale))
-    font = _font(13)
+    font = default_font(13)
     line = 17
     heading = MARGIN + (line if title else 0) + line
     size = (LABEL_WIDTH + count * (tile[0] + MARGIN), heading + len(pictures) * (tile[1] + MARGIN))
     sheet = Image.new("RGB", size, (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text((MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
+        write(draw, (MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
     for index, label in enumerate(columns):
-        draw.text((LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
+        write(draw, (LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
     for at, (row, label) in enumerate(zip(pictures, rows)):
         top = heading + at * (tile[1] + MARGIN)
         wrapped = textwrap.wrap(label, width=20)[: max(1, tile[1] // line)]
         for number, part in enumerate(wrapped):
-            draw.text((MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
+            write(draw, (MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
         for index, picture in enumerate(row):
             values = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
@@ -210,12 +211,3 @@ def save_png(image: Image, path: str | os.PathLike) -> Path:
     with replacing(path) as file:
         image.save(file, format="PNG")
     return Path(path)
-
-
-def _font(size: int):
-    from PIL import ImageFont
-
-    try:
-        return ImageFont.load_default(size)
-    except TypeError:  # Pillow before 10.1 has one size
-        return ImageFont.load_default()

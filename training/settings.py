@@ -1,8 +1,9 @@
 """Settings: flat, validated, frozen dataclasses whose fields say everything about themselves.
 
 Command line, node tooltips and documentation are generated from the metadata of the fields (`option`): `help`, `group`,
-`choices`, `min`, `max` (both inclusive), `path` (a local path, left out of published files) and `free` (may differ when
-a run is resumed, because it does not change the numbers that are trained).
+`choices`, `min`, `max` (both inclusive), `path` (a local path, left out of published files), `names` (values of a path
+that are none; one that ends in ":" stands for all that begin so) and `free` (may differ when a run is resumed, because
+it does not change the numbers that are trained).
 """
 
 from __future__ import annotations
@@ -102,6 +103,17 @@ class Settings:
         """From a .toml or .json file; `overrides` replace its fields. Raises FileProblem for an unreadable file."""
         return cls.from_mapping({**read_values(path), **overrides}, source=str(path))
 
+    def absolute(self: Own) -> Own:
+        """A copy with absolute paths, "~" expanded, so that a run can be continued from any folder."""
+        changes: dict[str, Any] = {}
+        for one in dataclasses.fields(self):
+            if one.metadata["path"]:
+                value = getattr(self, one.name)
+                parts = tuple(_absolute(one, part) for part in (value if isinstance(value, tuple) else (value,)))
+                changes[one.name] = parts if isinstance(value, tuple) else parts[0]
+        changes["output"] = os.path.abspath(os.path.expanduser(self.run_folder))
+        return self.with_changes(**changes)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, tuples as lists; `from_mapping` inverts it."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
@@ -192,7 +204,11 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
         value = (value,) if isinstance(value, (str, os.PathLike)) else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, os.PathLike)) for part in value):
             raise ConfigProblem(f"{one.name}: expected a list of strings, found {value!r}.")
-        return tuple(os.fspath(part) for part in value)
+        value = tuple(os.fspath(part) for part in value)
+        if limits["path"] and not all(value):
+            # Path("") is the current folder, which is hardly what an unset variable of a script meant.
+            raise ConfigProblem(f"{one.name}: expected paths, found an empty one; name a folder, or . for this one.")
+        return value
     if kind is str:
         if not isinstance(value, (str, os.PathLike)):
             raise ConfigProblem(f"{one.name}: expected text, found {value!r}.")
@@ -216,6 +232,13 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
     if not limits["min"] <= value <= limits["max"]:
         raise ConfigProblem(f"{one.name}: expected a number from {limits['min']} to {limits['max']}, found {value}.")
     return value
+
+
+def _absolute(one: dataclasses.Field, path: str) -> str:
+    names = one.metadata.get("names", ())
+    if not path or any(path == name or (name.endswith(":") and path.startswith(name)) for name in names):
+        return path
+    return os.path.abspath(os.path.expanduser(path))
 
 
 def _is_unicode(text: str) -> bool:

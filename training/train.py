@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
@@ -12,14 +13,15 @@ from torch import Tensor
 
 from .base import Base, ImageSize, open_base
 from .config import ConfigProblem, TrainConfig
-from .data import CachingStopped, DataProblem, LatentDataset, find_images, open_dataset
+from .data import CachingStopped, DataProblem, LatentDataset, expanded, find_images, open_dataset
 from .engine import Engine, Result, check_resume, due
-from .estimate import estimate
+from .estimate import estimate, size_text
 from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
-from .learner import DTYPES, Learner
+from .learner import DTYPES, Learner, check_batch
 from .memory import is_memory_problem
+from .optimizers import check_optimizer
 from .origin import origin_of
 from .parts import Trainee, start_model
 from .previews import Preview, save_png
@@ -82,6 +84,7 @@ class _Run(Engine):
 
     def dry(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
         """Everything that can be known before the first image is read, also of the run that it would go on with."""
+        self._check_beforehand()
         start, _ = self.begin(resume)
         base = base or open_base(self.config)
         for note in base.notes:
@@ -90,6 +93,7 @@ class _Run(Engine):
         return Result("dry_run", 0, None, self.folder)
 
     def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
+        self._check_beforehand()
         with ExitStack() as stack:
             self.take_place(stack)
             start, found = self.begin(resume)
@@ -117,6 +121,19 @@ class _Run(Engine):
             del state, found  # what lies in the checkpoint's file has been copied out of it
             self.reports = _Reports(self, base, held_out)
             return self.loop()
+
+    def _check_beforehand(self) -> None:
+        """Refuse what would otherwise be found out when all images are encoded, or never."""
+        config = self.config
+        check_optimizer(config)
+        check_batch(config, self.processes.world)
+        for one in config.data:
+            with suppress(DataProblem):  # nothing there: told when images are looked for
+                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one)):
+                    raise ConfigProblem(
+                        f"output: expected a folder of the run's own, found {self.folder}, the folder of images, which "
+                        "would learn its own sample grids; choose another output."
+                    )
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
         super()._resolve(state)
@@ -218,9 +235,8 @@ class _Run(Engine):
                 # Other devices say that memory ran out; here the system would kill the process, and whatever else it
                 # holds (ComfyUI), without a word.
                 raise ConfigProblem(
-                    f"batch_size: expected a batch that fits into memory, found {self.config.batch_size} images of "
-                    f"{self.config.resolution} px, which need about {needs.peak / 2**30:.0f} GiB of the "
-                    f"{needs.available / 2**30:.0f} GiB available; take fewer, with more accumulation."
+                    f"Expected a run that fits into memory, found that it needs about {size_text(needs.peak)} with "
+                    f"batch_size {config.batch_size} at resolution {config.resolution}. {needs.advice}"
                 )
 
     # ---- what becomes of it

@@ -175,8 +175,11 @@ def data_fingerprint(text: str) -> str:
     """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
     digest = hashlib.sha256()
     for path in _places_of_images(text):
-        for folder, folders, files in os.walk(path):
-            folders.sort()
+        seen = {os.path.realpath(path)}
+        for folder, folders, files in os.walk(path, followlinks=True):  # the trainer follows them too
+            known = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
+            folders[:] = [name for name, real in known.items() if real not in seen]
+            seen.update(known.values())
             for name in sorted(files):
                 if comfy.model_management.processing_interrupted():
                     # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node.
@@ -392,8 +395,8 @@ def describe(event: Event) -> str:
             return f"already trained for {event.steps} steps; raise steps to go on, or choose another name"
         images = f"{event.images} images, " if event.images else ""
         return f"{images}{event.steps} steps\n{event.estimate}".rstrip()
-    if isinstance(event, events.Stopped):
-        return f"stopped and saved at step {event.step}; run again to continue"
+    if isinstance(event, events.Stopped) and event.path:
+        return f"stopped and saved at step {event.step} in {event.path}; run again to continue"
     return events.describe(event)
 
 
@@ -471,7 +474,8 @@ def finish_run(
     if result.status == "stopped":
         progress.raise_if_cancelled()
         # Somebody else ended it, such as the system the training process; an older run's file is not its result.
-        raise ValueError(f"{node}: was stopped at step {result.step} and saved; run again to continue.")
+        where = f"at step {result.step} and saved in {result.run}" if result.step else "before its first step"
+        raise ValueError(f"{node}: was stopped {where}; run again to continue.")
     progress.pass_on()
     return result, progress.warnings
 

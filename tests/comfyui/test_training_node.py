@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -239,6 +240,36 @@ def test_the_cache_of_node_outputs_notices_new_images(world):
     assert fingerprint(image_folder=[None]) == fingerprint()
 
 
+def test_the_cache_of_node_outputs_looks_behind_links_as_training_does(world):
+    folder, elsewhere = world.tmp / "input" / "linked", world.tmp / "far"
+    folder.mkdir(), elsewhere.mkdir()
+    try:
+        os.symlink(elsewhere, folder / "more", target_is_directory=True)
+        os.symlink(folder, elsewhere / "back", target_is_directory=True)
+    except OSError:
+        pytest.skip("no links here")
+    fingerprint = world.nodes.TrainDomainUNet.fingerprint_inputs
+    before = fingerprint(image_folder=["linked"])
+    Image.new("RGB", (8, 8)).save(elsewhere / "one.png")
+    assert fingerprint(image_folder=["linked"]) != before
+
+
+def test_what_is_shown_of_a_cancelled_run_says_what_was_saved_and_where(world):
+    from indomain_guidance.training.events import Stopped
+
+    describe = world.internals.describe
+    assert describe(Stopped(0, "")) == "stopped before the first step; nothing was trained"
+    shown = "stopped and saved at step 7 in /runs/x/step-7; run again to continue"
+    assert describe(Stopped(7, "/runs/x/step-7")) == shown
+
+
+def test_home_is_found_in_the_options(world, train, pictures, monkeypatch):
+    monkeypatch.setenv("HOME", str(world.tmp))
+    monkeypatch.setenv("USERPROFILE", str(world.tmp))
+    train(images=[pictures], steps=1, options={"cache": "~/latents"})
+    assert any((world.tmp / "latents").rglob("*.safetensors"))
+
+
 def test_the_cache_of_node_outputs_notices_new_shards(comfyui, world):
     fingerprint = world.nodes.TrainDomainUNet.fingerprint_inputs
     for number in range(2):
@@ -319,7 +350,7 @@ def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monk
     older = train(images=[pictures])
     stopped = module("training.train").Result("stopped", 4, None, world.tmp / "run")
     monkeypatch.setattr(module("training.isolated"), "run_isolated", lambda *args, **more: stopped)
-    with pytest.raises(ValueError, match="stopped at step 4 and saved; run again"):
+    with pytest.raises(ValueError, match="stopped at step 4 and saved in .*run; run again"):
         train(images=[pictures], steps=9, isolated=True)
     assert module("guidance.files").read_domain_file(older.path)[1].steps == 3
 

@@ -139,6 +139,18 @@ def test_measures_the_prediction_type_of_silent_2x_files(mini, tiny_checkpoint, 
     assert silent.prediction_type == "v_prediction" and "measured v_prediction" in silent.notes[0]
 
 
+def test_a_silent_1x_file_counts_as_epsilon_and_says_when_it_looks_otherwise(tiny_checkpoint, monkeypatch):
+    path = tiny_checkpoint("sd1").path
+    base = bases.open_checkpoint(path)  # random weights know nothing of the noise
+    (note,) = base.notes
+    assert base.prediction_type == "epsilon" and "looks like v_prediction" in note and "Set prediction to" in note
+    for prediction in ("epsilon", "v_prediction"):
+        base = bases.open_checkpoint(path, prediction=prediction)
+        assert (base.prediction_type, base.notes) == (prediction, ())
+    monkeypatch.setattr(bases, "measured_prediction", lambda *_: ("epsilon", 0.99))
+    assert bases.open_checkpoint(path).notes == ()
+
+
 def test_from_parts_equals_the_file(tiny_checkpoint):
     made = tiny_checkpoint("sdxl")
     opened = bases.open_checkpoint(made.path)

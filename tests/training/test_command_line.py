@@ -132,6 +132,27 @@ def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_
     assert started[-1][0].output == str(Path("runs/teapots").absolute())
 
 
+def test_an_empty_path_is_no_folder(started):
+    """What an unset variable of a script leaves; it would be the folder that one is in."""
+    for command in (["train", "-b", "mini_world", "-d", ""], ["check-data", ""], ["check-data", "x", ""]):
+        status, _, err = run(*command)
+        assert status == 2 and "data: expected paths, found an empty one" in err, command
+    assert started == []
+
+
+def test_home_is_found_in_every_path_and_only_a_base_can_be_the_mini_world(started, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert run("train", "-b", "mini_world", "-d", "mini_world", "~/more", "--cache=~/latents", "--output=~/run")[0] == 0
+    config = started[0][0]
+    assert config.base == "mini_world" and config.data == (str(tmp_path / "mini_world"), str(tmp_path / "more"))
+    assert (config.cache, config.output) == (str(tmp_path / "latents"), str(tmp_path / "run"))
+    assert run("mini-data", "~/digits", "--count", 2)[0] == 0
+    assert run("sample", "mini-handwriting", "-p", "a red seven", "-c", 1, "--steps", 1, "--output=~/drawn")[0] == 0
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["digits", "drawn"]
+
+
 @pytest.mark.parametrize("options", [["--sample-prompts", "a cat"], ["--form", "full", "--caption", "a cat"]])
 def test_prompts_and_captions_find_comfyuis_tokenizer(started, monkeypatch, options):
     monkeypatch.setattr("indomain_guidance.training.sample_command.comfyui_tokenizer", lambda: "/comfyui/tokenizer")

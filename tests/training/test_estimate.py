@@ -82,6 +82,8 @@ def test_counts_what_each_choice_costs(base, monkeypatch):
     assert all_of_it.trainable == all_of_it.parameters == sum(p.numel() for p in parts.start_model(base).parameters())
     assert of(optimizer="adamw8bit").optimizer * 4 == all_of_it.optimizer == 8 * all_of_it.trainable
     assert of(ema=0.0).average == 0 and of(file_dtype="fp32").file == 2 * all_of_it.file == 4 * all_of_it.parameters
+    lora = of(form="full", train="low_rank", rank=8)
+    assert lora.file == 2 * lora.trainable < all_of_it.file / 4
     assert of(accumulation=4).peak > all_of_it.peak > low_rank.peak
     assert of(batch_size=16).activations == 2 * all_of_it.activations
     assert of(random_crops=3, flip=True).latents == 6 * all_of_it.latents == 6 * 100 * 2 * 4 * 4 * 8 * 8

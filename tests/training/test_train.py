@@ -667,3 +667,40 @@ def test_it_trains_in_inference_mode(run):
     """As ComfyUI calls its nodes."""
     with torch.inference_mode():
         assert run(steps=1)[0].status == "finished"
+
+
+# ------------------------------------------------------------------------------------- refused before anything is done
+
+
+def refused(run, folder, message, **changes):
+    """Both the dry run and the run refuse, and neither reads an image nor leaves a run behind."""
+    for dry_run in (True, False):
+        seen = []
+        with pytest.raises(ConfigProblem, match=message):
+            run(dry_run=dry_run, listener=seen.append, **changes)
+        assert Caching not in kinds(seen) and not (folder / "cache").exists(), dry_run
+        assert not (folder / "run" / "checkpoints").exists()
+
+
+def test_a_run_among_its_images_is_refused(run, folder):
+    """It would learn its own sample grids when it goes on."""
+    before = sorted(path.name for path in (folder / "images").iterdir())
+    refused(run, folder, "output: expected a folder of the run's own", output=str(folder / "images"))
+    refused(run, folder, "output: expected", output=str(folder / "images"), data=(str(folder / "ima*"),))
+    assert sorted(path.name for path in (folder / "images").iterdir()) == before
+    assert run(output=str(folder / "images" / "run"), steps=1)[0].status == "finished"
+
+
+def test_an_optimizer_that_is_not_installed_is_refused_before_images_are_encoded(run, folder, monkeypatch):
+    monkeypatch.setattr("indomain_guidance.training.optimizers.find_spec", lambda name: None)
+    refused(run, folder, "optimizer: adamw8bit needs the package bitsandbytes", optimizer="adamw8bit")
+
+
+def test_a_run_that_no_memory_holds_is_refused_by_what_is_to_blame(run, folder, monkeypatch):
+    for available, message in (
+        (2**20, "needs about .* with batch_size 2 .*whatever the batch: try train self_attention or low_rank"),
+        (2**26, "needs about .* with batch_size 4096 .* available: try gradient_checkpointing, batch_size 1"),
+    ):
+        monkeypatch.setattr("indomain_guidance.training.estimate._available", lambda device, bytes=available: bytes)
+        batch = 2 if available == 2**20 else 4096
+        refused(run, folder, message, batch_size=batch)

@@ -5,7 +5,7 @@ from .check import DataReport, check_data
 from .images import BadImage, DataProblem, crop_to, load_image, to_tensor
 from .latent_cache import LatentCache, default_cache_folder
 from .latent_dataset import CachingStopped, LatentDataset, Sample, open_dataset
-from .sources import ImageEntry, MemoryEntry, find_images, image_entries
+from .sources import ImageEntry, MemoryEntry, expanded, find_images, image_entries
 
 __all__ = [
     "BadImage",
@@ -22,6 +22,7 @@ __all__ = [
     "check_data",
     "crop_to",
     "default_cache_folder",
+    "expanded",
     "find_images",
     "image_entries",
     "load_image",

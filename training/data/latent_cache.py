@@ -35,13 +35,18 @@ ABANDONED_SECONDS = 24 * 3600.0
 def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
     """Where latents are kept unless a run says otherwise: ``latents`` in the user's cache folder for this project."""
     if environ.get("INDOMAIN_CACHE"):
-        root = Path(environ["INDOMAIN_CACHE"]).expanduser().absolute()
+        root = Path(os.path.expanduser(environ["INDOMAIN_CACHE"])).absolute()
     elif os.name == "nt" and environ.get("LOCALAPPDATA"):
         root = Path(environ["LOCALAPPDATA"]) / "indomain-guidance"
     elif environ.get("XDG_CACHE_HOME"):
-        root = Path(environ["XDG_CACHE_HOME"]).expanduser().absolute() / "indomain-guidance"
+        root = Path(os.path.expanduser(environ["XDG_CACHE_HOME"])).absolute() / "indomain-guidance"
     else:
-        root = Path.home() / ".cache" / "indomain-guidance"
+        try:
+            root = Path.home() / ".cache" / "indomain-guidance"
+        except RuntimeError as error:  # a user without an entry, as in some containers
+            raise FileProblem(
+                "Expected a home folder to keep latents in, found none; set cache, or INDOMAIN_CACHE, to a folder."
+            ) from error
     return root / "latents"
 
 

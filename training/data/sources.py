@@ -181,7 +181,9 @@ def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> lis
 
 def expanded(pattern: str) -> Iterator[Path]:
     """The paths a pattern stands for; itself where a file or folder has that very name."""
-    path = Path(pattern).expanduser()
+    if not pattern:
+        raise DataProblem("Expected a folder of images or a shard, found an empty path; . is the folder you are in.")
+    path = Path(os.path.expanduser(pattern))
     if path.exists():
         yield path
         return
@@ -212,7 +214,7 @@ def _choices(inside: str) -> list[str]:
 
 
 def _unwanted(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
 def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
@@ -306,9 +308,12 @@ def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
         return
     plain = [member for member in members if member.isreg() and not member.issparse()]
     wanted = [member for member in plain if not any(map(_unwanted, PurePosixPath(member.name).parts))]
-    chosen = _one_per_key(wanted)
+    latest = {member.name: member for member in wanted}  # as unpacking leaves a name that was added again
+    chosen = _one_per_key(list(latest.values()))
     for member in wanted:
-        if member.name in chosen and chosen[member.name] is member:
+        if latest[member.name] is not member:
+            found.ignored["replaced by a later one of their name"] += 1
+        elif member.name in chosen and chosen[member.name] is member:
             found.entries.append(ImageEntry(f"{name}!{member.name}", path, member.size, member.offset_data, True))
         elif PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
             found.ignored[PurePosixPath(member.name).suffix.lower()] += 1

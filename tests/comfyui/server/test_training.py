@@ -267,7 +267,7 @@ def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):
 def test_a_batch_that_no_memory_holds_is_refused_before_it_takes_any(server, prompt, run_of, made_by, isolated):
     graph = prompt(batch_size=65536, sample_every=0, isolated=isolated)
     message = message_of(server, graph)
-    assert "65536 images of 64 px" in message and "GiB available" in message and "accumulation" in message
+    assert "batch_size 65536 at resolution 64" in message and "GiB available" in message and "accumulation" in message
     assert not made_by(graph).exists() and "Step" not in kinds(run_of(graph))
     # Nothing of it stands in the way of a smaller batch.
     graph["train"]["inputs"].update(batch_size=2, steps=1)

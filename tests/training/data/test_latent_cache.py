@@ -159,6 +159,15 @@ def test_default_folder():
     assert default_cache_folder({}).parts[-3:] == (".cache", "indomain-guidance", "latents")
 
 
+def test_no_home_to_keep_latents_in(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(FileProblem, match="set cache, or INDOMAIN_CACHE"):
+        default_cache_folder({})
+
+
 WRITER = """
 import hashlib, importlib.util, sys, torch
 spec = importlib.util.spec_from_file_location("bootstrap", sys.argv[1])

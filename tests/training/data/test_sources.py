@@ -143,6 +143,20 @@ def test_shards(tmp_path):
     assert names(path) == [f"{path}!{name}" for name in expected]
 
 
+def test_members_of_odd_names_and_of_one_name(tmp_path):
+    """Packed from beside the folder their names begin with ".."; a tar that was updated has a name twice."""
+    members = {"../pics/1.png": content(1), "./2.png": content(2), "../.hidden/3.png": content(3)}
+    path = shard(tmp_path / "one.tar", members)
+    with tarfile.open(path, "a") as archive:
+        info = tarfile.TarInfo("./2.png")
+        info.size = len(content(4))
+        archive.addfile(info, io.BytesIO(content(4)))
+    found = search([path])
+    assert [entry.name for entry in found.entries] == [f"{path}!../pics/1.png", f"{path}!./2.png"]
+    assert [entry.read() for entry in found.entries] == [content(1), content(4)]
+    assert found.ignored == {"replaced by a later one of their name": 1}
+
+
 def test_braces_and_patterns(tmp_path):
     for number in range(12):
         shard(tmp_path / f"shard-{number:04d}.tar", {f"{number}.png": content(number)})
@@ -229,6 +243,18 @@ def test_nothing_found_says_what_was_there(tmp_path):
         find_images([str(tmp_path / "missing")])
     with pytest.raises(DataProblem, match="data: expected images"):
         find_images([])
+    with pytest.raises(DataProblem, match="found an empty path"):
+        find_images([""])
+    with pytest.raises(DataProblem, match="~nobody-of-that-name/x: expected .* found nothing there"):
+        find_images(["~nobody-of-that-name/x"])
+
+
+def test_the_home_folder_is_found_and_a_folder_named_after_it_too(tmp_path, monkeypatch):
+    put(tmp_path / "pictures" / "a.png"), put(tmp_path / "~here" / "b.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    assert names("~/pictures") == ["a.png"] and names("~here") == ["b.png"]
 
 
 def test_entries_of_vanished_files(tmp_path):
