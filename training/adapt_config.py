@@ -46,7 +46,7 @@ class AdaptConfig(Settings):
     generator: str = option(MISSING, "what", "StyleGAN2 generator to adapt: .safetensors, NVIDIA's .pkl, "
                             "rosinality's .pt, or mini_world", path=True, free=True, names=("mini_world",))
     base: str = option(MISSING, "what", "diffusion model that judges the images: a checkpoint (.safetensors in LDM "
-                       "layout: SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True, 
+                       "layout: SD 1.x, 2.x, SDXL) or mini_world", path=True, free=True,
                        names=("mini_world", CONNECTED_BASE))
     prompt: str = option("", "what", "describes the domain to reach, for instance 'a 3d render of a face, Pixar'")
     negative: str = option("", "what", "prompt of the prediction that guidance leads away from; with the method "

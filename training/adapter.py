@@ -30,7 +30,7 @@ from .ema import WeightAverage
 from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_other_facts
 from .optimizers import rate_at, set_rate
 from .origin import relative_difference
-from .processes import OneProcess
+from .processes import OneProcess, check_batch
 from .randomness import sample_generator
 from .settings import ConfigProblem
 
@@ -363,10 +363,7 @@ def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -
         )
     if config.noise != "none" and not about.use_noise and config.noise == "random":
         raise ConfigProblem("noise: expected a generator with noise inputs, found one without; choose const.")
-    if config.batch_size % world:
-        raise ConfigProblem(
-            f"batch_size: expected a multiple of the {world} processes, found {config.batch_size}."
-        )
+    check_batch(config.batch_size, world)
     if config.method == "vsd" and world > 1:
         raise ConfigProblem(
             f"method: expected one without a state of its own for {world} processes, found vsd; start one process."

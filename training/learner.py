@@ -26,7 +26,7 @@ from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_o
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 from .origin import check_origin
 from .optimizers import build_optimizer, rate_at, set_rate
-from .processes import OneProcess
+from .processes import OneProcess, check_batch
 from .randomness import Batch, BatchPlan, Draw
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -59,12 +59,6 @@ class Pass:
     conditioning: dict[str, Tensor]
 
 
-def check_batch(config: TrainConfig, world: int) -> None:
-    """Raise ConfigProblem for a batch that `world` processes cannot share."""
-    if config.batch_size % world:
-        raise ConfigProblem(f"batch_size: expected a multiple of the {world} processes, found {config.batch_size}.")
-
-
 class Learner:
     """Trains those parameters of `unet` that require gradients, on `dataset`, from step 0 or from a loaded state.
 
@@ -92,7 +86,7 @@ class Learner:
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         self.processes = processes or OneProcess(config.device)
-        check_batch(config, self.processes.world)
+        check_batch(config.batch_size, self.processes.world)
         # Each process has read the images by itself; other numbering in one would mix batches up without a word.
         if len(set(self.processes.each(int(dataset.content_hash[:12], 16)))) > 1:
             raise DataProblem(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -14,12 +13,20 @@ from .config import ConfigProblem, TrainConfig
 
 
 def check_optimizer(config: TrainConfig) -> None:
-    """Raise ConfigProblem for an optimizer whose package is missing, which loads nothing."""
-    if config.optimizer == "adamw8bit" and find_spec("bitsandbytes") is None:
+    """Raise ConfigProblem for an optimizer whose package is missing or broken."""
+    if config.optimizer == "adamw8bit":
+        _adamw8bit()
+
+
+def _adamw8bit() -> type[torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
         raise ConfigProblem(
             "optimizer: adamw8bit needs the package bitsandbytes, which is not installed; pip install bitsandbytes, or "
             "choose adamw."
-        )
+        ) from error
+    return AdamW8bit
 
 
 def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -36,10 +43,7 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     groups = [group for group in groups if group["params"]]
     options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
     if config.optimizer == "adamw8bit":
-        check_optimizer(config)
-        from bitsandbytes.optim import AdamW8bit
-
-        return AdamW8bit(groups, **options)
+        return _adamw8bit()(groups, **options)
     # One pass over the weights instead of a dozen; every backend this runs on has it for fp32.
     fused = all(one.device.type in ("cpu", "cuda", "mps", "xpu") for one in parameters)
     try:

@@ -121,6 +121,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
+def check_batch(batch_size: int, world: int) -> None:
+    """Raise ConfigProblem for a batch that `world` processes cannot share."""
+    if batch_size % world:
+        raise ConfigProblem(f"batch_size: expected a multiple of the {world} processes, found {batch_size}.")
+
+
 def pick_precision(name: str, device: torch.device) -> str:
     """"auto" is bf16 where a GPU computes in it, else fp32."""
     if name != "auto":

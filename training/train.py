@@ -19,13 +19,13 @@ from .estimate import estimate, size_text
 from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
-from .learner import DTYPES, Learner, check_batch
+from .learner import DTYPES, Learner
 from .memory import is_memory_problem
 from .optimizers import check_optimizer
 from .origin import origin_of
 from .parts import Trainee, start_model
 from .previews import Preview, save_png
-from .processes import OneProcess, open_processes
+from .processes import OneProcess, check_batch, open_processes
 
 __all__ = ["Result", "train"]
 
@@ -126,7 +126,7 @@ class _Run(Engine):
         """Refuse what would otherwise be found out when all images are encoded, or never."""
         config = self.config
         check_optimizer(config)
-        check_batch(config, self.processes.world)
+        check_batch(config.batch_size, self.processes.world)
         for one in config.data:
             with suppress(DataProblem):  # nothing there: told when images are looked for
                 if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one)):

@@ -7,9 +7,11 @@ import math
 import os
 import re
 import shutil
+import sys
 import tarfile
 import weakref
 from dataclasses import replace
+from types import ModuleType
 
 import pytest
 import torch
@@ -691,8 +693,9 @@ def test_a_run_among_its_images_is_refused(run, folder):
     assert run(output=str(folder / "images" / "run"), steps=1)[0].status == "finished"
 
 
-def test_an_optimizer_that_is_not_installed_is_refused_before_images_are_encoded(run, folder, monkeypatch):
-    monkeypatch.setattr("indomain_guidance.training.optimizers.find_spec", lambda name: None)
+@pytest.mark.parametrize("package", [None, ModuleType("bitsandbytes")])  # not there; there, and broken
+def test_an_optimizer_that_is_not_installed_is_refused_before_images_are_encoded(run, folder, monkeypatch, package):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", package)
     refused(run, folder, "optimizer: adamw8bit needs the package bitsandbytes", optimizer="adamw8bit")
 
 

@@ -39,9 +39,8 @@ def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
     )
     sampling = replace(plan.sampling, samples=SAMPLES, seed=SEED)
     return replace(
-        plan, name="confirm", sampling=sampling, points=tuple(dict.fromkeys((*chosen, *seeds))),
-        options=f" --confirm{plan.options}", note=note,
-    )  # fmt: skip
+        plan, name="confirm", sampling=sampling, points=(*chosen, *seeds), options=f" --confirm{plan.options}", note=note
+    )
 
 
 def _nearest(question: str, rows: Sequence[Row]) -> Iterator[Point]:
