@@ -21,6 +21,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Union
 
+from .errors import Problem
+
 __all__ = [
     "Constant",
     "GuidanceError",
@@ -39,7 +41,7 @@ RAMPS = ("linear", "cosine", "step")
 PercentToSigma = Callable[[float], float]
 
 
-class GuidanceError(ValueError):
+class GuidanceError(Problem):
     """A guidance that cannot work: the message says in one sentence what was expected and what was found."""
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
 from .config import ConfigProblem, TrainConfig, field_kinds
@@ -487,7 +488,7 @@ def _sample(options: argparse.Namespace) -> int:
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-class UsageProblem(ValueError):
+class UsageProblem(Problem):
     """A command that makes no sense, in one sentence."""
 
 

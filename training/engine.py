@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
+from ..guidance.errors import Problem
 from .adapt_config import configuration_kind
 from .atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import (
@@ -95,7 +96,7 @@ class Outcome:
     parts: Mapping[str, float] = field(default_factory=dict)
 
 
-class NonFiniteLoss(ValueError):
+class NonFiniteLoss(Problem):
     """The loss or its gradient became NaN or infinite; the weights are those before the step.
 
     step: the step that failed, counted from 1. names: the images of its batch, none where there are no images. advice:

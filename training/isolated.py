@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig
 from .atomic import write_text
@@ -42,7 +43,7 @@ PATIENCE_S = 900.0
 EXIT_S = 60.0
 
 
-class IsolatedProblem(ValueError):
+class IsolatedProblem(Problem):
     """The training process failed or died; the message is one sentence for the user."""
 
 

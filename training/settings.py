@@ -19,6 +19,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .atomic import write_text
 
@@ -32,7 +33,7 @@ RESERVED_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
 LONGEST_NAME = 200
 
 
-class ConfigProblem(ValueError):
+class ConfigProblem(Problem):
     """A configuration that cannot be trained, in one sentence that names the field."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import Problem
 from .inert_pickle import Refused, shown
 from .torch_pickle import read_torch_pickle
 
@@ -26,7 +27,7 @@ SAFE_PICKLE_TORCH = (2, 10)
 HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
 
 
-class FileProblem(ValueError):
+class FileProblem(Problem):
     """A file that cannot be used: one sentence with the file, what was expected, what was found, what to do."""
 
 
@@ -112,7 +113,7 @@ def write_safetensors(
                 _flush(path.parent)
     except Exception as error:
         raise FileProblem(
-            f"{path}: could not be written ({_first_line(error)}); free some space or check the folder's permissions."
+            f"{path}: could not be written ({_reason(error)}); free some space or check the folder's permissions."
         ) from error
     finally:
         with suppress(OSError):  # gone after renaming, and never there where the path itself is impossible
@@ -131,6 +132,11 @@ def _flush(path: str | os.PathLike) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _reason(error: Exception) -> str:
+    """Why the system refused, without the path, which the message names already."""
+    return getattr(error, "strerror", None) or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:

@@ -20,6 +20,8 @@ import torch
 from PIL import Image, ImageFile
 from torch import Tensor
 
+from ...guidance.errors import Problem
+
 # Larger pictures are refused before they are decoded; Pillow's own limit, which other code may have switched off.
 MOST_PIXELS = 178_956_970
 TURNS = {
@@ -37,7 +39,7 @@ OVERSHOOT = 2.0  # times its range that a floating-point picture may reach
 PNG_WITH_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
 
 
-class DataProblem(ValueError):
+class DataProblem(Problem):
     """Images that cannot be trained on, in one sentence: what was expected, what was found, what to do."""
 
 
