@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from .errors import Problem
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # What remains of abar at the last step of a zero-terminal-SNR schedule: sigma stays finite (about 4519) and the
 # float32 denoised estimate of a v-model exact enough. ComfyUI uses this value, and so every sigma agrees with it.
@@ -29,10 +31,10 @@ class NoiseSchedule:
         alphas_cumprod = torch.as_tensor(alphas_cumprod).detach().cpu().double()
         valid = alphas_cumprod.ndim == 1 and alphas_cumprod.numel() > 1
         if not valid or not bool(((alphas_cumprod > 0) & (alphas_cumprod < 1)).all()):
-            raise ValueError("Noise schedule: alphas_cumprod must be at least two values between 0 and 1.")
+            raise Problem("Noise schedule: alphas_cumprod must be at least two values between 0 and 1.")
         sigmas = ((1 - alphas_cumprod) / alphas_cumprod).sqrt()
         if not bool((sigmas.diff() > 0).all()):
-            raise ValueError("Noise schedule: alphas_cumprod must fall from step to step.")
+            raise Problem("Noise schedule: alphas_cumprod must fall from step to step.")
         self.alphas_cumprod = alphas_cumprod.float()
         self.sigmas = sigmas.float()
         self.log_sigmas = sigmas.log().float()
@@ -100,7 +102,7 @@ class NoiseSchedule:
         At or below 0 a number above every noise level, at or above 1 zero, so that an interval [0, 1] covers all.
         """
         if not math.isfinite(percent):
-            raise ValueError(f"Sampling percent must be finite, got {percent}.")
+            raise Problem(f"Sampling percent must be finite, got {percent}.")
         if percent <= 0.0:
             return 999999999.9
         if percent >= 1.0:
@@ -120,7 +122,7 @@ def denoised_from_output(output: Tensor, x: Tensor, sigma: Tensor, prediction_ty
         return x / (sigma**2 + 1) - output * sigma / (sigma**2 + 1).sqrt()
     if prediction_type == "sample":
         return output
-    raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+    raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
 
 
 class Denoiser:
@@ -137,7 +139,7 @@ class Denoiser:
         self, unet: nn.Module, schedule: NoiseSchedule, prediction_type: str = "epsilon", quantize: bool = True
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+            raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         self.unet = unet
         self.schedule = schedule
         self.prediction_type = prediction_type
@@ -146,7 +148,7 @@ class Denoiser:
     def __call__(self, x: Tensor, sigma: float | Tensor, **cond: Tensor | None) -> Tensor:
         sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device)
         if sigma.ndim > 1 or (sigma.ndim == 1 and len(sigma) not in (1, len(x))):
-            raise ValueError(f"Denoiser: expected one sigma or {len(x)}, got shape {list(sigma.shape)}.")
+            raise Problem(f"Denoiser: expected one sigma or {len(x)}, got shape {list(sigma.shape)}.")
         sigma = sigma.expand(len(x))
         wide = sigma.reshape(-1, *[1] * (x.ndim - 1))
         timesteps = self.schedule.timestep(sigma, nearest=self.quantize)

@@ -7,9 +7,12 @@ where it is written raw, and escape sequences move a terminal's cursor.
 
 from __future__ import annotations
 
-__all__ = ["MOST_CHARACTERS", "Problem", "printable"]
+import logging
+
+__all__ = ["MOST_CHARACTERS", "Problem", "logger", "printable"]
 
 MOST_CHARACTERS = 500
+MOST_IN_THE_LOG = 4000  # a line that reports on a run of many terms
 _CUT = " [...] "
 
 
@@ -38,3 +41,19 @@ class Problem(ValueError):
 
     def __init__(self, message: object = "") -> None:
         super().__init__(printable(message))
+
+
+class _Printable(logging.Filter):
+    """Makes whole records printable, the values that they quote included."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.msg, record.args = printable(record.getMessage(), MOST_IN_THE_LOG), ()
+        return True
+
+
+def logger(name: str) -> logging.Logger:
+    """The logger of a module, whose lines are as safe to show as a `Problem`'s message; once for each name."""
+    log = logging.getLogger(name)
+    if not any(isinstance(one, _Printable) for one in log.filters):
+        log.addFilter(_Printable())
+    return log

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .diffusion import Denoiser, NoiseSchedule
+from .errors import Problem
 from .networks.unet import UNetConfig
 
 TEXT_PARTS = ("attn2", "norm2")
@@ -45,12 +46,12 @@ class NullContext:
 
     def __post_init__(self) -> None:
         if self.tensor.ndim != 3 or self.tensor.shape[0] != 1 or 0 in self.tensor.shape:
-            raise ValueError(f"Null context: expected encoded text [1, T, D], got {list(self.tensor.shape)}.")
+            raise Problem(f"Null context: expected encoded text [1, T, D], got {list(self.tensor.shape)}.")
         if self.pooled is not None and (self.pooled.ndim != 2 or self.pooled.shape[0] != 1):
-            raise ValueError(f"Null context: expected a pooled vector [1, P], got {list(self.pooled.shape)}.")
+            raise Problem(f"Null context: expected a pooled vector [1, P], got {list(self.pooled.shape)}.")
         for tensor in (self.tensor, self.pooled):
             if tensor is not None and not bool(tensor.isfinite().all()):
-                raise ValueError("Null context: expected finite numbers, got NaN or infinity; encode the prompt again.")
+                raise Problem("Null context: expected finite numbers, got NaN or infinity; encode the prompt again.")
 
     def to_dict(self) -> dict[str, str | int]:
         """The description with token count, width and SHA-256 of the fp32 numbers."""
@@ -76,7 +77,7 @@ class Probes:
     def __post_init__(self) -> None:
         counts = {len(part) for part in (self.x, self.timesteps, self.y) if part is not None}
         if len(counts) != 1 or 0 in counts or self.x.ndim != 4:
-            raise ValueError(
+            raise Problem(
                 f"Probes: expected as many latents [N, C, H, W] as timesteps (at least 1), got {list(self.x.shape)} "
                 f"and {list(self.timesteps.shape)}."
             )
@@ -106,9 +107,9 @@ def collect_probes(
     device sees the same. on_step(done, steps) is called after each step.
     """
     if not 1 <= use <= steps:
-        raise ValueError(f"Probes: expected 1 to {steps} steps to use, got {use}.")
+        raise Problem(f"Probes: expected 1 to {steps} steps to use, got {use}.")
     if len(shape) != 4:
-        raise ValueError(f"Probes: expected a shape [B, C, H, W], got {list(shape)}.")
+        raise Problem(f"Probes: expected a shape [B, C, H, W], got {list(shape)}.")
     schedule: NoiseSchedule = denoiser.schedule
     cond = {"context": context.to(device).expand(shape[0], -1, -1)}
     if y is not None:
@@ -191,10 +192,10 @@ def measure_cross_attention(
             if on_probe is not None:
                 on_probe(min(start + batch, len(probes)), len(probes))
     if not statistics:
-        raise ValueError("Text-free UNet: expected a UNet with cross-attention (attn2), found none; give it the prior.")
+        raise Problem("Text-free UNet: expected a UNet with cross-attention (attn2), found none; give it the prior.")
     for name, seen in statistics.items():
         if not math.isfinite(seen.energy):
-            raise ValueError(
+            raise Problem(
                 f"Text-free UNet: expected finite numbers from the prior, found NaN or infinity in {name}.attn2 while "
                 f"running in {str(parameter.dtype).removeprefix('torch.')}; run the prior in float32."
             )
@@ -263,7 +264,7 @@ def fold_constants(
     blocks = _blocks(state_dict)
     if set(constants) != set(blocks):
         different = sorted(set(constants) ^ set(blocks))
-        raise ValueError(f"Text-free UNet: expected one constant per transformer block, differing in {different[0]}.")
+        raise Problem(f"Text-free UNet: expected one constant per transformer block, differing in {different[0]}.")
     for block in blocks:
         key = f"{block}.attn1.to_out.0.bias"
         bias = result[key]
@@ -314,12 +315,12 @@ def _is_text_part(key: str) -> bool:
 def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: NullContext) -> dict[str, Tensor]:
     """Check that the weights can be made text-free; a copy of the dict with fp8 upcast and the pooled text frozen."""
     if config.null_text != "none":
-        raise ValueError(f"Text-free UNet: expected a prior that takes text, got text-free form {config.null_text!r}.")
+        raise Problem(f"Text-free UNet: expected a prior that takes text, got text-free form {config.null_text!r}.")
     blocks = _blocks(state_dict)
     if not blocks:
-        raise ValueError("Text-free UNet: expected a UNet with transformer blocks, found none; it takes no text.")
+        raise Problem("Text-free UNet: expected a UNet with transformer blocks, found none; it takes no text.")
     if context.tensor.shape[-1] != config.context_dim:
-        raise ValueError(
+        raise Problem(
             f"Text-free UNet: the prior takes text of width {config.context_dim}, the null context has "
             f"{context.tensor.shape[-1]}; encode the empty prompt with the prior's own text encoder."
         )
@@ -327,10 +328,10 @@ def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: Null
         for part in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.bias", "attn2.to_k.weight"):
             key = f"{block}.{part}"
             if key not in state_dict:
-                raise ValueError(f"Text-free UNet: expected a complete Stable Diffusion UNet, {key} is missing.")
+                raise Problem(f"Text-free UNet: expected a complete Stable Diffusion UNet, {key} is missing.")
         queries, keys = (state_dict[f"{block}.attn1.to_{part}.weight"].shape[1] for part in "qk")
         if queries != keys:
-            raise ValueError(
+            raise Problem(
                 f"Text-free UNet: attn1 of {block} reads the text (disable_self_attentions: keys of width {keys}, "
                 f"queries of {queries}), so it cannot be folded away; use a prior whose first attention sees the image "
                 "only."
@@ -338,7 +339,7 @@ def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: Null
     result = {key: tensor.half() if tensor.dtype in FLOAT8 else tensor for key, tensor in state_dict.items()}
     if context.pooled is None:
         if config.adm_in_channels in POOLED_TEXT_ADM:
-            raise ValueError(
+            raise Problem(
                 "Text-free UNet: this prior (SDXL) also takes the pooled text; give its pooled vector too."
             )
         return result
@@ -353,7 +354,7 @@ def _freeze_pooled(result: dict[str, Tensor], config: UNetConfig, pooled: Tensor
     """
     width = pooled.shape[1]
     if config.adm_in_channels is None or width > config.adm_in_channels:
-        raise ValueError(
+        raise Problem(
             f"Text-free UNet: the null context has a pooled vector of width {width}, the prior takes "
             f"{config.adm_in_channels or 'no'} vector conditioning; give the context without the pooled vector."
         )

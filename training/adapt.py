@@ -13,6 +13,7 @@ import torch
 
 from ..guidance.distillation.critic import Critic
 from ..guidance.distillation.objective import Objective
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ..guidance.networks.stylegan2 import Generator
@@ -76,7 +77,7 @@ def adapt(
     """
     check_resume(resume)
     if (critic is None) != (encode is None):
-        raise ValueError("Expected a critic and its encode together, got one of them.")
+        raise Problem("Expected a critic and its encode together, got one of them.")
     # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
     with torch.inference_mode(False), torch.enable_grad():
         run = _Adaptation(config, open_processes(config.device), listener, should_stop, critic is not None)

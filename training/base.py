@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..guidance.diffusion import NoiseSchedule
+from ..guidance.errors import Problem
 from ..guidance.files import (
     FileProblem,
     check_finite,
@@ -138,7 +139,7 @@ class Base:
         """
         if latent_scale is None:
             if latent_format not in LATENT_SCALES:
-                raise ValueError(
+                raise Problem(
                     f"{name}: expected the scale of the latent space '{latent_format}', found none; give latent_scale."
                 )
             latent_scale = LATENT_SCALES[latent_format]
@@ -236,7 +237,7 @@ class Base:
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raise ValueError where `encode_text` could not encode these prompts, without encoding them."""
         if self.text is None and any(prompts):
-            raise ValueError(
+            raise Problem(
                 f"{self.name}: expected a tokenizer to encode the prompt {next(filter(None, prompts))!r}, found none; "
                 "set tokenizer to a folder with CLIP's vocab.json and merges.txt (in ComfyUI: comfy/sd1_tokenizer)."
             )
@@ -318,7 +319,7 @@ def open_mini_world(prediction: str = "auto") -> Base:
     from .mini_world.tokens import tokenize
 
     if prediction not in ("auto", "epsilon"):
-        raise ValueError(f"Expected prediction auto or epsilon for the mini world, got {prediction!r}.")
+        raise Problem(f"Expected prediction auto or epsilon for the mini world, got {prediction!r}.")
     autoencoder, scale = load_autoencoder()
     encoder, _ = load_text_encoder()
     weights, config = load_prior()
@@ -347,7 +348,7 @@ def open_checkpoint(
     FileProblem and ValueError.
     """
     if prediction not in PREDICTIONS:
-        raise ValueError(f"Expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
+        raise Problem(f"Expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
     path = Path(path)
     keys, metadata = read_keys(path), read_metadata(path)
     if unet_layout(keys, path) != "full":
@@ -465,7 +466,7 @@ class TextEncoders:
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> encoded text; each cut after 75 tokens, weights in brackets are read as words."""
         if self.tokenizer is None:
-            raise ValueError("Expected a tokenizer to encode prompts, found none; set tokenizer.")
+            raise Problem("Expected a tokenizer to encode prompts, found none; set tokenizer.")
         ids = [self.tokenizer(prompt) for prompt in prompts]
 
         def tokens(encoder: TextEncoder, pad: int) -> Tensor:
@@ -533,7 +534,7 @@ def _load_tokenizer(folder: str) -> Callable[[str], list[int]]:
     try:
         from transformers import CLIPTokenizer
     except ImportError as error:
-        raise ValueError(
+        raise Problem(
             "Expected the package transformers to read a tokenizer, found none; install it, or leave prompts empty."
         ) from error
     tokenizer = CLIPTokenizer(*map(str, files))

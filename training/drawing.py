@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..guidance.combination import Guidance, MultiGuidance
 from ..guidance.diffusion import Denoiser
+from ..guidance.errors import Problem
 from ..guidance.files import DomainMetadata
 from ..guidance.null_text import load_unet
 from ..guidance.sampling import METHODS, sample, sigmas_karras, sigmas_uniform
@@ -44,16 +45,16 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS or self.spacing not in SPACINGS:
-            raise ValueError(
+            raise Problem(
                 f"Expected a method of {', '.join(METHODS)} and a spacing of {', '.join(SPACINGS)}, got "
                 f"{self.method!r} and {self.spacing!r}."
             )
         if not 0.0 <= self.domain_start <= self.domain_end <= 1.0:
-            raise ValueError(
+            raise Problem(
                 f"Expected the domain's part of sampling between 0 and 1, got {self.domain_start} to {self.domain_end}."
             )
         if self.steps < 1 or self.batch < 1:
-            raise ValueError(f"Expected at least 1 step and 1 picture at once, got {self.steps} and {self.batch}.")
+            raise Problem(f"Expected at least 1 step and 1 picture at once, got {self.steps} and {self.batch}.")
 
     def domain_term(self) -> WeightLike:
         """The domain model's weight over sampling."""
@@ -104,7 +105,7 @@ class Artist:
         height, width = settings.size
         factor = self.base.factor
         if height % factor or width % factor or min(height, width) < factor:
-            raise ValueError(f"Expected a width and height that are multiples of {factor} px, got {width}x{height}.")
+            raise Problem(f"Expected a width and height that are multiples of {factor} px, got {width}x{height}.")
         size = ImageSize((height, width))
         base_cond = self._cond(size, self.base.encode_text([negative]))
         own = base_cond if self.caption is None else self._cond(size, self.base.encode_text([self.caption]))

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .atomic import replacing
 from .lettering import default_font
@@ -157,7 +158,7 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     """The event `to_dict` made. Raises ValueError for anything else; unknown fields of a known event are ignored."""
     kind = EVENTS.get(values.get("event", "")) if isinstance(values, Mapping) else None
     if kind is None:
-        raise ValueError(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
+        raise Problem(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
     known = {one.name for one in dataclasses.fields(kind)}
     if issubclass(kind, (Step, Validated)):  # a loss that JSON cannot hold
         values = {**values, "loss": _number(values.get("loss"))}
@@ -167,7 +168,7 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
     try:
         return kind(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
-        raise ValueError(f"Expected a complete {values['event']} event, found {values!r:.80}.") from error
+        raise Problem(f"Expected a complete {values['event']} event, found {values!r:.80}.") from error
 
 
 def read_log(path: str | os.PathLike) -> list[Event]:
@@ -253,7 +254,7 @@ class TensorBoard:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ValueError(
+            raise Problem(
                 "tensorboard: expected the package tensorboard, which is not installed; pip install tensorboard, or "
                 "turn the option off (log.jsonl and loss.png are always written)."
             ) from error

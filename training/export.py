@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..guidance.errors import Problem
 from ..guidance.files import (
     DomainMetadata,
     FileProblem,
@@ -59,7 +60,7 @@ def file_tensors(weights: Mapping[str, Tensor], file_dtype: str, source: str | o
     Raises FileProblem for weights that are not finite, and for finite ones that fp16 cannot hold.
     """
     if file_dtype not in FILE_DTYPES:
-        raise ValueError(f"Expected the number format to be one of {', '.join(FILE_DTYPES)}, got {file_dtype!r}.")
+        raise Problem(f"Expected the number format to be one of {', '.join(FILE_DTYPES)}, got {file_dtype!r}.")
     dtype = FILE_DTYPES[file_dtype]
     check_finite(weights, source)
     tensors = {}
@@ -140,7 +141,7 @@ def write_low_rank(
     """
     layers = low_rank_layers(trainee.unet)
     if trainee.form != "full" or not layers:
-        raise ValueError(
+        raise Problem(
             f"LoRA: expected a model of form full trained with low_rank, got form {trainee.form} trained with "
             f"{trainee.train}; write it as a domain model."
         )
@@ -189,7 +190,7 @@ def convert(
     "fp32". Raises FileProblem and ValueError; `source` is never written to.
     """
     if form and form not in FORMS:
-        raise ValueError(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
+        raise Problem(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
     if resolution is not None and (resolution < MIN_RESOLUTION or resolution % RESOLUTION_STEP):
         raise ConfigProblem(
             f"resolution: expected a multiple of {RESOLUTION_STEP} pixels from {MIN_RESOLUTION} on, found {resolution}."

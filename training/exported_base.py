@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..guidance.errors import Problem
 from ..guidance.files import FileProblem, read_metadata, read_state_dict
 from ..guidance.files.tensors import write_safetensors
 from ..guidance.networks.unet import UNetConfig
@@ -65,7 +66,7 @@ class ExportedBase:
         known = {"": (self.null_context.tensor, self.null_context.pooled), **self.prompts}
         missing = [prompt for prompt in prompts if prompt not in known]
         if missing:
-            raise ValueError(
+            raise Problem(
                 f"{self.name}: expected one of the prompts that were encoded before training ({', '.join(self.prompts)}), "
                 f"found {missing[0]!r}; name it in sample_prompts."
             )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guidance.diffusion import NoiseSchedule
+from ..guidance.errors import Problem
 from .base import ImageSize
 from .losses import abar_at, add_noise, target_of
 from .randomness import sample_generator
@@ -53,7 +54,7 @@ def held_out_loss(
     should_stop() asks to stop. Raises ValueError without latents.
     """
     if len(latents) == 0:
-        raise ValueError("Held-out loss: expected at least one latent, found none; raise held_out_share.")
+        raise Problem("Held-out loss: expected at least one latent, found none; raise held_out_share.")
     levels = {t: round(t * (len(schedule) - 1) / 999) for t in timesteps}
     totals = dict.fromkeys(timesteps, 0.0)
     keys = [_key(latents[index]) for index in range(len(latents))] if keys is None else keys

@@ -17,6 +17,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
+from ..guidance.errors import Problem
 from .base import ImageSize
 from .checkpoints import machine_facts
 from .config import ConfigProblem, TrainConfig
@@ -84,7 +85,7 @@ class Learner:
         processes: OneProcess | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
-            raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+            raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         self.processes = processes or OneProcess(config.device)
         check_batch(config.batch_size, self.processes.world)
         # Each process has read the images by itself; other numbering in one would mix batches up without a word.
@@ -104,7 +105,7 @@ class Learner:
             self.unet.gradient_checkpointing = config.gradient_checkpointing
         self.parameters = {name: one for name, one in self.unet.named_parameters() if one.requires_grad}
         if not self.parameters:
-            raise ValueError("Learner: expected a UNet with parameters that require gradients, found none.")
+            raise Problem("Learner: expected a UNet with parameters that require gradients, found none.")
         self.optimizer = build_optimizer(config, self.parameters.values())
         self.average = WeightAverage(self.parameters, config.ema) if config.ema else None
         precision = config.precision if config.precision != "auto" else "fp32"

@@ -9,6 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
+from ..guidance.errors import Problem
 
 
 def draw_timestep(generator: Generator, count: int, noisy_share: float = 0.0) -> int:
@@ -44,7 +45,7 @@ def target_of(prediction_type: str, x0: Tensor, noise: Tensor, abar: Tensor) -> 
         return abar.sqrt() * noise - (1 - abar).sqrt() * x0
     if prediction_type == "sample":
         return x0
-    raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+    raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
 
 
 def min_snr_weight(prediction_type: str, abar: Tensor, gamma: float) -> Tensor:
@@ -56,7 +57,7 @@ def min_snr_weight(prediction_type: str, abar: Tensor, gamma: float) -> Tensor:
     abar [B] -> [B].
     """
     if prediction_type not in PREDICTION_TYPES:
-        raise ValueError(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+        raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
     if gamma <= 0:
         return torch.ones_like(abar)
     # With abar and 1 - abar instead of their quotient nothing is divided by zero.

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..guidance.errors import Problem
 from ..guidance.networks.unet import UNetConfig
 
 DOWN, UP = "lora_down", "lora_up"
@@ -51,13 +52,13 @@ def add_low_rank(unet: nn.Module, rank: int, alpha: float, seed: int = 0) -> lis
     Raises ValueError for other numbers and for a UNet without attention.
     """
     if rank < 1 or not alpha > 0:
-        raise ValueError(f"Low rank: expected a rank of at least 1 and a positive alpha, got {rank} and {alpha}.")
+        raise Problem(f"Low rank: expected a rank of at least 1 and a positive alpha, got {rank} and {alpha}.")
     generator = torch.Generator().manual_seed(seed)
     modules = dict(unet.named_modules())
     names = [name for name, module in modules.items()
              if ATTENTION_PROJECTION.fullmatch(name) and isinstance(module, nn.Linear)]
     if not names:
-        raise ValueError("Low rank: expected a UNet with attention layers, found none; train all weights.")
+        raise Problem("Low rank: expected a UNet with attention layers, found none; train all weights.")
     for name in names:
         parent, _, last = name.rpartition(".")
         setattr(modules[parent], last, LowRankLinear(modules[name], rank, alpha, generator))

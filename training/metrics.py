@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Generator, Tensor
 
+from ..guidance.errors import Problem
+
 
 def frechet_distance(features: Tensor, reference: Tensor) -> float:
     """Frechet distance of two Gaussians fitted to features (arXiv 1706.08500, eq. 6); 0 for identical sets.
@@ -30,7 +32,7 @@ def kernel_distance(features: Tensor, reference: Tensor, subsets: int = 50, size
     """
     a, b = _pair(features, reference)
     if subsets < 1 or size < 2:
-        raise ValueError(f"expected at least 1 subset of at least 2 samples, found {subsets} of {size}")
+        raise Problem(f"expected at least 1 subset of at least 2 samples, found {subsets} of {size}")
     size = min(size, len(a), len(b))
     generator = Generator().manual_seed(seed)
     total = 0.0
@@ -61,7 +63,7 @@ def inside(features: Tensor, reference: Tensor, k: int = 3) -> Tensor:
     """
     a, b = _pair(features, reference)
     if not 1 <= k < len(b):
-        raise ValueError(f"expected k from 1 to {len(b) - 1}, one less than the reference's samples, found {k}")
+        raise Problem(f"expected k from 1 to {len(b) - 1}, one less than the reference's samples, found {k}")
     radii = torch.cdist(b, b).kthvalue(k + 1, dim=1).values  # the nearest is the point itself
     return (torch.cdist(a, b) <= radii).any(dim=1)
 
@@ -78,14 +80,14 @@ def share_inside(features: Tensor, reference: Tensor, k: int = 3) -> float:
 def _pair(features: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
     a, b = _checked(features), _checked(reference)
     if a.shape[1] != b.shape[1]:
-        raise ValueError(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; take one network's")
+        raise Problem(f"expected features of one width, found {a.shape[1]} and {b.shape[1]}; take one network's")
     return a, b
 
 
 def _checked(features: Tensor) -> Tensor:
     if features.ndim != 2 or len(features) < 2:
-        raise ValueError(f"expected features [N, F] of at least two images, found {list(features.shape)}")
+        raise Problem(f"expected features [N, F] of at least two images, found {list(features.shape)}")
     if not bool(features.isfinite().all()):
         # Else max(0, NaN) would call broken pictures perfect.
-        raise ValueError("expected finite features, found NaN or infinity; look at the pictures they come from")
+        raise Problem("expected finite features, found NaN or infinity; look at the pictures they come from")
     return features.detach().double().cpu()

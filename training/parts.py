@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..guidance.diffusion import Denoiser
+from ..guidance.errors import Problem
 from ..guidance.networks.unet import UNet, UNetConfig
 from ..guidance.null_text import (
     AttentionStatistics,
@@ -90,7 +91,7 @@ class Trainee:
     def _check(self, values: Mapping[str, Tensor] | None) -> None:
         unknown = sorted(set(values or {}) - set(self.named_trainable()))
         if unknown:
-            raise ValueError(f"Trainee: expected values of parameters that learn, found {unknown[0]}.")
+            raise Problem(f"Trainee: expected values of parameters that learn, found {unknown[0]}.")
 
 
 def start_model(
@@ -121,9 +122,9 @@ def start_model(
     """
     for name, value, known in (("form", form, FORMS), ("train", train, TRAINS)):
         if value not in known:
-            raise ValueError(f"Expected {name} to be one of {', '.join(known)}, got {value!r}.")
+            raise Problem(f"Expected {name} to be one of {', '.join(known)}, got {value!r}.")
     if caption and form != "full":
-        raise ValueError(f"Expected no caption with the text-free form {form}, got {caption!r}; use form full.")
+        raise Problem(f"Expected no caption with the text-free form {form}, got {caption!r}; use form full.")
     with torch.inference_mode(False), torch.enable_grad():
         text, folded, errors = None, {}, dict(null_text_error or {})
         # Copies: training must never reach the prior, whose tensors the base shares.
@@ -157,7 +158,7 @@ def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0,
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(learns.search(name) is not None)
     if not any(parameter.requires_grad for parameter in unet.parameters()):
-        raise ValueError(f"Expected a UNet with attention to train {train}, found none; train all weights.")
+        raise Problem(f"Expected a UNet with attention to train {train}, found none; train all weights.")
 
 
 def measured_constants(

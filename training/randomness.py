@@ -15,6 +15,8 @@ from functools import lru_cache
 import torch
 from torch import Generator
 
+from ..guidance.errors import Problem
+
 
 def sample_generator(seed: int, epoch: int, index: int | str, stream: str = "noise") -> Generator:
     """A CPU generator for one sample of one epoch; `stream` names what is drawn ("noise", "data").
@@ -68,7 +70,7 @@ class BatchPlan:
         self.seed, self.groups, self.batch = seed, [list(group) for group in groups], batch
         self.accumulation, self.images = accumulation, sum(map(len, self.groups))
         if min(batch, accumulation) < 1 or self.images == 0:
-            raise ValueError(
+            raise Problem(
                 f"Expected images to train on, and batch and accumulation of at least 1, got {self.images} images, "
                 f"batch {batch} and accumulation {accumulation}."
             )

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..diffusion import PREDICTION_TYPES
+from ..errors import Problem
 from ..networks.unet import UNetConfig, unet_config_from_state_dict
 from .layouts import check_unet, strip_unet_prefix, unet_layout, unet_prefix
 from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
@@ -54,12 +55,12 @@ class DomainMetadata:
 
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
-            raise ValueError(
+            raise Problem(
                 f"Domain model: expected a prediction type out of {', '.join(PREDICTION_TYPES)}, found "
                 f"{self.prediction_type!r}."
             )
         if any(not math.isfinite(error) for error in self.null_text_error.values()):
-            raise ValueError("Domain model: expected finite errors of the constant form, found NaN or infinity.")
+            raise Problem("Domain model: expected finite errors of the constant form, found NaN or infinity.")
 
     @property
     def null_text(self) -> str:
@@ -89,7 +90,7 @@ class DomainMetadata:
         clashes = sorted(set(values) & set(self.extra))
         own = [key for key in clashes if not key.startswith("modelspec.")]
         if own:
-            raise ValueError(f"Domain model: the extra metadata {own[0]!r} is a field of the format; set the field.")
+            raise Problem(f"Domain model: the extra metadata {own[0]!r} is a field of the format; set the field.")
         return values | dict(self.extra)
 
     def _modelspec(self) -> dict[str, str]:
@@ -138,7 +139,7 @@ class DomainMetadata:
 
         def flag(text: str) -> bool:
             if text not in ("true", "false"):
-                raise ValueError(f"expected true or false, found {text!r}")
+                raise Problem(f"expected true or false, found {text!r}")
             return text == "true"
 
         def errors(text: str) -> dict[str, float]:
@@ -258,7 +259,7 @@ def prior_content_hash(state_dict: Mapping[str, Tensor]) -> str:
     unet = strip_unet_prefix(state_dict)
     if not unet:
         found = next(iter(state_dict), "none")
-        raise ValueError(f"Prior: expected the weights of a UNet in LDM layout to hash, found keys such as {found}.")
+        raise Problem(f"Prior: expected the weights of a UNet in LDM layout to hash, found keys such as {found}.")
     for key in sorted(unet):
         tensor = unet[key]
         digest.update(f"{key}\n{','.join(str(size) for size in tensor.shape)}\n".encode())

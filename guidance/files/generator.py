@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import Problem
 from ..networks.stylegan2 import Generator, GeneratorConfig, generator_config_from_state_dict
 from . import rosinality
 from .inert_pickle import Refused, shown
@@ -81,7 +82,7 @@ class GeneratorMetadata:
         values |= self._modelspec(config)
         clashes = [key for key in self.extra if key in values and not key.startswith("modelspec.")]
         if clashes:
-            raise ValueError(
+            raise Problem(
                 f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field."
             )
         return values | dict(self.extra)
@@ -118,7 +119,7 @@ class GeneratorMetadata:
             config = GeneratorConfig.from_json(values["config"])
             history = json.loads(values.get("history", "[]"))
             if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-                raise ValueError("the history is no list of objects")
+                raise Problem("the history is no list of objects")
         except (ValueError, RecursionError) as error:
             raise FileProblem(
                 f"{source}: the metadata cannot be read ({_first_line(error)}); the file is damaged, make it again."
@@ -181,7 +182,7 @@ def write_generator(
     """
     path = Path(path)
     if dtype not in DTYPES:
-        raise ValueError(f"Expected the number format to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+        raise Problem(f"Expected the number format to be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if path.suffix != ".safetensors":
         raise FileProblem(f"{path}: expected a name that ends in .safetensors; generators are safetensors files.")
     metadata = metadata or GeneratorMetadata()
@@ -362,7 +363,7 @@ def _finish(
         if config is None:
             config = generator_config_from_state_dict(tensors, **hints)
         if config.resolution > MAX_RESOLUTION or config.mapping_layers > len(tensors):
-            raise ValueError(f"{config.mapping_layers} mapping layers, {len(config.channels)} resolutions")
+            raise Problem(f"{config.mapping_layers} mapping layers, {len(config.channels)} resolutions")
         with torch.device("meta"):
             generator = Generator(config)
     except (ValueError, TypeError, RuntimeError) as problem:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..errors import Problem
+
 MAX_OPCODES = 500_000  # a network of 1024 pixels with its discriminator takes 50 thousand
 MAX_MARKS = 1000
 MAX_NAME = 200  # characters of a module or class name
@@ -32,7 +34,7 @@ MAX_SKIPPED = 16
 _CONTAINERS = (tuple, list, dict)
 
 
-class Refused(ValueError):
+class Refused(Problem):
     """What was found in a stream that is not read, as a clause that follows "found"."""
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import Problem
 from ..networks.text_encoder import text_encoder_from_openclip
 from ..networks.unet import UNet, UNetConfig
 from .tensors import FileProblem
@@ -142,7 +143,7 @@ def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str
     depths = [*config.transformer_depth, *config.transformer_depth_output, config.transformer_depth_middle]
     try:
         if sum(depths) + sum(config.num_res_blocks) > len(state_dict):
-            raise ValueError("it has more blocks than the file has tensors")
+            raise Problem("it has more blocks than the file has tensors")
         with torch.device("meta"):
             expected = UNet(config).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:

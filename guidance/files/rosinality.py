@@ -12,6 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
+from ..errors import Problem
+
 MARK = "conv1.conv.modulation.weight"
 
 
@@ -35,19 +37,19 @@ def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
-            raise ValueError(f"the entry {str(key)[:80]!r} is no tensor")
+            raise Problem(f"the entry {str(key)[:80]!r} is no tensor")
         if key.endswith((".blur.kernel", ".upsample.kernel")):
             _check_filter(key, value)
             continue
         name = _name(key)
         if name is None:
-            raise ValueError(f"the tensor {key[:80]!r} has no place in a StyleGAN2 generator")
+            raise Problem(f"the tensor {key[:80]!r} has no place in a StyleGAN2 generator")
         if name in tensors:
-            raise ValueError(f"the tensor {key[:80]!r} has the place of another, {name}")
+            raise Problem(f"the tensor {key[:80]!r} has the place of another, {name}")
         tensors[name] = _shaped(key, name, value)
     if mean_style is not None:
         if mean_style.ndim not in (1, 2) or mean_style.numel() != mean_style.shape[-1]:
-            raise ValueError(f"the mean style latent_avg has the shape {list(mean_style.shape)}")
+            raise Problem(f"the mean style latent_avg has the shape {list(mean_style.shape)}")
         tensors["mapping.w_avg"] = mean_style.reshape(-1)
     return tensors
 
@@ -111,7 +113,7 @@ def _shaped(key: str, name: str, value: Tensor) -> Tensor:
     while len(shape) > wanted and shape[-1] == 1:
         shape.pop()
     if len(shape) != wanted:
-        raise ValueError(f"the tensor {key} has the shape {list(value.shape)}, where {wanted} dimensions are expected")
+        raise Problem(f"the tensor {key} has the shape {list(value.shape)}, where {wanted} dimensions are expected")
     return value.reshape(shape)
 
 
@@ -119,4 +121,4 @@ def _check_filter(key: str, kernel: Tensor) -> None:
     """The filter has to be [1, 3, 3, 1]'s, times 4 for doubling: there is no other in such files."""
     row = kernel.new_tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
     if kernel.shape != (4, 4) or not bool(((kernel.double() - 4 * row[:, None] * row).abs() < 1e-3).all()):
-        raise ValueError(f"the filter {key} is another one than rosinality's [1, 3, 3, 1]")
+        raise Problem(f"the filter {key} is another one than rosinality's [1, 3, 3, 1]")

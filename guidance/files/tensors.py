@@ -91,7 +91,7 @@ def write_safetensors(
     path = Path(path)
     wrong = [key for key, value in (metadata or {}).items() if not isinstance(key, str) or not isinstance(value, str)]
     if wrong:
-        raise ValueError(f"{path}: metadata must be strings; {wrong[0]!r} is not.")
+        raise Problem(f"{path}: metadata must be strings; {wrong[0]!r} is not.")
     plain, seen = {}, set()
     for key, tensor in tensors.items():
         tensor = tensor.detach().to("cpu").contiguous()

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import Problem
+
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
@@ -48,7 +50,7 @@ class AutoencoderConfig:
             values = dict(json.loads(values) if isinstance(values, str) else values)
             return cls(**{**values, "ch_mult": tuple(values["ch_mult"])})
         except (ValueError, TypeError, KeyError) as problem:
-            raise ValueError(
+            raise Problem(
                 f"Autoencoder configuration: expected the fields of AutoencoderConfig, found {values!r}."
             ) from problem
 
@@ -84,7 +86,7 @@ def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> Auto
             attention="encoder.mid.attn_1.q.weight" in state_dict)
     except (KeyError, ValueError, IndexError) as problem:
         found = ", ".join(sorted(state_dict)[:3]) or "no keys"
-        raise ValueError(
+        raise Problem(
             f"Autoencoder: expected the keys of an LDM autoencoder (encoder.conv_in.weight, ...), found {found}; "
             "give the autoencoder's own weights, without a prefix") from problem
 
@@ -256,7 +258,7 @@ class Autoencoder(nn.Module):
         """
         factor = self.config.factor
         if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
-            raise ValueError(
+            raise Problem(
                 f"Autoencoder: expected images [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}, "
                 f"found {list(x.shape)}; resize or crop them first."
             )

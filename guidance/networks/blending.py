@@ -14,6 +14,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..errors import Problem
 from .stylegan2 import Generator, GeneratorConfig
 
 MAPPING = "mapping"
@@ -36,7 +37,7 @@ def resolution_split(
     (None: `below`). 4 pixels is the coarsest block (pose, shape), the generator's own resolution the finest (colour).
     """
     if resolution not in generator.config.block_resolutions:
-        raise ValueError(
+        raise Problem(
             f"Blending: the split must be one of the resolutions {list(generator.config.block_resolutions)}, got "
             f"{resolution}."
         )
@@ -66,16 +67,16 @@ def blend_generators(
     parts = blend_parts(a)
     if isinstance(amount, Mapping):
         if layers is not None:
-            raise ValueError("Blending: give either an amount per part or one amount and the layers it is for.")
+            raise Problem("Blending: give either an amount per part or one amount and the layers it is for.")
         amounts = dict(amount)
     else:
         amounts = dict.fromkeys(parts if layers is None else layers, amount)
     unknown = sorted(set(amounts) - set(parts))
     if unknown:
-        raise ValueError(f"Blending: this generator has no part {', '.join(unknown)}; it has {', '.join(parts)}.")
+        raise Problem(f"Blending: this generator has no part {', '.join(unknown)}; it has {', '.join(parts)}.")
     for part, value in amounts.items():
         if not isinstance(value, Real) or not math.isfinite(value):
-            raise ValueError(f"Blending: the amount of {part} must be a finite number, got {value!r}.")
+            raise Problem(f"Blending: the amount of {part} must be a finite number, got {value!r}.")
 
     others = b.state_dict()
     blended = {}
@@ -116,7 +117,7 @@ def _check_same_architecture(a: GeneratorConfig, b: GeneratorConfig) -> None:
     for field in fields(GeneratorConfig):
         mine, others = getattr(a, field.name), getattr(b, field.name)
         if mine != others and field.name != "conv_clamp":
-            raise ValueError(
+            raise Problem(
                 f"Blending: both generators must have one architecture, but {field.name} is {mine} and {others}; "
                 "blend a generator with one adapted from it."
             )

@@ -21,6 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import Problem
+
 ARCHITECTURES = ("skip", "resnet", "orig")
 NOISE_MODES = ("const", "random", "none")
 LEAK = 0.2
@@ -64,40 +66,40 @@ class GeneratorConfig:
     def __post_init__(self) -> None:
         for name, least in (("z_dim", 1), ("c_dim", 0), ("w_dim", 1), ("img_channels", 1), ("mapping_layers", 1)):
             if type(value := getattr(self, name)) is not int or value < least:
-                raise ValueError(f"Generator configuration: {name} must be a whole number from {least}, got {value!r}.")
+                raise Problem(f"Generator configuration: {name} must be a whole number from {least}, got {value!r}.")
         for name in ("mapping_dim", "embed_dim"):
             if (value := getattr(self, name)) is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"Generator configuration: {name} must be a whole number from 1, got {value!r}.")
+                raise Problem(f"Generator configuration: {name} must be a whole number from 1, got {value!r}.")
         size = self.resolution
         if type(size) is not int or size < 4 or size & (size - 1):
-            raise ValueError(f"Generator configuration: resolution must be a power of two from 4, got {size!r}.")
+            raise Problem(f"Generator configuration: resolution must be a power of two from 4, got {size!r}.")
         if not isinstance(self.channels, (list, tuple)) or not all(type(n) is int and n > 0 for n in self.channels):
-            raise ValueError(f"Generator configuration: channels must be positive numbers, got {self.channels!r}.")
+            raise Problem(f"Generator configuration: channels must be positive numbers, got {self.channels!r}.")
         object.__setattr__(self, "channels", tuple(self.channels))
         if len(self.channels) != len(self.block_resolutions):
-            raise ValueError(
+            raise Problem(
                 f"Generator configuration: {size} pixels have {len(self.block_resolutions)} blocks (4, 8, ... {size}), "
                 f"but channels lists {len(self.channels)} widths."
             )
         if self.architecture not in ARCHITECTURES:
-            raise ValueError(
+            raise Problem(
                 f"Generator configuration: architecture must be one of {ARCHITECTURES}, got {self.architecture!r}."
             )
         for name, optional in (("mapping_lr_multiplier", False), ("conv_clamp", True)):
             value = getattr(self, name)
             if not (optional and value is None) and not (_is_number(value) and value > 0):
-                raise ValueError(f"Generator configuration: {name} must be a positive number, got {value!r}.")
+                raise Problem(f"Generator configuration: {name} must be a positive number, got {value!r}.")
             object.__setattr__(self, name, None if value is None else float(value))
         taps = self.resample_filter
         if isinstance(taps, (list, tuple)) and len(taps) > MAX_TAPS:
-            raise ValueError(
+            raise Problem(
                 f"Generator configuration: resample_filter must have at most {MAX_TAPS} taps, got {len(taps)}."
             )
         if not isinstance(taps, (list, tuple)) or not taps or not all(map(_is_number, taps)) or not sum(taps):
-            raise ValueError(f"Generator configuration: resample_filter must be taps with a sum, got {taps!r}.")
+            raise Problem(f"Generator configuration: resample_filter must be taps with a sum, got {taps!r}.")
         object.__setattr__(self, "resample_filter", tuple(map(float, taps)))
         if not isinstance(self.use_noise, bool):
-            raise ValueError(f"Generator configuration: use_noise must be true or false, got {self.use_noise!r}.")
+            raise Problem(f"Generator configuration: use_noise must be true or false, got {self.use_noise!r}.")
 
     @property
     def block_resolutions(self) -> tuple[int, ...]:
@@ -118,11 +120,11 @@ class GeneratorConfig:
         """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"Generator configuration: unknown fields {', '.join(unknown)}; this file may be newer.")
+            raise Problem(f"Generator configuration: unknown fields {', '.join(unknown)}; this file may be newer.")
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"Generator configuration is incomplete: {error}.") from None
+            raise Problem(f"Generator configuration is incomplete: {error}.") from None
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), separators=(",", ":"))
@@ -132,9 +134,9 @@ class GeneratorConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"Generator configuration is not JSON: {error}.") from None
+            raise Problem(f"Generator configuration is not JSON: {error}.") from None
         if not isinstance(values, dict):
-            raise ValueError(f"Generator configuration must be a JSON object, got {type(values).__name__}.")
+            raise Problem(f"Generator configuration must be a JSON object, got {type(values).__name__}.")
         return cls.from_dict(values)
 
 
@@ -457,17 +459,17 @@ class Generator(nn.Module):
         """
         config = self.config
         if z.ndim != 2 or z.shape[1] != config.z_dim:
-            raise ValueError(f"Generator: expected latents [B, {config.z_dim}], got {list(z.shape)}.")
+            raise Problem(f"Generator: expected latents [B, {config.z_dim}], got {list(z.shape)}.")
         if config.c_dim and (c is None or c.shape != (z.shape[0], config.c_dim)):
             found = "none" if c is None else list(c.shape)
-            raise ValueError(f"Generator: expected labels [{z.shape[0]}, {config.c_dim}], got {found}.")
+            raise Problem(f"Generator: expected labels [{z.shape[0]}, {config.c_dim}], got {found}.")
         if not config.c_dim and c is not None and c.numel():
-            raise ValueError(f"Generator: expected no labels (it is unconditional), got {list(c.shape)}.")
+            raise Problem(f"Generator: expected no labels (it is unconditional), got {list(c.shape)}.")
         if not math.isfinite(truncation):
-            raise ValueError(f"Generator: truncation must be finite, got {truncation}.")
+            raise Problem(f"Generator: truncation must be finite, got {truncation}.")
         cutoff = self.num_ws if truncation_cutoff is None else truncation_cutoff
         if not 0 <= cutoff <= self.num_ws:
-            raise ValueError(f"Generator: truncation_cutoff must lie in 0..{self.num_ws}, got {truncation_cutoff}.")
+            raise Problem(f"Generator: truncation_cutoff must lie in 0..{self.num_ws}, got {truncation_cutoff}.")
         with _without_autocast(z.device):
             w = self.mapping(z, c)
             # Repeated, not expanded: callers edit single styles in place.
@@ -487,12 +489,12 @@ class Generator(nn.Module):
         if ws.ndim == 2 and ws.shape[1] == config.w_dim:
             ws = ws[:, None].expand(-1, self.num_ws, -1)
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, config.w_dim):
-            raise ValueError(
+            raise Problem(
                 f"Generator: expected styles [B, {self.num_ws}, {config.w_dim}] or [B, {config.w_dim}], got "
                 f"{list(ws.shape)}."
             )
         if noise not in NOISE_MODES:
-            raise ValueError(f"Generator: noise must be one of {NOISE_MODES}, got {noise!r}.")
+            raise Problem(f"Generator: noise must be one of {NOISE_MODES}, got {noise!r}.")
         weight = self.synthesis.b4.const
         dtype = _feature_dtype(weight)
         ws = ws.to(_scale_dtype(weight))
@@ -594,7 +596,7 @@ def _check_and_drop_filters(config: GeneratorConfig, state_dict: dict[str, Tenso
             found = found.cpu().double()  # in this order: not every device has float64
             fits = torch.allclose(torch.outer(found, found) if found.ndim == 1 else found, expected, atol=1e-3)
         if not fits:
-            raise ValueError(
+            raise Problem(
                 f"Generator: the filter {key} is not the configuration's {list(config.resample_filter)}."
             )
 
@@ -608,16 +610,16 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
     """
     def shape(key: str, ndim: int) -> torch.Size:
         if key not in state_dict:
-            raise ValueError(f"This is not a StyleGAN2 generator: the tensor {key} is missing.")
+            raise Problem(f"This is not a StyleGAN2 generator: the tensor {key} is missing.")
         if state_dict[key].ndim != ndim:
-            raise ValueError(
+            raise Problem(
                 f"This is not a StyleGAN2 generator: {key} should have {ndim} dimensions, got "
                 f"{list(state_dict[key].shape)}."
             )
         return state_dict[key].shape
 
     if "synthesis.input.freqs" in state_dict:
-        raise ValueError("This is a StyleGAN3 generator (Fourier features); only StyleGAN2 generators are supported.")
+        raise Problem("This is a StyleGAN3 generator (Fourier features); only StyleGAN2 generators are supported.")
     channels, resolution = [shape("synthesis.b4.const", 3)[0]], 4
     while f"synthesis.b{2 * resolution}.conv1.weight" in state_dict:
         resolution *= 2
@@ -650,7 +652,7 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
     for name, value in hints.items():
         hint = tuple(value) if isinstance(value, list) else value
         if name in found and hint != found[name] and not (hint == w_dim and found[name] is None):
-            raise ValueError(f"Generator: {name} was said to be {value!r}, but the weights show {found[name]!r}.")
+            raise Problem(f"Generator: {name} was said to be {value!r}, but the weights show {found[name]!r}.")
         found.setdefault(name, value)
     return GeneratorConfig.from_dict(found)
 
@@ -658,14 +660,14 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
 def _taps(key: str, kernel: Tensor) -> tuple[float, ...]:
     """The taps of a separable filter, as whole numbers where they are multiples of the first."""
     if any(size > MAX_TAPS for size in kernel.shape):
-        raise ValueError(f"Generator: {key} is no resampling filter of at most {MAX_TAPS} taps.")
+        raise Problem(f"Generator: {key} is no resampling filter of at most {MAX_TAPS} taps.")
     kernel = kernel.detach().cpu().double()
     row = kernel if kernel.ndim == 1 else kernel.sum(dim=0)
     if kernel.ndim not in (1, 2) or not bool(row.isfinite().all()) or not float(row.sum()):
-        raise ValueError(f"Generator: {key} is no resampling filter.")
+        raise Problem(f"Generator: {key} is no resampling filter.")
     row = row / row.sum()
     if kernel.ndim == 2 and not torch.allclose(torch.outer(row, row), kernel / kernel.sum(), atol=1e-3):
-        raise ValueError(f"Generator: the resampling filter {key} is not separable, which is not supported.")
+        raise Problem(f"Generator: the resampling filter {key} is not separable, which is not supported.")
     scaled = row / row[0] if float(row[0]) else row
     whole = scaled.round()
     return tuple((whole if torch.allclose(scaled, whole, atol=1e-2) else row).tolist())

@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from ..errors import Problem
+
 START_TOKEN = 49406
 END_TOKEN = 49407
 ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.gelu}
@@ -38,9 +40,9 @@ class TextEncoderConfig:
 
     def __post_init__(self) -> None:
         if self.activation not in ACTIVATIONS:
-            raise ValueError(f"Text encoder: activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}.")
+            raise Problem(f"Text encoder: activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}.")
         if self.heads < 1 or self.width % self.heads:
-            raise ValueError(f"Text encoder: width {self.width} cannot be split into {self.heads} heads.")
+            raise Problem(f"Text encoder: width {self.width} cannot be split into {self.heads} heads.")
 
     def to_dict(self) -> dict:
         """A JSON-able dictionary; `from_dict` inverts it."""
@@ -51,11 +53,11 @@ class TextEncoderConfig:
         """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
         unknown = sorted(set(values) - {field.name for field in fields(cls)})
         if unknown:
-            raise ValueError(f"Text encoder configuration: unknown fields {', '.join(unknown)}; is the file newer?")
+            raise Problem(f"Text encoder configuration: unknown fields {', '.join(unknown)}; is the file newer?")
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"Text encoder configuration is incomplete: {error}.") from None
+            raise Problem(f"Text encoder configuration is incomplete: {error}.") from None
 
 
 class _SelfAttention(nn.Module):
@@ -143,9 +145,9 @@ class TextEncoder(nn.Module):
     def forward(self, tokens: Tensor, layer: int = -1, final_norm: bool = True) -> tuple[Tensor, Tensor]:
         config = self.config
         if tokens.ndim != 2 or tokens.shape[1] > config.max_length:
-            raise ValueError(f"Text encoder: expected tokens [B, T <= {config.max_length}], got {list(tokens.shape)}.")
+            raise Problem(f"Text encoder: expected tokens [B, T <= {config.max_length}], got {list(tokens.shape)}.")
         if not -config.layers <= layer < config.layers:
-            raise ValueError(f"Text encoder: layer {layer} does not exist, there are {config.layers}.")
+            raise Problem(f"Text encoder: layer {layer} does not exist, there are {config.layers}.")
         x = self.text_model.embeddings(tokens)
         hidden = x
         for index, block in enumerate(self.text_model.encoder.layers):
@@ -183,7 +185,7 @@ def text_encoder_config_from_state_dict(
     """
     def shape(key: str) -> torch.Size:
         if key not in state_dict:
-            raise ValueError(f"This is not a CLIP text encoder in Hugging Face layout: the tensor {key} is missing.")
+            raise Problem(f"This is not a CLIP text encoder in Hugging Face layout: the tensor {key} is missing.")
         return state_dict[key].shape
 
     vocab_size, width = shape("text_model.embeddings.token_embedding.weight")
@@ -241,7 +243,7 @@ def text_encoder_from_openclip(state_dict: Mapping[str, Tensor]) -> dict[str, Te
             elif name in _OPENCLIP_LAYER_NAMES:
                 converted[f"{target}.{_OPENCLIP_LAYER_NAMES[name]}.{kind}"] = tensor
             else:
-                raise ValueError(f"This is not an OpenCLIP text encoder: the tensor {key} is unknown.")
+                raise Problem(f"This is not an OpenCLIP text encoder: the tensor {key} is unknown.")
         elif key not in ("logit_scale", "attn_mask"):
-            raise ValueError(f"This is not an OpenCLIP text encoder: the tensor {key} is unknown.")
+            raise Problem(f"This is not an OpenCLIP text encoder: the tensor {key} is unknown.")
     return converted

@@ -17,6 +17,8 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..errors import Problem
+
 GROUPS = 32
 NULL_TEXT_FORMS = ("none", "constant", "cached")
 # Attention heads leave no trace in the weights. The published families: Stable Diffusion 1.x (context 768) splits every
@@ -69,27 +71,27 @@ class UNetConfig:
                 valid = type(value) is int or (value is None and name in optional)
             if not valid:
                 wanted = "whole numbers" if name in lists else "true or false" if "use" in name else "a whole number"
-                raise ValueError(f"UNet configuration: {name} must be {wanted}, got {value!r}.")
+                raise Problem(f"UNet configuration: {name} must be {wanted}, got {value!r}.")
         if self.null_text not in NULL_TEXT_FORMS:
-            raise ValueError(f"UNet configuration: null_text must be one of {NULL_TEXT_FORMS}, got {self.null_text!r}.")
+            raise Problem(f"UNet configuration: null_text must be one of {NULL_TEXT_FORMS}, got {self.null_text!r}.")
         if (self.num_heads > 0) == (self.num_head_channels > 0):
-            raise ValueError(
+            raise Problem(
                 "UNet configuration: exactly one of num_heads and num_head_channels must be positive, got "
                 f"{self.num_heads} and {self.num_head_channels}."
             )
         if len(self.channel_mult) != len(self.num_res_blocks):
-            raise ValueError(
+            raise Problem(
                 f"UNet configuration: channel_mult has {len(self.channel_mult)} levels, num_res_blocks "
                 f"{len(self.num_res_blocks)}; they must agree."
             )
         inputs, outputs = sum(self.num_res_blocks), sum(self.num_res_blocks) + len(self.num_res_blocks)
         if len(self.transformer_depth) != inputs or len(self.transformer_depth_output) != outputs:
-            raise ValueError(
+            raise Problem(
                 f"UNet configuration: expected {inputs} input and {outputs} output transformer depths, got "
                 f"{len(self.transformer_depth)} and {len(self.transformer_depth_output)}."
             )
         if self.null_text == "none" and self.context_dim is None and self._has_transformers():
-            raise ValueError("UNet configuration: a UNet that takes text needs context_dim.")
+            raise Problem("UNet configuration: a UNet that takes text needs context_dim.")
 
     def _has_transformers(self) -> bool:
         return any(self.transformer_depth) or any(self.transformer_depth_output) or self.transformer_depth_middle > 0
@@ -98,7 +100,7 @@ class UNetConfig:
         """Number of attention heads at a width of `channels`."""
         heads = self.num_heads if self.num_heads > 0 else channels // self.num_head_channels
         if heads < 1 or channels % heads:
-            raise ValueError(
+            raise Problem(
                 f"UNet configuration: a width of {channels} channels cannot be split into heads "
                 f"(num_heads {self.num_heads}, num_head_channels {self.num_head_channels})."
             )
@@ -114,11 +116,11 @@ class UNetConfig:
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
-            raise ValueError(f"UNet configuration: unknown fields {', '.join(unknown)}; this file may be newer.")
+            raise Problem(f"UNet configuration: unknown fields {', '.join(unknown)}; this file may be newer.")
         try:
             return cls(**values)
         except TypeError as error:
-            raise ValueError(f"UNet configuration is incomplete: {error}.") from None
+            raise Problem(f"UNet configuration is incomplete: {error}.") from None
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), separators=(",", ":"))
@@ -128,9 +130,9 @@ class UNetConfig:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"UNet configuration is not JSON: {error}.") from None
+            raise Problem(f"UNet configuration is not JSON: {error}.") from None
         if not isinstance(values, dict):
-            raise ValueError(f"UNet configuration must be a JSON object, got {type(values).__name__}.")
+            raise Problem(f"UNet configuration must be a JSON object, got {type(values).__name__}.")
         return cls.from_dict(values)
 
 
@@ -413,18 +415,18 @@ class UNet(nn.Module):
     def _check(self, x: Tensor, timesteps: Tensor, context: Tensor | None, y: Tensor | None) -> None:
         config = self.config
         if x.ndim != 4 or x.shape[1] != config.in_channels:
-            raise ValueError(f"UNet: expected a latent [B, {config.in_channels}, H, W], got {list(x.shape)}.")
+            raise Problem(f"UNet: expected a latent [B, {config.in_channels}, H, W], got {list(x.shape)}.")
         if timesteps.shape != x.shape[:1]:
-            raise ValueError(f"UNet: expected {x.shape[0]} timesteps, got shape {list(timesteps.shape)}.")
+            raise Problem(f"UNet: expected {x.shape[0]} timesteps, got shape {list(timesteps.shape)}.")
         if config.null_text == "none" and config.context_dim is not None:
             fits = context is not None and context.ndim == 3 and context.shape[-1] == config.context_dim
             if not fits or context.shape[0] not in (1, x.shape[0]):
                 found = "none" if context is None else list(context.shape)
-                raise ValueError(f"UNet: expected encoded text [{x.shape[0]}, T, {config.context_dim}], got {found}.")
+                raise Problem(f"UNet: expected encoded text [{x.shape[0]}, T, {config.context_dim}], got {found}.")
         if (y is None) != (config.adm_in_channels is None) or (y is not None and y.shape[-1] != config.adm_in_channels):
             found = "none" if y is None else list(y.shape)
             wanted = "none" if config.adm_in_channels is None else f"[B, {config.adm_in_channels}]"
-            raise ValueError(f"UNet: expected a vector conditioning y of {wanted}, got {found}.")
+            raise Problem(f"UNet: expected a vector conditioning y of {wanted}, got {found}.")
 
 
 def unet_config_from_state_dict(
@@ -439,7 +441,7 @@ def unet_config_from_state_dict(
     """
     def shape(key: str) -> torch.Size:
         if key not in state_dict:
-            raise ValueError(f"This is not a Stable Diffusion UNet in LDM layout: the tensor {key} is missing.")
+            raise Problem(f"This is not a Stable Diffusion UNet in LDM layout: the tensor {key} is missing.")
         return state_dict[key].shape
 
     depths: dict[str, int] = {}
@@ -458,7 +460,7 @@ def unet_config_from_state_dict(
                 if parts[at + 3] == "null_k":
                     null_keys.add(key)
         elif "time_stack" in parts or "time_mixer" in parts:
-            raise ValueError("This is a video UNet; only image UNets of the Stable Diffusion family are supported.")
+            raise Problem("This is a video UNet; only image UNets of the Stable Diffusion family are supported.")
 
     first = shape("input_blocks.0.0.weight")
     model_channels, in_channels = first[0], first[1]
@@ -483,7 +485,7 @@ def unet_config_from_state_dict(
         linear = len(shape(f"{prefix}.proj_in.weight")) == 2
         inner = shape(f"{first_block}.attn1.to_q.weight")[0]
         if shape(f"{first_block}.attn1.to_k.weight")[1] != inner:
-            raise ValueError(
+            raise Problem(
                 f"Self-attention {first_block}.attn1 reads the text (disable_self_attentions), which this UNet does "
                 "not support; use a Stable Diffusion 1.x, 2.x or SDXL model."
             )
@@ -495,7 +497,7 @@ def unet_config_from_state_dict(
         elif not attn2:
             null_text = "constant"
         if attn2 and attn2 != set(depths):
-            raise ValueError("Some transformer blocks of this UNet have cross-attention (attn2) and some do not.")
+            raise Problem("Some transformer blocks of this UNet have cross-attention (attn2) and some do not.")
 
     adm = state_dict["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state_dict else None
     heads, head_channels = _heads(num_heads, num_head_channels, context_dim, model_channels, linear)
@@ -540,7 +542,7 @@ def _heads(
     if context_dim is None and model_channels in PUBLISHED_MODEL_CHANNELS:
         # Text-free weights of a published family: only 1.x projects into its transformers by convolution.
         return (-1, 64) if linear else (8, -1)
-    raise ValueError(
+    raise Problem(
         f"The number of attention heads cannot be read from weights and this UNet (context {context_dim}, "
         f"{model_channels} channels) is of no published family: give num_heads or num_head_channels."
     )

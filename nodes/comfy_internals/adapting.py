@@ -17,6 +17,7 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ...guidance.errors import Problem
 from ...guidance.files import write_generator
 from ...guidance.null_text import NullContext
 from . import domain_info
@@ -143,13 +144,13 @@ def run(
     from ...training.adapt_config import NEEDS_SOURCE
 
     if config.method in NEEDS_SOURCE and critic.source is None:
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected a conditioning that describes what the generator makes now, which the method "
             f"{config.method} compares with, found none; connect one to source."
         )
     if config.method == "nfsd" and critic.unwanted is None:
         # The negative conditioning is no stand-in: e_u - e_negative, most of NFSD's gradient, would be zero.
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected a conditioning that describes what images should not be, such as 'blurry, low quality, "
             "unrealistic', which the method nfsd compares with, found none; connect one to unwanted."
         )
@@ -238,7 +239,7 @@ def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
 
     if critic.terms and domain_of(critic.terms) is None:
         names = ", ".join(term.name for term in critic.terms)
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected, in a process of its own, one text-free domain model from a file as the only term, found "
             f"{names}; switch isolated off."
         )
@@ -268,7 +269,7 @@ def _plain(conditioning: list, what: str) -> tuple[Tensor, Tensor | None]:
     more -= {"pooled_output"}
     if len(conditioning) != 1 or more:
         found = ", ".join(sorted(more)) or f"{len(conditioning)} parts"
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected, in a process of its own, a {what} conditioning that is one encoded text, found {found}; "
             "switch isolated off."
         )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -14,8 +13,6 @@ from comfy.model_patcher import ModelPatcher
 
 from ...guidance.combination import Guidance, GuidanceError
 from . import coverage, domain_info
-
-LOG = logging.getLogger(__name__)
 
 # Schedules of one family differ by rounding (fp16 buffers, interpolated sigmas); this much is no difference.
 _SIGMA_TOLERANCE = 0.01

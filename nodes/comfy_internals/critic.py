@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from ...guidance.combination import Guidance
 from ...guidance.diffusion import NoiseSchedule
 from ...guidance.distillation.critic import Critic
+from ...guidance.errors import Problem
 from ...guidance.schedules import Constant
 from ...guidance.terms import Source, Term
 from . import domain_info
@@ -55,7 +56,7 @@ def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
     sigmas = getattr(sampling, "sigmas", None)
     discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete) and isinstance(sigmas, Tensor)
     if not discrete or noise_family(sampling) != "diffusion":
-        raise ValueError(
+        raise Problem(
             f"{node}: expected an eps- or v-prediction model with discrete noise levels (Stable Diffusion 1.x, 2.x, "
             f"SDXL), found a {display_name(model)} of the {noise_family(sampling)} kind; use another model."
         )
@@ -65,19 +66,19 @@ def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
 def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node: str = NODE) -> None:
     """Refuse a CONDITIONING that is empty or was made by another family's CLIP. Raises ValueError naming both widths."""
     if not conditioning:
-        raise ValueError(f"{node}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
+        raise Problem(f"{node}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
     info = domain_info(model)
     if info is not None and info.form != "full":
         return
     width = model.model.model_config.unet_config.get("context_dim")
     for tensor, options in conditioning:
         if isinstance(width, int) and isinstance(tensor, Tensor) and tensor.shape[-1] != width:
-            raise ValueError(
+            raise Problem(
                 f"{node}: expected a {what} conditioning of width {width}, as the {display_name(model)} reads, found "
                 f"width {tensor.shape[-1]}; encode the text with the CLIP that belongs to the model."
             )
         if isinstance(model.model, _WANT_POOLED) and options.get("pooled_output") is None:
-            raise ValueError(
+            raise Problem(
                 f"{node}: expected a {what} conditioning with a pooled vector, as the {display_name(model)} reads, found "
                 "none; encode the text with the CLIP that belongs to the model."
             )
@@ -90,7 +91,7 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
     channels, dimensions = getattr(vae, "latent_channels", 0), getattr(vae, "latent_dim", 2)
     if stage is None or channels != latent_format.latent_channels or dimensions != latent_format.latent_dimensions:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels} latent channels"
-        raise ValueError(
+        raise Problem(
             f"{node}: expected the VAE of the {display_name(model)} with {latent_format.latent_channels} latent channels "
             f"({type(latent_format).__name__}), found {found}; connect the VAE that belongs to the model."
         )
@@ -155,7 +156,7 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
     """[B, C, h, w] of square images. Raises ValueError for a side that the VAE's factor does not divide."""
     factor = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
     if side_px % factor:
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected a resolution that is a multiple of {factor} px, as the VAE needs, found {side_px} px; set "
             "another resolution in the options."
         )
@@ -409,7 +410,7 @@ class CriticInputs:
                 check_conditioning(self.model, conditioning, what)
         for term in self.terms:
             if term.shaping is not None:  # distillation takes a prediction apart by its terms, as they are
-                raise ValueError(
+                raise Problem(
                     f"The judge's term {term.name!r}: expected a term as Guidance Term makes it, found one changed by Shape "
                     "Guidance Term; connect the terms from before that node."
                 )

@@ -15,6 +15,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
+from ...guidance.errors import Problem
 from ...guidance.files import (
     DomainMetadata,
     FileProblem,
@@ -50,18 +51,18 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
     unet = model.model.diffusion_model
     info = domain_info(model)
     if info is not None and info.form != "full":
-        raise ValueError(
+        raise Problem(
             f"{node}: expected a model that takes text, found the text-free model '{info.name}'; connect the "
             "prior."
         )
     if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
-        raise ValueError(
+        raise Problem(
             f"{node}: expected a Stable Diffusion UNet (1.x, 2.x, SDXL), found {type(unet).__name__} "
             f"({type(model.model.model_config).__name__}); this architecture has no text-free form here."
         )
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
-        raise ValueError(
+        raise Problem(
             f"{node}: expected a UNet for images, found one for video; connect an image model."
         )
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
@@ -92,7 +93,7 @@ def exported_prediction(model, node: str = NODE) -> tuple[str, bool]:
         for reference, is_zero_snr in ((standard, False), (zero_snr, True)):
             if sigmas.shape == reference.shape and torch.allclose(sigmas.cpu(), reference, rtol=1e-3):
                 return prediction, is_zero_snr
-    raise ValueError(
+    raise Problem(
         f"{node}: expected an eps- or v-prediction model on Stable Diffusion's noise schedule (with or without "
         f"zero terminal SNR), found {', '.join(kind.__name__ for kind in kinds[1:3])}; give it the model without "
         "sampling patches, or another prior."
@@ -105,7 +106,7 @@ def exported_latent_format(model, node: str = NODE) -> str:
     for name, kind in LATENT_FORMATS.items():
         if found is kind:
             return name
-    raise ValueError(
+    raise Problem(
         f"{node}: expected a latent space out of {', '.join(LATENT_FORMATS)}, found {found.__name__}; this "
         "prior is not supported."
     )
@@ -210,7 +211,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     config, latent_format = exported_config(model), exported_latent_format(model)
     prediction_type, zero_snr = exported_prediction(model)
     if form == "constant" and config.in_channels != config.out_channels:
-        raise ValueError(
+        raise Problem(
             f"Text-Free UNet: expected a prior with as many input as output channels, found {config.in_channels} and "
             f"{config.out_channels} (an inpainting model); use the form 'cached'."
         )
@@ -221,7 +222,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         is_v = prediction_type == "v_prediction"
         probe_side_px = native_resolution(latent_format, config.context_dim, is_v)
     if probe_side_px < 64:
-        raise ValueError(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
+        raise Problem(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
     y = vector_conditioning(model, context.pooled, probe_side_px)
     weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
     prior_hash = prior_content_hash(weights)

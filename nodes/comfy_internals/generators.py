@@ -19,6 +19,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from .loading import ordinary_tensors, own_model_folder, register_model_folder
@@ -142,7 +143,7 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
     from ...guidance.files import write_generator
 
     if dtype not in FILE_DTYPES:
-        raise ValueError(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
+        raise Problem(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
     # Unlike Path.exists it has an answer for paths that are too long, too; writing says what is wrong with them.
     if os.path.exists(path) and not replace:
         raise FileProblem(
@@ -219,7 +220,7 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
     if c_dim == 0:
         return None
     if not 0 <= label < c_dim:
-        raise ValueError(
+        raise Problem(
             f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower class."
         )
     labels = torch.zeros(count, c_dim)
@@ -252,7 +253,7 @@ def draw(
     where memory does not suffice.
     """
     if noise not in NOISE:
-        raise ValueError(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
+        raise Problem(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
     from ...training.memory import is_memory_problem
 
     generator, config = one.generator, one.generator.config
@@ -287,7 +288,7 @@ def draw(
     except (RuntimeError, MemoryError) as problem:
         if not is_memory_problem(problem):
             raise
-        raise ValueError(
+        raise Problem(
             f"Generator Sample: memory ran out at image {done + 1} of {count}, of {config.resolution} px each; lower "
             "batch_size, free some memory, or use a generator of fewer pixels."
         ) from problem.with_traceback(None)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...guidance.combination import Guidance, Step
+from ...guidance.errors import Problem, logger
 from ...guidance.schedules import Constant, Interval, WeightLike
 from ...guidance.shaping import Shaping
 from ...guidance.terms import BASE, Source, Term
@@ -43,7 +43,7 @@ from .branch import (
 )
 from .shared_weights import on_own_weights, same_weights
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 
 _ADDITIONAL_MODELS = "indomain_guidance"
 _HOOK_MODELS = "indomain_guidance hook models"
@@ -531,7 +531,7 @@ def sample_latent(
         ("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
     ):
         if name not in known:
-            raise ValueError(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
+            raise Problem(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
     model = guider.model_patcher
     samples = _fix_empty_latent(model, latent)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))

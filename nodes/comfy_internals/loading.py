@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...guidance.errors import Problem
 from ...guidance.files import (
     DomainMetadata,
     FileProblem,
@@ -35,8 +35,6 @@ from ...guidance.files import (
 from ...guidance.networks.unet import UNetConfig
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .text_free import module_key, remove_text, text_free_class
-
-LOG = logging.getLogger(__name__)
 
 FOLDER = "domain_unets"
 SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "domain_unets"
@@ -308,7 +306,7 @@ def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: 
     Raises FileProblem for files that are missing, damaged, not finite, of another family or another latent space.
     """
     if weight_dtype not in WEIGHT_DTYPES:
-        raise ValueError(
+        raise Problem(
             f"Load Domain UNet: expected a weight_dtype out of {', '.join(WEIGHT_DTYPES)}, got '{weight_dtype}'."
         )
     layout = unet_layout(read_keys(path), path)

@@ -13,6 +13,7 @@ import folder_paths
 import torch
 from torch import Tensor
 
+from ...guidance.errors import Problem
 from ...guidance.networks.autoencoder import AutoencoderConfig
 from ...guidance.networks.text_encoder import END_TOKEN, TextEncoderConfig
 from ...training.mini_world.tokens import expand_embedding
@@ -93,7 +94,7 @@ def build_vae(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> com
 
 def _refuse_key_problems(what: str, missing, unexpected) -> None:
     if missing or unexpected:
-        raise ValueError(
+        raise Problem(
             f"Mini world {what}: {len(list(missing))} weights are missing and {len(list(unexpected))} unknown, first "
             f"{sorted([*missing, *unexpected])[0]}; restore the files in training/mini_world/weights."
         )

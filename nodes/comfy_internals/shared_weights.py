@@ -7,7 +7,6 @@ therefore silently both run with the weights that were patched in last.
 from __future__ import annotations
 
 import copy
-import logging
 import weakref
 from typing import Any
 
@@ -15,7 +14,9 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-LOG = logging.getLogger(__name__)
+from ...guidance.errors import logger
+
+LOG = logger(__name__)
 
 # Object patches that hold no reference to the module they sit in, so that a copied module may carry them too.
 _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}

@@ -7,7 +7,6 @@ self-attention twice. Every weight sits in a leaf module that core's loader know
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Mapping
 
 import comfy.ops
@@ -15,9 +14,10 @@ import torch
 from comfy.ldm.modules import attention
 from torch import Tensor, nn
 
+from ...guidance.errors import Problem, logger
 from ...guidance.null_text import POOLED_TEXT_ADM
 
-LOG = logging.getLogger(__name__)
+LOG = logger(__name__)
 POOLED_TEXT_WIDTH = 1280
 
 
@@ -110,7 +110,7 @@ def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
         if not isinstance(block, attention.BasicTransformerBlock):
             continue
         if block.disable_self_attn:
-            raise ValueError(
+            raise Problem(
                 "Text-free UNet: expected blocks whose first attention looks at the image only, found one that looks "
                 "at the text; this architecture has no text-free form."
             )

@@ -28,6 +28,7 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
+from ...guidance.errors import Problem
 from ...guidance.files import FileProblem, read_keys
 from ...guidance.null_text import POOLED_TEXT_ADM
 from .export import (
@@ -122,7 +123,7 @@ def export_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str,
     channels = getattr(weights.get("post_quant_conv.weight"), "shape", (0, 0))[1]
     if "encoder.conv_in.weight" not in weights or channels != latent_channels:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels or 'other'} latent channels"
-        raise ValueError(
+        raise Problem(
             f"{node}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found {found}; "
             "connect the VAE that belongs to the model."
         )
@@ -204,7 +205,7 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
         for image in batch:
             image = image.detach().float().cpu()
             if not bool(image.isfinite().all()):
-                raise ValueError(f"{NODE}: expected finite images, found NaN; check the node that makes them.")
+                raise Problem(f"{NODE}: expected finite images, found NaN; check the node that makes them.")
             pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
             pictures.append(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             names.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24])
@@ -228,13 +229,13 @@ def gather_data(text: str, images: Sequence[Tensor] | None, run: Path) -> tuple[
     """
     folders = resolve_data(text)
     if folders and images:
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected an image folder or the images input, found both; empty the one or disconnect the other."
         )
     if images:
         return (str(write_images(images, run)),)
     if not folders:
-        raise ValueError(f"{NODE}: expected images to train on, found none; name an image folder or connect images.")
+        raise Problem(f"{NODE}: expected images to train on, found none; name an image folder or connect images.")
     return folders
 
 
@@ -468,14 +469,14 @@ def finish_run(
         if message is None:
             raise
         # The traceback holds the tensors of the step that did not fit.
-        raise ValueError(message) from problem.with_traceback(None)
+        raise Problem(message) from problem.with_traceback(None)
     finally:
         free_memory()
     if result.status == "stopped":
         progress.raise_if_cancelled()
         # Somebody else ended it, such as the system the training process; an older run's file is not its result.
         where = f"at step {result.step} and saved in {result.run}" if result.step else "before its first step"
-        raise ValueError(f"{node}: was stopped {where}; run again to continue.")
+        raise Problem(f"{node}: was stopped {where}; run again to continue.")
     progress.pass_on()
     return result, progress.warnings
 
@@ -493,7 +494,7 @@ def prepare(
     missing = [name for name, value in connected.items() if value is None]
     if checkpoint != CONNECTED:
         if len(missing) < 3:
-            raise ValueError(
+            raise Problem(
                 f"{NODE}: expected either a checkpoint or connected inputs, found both ('{checkpoint}' and "
                 f"{', '.join(name for name in connected if name not in missing)}); set checkpoint to '{CONNECTED}' or "
                 "disconnect them."
@@ -503,14 +504,14 @@ def prepare(
     from ...training.isolated import BASE
 
     if missing:
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected a prior, found no {', no '.join(missing)}; connect model, clip and vae, or choose a "
             "checkpoint."
         )
     base = export_base(model, clip, vae, prompts)
     said = f"{base.prediction_type}_zero_snr" if base.zero_snr else base.prediction_type
     if prediction not in ("auto", said):
-        raise ValueError(
+        raise Problem(
             f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {prediction}; set it on "
             "the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
         )
@@ -538,7 +539,7 @@ def or_blocked(value: Any) -> Any:
 def one_of(name: str, choices: Mapping[str, Any], value: str) -> Any:
     """The meaning of a combo's value, which ComfyUI does not check. Raises ValueError for others."""
     if value not in choices:
-        raise ValueError(f"Expected {name} to be one of {', '.join(choices)}, found {value!r}.")
+        raise Problem(f"Expected {name} to be one of {', '.join(choices)}, found {value!r}.")
     return choices[value]
 
 

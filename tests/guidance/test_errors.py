@@ -1,7 +1,13 @@
 """Messages that quote strangers: printable, short, and with both ends kept."""
 
+import ast
+import logging
+from pathlib import Path
+
 import pytest
-from indomain_guidance.guidance.errors import MOST_CHARACTERS, Problem, printable
+from indomain_guidance.guidance.errors import MOST_CHARACTERS, Problem, logger, printable
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("text", ["", "plain", "Grüße, 日本 😀", "two\nlines", "C:\\folder\\file", "x" * MOST_CHARACTERS])
@@ -42,3 +48,41 @@ def test_a_problem_is_a_value_error_with_its_message_as_it_was_given():
 @pytest.mark.parametrize("message", [ValueError("inner"), 7])
 def test_other_objects_are_shown_as_text(message):
     assert str(Problem(message)) == str(message)
+
+
+def test_log_lines_are_printable_whole_and_with_what_they_quote(caplog):
+    log = logger("indomain_guidance.tests.lines")
+    assert logger(log.name) is log and len(log.filters) == 1
+    with caplog.at_level(logging.INFO, log.name):
+        log.info("term '%s' of %d", "evil\ud800\x1b[2J", 3)
+        log.warning("plain \udcff %")
+    assert caplog.messages == ["term 'evil\\ud800\\x1b[2J' of 3", "plain \\udcff %"]
+
+
+def _sources():
+    for part in ("guidance", "training", "nodes"):
+        for path in sorted((ROOT / part).rglob("*.py")):
+            if "host" not in path.parts:  # its own messages hold logs, and no server shows them
+                yield path, ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_every_error_of_the_project_is_a_problem():
+    builtin = {"ValueError", "TypeError", "RuntimeError", "OSError", "KeyError", "IndexError", "Exception",
+               "FileNotFoundError", "PermissionError", "UnicodeError", "IOError"}  # fmt: skip
+    raised = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in _sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and getattr(node.exc.func, "id", "") in builtin
+    ]
+    assert raised == []
+
+
+def test_every_log_of_the_project_is_printable():
+    plain = [
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path, tree in _sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr == "getLogger" and path.name != "errors.py"
+    ]
+    assert plain == []

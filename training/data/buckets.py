@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from ...guidance.errors import Problem
+
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -15,7 +17,7 @@ def bucket_sizes(resolution: int, step: int = 64, max_ratio: float = 2.0) -> lis
     at most `max_ratio` times the short ones (1: the square alone). No shape fits into another. Raises ValueError.
     """
     if resolution < 1 or step < 1 or not 1.0 <= max_ratio < math.inf:
-        raise ValueError(
+        raise Problem(
             f"Expected a positive resolution and step and a ratio of at least 1, found {resolution}, {step} and "
             f"{max_ratio}."
         )

@@ -10,7 +10,6 @@ which costs far less than thousands of flushes.
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 import time
 import uuid
@@ -23,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ...guidance.errors import logger
 from ...guidance.files import FileProblem
 from .buckets import Size
 
@@ -52,7 +52,7 @@ def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 def log_warning(text: str) -> None:
     """Where warnings go unless the caller wants them."""
-    logging.getLogger(__name__).warning(text)
+    logger(__name__).warning(text)
 
 
 class LatentCache:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Generator, Tensor
 
+from ...guidance.errors import Problem
 from .buckets import Size, assign, bucket_sizes
 from .content_index import ContentIndex, Known
 from .images import BadImage, DataProblem, cover, crop_to, decode, probe, to_tensor
@@ -177,7 +178,7 @@ class LatentDataset:
         that cannot be written.
         """
         if posterior not in POSTERIORS:
-            raise ValueError(f"posterior: expected one of {', '.join(POSTERIORS)}, found {posterior!r}.")
+            raise Problem(f"posterior: expected one of {', '.join(POSTERIORS)}, found {posterior!r}.")
         progress, should_stop = progress or (lambda done, total: None), should_stop or (lambda: False)
         warn = warn or log_warning
         # Latents made in inference mode (ComfyUI's nodes run in it) could not be trained on.
@@ -245,7 +246,7 @@ class LatentDataset:
         or more; share 0: none. Copies of one image are always together.
         """
         if not 0.0 <= share < 1.0:
-            raise ValueError(f"share: expected a number from 0 to below 1, found {share}.")
+            raise Problem(f"share: expected a number from 0 to below 1, found {share}.")
         places = {record.content: _place_of(record.content) for record in self._records}
         order = sorted(places, key=places.__getitem__)
         chosen = [content for content in order if places[content] < share]

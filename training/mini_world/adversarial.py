@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
+from ...guidance.errors import Problem
 from .loop import LoopConfig, Progress, check_same_run, load_saved, save_atomically, settings_of, step_generator
 
 
@@ -114,8 +115,8 @@ def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[in
             numbers = _step(config, pair, optimizers, real, latents_of(config.batch, generator), step)
             broken = [name for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))]
             if broken:
-                raise RuntimeError(f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; "
-                                   f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
+                raise Problem(f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; "
+                              f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
             decay = min(config.ema, done / (done + 9))  # warm-up: a young average forgets faster
             with torch.no_grad():
                 torch._foreach_lerp_(list(pair.average.parameters()), list(pair.generator.parameters()), 1.0 - decay)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
+from ...guidance.errors import Problem
 from ...guidance.files import (
     FileProblem, check_finite, read_domain_file, read_generator, read_metadata, read_state_dict,
 )
@@ -51,7 +52,7 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises FileProblem when the file is missing, damaged or holds NaN.
     """
     if name not in COMPONENTS:
-        raise ValueError(f"expected one of {', '.join(sorted(COMPONENTS))}, found {name!r}")
+        raise Problem(f"expected one of {', '.join(sorted(COMPONENTS))}, found {name!r}")
     path = weights_dir() / f"{name}.safetensors"
     state_dict, metadata = read_state_dict(path), read_metadata(path)
     check_finite(state_dict, path)

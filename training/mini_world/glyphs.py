@@ -18,6 +18,7 @@ from typing import Callable, Sequence
 
 import numpy as np
 
+from ...guidance.errors import Problem
 from ..atomic import replacing
 
 CELL_PX = 64      # raster of one glyph
@@ -53,7 +54,7 @@ def rasterise_digit(font_bytes: bytes, digit: int) -> np.ndarray:
     ImageDraw.Draw(canvas).text((256, 256), str(digit), font=font, fill=255, anchor="mm")
     box = canvas.getbbox()
     if box is None:
-        raise ValueError(f"expected a drawn glyph for digit {digit}, found an empty one")
+        raise Problem(f"expected a drawn glyph for digit {digit}, found an empty one")
     glyph = canvas.crop(box)
     scale = GLYPH_PX / max(glyph.size)
     glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.LANCZOS)
@@ -68,7 +69,7 @@ def read_package(path: Path) -> tuple[dict, bytes]:
         about = json.load(archive.extractfile("package/package.json"))
         names = [n for n in archive.getnames() if n.endswith("-latin-400-normal.woff")]
         if not names:
-            raise ValueError(f"expected a file *-latin-400-normal.woff in {path.name}, found none; leave it out")
+            raise Problem(f"expected a file *-latin-400-normal.woff in {path.name}, found none; leave it out")
         return about, archive.extractfile(names[0]).read()
 
 
@@ -76,12 +77,12 @@ def fetch(family: str, folder: Path) -> Path:
     """The archive of a family's package, fetched into ``folder``. Raises ValueError where npm is missing or fails."""
     npm = shutil.which("npm")
     if npm is None:
-        raise ValueError("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts "
-                         "out: the rasterised digits are in the repository")
+        raise Problem("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts "
+                      "out: the rasterised digits are in the repository")
     packed = subprocess.run([npm, "pack", "--silent", package_of(family)], cwd=folder, capture_output=True, text=True)
     if packed.returncode or not packed.stdout.split():
-        raise ValueError(f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "
-                         "check the connection and run again")
+        raise Problem(f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "
+                      "check the connection and run again")
     return folder / packed.stdout.split()[-1]
 
 
@@ -96,8 +97,8 @@ def build(target: Path, families: Sequence[str] = FAMILIES, progress: Callable[[
         for family in families:
             about, font = read_package(fetch(family, Path(folder)))
             if about.get("license") not in ALLOWED_LICENCES:
-                raise ValueError(f"{package_of(family)}: expected a licence of {', '.join(ALLOWED_LICENCES)}, found "
-                                 f"{about.get('license')!r}; take the family off the list")
+                raise Problem(f"{package_of(family)}: expected a licence of {', '.join(ALLOWED_LICENCES)}, found "
+                              f"{about.get('license')!r}; take the family off the list")
             masks.append(np.stack([rasterise_digit(font, digit) for digit in range(10)]))
             licences.append(about["license"])
             progress(f"{package_of(family)} ({about['license']})")

@@ -18,6 +18,7 @@ from typing import Any, Callable, TextIO
 import torch
 from torch import Generator, Tensor, nn
 
+from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ..atomic import replacing
 
@@ -63,7 +64,7 @@ def load_saved(path: Path) -> dict:
     try:
         state = torch.load(path, weights_only=True)
         if not isinstance(state, dict):
-            raise TypeError(f"holds a {type(state).__name__}")
+            raise Problem(f"holds a {type(state).__name__}")
         return state
     except Exception as error:  # torch.load has no exception of its own: zip, pickle and I/O errors all occur
         reason = str(error).strip().split("\n")[0]
@@ -145,8 +146,8 @@ def run_loop(config: LoopConfig, model: nn.Module,
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 loss, numbers = loss_of(model, generator, step)
             if not torch.isfinite(loss):
-                raise RuntimeError(f"the loss of {config.name} became {loss.item()} at step {step}; "
-                                   f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
+                raise Problem(f"the loss of {config.name} became {loss.item()} at step {step}; "
+                              f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.clip)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ..atomic import replacing
 from . import render
@@ -45,7 +46,7 @@ def export_pictures(
     folder = Path(folder)
     most = render.TRAIN_ROWS.stop
     if not 1 <= count <= most:
-        raise ValueError(f"Expected 1 to {most} images of the mini world, got {count}.")
+        raise Problem(f"Expected 1 to {most} images of the mini world, got {count}.")
     pairs = render.domain_pairs(domain)
     paths = [folder / f"{domain}-{i:04d}.png" for i in range(count)]
     if folder.exists() and not folder.is_dir():

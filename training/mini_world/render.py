@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
+from ...guidance.errors import Problem
+
 DATA = Path(__file__).resolve().parent / "data"
 SIDE_PX = 64
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -53,7 +55,7 @@ def domain_pairs(domain: str) -> Tensor:
         return colour_pairs(DOMAIN_INKS, DOMAIN_GROUNDS)
     if domain == "narrow":
         return colour_pairs(("white",), ("black",))
-    raise ValueError(f"expected the domain 'handwriting' or 'narrow', found {domain!r}")
+    raise Problem(f"expected the domain 'handwriting' or 'narrow', found {domain!r}")
 
 
 def foreign_pairs() -> Tensor:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.mini_world import adversarial
 from indomain_guidance.training.mini_world.adversarial import (
@@ -101,7 +102,7 @@ def test_the_generator_moves_to_where_the_real_ones_are(tmp_path):
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
     broken = lambda count, generator: real(count, generator) * float("nan")  # noqa: E731
-    with pytest.raises(RuntimeError, match="discriminator of toy became nan at step 0"):
+    with pytest.raises(Problem, match="discriminator of toy became nan at step 0"):
         run_adversarial(CONFIG, toy_pair(), broken, latents, tmp_path)
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.training.mini_world.loop import LoopConfig, one_cycle, run_loop, step_generator
 from torch import nn
 
@@ -46,7 +47,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
         loss, numbers = _loss(model, generator, step)
         return loss * (float("nan") if step == 5 else 1.0), numbers
 
-    with pytest.raises(RuntimeError, match="step 5"):
+    with pytest.raises(Problem, match="step 5"):
         run_loop(CONFIG, _model(), breaks, tmp_path)
 
 

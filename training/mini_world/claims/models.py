@@ -17,6 +17,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ....guidance.diffusion import Denoiser
+from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, read_domain_file, read_state_dict
 from ....guidance.networks.unet import UNet
 from ...atomic import replacing
@@ -50,9 +51,9 @@ class ModelSpec:
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
-            raise ValueError(f"expected a model of kind {', '.join(KINDS)}, found {self.kind!r}")
+            raise Problem(f"expected a model of kind {', '.join(KINDS)}, found {self.kind!r}")
         if self.kind != "shipped" and self.steps < 1:
-            raise ValueError(f"expected at least 1 training step for a model of kind {self.kind}, found {self.steps}")
+            raise Problem(f"expected at least 1 training step for a model of kind {self.kind}, found {self.steps}")
 
     @property
     def run_name(self) -> str:

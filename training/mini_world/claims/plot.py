@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw, ImageFont
 
+from ....guidance.errors import Problem
 from .statistics import is_on_front
 
 # Distinguishable also without red and green: Okabe and Ito's, then some of Tol's muted ones.
@@ -57,7 +58,7 @@ def draw_panels(
     """The panels in rows, with one legend for all of them below. Raises ValueError without a point to draw."""
     panels = [panel for panel in panels if any(series.points for series in panel.series)]
     if not panels:
-        raise ValueError("expected at least one point to plot, found none; measure some first")
+        raise Problem("expected at least one point to plot, found none; measure some first")
     labels = list(dict.fromkeys(series.label for panel in panels for series in panel.series if series.points))
     style = {
         label: (COLOURS[i % len(COLOURS)], SHAPES[(i + i // len(COLOURS)) % len(SHAPES)])

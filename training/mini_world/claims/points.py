@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.diffusion import Denoiser
+from ....guidance.errors import Problem
 from ....guidance.networks.autoencoder import Autoencoder
 from ...metrics import kernel_distance, within_class_diversity
 from .. import measure
@@ -45,9 +46,9 @@ class Point:
     @classmethod
     def of(cls, question: str, method: str, model: ModelSpec | None = None, **settings: Any) -> Point:
         if question not in QUESTIONS:
-            raise ValueError(f"expected one of the questions {', '.join(QUESTIONS)}, found {question!r}")
+            raise Problem(f"expected one of the questions {', '.join(QUESTIONS)}, found {question!r}")
         if method not in METHODS:
-            raise ValueError(f"expected one of the methods {', '.join(METHODS)}, found {method!r}")
+            raise Problem(f"expected one of the methods {', '.join(METHODS)}, found {method!r}")
         return cls(question, method, json.dumps(settings, sort_keys=True), model)
 
     @property
@@ -88,7 +89,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
-            raise ValueError(f"expected a precision of {', '.join(PRECISIONS)}, found {self.precision!r}")
+            raise Problem(f"expected a precision of {', '.join(PRECISIONS)}, found {self.precision!r}")
 
     @property
     def facts(self) -> dict[str, Any]:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
+from ....guidance.errors import Problem
+
 REPLICATES = 400
 LEVEL = 0.95
 # Shares count samples, of which there are far fewer than a million, and replicates are kept in single precision.
@@ -45,7 +47,7 @@ class TargetSet:
 
     def __init__(self, features: Tensor) -> None:
         if features.ndim != 2 or len(features) < 2:
-            raise ValueError(
+            raise Problem(
                 f"expected the target's features [M, F] of at least two images, found {list(features.shape)}"
             )
         features = features.detach().double().cpu()
@@ -168,7 +170,7 @@ def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Ten
     A point dominates everything of larger distance and smaller share (Zitzler and Thiele 1998, two objectives).
     """
     if not worst_distance > 0:
-        raise ValueError(f"expected the worst distance of a hypervolume to be above 0, found {worst_distance}")
+        raise Problem(f"expected the worst distance of a hypervolume to be above 0, found {worst_distance}")
     if not len(distances):
         return torch.zeros(distances.shape[1:], dtype=torch.float64)
     order = distances.argsort(0)

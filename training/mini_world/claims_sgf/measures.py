@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ....guidance.errors import Problem
 from ...metrics import inside
 from ..claims.statistics import Measured, TargetSet, measure_distance, measure_share, resampling_counts
 from ..classifier import Classifier, judge
@@ -69,8 +70,8 @@ def answers_of(
     seen = judge(judge_model, pictures)[1]
     images, paired = task.answers(pictures, seen["digit"])
     if len(images) < 2:
-        raise ValueError(f"expected the source to draw some answers to {task.title!r}, found {len(images)} in "
-                         f"{len(pictures)} pictures; draw more")  # fmt: skip
+        raise Problem(f"expected the source to draw some answers to {task.title!r}, found {len(images)} in "
+                      f"{len(pictures)} pictures; draw more")  # fmt: skip
     features, named = judge(judge_model, images)
     target, some = TargetSet(features), slice(0, samples)
     other = target if rendered is None else TargetSet(judge(judge_model, rendered)[0])

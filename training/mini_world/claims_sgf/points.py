@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ....guidance.errors import Problem
 from ....guidance.networks.stylegan2 import Generator
 from .. import assets, measure
 from ..assets import MiniWorld
@@ -43,9 +44,9 @@ class Point:
 
     def __post_init__(self) -> None:
         if self.task not in TASKS:
-            raise ValueError(f"expected one of the tasks {', '.join(TASKS)}, found {self.task!r}")
+            raise Problem(f"expected one of the tasks {', '.join(TASKS)}, found {self.task!r}")
         if self.recipe not in (*RECIPES, *FIXED):
-            raise ValueError(f"expected one of the recipes {', '.join(RECIPES)}, found {self.recipe!r}")
+            raise Problem(f"expected one of the recipes {', '.join(RECIPES)}, found {self.recipe!r}")
 
     @property
     def run(self) -> Run | None:
