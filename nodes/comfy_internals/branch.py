@@ -36,6 +36,8 @@ _LOOP_WRAPPERS = tuple(
 )
 # Clones of the prior on other devices; with them in its options a branch would run the prior instead of its own model.
 _PRIOR_ONLY_OPTIONS = ("multigpu_clones", "multigpu_thread_pool")
+# Where an entry of a conditioning keeps a ControlNet that core is not to see.
+_LEFT_OUT = "indomain_guidance left out"
 
 
 def _in_core_order(keys: Sequence[str]) -> list[str | None]:
@@ -89,14 +91,24 @@ def forget_adapter_outputs(conds: Conditionings) -> None:
             control = control.previous_controlnet
 
 
-class _PreparedElsewhere:
-    """Stands in for a ControlNet that the prior prepares: it must be set up once, for the prior's noise schedule."""
+def without_controls(conds: Conditionings, left_out: set[int]) -> None:
+    """Take the ControlNets of those identities out of `conds`, in place; `with_controls` puts them back."""
+    for entry in _entries(conds):
+        if id(entry.get("control")) in left_out:
+            entry[_LEFT_OUT] = entry.pop("control")
 
-    def __init__(self, control: Any) -> None:
-        self.control = control
 
-    def pre_run(self, model: Any, percent_to_timestep_function: Any) -> None:
-        pass
+def with_controls(conds: Conditionings) -> None:
+    """Put back what `without_controls` took, copies that core made of an entry included, and spread it as core does:
+    the prompt's Apply ControlNet (OLD) is for the other conditionings too.
+    """
+    for entry in _entries(conds):
+        if _LEFT_OUT in entry:
+            entry["control"] = entry.pop(_LEFT_OUT)
+    spread = [entry for entry in conds.get(POSITIVE, ()) if entry.get("control_apply_to_uncond", False)]
+    for key, entries in conds.items():
+        if key != POSITIVE:
+            comfy.samplers.apply_empty_x_to_equal_area(spread, entries, "control", lambda found, index: found[index])
 
 
 class Branch:
@@ -165,16 +177,13 @@ class Branch:
         self.patcher.pre_run()
         self.model.latent_shapes = latent_shapes
         own_controls = [control for key, control in controls(self.conds).items() if key not in controls_of_prior]
-        for cond in _entries(self.conds):
-            if id(cond.get("control")) in controls_of_prior:
-                cond["control"] = _PreparedElsewhere(cond["control"])
+        # A ControlNet is prepared once, by the prior, whose noise schedule it follows.
+        without_controls(self.conds, controls_of_prior)
         self.conds = comfy.samplers.process_conds(
             self.model, noise, self.conds, device, latent_image, denoise_mask, seed, latent_shapes=latent_shapes
         )
         self._own_controls = own_controls
-        for cond in _entries(self.conds):
-            if isinstance(cond.get("control"), _PreparedElsewhere):
-                cond["control"] = cond["control"].control
+        with_controls(self.conds)
         self.options = comfy.model_patcher.create_model_options_clone(self.options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
 

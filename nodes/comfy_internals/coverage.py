@@ -6,11 +6,15 @@ picture away from its reference with all its weight.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
+import comfy.model_base
 import comfy.samplers
+import comfy.supported_models_base
 import torch
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 # What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
@@ -43,26 +47,26 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
         {**{key: value for key, value in entry.items() if key not in _RUNS_MODELS}, "model_conds": {}}
         for entry in entries
     ]
-    (answer,) = comfy.samplers.calc_cond_batch(_One(), [bare], x, timestep, {})
+    (answer,) = comfy.samplers.calc_cond_batch(_one().model, [bare], x, timestep, {})
     where = answer > 0
     return None if bool(where.all()) else where
 
 
-class _One:
-    """As much of a model as `calc_cond_batch` asks for; predicts 1."""
-
-    @property
-    def current_patcher(self) -> _One:
-        return self
-
-    def prepare_state(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def apply_hooks(self, *args: Any, **kwargs: Any) -> dict:
-        return {}
+class _One(comfy.model_base.BaseModel):
+    """A model of core's without a network: predicts 1, in no memory."""
 
     def memory_required(self, *args: Any, **kwargs: Any) -> float:
         return 0.0
 
     def apply_model(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return torch.ones_like(x)
+
+
+@functools.cache
+def _one() -> ModelPatcher:
+    """`_One` as core holds a model while it samples, without hooks or callbacks that a run could notice."""
+    model = _One(comfy.supported_models_base.BASE({"disable_unet_model_creation": True}))
+    cpu = torch.device("cpu")
+    patcher = ModelPatcher(model, load_device=cpu, offload_device=cpu)
+    patcher.pre_run()
+    return patcher

@@ -226,3 +226,19 @@ def test_what_core_cannot_spread_over_an_area_is_refused(tiny, internals, parts)
         guider(old, base, area)
     tiny.predict(guider(old, [*area, *base]), x, SIGMA)
     tiny.predict(guider(tiny.with_options(old, control_apply_to_uncond=False), area), x, SIGMA)
+
+
+def test_what_core_may_ask_of_a_model_tomorrow_is_there(comfyui, tiny, internals, parts, monkeypatch):
+    prior, domain, base, prompt, x, core = parts
+    asked, calc_cond_batch = [], comfyui.samplers.calc_cond_batch
+
+    def of_tomorrow(model, *args):
+        asked.append(model.of_tomorrow() and model.current_patcher.of_tomorrow())
+        return calc_cond_batch(model, *args)
+
+    for owner in (comfyui.model_base.BaseModel, comfyui.model_patcher.ModelPatcher):
+        monkeypatch.setattr(owner, "of_tomorrow", lambda self: True, raising=False)
+    monkeypatch.setattr(comfyui.samplers, "calc_cond_batch", of_tomorrow)
+    terms = [internals.TermInput("domain", 1.5, model=domain, conditioning=upper_half(tiny, base))]
+    tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA)
+    assert len(asked) == 3 and all(asked), "the base, the domain, and where the domain's conditioning is"

@@ -350,6 +350,20 @@ def test_control_net_is_prepared_once_by_the_prior(comfyui, tiny, internals):
     assert set(map(id, prepared)) == {id(prior.model)}
 
 
+def test_what_core_may_ask_of_a_control_net_tomorrow_is_asked_of_itself(comfyui, tiny, internals, monkeypatch):
+    control, asked, pre_run_control = tiny.control_net(), [], comfyui.samplers.pre_run_control
+
+    def of_tomorrow(model, conds):
+        asked.extend(entry["control"].of_tomorrow for entry in conds if "control" in entry)
+        return pre_run_control(model, conds)
+
+    control.of_tomorrow = control
+    monkeypatch.setattr(comfyui.samplers, "pre_run_control", of_tomorrow)
+    positive, negative = (tiny.with_options(tiny.conditioning(i), control=control) for i in (1, 2))
+    tiny.predict(internals.in_domain_guider(tiny.prior(0), tiny.prior(1), positive, negative), noisy(4), 2.0)
+    assert asked == [control] * 2, "once for each of the prior's conditionings, never by the domain model"
+
+
 @pytest.fixture
 def adapter(comfyui, tiny):
     """A T2I-Adapter with two hint images behind a ControlNet, and a UNet of which it fits the blocks."""
