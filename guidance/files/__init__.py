@@ -17,7 +17,7 @@ from .generator import (
     write_generator,
 )
 from .layouts import Checkpoint, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
-from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
+from .tensors import FileProblem, ModelFile, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
 
 __all__ = [
     "LATENT_FORMATS",
@@ -26,6 +26,7 @@ __all__ = [
     "FileProblem",
     "GeneratorMetadata",
     "LoadedGenerator",
+    "ModelFile",
     "check_finite",
     "check_latent_format",
     "check_unet",

@@ -16,11 +16,13 @@ from torch import Tensor
 from ..diffusion import PREDICTION_TYPES
 from ..errors import Problem
 from ..networks.unet import UNetConfig, unet_config_from_state_dict
+from ..plain_json import parse_json
 from .layouts import check_unet, strip_unet_prefix, unet_layout, unet_prefix
-from .tensors import FileProblem, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
+from .tensors import FileProblem, ModelFile, check_finite, write_safetensors
 
 FORMAT = "indomain_guidance.domain_unet"
 VERSION = "1"
+MOST_PIXELS = 65536  # of a side that a model says it was trained at
 LATENT_FORMATS = ("sd15", "sdxl", "mini_world")
 _ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base",
                   1280: "stable-diffusion-xl-v1-refiner"}
@@ -143,7 +145,30 @@ class DomainMetadata:
             return text == "true"
 
         def errors(text: str) -> dict[str, float]:
-            return {str(block): float(error) for block, error in json.loads(text).items()}
+            return {str(block): float(error) for block, error in parse_json(text).items()}
+
+        def whole(text: str) -> int:
+            number = parse_json(text)
+            if type(number) is not int or not 0 <= number < 2**63:
+                raise Problem(f"expected a whole number, found {text!r:.40}")
+            return number
+
+        def share(text: str) -> float:
+            number = parse_json(text)
+            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
+                raise Problem(f"expected a number from 0 to 1, found {text!r:.40}")
+            return float(number)
+
+        def side(text: str) -> int:
+            if not 0 < whole(text) <= MOST_PIXELS:
+                raise Problem(f"expected a side of 1 to {MOST_PIXELS} pixels, found {text!r:.40}")
+            return whole(text)
+
+        def described_context(text: str) -> dict[str, str | int]:
+            found = parse_json(text)
+            if not isinstance(found, dict) or any(isinstance(one, (list, dict)) for one in found.values()):
+                raise Problem("expected texts and numbers by name")
+            return found
 
         for name in ("format", "version", "null_text"):
             rest.pop(name, None)
@@ -155,14 +180,14 @@ class DomainMetadata:
             prediction_type=take("prediction_type"),
             zero_snr=take("zero_snr", flag, False),
             null_text_error=take("null_text_error", errors, {}),
-            null_context=take("null_context", lambda text: dict(json.loads(text)), {}),
+            null_context=take("null_context", described_context, {}),
             prior_hash=take("prior_hash"),
             domain_name=take("domain_name", default=""),
-            dataset_size=take("dataset_size", int),
+            dataset_size=take("dataset_size", whole),
             dataset_hash=take("dataset_hash"),
-            steps=take("steps", int, 0),
-            ema=take("ema", float),
-            resolution=take("resolution", int),
+            steps=take("steps", whole, 0),
+            ema=take("ema", share),
+            resolution=take("resolution", side),
             licence=take("licence", default=""),
         )
         try:
@@ -182,13 +207,14 @@ def read_domain_file(
     Without this project's metadata the architecture is read from the weights and the rest is left at None.
     latent_format: the latent space it has to work in; None accepts any. Raises FileProblem.
     """
-    metadata, keys = read_metadata(path), read_keys(path)
+    file = ModelFile(path)
+    metadata, keys = file.metadata, file.keys
     layout = unet_layout(keys, path)
     own = metadata.get("format") == FORMAT
     described = DomainMetadata.from_strings(metadata, path) if own else None
     if described is not None:
         check_latent_format(described, latent_format, path)
-    state_dict = strip_unet_prefix(read_state_dict(path, prefix=unet_prefix(keys), device=device))
+    state_dict = strip_unet_prefix(file.tensors(unet_prefix(keys), device))
     if described is None:
         try:
             config = unet_config_from_state_dict(state_dict)

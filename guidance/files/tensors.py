@@ -6,8 +6,8 @@ It guards against code and overlaps, not against NaN, hence `check_finite`.
 
 from __future__ import annotations
 
-import json
 import os
+import stat
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,36 +18,61 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
+from ..plain_json import parse_json
 from .inert_pickle import Refused, shown
 from .torch_pickle import read_torch_pickle
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Earlier versions execute code from crafted files even with weights_only=True.
 SAFE_PICKLE_TORCH = (2, 10)
-HEADER_LIMIT = 100_000_000  # bytes; the format's own limit
+HEADER_LIMIT = 2**25  # bytes; the format allows 100 million, models have thousands, and notes in them a few million
 
 
 class FileProblem(Problem):
     """A file that cannot be used: one sentence with the file, what was expected, what was found, what to do."""
 
 
-def read_state_dict(path: str | os.PathLike, *, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
-    """All tensors of a `.safetensors` file, or of a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) read as plain data.
+class ModelFile:
+    """A `.safetensors` file, or a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) read as plain data.
 
-    prefix: only keys that start with it, and without it ("" keeps all). Raises FileProblem when the file is missing,
-    truncated, of another format, or holds no tensor under the prefix.
+    Its header, or the pickle's content, is read once and kept. metadata: the string metadata, empty for pickles. keys:
+    the tensors' names. Raises FileProblem when the file is missing, truncated or of another format.
     """
-    path = _existing(path)
-    if _looks_pickled(path):
-        pickled = _read_pickle(path).items()
-        tensors = {key.removeprefix(prefix): value.to(device) for key, value in pickled if key.startswith(prefix)}
-    else:
-        _read_header(path)
-        tensors = _read_safetensors(path, prefix, device)
-    if not tensors:
-        under = f" under '{prefix}'" if prefix else ""
-        raise FileProblem(f"{path}: expected weights{under}, found none; the file holds another kind of model.")
-    return tensors
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = _existing(path)
+        self._pickled = _read_pickle(self.path) if _looks_pickled(self.path) else None
+        header = {} if self._pickled is not None else _read_header(self.path)
+        self.metadata: dict[str, str] = header.pop("__metadata__", {})
+        self._entries = header
+        self.keys = list(header if self._pickled is None else self._pickled)
+
+    def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
+        """Shape and number format (as the file calls it) of every tensor; of `.safetensors` from the header alone."""
+        if self._pickled is None:
+            return {key: (tuple(entry["shape"]), entry["dtype"]) for key, entry in self._entries.items()}
+        return {
+            key: (tuple(one.shape), str(one.dtype).removeprefix("torch.")) for key, one in self._pickled.items()
+        }
+
+    def tensors(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+        """The tensors whose keys start with `prefix`, without it ("" keeps all). Raises FileProblem for none."""
+        if self._pickled is not None:
+            found = self._pickled.items()
+            tensors = {key.removeprefix(prefix): one.to(device) for key, one in found if key.startswith(prefix)}
+        else:
+            tensors = _read_safetensors(self.path, prefix, device)
+        if not tensors:
+            under = f" under '{prefix}'" if prefix else ""
+            raise FileProblem(
+                f"{self.path}: expected weights{under}, found none; the file holds another kind of model."
+            )
+        return tensors
+
+
+def read_state_dict(path: str | os.PathLike, *, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
+    """All tensors of a file whose keys start with `prefix`, without it; see `ModelFile`."""
+    return ModelFile(path).tensors(prefix, device)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -58,9 +83,7 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
 
 def read_keys(path: str | os.PathLike) -> list[str]:
     """The tensor names in a file; for `.safetensors` without reading the tensors."""
-    path = _existing(path)
-    header = _read_pickle(path) if _looks_pickled(path) else _read_header(path)
-    return [key for key in header if key != "__metadata__"]
+    return ModelFile(path).keys
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:
@@ -148,7 +171,7 @@ def _existing(path: str | os.PathLike) -> Path:
     if path.is_dir():
         raise FileProblem(f"{path}: expected a file, found a folder; name the .safetensors file inside it.")
     if not path.is_file():
-        raise FileProblem(f"{path}: expected a model file, found nothing at this path; check name and folder.")
+        raise FileProblem(f"{path}: expected a model file, found {missing_file(path)}.")
     try:
         size = path.stat().st_size
         with path.open("rb"):
@@ -158,6 +181,17 @@ def _existing(path: str | os.PathLike) -> Path:
     if size == 0:
         raise FileProblem(f"{path}: expected a model file, found an empty one; download or copy it again.")
     return path
+
+
+def missing_file(path: str | os.PathLike) -> str:
+    """What lies at a path instead of a file, and what to do, as the end of a sentence."""
+    try:
+        kind = os.lstat(path).st_mode
+    except (OSError, ValueError):  # a name that no file can have
+        return "nothing at this path; check name and folder"
+    if stat.S_ISLNK(kind):
+        return f"a link to {os.readlink(path)}, where no file is; name the file itself, or mend the link"
+    return "a pipe, socket or device; name a file"
 
 
 def _looks_pickled(path: Path) -> bool:
@@ -170,7 +204,7 @@ def _looks_pickled(path: Path) -> bool:
     return start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04")) and not is_safetensors
 
 
-def _read_header(path: Path) -> dict:
+def _read_header(path: Path) -> dict[str, Any]:
     """The JSON header of a safetensors file, checked against the size of the file."""
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -178,6 +212,11 @@ def _read_header(path: Path) -> dict:
         length = int.from_bytes(start, "little")
         plausible = len(start) == 8 and 2 <= length <= HEADER_LIMIT
         text = file.read(min(length, size)) if plausible else start + file.read(192)
+    if not plausible and text[8:9] == b"{" and length <= size:
+        raise FileProblem(
+            f"{path}: expected a header of at most {HEADER_LIMIT >> 20} MiB, found one of {length >> 20} MiB; write "
+            "the file with fewer notes."
+        )
     if not plausible or text[:1] != b"{":
         raise FileProblem(f"{path}: expected a safetensors file, found {_guess(text)}.")
     if len(text) < length:
@@ -186,20 +225,32 @@ def _read_header(path: Path) -> dict:
             "it again."
         )
     try:
-        header = json.loads(text)
-        metadata = header.get("__metadata__", {})
-        ends = [entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"]
-        valid = all(isinstance(end, int) for end in ends) and all(isinstance(text, str) for text in metadata.values())
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        valid = False
-    if not valid:
-        raise FileProblem(f"{path}: expected a safetensors file, found a damaged header; download or copy it again.")
+        header = parse_json(text, HEADER_LIMIT)
+        ends = [_end_of(entry) for key, entry in header.items() if key != "__metadata__"]
+        notes = header.setdefault("__metadata__", {})
+        if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+            raise Problem("metadata that is no text")
+    except ValueError as error:
+        raise FileProblem(
+            f"{path}: expected a safetensors file, found a damaged header ({_first_line(error)}); download or copy it "
+            "again."
+        ) from None
     expected = 8 + length + max(ends, default=0)
     if size < expected:
         raise FileProblem(
             f"{path}: the file is truncated: expected {expected} bytes, found {size}; download or copy it again."
         )
     return header
+
+
+def _end_of(entry: Any) -> int:
+    """Where a tensor's numbers end, counted from the header. Raises Problem for what describes no tensor."""
+    numbers = [entry.get("shape"), entry.get("data_offsets")] if isinstance(entry, dict) else []
+    if not numbers or not isinstance(entry.get("dtype"), str) or not all(
+        isinstance(row, list) and all(type(one) is int and one >= 0 for one in row) for row in numbers
+    ) or len(numbers[1]) != 2:  # fmt: skip
+        raise Problem("a tensor that is not described by dtype, shape and data_offsets")
+    return numbers[1][1]
 
 
 def _guess(start: bytes) -> str:
@@ -225,19 +276,24 @@ def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]
         ) from error
 
 
-def load_checkpoint(path: Path, advice: str) -> Any:
+def torch_reads_safely() -> bool:
+    """Whether this torch reads pickles as plain data without known holes."""
+    return tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= SAFE_PICKLE_TORCH
+
+
+def load_checkpoint(path: Path, advice: str, trailer: int = 0, mapped: bool = False) -> Any:
     """What a torch checkpoint (both formats of `torch.save`) holds, read as plain data. Raises FileProblem.
 
-    advice: what to do where it cannot be read safely, a clause without its full stop.
+    advice: what to do where it cannot be read safely, a clause without its full stop. trailer, mapped: as in
+    `read_torch_pickle`.
     """
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if version < SAFE_PICKLE_TORCH:
+    if not torch_reads_safely():
         raise FileProblem(
             f"{path}: this is a pickle, which only torch 2.10 or newer reads safely, found torch {torch.__version__}; "
             "update torch, or convert the file to .safetensors where torch is newer."
         )
     try:
-        return read_torch_pickle(path)
+        return read_torch_pickle(path, trailer, mapped)
     except Refused as problem:
         raise FileProblem(
             f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({problem}); "

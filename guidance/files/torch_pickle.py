@@ -64,18 +64,23 @@ _OF_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf
 _LOADING = threading.Lock()  # torch keeps one list of allowed names for all threads
 
 
-def read_torch_pickle(path: Path) -> Any:
+def read_torch_pickle(path: Path, trailer: int = 0, mapped: bool = False) -> Any:
     """What `torch.load(weights_only=True)` makes of a checkpoint, after `check_torch_pickle`. Raises Refused.
 
-    Beyond torch's own list it may hold Lightning's callbacks as keys, numpy's numbers, and argparse's options.
+    Beyond torch's own list it may hold Lightning's callbacks as keys, numpy's numbers, and argparse's options. mapped:
+    tensors lie in the file until they are read.
     """
-    check_torch_pickle(path)
+    check_torch_pickle(path, trailer)
     with _LOADING:
         known = torch.serialization.get_safe_globals()  # leaving the context would take away what others allowed
         ours = [entry for entry in _allowed() if entry not in known]
         with torch.serialization.safe_globals(ours):
             try:
-                return torch.load(path, map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                except UnicodeEncodeError:  # a folder's name that UTF-8 cannot hold, of which nothing can be mapped
+                    with path.open("rb") as file:
+                        return torch.load(file, map_location="cpu", weights_only=True)
             except (MemoryError, OSError):
                 raise
             except Exception as error:  # torch raises whatever its parser met
@@ -85,12 +90,17 @@ def read_torch_pickle(path: Path) -> Any:
                 raise Refused(f"what torch refuses: {shown(reason)}") from error
 
 
-def check_torch_pickle(path: Path) -> None:
-    """Raise Refused for a checkpoint whose pickles want more than plain tensors, or more memory than the file has."""
-    size = path.stat().st_size
+def check_torch_pickle(path: Path, trailer: int = 0) -> None:
+    """Raise Refused for a checkpoint whose pickles want more than plain tensors, or more memory than the file has.
+
+    trailer: bytes behind an archive that are not its own.
+    """
+    size = path.stat().st_size - trailer
     budget = Budget(opcodes=min(MAX_STEPS, FREE_STEPS + size // 4), decoded=size, depth=MAX_DEPTH)
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":  # as torch tells them apart
+            if trailer:
+                raise Refused("something else than an archive of torch")
             mapped, reader = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), _Torch(size, None)
             try:
                 with memoryview(mapped) as data:
@@ -175,8 +185,11 @@ def _archive(path: Path, size: int) -> tuple[memoryview, dict[str, int]]:
 def _check_directory(path: Path, size: int) -> None:
     """Refuse an archive whose directory does not end where its end says: readers differ in which they then take."""
     with path.open("rb") as file:
-        file.seek(max(0, size - 98))
-        tail = file.read().rjust(98, b"\0")
+        start = max(0, size - 98)
+        file.seek(start)
+        tail = file.read(size - start).rjust(98, b"\0")
+        if b"PK\x05\x06" in file.read():
+            raise Refused("a damaged archive: another one begins behind it")
     end, locator, long_end = tail[-22:], tail[-42:-22], tail[:56]
     if end[:4] != b"PK\x05\x06" or end[20:] != b"\0\0":
         raise Refused("a damaged archive: it does not end with its directory")

@@ -5,7 +5,6 @@ One class serves Stable Diffusion 1.x, 2.x and XL checkpoints and the mini world
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from typing import Any, Mapping
 
@@ -15,6 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import Problem
+from ..plain_json import parse_json
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,11 @@ class AutoencoderConfig:
     def from_dict(cls, values: Mapping[str, Any] | str) -> AutoencoderConfig:
         """Read :meth:`to_dict`'s output, or its JSON text as file metadata holds it. Raises ValueError for others."""
         try:
-            values = dict(json.loads(values) if isinstance(values, str) else values)
+            values = dict(parse_json(values) if isinstance(values, str) else values)
             return cls(**{**values, "ch_mult": tuple(values["ch_mult"])})
         except (ValueError, TypeError, KeyError) as problem:
             raise Problem(
-                f"Autoencoder configuration: expected the fields of AutoencoderConfig, found {values!r}."
+                f"Autoencoder configuration: expected the fields of AutoencoderConfig, found {values!r:.200}."
             ) from problem
 
     def to_ldm_params(self) -> dict[str, Any]:

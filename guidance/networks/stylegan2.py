@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Problem
+from ..plain_json import parse_json
 
 ARCHITECTURES = ("skip", "resnet", "orig")
 NOISE_MODES = ("const", "random", "none")
@@ -132,8 +133,8 @@ class GeneratorConfig:
     @classmethod
     def from_json(cls, text: str) -> GeneratorConfig:
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise Problem(f"Generator configuration is not JSON: {error}.") from None
         if not isinstance(values, dict):
             raise Problem(f"Generator configuration must be a JSON object, got {type(values).__name__}.")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import Problem
+from ..plain_json import parse_json
 
 GROUPS = 32
 NULL_TEXT_FORMS = ("none", "constant", "cached")
@@ -128,8 +129,8 @@ class UNetConfig:
     @classmethod
     def from_json(cls, text: str) -> UNetConfig:
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise Problem(f"UNet configuration is not JSON: {error}.") from None
         if not isinstance(values, dict):
             raise Problem(f"UNet configuration must be a JSON object, got {type(values).__name__}.")

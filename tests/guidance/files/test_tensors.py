@@ -12,6 +12,7 @@ import torch
 
 from indomain_guidance.guidance.files import (
     FileProblem,
+    ModelFile,
     check_finite,
     read_keys,
     read_metadata,
@@ -26,6 +27,10 @@ TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, 
 def header(entries, length=None):
     text = json.dumps(entries).encode()
     return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def raw_header(text):
+    return struct.pack("<Q", len(text)) + text.encode()
 
 
 def test_round_trip(tmp_path):
@@ -99,7 +104,18 @@ def test_each_fault_has_its_sentence(tmp_path):
         header({"a": 1}): "found a damaged header",
         header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
         struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
-        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header",
+        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header (more than 64 lists",
+        header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"__metadata__": ["x"]}): "metadata that is no text",
+        header({"__metadata__": None}): "metadata that is no text",
+        raw_header('{"a": 1, "a": 2}'): "'a' stands twice",
+        raw_header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % ("9" * 310)): "310 digits",
+        raw_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'): "no float holds",
+        raw_header('{"a": "%s"}' % ("x" * 2**25)): "a header of at most 32 MiB, found one of 32 MiB",
         header(overlapping) + bytes(8): "found a damaged one",
         header(unknown_type) + bytes(8): "found a damaged one",
         header({"__metadata__": {"a": "b"}}): "expected weights, found none",
@@ -115,8 +131,32 @@ def test_each_fault_has_its_sentence(tmp_path):
         assert text.startswith(f"{path}: ") and text.endswith(".") and "\n" not in text, text
     with pytest.raises(FileProblem, match="found nothing at this path"):
         read_state_dict(tmp_path / "absent.safetensors")
+    with pytest.raises(FileProblem, match="found nothing at this path"):
+        read_state_dict("a\0b.safetensors")
     with pytest.raises(FileProblem, match="found a folder"):
         read_metadata(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and pipes are POSIX")
+def test_what_lies_in_a_files_place_is_told(tmp_path):
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone.safetensors")
+    with pytest.raises(FileProblem, match=r"link.safetensors: .* found a link to .*gone.safetensors, where no file is"):
+        read_state_dict(tmp_path / "link.safetensors")
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    with pytest.raises(FileProblem, match="found a pipe, socket or device; name a file"):
+        read_state_dict(tmp_path / "pipe.safetensors")
+
+
+def test_a_header_is_read_once_whatever_is_asked(tmp_path, monkeypatch):
+    path = write_safetensors(tmp_path / "a.safetensors", TENSORS, {"who": "me"})
+    reads = []
+    monkeypatch.setattr(module, "parse_json", lambda text, most: reads.append(len(text)) or json.loads(text))
+    file = ModelFile(path)
+    assert file.metadata == {"who": "me"} and set(file.keys) == set(TENSORS) == set(file.tensors())
+    assert file.shapes() == {"a.weight": ((2, 3), "F32"), "b.bias": ((4,), "F16")}
+    assert len(reads) == 1
+    with pytest.raises(FileProblem, match="expected weights under 'c.'"):
+        file.tensors("c.")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn])
