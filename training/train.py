@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .base import Base, ImageSize, open_base
 from .config import ConfigProblem, TrainConfig
-from .data import CachingStopped, DataProblem, LatentDataset, expanded, find_images, open_dataset
+from .data import CachingStopped, Cancelled, DataProblem, LatentDataset, Watch, expanded, find_images, open_dataset
 from .engine import Engine, Result, check_resume, due
 from .estimate import estimate, size_text
 from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
@@ -128,8 +128,9 @@ class _Run(Engine):
         check_optimizer(config)
         check_batch(config.batch_size, self.processes.world)
         for one in config.data:
-            with suppress(DataProblem):  # nothing there: told when images are looked for
-                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one)):
+            # Nothing there, or somebody asked to stop: told when images are looked for.
+            with suppress(DataProblem, Cancelled):
+                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one, Watch(self.should_stop))):
                     raise ConfigProblem(
                         f"output: expected a folder of the run's own, found {self.folder}, the folder of images, which "
                         "would learn its own sample grids; choose another output."
@@ -206,7 +207,9 @@ class _Run(Engine):
         base.check_prompts((self.config.caption, *(self.config.sample_prompts if self.config.sample_every else ())))
         if self.processes.is_main:
             config, left = self.config, max(1, self.config.steps - step)
-            count = len(find_images(self.config.data)) if self.config.data else 0
+            count = 0
+            with suppress(Cancelled):
+                count = len(find_images(self.config.data, Watch(self.should_stop))) if self.config.data else 0
             given = [images] if isinstance(images, Tensor) else images or ()
             count += sum(len(one) if one.ndim == 4 else 1 for one in given)
             needs = estimate(

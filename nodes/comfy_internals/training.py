@@ -159,40 +159,20 @@ def _paths(text: str) -> list[str]:
     return [os.path.join(folder_paths.get_input_directory(), os.path.expanduser(part)) for part in parts if part]
 
 
-def _places_of_images(text: str) -> Iterator[str]:
-    """The folders and files that the folder input stands for, patterns expanded as the trainer does."""
-    for path in _paths(text):
-        if os.path.exists(path):
-            yield path
-            continue
-        from ...training.data.sources import expanded
-
-        # What does not exist is an error of the run, not of the question whether it would differ.
-        with suppress(ValueError):
-            yield from map(str, expanded(path))
-
-
 def data_fingerprint(text: str) -> str:
-    """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
-    digest = hashlib.sha256()
-    for path in _places_of_images(text):
-        seen = {os.path.realpath(path)}
-        for folder, folders, files in os.walk(path, followlinks=True):  # the trainer follows them too
-            known = {name: os.path.realpath(os.path.join(folder, name)) for name in sorted(folders)}
-            folders[:] = [name for name, real in known.items() if real not in seen]
-            seen.update(known.values())
-            for name in sorted(files):
-                if comfy.model_management.processing_interrupted():
-                    # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node.
-                    return ""
-                try:
-                    status = os.stat(os.path.join(folder, name))
-                except OSError:
-                    continue
-                digest.update(f"{folder}/{name} {status.st_size} {status.st_mtime_ns}\n".encode("utf-8", "replace"))
-        if os.path.isfile(path):
-            digest.update(f"{path} {os.stat(path).st_mtime_ns}\n".encode("utf-8", "replace"))
-    return digest.hexdigest()
+    """Changes when an image in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
+    from ...training.data.sources import fingerprint
+    from ...training.data.walking import Cancelled, Watch
+
+    # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node.
+    watch, digests = Watch(comfy.model_management.processing_interrupted), []
+    with suppress(Cancelled):
+        for path in _paths(text):
+            # What does not exist is an error of the run, not of the question whether it would differ.
+            with suppress(ValueError):
+                digests.append(fingerprint([path], watch))
+        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+    return ""
 
 
 def write_images(batches: Sequence[Tensor], folder: Path) -> Path:

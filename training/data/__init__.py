@@ -5,11 +5,14 @@ from .check import DataReport, check_data
 from .images import BadImage, DataProblem, crop_to, load_image, to_tensor
 from .latent_cache import LatentCache, default_cache_folder
 from .latent_dataset import CachingStopped, LatentDataset, Sample, open_dataset
-from .sources import ImageEntry, MemoryEntry, expanded, find_images, image_entries
+from .patterns import expanded
+from .sources import ImageEntry, MemoryEntry, fingerprint, find_images, image_entries
+from .walking import Cancelled, Watch
 
 __all__ = [
     "BadImage",
     "CachingStopped",
+    "Cancelled",
     "DataProblem",
     "DataReport",
     "ImageEntry",
@@ -17,12 +20,14 @@ __all__ = [
     "LatentDataset",
     "MemoryEntry",
     "Sample",
+    "Watch",
     "assign",
     "bucket_sizes",
     "check_data",
     "crop_to",
     "default_cache_folder",
     "expanded",
+    "fingerprint",
     "find_images",
     "image_entries",
     "load_image",

@@ -21,6 +21,7 @@ from .images import BadImage, DataProblem, cover, crop_to, decode, probe, to_ten
 from .latent_cache import LatentCache, default_cache_folder, log_warning
 from .parallel import in_order
 from .sources import Entry, image_entries, nothing_found, search
+from .walking import Cancelled, Watch
 
 if TYPE_CHECKING:
     from ..base import Base
@@ -34,7 +35,7 @@ LOOKS = 64               # files between two looks at should_stop while reading
 BATCH_AREA = 512 * 512   # pixels of an image up to which a whole batch is encoded at once
 
 
-class CachingStopped(Exception):
+class CachingStopped(Cancelled):
     """Somebody asked to stop while images were encoded; what is done stays in the cache."""
 
     def __init__(self, done: int, total: int) -> None:
@@ -279,7 +280,10 @@ def open_dataset(
     entries: list[Entry] = [] if images is None else list(image_entries(images))
     warn = callbacks.get("warn") or log_warning
     if config.data or not entries:
-        found = search(config.data)
+        try:
+            found = search(config.data, Watch(callbacks.get("should_stop")))
+        except Cancelled:
+            raise CachingStopped(0, 0) from None
         if not found.entries:
             raise DataProblem(nothing_found(config.data, found))
         entries += found.entries

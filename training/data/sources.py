@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import os
 import re
-import tarfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from glob import glob, has_magic
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...guidance.errors import printable
 from .images import BadImage, DataProblem
+from .kinds import PACKED, SHARD, SUFFIXES, ending, masked
+from .patterns import expanded, nearly
+from .shards import Member, NoShard, members, open_plain
+from .walking import LOST_LINK, Watch, walk
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SHARD = ".tar"
-PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip", ".7z", ".rar")
-BLOCK, REST = 512, 2**20  # bytes of a tar's header and end mark; looked at behind it, where only padding may be
-BRACES = re.compile(r"\{([^{}]*)\}")
-RANGE = re.compile(r"(\d+)\.\.(\d+)")
-LOST_LINK = "is a link to nothing; connect the drive or fetch the file that it stands for"
-OF_A_RUN = {"config.json", "log.jsonl"}  # both lie in the folder of every run
+MOST_BYTES = 512 * 2**20  # of one image file
+LONGEST_NAME = 10_000     # characters of an image's name in messages; no system has longer paths
 
 
 @dataclass(frozen=True)
@@ -38,17 +35,20 @@ class ImageEntry:
     in_shard: bool = False
 
     def read(self) -> bytes:
-        """The content of the image file. Raises BadImage when it cannot be read or the shard is cut off."""
+        """The content of the image file. Raises BadImage when it cannot be read, is too large or the shard is cut off."""
         try:
-            with open(self.path, "rb") as file:
-                if not self.in_shard:
-                    return file.read()
+            with open_plain(self.path) as file:
                 file.seek(self.offset)
-                data = file.read(self.size)
+                size = self.size if self.in_shard else os.fstat(file.fileno()).st_size
+                if size > MOST_BYTES:
+                    raise BadImage("too large", f"has {size:,} bytes, more than {MOST_BYTES:,}; save it smaller")
+                data = file.read(size)
+        except FileNotFoundError as error:
+            raise BadImage("unreadable", "was there when it was looked for and is gone; start again") from error
         except OSError as error:
             reason = f"cannot be read ({error.strerror or error}); check its permissions"
             raise BadImage("unreadable", reason) from error
-        if len(data) < self.size:
+        if self.in_shard and len(data) < size:
             raise BadImage("truncated", "lies where its shard ends too early; copy or download the shard again")
         return data
 
@@ -107,9 +107,9 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(data: Sequence[str | os.PathLike]) -> list[ImageEntry]:
+def find_images(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> list[ImageEntry]:
     """All images under folders, files and .tar shards; see `search`. Raises DataProblem when there are none."""
-    found = search(data)
+    found = search(data, watch)
     if not found.entries:
         raise DataProblem(nothing_found(data, found))
     return found.entries
@@ -118,43 +118,60 @@ def find_images(data: Sequence[str | os.PathLike]) -> list[ImageEntry]:
 def nothing_found(data: Sequence[str | os.PathLike], found: Found) -> str:
     """One sentence about a search that came upon no image."""
     where = ", ".join(str(one) for one in data) or "data"
-    others = ", ".join(f"{count} {ending or 'without ending'}" for ending, count in found.ignored.most_common(5))
+    others = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in found.ignored.most_common(5))
     also = f", only other files ({others})" if others else ""
     if found.skipped:
-        also += f", and {len(found.skipped)} unreadable places, the first {found.skipped[0][0]}: {found.skipped[0][1]}"
+        place, reason = found.skipped[0]
+        also += f"; what could not be read ({len(found.skipped)}): {place} {reason}"
+        also += " ..." if len(found.skipped) > 1 else ""
     kinds = ", ".join(SUFFIXES)
-    return f"{where}: expected images ({kinds}), found none{also}; name a folder with images or .tar shards."
+    return f"{where}: expected images ({kinds}), found none{also}. Name a folder with images or .tar shards."
 
 
-def search(data: Sequence[str | os.PathLike]) -> Found:
+def search(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> Found:
     """Look for images in folders (recursively, symbolic links followed once), single files and .tar shards.
 
     Patterns like ``shard-{0000..0003}.tar``, ``{train,more}/*.tar`` and ``~`` are expanded. Hidden files and folders
     and macOS' ``__MACOSX`` are left out, and so are training runs below a place, whose pictures show what was learned
-    from the others. Each place's images are sorted by name; a file that is named twice counts once. Nothing is opened
-    but shards, and of those only the headers are read. Raises DataProblem for a place that does not exist or a named
-    shard that is none.
+    from the others, and masks that lie beside their pictures. Each place's images are sorted by name; a file that is
+    named twice counts once. Nothing is opened but shards, and of those only the headers are read. A shard that is
+    damaged, or none, is among the skipped.
+
+    watch: whom to ask whether to stop, and the folders that must not be left. Raises DataProblem for a place that does
+    not exist or lies outside of those, and what `Watch.look` does.
     """
-    found, seen = Found(), set()
-    for place in (path for one in data for path in expanded(os.fspath(one))):
-        if place.is_dir():
-            _search_folder(place, found, seen)
-        elif not place.is_file():
-            raise DataProblem(f"{place}: expected a folder of images or a shard, found nothing there; check the path.")
-        elif place.name.lower().endswith(PACKED):
-            raise DataProblem(
-                f"{place}: expected a folder or an uncompressed .tar, found a packed archive; unpack it first."
-            )
-        elif place.suffix.lower() == SHARD:
-            try:
-                _search_shard(place, str(place), found, seen)
-            except tarfile.TarError as error:
-                raise DataProblem(
-                    f"{place}: expected an uncompressed tar of images, found something else ({error}); make it again."
-                ) from error
-        else:
-            _add(place, place.name, found, seen)
+    found, seen, watch = Found(), set(), watch or Watch()
+    for one in data:
+        for place in expanded(os.fspath(one), watch):
+            watch.look()
+            if not watch.allows(place):
+                raise DataProblem(f"{place}: expected a place in the folders that may be read, found one outside.")
+            if os.path.isdir(place):
+                _search_folder(place, found, seen, watch)
+            elif not os.path.isfile(place):
+                raise DataProblem(_not_there(place, watch))
+            else:
+                _search_file(place, str(place) if ending(place.name) == SHARD else place.name, found, seen, watch)
     return found
+
+
+def fingerprint(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> str:
+    """Changes when a file that `search` would see is added, removed, changed or replaced by another one.
+
+    A file replaced by one of the same size and time counts as another. Nothing is opened; what is not there is passed
+    over. Raises DataProblem for patterns without end, and what `Watch.look` does.
+    """
+    digest, watch = hashlib.sha256(), watch or Watch()
+    for one in data:
+        for place in expanded(os.fspath(one), watch):
+            if not watch.allows(place):
+                continue
+            steps = walk(place, watch, _unwanted) if os.path.isdir(place) else ()
+            for path in (place, *(step.path for step in steps if step.kind == "file")):
+                stamp = ImageEntry("", path, 0).stamp()
+                if stamp is not None and not os.path.isdir(path):
+                    digest.update(f"{stamp}\n".encode("utf-8", "surrogatepass"))
+    return digest.hexdigest()
 
 
 def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> list[MemoryEntry]:
@@ -179,180 +196,113 @@ def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> lis
 # ------------------------------------------------------------------------------------------------------------ searching
 
 
-def expanded(pattern: str) -> Iterator[Path]:
-    """The paths a pattern stands for; itself where a file or folder has that very name."""
-    if not pattern:
-        raise DataProblem("Expected a folder of images or a shard, found an empty path; . is the folder you are in.")
-    path = Path(os.path.expanduser(pattern))
-    if path.exists():
-        yield path
-        return
-    for one in _without_braces(str(path)):
-        if Path(one).exists() or not has_magic(one):
-            yield Path(one)
-            continue
-        matches = sorted(glob(one, recursive=True))
-        if not matches:
-            raise DataProblem(f"{one}: expected images or shards, found nothing that fits the pattern; check the path.")
-        yield from map(Path, matches)
-
-
-def _without_braces(pattern: str) -> list[str]:
-    parts = BRACES.split(pattern)  # text, choice, text, choice, ..., text
-    choices = [[part] if index % 2 == 0 else _choices(part) for index, part in enumerate(parts)]
-    return ["".join(combination) for combination in itertools.product(*choices)]
-
-
-def _choices(inside: str) -> list[str]:
-    numbers = RANGE.fullmatch(inside)
-    if numbers is None:
-        return inside.split(",") if "," in inside else ["{" + inside + "}"]
-    first, last = (int(text) for text in numbers.groups())
-    step = 1 if last >= first else -1
-    width = len(numbers[1]) if numbers[1].startswith("0") or len(numbers[1]) == len(numbers[2]) else 0
-    return [str(number).zfill(width) for number in range(first, last + step, step)]
+def _not_there(place: Path, watch: Watch) -> str:
+    """One sentence about a place that is no file and no folder."""
+    text = f"{place}: expected a folder of images or a shard, found "
+    if os.path.lexists(place):
+        fault = LOST_LINK if os.path.islink(place) else "is neither a file nor a folder"
+        return f"{text}something that {fault}."
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", str(place.name if place.parent == Path() else place)):
+        return f"{text}a path as Windows writes it; write it as this system does (/mnt/... in WSL)."
+    other = nearly(str(place), watch)
+    return f"{text}nothing there, but {other}; write it so." if other else f"{text}nothing there; check the path."
 
 
 def _unwanted(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
-def _search_folder(root: Path, found: Found, seen: set[str]) -> None:
+def _search_folder(root: Path, found: Found, seen: set[str], watch: Watch) -> None:
     files: list[tuple[tuple[str, ...], Path]] = []
-    waiting, visited = [(root, ())], {os.path.realpath(root)}
-    while waiting:
-        folder, parts = waiting.pop()
-        try:
-            with os.scandir(folder) as listing:
-                entries = sorted(listing, key=lambda entry: entry.name)
-        except OSError as error:
-            found.skipped.append((str(folder), f"cannot be read ({error.strerror or error}); check its permissions"))
-            continue
-        if parts and OF_A_RUN <= {entry.name for entry in entries}:
-            found.ignored["folders of runs"] += 1
-            continue
-        deeper = []
-        for entry in entries:
-            if _unwanted(entry.name):
-                continue
-            fault = ""
-            try:
-                is_folder, is_file = entry.is_dir(), entry.is_file()
-                if not is_folder and not is_file and entry.is_symlink():
-                    fault = LOST_LINK
-            except OSError as error:  # a link to itself, a drive that fails
-                is_folder, is_file, fault = False, False, f"cannot be read ({error.strerror or error})"
-            if is_folder:
-                # Links, and Windows' junctions, which do not look like links, may lead back to where it has been.
-                real = os.path.realpath(entry.path)
-                if real not in visited:
-                    visited.add(real)
-                    deeper.append((Path(entry.path), (*parts, entry.name)))
-            elif is_file:
-                files.append(((*parts, entry.name), Path(entry.path)))
-            elif fault:
-                _miss(Path(entry.path), fault, found)
-        waiting.extend(reversed(deeper))
-    for parts, path in sorted(files):
-        if path.suffix.lower() == SHARD:
-            try:
-                _search_shard(path, "/".join(parts), found, seen)
-            except tarfile.TarError as error:
-                found.skipped.append((str(path), f"is no uncompressed tar of images ({error})"))
+    for step in walk(root, watch, _unwanted):
+        if step.kind == "left out":
+            found.ignored[step.note] += 1
+        elif step.kind == "fault":
+            _miss(step.path, step.note, found)
+        elif ending(step.path.name) in (*SUFFIXES, SHARD):
+            files.append((step.parts, step.path))
         else:
-            _add(path, "/".join(parts), found, seen)
+            found.ignored[ending(step.path.name)] += 1
+    pictures = {(*parts[:-1], Path(parts[-1]).stem) for parts, _ in files}
+    for parts, path in sorted(files):
+        of = masked(Path(parts[-1]).stem)
+        if of is not None and (*parts[:-1], of) in pictures:
+            found.ignored["masks beside their pictures"] += 1
+        else:
+            _search_file(path, "/".join(parts), found, seen, watch)
 
 
 def _miss(path: Path, fault: str, found: Found) -> None:
     """Tell of what is not there to look at; what its name says to be no image is ignored as if it were."""
-    ending = path.suffix.lower()
-    if ending in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
+    if ending(path.name) in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
         found.skipped.append((str(path), fault))
     else:
-        found.ignored[ending] += 1
+        found.ignored[ending(path.name)] += 1
 
 
-def _add(path: Path, name: str, found: Found, seen: set[str]) -> None:
-    if path.suffix.lower() not in SUFFIXES:
-        found.ignored[path.suffix.lower()] += 1
+def _search_file(path: Path, name: str, found: Found, seen: set[str], watch: Watch) -> None:
+    """Add a file that may be an image or a shard; name: what to call it."""
+    kind, place = ending(path.name), str(path)
+    if kind in PACKED:
+        found.skipped.append((place, "is a packed archive, and only folders and .tar are read; unpack it first"))
         return
-    real = os.path.realpath(path)
-    if real not in seen:
-        seen.add(real)
-        try:
-            found.entries.append(ImageEntry(name, path, path.stat().st_size))
-        except OSError as error:
-            found.skipped.append((str(path), f"cannot be read ({error.strerror or error})"))
-
-
-def _search_shard(path: Path, name: str, found: Found, seen: set[str]) -> None:
-    """Add a shard's images in the order they are in. Raises tarfile.TarError when its very start is no tar."""
-    real = os.path.realpath(path)
+    if kind not in (*SUFFIXES, SHARD):
+        found.ignored[kind] += 1
+        return
+    real = os.path.normcase(os.path.realpath(path))
     if real in seen:
         return
     seen.add(real)
-    members: list[tarfile.TarInfo] = []
     try:
-        # "r:" refuses compressed archives, in which nothing can be found without unpacking all before it.
-        with tarfile.open(path, "r:") as shard:
-            try:
-                for member in shard:
-                    members.append(member)
-                fault = _fault_at_end(path, shard.offset)
-            except (tarfile.TarError, OSError) as error:
-                fault = f"is damaged after {{}} members ({error}); copy it again"
-            if fault:
-                found.skipped.append((str(path), fault.replace("{}", str(len(members)))))
+        if kind == SHARD:
+            _search_shard(path, name, found, watch)
+        else:
+            found.entries.append(ImageEntry(printable(name, LONGEST_NAME), path, path.stat().st_size))
+    except NoShard as error:
+        found.skipped.append((place, f"is no uncompressed tar of images but {error}; make it again"))
     except OSError as error:
-        found.skipped.append((str(path), f"cannot be read ({error.strerror or error})"))
-        return
-    plain = [member for member in members if member.isreg() and not member.issparse()]
-    wanted = [member for member in plain if not any(map(_unwanted, PurePosixPath(member.name).parts))]
+        found.skipped.append((place, f"cannot be read ({error.strerror or error})"))
+
+
+def _search_shard(path: Path, name: str, found: Found, watch: Watch) -> None:
+    """Add a shard's images in the order they are in. Raises NoShard, OSError."""
+    plain, fault = members(path, watch)
+    if fault:
+        found.skipped.append((str(path), fault))
+    wanted = [member for member in plain if not any(map(_unwanted, _parts(member.name)))]
     latest = {member.name: member for member in wanted}  # as unpacking leaves a name that was added again
     chosen = _one_per_key(list(latest.values()))
     for member in wanted:
         if latest[member.name] is not member:
             found.ignored["replaced by a later one of their name"] += 1
         elif member.name in chosen and chosen[member.name] is member:
-            found.entries.append(ImageEntry(f"{name}!{member.name}", path, member.size, member.offset_data, True))
-        elif PurePosixPath(member.name).suffix.lower() not in SUFFIXES:
-            found.ignored[PurePosixPath(member.name).suffix.lower()] += 1
+            label = printable(f"{name}!{member.name}", LONGEST_NAME)
+            found.entries.append(ImageEntry(label, path, member.size, member.offset, True))
+        elif ending(member.name) not in SUFFIXES:
+            found.ignored[ending(member.name)] += 1
         else:
             found.ignored["of samples with another image"] += 1
 
 
-def _fault_at_end(path: Path, offset: int) -> str:
-    """What is wrong where the members of a tar end, "{}" standing for their number; "" for an end mark and no more.
-
-    tarfile takes any header but the first that is damaged or cut off for the end of the archive.
-    """
-    with open(path, "rb") as file:
-        file.seek(offset)
-        mark, rest = file.read(BLOCK), file.read(REST)
-    if not mark:
-        return "ends after {} members without an end mark, so more of them may be missing; copy it again"
-    if len(mark) < BLOCK or any(mark):
-        return "is damaged or cut off after {} members; copy it again"
-    if any(rest):
-        return "goes on behind the end mark after {} members, of which nothing is read; make one tar of all"
-    return ""
+def _parts(name: str) -> list[str]:
+    return name.replace("\\", "/").split("/")
 
 
-def _one_per_key(members: Sequence[tarfile.TarInfo]) -> dict[str, tarfile.TarInfo]:
+def _one_per_key(members: Sequence[Member]) -> dict[str, Member]:
     """The image of each WebDataset sample: members of one key (the name up to the first dot) belong together.
 
     A sample's ``KEY.jpg`` (or the first of the other endings) is its image, and ``KEY.mask.png`` beside it is not.
     Without a plain one all its images count, because then the dots are just part of file names.
     """
-    samples: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+    samples: dict[str, list[tuple[str, Member]]] = {}
     for member in members:
-        folder, _, base = member.name.rpartition("/")
-        key, _, ending = base.partition(".")
-        if PurePosixPath(base).suffix.lower() in SUFFIXES:
-            samples.setdefault(f"{folder}/{key}", []).append((f".{ending}".lower(), member))
+        if ending(member.name) in SUFFIXES:
+            *folders, base = _parts(member.name)
+            key, _, endings = base.rstrip(" .").partition(".")
+            samples.setdefault("/".join((*folders, key)), []).append((f".{endings}".lower(), member))
     chosen = {}
     for images in samples.values():
-        plain = [(SUFFIXES.index(ending), index) for index, (ending, _) in enumerate(images) if ending in SUFFIXES]
+        plain = [(SUFFIXES.index(kind), index) for index, (kind, _) in enumerate(images) if kind in SUFFIXES]
         for _, member in [images[min(plain)[1]]] if plain else images:
             chosen[member.name] = member
     return chosen

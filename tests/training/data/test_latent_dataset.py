@@ -382,7 +382,7 @@ def test_latents_depend_on_the_image_alone(tmp_path, mini_world):
     shutil.rmtree(tmp_path / "one")  # and when images are encoded while training
     assert all(torch.equal(data.latent(i, draw(3)), expected[data.name_of(i)]) for i in range(11))
     shutil.rmtree(tmp_path / "one"), shutil.rmtree(tmp_path / "images of one")
-    with pytest.raises(DataProblem, match=r"\.png: expected the image of before, which cannot be read"):
+    with pytest.raises(DataProblem, match=r"\.png: expected the image of before, which was there when"):
         data.mean(0)
 
 
@@ -395,10 +395,10 @@ def test_places_that_cannot_be_read_to_their_end_are_said(tmp_path, mini_world):
     warnings: list[str] = []
     config = TrainConfig(base="mini_world", resolution=64, data=(str(tmp_path / "a.tar"),), cache=str(tmp_path / "c"))
     data = open_dataset(config, mini_world, workers=1, warn=warnings.append)
-    assert len(data) == 3 and [name for name, _ in data.skipped] == [f"{tmp_path / 'a.tar'}!3.png"]
+    assert len(data) == 3 and data.skipped == []
     assert len(warnings) == 1
     assert "1 folders, shards or links could not be read to their end:" in warnings[0]
-    assert "a.tar is damaged" in warnings[0]
+    assert "a.tar is cut off within the last of its 4 members" in warnings[0]
 
 
 def test_open_dataset_on_the_mini_world(tmp_path):

@@ -1,0 +1,36 @@
+"""What the ending of a file's name says about it: a picture that is read, one that is not, a note that goes with one."""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+
+SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jpe", ".jfif",
+)  # fmt: skip
+SHARD = ".tar"
+PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
+
+OTHER_PICTURES = frozenset(
+    ".heic .heif .hif .jxl .jp2 .j2k .jpf .jpx .jpm .apng .jif .psd .psb .xcf .kra .ora .clip .svg .svgz .ai .eps .ps .pdf "
+    ".ico .icns .cur .tga .dds .exr .hdr .qoi .pcx .ppm .pgm .pbm .pnm .pfm .sgi .rgb .wmf .emf .fits .dib .ktx .ktx2 "
+    ".raw .dng .cr2 .cr3 .crw .nef .nrw .arw .srf .sr2 .orf .rw2 .raf .pef .srw .x3f .3fr .fff .iiq .mef .mos .erf .kdc "
+    ".rwl .gpr".split()
+)
+NOTES = frozenset(
+    ".txt .caption .captions .cap .tags .json .jsonl .csv .tsv .yaml .yml .toml .xml .xmp .cls .npz .npy .pt .pth "
+    ".safetensors .parquet .idx .index".split()
+)
+MASKS = ("-masklabel", "-condlabel", "_masklabel", ".masklabel", ".mask", "_mask", "-mask")
+
+
+def ending(name: str) -> str:
+    """The ending of a file's name in small letters, spaces and dots behind it (which Windows drops) left away."""
+    return PurePath(name.replace("\\", "/").rstrip(" .")).suffix.lower()
+
+
+def masked(stem: str) -> str | None:
+    """The name without ending of the picture that a mask of this name belongs to; None when it is no mask's name."""
+    for mark in MASKS:
+        if stem.lower().endswith(mark) and len(stem) > len(mark):
+            return stem[: -len(mark)]
+    return None
