@@ -34,7 +34,7 @@ from ...guidance.files import (
 )
 from ...guidance.networks.unet import UNetConfig
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
-from .text_free import module_key, remove_text, text_free_class
+from .text_free import TextFree, mixed, module_key, remove_text
 
 FOLDER = "domain_unets"
 SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "domain_unets"
@@ -286,7 +286,7 @@ def build_unet_model(
     if config.null_text != "none":
         # Core allocates the cross-attention without touching its memory; it is gone before any weight is loaded.
         remove_text(model.diffusion_model, config.null_text, config.null_tokens)
-        model.__class__ = text_free_class(type(model))
+        model.__class__ = mixed(TextFree, type(model))
     model.indomain_domain = info
     assert set(weights) == set(model.diffusion_model.state_dict()), "core's UNet and this project's differ in names"
     model = model.to(offload_device).requires_grad_(False)

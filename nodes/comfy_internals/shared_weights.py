@@ -70,17 +70,24 @@ def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
         module = _copy_module(patcher)
         if module is None:
             return None
-        kept = _copies[patcher] = patcher.clone()
-        kept.model, kept.parent = module, None
-        # Clones share these with their siblings: they describe what is patched into the module; this one is pristine.
-        kept.backup, kept.object_patches_backup, kept.hook_backup = {}, {}, {}
-        kept.cached_hook_patches, kept.pinned, kept.current_hooks = {}, set(), None
-    own = patcher.clone()
+        pristine = type(patcher)(module, patcher.load_device, patcher.offload_device, patcher.model_size())
+        kept = _copies[patcher] = _clone_around(patcher, pristine)
+        kept.parent = None
+    own = _clone_around(patcher, kept)
     # Core falls back on the parent of a clone that is gone, so that a copy may stay loaded from one guider to the next.
-    own.model, own.parent = kept.model, kept
-    own.backup, own.object_patches_backup, own.hook_backup = kept.backup, kept.object_patches_backup, kept.hook_backup
-    own.cached_hook_patches, own.pinned, own.current_hooks = {}, kept.pinned, None
+    own.parent = kept
     return own
+
+
+def _clone_around(patcher: ModelPatcher, holder: ModelPatcher) -> ModelPatcher:
+    """A clone of `patcher` around the module of `holder`, which knows what is patched into that."""
+    clone = patcher.clone()
+    for name, value in vars(patcher).items():
+        # What clones share describes their module: what to put back when it is unloaded, what is pinned, and so on.
+        if isinstance(value, (dict, list, set)) and vars(clone).get(name) is value:
+            setattr(clone, name, getattr(holder, name))
+    clone.model, clone.current_hooks, clone.cached_hook_patches = holder.model, None, {}
+    return clone
 
 
 def _copy_module(patcher: ModelPatcher) -> torch.nn.Module | None:

@@ -1,6 +1,6 @@
-"""What makes a ComfyUI model text-free: modules that stand where its cross-attention stood.
+"""What makes a ComfyUI model text-free: its own classes, with a few methods of ours in front.
 
-Core's `BasicTransformerBlock` is kept, with `attn2` and `norm2` replaced, because `attn2 = None` makes core add the
+Core's `BasicTransformerBlock` keeps its `attn2`, changed in place, because `attn2 = None` makes core add the
 self-attention twice. Every weight sits in a leaf module that core's loader knows how to cast, move and patch.
 """
 
@@ -39,18 +39,17 @@ class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
         return tokens
 
 
-class CachedTextAttention(nn.Module):
-    """The `cached` form: queries of the image attend to the frozen keys and values; the context is ignored.
+class CachedText:
+    """The `cached` form, mixed into core's cross-attention: queries of the image attend to the frozen keys and values.
 
-    `to_q` and `to_out` are core's own layers. `to_k` and `to_v` answer core and replace patches with the frozen tokens.
+    `to_k` and `to_v` answer core and replace patches with the frozen tokens; everything else is core's own.
     """
 
-    def __init__(self, core: nn.Module, tokens: int, dtype: torch.dtype | None, device: torch.device | None) -> None:
-        super().__init__()
-        self.heads, self.dim_head, self.attn_precision = core.heads, core.dim_head, core.attn_precision
-        self.to_q, self.to_out = core.to_q, core.to_out
-        self.null_k = FrozenTokens(tokens, core.heads * core.dim_head, dtype, device)
-        self.null_v = FrozenTokens(tokens, core.heads * core.dim_head, dtype, device)
+    def freeze(self, tokens: int) -> None:
+        """Take the layers that read text out, in place, and put room for frozen tokens in."""
+        for layer, frozen in (("to_k", "null_k"), ("to_v", "null_v")):
+            weight = self._modules.pop(layer).weight
+            setattr(self, frozen, FrozenTokens(tokens, weight.shape[0], weight.dtype, weight.device))
 
     def to_k(self, context: Tensor) -> Tensor:
         return self.null_k(context, context.shape[0])
@@ -59,28 +58,25 @@ class CachedTextAttention(nn.Module):
         return self.null_v(context, context.shape[0])
 
     def forward(
-        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None,
-        transformer_options: Mapping = {},
+        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None, **more
     ) -> Tensor:
         """[B, N, C] -> [B, N, C]. `context`, `value` and `mask` speak about text, of which there is none."""
-        q = self.to_q(x)
-        k, v = self.null_k(q, q.shape[0]), self.null_v(q, q.shape[0])
-        out = attention.optimized_attention(
-            q, k, v, self.heads, attn_precision=self.attn_precision, transformer_options=transformer_options
-        )
-        return self.to_out(out)
+        return super().forward(x, **more)
 
 
-class NoTextAttention(nn.Module):
-    """The `constant` form: nothing is left to compute, since the constant is folded into attn1's output bias.
+class NoText:
+    """The `constant` form, mixed into core's cross-attention: nothing is left to compute, since the constant is folded
+    into attn1's output bias.
 
     The projections exist for patches that replace the attention: such a patch runs, and its result is dropped.
     """
 
-    def __init__(self, core: nn.Module) -> None:
-        super().__init__()
-        self.heads, self.dim_head, self.attn_precision = core.heads, core.dim_head, core.attn_precision
-        self.patch_reported = False
+    patch_reported = False
+
+    def freeze(self, tokens: int) -> None:
+        """Take all layers out, in place."""
+        for layer in ("to_q", "to_k", "to_v", "to_out"):
+            del self._modules[layer]
 
     def to_q(self, x: Tensor) -> Tensor:
         return x
@@ -97,15 +93,15 @@ class NoTextAttention(nn.Module):
             LOG.info("A patch replaces cross-attention, which this text-free model does not have: it has no effect.")
         return torch.zeros_like(x)
 
-    def forward(
-        self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None,
-        transformer_options: Mapping = {},
-    ) -> Tensor:
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         return torch.zeros_like(x)
 
 
+ATTENTION_OF_FORM = {"constant": NoText, "cached": CachedText}
+
+
 def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
-    """Replace the cross-attention of every transformer block of a core UNet by its text-free `form`, in place."""
+    """Make the cross-attention of every transformer block of a core UNet its text-free `form`, in place."""
     for block in unet.modules():
         if not isinstance(block, attention.BasicTransformerBlock):
             continue
@@ -114,14 +110,13 @@ def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
                 "Text-free UNet: expected blocks whose first attention looks at the image only, found one that looks "
                 "at the text; this architecture has no text-free form."
             )
+        block.attn2.__class__ = mixed(ATTENTION_OF_FORM[form], type(block.attn2))
+        block.attn2.freeze(tokens)
         if form == "constant":
-            block.attn2, block.norm2 = NoTextAttention(block.attn2), nn.Identity()
-        else:
-            weight = block.attn2.to_q.weight
-            block.attn2 = CachedTextAttention(block.attn2, tokens, weight.dtype, weight.device)
+            block.norm2 = nn.Identity()
 
 
-class TextFreeModel:
+class TextFree:
     """Mixed into core's model class: text in the conditioning is ignored, everything else in it stays live."""
 
     indomain_text_reported = False
@@ -158,10 +153,10 @@ class TextFreeModel:
         return {file_key(key): value for key, value in state_dict.items()}
 
 
-@functools.lru_cache(maxsize=None)
-def text_free_class(core_class: type) -> type:
-    """`core_class` with `TextFreeModel` mixed in; the same type every time."""
-    return type(f"TextFree{core_class.__name__}", (TextFreeModel, core_class), {})
+@functools.cache
+def mixed(mixin: type, core_class: type) -> type:
+    """A class of core's with `mixin` in front; the same type every time."""
+    return type(f"{mixin.__name__}{core_class.__name__}", (mixin, core_class), {})
 
 
 def module_key(key: str) -> str:

@@ -151,6 +151,29 @@ def test_a_copy_is_made_once_and_goes_with_its_model(comfyui, tiny, internals, m
     assert not any(entry.is_dead() for entry in comfyui.model_management.current_loaded_models)
 
 
+def test_what_clones_of_one_module_may_share_tomorrow_is_the_copys_own(comfyui, tiny, internals, monkeypatch):
+    patcher_class = comfyui.model_patcher.ModelPatcher
+    init, clone = patcher_class.__init__, patcher_class.clone
+
+    def init_of_tomorrow(patcher, *args, **kwargs):
+        init(patcher, *args, **kwargs)
+        patcher.backup_of_tomorrow = {}
+
+    def clone_of_tomorrow(patcher, *args, **kwargs):
+        made = clone(patcher, *args, **kwargs)
+        made.backup_of_tomorrow = patcher.backup_of_tomorrow
+        return made
+
+    monkeypatch.setattr(patcher_class, "__init__", init_of_tomorrow)
+    monkeypatch.setattr(patcher_class, "clone", clone_of_tomorrow)
+    prior, domain = two_loras(tiny)
+    one, other = (
+        next(iter(check_two_loras(tiny, internals, prior, domain)._branches.values())).patcher for _ in range(2)
+    )
+    assert domain.backup_of_tomorrow is prior.backup_of_tomorrow
+    assert one.backup_of_tomorrow is other.backup_of_tomorrow is not domain.backup_of_tomorrow
+
+
 def test_another_noise_schedule_on_one_checkpoint(comfyui, tiny, internals):
     # An object patch is no weight patch, and core's own comparison of clones does not see it.
     prior = tiny.prior(0)

@@ -439,18 +439,37 @@ def test_weights_can_take_part_in_autograd(write, load, form):
     assert bool(x.grad.isfinite().all()) and float(x.grad.abs().sum()) > 0
 
 
+@pytest.mark.parametrize("patched", [False, True], ids=["as loaded", "with a LoRA"])
 @pytest.mark.parametrize("form", FORMS)
-def test_cores_model_save_can_be_loaded_again(comfyui, library, write, load, form, tmp_path):
+def test_cores_model_save_can_be_loaded_again(comfyui, library, write, load, tiny, form, patched, tmp_path):
     model = load(write(form))
-    comfyui.model_management.load_models_gpu([model], force_patch_weights=True)
-    state_dict = {k: v.contiguous() for k, v in model.model.state_dict_for_saving().items()}
-    saved = str(tmp_path / "saved.safetensors")
-    comfyui.utils.save_torch_file(state_dict, saved)
-    weights = library.files.read_state_dict(saved, prefix="model.diffusion_model.")
+    if patched:
+        model = tiny.lora(model, 1)
+    save = importlib.import_module("comfy_extras.nodes_model_merging").ModelSave()
+    save.output_dir = str(tmp_path)
+    with torch.inference_mode():  # as ComfyUI runs nodes
+        save.save(model, "saved")
+    (saved,) = tmp_path.glob("saved*.safetensors")
+    weights = library.files.read_state_dict(str(saved), prefix="model.diffusion_model.")
     assert set(weights) == set(library.forms[form][0])
-    assert library.files.unet_layout(library.files.read_keys(saved), saved) == form
+    assert library.files.unet_layout(library.files.read_keys(str(saved)), str(saved)) == form
     x = noisy()
     assert torch.equal(core_eps(load(write(form, "again", weights=weights)), x), core_eps(model, x))
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_core_may_ask_of_its_attention_tomorrow_is_there(comfyui, write, load, form, monkeypatch):
+    attention = importlib.import_module("comfy.ldm.modules.attention")
+    asked, forward = [], attention.BasicTransformerBlock.forward
+
+    def of_tomorrow(block, *args, **kwargs):
+        asked.append(block.attn2.of_tomorrow)
+        return forward(block, *args, **kwargs)
+
+    monkeypatch.setattr(attention.CrossAttention, "of_tomorrow", True, raising=False)
+    monkeypatch.setattr(attention.BasicTransformerBlock, "forward", of_tomorrow)
+    core_eps(load(write(form)), noisy())
+    assert len(asked) == 9 and all(asked), "once for each block"
 
 
 # ---- families -------------------------------------------------------------------------------------------------
