@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from .comfy_internals import adapting, generators, training
 from .guiders import GuidanceTerms
+from .inputs import checked
 from .loaders import CATEGORY
 from .training import LARGEST_SEED, RESUME, config_input, run_outputs
 
@@ -67,6 +68,7 @@ class LoadGenerator(io.ComfyNode):
         return generators.generator_fingerprint(generator_name)
 
     @classmethod
+    @checked("generator_name")
     def execute(cls, generator_name: str, convert: bool = False) -> io.NodeOutput:
         generator, notes = generators.load_generator(generator_name)
         converted = [generators.convert_generator(generator)] if convert else []
@@ -122,6 +124,7 @@ class GeneratorSample(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(
         cls, generator, seed: int, truncation: float, batch_size: int, noise: str = "const", class_index: int = 0,
         truncation_cutoff: int = 0,
@@ -216,6 +219,7 @@ class AdaptGenerator(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(
         cls, generator, model, vae, positive, negative, resume: str, isolated: bool, terms=(), source=None,
         unwanted=None, options: dict | None = None, **values: Any,
@@ -258,6 +262,7 @@ class GeneratorAdaptOptions(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, **values: Any) -> io.NodeOutput:
         return io.NodeOutput(values)
 
@@ -296,6 +301,7 @@ class BlendGenerators(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(
         cls, source, adapted, amount: float, split_resolution: int = 0, amount_below_split: float = 0.0
     ) -> io.NodeOutput:
@@ -332,6 +338,7 @@ class SaveGenerator(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, generator, filename: str, file_dtype: str, replace: bool = False) -> io.NodeOutput:
         path = str(generators.save_generator(generator, generators.output_path(filename), file_dtype, replace))
         return io.NodeOutput(path, ui={"text": (path,)})

@@ -15,6 +15,7 @@ from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
 from ..guidance.shaping import InOrder, Shaping
 from .comfy_internals.guider import MultiGuidanceGuider as Guider
 from .comfy_internals.guider import TermInput, in_domain_guider, sample_latent
+from .inputs import checked
 
 CATEGORY = "In-Domain Guidance"
 GuidanceTerms = io.Custom("INDOMAIN_GUIDANCE_TERMS")
@@ -210,6 +211,7 @@ class GuidanceTerm(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(
         cls, name: str, weight: float, start_percent: float = 0.0, end_percent: float = 1.0, ramp: str = "constant",
         reference: str = "", model=None, conditioning=None, terms=(),
@@ -289,6 +291,7 @@ class ShapeGuidanceTerm(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(
         cls, terms=(), term: str = "", mode: str = "frequencies", width: float = 1.0, low_strength: float = 0.2,
         high_strength: float = 1.0, orthogonal_to: str = "control", share: float = 1.0, only_opposing: bool = False,
@@ -332,6 +335,7 @@ class MultiGuidanceGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, prior, base, terms=()) -> io.NodeOutput:
         if not terms:
             raise GuidanceError(
@@ -364,6 +368,7 @@ class InDomainGuider(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(
         cls, prior, domain, positive, negative, domain_weight: float, control_weight: float,
         domain_start_percent: float = 0.0, domain_end_percent: float = 1.0,
@@ -429,6 +434,7 @@ class InDomainSampler(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
+    @checked()
     def execute(
         cls, prior, domain, positive, negative, latent_image, seed: int, steps: int, sampler_name: str, scheduler: str,
         domain_weight: float, control_weight: float, denoise: float = 1.0, domain_start_percent: float = 0.0,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfy_internals import loading
+from .inputs import checked
 
 CATEGORY = "In-Domain Guidance"
 
@@ -44,6 +45,7 @@ class LoadDomainUNet(io.ComfyNode):
         return loading.file_fingerprint(unet_name)
 
     @classmethod
+    @checked("unet_name")
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
         path = loading.find_domain_unet(unet_name)
         return io.NodeOutput(loading.load_domain_unet(str(path), weight_dtype))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from .comfy_internals import export
+from .inputs import checked
 from .loaders import CATEGORY
 
 
@@ -60,6 +61,7 @@ class TextFreeUNet(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, model, clip, form: str, filename: str, file_dtype: str, probe_size: int) -> io.NodeOutput:
         path = export.output_path(filename)
         made, report = export.make_text_free(model, clip, form, path, file_dtype, probe_size)

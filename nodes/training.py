@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from .comfy_internals import training
+from .inputs import checked
 from .loaders import CATEGORY
 
 if TYPE_CHECKING:
@@ -167,6 +168,7 @@ class TrainDomainUNet(io.ComfyNode):
         return training.data_fingerprint(";".join(filter(None, image_folder)))
 
     @classmethod
+    @checked("checkpoint")
     def execute(cls, image_folder: list[str], images: list | None = None, **lists: list) -> io.NodeOutput:
         from ..training.config import TrainConfig
 
@@ -203,6 +205,7 @@ class DomainTrainingOptions(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, **values: Any) -> io.NodeOutput:
         from ..training.config import field_kinds
 
@@ -243,6 +246,7 @@ class MiniWorldImages(io.ComfyNode):
         )
 
     @classmethod
+    @checked()
     def execute(cls, domain: str, count: int, seed: int) -> io.NodeOutput:
         folder, batch = training.mini_world_images(domain, count, seed)
         return io.NodeOutput(str(folder), batch)

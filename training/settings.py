@@ -23,12 +23,17 @@ from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .atomic import write_text
 
-# Characters that some file system refuses in a name; the name becomes NAME.safetensors.
-FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in range(32)}
+# Characters that some file system refuses in a name, control characters, and those that make a text read backwards; the
+# name becomes NAME.safetensors.
+FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in (*range(32), *range(127, 160))} | set(
+    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+)
 # Names of devices, with any ending, on Windows.
 RESERVED_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
     f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789\u00b9\u00b2\u00b3"
 }
+# What Python, and ComfyUI for a node's text, make of JSON's true, false, null and of nothing in brackets: never a name.
+WORDS_OF_JSON = {"True", "False", "None", "{}", "[]"}
 # File systems take 255; the finished file's ending and temporary names of it need some.
 LONGEST_NAME = 200
 
@@ -250,11 +255,16 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def check_name(name: str) -> None:
-    """Raise ConfigProblem for a name that some system cannot give to a file."""
+def check_name(name: Any) -> None:
+    """Raise ConfigProblem for a name that some system cannot give to a file, and for what is no text."""
+    if not isinstance(name, str) or not _is_unicode(name):
+        raise ConfigProblem(f"name: expected a plain file name, found {name!r:.80}; use letters, digits, - and _.")
+    if name in WORDS_OF_JSON:
+        raise ConfigProblem(f"name: expected a plain file name, found {name}, a value of another kind; use a text.")
     if not name.strip() or set(name) & FORBIDDEN_IN_NAMES or name.strip(". ") != name:
         raise ConfigProblem(
-            f"name: expected a plain file name without folders or ending, found {name!r}; use letters, digits, - and _."
+            f"name: expected a plain file name without folders or ending, found {name!r:.80}; use letters, "
+            "digits, - and _."
         )
     if name.partition(".")[0].strip().lower() in RESERVED_NAMES:
         raise ConfigProblem(

@@ -34,7 +34,7 @@ from ...guidance.null_text import (
     unconditional_error,
 )
 from . import domain_info
-from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
+from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet, model_path
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
@@ -178,14 +178,11 @@ def vector_conditioning(model, pooled: Tensor | None, side_px: int) -> Tensor | 
 
 
 def output_path(filename: str) -> Path:
-    """Where a new domain model goes. Raises FileProblem for names outside the folder or of trained models."""
-    folder = domain_unet_folder()
-    name = filename.strip().removesuffix(".safetensors")
-    path = Path(f"{folder / name}.safetensors")
-    if not name or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileProblem(
-            f"Text-Free UNet: expected a file name inside {folder}, found '{filename}'; use a plain name."
-        )
+    """Where a new domain model goes.
+
+    Raises FileProblem for names outside the folder, that some system cannot take, or of trained models.
+    """
+    path = model_path(filename, domain_unet_folder(), NODE)
     if path.exists() and not is_untrained(path):
         raise FileProblem(
             f"{path}: expected no file or an untrained text-free UNet under this name, found a trained or foreign "

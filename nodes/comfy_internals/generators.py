@@ -22,7 +22,7 @@ from torch import Tensor
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
-from .loading import ordinary_tensors, own_model_folder, register_model_folder
+from .loading import model_path, ordinary_tensors, own_model_folder, register_model_folder
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
@@ -121,21 +121,7 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
 
 def output_path(filename: str, node: str = "Save Generator") -> Path:
     """Where a new generator goes. Raises FileProblem for names outside the folder, and that some system cannot take."""
-    from ...training.settings import ConfigProblem, check_name
-
-    folder = generator_folder()
-    name = filename.strip().removesuffix(".safetensors")
-    parts = Path(name).parts
-    try:
-        for part in parts:
-            check_name(part)
-            os.fsencode(part)
-    except (ConfigProblem, UnicodeError) as problem:
-        raise FileProblem(f"{node}: expected a file name inside {folder}; {problem}") from None
-    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors") if parts else folder
-    if not parts or name.endswith(("/", "\\")) or not path.resolve().is_relative_to(folder.resolve()):
-        raise FileProblem(f"{node}: expected a file name inside {folder}, found '{filename}'; use a plain name.")
-    return path
+    return model_path(filename, generator_folder(), node)
 
 
 def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> Path:

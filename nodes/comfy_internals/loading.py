@@ -92,6 +92,27 @@ def own_model_folder(name: str, shipped: Path) -> Path:
     return Path(next(path for path in folder_paths.get_folder_paths(name) if path != str(shipped)))
 
 
+def model_path(filename: str, folder: Path, node: str) -> Path:
+    """Where a model of that name goes in `folder`, subfolders included; .safetensors may be left out.
+
+    Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
+    """
+    from ...training.settings import ConfigProblem, check_name
+
+    name = filename.strip().removesuffix(".safetensors")
+    parts = name.split("/")
+    try:
+        for part in parts:
+            check_name(part)
+            os.fsencode(part)
+    except (ConfigProblem, UnicodeError) as problem:
+        raise FileProblem(f"{node}: expected a file name inside {folder}; {problem}") from None
+    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FileProblem(f"{node}: expected a file name inside {folder}, found {filename!r:.80}; use a plain name.")
+    return path
+
+
 def register_domain_unet_folder() -> None:
     """Make `models/domain_unets` a model folder of ComfyUI."""
     register_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS, folder_paths.supported_pt_extensions)

@@ -99,18 +99,18 @@ def test_weight_0_is_0_whatever_its_interval(guiders, ramp):
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        ({"weight": float("nan")}, "finite"),
-        ({"weight": float("inf"), "ramp": "linear rise"}, "finite"),
-        ({"start_percent": 0.7, "end_percent": 0.2}, "interval"),
-        ({"start_percent": 0.7, "end_percent": 0.2, "ramp": "linear fall"}, "interval"),
-        ({"ramp": "exponential"}, "ramp"),
+        ({"weight": float("nan")}, "weight to be a finite number"),
+        ({"weight": float("inf"), "ramp": "linear rise"}, "weight to be a finite number"),
+        ({"start_percent": 0.7, "end_percent": 0.2}, "'mine': .* interval"),
+        ({"start_percent": 0.7, "end_percent": 0.2, "ramp": "linear fall"}, "'mine': .* interval"),
+        ({"ramp": "exponential"}, "ramp to be one of constant, linear rise"),
     ],
 )
 def test_unusable_terms_are_refused_by_name(guiders, tiny, inputs, words):
     with pytest.raises(ValueError, match=words) as problem:
         term = guiders.GuidanceTerm.execute(**{"name": "mine", "weight": 1.0, **inputs}).result[0]
         guiders.MultiGuidanceGuider.execute(tiny.prior(), tiny.conditioning(1), term)
-    assert "'mine'" in str(problem.value) and "\n" not in str(problem.value)
+    assert "\n" not in str(problem.value)
 
 
 @pytest.mark.parametrize(

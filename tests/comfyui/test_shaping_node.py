@@ -237,17 +237,17 @@ def test_spaces_around_names_do_not_matter(setting):
     ("term", "widgets", "words"),
     [
         ("nobody", {}, r"terms so far \(domain, control\), got 'nobody'"),
-        ("domain", {"mode": "sideways"}, "Term 'domain': Expected a mode of frequencies, mean, orthogonal"),
+        ("domain", {"mode": "sideways"}, "mode to be one of frequencies, mean, orthogonal, found 'sideways'"),
         ("domain", {"mode": "orthogonal", "orthogonal_to": " , "}, "Term 'domain': .* at least one term"),
         ("domain", {"mode": "orthogonal", "orthogonal_to": "control,control"}, "'control' twice"),
         *(("domain", {"mode": "orthogonal", "orthogonal_to": name}, f"by '{name}', which is no other term: control")
           for name in ("style", "domain", "base")),
-        ("domain", {"mode": "orthogonal", "share": float("nan")}, "Term 'domain': .* share"),
-        ("domain", {"mode": "orthogonal", "per": "row"}, "per image or position"),
-        ("domain", {"width": 0.0}, "Term 'domain': .* width"),
-        ("domain", {"width": float("nan")}, "width"),
-        ("domain", {"low_strength": float("nan")}, "strength of the low band"),
-        ("domain", {"mode": "mean", "high_strength": float("inf")}, "strength of the high band"),
+        ("domain", {"mode": "orthogonal", "share": float("nan")}, "share to be a finite number"),
+        ("domain", {"mode": "orthogonal", "per": "row"}, "per to be one of image, position"),
+        ("domain", {"width": 0.0}, "width to be a finite number from"),
+        ("domain", {"width": float("nan")}, "width to be a finite number from"),
+        ("domain", {"low_strength": float("nan")}, "low_strength to be a finite number"),
+        ("domain", {"mode": "mean", "high_strength": float("inf")}, "high_strength to be a finite number"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_in_a_sentence(setting, term, widgets, words):

@@ -266,7 +266,11 @@ def test_inpainting_priors_have_a_cached_form_only(comfyui, tiny, clip, make):
     assert make(prior, clip, "cached").model.model.model_config.unet_config["in_channels"] == 9
 
 
-OUTSIDE = ["", "  ", ".safetensors", "../outside", "a/../../outside", "/etc/outside", "folder/"]
+OUTSIDE = [
+    "", "  ", ".safetensors", "../outside", "a/../../outside", "/etc/outside", "folder/", "..", "con", "sub/NUL.txt",
+    "C:\\outside", "C:outside", "\\\\server\\share\\outside", "a\\..\\..\\outside", "outside\0", "out\nside", "out\ud800side",
+    "\u202eedistuo", "True", "None", "x" * 201, "trailing. ", "a//outside",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("filename", OUTSIDE)

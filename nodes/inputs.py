@@ -1,0 +1,78 @@
+"""What a prompt sends is checked against the node's own inputs.
+
+Core checks ranges of what stands in a prompt itself, not of what comes over a link, and, depending on its version, no
+choices at all; not-a-number passes everywhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..guidance.errors import Problem
+
+LONGEST_TEXT = 100_000  # characters of one input
+LONGEST_LIST = 100_000  # values of one input of a node that takes lists
+MOST_SHOWN = 12  # choices
+
+
+def checked(*files: str) -> Callable[[Callable], Callable]:
+    """Decorator for a node's `execute`: its widgets' values must be what the schema says, or a Problem is raised.
+
+    files: inputs that list files, whose choices change while ComfyUI runs; only that they are text is checked.
+    """
+
+    def decorate(execute: Callable) -> Callable:
+        signature = inspect.signature(execute)
+
+        @functools.wraps(execute)
+        def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
+            bound = signature.bind(cls, *args, **kwargs).arguments
+            more = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+            check_inputs(cls, {**bound, **bound.get(more, {})}, files)
+            return execute(cls, *args, **kwargs)
+
+        return run
+
+    return decorate
+
+
+def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
+    """Raise Problem for a widget's value of another type, out of its range, too long, or none of its choices."""
+    schema = node.SCHEMA or node.GET_SCHEMA()
+    for one in schema.inputs:
+        given = values.get(one.id)
+        several = given if schema.is_input_list and isinstance(given, list) else [given]
+        if len(several) > LONGEST_LIST:
+            raise Problem(
+                f"{schema.display_name}: expected at most {LONGEST_LIST:,} values of {one.id}, found {len(several):,}."
+            )
+        for value in several:
+            expected = None if value is None else _expected(one, value, one.id in files)
+            if expected is not None:
+                raise Problem(f"{schema.display_name}: expected {one.id} to be {expected}, found {value!r:.120}.")
+
+
+def _expected(one: io.Input, value: Any, is_file: bool) -> str | None:
+    """What an input's value should be, where it is not; None where it is, and for inputs that are no widgets."""
+    if isinstance(one, (io.Int.Input, io.Float.Input)):
+        whole = isinstance(one, io.Int.Input)
+        number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
+        if number and math.isfinite(value) and one.min <= value <= one.max:
+            return None
+        return f"a {'whole' if whole else 'finite'} number from {one.min:,} to {one.max:,}"
+    if isinstance(one, io.Boolean.Input):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(one, io.String.Input) or (isinstance(one, io.Combo.Input) and is_file):
+        short = isinstance(value, str) and len(value) <= LONGEST_TEXT
+        return None if short else f"a text of at most {LONGEST_TEXT:,} characters"
+    if isinstance(one, io.Combo.Input):
+        more = ", ..." if len(one.options) > MOST_SHOWN else ""
+        return None if value in one.options else f"one of {', '.join(map(str, one.options[:MOST_SHOWN]))}{more}"
+    return None
