@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from .comfy_internals import adapting, generators, training
 from .guiders import GuidanceTerms
 from .inputs import checked
-from .loaders import CATEGORY
+from .schema import GENERATORS, schema
 from .training import LARGEST_SEED, RESUME, config_input, run_outputs
 
 GeneratorType = io.Custom("INDOMAIN_GENERATOR")
@@ -26,6 +26,9 @@ DECIDED_HERE = (
     "tokenizer", "device",
 )  # fmt: skip
 
+# What the options node shows at once, where the editor folds the rest away.
+USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", "label", "gradient_checkpointing")
+
 
 def option_fields() -> list[dataclasses.Field]:
     """The fields of `AdaptConfig` that the options node offers."""
@@ -40,10 +43,12 @@ class LoadGenerator(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainLoadGenerator",
             display_name="Load Generator",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["GAN", "StyleGAN", "StyleGAN2", "pkl"],
+            advanced=["convert"],
             description="Loads a StyleGAN2 generator: this pack's .safetensors, NVIDIA's .pkl (read as plain data, "
             "nothing in it is executed), rosinality's and StyleGAN-NADA's .pt.",
             is_output_node=True,
@@ -82,10 +87,12 @@ class GeneratorSample(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainGeneratorSample",
             display_name="Generator Sample",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["GAN", "StyleGAN", "StyleGAN2", "truncation"],
+            advanced=["noise", "class_index", "truncation_cutoff"],
             description="Draws images with a generator, in one pass each. The same seed gives related images before and "
             "after an adaptation.",
             inputs=[
@@ -146,10 +153,12 @@ class AdaptGenerator(io.ComfyNode):
         def own(name: str, **changes: Any):
             return config_input(fields[name], AdaptConfig, **changes)
 
-        return io.Schema(
+        return schema(
             node_id="InDomainAdaptGenerator",
             display_name="Adapt Generator (SDS)",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
+            advanced=["isolated"],
             description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion model "
             "as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
             "continues. The finished file lands in models/generators.",
@@ -252,10 +261,12 @@ class GeneratorAdaptOptions(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         from ..training.adapt_config import AdaptConfig
 
-        return io.Schema(
+        return schema(
             node_id="InDomainAdaptOptions",
             display_name="In-Domain Adapt Options",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["SDS", "score distillation", "StyleGAN", "GAN"],
+            advanced=[field.name for field in option_fields() if field.name not in USUAL_OPTIONS],
             description="Everything that Adapt Generator does not show. Leave the node out to use the defaults.",
             inputs=[config_input(field, AdaptConfig, optional=True) for field in option_fields()],
             outputs=[AdaptOptions.Output(display_name="options", tooltip="For Adapt Generator (SDS).")],
@@ -272,10 +283,12 @@ class BlendGenerators(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainBlendGenerators",
             display_name="Blend Generators",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["GAN", "StyleGAN", "interpolate", "layer swapping", "merge"],
+            advanced=["split_resolution", "amount_below_split"],
             description="Blends two generators of one descent by their weights: how much of an adaptation you want, and "
             "in which sizes of detail.",
             inputs=[
@@ -313,10 +326,12 @@ class SaveGenerator(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainSaveGenerator",
             display_name="Save Generator",
-            category=CATEGORY,
+            category=GENERATORS,
+            search_aliases=["GAN", "StyleGAN", "export", "convert"],
+            advanced=["file_dtype"],
             description="Writes a generator as .safetensors into models/generators.",
             is_output_node=True,
             inputs=[

@@ -16,8 +16,8 @@ from ..guidance.shaping import InOrder, Shaping
 from .comfy_internals.guider import MultiGuidanceGuider as Guider
 from .comfy_internals.guider import TermInput, in_domain_guider, sample_latent
 from .inputs import checked
+from .schema import GUIDANCE, schema
 
-CATEGORY = "In-Domain Guidance"
 GuidanceTerms = io.Custom("INDOMAIN_GUIDANCE_TERMS")
 
 # How a weight moves within its interval: (value at the start, value at the end) in parts of the weight, and the curve.
@@ -160,10 +160,12 @@ class GuidanceTerm(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainGuidanceTerm",
             display_name="Guidance Term",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["CFG", "autoguidance", "DualCFG", "personalization guidance", "domain guidance"],
+            advanced=["start_percent", "end_percent", "ramp"],
             description="One guidance: what a model predicts for a conditioning, minus a reference, times a weight. "
             "Chain terms and feed them to the Multi-Guidance Guider.",
             inputs=[
@@ -230,10 +232,12 @@ class ShapeGuidanceTerm(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainShapeTerm",
             display_name="Shape Guidance Term",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["CFG", "frequency guidance", "orthogonal guidance", "APG", "colour"],
+            advanced=["width", "share", "only_opposing", "per"],
             description="Lets a term guide only where it should: coarse and fine detail each with its own strength, or "
             "nothing that other terms decide already. For a domain of few colours and a prompt with others.",
             inputs=[
@@ -315,10 +319,11 @@ class MultiGuidanceGuider(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainMultiGuidanceGuider",
             display_name="Multi-Guidance Guider",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["CFG", "autoguidance", "DualCFG", "CFGGuider", "two models"],
             description="Generalized classifier-free guidance: the prior on the base conditioning, plus any number of "
             "weighted terms from any number of models. For SamplerCustomAdvanced.",
             inputs=[
@@ -349,10 +354,12 @@ class InDomainGuider(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainGuider",
             display_name="In-Domain Guider",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["CFG", "CFGGuider", "domain model", "domain guidance"],
+            advanced=["domain_start_percent", "domain_end_percent"],
             description="Guides the prior with a prompt and with a domain model (arXiv 2312.08195). For "
             "SamplerCustomAdvanced.",
             inputs=[
@@ -392,10 +399,12 @@ class InDomainSampler(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainSampler",
             display_name="In-Domain Sampler",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["CFG", "KSampler", "domain model", "domain guidance"],
+            advanced=["domain_start_percent", "domain_end_percent"],
             description="KSampler with a domain model: images that follow the prompt and belong to the domain "
             "(arXiv 2312.08195). With domain weight 0 it is KSampler, bit for bit.",
             inputs=[

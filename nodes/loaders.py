@@ -6,8 +6,7 @@ from comfy_api.latest import io
 
 from .comfy_internals import loading
 from .inputs import checked
-
-CATEGORY = "In-Domain Guidance"
+from .schema import GUIDANCE, schema
 
 
 class LoadDomainUNet(io.ComfyNode):
@@ -15,10 +14,12 @@ class LoadDomainUNet(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainLoadDomainUNet",
             display_name="Load Domain UNet",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["domain model", "text-free", "fine-tune", "load UNet"],
+            advanced=["weight_dtype"],
             description="Loads a domain model: a text-free UNet trained on the images of a domain, or a fully "
             "fine-tuned UNet. Text-free models ignore prompts and need less memory than the prior they come from.",
             inputs=[
@@ -56,10 +57,11 @@ class LoadMiniWorld(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainLoadMiniWorld",
             display_name="Load Mini World",
-            category=CATEGORY,
+            category=GUIDANCE,
+            search_aliases=["demo", "example model", "tiny model"],
             description="Loads the miniature Stable Diffusion that ships with this pack: coloured digits, 64x64 px, "
             "prompts such as 'a red seven on a yellow background'. For trying things out in seconds, even on a CPU.",
             inputs=[],

@@ -6,7 +6,7 @@ from comfy_api.latest import io, ui
 
 from .comfy_internals import export
 from .inputs import checked
-from .loaders import CATEGORY
+from .schema import TRAINING, schema
 
 
 class TextFreeUNet(io.ComfyNode):
@@ -14,10 +14,12 @@ class TextFreeUNet(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainTextFreeUNet",
             display_name="Text-Free UNet",
-            category=CATEGORY,
+            category=TRAINING,
+            search_aliases=["domain model", "unconditional", "null text", "export"],
+            advanced=["file_dtype", "probe_size"],
             description="Takes the text out of the prior's UNet and reports what that costs: an untrained domain "
             "model. Train Domain UNet begins from the prior and needs no such file. Weight patches (LoRA) on the model "
             "are baked in. The file lands in models/domain_unets.",

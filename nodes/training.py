@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from .comfy_internals import training
 from .inputs import checked
-from .loaders import CATEGORY
+from .schema import TRAINING, schema
 
 if TYPE_CHECKING:
     from ..training.engine import Result
@@ -22,6 +22,10 @@ TrainingOptions = io.Custom("INDOMAIN_TRAINING_OPTIONS")
 # On the training node itself; where files go and what to compute on is ComfyUI's to say; everything else is an option.
 ON_THE_NODE = ("name", "form", "steps", "batch_size", "learning_rate", "resolution", "sample_every", "seed")
 DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device")
+# What the options node shows at once, where the editor folds the rest away.
+USUAL_OPTIONS = (
+    "caption", "train", "rank", "gradient_checkpointing", "flip", "optimizer", "schedule", "ema", "sample_prompts",
+)  # fmt: skip
 RESUME = {"auto": "auto", "continue": True, "new": False}
 # Numbers stay exact in the editor's JavaScript up to here.
 LARGEST_SEED = 2**53 - 1
@@ -98,10 +102,12 @@ class TrainDomainUNet(io.ComfyNode):
         from ..training.config import TrainConfig
 
         fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
-        return io.Schema(
+        return schema(
             node_id="InDomainTrainDomainUNet",
             display_name="Train Domain UNet",
-            category=CATEGORY,
+            category=TRAINING,
+            search_aliases=["LoRA", "fine-tune", "finetune", "DreamBooth", "trainer", "domain model"],
+            advanced=["isolated"],
             description="Trains a domain model on your images: no captions, the prior stays untouched. Cancel saves; "
             "running again continues. The finished file lands in models/domain_unets.",
             is_output_node=True,
@@ -194,10 +200,12 @@ class DomainTrainingOptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainTrainingOptions",
             display_name="In-Domain Training Options",
-            category=CATEGORY,
+            category=TRAINING,
+            search_aliases=["LoRA", "low rank", "fine-tune", "finetune", "optimizer"],
+            advanced=[field.name for field in option_fields() if field.name not in USUAL_OPTIONS],
             description="Everything that Train Domain UNet does not show. The defaults are the trainer's own: leave the "
             "node out to use them.",
             inputs=[config_input(field, optional=True) for field in option_fields()],
@@ -220,10 +228,11 @@ class MiniWorldImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return schema(
             node_id="InDomainMiniWorldImages",
             display_name="Mini World Images",
-            category=CATEGORY,
+            category=TRAINING,
+            search_aliases=["dataset", "example images", "MNIST"],
             description="Writes a folder of handwritten digits into ComfyUI's input folder: what somebody's own images "
             "are to a large model, in a size that trains on a CPU.",
             inputs=[

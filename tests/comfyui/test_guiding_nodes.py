@@ -46,7 +46,7 @@ def test_schema(guiders, name):
     required, optional = INPUTS[schema.node_id]
     assert list(types["required"])[: len(required)] == required
     assert list(types.get("optional", {}))[: len(optional)] == optional
-    assert schema.category == "In-Domain Guidance"
+    assert schema.category == "In-Domain Guidance/guidance"
     for key, (_, options) in {**types["required"], **types.get("optional", {})}.items():
         tooltip = options["tooltip"]
         assert tooltip.endswith(".") and len(tooltip) > 20

@@ -8,13 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-NODES = (
-    "InDomainLoadDomainUNet", "InDomainTextFreeUNet", "InDomainGuidanceTerm", "InDomainShapeTerm",
-    "InDomainMultiGuidanceGuider", "InDomainGuider", "InDomainSampler", "InDomainLoadMiniWorld",
-    "InDomainTrainDomainUNet", "InDomainTrainingOptions", "InDomainMiniWorldImages", "InDomainLoadGenerator",
-    "InDomainGeneratorSample", "InDomainAdaptGenerator", "InDomainAdaptOptions", "InDomainBlendGenerators",
-    "InDomainSaveGenerator",
-)  # fmt: skip
+CATEGORIES = {
+    "guidance": (
+        "InDomainLoadMiniWorld", "InDomainLoadDomainUNet", "InDomainSampler", "InDomainGuider", "InDomainGuidanceTerm",
+        "InDomainShapeTerm", "InDomainMultiGuidanceGuider",
+    ),
+    "training": (
+        "InDomainTextFreeUNet", "InDomainMiniWorldImages", "InDomainTrainDomainUNet", "InDomainTrainingOptions",
+    ),
+    "generators": (
+        "InDomainLoadGenerator", "InDomainGeneratorSample", "InDomainAdaptGenerator", "InDomainAdaptOptions",
+        "InDomainBlendGenerators", "InDomainSaveGenerator",
+    ),
+}  # fmt: skip
+NODES = tuple(node_id for names in CATEGORIES.values() for node_id in names)
 ONLY_IN_THE_EDITOR = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 API_WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
 
@@ -31,12 +38,53 @@ def test_the_pack_loads_without_a_warning(server):
     assert "Error while calling comfy_entrypoint" not in log
 
 
+def inputs_of(node):
+    """(kind, options) of a node's inputs, by name."""
+    given = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    return {name: (kind, options[0] if options else {}) for name, (kind, *options) in given.items()}
+
+
+def test_every_node_is_registered_in_its_category(object_info):
+    shown = {node_id: node["category"] for node_id, node in object_info.items() if node_id.startswith("InDomain")}
+    assert shown == {node_id: f"In-Domain Guidance/{name}" for name, ids in CATEGORIES.items() for node_id in ids}
+
+
+def test_nodes_are_found_by_other_words_where_comfyui_looks_for_them(object_info):
+    found = {node_id: {word.lower() for word in object_info[node_id].get("search_aliases", ())} for node_id in NODES}
+    if not object_info["CLIPTextEncode"].get("search_aliases"):
+        assert not any(found.values()), "this ComfyUI knows no aliases of its own nodes"
+        return
+    for word, node_id in (
+        ("lora", "InDomainTrainDomainUNet"), ("fine-tune", "InDomainTrainDomainUNet"), ("cfg", "InDomainSampler"),
+        ("cfg", "InDomainMultiGuidanceGuider"), ("autoguidance", "InDomainGuidanceTerm"), ("gan", "InDomainLoadGenerator"),
+        ("stylegan", "InDomainAdaptGenerator"), ("stylegan", "InDomainLoadGenerator"), ("sds", "InDomainAdaptGenerator"),
+        ("domain model", "InDomainLoadDomainUNet"),
+    ):  # fmt: skip
+        assert word in found[node_id]
+    assert all(found.values())
+
+
+def test_rare_inputs_are_folded_away_where_comfyui_can(object_info):
+    advanced = {
+        node_id: {name for name, (_, options) in inputs_of(object_info[node_id]).items() if options.get("advanced")}
+        for node_id in NODES
+    }
+    if not any(options.get("advanced") for _, options in inputs_of(object_info["UNETLoader"]).values()):
+        assert not any(advanced.values()), "this ComfyUI folds nothing of its own nodes away"
+        return
+    assert advanced["InDomainSampler"] == {"domain_start_percent", "domain_end_percent"} == advanced["InDomainGuider"]
+    assert advanced["InDomainGuidanceTerm"] == {"start_percent", "end_percent", "ramp"}
+    assert advanced["InDomainLoadDomainUNet"] == {"weight_dtype"}
+    for node_id in ("InDomainTrainingOptions", "InDomainAdaptOptions"):
+        shown = len(inputs_of(object_info[node_id])) - len(advanced[node_id])
+        assert 5 <= shown <= 10 < len(advanced[node_id])
+
+
 @pytest.mark.parametrize("node_id", NODES)
 def test_every_input_has_a_tooltip(object_info, node_id):
-    node = object_info[node_id]
-    assert node["category"] == "In-Domain Guidance" and node["description"]
-    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
-    untold = [name for name, (_, *options) in inputs.items() if not (options and options[0].get("tooltip", "").strip())]
+    assert object_info[node_id]["description"]
+    inputs = inputs_of(object_info[node_id])
+    untold = [name for name, (_, options) in inputs.items() if not options.get("tooltip", "").strip()]
     assert untold == []
 
 
