@@ -25,7 +25,7 @@ _MODULE_OF_NAME = {
             "personalization",
             "unconditional_prior",
         ),
-        "sampling": ("sample", "sigmas_karras", "sigmas_uniform"),
+        "sampling": ("sample", "sigmas_karras", "sigmas_sgm_uniform", "sigmas_uniform"),
         "diffusion": ("Denoiser", "NoiseSchedule"),
         "null_text": (
             "NullContext",
@@ -49,6 +49,7 @@ _MODULE_OF_NAME = {
         "distillation.reconstruction": ("Reconstruction",),
         "distillation.perceptual": ("FeatureDistance", "Perceptual", "lpips_distance"),
         "distillation.timesteps": ("Timesteps",),
+        "distillation.image_encoder": ("ImageEncoder",),
         "distillation.layer_selection": ("rank_layers", "select_layers"),
         "distillation.objective": ("Draws", "NotFinite", "Objective", "Report"),
         "networks.unet": ("UNet", "UNetConfig", "unet_config_from_state_dict"),

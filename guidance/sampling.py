@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .schedules import GuidanceError
 
-__all__ = ["METHODS", "sample", "sigmas_karras", "sigmas_uniform"]
+__all__ = ["METHODS", "sample", "sigmas_karras", "sigmas_sgm_uniform", "sigmas_uniform"]
 
 METHODS = ("euler", "ddim", "dpmpp_2m")
 
@@ -60,8 +60,24 @@ def sigmas_uniform(schedule: SigmaRange, steps: int) -> Tensor:
     model calls, at least 1. Returns [steps + 1] in float64.
     """
     _check_steps(steps)
+    return _at_even_timesteps(schedule, steps)
+
+
+def sigmas_sgm_uniform(schedule: SigmaRange, steps: int) -> Tensor:
+    """Noise levels at even timesteps from the last, the first left to the step to 0: ComfyUI's "sgm_uniform".
+
+    The released code of arXiv 2312.08195 samples on it, 25 steps of "dpmpp_2m" (diffusers' DPMSolverMultistep, which
+    rounds to whole timesteps). schedule, steps and result as of `sigmas_uniform`.
+    """
+    _check_steps(steps)
+    levels = _at_even_timesteps(schedule, steps + 1)
+    return torch.cat([levels[:-2], levels[-1:]])
+
+
+def _at_even_timesteps(schedule: SigmaRange, count: int) -> Tensor:
+    """`count` levels from sigma_max to sigma_min, then 0."""
     first, last = float(schedule.timestep(schedule.sigma_max)), float(schedule.timestep(schedule.sigma_min))
-    timesteps = torch.linspace(first, last, steps, dtype=torch.float64).tolist()
+    timesteps = torch.linspace(first, last, count, dtype=torch.float64).tolist()
     return torch.tensor([*(float(schedule.sigma(timestep)) for timestep in timesteps), 0.0], dtype=torch.float64)
 
 
@@ -93,7 +109,10 @@ def sample(
     """Follow a denoiser from noise to a sample.
 
     noise: [B, ...], unit Gaussian; sampling begins at start + sigmas[0] * noise, `start` being clean latents to vary,
-    or 0. sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`). cond goes to every call of the denoiser.
+    or 0. (From the largest noise level on, ComfyUI and the released code of arXiv 2312.08195 begin at sqrt(1 +
+    sigmas[0]^2) * noise, 0.2 % more for Stable Diffusion: give them noise * sqrt(1 + 1 / sigmas[0]^2) for the same
+    picture.) sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`, `sigmas_sgm_uniform`). cond goes to every
+    call of the denoiser.
 
     method, one model call a step each:
     * "euler": first order (arXiv 2206.00364, algorithm 1 without its correction);

@@ -66,11 +66,11 @@ def adapt(
 ) -> Result:
     """Adapt a generator to a prompt (StyleGAN-Fusion, arXiv 2212.04473) as the configuration says; returns when done.
 
-    generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W], about
-    -1..1, -> latents, differentiable): instead of `config.base`, prompts, domain and precision. base: an opened prior
-    instead of `config.base`. distance: of the perceptual regularizer, `distance(images, source images) -> [B]`. resume,
-    listener, should_stop, dry_run and the run's folder are those of `train.train`; an adaptation that was killed and
-    goes on ends with the same bits too.
+    generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W] in -1..1
+    -> latents, differentiable; an `ImageEncoder` says at which size they are judged): instead of `config.base`,
+    prompts, domain, resolution and precision. base: an opened prior instead of `config.base`. distance: of the
+    perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener, should_stop, dry_run and the
+    run's folder are those of `train.train`; an adaptation that was killed and goes on ends with the same bits too.
 
     Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
     NonFiniteLoss.

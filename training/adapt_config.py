@@ -16,8 +16,6 @@ GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
 METHODS = ("sds", "csd", "nfsd", "dds", "bridge", "ism", "vsd")
 NEEDS_SOURCE = ("dds", "bridge")
 MODES = ("shared", "sgf")
-# Enough for Adam, whose steps have one size, where nothing else speaks; too little to matter where something does.
-WAY_BACK = 0.01
 T_SCHEDULES = ("uniform", "annealed", "falling")
 WEIGHTINGS = ("1-abar", "uniform", "sigma", "sigma2", "sqrt_abar")
 TRAINS = ("convolutions", "released", "synthesis", "all")
@@ -89,8 +87,11 @@ class AdaptConfig(Settings):
                                "the source image; usually 0.3 to 1, 0: off", min=0.0, max=1000.0)
     features: str = option("vgg", "distillation", "features of the perceptual regularizer: LPIPS' network vgg, alex "
                            "or squeeze (needs the package lpips), or latents, the VAE's own", choices=FEATURES)
-    normalize: bool = option(False, "distillation", "bring predictions to unit spread first, in sds and the "
-                             "directional regularizer, so that the scale does not set their strength")
+    normalize_sds: bool = option(False, "distillation", "method sds only: bring prediction and noise to unit spread "
+                                 "first, so that the scale does not set its strength; released for EG3D only")
+    normalize_directional: bool = option(False, "distillation", "bring the directional regularizer's predictions to "
+                                         "unit spread first, so that the scale does not set its strength; released "
+                                         "with layer selection and for EG3D")
     latent_clamp: float = option(1.0, "distillation", "largest value of each term's gradient on latents; 0: no limit",
                                  min=0.0, max=1e6)
     image_quantile: float = option(0.95, "distillation", "quantile at which each image's gradient is clamped; 0: not",
@@ -100,8 +101,10 @@ class AdaptConfig(Settings):
     train: str = option("convolutions", "generator", "what learns: the learned constant and all 3x3 convolutions; "
                         "released: the convolutions from 8 px on, as the paper's code does; synthesis: colour layers "
                         "too; all: the mapping too", choices=TRAINS)
-    layers: int = option(0, "generator", "train only this many layers, those that matter most, chosen anew at every "
-                         "step; fewer need more steps (12: 1201, 6: 3001, 3: 5001, 1: 10001); 0: all", min=0, max=64)
+    layers: int = option(0, "generator", "train only this many layers, those whose styles matter most, chosen anew at "
+                         "every step; 0: all. Fewer need more steps: as released 12: 1201, 6: 3001, 3: 5001, 1: 10001, "
+                         "where a layer that is chosen seldom takes 1.4 to 4 times larger steps than here, and where "
+                         "the layer before the one that matters is trained", min=0, max=64)
     freeze_bias: bool = option(True, "generator", "leave all biases as they are")
     truncation: float = option(1.0, "generator", "of the latents that are trained on; 1: none, 0: the mean image only",
                                min=0.0, max=2.0)
@@ -165,7 +168,7 @@ class AdaptConfig(Settings):
     # New fields come last: they are inputs of a published node in this order.
     way_back: float = option(-1.0, "distillation", "how much of the gradient that leads back pixels beyond white and black "
                              "keep, 0 to 1; 0: none, as StyleGAN-Fusion was released, so that an image that is all black "
-                             f"stays so; -1: {WAY_BACK:g}, or 0 with the mode sgf", min=-1.0, max=1.0)
+                             "stays so; -1: 0.01, or 0 with the mode sgf", min=-1.0, max=1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -178,11 +181,6 @@ class AdaptConfig(Settings):
                 f"resolution: expected a multiple of {RESOLUTION_STEP} pixels, found {self.resolution}; the nearest is "
                 f"{max(1, round(self.resolution / RESOLUTION_STEP)) * RESOLUTION_STEP}."
             )
-
-    @property
-    def share_back(self) -> float:
-        """`Objective.way_back` of this configuration."""
-        return self.way_back if self.way_back >= 0 else 0.0 if self.mode == "sgf" else WAY_BACK
 
     def differences(self, other: AdaptConfig) -> dict[str, tuple[Any, Any]]:
         """The binding fields in which two configurations differ; prompts as `same_prompt` compares them."""

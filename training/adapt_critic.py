@@ -7,13 +7,13 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..guidance.combination import Guidance
 from ..guidance.diffusion import Denoiser
 from ..guidance.distillation.critic import Critic
 from ..guidance.distillation.directional import Directional
+from ..guidance.distillation.image_encoder import ImageEncoder
 from ..guidance.distillation.methods import make_method
 from ..guidance.distillation.objective import Objective
 from ..guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
@@ -93,11 +93,10 @@ def open_critic(
     return Critic(Guidance(Source(prior, uncond), terms), base.schedule, negative=negative, source=source)
 
 
-def latent_encoder(base: Base, resolution: int, precision: str = "fp32") -> Encode:
-    """Images [B, 3, H, W], about -1..1 -> scaled posterior means [B, C, h, w], differentiable, where the VAE is.
+def latent_encoder(base: Base, resolution: int, precision: str = "fp32") -> ImageEncoder:
+    """Images judged at `resolution` -> scaled posterior means [B, C, h, w], where the VAE is.
 
-    As in StyleGAN-Fusion (arXiv 2212.04473): resized to `resolution` (bilinear), clamped to -1..1, encoded. The VAE
-    runs in bf16 when that is the precision, else in fp32 (SDXL's overflows in fp16). Raises ConfigProblem for a
+    The VAE runs in bf16 when that is the precision, else in fp32 (SDXL's overflows in fp16). Raises ConfigProblem for a
     resolution that the VAE cannot encode.
     """
     if resolution % base.factor:
@@ -106,14 +105,12 @@ def latent_encoder(base: Base, resolution: int, precision: str = "fp32") -> Enco
         )
 
     def encode(images: Tensor) -> Tensor:
-        if images.shape[-2:] != (resolution, resolution):
-            images = F.interpolate(images, (resolution, resolution), mode="bilinear", align_corners=False)
         half = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
         with half:
-            mean, _ = base.autoencoder.encode(images.clamp(-1, 1))
+            mean, _ = base.autoencoder.encode(images)
         return mean.float() * base.latent_scale
 
-    return encode
+    return ImageEncoder(encode, resolution)
 
 
 def make_objective(
@@ -127,10 +124,10 @@ def make_objective(
     if config.method == "vsd":
         options = {"rank": config.critic_rank, "learning_rate": config.critic_rate, "seed": config.seed % 2**31}
     elif config.method == "sds":
-        options = {"normalize": config.normalize}
+        options = {"normalize": config.normalize_sds}
     regularizers = []
     if config.directional:
-        regularizers.append(Directional(config.directional, config.normalize))
+        regularizers.append(Directional(config.directional, config.normalize_directional))
     if config.reconstruction:
         regularizers.append(Reconstruction(config.reconstruction))
     perceptual = None
@@ -143,7 +140,7 @@ def make_objective(
         critic, make_method(config.method, critic, **options), regularizers,
         Timesteps(config.t_min, config.t_max, config.t_schedule), config.weighting, config.latent_clamp or None,
         config.image_quantile or None, config.mode, perceptual,
-        1.0 if config.share_back else None, config.share_back,
+        way_back=config.way_back if config.way_back >= 0 else None,
     )
 
 

@@ -170,9 +170,9 @@ class Adapter:
             ws = self.frozen.map(z, c, self.config.truncation)
         self._let_learn(())  # the selection asks for the gradient of styles alone
         chosen = select_layers(
-            _Chooses(self), ws, self.objective, self.encode, self.config.layers, step=self.step,
-            steps=self.config.steps, randomness=self._randomness("selection noise"), t=t, frozen=_Chooses(self, True),
-            to_rgb=any(".torgb." in name for name in self.parameters),
+            _Chooses(self, self.generator), ws, self.objective, self.encode, self.config.layers, step=self.step,
+            steps=self.config.steps, randomness=self._randomness("selection noise"), t=t,
+            frozen=_Chooses(self, self.frozen), among=[_layer_of(name) for name in self.parameters],
         )
         self._let_learn(chosen)
         return chosen
@@ -337,12 +337,10 @@ class Adapter:
 class _Chooses:
     """A generator as layer selection sees it: with the step's noise inputs."""
 
-    def __init__(self, adapter: Adapter, frozen: bool = False) -> None:
-        self._adapter, self._generator = adapter, adapter.frozen if frozen else adapter.generator
-        learns = {_layer_of(name) for name in adapter.parameters}
-        # A layer of which nothing is trained would, chosen alone, leave the step without a gradient.
-        self.style_layers = tuple(name for name in self._generator.style_layers if name in learns)
-        self.ws_index = self._generator.ws_index
+    def __init__(self, adapter: Adapter, generator: Generator) -> None:
+        self._adapter, self._generator = adapter, generator
+        self.style_layers, self.ws_index = generator.style_layers, generator.ws_index
+        self.synthesis = generator.synthesis
 
     def synthesize(self, ws: Tensor) -> Tensor:
         return self._adapter._images(self._generator, ws, 0)

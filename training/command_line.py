@@ -460,8 +460,9 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--steps", type=int, default=25, metavar="N", help="model steps (default 25)")
     command.add_argument("--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m",
                          help="(default dpmpp_2m)")  # fmt: skip
-    command.add_argument("--spacing", choices=("uniform", "karras"), default="uniform",
-                         help="of the noise levels (default uniform)")  # fmt: skip
+    command.add_argument("--spacing", choices=("uniform", "sgm_uniform", "karras"), default="uniform",
+                         help="of the noise levels, as ComfyUI has them: uniform (the default; there called normal), "
+                              "sgm_uniform (the released code's of the paper), karras")  # fmt: skip
     command.add_argument("--width", type=int, metavar="PIXELS",
                          help="(default: the resolution it was trained at, else what the prior was made for)")
     command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the width)")

@@ -15,12 +15,12 @@ from ..guidance.diffusion import Denoiser
 from ..guidance.errors import Problem
 from ..guidance.files import DomainMetadata
 from ..guidance.null_text import load_unet
-from ..guidance.sampling import METHODS, sample, sigmas_karras, sigmas_uniform
+from ..guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ..guidance.schedules import Interval, WeightLike
 from ..guidance.terms import Source, Term
 from .base import Base, ImageSize, Text
 
-SPACINGS = {"uniform": sigmas_uniform, "karras": sigmas_karras}
+SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
 METHOD = "dpmpp_2m"
 
 
@@ -29,8 +29,9 @@ class Settings:
     """How to sample. Weights as in `presets.in_domain`: 0 leaves a part out and saves its predictions.
 
     domain_start, domain_end: share of sampling (0 start, 1 end) in which the domain model takes part. method: one of
-    `guidance.sampling.METHODS`; spacing of the noise levels: "uniform" in timesteps or "karras". size (height, width)
-    in pixels. batch: pictures of one prompt that are sampled at once.
+    `guidance.sampling.METHODS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (the paper's, without
+    the least noisy one) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at
+    once.
     """
 
     domain_weight: float = 2.5

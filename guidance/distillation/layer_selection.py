@@ -1,4 +1,9 @@
-"""Which layers of a generator to train at a step: those whose style the critic wants to move most."""
+"""Which layers of a generator to train at a step: those whose style the critic wants to move most.
+
+Here the layers learn that read the styles which the critic moves most, as the paper says. The released StyleGAN-Fusion
+is one off: where style i of W+ (from 0, i >= 2) is among those that moved most, it trains its list's convolution i - 2,
+while convolution i - 1 is the one that reads style i.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..schedules import GuidanceError
 from .objective import Encode, Objective
@@ -19,6 +24,7 @@ class Stylized(Protocol):
 
     style_layers: Sequence[str]
     ws_index: dict[str, int]
+    synthesis: nn.Module
 
     def synthesize(self, ws: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
 
@@ -54,7 +60,7 @@ def select_layers(
     randomness: torch.Generator | None = None,
     t: Tensor | None = None,
     frozen: Stylized | None = None,
-    to_rgb: bool = False,
+    among: Sequence[str] | None = None,
     learning_rate: float = 0.01,
 ) -> tuple[str, ...]:
     """The names of the layers whose styles are among the k that the method alone moves most, in order of synthesis.
@@ -62,12 +68,21 @@ def select_layers(
     generator: the one in training. ws: fresh latents [B, num_ws, w], the same for every layer (released: one). k: how
     many styles; SGF's 12, 6, 3 or 1; at least as many as there are gives all. t [B]: the step's timesteps, which the
     selection shares with it; the noise is its own, from `randomness`. frozen: the frozen generator, for a method that
-    compares with its image (DDS). to_rgb: whether the layers that make colours can
-    be chosen. The regularizers take no part. Raises GuidanceError for k below 1.
+    compares with its image (DDS). among: the layers that can be chosen, all with something to train; None: those with a
+    parameter that requires a gradient, but for the ones that make colours. The regularizers take no part. Raises
+    GuidanceError for k below 1 and where there is no layer to choose.
     """
     if k < 1:
         raise GuidanceError(f"Expected at least 1 layer to train, got {k}; 0 means no selection and belongs before.")
-    allowed = [name for name in generator.style_layers if to_rgb or not name.rpartition(".")[2].startswith("torgb")]
+    if among is None:
+        among = [
+            name for name in generator.style_layers
+            if not name.rpartition(".")[2].startswith("torgb")
+            and any(one.requires_grad for one in generator.synthesis.get_submodule(name).parameters())
+        ]  # fmt: skip
+    allowed = [name for name in generator.style_layers if name in among]
+    if not allowed:
+        raise GuidanceError("Expected a generator with layers to choose from, got one of which no layer learns.")
     styles = sorted({generator.ws_index[name] for name in allowed})
     if k >= len(styles):
         return tuple(allowed)

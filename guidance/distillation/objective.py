@@ -13,14 +13,17 @@ from torch import Tensor
 from ..schedules import GuidanceError
 from .clamps import clamp_image_gradient, clamp_latent_gradient, lead_back
 from .critic import Ask, Critic, Prediction
+from .image_encoder import ImageEncoder
 from .method import Context, LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
 from .timesteps import Timesteps
 from .weighting import WEIGHTINGS, Weighting, weigh
 
-__all__ = ["MODES", "Draws", "NotFinite", "Objective", "Report", "inject"]
+__all__ = ["MODES", "WAY_BACK", "Draws", "NotFinite", "Objective", "Report", "inject"]
 
 MODES = ("shared", "sgf")
+# Enough for Adam, whose steps have one size, where nothing else speaks; too little to matter where something does.
+WAY_BACK = 0.01
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -80,10 +83,14 @@ class Objective:
     method: an SDS-like `Method`. regularizers: terms that keep the frozen generator's character. perceptual: an
     optional `Perceptual` on the images. timesteps, weighting: t and w(t), the same for all terms. latent_clamp: the
     limit on each term's gradient on z after its weight, None for none. image_quantile: the quantile at which the image
-    gradient is clamped per sample, None for none. bound: images are judged clamped to +-bound, and a value beyond it
-    keeps the share `way_back`, 0 to 1, of a gradient that leads back (`lead_back`); None leaves all to `encode`. With a
-    clamp alone, images that are beyond everywhere, all black, never learn again; the whole gradient unsettles saturated
-    colours, which a clamp holds. An optimizer like Adam makes whole steps of a hundredth where there is nothing else.
+    gradient is clamped per sample, None for none.
+
+    All that looks at images sees them as they are judged: resized (`ImageEncoder`) and clamped to +-bound. The image
+    gradient is clamped there, and goes back through both then. bound: 1 for images of -1..1; None: they have no range.
+    way_back: the share, 0 to 1, that a value beyond the bound keeps of a gradient that leads back (`lead_back`); 0 is a
+    clamp's gradient, as released; None: 0.01, or 0 in the mode "sgf". With a clamp's, images that are beyond
+    everywhere, all black, never learn again; the whole gradient unsettles saturated colours, which a clamp holds. An
+    optimizer like Adam makes whole steps of a hundredth where there is nothing else.
 
     mode:
     * "shared": all terms see one noise, so predictions on the same z_t are evaluated once, and their gradients are
@@ -105,8 +112,8 @@ class Objective:
     image_quantile: float | None = None
     mode: str = "shared"
     perceptual: Perceptual | None = None
-    bound: float | None = None
-    way_back: float = 0.01
+    bound: float | None = 1.0
+    way_back: float | None = None
     _waiting: Context | None = field(default=None, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -124,8 +131,8 @@ class Objective:
             )
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
-        if not 0 <= self.way_back <= 1:
-            raise GuidanceError(f"Expected way_back to be 0 to 1, got {self.way_back}.")
+        if self.way_back is not None and not 0 <= self.way_back <= 1:
+            raise GuidanceError(f"Expected way_back to be 0 to 1, or none, got {self.way_back}.")
         for term in (*self.regularizers, *([self.perceptual] if self.perceptual else [])):
             if not math.isfinite(term.weight):
                 raise GuidanceError(f"Expected the weight of {term.name} to be finite, got {term.weight}.")
@@ -166,12 +173,13 @@ class Objective:
         """Add this objective's gradient to everything that `images` were made from.
 
         images: [B, 3, H, W] with a graph, as the generator gave them. frozen: the frozen generator's from the same
-        latents, or None where `needs_frozen` is false. encode: images -> z [B, C, h, w], scaled as the critic's models
-        expect, differentiable (posterior mean; any resizing and clamping to -1..1 belongs to it). step of steps: 0 to
-        steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were drawn before; draws: all
-        random numbers of the step. wait: leave what the method itself learns to `train_method`, for who looks at the
-        generator's gradients first. The gradient is that of the batch's mean. Raises NotFinite, with nothing injected,
-        where a gradient is not finite, and GuidanceError for inputs that do not fit.
+        latents, or None where `needs_frozen` is false. encode: images within the bound -> z [B, C, h, w], scaled as the
+        critic's models expect, differentiable (posterior mean); an `ImageEncoder` for images that are judged at another
+        size. step of steps: 0 to steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were
+        drawn before; draws: all random numbers of the step. wait: leave what the method itself learns to
+        `train_method`, for who looks at the generator's gradients first. The gradient is that of the batch's mean.
+        Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for inputs that do
+        not fit.
         """
         if not images.requires_grad:
             raise GuidanceError("Expected images with a graph to the generator's weights, got images without one.")
@@ -244,6 +252,13 @@ class Objective:
     def _perceives(self) -> bool:
         return self.perceptual is not None and self.perceptual.weight != 0
 
+    @property
+    def _share_back(self) -> float:
+        return self.way_back if self.way_back is not None else 0.0 if self.mode == "sgf" else WAY_BACK
+
+    def _within(self, images: Tensor) -> Tensor:
+        return images if self.bound is None else images.clamp(-self.bound, self.bound)
+
     def _terms(self, regularize: bool) -> list[LatentTerm]:
         """The method and the regularizers that are on."""
         return [self.method, *(one for one in self.regularizers if regularize and one.weight != 0)]
@@ -269,14 +284,16 @@ class Objective:
             raise GuidanceError(
                 f"Expected frozen images of the shape {list(images.shape)}, got {list(frozen.shape)}."
             )
-        # A leaf here, so that the encoder's graph is gone before the generator's is walked.
-        leaf = images.detach()
-        leaf = (leaf if self.bound is None else leaf.clamp(-self.bound, self.bound)).requires_grad_()
+        # Leaves here, so that the encoder's graph is gone before the generator's is walked.
+        made = images.detach().requires_grad_()
         with torch.enable_grad():
+            resized = _resized(made, encode)
+            leaf = self._within(resized.detach()).requires_grad_()
             encoded = encode(leaf)
         z = encoded.detach().float()
         with torch.no_grad():
-            z_frozen = encode(frozen.detach()).float() if looks else None
+            frozen = self._within(_resized(frozen.detach(), encode)) if looks or perceives else None
+            z_frozen = encode(frozen).float() if looks else None
         draws = draws if draws is not None else self.draw(z, step, steps, generator, t, regularize)
         contexts = self._contexts(terms, z, z_frozen, draws, step, steps, generator)
 
@@ -306,7 +323,9 @@ class Objective:
             loss["perceptual"] = value.detach()
             gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
         if self.bound is not None:
-            gradient = lead_back(gradient, images.detach(), self.bound, self.way_back)
+            gradient = lead_back(gradient, resized.detach(), self.bound, self._share_back)
+        if resized is not made:
+            gradient = torch.autograd.grad(resized, made, gradient.to(resized.dtype))[0].float()
         if not bool(gradient.isfinite().all()):
             raise NotFinite(
                 f"The image gradient has values that are not finite at timesteps {draws.t.tolist()}; run the encoder "
@@ -387,6 +406,10 @@ class Objective:
         others = sum(part for name, part in parts.items() if name != self.method.name)
         gradient, share = clamp_image_gradient(inject(z, own, images, retain_graph=True), self.image_quantile)
         return gradient + inject(z, others, images), share
+
+
+def _resized(images: Tensor, encode: Encode) -> Tensor:
+    return encode.resize(images) if isinstance(encode, ImageEncoder) else images
 
 
 def _looks_at_frozen(term: LatentTerm) -> bool:

@@ -20,12 +20,12 @@ import comfy.model_management
 import comfy.model_sampling
 import comfy.samplers
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...guidance.combination import Guidance
 from ...guidance.diffusion import NoiseSchedule
 from ...guidance.distillation.critic import Critic
+from ...guidance.distillation.image_encoder import ImageEncoder
 from ...guidance.errors import Problem
 from ...guidance.schedules import Constant
 from ...guidance.terms import Source, Term
@@ -100,15 +100,12 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
 # ---- images to latents, with gradients --------------------------------------------------------------------------
 
 
-def gradient_encoder(
-    vae: Any, model: ModelPatcher, device: torch.device, side_px: int
-) -> Callable[[Tensor], Tensor]:
-    """encode(images [B, 3 or 1, H, W] in about -1..1) -> the MODEL's latents [B, C, h, w], float32, differentiable.
+def gradient_encoder(vae: Any, model: ModelPatcher, device: torch.device, side_px: int) -> ImageEncoder:
+    """Images [B, 3 or 1, H, W], judged at `side_px` -> the MODEL's latents [B, C, h, w], float32, differentiable.
 
-    Images are resized to `side_px` (bilinear) and clamped to -1..1, as StyleGAN-Fusion's are. The latent is the mean of
-    the VAE's posterior, from a private copy of its encoder half: core's own `vae.encode` writes into another tensor,
-    crops, and has a tiled fallback, and gradients get lost in all three. Half precision becomes float32, which small
-    gradients (and SDXL's encoder) need; bf16 stays. Call it outside inference mode.
+    The latent is the mean of the VAE's posterior, from a private copy of its encoder half: core's own `vae.encode`
+    writes into another tensor, crops, and has a tiled fallback, and gradients get lost in all three. Half precision
+    becomes float32, which small gradients (and SDXL's encoder) need; bf16 stays. Call it outside inference mode.
     """
     stage = vae.first_stage_model
     encoder = copy.copy(stage)
@@ -122,12 +119,10 @@ def gradient_encoder(
         images = images.to(device).float()
         if images.shape[1] == 1:
             images = images.expand(-1, 3, -1, -1)
-        if images.shape[-1] != side_px:
-            images = F.interpolate(images, (side_px, side_px), mode="bilinear", align_corners=False)
-        pixels = vae.process_input(images.clamp(-1.0, 1.0) * 0.5 + 0.5)
+        pixels = vae.process_input(images * 0.5 + 0.5)
         return process_in(encoder.encode(pixels.to(dtype)).float())
 
-    return encode
+    return ImageEncoder(encode, side_px)
 
 
 def _ordinary(module: nn.Module) -> nn.Module:
@@ -421,7 +416,7 @@ class CriticInputs:
 
     def run(
         self, side_px: int, batch: int, timesteps: tuple[int, int],
-        body: Callable[[Critic, Callable[[Tensor], Tensor]], Outcome], *, learns: bool = False,
+        body: Callable[[Critic, ImageEncoder], Outcome], *, learns: bool = False,
         cancelled: Callable[[BaseException], None] | None = None,
     ) -> Outcome:  # fmt: skip
         """Run `body(critic, encode)` with everything loaded; refuses first what cannot work.
@@ -443,7 +438,8 @@ class CriticInputs:
             with ordinary_weights(predictions.unet) if learns else contextlib.nullcontext():
                 encode = gradient_encoder(self.vae, self.model, predictions.device, side_px)
                 if cancelled is not None:
-                    predictions.cancelled, encode = cancelled, to_the_end(encode, cancelled)
+                    predictions.cancelled = cancelled
+                    encode = ImageEncoder(to_the_end(encode.encode, cancelled), side_px)
                 return body(predictions.critic(schedule), encode)
 
         shape = latent_shape(self.vae, self.model, side_px, batch)

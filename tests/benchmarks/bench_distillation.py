@@ -1,7 +1,8 @@
 """What a step of distillation costs: ``python run.py bench distillation [--quick]``, JSON lines on standard output.
 
     verify   the released order of operations and this project's step compute the same gradients on the same draws, in
-             the mode that reproduces the release, and in the default mode without clamps on one noise (tiny models)
+             the mode that reproduces the release (judged at the generator's size and at others, with few and with most
+             pixels beyond -1..1), and in the default mode without clamps on one noise (tiny models)
     step     seconds of an optimizer step with the directional regularizer over those of the step organised as
              StyleGAN-Fusion was released (4 encodings, 6 UNet samples in 3 calls): StyleGAN2 at 256 px, SD 1.5's
              topology with random weights, latents 32x32, batch 1, fp32; and what each step asks of the models
@@ -24,6 +25,9 @@ from .reporting import Benchmark, Report, interleave, peak_memory, resident_memo
 DEFAULT, REPRODUCED, RELEASED = "default mode", "sgf mode", "as released"
 SIDES = {DEFAULT: "default", REPRODUCED: "sgf", RELEASED: "released"}
 MEMORY_STEPS = 2
+SIDES_PX = (32, 64, 96)  # at which a generator of 64 px is judged
+SPREADS = (0.2, 0.5, 100.0)  # of the images: few, half and nearly all values beyond -1..1
+SAME = 1e-4
 
 
 @dataclass(frozen=True)
@@ -52,27 +56,38 @@ def part_verify(report: Report, plan: Plan) -> None:
     """Both sides' gradients on the same latents, timesteps and noise."""
     import torch
 
-    from indomain_guidance.guidance.distillation.objective import Draws
-
     from . import distillation_models as made
 
-    models = made.Models(made.SHAPES["tiny"], report.seed)
-    generator = torch.Generator().manual_seed(report.seed)
-    z = torch.randn(1, models.generator.config.z_dim, generator=generator)
-    side = models.generator.config.resolution // 8
-    one, other = (torch.randn(1, 4, side, side, generator=generator) for _ in range(2))
-    t = torch.tensor([300])
-    for name, mode, clamps, noise in (
-        ("sgf_mode", "sgf", True, {"sds": one, "directional": other}),
-        ("default_mode_without_clamps", "shared", False, {"sds": one, "directional": one}),
+    shape = made.SHAPES["tiny"]
+    z = torch.randn(1, shape.generator.z_dim, generator=torch.Generator().manual_seed(report.seed))
+    for name, mode, clamps, side_px, spread in (
+        *(("sgf_mode", "sgf", True, side_px, spread) for side_px in SIDES_PX for spread in SPREADS),
+        ("default_mode_without_clamps", "shared", False, shape.generator.resolution, 1.0),
     ):
-        draws = Draws(t, noise)
-        ours = made.Ours(models, mode, clamps, report.seed).gradients(z, draws)
-        theirs = made.Released(models, clamps, report.seed).gradients(z, draws)
-        error = difference(ours, theirs)
-        if not error < 1e-3:
-            raise RuntimeError(f"{name}: expected the same gradients of both sides, they differ by {error:.2g}")
-        report.line(f"verify/{name}/gradient_difference", error, "relative", samples=len(ours), target=1e-3)
+        models = made.Models(shape, report.seed, side_px, spread)
+        draws = drawn(side_px // 8, report.seed, one_noise=not clamps)
+        ours, theirs = (
+            side.gradients(z, draws)
+            for side in (made.Ours(models, mode, clamps, report.seed), made.Released(models, clamps, report.seed))
+        )
+        error, beyond = difference(ours, theirs), float((models.generator(z).abs() > 1).float().mean())
+        what = f"{name}/{side_px}px/spread_{spread:g}" if clamps else name
+        if not error < SAME:
+            raise RuntimeError(f"{what}: expected the same gradients of both sides, they differ by {error:.2g}")
+        report.line(
+            f"verify/{what}/gradient_difference", error, "relative", samples=len(ours), target=SAME, beyond=beyond
+        )
+
+
+def drawn(side: int, seed: int, one_noise: bool = False) -> object:
+    """A timestep and the terms' noise for latents of a side."""
+    import torch
+
+    from indomain_guidance.guidance.distillation.objective import Draws
+
+    generator = torch.Generator().manual_seed(seed + 1)
+    one, other = (torch.randn(1, 4, side, side, generator=generator) for _ in range(2))
+    return Draws(torch.tensor([300]), {"sds": one, "directional": one if one_noise else other})
 
 
 def difference(found: dict, expected: dict) -> float:

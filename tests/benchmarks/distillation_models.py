@@ -1,10 +1,12 @@
 """One optimizer step of an adaptation, as this project takes it and organised as StyleGAN-Fusion was released.
 
 Both use the same UNet, VAE and generator of this library, so that only the organisation of a step differs. Written from
-the order of operations of the released code (KunpengSong/styleganfusion): encode the image for SDS and ask for its
-gradient; encode it again as a leaf, go back through the encoder, clamp, and go back through the generator; encode both
-images for the directional regularizer, ask about each, and go back through encoder and generator once more. Its models
-keep gradients for their own weights and run with anomaly detection, which both cost more; here neither side does.
+the order of operations of the released code (KunpengSong/styleganfusion), with none of the distillation library:
+resize the image to the judge's size and clamp it to -1..1; encode it for SDS and ask for its gradient; encode it again
+as a leaf, go back through the encoder, clamp the gradient there at its 95th percentile, and go back through clamp,
+resize and generator; encode both images for the directional regularizer, ask about each, and go back through encoder
+and generator once more. Its models keep gradients for their own weights and run with anomaly detection, which both cost
+more; here neither side does.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
-from indomain_guidance.guidance.distillation.clamps import clamp_image_gradient
 from indomain_guidance.guidance.distillation.critic import Critic
+from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
 from indomain_guidance.guidance.distillation.objective import Draws
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
@@ -33,7 +36,7 @@ LATENT_SCALE = 0.18215
 
 @dataclass(frozen=True)
 class Shape:
-    """The models of a step: images have the generator's resolution, latents an eighth of it."""
+    """The models of a step: latents have an eighth of the side in pixels at which images are judged."""
 
     unet: UNetConfig
     autoencoder: AutoencoderConfig
@@ -51,9 +54,13 @@ SHAPES = {
 
 
 class Models:
-    """What both sides use, with random weights, and its critic."""
+    """What both sides use, with random weights, and its critic.
 
-    def __init__(self, shape: Shape, seed: int) -> None:
+    side_px: at which images are judged; None: the generator's own. spread: factor on the generator's images, of which
+    those of the tiny one lie mostly beyond -1..1 at 1.
+    """
+
+    def __init__(self, shape: Shape, seed: int, side_px: int | None = None, spread: float = 1.0) -> None:
         unet = UNet(shape.unet)
         unet.load_state_dict(random_weights(shape.unet, seed), assign=True)
         with torch.random.fork_rng(devices=[]):
@@ -63,13 +70,19 @@ class Models:
         self.autoencoder.eval().requires_grad_(False)
         self.schedule = NoiseSchedule.scaled_linear()
         self.generator: Generator = random_generator(shape.generator, seed)
+        self.side_px = side_px or shape.generator.resolution
+        with torch.no_grad():
+            for name, one in self.generator.named_parameters():
+                if ".torgb." in name and "affine" not in name:
+                    one.mul_(spread)
+        self.encode = ImageEncoder(self.encoded, self.side_px)
         self.contexts = tuple(random_context(shape.unet, seed + index) for index in range(2))
         uncond, cond = ({"context": context} for context in self.contexts)
         self.critic = Critic.cfg(Denoiser(self.unet, self.schedule), uncond, cond, SCALE)
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Images [B, 3, H, W] -> scaled posterior means [B, 4, H / 8, W / 8]."""
-        return self.autoencoder.encode(images.clamp(-1, 1))[0] * LATENT_SCALE
+    def encoded(self, images: Tensor) -> Tensor:
+        """Images [B, 3, H, W] in -1..1 -> scaled posterior means [B, 4, H / 8, W / 8]."""
+        return self.autoencoder.encode(images)[0] * LATENT_SCALE
 
     def config(self, mode: str, clamps: bool = True, seed: int = 0) -> AdaptConfig:
         """SDS with the directional regularizer, batch 1, as released but for the mode."""
@@ -130,7 +143,7 @@ class Released:
         """One optimizer step; its loss."""
         randomness = torch.Generator().manual_seed(self.seed * 1_000_003 + self.steps)
         z = torch.randn(1, self.generator.config.z_dim, generator=randomness)
-        side = self.generator.config.resolution // 8
+        side = self.models.side_px // 8
         t = torch.randint(self.config.t_min, self.config.t_max + 1, (1,), generator=randomness)
         noise = {name: torch.randn(1, 4, side, side, generator=randomness) for name in ("sds", "directional")}
         loss = self._backward(z, Draws(t, noise))
@@ -145,17 +158,18 @@ class Released:
 
     def _backward(self, z: Tensor, draws: Draws) -> float:
         self.optimizer.zero_grad(set_to_none=True)
-        encode, t = self.models.encode, draws.t
+        encode, t = self.models.encoded, draws.t
         with torch.no_grad():
-            before = self.frozen(z)
-        images = self.generator(z)
+            before = self._judged(self.frozen(z))
+        images = self._judged(self.generator(z))
         # SDS: its gradient on latents is made with one encoding and brought to the image with another.
         latents = encode(images)
         gradient, difference = self._sds(latents, draws.noise["sds"], t)
         if self.clamps:
             leaf = images.detach().clone().requires_grad_()
             encode(leaf).backward(gradient)
-            images.backward(clamp_image_gradient(leaf.grad, 0.95)[0], retain_graph=True)
+            limit = torch.quantile(leaf.grad.flatten(1).abs(), 0.95, dim=1).view(-1, 1, 1, 1)
+            images.backward(leaf.grad.clamp(-limit, limit), retain_graph=True)
         else:
             latents.backward(gradient, retain_graph=True)
         # The directional regularizer encodes both images anew, and asks about each by itself.
@@ -163,6 +177,10 @@ class Released:
         gradient = self._directional(trained, frozen, draws.noise["directional"], t)
         trained.backward(gradient, retain_graph=True)
         return float(difference.square().mean())
+
+    def _judged(self, images: Tensor) -> Tensor:
+        side = self.models.side_px
+        return F.interpolate(images, (side, side), mode="bilinear", align_corners=False).clamp(-1, 1)
 
     @torch.no_grad()
     def _sds(self, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 HERE = Path(__file__).resolve().parent
 BOOTSTRAP = HERE.parents[1] / "training" / "bootstrap.py"
@@ -47,8 +49,10 @@ def run(*arguments: str) -> dict[str, dict]:
 
 def test_both_sides_are_equal_and_ask_for_what_the_issue_says():
     found = run("--part", "verify", "--part", "step")
-    assert found["verify/sgf_mode/gradient_difference"]["value"] < 1e-3
-    assert found["verify/default_mode_without_clamps/gradient_difference"]["value"] < 1e-3
+    verified = [line for name, line in found.items() if name.startswith("verify/sgf_mode/")]
+    assert len(verified) == 9 and all(line["value"] < 1e-4 for line in verified)
+    assert min(line["beyond"] for line in verified) < 0.1 and max(line["beyond"] for line in verified) > 0.95
+    assert found["verify/default_mode_without_clamps/gradient_difference"]["value"] < 1e-4
     asked = {
         side: tuple(
             found[f"asked/{side}/{what}"]["value"]
@@ -72,16 +76,29 @@ def test_memory_is_measured_in_processes_of_their_own():
 
 
 def test_unequal_gradients_are_noticed(bench, models):
-    import torch
-    from indomain_guidance.guidance.distillation.objective import Draws
-
     made, shared = models
-    z, t = torch.randn(1, 16, generator=torch.Generator().manual_seed(1)), torch.tensor([200])
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(2))
-    draws = Draws(t, {"sds": noise, "directional": noise})
+    z, draws = torch.randn(1, 16, generator=torch.Generator().manual_seed(1)), bench.drawn(8, 0, one_noise=True)
     released = made.Released(shared).gradients(z, draws)
-    assert bench.difference(made.Ours(shared, "sgf").gradients(z, draws), released) < 1e-3
+    assert bench.difference(made.Ours(shared, "sgf").gradients(z, draws), released) < 1e-4
     # The default mode clamps the sum of both terms on the image: another gradient, and it is told from this one.
     assert bench.difference(made.Ours(shared, "shared").gradients(z, draws), released) > 1e-2
     with pytest.raises(RuntimeError, match="same tensors"):
         bench.difference({}, released)
+
+
+@pytest.mark.parametrize("side_px, spread", [(32, 0.2), (64, 0.5), (96, 100.0)])
+def test_an_image_clamp_in_the_wrong_place_is_noticed(bench, models, monkeypatch, side_px, spread):
+    """As it was once: at the generator's size, after the encoder's clamp had zeroed the pixels beyond -1..1."""
+    made, _ = models
+
+    class Late(made.Ours):
+        def __init__(self, models, *settings):
+            super().__init__(models, *settings)
+            self.objective.bound = None
+            self.adapter.encode = lambda images: models.encode(images)
+
+    monkeypatch.setattr(bench, "SIDES_PX", (side_px,))
+    monkeypatch.setattr(bench, "SPREADS", (spread,))
+    monkeypatch.setattr(made, "Ours", Late)
+    with pytest.raises(RuntimeError, match="sgf_mode/.*expected the same gradients of both sides, they differ by"):
+        bench.part_verify(bench.Report(io.StringIO()), bench.TINY)

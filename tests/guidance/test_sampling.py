@@ -11,11 +11,12 @@ import torch
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.combination import GuidanceError, MultiGuidance
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.sampling import METHODS, sample, sigmas_karras, sigmas_uniform
+from indomain_guidance.guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from indomain_guidance.guidance.schedules import Interval, Keyframes
 
 SPREAD = 0.7
 SCHEDULE = NoiseSchedule.scaled_linear()
+GRIDS = (sigmas_karras, sigmas_uniform, sigmas_sgm_uniform)
 
 
 def gaussian(x: torch.Tensor, sigma, mean=0.0) -> torch.Tensor:
@@ -143,7 +144,7 @@ def test_dtype_is_kept_and_gradients_pass():
 
 def test_sigma_schedules_have_the_stated_ends_and_spacing():
     for steps in (1, 2, 7, 25):
-        for sigmas in (sigmas_karras(SCHEDULE, steps), sigmas_uniform(SCHEDULE, steps)):
+        for sigmas in (make(SCHEDULE, steps) for make in GRIDS):
             assert len(sigmas) == steps + 1 and sigmas[-1] == 0.0 and (sigmas.diff() < 0).all()
             assert sigmas[0].item() == pytest.approx(SCHEDULE.sigma_max, rel=1e-6)
     assert sigmas_karras(SCHEDULE, 9)[-2].item() == pytest.approx(SCHEDULE.sigma_min, rel=1e-6)
@@ -151,6 +152,8 @@ def test_sigma_schedules_have_the_stated_ends_and_spacing():
     torch.testing.assert_close(roots.diff(), roots.diff()[:1].expand(8))
     timesteps = SCHEDULE.timestep(sigmas_uniform(SCHEDULE, 10)[:-1])
     torch.testing.assert_close(timesteps, torch.linspace(999, 0, 10), rtol=0, atol=0.01)
+    timesteps = SCHEDULE.timestep(sigmas_sgm_uniform(SCHEDULE, 10)[:-1])
+    torch.testing.assert_close(timesteps, torch.linspace(999, 99.9, 10), rtol=0, atol=0.01)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_impossible_settings_are_refused():
         sample(curved, noise(1, 3), [1.0, 0.0], "ddim", eta=1.5)
     with pytest.raises(GuidanceError, match="only with the method ddim"):
         sample(curved, noise(1, 3), [1.0, 0.0], "euler", eta=1.0)
-    for make in (sigmas_karras, sigmas_uniform):
+    for make in GRIDS:
         with pytest.raises(GuidanceError, match="at least 1"):
             make(SCHEDULE, 0)
 
@@ -227,7 +230,7 @@ def k_diffusion(core):
 
 @pytest.mark.comfy
 @pytest.mark.parametrize("method", ["euler", "dpmpp_2m"])
-@pytest.mark.parametrize("schedule", [sigmas_karras, sigmas_uniform])
+@pytest.mark.parametrize("schedule", GRIDS)
 def test_loops_equal_k_diffusions(k_diffusion, method, schedule):
     x, sigmas = noise(3, 4, 8, 8), schedule(SCHEDULE, 9)
     foreign = getattr(k_diffusion, f"sample_{method}")(curved, x * sigmas[0], sigmas, disable=True)
@@ -275,11 +278,9 @@ def test_sigma_schedules_equal_comfyuis(k_diffusion, steps, zero_snr):
     own = NoiseSchedule.scaled_linear(zero_snr=zero_snr)
     # ComfyUI's object carries float32 of the same noise levels.
     model_sampling = comfy.model_sampling.ModelSamplingDiscrete(zsnr=zero_snr)
-    torch.testing.assert_close(
-        sigmas_uniform(own, steps).float(),
-        comfy.samplers.normal_scheduler(model_sampling, steps),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+    for grid, name in ((sigmas_uniform, "normal"), (sigmas_sgm_uniform, "sgm_uniform")):
+        expected = comfy.samplers.calculate_sigmas(model_sampling, name, steps)
+        torch.testing.assert_close(grid(own, steps), expected.double(), rtol=1e-6, atol=0)
     torch.testing.assert_close(
         sigmas_karras(own, steps).float(),
         k_diffusion.get_sigmas_karras(steps, float(model_sampling.sigma_min), float(model_sampling.sigma_max)).float(),

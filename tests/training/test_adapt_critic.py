@@ -110,25 +110,39 @@ def test_the_objective_is_what_the_configuration_says(mini, configure, tiny_adap
     assert (objective.latent_clamp, objective.image_quantile, objective.mode) == (1.0, 0.95, "shared")
     config = configure(
         method="csd", directional=0.5, reconstruction=2.0, perceptual=0.3, features="latents", latent_clamp=0.0,
-        image_quantile=0.0, mode="sgf", t_min=20, t_max=400, t_schedule="falling", weighting="sigma", normalize=True,
+        image_quantile=0.0, mode="sgf", t_min=20, t_max=400, t_schedule="falling", weighting="sigma",
+        normalize_sds=True,
     )  # fmt: skip
     objective = make_objective(config, critic, tiny_adaptation.shrink, "cpu")
     assert [(one.name, one.weight) for one in objective.regularizers] == [("directional", 0.5), ("reconstruction", 2.0)]
-    assert objective.regularizers[0].normalize and objective.perceptual.weight == 0.3
+    assert objective.perceptual.weight == 0.3
     assert (objective.latent_clamp, objective.image_quantile, objective.mode) == (None, None, "sgf")
     timesteps = objective.timesteps
     assert (timesteps.t_min, timesteps.t_max, timesteps.schedule, objective.weighting) == (20, 400, "falling", "sigma")
 
 
+@pytest.mark.parametrize("of_method", [False, True])
+@pytest.mark.parametrize("of_regularizer", [False, True])
+def test_method_and_regularizer_are_normalized_apart(configure, tiny_adaptation, of_method, of_regularizer):
+    config = configure(directional=1.0, normalize_sds=of_method, normalize_directional=of_regularizer)
+    objective = make_objective(config, tiny_adaptation.tiny_critic(), tiny_adaptation.shrink, "cpu")
+    assert (objective.method.normalize, objective.regularizers[0].normalize) == (of_method, of_regularizer)
+
+
 def test_pixels_find_back_but_in_the_released_update(configure, tiny_adaptation):
-    critic = tiny_adaptation.tiny_critic()
+    """Black pixels of a critic that wants them lighter: what is left of the gradient."""
+    critic, black = tiny_adaptation.tiny_critic((0.8, 0.8, 0.8)), torch.full((1, 3, 16, 16), -3.0)
     found = {}
     for mode in ("shared", "sgf"):
-        for way_back in (-1.0, 0.0, 0.5):
+        for way_back in (-1.0, 0.0, 0.5, 1.0):
             config = configure(mode=mode, way_back=way_back)
             objective = make_objective(config, critic, tiny_adaptation.shrink, "cpu")
-            found[mode, way_back] = objective.bound and objective.way_back
-    assert found == {
-        ("shared", -1.0): 0.01, ("shared", 0.0): None, ("shared", 0.5): 0.5,
-        ("sgf", -1.0): None, ("sgf", 0.0): None, ("sgf", 0.5): 0.5,
-    }  # fmt: skip
+            randomness = torch.Generator().manual_seed(0)
+            gradient, _ = objective.image_gradient(
+                black, None, tiny_adaptation.shrink, step=0, steps=1, generator=randomness
+            )
+            found[mode, way_back] = float(gradient.norm())
+    for mode, share in (("shared", 0.01), ("sgf", 0.0)):
+        whole = found[mode, 1.0]
+        left = [found[mode, way_back] / whole for way_back in (-1.0, 0.0, 0.5)]
+        assert whole > 0 and left == pytest.approx([share, 0.0, 0.5])

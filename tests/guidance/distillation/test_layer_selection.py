@@ -71,9 +71,26 @@ def test_the_layers_of_the_styles_that_move_most_are_chosen(generator, critic, e
     for k in (1, 2, 3):
         assert set(select(generator, objective, encode, k)) == set(ranked[:k])
     assert select(generator, objective, encode, 99) == convolutions
-    with_colours = select(generator, objective, encode, 1, to_rgb=True)
+    with_colours = select(generator, objective, encode, 1, among=generator.style_layers)
     assert len({generator.ws_index[name] for name in with_colours}) == 1
     assert all(parameter.grad is None for parameter in generator.parameters())
+
+
+def test_only_layers_with_something_to_train_are_ranked(generator, critic, encode):
+    """Whichever moves most: one of which nothing learns would take a place, or all of them, for nothing."""
+    objective = Objective(critic, SDS())
+    convolutions = [name for name in generator.style_layers if "torgb" not in name]
+    for still in convolutions:
+        own = generator.synthesis.get_submodule(still)
+        own.requires_grad_(False)
+        try:
+            for k in (1, 2, len(convolutions) - 1, 99):
+                chosen = select(generator, objective, encode, k)
+                assert still not in chosen and len(chosen) == min(k, len(convolutions) - 1)
+        finally:
+            own.requires_grad_(True)
+    with pytest.raises(GuidanceError, match="layers to choose from, got one of which no layer learns"):
+        select(generator, objective, encode, 1, among=["mapping.fc0"])
 
 
 def test_given_timesteps_are_shared_and_comparing_methods_get_their_frozen_image(generator, critic, encode):

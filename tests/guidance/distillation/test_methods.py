@@ -39,7 +39,7 @@ class Case:
 
     def gradient(self, method, step: int = 0, steps: int = 1) -> torch.Tensor:
         """What reaches z, per sample, with the weight taken off: the encoder is the identity here."""
-        objective = Objective(self.critic, method, weighting="uniform", timesteps=Timesteps(0, 999))
+        objective = Objective(self.critic, method, weighting="uniform", timesteps=Timesteps(0, 999), bound=None)
         frozen = self.frozen if objective.needs_frozen else None
         draws = Draws(T, {method.name: self.noise})
         gradient, _ = objective.image_gradient(self.z, frozen, lambda x: x * 1.0, step=step, steps=steps, draws=draws)
@@ -141,7 +141,7 @@ def test_ism_against_its_definition_step_by_step(case):
 @pytest.mark.parametrize(("scale", "target"), [(1.0, C), (3.0, U + 3 * (C - U))])
 def test_sds_leads_to_the_mode_of_the_guided_distribution(gaussian, schedule, mean, scale, target):
     critic = Critic.cfg(gaussian, mean(*[U] * 4), mean(*[C] * 4), scale, schedule=schedule)
-    objective = Objective(critic, SDS(), timesteps=Timesteps(100, 600))
+    objective = Objective(critic, SDS(), timesteps=Timesteps(100, 600), bound=None)
     z = torch.zeros(8, 4, 4, 4, requires_grad=True)
     optimizer = torch.optim.SGD([z], lr=4.0)
     generator = torch.Generator().manual_seed(0)

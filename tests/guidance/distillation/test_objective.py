@@ -12,9 +12,11 @@ from torch.nn import functional as F
 
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.distillation.bridge import SDSBridge
+from indomain_guidance.guidance.distillation.clamps import clamp_image_gradient
 from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.dds import DDS
 from indomain_guidance.guidance.distillation.directional import Directional
+from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
 from indomain_guidance.guidance.distillation.nfsd import NFSD
 from indomain_guidance.guidance.distillation.objective import Draws, NotFinite, Objective, inject
 from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual
@@ -24,6 +26,8 @@ from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.schedules import GuidanceError
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "sgf_update.npz"))
+CLAMPED = dict(np.load(Path(__file__).parent / "goldens" / "sgf_clamped.npz"))
+JUDGED_PX = 24  # of the images in both
 
 
 def golden(name: str) -> torch.Tensor:
@@ -84,6 +88,55 @@ def test_sgf_mode_is_the_released_update(schedule, relative_error, number):
     assert objective.critic.calls == 1
 
 
+def golden_distance(images, frozen):
+    """What stood for LPIPS in the goldens with the image clamp."""
+    return 1e-3 * ((golden_encode(images) - golden_encode(frozen)) / 0.18215).square().mean((1, 2, 3))
+
+
+def clamped_case(number: int, schedule, **changes) -> tuple[torch.Tensor, torch.Tensor]:
+    """(The gradient that an objective in mode `sgf` puts on a generator's image, the released one)."""
+    size, _, t, kind, of_direction, of_noise, weight, scale, perceptual = CLAMPED["cases"][number].tolist()
+    raw, frozen = (torch.from_numpy(CLAMPED[f"{name}{number}"]).float() for name in ("raw", "frozen"))
+    assert raw.shape[-1] == size
+    objective = Objective(**{
+        "critic": golden_critic(schedule, scale), "method": SDS(normalize=bool(of_noise)),
+        "regularizers": regularizer(int(kind), bool(of_direction), weight), "latent_clamp": 1.0, "image_quantile": 0.95,
+        "mode": "sgf", "perceptual": Perceptual(golden_distance, perceptual) if perceptual else None, **changes,
+    })  # fmt: skip
+    noise = torch.from_numpy(CLAMPED[f"noise{number}"]).split(1)
+    draws = Draws(torch.tensor([int(t)]), dict(zip(["sds", *(one.name for one in objective.regularizers)], noise)))
+    encode = ImageEncoder(golden_encode, JUDGED_PX)
+    leaf = raw.clone().requires_grad_()
+    report = objective.backward(leaf * 1.0, frozen, encode, step=0, steps=10, draws=draws)
+    if not changes:
+        logged = [report.loss.get(name, 0.0) for name in ("sds", (*draws.noise, "none")[1])]
+        assert logged == pytest.approx(CLAMPED[f"loss{number}"][:2].tolist(), rel=1e-4)
+        assert report.loss.get("perceptual", 0.0) == pytest.approx(float(CLAMPED[f"loss{number}"][2]), rel=1e-4)
+        assert report.gradient_norm["image"] == pytest.approx(float(leaf.grad.norm()), rel=1e-5)
+    return leaf.grad, torch.from_numpy(CLAMPED[f"gradient{number}"])
+
+
+@pytest.mark.parametrize("number", range(len(CLAMPED["cases"])))
+def test_sgf_mode_is_the_released_update_of_images_of_any_size_and_saturation(schedule, relative_error, number):
+    assert relative_error(*clamped_case(number, schedule)) < 1e-4
+
+
+def test_the_image_clamp_in_the_wrong_place_would_stand_out(schedule, relative_error, monkeypatch):
+    """Where the gradient is clamped after it went back through clamp and resize, as it was here once."""
+    number = next(n for n, row in enumerate(CLAMPED["cases"].tolist()) if row[0] == 32 and not row[8])
+    late = []
+
+    def not_yet(gradient, q):
+        late.append(q)
+        return gradient, gradient.new_zeros(())
+
+    monkeypatch.setattr("indomain_guidance.guidance.distillation.objective.clamp_image_gradient", not_yet)
+    found, expected = clamped_case(number, schedule, regularizers=[], perceptual=None)
+    monkeypatch.undo()
+    right, _ = clamped_case(number, schedule, regularizers=[], perceptual=None)
+    assert late and relative_error(clamp_image_gradient(found, 0.95)[0], right) > 0.02
+
+
 def test_the_goldens_tell_settings_apart(schedule, relative_error):
     """Each feature of the released update moves the result by far more than the tolerance above."""
     wrong = {"latent_clamp": None, "image_quantile": None, "mode": "shared", "weighting": "uniform"}
@@ -109,8 +162,8 @@ def clamped_encode(images):
 
 def test_beyond_the_bound_only_what_leads_back_remains(schedule):
     settings = {"regularizers": [Reconstruction()], "perceptual": Perceptual(FeatureDistance(clamped_encode), 2.0)}
-    bounded = Objective(golden_critic(schedule, 7.5), SDS(), bound=1.0, way_back=0.25, **settings)
-    plain = Objective(golden_critic(schedule, 7.5), SDS(), **settings)
+    bounded = Objective(golden_critic(schedule, 7.5), SDS(), way_back=0.25, **settings)
+    plain = Objective(golden_critic(schedule, 7.5), SDS(), bound=None, **settings)
     images, frozen = golden("images")[0] * 2.5, golden("frozen")[0]
     generator = torch.Generator().manual_seed(0)
     draws = plain.draw(golden_encode(images), 0, 10, generator)
@@ -244,7 +297,7 @@ def test_all_reported_norms_are_of_the_mean_over_the_batch(schedule, gaussian, m
     critic = Critic.cfg(gaussian, mean(0.0), mean(1.0), 7.5, schedule=schedule)
     images = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
-    gradient, report = Objective(critic, SDS()).image_gradient(
+    gradient, report = Objective(critic, SDS(), bound=None).image_gradient(
         images, None, lambda x: F.pixel_unshuffle(x, 2), step=0, steps=1, generator=generator
     )
     assert report.gradient_norm["sds"] == pytest.approx(report.gradient_norm["image"], rel=1e-5)
@@ -280,6 +333,28 @@ def test_the_encoders_graph_is_gone_before_the_perceptual_network_runs(schedule)
             golden("images")[0], golden("frozen")[0], lambda x: Keep.apply(golden_encode(x.half())), step=0, steps=1
         )
         assert len(alive) == 2 and seen == [[False, False]]
+
+
+@pytest.mark.parametrize("mode", ["shared", "sgf"])
+@pytest.mark.parametrize("side", [16, JUDGED_PX, 32])
+def test_equal_generators_are_perceived_as_equal(schedule, mode, side):
+    """Whatever lies beyond the range, and at whatever size they are judged: loss and gradient are exactly 0."""
+    images, seen = golden("images")[0] * 2.5, []
+
+    def distance(one, other):
+        seen.extend((one.detach(), other))
+        return FeatureDistance(golden_encode)(one, other)
+
+    gradients = {}
+    for name, perceptual in (("with", Perceptual(distance)), ("without", None)):
+        objective = Objective(golden_critic(schedule, 7.5), SDS(), mode=mode, perceptual=perceptual)
+        randomness = torch.Generator().manual_seed(0)
+        gradients[name], report = objective.image_gradient(
+            images, images.clone(), ImageEncoder(golden_encode, side), step=0, steps=1, generator=randomness
+        )
+        assert report.loss.get("perceptual", 0.0) == 0.0
+    assert torch.equal(gradients["with"], gradients["without"])
+    assert len(seen) == 2 and all(one.shape[-1] == side and float(one.abs().max()) == 1.0 for one in seen)
 
 
 def test_perceptual_distance_adds_its_own_gradient(schedule):

@@ -74,7 +74,7 @@ def test_before_any_training_both_critics_agree(network, critic):
 def test_the_gradient_becomes_the_difference_of_the_two_scores(critic, schedule):
     """A generator that makes N(-1, 0.5^2), a critic that wants N(1, 0.5^2): e - e_phi = factor ((x - 1) - (x + 1))."""
     method = make_method("vsd", critic, learning_rate=0.03, rank=4)
-    objective = Objective(critic, method, weighting="uniform", timesteps=Timesteps(300, 300))
+    objective = Objective(critic, method, weighting="uniform", timesteps=Timesteps(300, 300), bound=None)
     generator = torch.Generator().manual_seed(0)
     losses = []
     for step in range(150):

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ...adapt_config import WAY_BACK as SHARE_BACK
+from ....guidance.distillation.objective import WAY_BACK as SHARE_BACK
 from ..pictures import FIRST_ADAPTATION
 from .tasks import SOURCE_PROMPT, Task
 

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+from indomain_guidance.guidance.distillation.objective import WAY_BACK
 from indomain_guidance.training.adapt_config import AdaptConfig
 from indomain_guidance.training.mini_world.claims_sgf import recipes, sweep, tasks
 from indomain_guidance.training.mini_world.claims_sgf.points import FIXED, Point
@@ -74,7 +75,7 @@ def test_every_recipe_is_a_configuration_that_fits_every_task(name):
         high = name == "first" or name.endswith("_noisy")
         noisy = {"t_min": 300, "t_max": 900} if high else {"t_min": 10, "t_max": task.t_max}
         assert config.prompt == task.prompt and {"t_min": config.t_min, "t_max": config.t_max} == noisy
-        assert recipe.released == (config.mode == "sgf" and config.share_back == 0)
+        assert recipe.released == (config.mode == "sgf" and config.way_back <= 0)
         # All the same but for the objective: nothing else may decide a comparison.
         common = {"learning_rate", "batch_size", "train", "freeze_bias", "ema", "truncation", "schedule"}
         own = {"learning_rate": FIRST_ADAPTATION["learning_rate"]} if name == "first" else {}
@@ -89,7 +90,8 @@ def test_what_the_command_line_ships_is_a_row():
         if getattr(AdaptConfig.from_mapping(shipped), field.name) != getattr(mine, field.name)
     }  # fmt: skip
     assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation", "way_back"}
-    assert mine.share_back == AdaptConfig.from_mapping(shipped).share_back > 0
+    # What the command line leaves to the mode, the row says itself.
+    assert (AdaptConfig.from_mapping(shipped).way_back, mine.mode, mine.way_back) == (-1.0, "shared", WAY_BACK)
 
 
 def test_points_name_what_exists():
