@@ -9,8 +9,8 @@ from __future__ import annotations
 import io
 import random
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -647,73 +647,43 @@ def _one_storage(step: int = 1) -> bytes:
 _CODES = bytes(sorted({*b"(.0123BCFGIJKLMNPQRSTUVXabcdeghijlopqrstu]})", *range(0x80, 0x99)}))
 
 
-def damaged(streams: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
-    """(what was done, stream) without end: flipped and changed bytes, truncations, shuffled and spliced parts."""
-    random_ = random.Random(seed)
-    positions: dict[int, list[int]] = {}
-    while True:
-        which = random_.randrange(len(streams))
-        data = bytearray(streams[which])
-        if which not in positions:
-            positions[which] = instruction_positions(streams[which])
-        kind = random_.choice(("flip", "byte", "truncate", "opcode", "number", "swap", "delete", "repeat", "splice"))
-        code = positions[which]
-        if kind == "truncate":
-            data = data[: random_.randrange(len(data))]
-        elif kind in ("flip", "byte", "opcode", "number"):
-            for _ in range(random_.choice((1, 1, 1, 2, 4, 16))):
-                at = random_.choice(code) if kind in ("opcode", "number") else random_.randrange(len(data))
-                if kind == "flip":
-                    data[at] ^= 1 << random_.randrange(8)
-                elif kind == "byte":
-                    data[at] = random_.randrange(256)
-                elif kind == "opcode":
-                    data[at] = random_.choice(_CODES)
-                else:
-                    number = random_.choice((0, 1, -1, 255, 2**16, 2**31 - 1, -(2**31)))
-                    data[at + 1 : at + 5] = struct.pack("<i", number)
-        else:
-            first, second = sorted(random_.sample(range(len(code) - 1), 2))
-            a, b = data[code[first] : code[first + 1]], data[code[second] : code[second + 1]]
-            if kind == "swap":
-                data[code[second] : code[second + 1]] = a
-                data[code[first] : code[first + 1]] = b
-            elif kind == "delete":
-                del data[code[first] : code[first + 1]]
-            elif kind == "repeat":
-                data[code[second] : code[second]] = a * random_.choice((1, 2, 100))
-            else:
-                other = streams[random_.randrange(len(streams))]
-                data[code[first] :] = other[random_.randrange(len(other)) :]
-        yield kind, bytes(data)
-
-
-def damaged_bytes(files: list[bytes], seed: int) -> Iterator[tuple[str, bytes]]:
-    """(what was done, file) without end, for files of any kind; most of the changes are at their beginning or end."""
-    random_ = random.Random(seed)
-    while True:
-        data = bytearray(random_.choice(files))
-        kind = random_.choice(("flip", "byte", "number", "truncate", "delete", "repeat"))
-        for _ in range(random_.choice((1, 1, 2, 8))):
-            edge = min(len(data), 3000)
-            at = random_.choice((random_.randrange(edge), len(data) - 1 - random_.randrange(edge),
-                                 random_.randrange(len(data))))  # fmt: skip
+def damaged(streams: list[bytes], dice: random.Random) -> tuple[str, bytes]:
+    """(what was done, one of the streams): flipped and changed bytes, truncations, shuffled and spliced parts."""
+    stream = dice.choice(streams)
+    data, code = bytearray(stream), instruction_positions(stream)
+    kind = dice.choice(("flip", "byte", "truncate", "opcode", "number", "swap", "delete", "repeat", "splice"))
+    if kind == "truncate":
+        data = data[: dice.randrange(len(data))]
+    elif kind in ("flip", "byte", "opcode", "number"):
+        for _ in range(dice.choice((1, 1, 1, 2, 4, 16))):
+            at = dice.choice(code) if kind in ("opcode", "number") else dice.randrange(len(data))
             if kind == "flip":
-                data[at] ^= 1 << random_.randrange(8)
+                data[at] ^= 1 << dice.randrange(8)
             elif kind == "byte":
-                data[at] = random_.randrange(256)
-            elif kind == "number":
-                data[at : at + 4] = struct.pack("<i", random_.choice((0, 1, -1, 2**16, 2**31 - 1, -(2**31))))
-            elif kind == "truncate":
-                data = data[: max(at, 1)]
-            elif kind == "delete":
-                del data[at : at + random_.choice((1, 4, 30))]
+                data[at] = dice.randrange(256)
+            elif kind == "opcode":
+                data[at] = dice.choice(_CODES)
             else:
-                data[at:at] = data[at : at + random_.choice((1, 4, 30))]
-        yield kind, bytes(data)
+                number = dice.choice((0, 1, -1, 255, 2**16, 2**31 - 1, -(2**31)))
+                data[at + 1 : at + 5] = struct.pack("<i", number)
+    else:
+        first, second = sorted(dice.sample(range(len(code) - 1), 2))
+        a, b = data[code[first] : code[first + 1]], data[code[second] : code[second + 1]]
+        if kind == "swap":
+            data[code[second] : code[second + 1]] = a
+            data[code[first] : code[first + 1]] = b
+        elif kind == "delete":
+            del data[code[first] : code[first + 1]]
+        elif kind == "repeat":
+            data[code[second] : code[second]] = a * dice.choice((1, 2, 100))
+        else:
+            other = dice.choice(streams)
+            data[code[first] :] = other[dice.randrange(len(other)) :]
+    return kind, bytes(data)
 
 
-def instruction_positions(data: bytes) -> list[int]:
+@lru_cache(maxsize=16)
+def instruction_positions(data: bytes) -> tuple[int, ...]:
     """Where the instructions begin, those of the nested streams included."""
     import pickletools
 
@@ -726,4 +696,4 @@ def instruction_positions(data: bytes) -> list[int]:
                 stream = io.BytesIO(argument[at:])
                 found += [start + at + inner for _, _, inner in pickletools.genops(stream)]
                 at += stream.tell()
-    return found
+    return tuple(found)
