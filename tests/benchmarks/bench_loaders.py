@@ -81,7 +81,7 @@ def child_attacks(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     attacks, wrong, ran, slowest = streams.attacks(), [], 0, (0.0, "")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.pkl"
-        watch = Watch(folder=folder)
+        watch = Watch(Path(folder))
         Generators(Path(folder)).warm()
         for name, (data, reason) in attacks.items():
             path.write_bytes(data)

@@ -27,8 +27,6 @@ class RunCheckpoints(Reader):
     """Read as a run that goes on reads its folder; about one in ten is then resumed from in earnest."""
 
     name = "run_checkpoints"
-    # A run that goes on writes its own folder, and asks the system for its name and its memory.
-    allowed = ("os.mkdir", "os.remove", "os.rename")
 
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.tests.training.tiny_run import draw_images, tiny_base, tiny_config
@@ -80,22 +78,38 @@ class RunCheckpoints(Reader):
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.training.checkpoints import latest_checkpoint
         from indomain_guidance.training.export import inspect_text
-        from indomain_guidance.training.train import train
 
         way, said = dice.random(), []
         if way < 0.15:
             inspect_text(path)
             return []
-        if way < 0.5 and kind.startswith("state: "):
-            train(self.config, base=self.base, resume=True)
-            return []
+        if way < 0.2:
+            return self._resumed(path)
         found = latest_checkpoint(self.config.run_folder, said.append)
         if found is None and not said:
             raise Silent("the checkpoint was passed over")
         return said
 
+    def _resumed(self, path: Path) -> Sequence[str]:
+        """Go on from it in earnest: what was said of the file, or all that was said where it was not named."""
+        from indomain_guidance.guidance.errors import Problem
+        from indomain_guidance.training.events import Warned
+        from indomain_guidance.training.train import train
+
+        said: list[str] = []
+
+        def listen(event: object) -> None:
+            if isinstance(event, Warned):
+                said.append(event.text)
+
+        try:
+            train(self.config, base=self.base, resume=True, listener=listen)
+        except Problem as problem:
+            said.append(str(problem))
+        return [text for text in said if path.name in text] or said
+
     def warm(self) -> None:
-        self.read("state: whole", self.path, random.Random(8))
+        self._resumed(self.path)
         super().warm()
 
     def _sealed(self, body: bytes) -> bytes:

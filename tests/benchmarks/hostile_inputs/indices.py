@@ -78,7 +78,6 @@ class CachedLatents(Reader):
     """A damaged entry is told of, removed, and encoded again."""
 
     name = "cached_latents"
-    allowed = ("os.mkdir", "os.remove", "os.listdir")
 
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.training.data.latent_cache import LatentCache

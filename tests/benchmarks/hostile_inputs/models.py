@@ -163,14 +163,20 @@ class Bases(ModelFiles):
             ".safetensors": [_safetensors(without), exported.read_bytes()],
             ".ckpt": [saved({"state_dict": without}, True)],
         }
-        self.whole = whole.path.read_bytes()
+        self.checkpoint = whole.path.read_bytes()
         metadata = split(exported.read_bytes())[0]["__metadata__"]
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}
+
+    def warm(self) -> None:
+        from indomain_guidance.training.base import open_checkpoint
+
+        open_checkpoint(self.folder / "sd1.safetensors")
+        super().warm()
 
     def damage(self, dice: random.Random) -> tuple[str, Path]:
         if dice.random() >= 0.05:
             return super().damage(dice)
-        kind, data = safetensors_damage.damaged(self.whole, dice)
+        kind, data = safetensors_damage.damaged(self.checkpoint, dice)
         path = self.folder / "hostile.safetensors"
         path.write_bytes(data)
         return f"whole: {kind}", path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import random
-import shutil
 import tarfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -78,9 +77,9 @@ def padded(data: bytes) -> bytes:
     return data + bytes(-len(data) % BLOCK)
 
 
-def header(name: str = "x.png", size: int | bytes = 0, type_: bytes = b"0", **fields: bytes) -> bytes:
+def header(path: str = "x.png", size: int | bytes = 0, type_: bytes = b"0", **fields: bytes) -> bytes:
     """One header by hand. size: a number, or the field's bytes."""
-    member = tarfile.TarInfo(name)
+    member = tarfile.TarInfo(path)
     made = member.tobuf(tarfile.GNU_FORMAT)
     made = with_field(made, "size", b"%011o\0" % size if isinstance(size, int) else size)
     made = with_field(made, "typeflag", type_)
@@ -178,7 +177,6 @@ class Shards(Reader):
     """A damaged shard beside a good one and a picture, which have to be used whatever it is."""
 
     name = "shards"
-    allowed = ("os.mkdir", "os.remove", "os.link")  # latents that are cached
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -199,6 +197,10 @@ class Shards(Reader):
 
     def place(self, path: Path) -> Path:
         return path.replace(self.path)
+
+    def warm(self) -> None:
+        Image.init()  # all of Pillow's formats
+        super().warm()
 
     def damage(self, dice: random.Random) -> tuple[str, Path]:
         which = dice.randrange(len(self.originals))
@@ -240,10 +242,8 @@ class Shards(Reader):
         if way < 0.5:
             return self._trained_on(path)
         if way < 0.6:
-            shutil.copyfile(path, self.folder / "shard.tar")
-            for entry in search([str(self.folder / "shard.tar")]).entries:
-                entry.stamp()
-            return []
+            entries = search([str(path)]).entries
+            return [] if all(entry.stamp() for entry in entries) else ["an entry without a stamp"]
         report = check_data([str(self.data)], workers=1)
         if report.ok < 4:
             raise Silent(f"only {report.ok} of the 4 good pictures beside it were used")

@@ -18,10 +18,12 @@ from .. import reporting
 from .case import Reader, Silent
 
 # What only code that runs does; the rest of a read, opening its file included, raises other events.
-ACTS = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.remove",
-        "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod", "os.chown", "os.kill",
-        "os.putenv", "os.startfile", "subprocess.", "socket.", "ctypes.", "marshal.", "pickle.", "shutil.",
-        "webbrowser.", "urllib.", "tempfile.")  # fmt: skip
+ACTS = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill",
+        "os.putenv", "os.startfile", "subprocess.", "socket.", "ctypes.", "marshal.", "pickle.", "webbrowser.",
+        "urllib.")  # fmt: skip
+# What is done to files, which readers do in their own folder alone: latents are cached, runs go on.
+WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
+           "os.chown", "os.utime", "shutil.", "tempfile.")  # fmt: skip
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 MOST_CHARACTERS = 500
 MOST_SECONDS, MOST_BYTES = 10.0, 500e6
@@ -31,18 +33,15 @@ KEPT_BYTES = 20_000_000  # a failing input up to this size is kept
 class Watch:
     """What ran while it was on, through Python's audit events, which no code can take back."""
 
-    def __init__(self, allowed: tuple[str, ...] = (), folder: str = "") -> None:
-        self.on, self.seen, self.allowed, self.folder = False, [], allowed, folder
+    def __init__(self, folder: Path) -> None:
+        self.on, self.seen, self.folder = False, [], str(folder)
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, arguments: tuple) -> None:
         if not self.on:
             return
-        if event == "open":
-            path, _, flags = arguments
-            if isinstance(flags, int) and flags & WRITES and not str(path).startswith(self.folder):
-                self.seen.append(("open for writing", str(path)[:120]))
-        elif event.startswith(ACTS) and not event.startswith(self.allowed or ("-",)):
+        writes = event.startswith(WRITING) or (event == "open" and _for_writing(arguments))
+        if event.startswith(ACTS) or (writes and not str(arguments[0]).startswith(self.folder)):
             self.seen.append((event, str(arguments)[:120]))
 
     @contextmanager
@@ -55,9 +54,13 @@ class Watch:
             self.on = False
 
 
+def _for_writing(arguments: tuple) -> bool:
+    return isinstance(arguments[2], int) and bool(arguments[2] & WRITES)
+
+
 def run(reader: Reader, seed: int, numbers: range, keep: Path, stream: TextIO) -> None:
     """Write, read and judge the inputs of these numbers; a JSON object each to `stream`."""
-    watch = Watch(reader.allowed, str(reader.folder))
+    watch = Watch(reader.folder)
     reader.warm()
     print(json.dumps({"ready": True}), file=stream, flush=True)
     for number in numbers:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import io
 import pickle
+import random
 import re
 import time
 import tracemalloc
@@ -178,11 +179,11 @@ def test_damaged_streams_are_read_or_refused_and_run_nothing(streams, read, watc
     originals = [streams.dump(streams.snapshot(), protocol) for protocol in (2, 3, 4)]
     for data in originals:
         read(data)
-    refused, damage = 0, streams.damaged(originals, seed=11)
+    refused, dice = 0, random.Random(11)
     kinds = set()
     with watched() as seen:
         for _ in range(400):
-            kind, data = next(damage)
+            kind, data = streams.damaged(originals, dice)
             begin = time.process_time()
             try:
                 read(data)
