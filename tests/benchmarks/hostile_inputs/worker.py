@@ -111,7 +111,7 @@ def judge(sentence: str, name: str) -> str:
     unprintable = [one for one in sentence if not one.isprintable() and one != "\n"]
     if unprintable:
         return f"{unprintable[0]!r} cannot be shown: {sentence[:300]!r}"
-    if len(sentence) < len(name) + 10:
+    if " " not in sentence.strip():
         return f"no reason: {sentence!r}"
     return ""
 
