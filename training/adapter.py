@@ -310,7 +310,7 @@ class Adapter:
                 )
         warnings += warn_of_other_facts(state, self.facts(), source)
         self.intact = False
-        take_over(state, self.parameters, self.optimizer, self.average)
+        take_over(state, source, self.parameters, self.optimizer, self.average)
         self.objective.load_state_dict(state["objective"])
         self.step = int(state["step"])
         self.intact = True

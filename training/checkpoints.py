@@ -1,7 +1,8 @@
 """Checkpoints to resume from: written completely or not at all, the last K kept, damaged ones noticed by name.
 
 A checkpoint is a torch zip file followed by 40 bytes: a mark and the SHA-256 of everything before it. torch reads the
-file as it is; the digest tells a torn or altered file from a whole one. Files are read with `weights_only=True`.
+file as it is; the digest tells a torn or altered file from a whole one. Files are read as plain data, behind the same
+checks as other torch files: anybody can compute a digest.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from typing import Any, BinaryIO
 import torch
 
 from ..guidance.files import FileProblem
+from ..guidance.files.inert_pickle import Refused
+from ..guidance.files.tensors import torch_reads_safely
+from ..guidance.files.torch_pickle import read_torch_pickle
 from .atomic import replacing
 
 FORMAT, VERSION = "indomain_guidance_checkpoint", 1
@@ -25,7 +29,10 @@ MARK = b"IDGSHA01"
 TRAILER = len(MARK) + hashlib.sha256().digest_size
 FOLDER, NAME = "checkpoints", re.compile(r"step-(\d+)\.ckpt")
 # What a state must hold to be resumed from; see Learner.state.
-FIELDS = ("step", "config", "prior", "dataset", "facts", "weights", "average", "optimizer", "scaler")
+FIELDS: dict[str, tuple[type, ...]] = {
+    "step": (int,), "config": (dict,), "prior": (str,), "dataset": (dict,), "facts": (dict,), "weights": (dict,),
+    "average": (dict, type(None)), "optimizer": (dict,), "scaler": (dict, type(None)),
+}  # fmt: skip
 
 
 class CheckpointProblem(FileProblem):
@@ -82,9 +89,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The state of a checkpoint on the CPU; its tensors lie in the file until they are read.
 
     Raises DamagedCheckpoint for a file that is torn, altered or of another program; CheckpointProblem for one that is
-    missing, cannot be read now, or was written by another version.
+    missing, cannot be read now or with this torch, or was written by another version.
     """
     path = Path(path)
+    if not torch_reads_safely():
+        raise CheckpointProblem(
+            f"{path}: checkpoints are pickles, which only torch 2.10 or newer reads safely, found torch "
+            f"{torch.__version__}; update torch to go on with this run."
+        )
     try:
         whole = _is_whole(path)
     except OSError as error:
@@ -96,15 +108,14 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if not whole:
         raise DamagedCheckpoint(f"{path}: expected the checkpoint that was written, found one damaged since.")
     try:
-        state = _read(path)
+        state = read_torch_pickle(path, TRAILER, mapped=True)
     except (OSError, MemoryError) as error:
         reason = getattr(error, "strerror", None) or repr(error)
         raise CheckpointProblem(f"{path}: cannot be read ({reason}).") from error
-    except Exception as error:  # unpickling reports damage in many ways; memory that cannot be mapped, in one
+    except Refused as error:
         kind = CheckpointProblem if "unable to mmap" in str(error) else DamagedCheckpoint
-        first = (str(error) or repr(error)).splitlines()[0]
-        raise kind(f"{path}: cannot be read as a checkpoint ({first}).") from error
-    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise kind(f"{path}: cannot be read as a checkpoint ({error}).") from None
+    if type(state) is not dict or state.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found something else.")
     if state.get("version") != VERSION:
         raise CheckpointProblem(
@@ -114,6 +125,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     missing = [name for name in FIELDS if name not in state]
     if missing:
         raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
+    wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
+    if wrong or state["step"] < 0:
+        name = wrong[0] if wrong else "step"
+        raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found another {name} than it writes.")
     return state
 
 
@@ -185,14 +200,6 @@ def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     names = dict.fromkeys([*before, *now])
     changed = [name for name in names if before.get(name) != now.get(name)]
     return ", ".join(f"{name} {before.get(name, 'unknown')} -> {now.get(name, 'unknown')}" for name in changed)
-
-
-def _read(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except UnicodeEncodeError:  # a folder's name that UTF-8 cannot hold, of which nothing can be mapped
-        with open(path, "rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _is_whole(path: Path) -> bool | None:

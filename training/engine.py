@@ -276,7 +276,7 @@ class Engine(ABC):
         self.start = self.saved_step = start
         self.saved_at = time.monotonic()
         if found is not None:
-            for warning in learner.load(found[1], str(found[0])):
+            for warning in _taken_on(learner, found):
                 self.tell(Warned(warning))
             self._write_config()
 
@@ -461,10 +461,13 @@ def check_same_run(config: Settings, state: Mapping[str, Any], source: str) -> N
 
 
 def take_over(
-    state: Mapping[str, Any], parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any], source: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
 ) -> None:  # fmt: skip
-    """Weights, optimizer and average as a state holds them, copied out of its file."""
+    """Weights, optimizer and average as a state holds them, copied out of its file. Raises ConfigProblem for others."""
+    before = state["weights"]
+    if {name: one.shape for name, one in parameters.items()} != {name: one.shape for name, one in before.items()}:
+        raise ConfigProblem(f"{source}: expected weights of the same network, found others; start a new run.")
     with torch.no_grad():
         for name, one in parameters.items():
             one.copy_(state["weights"][name])
@@ -482,6 +485,19 @@ def warn_of_other_facts(state: Mapping[str, Any], facts: Mapping[str, str], sour
         f"{source} was written under other circumstances ({changed}); the run goes on, but its weights can differ from "
         "an uninterrupted run's in their last bits."
     ]
+
+
+def _taken_on(learner: Learns, found: Found) -> list[str]:
+    """`learner.load`, which may expect what a trainer writes; a state of other parts raises ConfigProblem."""
+    try:
+        return learner.load(found[1], str(found[0]))
+    except Problem:
+        raise
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigProblem(
+            f"{found[0]}: expected a checkpoint that this trainer wrote, found one of other parts ({error!r}); move it "
+            "away to go on from an earlier one."
+        ) from error
 
 
 def _words(error: BaseException) -> str:

@@ -219,10 +219,6 @@ class Learner:
                 f"{source}: expected a run from the same prior, found one from another checkpoint (content "
                 f"{state['prior'][:12] or 'unknown'} instead of {self.prior[:12] or 'unknown'}); use that one."
             )
-        if {name: tuple(one.shape) for name, one in self.parameters.items()} != {
-            name: tuple(one.shape) for name, one in state["weights"].items()
-        }:
-            raise ConfigProblem(f"{source}: expected weights of the same network, found others; start a new run.")
         warnings = check_origin(self.origin, state.get("origin") or {}, source)
         if state["dataset"]["hash"] != self.dataset.content_hash:
             changed = f"({state['dataset']['images']} then, now {len(self.dataset)})"
@@ -239,7 +235,7 @@ class Learner:
             )
         warnings += warn_of_other_facts(state, self.facts(), source)
         self.intact = False
-        take_over(state, self.parameters, self.optimizer, self.average)
+        take_over(state, source, self.parameters, self.optimizer, self.average)
         if self.scaler.is_enabled() and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         self.step = int(state["step"])

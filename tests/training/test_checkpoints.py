@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import os
 import stat
 import threading
+import zipfile
 
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.guidance.files.tensors import write_safetensors
+from indomain_guidance.training import checkpoints
 from indomain_guidance.training.atomic import clear_unfinished, clear_unfinished_file, replacing
 from indomain_guidance.training.checkpoints import (
     CheckpointProblem,
@@ -146,6 +150,51 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
     with pytest.raises(CheckpointProblem, match="cannot be read"):
         load_checkpoint(path)
     assert not (tmp_path / "evil").exists()
+
+
+def repacked(path, change):
+    """The checkpoint with its instructions changed and its digest right, as anybody can make it."""
+    records = {}
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[:-checkpoints.TRAILER])) as archive:
+        for name in archive.namelist():
+            records[name] = archive.read(name)
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w", zipfile.ZIP_STORED) as archive:
+        for name, data in records.items():
+            archive.writestr(name, change(data) if name.endswith("/data.pkl") else data)
+    data = made.getvalue()
+    path.write_bytes(data + checkpoints.MARK + hashlib.sha256(data).digest())
+    return path
+
+
+@pytest.mark.parametrize("pickle, reason", [
+    (b"\x80\x02cbuiltins\nbytearray\nI400000000\n\x85R.", "builtins.bytearray"),  # weights_only makes 400 MB of it
+    (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "posix.system"),
+    (b"\x80\x02" + b"]" * 2_000_000 + b".", "steps"),
+])  # fmt: skip
+def test_a_checkpoint_passes_the_same_checks_as_other_torch_files(tmp_path, pickle, reason):
+    (path,) = save(tmp_path, 1)
+    assert load_checkpoint(repacked(path, lambda data: data))["step"] == 1
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=f"cannot be read as a checkpoint .*{reason}"):
+        load_checkpoint(repacked(path, lambda data: pickle))
+
+
+def test_a_torch_with_known_holes_reads_no_checkpoint_and_passes_none_over(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    monkeypatch.setattr(torch, "__version__", "2.9.1")
+    with pytest.raises(CheckpointProblem, match="torch 2.10 or newer .* found torch 2.9.1; update torch"):
+        latest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("changes, name", [
+    ({"step": "1"}, "step"), ({"step": -1}, "step"), ({"step": True}, "step"), ({"config": ["base"]}, "config"),
+    ({"facts": None}, "facts"), ({"weights": 3}, "weights"), ({"average": "x"}, "average"), ({"dataset": 0}, "dataset"),
+    ({"optimizer": []}, "optimizer"), ({"prior": None}, "prior"),
+])  # fmt: skip
+def test_a_state_of_other_types_is_no_checkpoint(tmp_path, changes, name):
+    path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), **changes})
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=f"found another {name} than it writes"):
+        load_checkpoint(path)
 
 
 def test_none_and_missing(tmp_path):

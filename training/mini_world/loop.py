@@ -20,6 +20,7 @@ from torch import Generator, Tensor, nn
 
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
+from ...guidance.files.tensors import load_checkpoint
 from ..atomic import replacing
 
 SECONDS_BETWEEN_LINES = 20.0  # of progress, where there is no terminal to overwrite one in
@@ -62,14 +63,13 @@ def save_atomically(state: object, path: Path) -> None:
 def load_saved(path: Path) -> dict:
     """What :func:`save_atomically` wrote. Raises FileProblem for a damaged or a foreign file."""
     try:
-        state = torch.load(path, weights_only=True)
+        state = load_checkpoint(Path(path), "delete it to make it again")
         if not isinstance(state, dict):
             raise Problem(f"holds a {type(state).__name__}")
         return state
-    except Exception as error:  # torch.load has no exception of its own: zip, pickle and I/O errors all occur
-        reason = str(error).strip().split("\n")[0]
-        raise FileProblem(f"{path}: expected a file of this recipe, found something unreadable ({reason}); "
-                            "delete it to make it again") from error
+    except Problem as error:
+        raise FileProblem(f"{path}: expected a file of this recipe, found something unreadable ({error}); delete it to "
+                          "make it again.") from error
 
 
 def made_once(path: Path, source: str, make: Callable[[], object]) -> Any:
