@@ -13,8 +13,8 @@ import torch
 
 from ..guidance.distillation.critic import Critic
 from ..guidance.distillation.objective import Objective
+from ..guidance.distillation.timesteps import Timesteps
 from ..guidance.errors import Problem
-from ..guidance.files import FileProblem
 from ..guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ..guidance.networks.stylegan2 import Generator
 from .adapt_config import AdaptConfig, prompt_text
@@ -44,7 +44,6 @@ from .engine import Engine, Result, check_resume, due
 from .events import Listener, Sampled, Started, Warned
 from .previews import save_png
 from .processes import OneProcess, open_processes
-from .settings import ConfigProblem
 
 __all__ = ["Result", "adapt", "open_generator"]
 
@@ -147,7 +146,7 @@ class _Adaptation(Engine):
             self.loaded = parts.open(self.config)
             self.open_reports(stack, start)
             self._announce(start, parts)
-            self.warn_of_replacing(start)
+            self.settle(start)
             objective, encode = self._objective(stack, parts)
             device, source = self.processes.device, self.loaded.generator
             origin = first_opinion(objective, encode, source, device)
@@ -200,11 +199,11 @@ class _Adaptation(Engine):
             )
             text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px\n{needs.to_text()}"
         self.tell(Started(str(self.folder), config.to_dict(), step, config.steps, 0, text))
-        if step < config.steps and config.warmup >= config.steps:
-            self.tell(Warned(
-                f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
-                f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
-            ))
+        self.warn_of_pace(step)
+
+    def pace(self, config: AdaptConfig, step: int) -> dict[str, float]:
+        timesteps = Timesteps(config.t_min, config.t_max, config.t_schedule)
+        return {**super().pace(config, step), "the largest timestep": timesteps.upper(step, config.steps)}
 
     # ---- what becomes of it
 

@@ -354,12 +354,12 @@ def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -
             f"generator: expected one that makes colour or grey images, found {about.img_channels} channels (EG3D's "
             "planes?); use a generator of images."
         )
-    if config.label >= max(about.c_dim, 0) and config.label >= 0:
+    if config.label >= 0 and config.label >= about.c_dim:
         found = f"{about.c_dim} classes" if about.c_dim else "an unconditional one"
         raise ConfigProblem(
             f"label: expected a generator with a class {config.label}, found {found}; -1 takes all alike."
         )
-    if config.noise != "none" and not about.use_noise and config.noise == "random":
+    if config.noise == "random" and not about.use_noise:
         raise ConfigProblem("noise: expected a generator with noise inputs, found one without; choose const.")
     check_batch(config.batch_size, world)
     if config.method == "vsd" and world > 1:

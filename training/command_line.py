@@ -16,18 +16,16 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
 from .config import ConfigProblem, TrainConfig, field_kinds
 from .console import Console, own_command
+from .paths import meant_path
 from .settings import Settings, kinds_of, read_values
 from .signals import StopRequest
-
-if TYPE_CHECKING:
-    from .engine import Result
 
 DONE, PROBLEM, USAGE = 0, 1, 2
 EXIT_CODES = """exit status:
@@ -60,7 +58,7 @@ SHORT = {
     "data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p",
 }  # fmt: skip
 MINI_WORLD = "mini_world"
-PATH = os.path.expanduser  # shells leave the "~" of --option=~/here as it is
+PATH = meant_path  # shells leave the "~" of --option=~/here as it is
 
 
 class _Parser(argparse.ArgumentParser):
@@ -274,7 +272,7 @@ def _read_settings(kind: type[Settings], path: str, values: dict[str, Any]) -> S
     renamed = "name" in values and read_values(path).get("name") != config.name
     if not renamed or "output" in values or not config.output:
         return config
-    beside = os.path.dirname(os.path.abspath(os.path.expanduser(config.output)))
+    beside = os.path.dirname(os.path.abspath(meant_path(config.output)))
     return config.with_changes(output=os.path.join(beside, config.name))
 
 
@@ -314,7 +312,13 @@ def _add_check_data(commands: Any) -> None:
         "changed. The exit status is 1 when an image has to be left out, a folder, shard or link cannot be read to its "
         "end, or no image can be used.",
     )  # fmt: skip
-    command.add_argument("data", nargs="+", metavar="PATH", help="folders, searched recursively, or .tar shards")
+    command.add_argument("data", nargs="+", type=PATH, metavar="PATH",
+                         help="folders, searched recursively, or .tar shards")  # fmt: skip
+    command.add_argument("--config", type=PATH, metavar="FILE",
+                         help="judge by these settings of train: a .toml or .json file, or mini_world")  # fmt: skip
+    command.add_argument("-b", "--base", type=PATH, metavar="PATH",
+                         help="the prior that will be trained, a file or mini_world: what it was made for is the "
+                              "default resolution")  # fmt: skip
     kinds = field_kinds()
     for one in dataclasses.fields(TrainConfig):
         if one.name in CHECKED_BY:
@@ -330,17 +334,46 @@ CHECKED_BY = ("resolution", "min_side", "buckets", "bucket_step", "bucket_max_ra
 def _check_data(options: argparse.Namespace) -> int:
     from .data.check import check_data
 
-    config = _usage(lambda: TrainConfig(base=MINI_WORLD, data=options.data, **_given(options, CHECKED_BY)))
+    values, judged = _usage(lambda: _judged_by(options))
+    config = _usage(lambda: TrainConfig(base=MINI_WORLD, data=options.data, **values))
     console = Console(quiet=options.quiet)
     with StopRequest(console.stop_requested) as request:
         report = check_data(
             config.data, **{name: getattr(config, name) for name in CHECKED_BY}, should_stop=request,
             progress=lambda done, total: console.count("looking at images", done, total),
         )  # fmt: skip
-    _print(report.to_dict() if options.json else report.to_text())
+    _print({**report.to_dict(), "resolution_from": judged} if options.json else f"{report.to_text()}\n{judged}")
     if report.stopped:
         return request.exit_code
     return PROBLEM if report.bad or report.places or not report.ok else DONE
+
+
+def _judged_by(options: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    """The fields of TrainConfig that images are judged by, and in one sentence where their resolution comes from."""
+    from .export import base_resolution
+
+    settings = {} if options.config is None else _settings_of(options.config)
+    values = {name: value for name, value in settings.items() if name in CHECKED_BY} | _given(options, CHECKED_BY)
+    base = options.base or settings.get("base")
+    if "resolution" in values:
+        return values, f"judged at {values['resolution']} px, as given"
+    found = base_resolution(base) if isinstance(base, str) and base else None
+    if found is not None:
+        return {**values, "resolution": found}, f"judged at {found} px, which {os.path.basename(base)} was made for"
+    default = TrainConfig(base=MINI_WORLD).resolution
+    return values, (
+        f"judged at {default} px, the default of train; --base or --config says what will be trained, --resolution at "
+        "what size"
+    )
+
+
+def _settings_of(config: str) -> dict[str, Any]:
+    """The unchecked settings of a file, or those of the first run on the miniature."""
+    if config != MINI_WORLD:
+        return read_values(config)
+    from .mini_world.pictures import FIRST_RUN
+
+    return dict(FIRST_RUN)
 
 
 def _add_mini_data(commands: Any) -> None:
@@ -372,14 +405,18 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", _inspect, "tell everything a model file knows about itself",
         "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
     )  # fmt: skip
-    command.add_argument("file", type=PATH, metavar="FILE", help="a .safetensors file, or a generator's .pkl or .pt")
+    command.add_argument("file", type=PATH, metavar="MODEL",
+                         help="a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one "
+                              "that ships: mini-handwriting (domain model), mini_world (generator)")  # fmt: skip
     _add_json(command, "all of it as one JSON object")
 
 
 def _inspect(options: argparse.Namespace) -> int:
     from .export import inspect, inspect_text
+    from .sample_command import find_model
 
-    _print(inspect(options.file) if options.json else inspect_text(options.file))
+    file = find_model(options.file, unfinished=True)
+    _print(inspect(file) if options.json else inspect_text(file))
     return DONE
 
 
@@ -392,7 +429,8 @@ def _add_convert(commands: Any) -> None:
         "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
     )  # fmt: skip
     command.add_argument("source", type=PATH, metavar="FROM",
-                         help="a checkpoint, a domain model, a generator, or mini_world")
+                         help="a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: "
+                              "mini_world (checkpoint), mini-handwriting (domain model)")
     command.add_argument("target", type=PATH, metavar="TO", help="the .safetensors file to write")
     command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
                          help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
@@ -414,12 +452,14 @@ def _add_convert(commands: Any) -> None:
 def _convert(options: argparse.Namespace) -> int:
     from .export import convert, inspect
     from .processes import pick_device
+    from .sample_command import find_model
 
+    source = options.source if options.source == MINI_WORLD else find_model(options.source)
     if os.path.exists(options.target) and not options.overwrite:
         raise FileProblem(f"{options.target}: expected a new file to write, found one there; add --overwrite.")
     console = Console(quiet=options.quiet)
     path = convert(
-        options.source, options.target, form=options.form, file_dtype=options.file_dtype, prediction=options.prediction,
+        source, options.target, form=options.form, file_dtype=options.file_dtype, prediction=options.prediction,
         resolution=options.resolution, name=options.name,
         device=_usage(lambda: pick_device(options.device)),
         on_probe=lambda done, total: console.count("measuring", done, total),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from ..guidance.diffusion import Denoiser
 from ..guidance.errors import Problem
 from ..guidance.files import DomainMetadata
 from ..guidance.null_text import load_unet
+from ..guidance.plain_json import parse_json
 from ..guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ..guidance.schedules import Interval, WeightLike
 from ..guidance.terms import Source, Term
@@ -152,6 +152,6 @@ def trained_caption(metadata: DomainMetadata) -> str | None:
     if metadata.null_text != "none":
         return None
     try:
-        return json.loads(metadata.extra.get("training", "{}")).get("caption") or None
+        return parse_json(metadata.extra.get("training", "{}")).get("caption") or None
     except (ValueError, AttributeError):
         return None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -51,12 +52,14 @@ from .events import (
     Warned,
     read_log,
 )
-from .optimizers import restore
+from .optimizers import rate_at, restore
 from .processes import OneProcess, pick_precision
+from .run_lock import NAME as LOCK
 from .run_lock import locked
 from .settings import ConfigProblem, Settings
 
-SAMPLES = "samples"
+CONFIG, LOG, PLOT = WRITTEN = ("config.json", "log.jsonl", "loss.png")
+SAMPLES, BOARD = "samples", "tensorboard"
 GRID_NAME = re.compile(r"step-(\d{6,})\.png")
 RECENT = 50  # steps that the reported loss and speed are means of
 RESUME = (True, False, "auto")
@@ -150,10 +153,12 @@ class Engine(ABC):
     ) -> None:
         self.config, self.processes, self.should_stop = config, processes, should_stop
         self.folder = config.run_folder.absolute()
-        self.plot = self.folder / "loss.png"
+        self.plot = self.folder / PLOT
         self.listeners: list[Listener] = [listener]
         self.learner: Learns | None = None
         self.start = self.saved_step = 0
+        self.under_way = False  # whether more was done than to prepare
+        self.before: Settings | None = None  # the settings of the checkpoint to go on from
         self.saved_at = time.monotonic()
         self.recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
 
@@ -174,9 +179,15 @@ class Engine(ABC):
     # ---- beginning
 
     def take_place(self, stack: ExitStack) -> None:
-        """Hold the run's folder while `stack` is open, and clear away what killed runs left half-written."""
+        """Hold the run's folder while `stack` is open, and clear away what killed runs left half-written.
+
+        A run that is refused before its first step leaves no folder behind that was not there before.
+        """
         if self.processes.is_main:
+            new = not self.folder.exists()
             stack.enter_context(locked(self.folder))
+            if new and not any(one.name != LOCK for one in self.folder.iterdir()):
+                stack.push(self._refused)
             clear_unfinished(self.folder, self.folder / FOLDER, self.folder / SAMPLES)
             for place in self.places()[1:]:
                 clear_unfinished_file(place)
@@ -191,6 +202,7 @@ class Engine(ABC):
         if found is None:
             return 0, None
         check_same_run(self.config, found[1], str(found[0]))
+        self.before = type(self.config).from_mapping(found[1]["config"], str(found[0]))
         return int(found[1]["step"]), found
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
@@ -245,17 +257,15 @@ class Engine(ABC):
         )
 
     def open_reports(self, stack: ExitStack, start: int) -> None:
-        """The configuration, log, loss curve and TensorBoard of the run's folder, in the first process.
+        """The log, loss curve and TensorBoard of the run's folder, in the first process.
 
         From here on a failure saves what was learned before it, and is told in the log.
         """
         if self.processes.is_main:
-            every, log = self.config.log_every, self.folder / "log.jsonl"
+            every, log = self.config.log_every, self.folder / LOG
             # A run that takes no step repeats none.
             again = start if start < self.config.steps else None
-            board = TensorBoard(self.folder / "tensorboard", every, again) if self.config.tensorboard else None
-            if start == 0:
-                self._write_config()
+            board = TensorBoard(self.folder / BOARD, every, again) if self.config.tensorboard else None
             self.curve = LossCurve(self.plot, read_log(log), start)
             # Files come before the caller: what it shows lies on the disk already.
             files: list[Any] = [LogFile(log, every), *([board] if board else [])]
@@ -264,8 +274,34 @@ class Engine(ABC):
             self.listeners[:0] = [*files, self.curve]
         stack.push(self._failed)
 
-    def warn_of_replacing(self, start: int) -> None:
-        """Name what lies where the finished file will go, when a run begins."""
+    def pace(self, config: Settings, step: int) -> dict[str, float]:
+        """What optimizer step `step` (0 is the first) takes from how many steps the run has, by what it is called."""
+        return {"the learning rate": rate_at(config, step)}
+
+    def warn_of_pace(self, start: int) -> None:
+        """Say what is odd about the rates to come, before the first step: a rise without end, a jump to another run's."""
+        config, before = self.config, self.before
+        if start >= config.steps:
+            return
+        if config.warmup >= config.steps:
+            self.tell(Warned(
+                f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
+                f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
+            ))
+        if before is None or start == 0 or before.steps == config.steps:
+            return
+        was, planned, now = self.pace(before, start - 1), self.pace(before, start), self.pace(config, start)
+        moved = [f"{what} was {was[what]:.3g} and is {now[what]:.3g}" for what in now if now[what] != planned[what]]
+        if moved:
+            self.tell(Warned(
+                f"steps was {before.steps} and is {config.steps}: the run goes on as one of {config.steps} steps does "
+                f"there, so that from step {start} to step {start + 1} {' and '.join(moved)}."
+            ))
+
+    def settle(self, start: int) -> None:
+        """A run that begins keeps its configuration for `resume`, and names what lies where its file will go."""
+        if start == 0:
+            self._write_config()
         for place in self.places():
             if start == 0 and place.exists():
                 self.tell(Warned(f"{place} is there already and will be replaced when this run is finished."))
@@ -289,7 +325,12 @@ class Engine(ABC):
     def _write_config(self) -> None:
         """Keep the configuration for `resume`; a run that goes on only once it may: those of a refused one stay out."""
         if self.processes.is_main:
-            self.config.write_json(self.folder / "config.json")
+            self.config.write_json(self.folder / CONFIG)
+
+    def _refused(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        """At the end of a run in a new folder: where it was refused, delete its files; the folder goes with the lock."""
+        if isinstance(error, Problem) and not self.under_way:
+            clear_refused(self.folder)
 
     def _failed(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """At the end of a run: when that is an error, save what was learned before it, and say so in the log."""
@@ -319,6 +360,7 @@ class Engine(ABC):
         config, learner = self.config, self.learner
         if self.anywhere(float(self.should_stop())):
             return self._stop()
+        self.under_way = True
         if self.report(learner.step) and learner.step < config.steps:
             return self._stop()
         while learner.step < config.steps:
@@ -432,6 +474,15 @@ class Engine(ABC):
         if self.processes.is_main:
             for listener in self.listeners:
                 listener(event)
+
+
+def clear_refused(folder: Path) -> None:
+    """Delete what a run wrote into its folder before it was refused; what others put there stays."""
+    for name in WRITTEN:
+        with suppress(OSError):
+            (folder / name).unlink()
+    for name in (SAMPLES, FOLDER, BOARD):
+        shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def check_resume(resume: bool | str) -> None:

@@ -19,8 +19,10 @@ from typing import Any, TextIO
 
 from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
+from ..guidance.plain_json import parse_json
 from .atomic import replacing
 from .lettering import default_font
+from .small_files import open_regular, read_lines
 
 
 @dataclass(frozen=True)
@@ -155,34 +157,55 @@ Listener = Callable[[Event], None]
 
 
 def event_from_dict(values: Mapping[str, Any]) -> Event:
-    """The event `to_dict` made. Raises ValueError for anything else; unknown fields of a known event are ignored."""
-    kind = EVENTS.get(values.get("event", "")) if isinstance(values, Mapping) else None
+    """The event `to_dict` made. Raises Problem for anything else; unknown fields of a known event are ignored."""
+    name = values.get("event") if isinstance(values, Mapping) else None
+    kind = EVENTS.get(name) if isinstance(name, str) else None
     if kind is None:
         raise Problem(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
-    known = {one.name for one in dataclasses.fields(kind)}
+    known = {one.name: one.type for one in dataclasses.fields(kind)}
+    values = {name: value for name, value in values.items() if name in known}
     if issubclass(kind, (Step, Validated)):  # a loss that JSON cannot hold
-        values = {**values, "loss": _number(values.get("loss"))}
+        values["loss"] = _number(values.get("loss"))
     for name in {Validated: ("per_level",), Distilled: ("parts",)}.get(kind, ()):
         numbers = values.get(name) or {}
-        values = {**values, name: {one: _number(value) for one, value in numbers.items()}}
+        if isinstance(numbers, Mapping):
+            values[name] = {one: _number(value) for one, value in numbers.items()}
+    if not all(_fits(value, known[name]) for name, value in values.items()):
+        raise Problem(f"Expected an event {name!r:.20} as this trainer writes it, found {values!r:.80}.")
     try:
-        return kind(**{name: value for name, value in values.items() if name in known})
+        return kind(**values)
     except TypeError as error:
-        raise Problem(f"Expected a complete {values['event']} event, found {values!r:.80}.") from error
+        raise Problem(f"Expected a complete {kind.__name__.lower()} event, found {values!r:.80}.") from error
+
+
+def _fits(value: Any, wanted: str) -> bool:
+    """Whether a field may hold a value, by what its dataclass says."""
+    if wanted.startswith("Mapping"):
+        return type(value) is dict and ("Any" in wanted or all(_fits(one, "float") for one in value.values()))
+    if wanted == "str":
+        return type(value) is str
+    if value is None:
+        return "None" in wanted
+    # What no picture or sum can hold is no number of a run.
+    return type(value) in ((int,) if wanted == "int" else (int, float)) and not abs(value) >= 2**63
 
 
 def read_log(path: str | os.PathLike) -> list[Event]:
-    """The events of a log.jsonl, oldest first; lines torn by a kill are left out. Empty where there is no file."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
+    """The events of a log.jsonl, oldest first; lines torn by a kill are left out. Empty where there is no file.
+
+    Raises FileProblem for one that cannot be read.
+    """
     events = []
-    for line in lines:
-        try:
-            events.append(event_from_dict(json.loads(line)))
-        except ValueError:
-            continue
+    try:
+        for line in read_lines(path):
+            with suppress(ValueError):
+                events.append(event_from_dict(parse_json(line)))
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise FileProblem(
+            f"{path}: cannot be read as a run's log ({error.strerror or error}); move it away to go on."
+        ) from error
     return events
 
 
@@ -196,7 +219,7 @@ class LogFile:
     def __init__(self, path: str | os.PathLike, every: int = 10) -> None:
         self.path, self.every = Path(path), every
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        torn = self.path.exists() and self.path.stat().st_size > 0 and self.path.read_bytes()[-1:] != b"\n"
+        torn = self.path.exists() and _ends_torn(self.path)
         self._file: TextIO = open(self.path, "a", encoding="utf-8")
         if torn:
             self._file.write("\n")
@@ -336,6 +359,13 @@ def _finite(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_finite(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ends_torn(path: Path) -> bool:
+    with open_regular(path) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        return size > 0 and file.read(1) != b"\n"
 
 
 def _mean(values: Sequence[float]) -> float:

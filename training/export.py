@@ -22,14 +22,12 @@ from ..guidance.files import (
     DomainMetadata,
     FileProblem,
     GeneratorMetadata,
+    ModelFile,
     check_finite,
     convert_generator,
     holds_generator,
     read_domain_file,
     read_generator,
-    read_keys,
-    read_metadata,
-    read_state_dict,
     strip_unet_prefix,
     unet_layout,
     write_domain_file,
@@ -39,7 +37,8 @@ from ..guidance.files.domain import FORMAT as DOMAIN_FORMAT
 from ..guidance.files.generator import FORMAT as GENERATOR_FORMAT
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
 from ..guidance.networks.unet import UNetConfig, unet_config_from_state_dict
-from .base import FAMILIES, MINI_WORLD, Base, open_checkpoint, open_mini_world
+from ..guidance.plain_json import parse_json
+from .base import FAMILIES, MINI_WORLD, NATIVE_RESOLUTION, Base, native_resolution, open_checkpoint, open_mini_world
 from .checkpoints import MARK, TRAILER, load_checkpoint
 from .config import MIN_RESOLUTION, RESOLUTION_STEP, ConfigProblem
 from .low_rank import kohya_tensors, low_rank_layers
@@ -205,9 +204,9 @@ def convert(
                 raise FileProblem(f"{source}: expected a checkpoint to make the form {form} from, found a generator.")
             return convert_generator(source, target, dtype=file_dtype or "fp32", name=name)
         file_dtype = file_dtype or "fp16"
-        keys = read_keys(source)
-        own = form_of(unet_layout(keys, source))
-        alone = read_metadata(source).get("format") == DOMAIN_FORMAT or own != "full"
+        file = ModelFile(source)
+        keys, own = file.keys, form_of(unet_layout(file.keys, source))
+        alone = file.metadata.get("format") == DOMAIN_FORMAT or own != "full"
         if alone or (form in ("", "full") and not any(key.startswith(AUTOENCODER_PREFIX) for key in keys)):
             return _convert_domain(source, target, form, own, file_dtype, name)
         base = open_checkpoint(source, prediction=prediction)
@@ -252,9 +251,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
         return _inspect_run(path)
     if holds_generator(path):
         return _inspect_generator(path)
-    keys, metadata = read_keys(path), read_metadata(path)
-    shapes = _shapes(path)
-    formats = Counter()
+    file = ModelFile(path)
+    keys, metadata, shapes = file.keys, file.metadata, file.shapes()
+    formats: Counter = Counter()
     for shape, dtype in shapes.values():
         formats[dtype] += _count(shape)
     about: dict[str, Any] = {
@@ -300,13 +299,19 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     return about
 
 
+def base_resolution(base: str) -> int | None:
+    """The side in pixels that a base was made for, from its file's header; None where that does not tell."""
+    if base == MINI_WORLD:
+        return NATIVE_RESOLUTION[MINI_WORLD]
+    about = inspect(base)
+    architecture = about.get("architecture") or {}
+    is_v = "v_pred" in about.get("markers", ())
+    return native_resolution(about.get("latent_format") or "", architecture.get("context_dim"), is_v)
+
+
 def _inspect_domain(described: DomainMetadata, parts: Mapping[str, int]) -> dict[str, Any]:
     extra = dict(described.extra)
-    training = extra.pop(TRAINING, None)
-    try:
-        training = None if training is None else json.loads(training)
-    except ValueError:
-        pass  # a damaged note is shown as it is
+    training = _note(extra.pop(TRAINING, None))
     return {
         "kind": "domain model",
         "name": described.domain_name,
@@ -330,13 +335,21 @@ def _inspect_domain(described: DomainMetadata, parts: Mapping[str, int]) -> dict
     }
 
 
+def _note(text: str | None) -> Any:
+    """What a note of metadata says; a damaged one as it is."""
+    try:
+        return parse_json(text) if text else None
+    except Problem:
+        return text
+
+
 def _inspect_generator(path: Path) -> dict[str, Any]:
-    stated = read_metadata(path) if is_safetensors(path) else {}
+    file = ModelFile(path) if is_safetensors(path) else None
     notes: tuple[str, ...] = ()
     formats: Counter = Counter()
-    if stated.get("format") == GENERATOR_FORMAT:
-        described, config = GeneratorMetadata.from_strings(stated, path)
-        shapes = _shapes(path)
+    if file is not None and file.metadata.get("format") == GENERATOR_FORMAT:
+        described, config = GeneratorMetadata.from_strings(file.metadata, path)
+        shapes = file.shapes()
         for shape, dtype in shapes.values():
             formats[dtype] += _count(shape)
     else:
@@ -393,12 +406,11 @@ def _inspect_run(path: Path) -> dict[str, Any]:
 
 def _inspect_low_rank(shapes: Mapping[str, tuple], metadata: Mapping[str, str]) -> dict[str, Any]:
     downs = {key: shape for key, (shape, _) in shapes.items() if key.endswith(".lora_down.weight")}
-    training = metadata.get(TRAINING)
     return {
         "kind": "LoRA",
         "layers": len(downs),
         "ranks": sorted({shape[0] for shape in downs.values()}),
-        "training": json.loads(training) if training else None,
+        "training": _note(metadata.get(TRAINING)),
         "metadata": {key: value for key, value in metadata.items() if key != TRAINING},
     }
 
@@ -452,15 +464,3 @@ def _count(shape: tuple[int, ...]) -> int:
     for size in shape:
         count *= size
     return count
-
-
-def _shapes(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shape and number format of every tensor; for .safetensors from the header alone."""
-    from safetensors import safe_open
-
-    if not is_safetensors(path):
-        tensors = read_state_dict(path)
-        return {key: (tuple(one.shape), str(one.dtype).removeprefix("torch.")) for key, one in tensors.items()}
-    with safe_open(str(path), framework="pt") as file:
-        slices = {key: file.get_slice(key) for key in file.keys()}
-        return {key: (tuple(one.get_shape()), str(one.get_dtype())) for key, one in slices.items()}

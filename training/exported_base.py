@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..guidance.errors import Problem
-from ..guidance.files import FileProblem, read_metadata, read_state_dict
+from ..guidance.files import FileProblem, ModelFile
 from ..guidance.files.tensors import write_safetensors
 from ..guidance.networks.unet import UNetConfig
 from ..guidance.null_text import NullContext
+from ..guidance.plain_json import parse_json
 
 if TYPE_CHECKING:
     from .base import Base, Text
@@ -102,12 +103,13 @@ class ExportedBase:
     @classmethod
     def read(cls, path: str | os.PathLike) -> ExportedBase:
         """Inverse of `write`, exact. Raises FileProblem for any other file."""
-        metadata = read_metadata(path)
+        file = ModelFile(path)
+        metadata = file.metadata
         if metadata.get("format") != FORMAT:
             raise FileProblem(f"{path}: expected an exported prior, found another file; export it again.")
-        tensors = read_state_dict(path)
+        tensors = file.tensors()
         try:
-            prompts = json.loads(metadata["prompts"])
+            prompts = parse_json(metadata["prompts"])
             texts = [
                 (tensors[f"{TEXT}{index}.context"], tensors.get(f"{TEXT}{index}.pooled"))
                 for index in range(len(prompts) + 1)
@@ -116,13 +118,13 @@ class ExportedBase:
                 unet={key.removeprefix(UNET): t for key, t in tensors.items() if key.startswith(UNET)},
                 config=UNetConfig.from_json(metadata["config"]),
                 prediction_type=metadata["prediction_type"],
-                zero_snr=json.loads(metadata["zero_snr"]),
+                zero_snr=parse_json(metadata["zero_snr"]),
                 latent_format=metadata["latent_format"],
                 latent_scale=float(metadata["latent_scale"]),
                 autoencoder={k.removeprefix(AUTOENCODER): t for k, t in tensors.items() if k.startswith(AUTOENCODER)},
-                null_context=NullContext(texts[0][0], json.loads(metadata["null_description"]), texts[0][1]),
+                null_context=NullContext(texts[0][0], parse_json(metadata["null_description"]), texts[0][1]),
                 prompts=dict(zip(prompts, texts[1:])),
                 name=metadata["name"],
             )
-        except (KeyError, ValueError) as problem:
+        except (KeyError, ValueError, TypeError, AttributeError) as problem:
             raise FileProblem(f"{path}: expected an exported prior, found one with parts missing ({problem}).") from problem

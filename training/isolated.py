@@ -24,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
+from ..guidance.plain_json import parse_json
 from .adapt_config import AdaptConfig
 from .atomic import write_text
 from .config import TrainConfig
 from .events import Event, event_from_dict
+from .small_files import read_small
 
 if TYPE_CHECKING:
     from .exported_base import ExportedBase
@@ -73,10 +75,10 @@ class Job:
     def read(cls, folder: Path) -> Job:
         path = folder / JOB
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = parse_json(read_small(path, "a training job"))
             files = (None if values[name] is None else Path(values[name]) for name in ("base", "generator"))
             return cls(KINDS[values["kind"]].from_mapping(values["config"], str(path)), values["resume"], *files)
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as problem:
+        except (KeyError, TypeError, ValueError) as problem:
             raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from .config import ConfigProblem, TrainConfig
+
+if TYPE_CHECKING:
+    from .adapt_config import AdaptConfig
 
 
 def check_optimizer(config: TrainConfig) -> None:
@@ -52,11 +55,12 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
         return torch.optim.AdamW(groups, **options)
 
 
-def rate_at(config: TrainConfig, step: int) -> float:
+def rate_at(config: TrainConfig | AdaptConfig, step: int) -> float:
     """The learning rate of optimizer step `step` (0 is the first).
 
     It rises linearly over `warmup` steps to the peak at step `warmup` - 1, then stays ("constant") or falls as half a
-    cosine or a straight line that reaches 0 after the last step. Growing `steps` on resume stretches what is left.
+    cosine or a straight line that reaches 0 after the last step. It follows from the settings alone: a run that goes on
+    with other `steps` has the rate of a run of so many steps, higher than before where they were raised.
     """
     if step < config.warmup:
         return config.learning_rate * (step + 1) / config.warmup

@@ -21,32 +21,70 @@ class Busy(FileProblem):
 
 @contextmanager
 def locked(folder: Path, name: str = NAME) -> Iterator[None]:
-    """Hold a lock of the folder within the block; the folder is made. name: of the lock's file, one for each lock.
+    """Hold a lock of the folder within the block. name: of the lock's file, one for each lock.
 
-    Raises Busy when another process holds it, and FileProblem when the folder cannot be made. File systems without
-    locks (some network shares) are used without one.
+    The folder is made, and goes again where it was made here and the block leaves nothing in it. Raises Busy when
+    another process holds the lock, and FileProblem when the folder cannot be made. File systems without locks (some
+    network shares) are used without one.
     """
-    path = folder / name
+    made: list[Path] = []
+    handle = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    except OSError as error:
-        raise FileProblem(
-            f"{folder}: cannot be used as a run's folder ({error.strerror or error}); choose another with output."
-        ) from error
-    try:
-        try:
-            _lock(handle)
-        except OSError as error:
-            if error.errno in HELD:
-                raise Busy(
-                    f"{folder}: another process is training in this folder; wait for it, or choose another name or "
-                    "output."
-                ) from error
+        while handle is None:
+            made += _missing(folder)
+            handle = _open(folder, name)
+            try:
+                _lock(handle)
+            except OSError as error:
+                if error.errno in HELD:
+                    raise Busy(
+                        f"{folder}: another process is training in this folder; wait for it, or choose another name or "
+                        "output."
+                    ) from error
+            if not _is_at(handle, folder / name):  # whoever held it has just taken the folder away
+                os.close(handle)
+                handle = None
         yield
     finally:
-        with suppress(OSError):
-            os.close(handle)  # lets go of the lock
+        if handle is not None:
+            if os.name == "posix":  # while it is locked: nobody else can have begun to use it
+                _remove_if_alone(folder, name, made)
+            with suppress(OSError):
+                os.close(handle)  # lets go of the lock
+            if os.name != "posix":  # where a file that is open cannot be removed
+                _remove_if_alone(folder, name, made)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """The folder and those above it that are not there yet, the innermost first."""
+    return [one for one in (folder, *folder.parents) if not one.exists()]
+
+
+def _open(folder: Path, name: str) -> int:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+    except (OSError, ValueError) as error:  # ValueError: a name that no folder can have
+        raise FileProblem(
+            f"{folder}: cannot be used as a run's folder ({getattr(error, 'strerror', None) or error}); choose another "
+            "with output."
+        ) from error
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except OSError:
+        return False
+
+
+def _remove_if_alone(folder: Path, name: str, made: list[Path]) -> None:
+    """Delete a folder that was made for the lock, and those above it, as long as nothing else lies in them."""
+    with suppress(OSError):
+        if made and os.listdir(folder) == [name]:
+            (folder / name).unlink()
+            for one in made:
+                one.rmdir()
 
 
 def _lock(handle: int) -> None:

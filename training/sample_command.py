@@ -18,9 +18,11 @@ from ..guidance.networks.seeds import latents_of_seeds
 from .adapt_config import AdaptConfig, configuration_kind
 from .atomic import replacing
 from .base import MINI_WORLD, open_base
+from .checkpoints import find_checkpoints
 from .config import ConfigProblem, TrainConfig, read_values
 from .console import Console, own_command
 from .drawing import Artist, Drawn, Settings
+from .engine import CONFIG
 from .learner import DTYPES
 from .processes import pick_device, pick_precision
 
@@ -93,15 +95,10 @@ def find_generator(name: str) -> str | None:
     """
     path = Path(name)
     if path.is_dir():
-        settings = path / "config.json"
-        if not settings.is_file() or configuration_kind(read_values(settings)) is not AdaptConfig:
+        if not (path / CONFIG).is_file():
             return None
-        file = path / f"{AdaptConfig.read(settings).name}.safetensors"
-        if not file.is_file():
-            raise FileProblem(
-                f"{file}: expected the run's finished generator, found none; go on with {own_command('resume', path)}."
-            )
-        return str(file)
+        config, file = _run_in(path)
+        return str(_finished(file, path, "generator")) if isinstance(config, AdaptConfig) else None
     if name == MINI_WORLD:
         return name
     return name if path.is_file() and holds_generator(path) else None
@@ -114,17 +111,8 @@ def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
     """
     path = Path(name)
     if path.is_dir():
-        settings = path / "config.json"
-        if not settings.is_file():
-            raise FileProblem(f"{path}: expected a domain model or a run's folder, found no config.json in it.")
-        config = TrainConfig.read(settings)
-        file = path / f"{config.name}.safetensors"
-        if not file.is_file():
-            raise FileProblem(
-                f"{file}: expected the run's finished domain model, found none; go on with "
-                f"{own_command('resume', path)}."
-            )
-        return file, config
+        config, file = _run_in(path)
+        return _finished(file, path, "domain model"), config
     if not path.exists() and path.name == name:
         from .mini_world.assets import domain_unets_dir
 
@@ -132,6 +120,41 @@ def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
         if shipped.is_file():
             return shipped, None
     return path, None
+
+
+def find_model(name: str, unfinished: bool = False) -> str:
+    """The file of whatever model a name stands for: all that `find_generator` and `find_domain` know.
+
+    unfinished: a run that is not finished stands for its last checkpoint. Raises FileProblem.
+    """
+    path = Path(name)
+    if unfinished and (path / CONFIG).is_file():
+        file = _run_in(path)[1]
+        kept = find_checkpoints(path)
+        if kept and not file.is_file():
+            return str(kept[-1][1])
+    if name == MINI_WORLD:
+        from .mini_world.assets import generators_dir
+
+        return str(generators_dir() / "mini-handwriting.safetensors")
+    return find_generator(name) or str(find_domain(name)[0])
+
+
+def _run_in(folder: Path) -> tuple[TrainConfig | AdaptConfig, Path]:
+    """The configuration of the run in a folder, and where its finished file is or will be. Raises FileProblem."""
+    settings = folder / CONFIG
+    if not settings.is_file():
+        raise FileProblem(f"{folder}: expected a model's file or a run's folder, found no {CONFIG} in it.")
+    config = configuration_kind(read_values(settings)).read(settings)
+    return config, folder / f"{config.name}.safetensors"
+
+
+def _finished(file: Path, folder: Path, what: str) -> Path:
+    if not file.is_file():
+        raise FileProblem(
+            f"{file}: expected the run's finished {what}, found none; go on with {own_command('resume', folder)}."
+        )
+    return file
 
 
 def base_config(

@@ -12,16 +12,17 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from ..guidance.errors import Problem
-from ..guidance.files import FileProblem
 from .atomic import write_text
+from .paths import is_of_windows, meant_path
+from .small_files import read_values
 
 # Characters that some file system refuses in a name, control characters, and those that make a text read backwards; the
 # name becomes NAME.safetensors.
@@ -91,7 +92,7 @@ class Settings:
         known = [one.name for one in dataclasses.fields(cls)]
         for name in values:
             if name not in known:
-                near = difflib.get_close_matches(str(name).replace("-", "_").lower(), known, n=1, cutoff=0.4)
+                near = difflib.get_close_matches(str(name)[:100].replace("-", "_").lower(), known, n=1, cutoff=0.4)
                 hint = f"did you mean {near[0]}?" if near else f"{cls.command} --help lists the fields."
                 raise ConfigProblem(f"{source}: {name!r} is no field of the configuration; {hint}")
         for name, (what, role) in cls.required.items():
@@ -110,14 +111,17 @@ class Settings:
         return cls.from_mapping({**read_values(path), **overrides}, source=str(path))
 
     def absolute(self: Own) -> Own:
-        """A copy with absolute paths, "~" expanded, so that a run can be continued from any folder."""
+        """A copy with absolute paths, as `meant_path` understands them, so that a run goes on from any folder.
+
+        Raises ConfigProblem for a path of another system.
+        """
         changes: dict[str, Any] = {}
         for one in dataclasses.fields(self):
             if one.metadata["path"]:
                 value = getattr(self, one.name)
                 parts = tuple(_absolute(one, part) for part in (value if isinstance(value, tuple) else (value,)))
                 changes[one.name] = parts if isinstance(value, tuple) else parts[0]
-        changes["output"] = os.path.abspath(os.path.expanduser(self.run_folder))
+        changes["output"] = changes["output"] or os.path.abspath(self.run_folder)
         return self.with_changes(**changes)
 
     def to_dict(self) -> dict[str, Any]:
@@ -161,44 +165,6 @@ def kinds_of(settings: type[Settings]) -> dict[str, type]:
     return {one.name: _kind(one) for one in dataclasses.fields(settings)}
 
 
-def read_values(path: str | os.PathLike) -> dict[str, Any]:
-    """The values in a .toml or .json file, unchecked.
-
-    Raises FileProblem for a missing or malformed file, and for TOML on Python 3.10 without the package tomli.
-    """
-    path = Path(path)
-    if path.suffix.lower() not in (".toml", ".json"):
-        raise FileProblem(f"{path}: expected a configuration in .toml or .json, found another ending.")
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # Windows' editors put a byte order mark first
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise FileProblem(
-            f"{path}: cannot be read as a configuration ({reason}); check name, folder and permissions."
-        ) from error
-    try:
-        values = json.loads(text) if path.suffix.lower() == ".json" else _toml(path).loads(text)
-    except ValueError as error:
-        raise FileProblem(f"{path}: expected {path.suffix[1:].upper()}, found a mistake: {error}.") from error
-    if not isinstance(values, dict):
-        raise FileProblem(f"{path}: expected fields with values, found {type(values).__name__}.")
-    return values
-
-
-def _toml(path: Path) -> Any:
-    try:
-        import tomllib
-    except ImportError:
-        try:
-            import tomli as tomllib
-        except ImportError as error:
-            raise FileProblem(
-                f"{path}: Python 3.10 reads TOML only with the package tomli; install it, use Python 3.11, or write "
-                "the configuration as .json."
-            ) from error
-    return tomllib
-
-
 def _kind(one: dataclasses.Field) -> type:
     return {"str": str, "int": int, "float": float, "bool": bool}.get(one.type, tuple)
 
@@ -209,42 +175,73 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
     if kind is tuple:
         value = (value,) if isinstance(value, (str, os.PathLike)) else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, os.PathLike)) for part in value):
-            raise ConfigProblem(f"{one.name}: expected a list of strings, found {value!r}.")
-        value = tuple(os.fspath(part) for part in value)
-        if limits["path"] and not all(value):
-            # Path("") is the current folder, which is hardly what an unset variable of a script meant.
-            raise ConfigProblem(f"{one.name}: expected paths, found an empty one; name a folder, or . for this one.")
-        return value
+            raise ConfigProblem(f"{one.name}: expected a list of strings, found {_shown(value)}.")
+        return tuple(_checked_text(one, os.fsdecode(part)) for part in value)
     if kind is str:
         if not isinstance(value, (str, os.PathLike)):
-            raise ConfigProblem(f"{one.name}: expected text, found {value!r}.")
-        value = os.fspath(value)
-        if not limits["path"] and not _is_unicode(value):
-            raise ConfigProblem(f"{one.name}: expected text, found {value!r}, which UTF-8 cannot hold; write it anew.")
+            raise ConfigProblem(f"{one.name}: expected text, found {_shown(value)}.")
+        value = _checked_text(one, os.fsdecode(value))
         if "choices" in limits and value not in limits["choices"]:
-            near = difflib.get_close_matches(value, limits["choices"], n=1)
+            near = difflib.get_close_matches(value[:100], limits["choices"], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigProblem(f"{one.name}: expected one of {', '.join(limits['choices'])}, found {value!r}{hint}")
+            raise ConfigProblem(f"{one.name}: expected one of {', '.join(limits['choices'])}, found {_shown(value)}{hint}")
         return value
     if kind is bool:
         if not isinstance(value, bool):
-            raise ConfigProblem(f"{one.name}: expected true or false, found {value!r}.")
+            raise ConfigProblem(f"{one.name}: expected true or false, found {_shown(value)}.")
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ConfigProblem(f"{one.name}: expected a number, found {value!r}.")
-    if kind is int and value != int(value):
-        raise ConfigProblem(f"{one.name}: expected a whole number, found {value!r}.")
-    value = kind(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != value:
+        raise ConfigProblem(f"{one.name}: expected a number, found {_shown(value)}.")
+    # Compared first: a whole number of 310 digits is no float.
     if not limits["min"] <= value <= limits["max"]:
-        raise ConfigProblem(f"{one.name}: expected a number from {limits['min']} to {limits['max']}, found {value}.")
-    return value
+        raise ConfigProblem(
+            f"{one.name}: expected a number from {limits['min']} to {limits['max']}, found {_shown(value)}."
+        )
+    if kind is int and value != int(value):
+        raise ConfigProblem(f"{one.name}: expected a whole number, found {_shown(value)}.")
+    return kind(value)
+
+
+def _shown(value: Any) -> str:
+    try:
+        return repr(value)
+    except (ValueError, RecursionError):  # Python shows no number of more than 4,300 digits
+        return f"something that cannot be shown ({type(value).__name__})"
+
+
+def _checked_text(one: dataclasses.Field, text: str) -> str:
+    """A text, or a path, that can be written down and be opened; or ConfigProblem."""
+    if not one.metadata["path"]:
+        if not _is_unicode(text):
+            raise ConfigProblem(f"{one.name}: expected text, found {text!r}, which UTF-8 cannot hold; write it anew.")
+        return text
+    if not text.strip() and _kind(one) is tuple:
+        # Path("") is the current folder, which is hardly what an unset variable of a script meant.
+        raise ConfigProblem(f"{one.name}: expected paths, found an empty one; name a folder, or . for this one.")
+    if re.search(r"[\x00-\x1f\x7f]", text.strip()):
+        raise ConfigProblem(
+            f"{one.name}: expected a path, found {text!r} with a special character; in settings and scripts write a "
+            "backslash twice, or / in its place."
+        )
+    try:
+        os.fsencode(text)
+    except UnicodeEncodeError:
+        raise ConfigProblem(f"{one.name}: expected a path, found {text!r}, which no file is called.") from None
+    return text
 
 
 def _absolute(one: dataclasses.Field, path: str) -> str:
     names = one.metadata.get("names", ())
-    if not path or any(path == name or (name.endswith(":") and path.startswith(name)) for name in names):
-        return path
-    return os.path.abspath(os.path.expanduser(path))
+    bare = path.strip()
+    if not bare or any(bare == name or (name.endswith(":") and bare.startswith(name)) for name in names):
+        return bare
+    meant = meant_path(path)
+    if is_of_windows(meant) and not os.path.lexists(meant):
+        raise ConfigProblem(
+            f"{one.name}: expected a path of this system, found one of Windows, {path!r}; give the place where it lies "
+            f"here (in a terminal: --{one.name.replace('_', '-')})."
+        )
+    return os.path.abspath(meant)
 
 
 def _is_unicode(text: str) -> bool:

@@ -103,7 +103,7 @@ class _Run(Engine):
             for note in base.notes:
                 self.tell(Warned(note))
             self._announce(start, base, images)
-            self.warn_of_replacing(start)
+            self.settle(start)
             dataset = self._dataset(base, images)
             if dataset is None:
                 return self.stopped_early(start, found)
@@ -217,11 +217,7 @@ class _Run(Engine):
                 processes=self.processes.world,
             )
             self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
-            if step < config.steps and config.warmup >= config.steps:
-                self.tell(Warned(
-                    f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
-                    f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
-                ))
+            self.warn_of_pace(step)
             if step < config.steps and base.zero_snr and config.min_snr_gamma:
                 self.tell(Warned(
                     "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "

@@ -24,7 +24,6 @@ import torch
 from .inert_pickle import Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
 from .storage_stream import MAGIC, MAX_DIMENSIONS, STORAGES, VERSION, Storage, StoredTensor, encode, rebuild_tensor
 
-LEGACY_PICKLES = 5  # magic number, version, system, content, keys; the numbers follow
 # A tensor takes 38 steps and at least 190 bytes of a file: SDXL's 2,500 take 95 thousand, a trainer's 5,000 twice that.
 MAX_STEPS = 2_000_000
 FREE_STEPS = 100_000  # of a file of any size; every further step needs 4 bytes of it

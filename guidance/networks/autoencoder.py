@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Mapping
 
-import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn

@@ -19,7 +19,6 @@ import asyncio
 import json
 import logging
 import math
-import os
 import sys
 import time
 from collections.abc import Callable

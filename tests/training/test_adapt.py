@@ -11,6 +11,7 @@ import sys
 
 import pytest
 import torch
+from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import (
     DomainMetadata,
     FileProblem,
@@ -584,3 +585,35 @@ def test_from_a_file_and_in_inference_mode(run, tiny_adaptation, tmp_path):
     with pytest.raises(FileProblem, match="none.safetensors"):
         missing = str(tmp_path / "none.safetensors")
         run(steps=1, parts={"generator": None}, generator=missing, output=str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"label": 3}, "label: expected a generator with a class 3"),
+    ({"resume": True}, "expected a checkpoint to go on from"),
+    ({"parts": {"generator": None}, "generator": "nowhere.safetensors"}, "nowhere.safetensors"),
+    ({"batch_size": 4096, "method": "dds"}, "source"),
+])  # fmt: skip
+def test_a_refused_adaptation_leaves_no_folder(run, tmp_path, changes, message):
+    with pytest.raises(Problem, match=message):
+        run(output=str(tmp_path / "runs" / "new"), **changes)
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "runs" / "new").mkdir(parents=True)
+    with pytest.raises(Problem, match=message):
+        run(output=str(tmp_path / "runs" / "new"), **changes)
+    assert (tmp_path / "runs" / "new").is_dir()
+
+
+@pytest.mark.parametrize("t_schedule, schedule, moved", [
+    ("falling", "constant", ["the largest timestep was 10 and is 2"]),
+    ("annealed", "cosine", ["the learning rate was", "the largest timestep was 10 and is 2"]),
+    ("uniform", "linear", ["the learning rate was"]),
+    ("uniform", "constant", []),
+])  # fmt: skip
+def test_another_number_of_steps_is_told_before_the_first(run, t_schedule, schedule, moved):
+    settings = {"t_schedule": t_schedule, "schedule": schedule, "t_min": 10, "t_max": 400, "directional": 0.0}
+    run(steps=4, **settings)
+    _, events = run(steps=8, **settings)
+    told = [event.text for event in events if isinstance(event, Warned) and "steps was 4 and is 8" in event.text]
+    assert len(told) == bool(moved) and all(what in told[0] for what in moved)
+    assert sum("was" in text.split("so that")[1] for text in told) == bool(moved)
+    assert [type(event) for event in events].index(Distilled) > (0 if moved else -1)

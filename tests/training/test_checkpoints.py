@@ -13,7 +13,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.guidance.files.tensors import write_safetensors
-from indomain_guidance.training import checkpoints
+from indomain_guidance.training import checkpoints, run_lock
 from indomain_guidance.training.atomic import clear_unfinished, clear_unfinished_file, replacing
 from indomain_guidance.training.checkpoints import (
     CheckpointProblem,
@@ -288,3 +288,41 @@ def test_a_full_disk_leaves_the_checkpoint_before_and_says_so(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(before.parent) == [before.name] and load_checkpoint(before)["step"] == 1
+
+
+def test_a_folder_that_was_made_for_a_lock_goes_with_it_and_others_stay(tmp_path):
+    with pytest.raises(RuntimeError), locked(tmp_path / "a" / "b"):
+        assert (tmp_path / "a" / "b" / ".lock").exists()
+        raise RuntimeError
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "mine").mkdir()
+    with locked(tmp_path / "mine" / "b"):
+        pass
+    with locked(tmp_path / "mine"):
+        pass
+    assert os.listdir(tmp_path / "mine") == [".lock"]
+    with locked(tmp_path / "kept" / "b"):
+        (tmp_path / "kept" / "b" / "file").touch()
+    assert sorted(os.listdir(tmp_path / "kept" / "b")) == [".lock", "file"]
+    with pytest.raises(FileProblem, match="another with output"), locked(tmp_path / "kept" / "b" / "file"):
+        pass
+    with pytest.raises(FileProblem, match="another with output"), locked(tmp_path / "a\0b"):
+        pass
+
+
+@pytest.mark.skipif(os.name != "posix", reason="where open files cannot be removed nobody can be between")
+def test_a_lock_whose_file_was_taken_away_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    """Who opens the lock's file just before its holder removes the folder holds the lock of a file that is gone."""
+    real, tries = run_lock._lock, []
+
+    def lock(handle):
+        real(handle)
+        tries.append(handle)
+        if len(tries) == 1:
+            (tmp_path / "run" / ".lock").unlink()
+            (tmp_path / "run").rmdir()
+
+    monkeypatch.setattr(run_lock, "_lock", lock)
+    with locked(tmp_path / "run"):
+        assert len(tries) == 2 and (tmp_path / "run" / ".lock").exists()
+    assert os.listdir(tmp_path) == []

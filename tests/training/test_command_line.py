@@ -18,6 +18,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import read_domain_file
 from indomain_guidance.training import command_line, console
+from indomain_guidance.training.checkpoints import checkpoint_path, save_checkpoint
 from indomain_guidance.training.config import TrainConfig, field_kinds
 from indomain_guidance.training.engine import Result
 from indomain_guidance.training.mini_world.assets import domain_unets_dir
@@ -353,6 +354,60 @@ def test_inspect_tells_what_the_file_says(tmp_path):
     broken.write_bytes(SHIPPED.read_bytes()[:1000])
     status, out, err = run("inspect", broken)
     assert status == 1 and out == "" and "broken.safetensors" in err and "Traceback" not in err
+
+
+def test_inspect_takes_every_name_that_sample_convert_and_resume_take(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kinds = {"mini-handwriting": "domain model", "mini_world": "generator", str(SHIPPED): "domain model"}
+    for name, kind in kinds.items():
+        status, out, err = run("inspect", name, "--json")
+        assert status == 0 and json.loads(out)["kind"] == kind, err
+    folder = tmp_path / "run"
+    folder.mkdir()
+    TrainConfig(base="mini_world", name="mine").write_json(folder / "config.json")
+    status, _, err = run("inspect", folder)
+    assert status == 1 and "mine.safetensors: expected the run's finished domain model, found none; go on with" in err
+    state = {
+        "step": 3, "config": {"name": "mine"}, "prior": "p", "dataset": {}, "facts": {}, "optimizer": {}, "scaler": None,
+        "weights": {"a": torch.ones(2)}, "average": None,
+    }  # fmt: skip
+    save_checkpoint(checkpoint_path(folder, 3), state)
+    status, out, _ = run("inspect", folder, "--json")
+    assert status == 0 and (json.loads(out)["kind"], json.loads(out)["step"]) == ("training checkpoint", 3)
+    shutil.copyfile(SHIPPED, folder / "mine.safetensors")
+    status, out, _ = run("inspect", folder, "--json")
+    assert status == 0 and json.loads(out)["file"]["path"] == str(folder / "mine.safetensors")
+    for source in ("mini-handwriting", folder, f"'{folder}'", folder.as_uri()):
+        target = tmp_path / "wide.safetensors"
+        status, out, err = run("convert", source, target, "--file-dtype", "fp32", "--overwrite")
+        assert status == 0 and read_domain_file(target)[1].steps == 700, err
+    (tmp_path / "empty").mkdir()
+    status, _, err = run("inspect", tmp_path / "empty")
+    assert status == 1 and "expected a model's file or a run's folder, found no config.json in it" in err
+    (tmp_path / "link.safetensors").symlink_to("gone")
+    status, _, err = run("inspect", tmp_path / "link.safetensors")
+    assert status == 1 and "found a link to gone, where no file is" in err
+
+
+def test_check_data_judges_by_what_will_be_trained_or_says_by_what(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("mini-data", "digits", "--count", 3)[0] == 0
+    (tmp_path / "settings.json").write_text(json.dumps({"base": "mini_world", "min_side": 65, "steps": 9}))
+    for options, resolution, upscaled, words in (
+        ((), 512, 3, "the default of train; --base or --config says what will be trained"),
+        (("--base", "mini_world"), 64, 0, "64 px, which mini_world was made for"),
+        (("--base", domain_unets_dir().parent / "prior_unet.safetensors"), 64, 0, "which prior_unet.safetensors was made"),
+        (("--config", "mini_world"), 64, 0, "judged at 64 px, as given"),
+        (("--config", "settings.json", "--min-side", 0), 64, 0, "64 px, which mini_world was made for"),
+        (("--base", "mini_world", "--resolution", 128), 128, 3, "judged at 128 px, as given"),
+    ):
+        status, out, err = run("check-data", "digits", *options)
+        assert status == 0 and words in out.splitlines()[-1], (out, err)
+        report = json.loads(run("check-data", "digits", *options, "--json")[1])
+        assert (report["resolution"], len(report["upscaled"])) == (resolution, upscaled) and words in report["resolution_from"]
+    assert run("check-data", "digits", "--config", "settings.json")[0] == 1  # min_side
+    (tmp_path / "settings.json").write_text("{")
+    assert run("check-data", "digits", "--config", "settings.json")[0] == 2
 
 
 def test_convert_changes_numbers_and_never_overwrites_unasked(tmp_path):

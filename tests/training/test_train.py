@@ -16,6 +16,7 @@ from types import ModuleType
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
+from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.null_text import load_unet
@@ -707,3 +708,78 @@ def test_a_run_that_no_memory_holds_is_refused_by_what_is_to_blame(run, folder, 
         monkeypatch.setattr("indomain_guidance.training.estimate._available", lambda device, bytes=available: bytes)
         batch = 2 if available == 2**20 else 4096
         refused(run, folder, message, batch_size=batch)
+
+
+# ---- refusals, and other numbers of steps -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"data": ("nowhere",)}, "nowhere"),
+    ({"resume": True}, "expected a checkpoint to go on from"),
+    ({"form": "full", "caption": "a circle"}, "prompt"),
+    ({"base": None}, "tiny: expected"),
+    ({"min_side": 8000}, "image"),
+])  # fmt: skip
+def test_a_refused_run_leaves_no_folder(run, folder, changes, message):
+    before = sorted(path.name for path in folder.rglob("*") if "cache" not in path.parts)
+    with pytest.raises(Problem, match=message):
+        run(**{"output": str(folder / "runs" / "new"), **changes})
+    assert sorted(path.name for path in folder.rglob("*") if "cache" not in path.parts) == before
+    (folder / "runs" / "new").mkdir(parents=True)
+    (folder / "runs" / "new" / "config.json").write_text("of somebody")
+    with pytest.raises(Problem, match=message):
+        run(**{"output": str(folder / "runs" / "new"), **changes})
+    if "min_side" not in changes:  # which is found out once the run has begun to read
+        assert (folder / "runs" / "new" / "config.json").read_text() == "of somebody"
+    assert (folder / "runs" / "new").is_dir()
+
+
+def test_a_run_that_memory_cannot_hold_leaves_no_folder(run, folder, monkeypatch):
+    monkeypatch.setattr("indomain_guidance.training.estimate._available", lambda device: 2**20)
+    with pytest.raises(Problem, match="fits into memory"):
+        run(output=str(folder / "runs" / "new"))
+    assert not (folder / "runs").exists()
+
+
+def test_what_others_put_into_a_refused_runs_folder_stays(run, folder):
+    cache = folder / "run" / "cache"
+
+    def listener(event):
+        if isinstance(event, Started):
+            cache.mkdir()
+            (cache / "latents").write_text("hours of work")
+
+    with pytest.raises(Problem, match="image"):
+        run(min_side=8000, listener=listener)
+    assert sorted(path.name for path in (folder / "run").iterdir()) == [".lock", "cache"]
+
+
+def test_a_run_that_failed_in_its_first_step_keeps_its_log(run, folder, monkeypatch):
+    real = Learner._losses
+    monkeypatch.setattr(Learner, "_losses", lambda self, one: real(self, one) * math.nan)
+    with pytest.raises(NonFiniteLoss):
+        run()
+    assert isinstance(read_log(folder / "run" / "log.jsonl")[-1], Failed)
+
+
+@pytest.mark.parametrize("schedule, warned", [("cosine", True), ("linear", True), ("constant", False)])
+def test_another_number_of_steps_is_told_with_both_rates_before_the_first(run, schedule, warned):
+    _, events = run(steps=6, schedule=schedule, learning_rate=4e-4)
+    last = [event.rate for event in events if isinstance(event, Step)][-1]
+    for dry_run in (True, False):
+        result, events = run(steps=12, schedule=schedule, learning_rate=4e-4, dry_run=dry_run)
+        told = [event.text for event in events if isinstance(event, Warned) and "learning rate was" in event.text]
+        assert len(told) == warned
+    rates = [event.rate for event in events if isinstance(event, Step)]
+    assert result.step == 12 and len(rates) == 6 and (rates[0] != last) == warned
+    if warned:
+        assert kinds(events).index(Warned) < kinds(events).index(Step)
+        assert "steps was 6 and is 12" in told[0]
+        assert f"the learning rate was {last:.3g} and is {rates[0]:.3g}" in told[0] and "from step 6 to step 7" in told[0]
+
+
+def test_the_same_number_of_steps_is_told_nothing(run):
+    should_stop, listener = stop_after(3)
+    run(steps=6, schedule="cosine", should_stop=should_stop, listener=listener)
+    _, events = run(steps=6, schedule="cosine")
+    assert not [event for event in events if isinstance(event, Warned) and "learning rate" in event.text]

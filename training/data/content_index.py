@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...guidance.files import FileProblem
+from ...guidance.plain_json import parse_json
 from ..atomic import write_text
+from ..small_files import read_lines
 from .sources import Entry
 
 # A file changed this recently may change again without its time of change moving on.
 SETTLED_NS = 3_000_000_000
 SPARE_LINES = 1000
+LONGEST_LINE = 2**16  # bytes; a path has 4,096, each of which JSON may write as six
+LARGEST = 2**63
+HASH = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -41,14 +48,13 @@ class ContentIndex:
         self._known: dict[str, tuple[tuple[int, ...], Known]] = {}  # bytes and times; replaced, never changed
         self._new: list[str] = []
         self._lines = 0
-        with suppress(OSError), open(self.path, encoding="utf-8", errors="replace") as file:
-            for line in file:
+        with suppress(OSError):
+            for line in read_lines(self.path, LONGEST_LINE):
                 self._lines += 1
-                with suppress(ValueError, TypeError):
-                    where, size, changed, moved, content, height, width = json.loads(line)
-                    if isinstance(where, str) and isinstance(content, str) and len(content) == 64:
-                        state = int(size), int(changed), int(moved)
-                        self._known[where] = state, Known(content, int(height), int(width))
+                with suppress(ValueError):
+                    entry = _entry(parse_json(line))
+                    if entry is not None:
+                        self._known[entry[0]] = entry[1]
 
     def look_up(self, entry: Entry) -> Known | None:
         """What is known about the entry's present content; None when it is new or has changed."""
@@ -81,6 +87,16 @@ class ContentIndex:
             # One write of a file opened for appending: lines of two processes do not mix on local disks.
             with open(self.path, "ab", buffering=0) as file:
                 file.write("".join(("\n", *lines)).encode("utf-8"))  # apart from a line torn before
+
+
+def _entry(found: Any) -> tuple[str, tuple[tuple[int, ...], Known]] | None:
+    """What a line says; None for one that `_line` did not write."""
+    if not isinstance(found, list) or [type(one) for one in found] != [str, int, int, int, str, int, int]:
+        return None
+    where, size, changed, moved, content, height, width = found
+    if not HASH.fullmatch(content) or min(height, width) < 1 or max(map(abs, (*found[1:4], height, width))) >= LARGEST:
+        return None
+    return where, ((size, changed, moved), Known(content, height, width))
 
 
 def _line(where: str, state: Sequence[int], known: Known) -> str:

@@ -243,7 +243,7 @@ def _say(event: object) -> None:
 
 
 @lru_cache(maxsize=256)
-def _hash_of(path: Path, size: int, changed_ns: int) -> str:
+def _hash_of(path: Path, *stamp: int) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -254,4 +254,5 @@ def _hash_of(path: Path, size: int, changed_ns: int) -> str:
 def file_hash(path: Path) -> str:
     """SHA-256 of a file's content, read again only when the file has changed."""
     facts = path.stat()
-    return _hash_of(path, facts.st_size, facts.st_mtime_ns)
+    # As in git's index: a file of equal size and time that took its place is another one, or has changed since.
+    return _hash_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)

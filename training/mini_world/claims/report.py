@@ -34,7 +34,6 @@ TITLES = {
     "bands": "domain term by frequency",
 }
 FINE_TUNE_TITLES = {"full": "full fine-tune", "low_rank": "LoRA fine-tune"}
-SETTING_TITLES = {"scale": "scale"}
 Floors = dict[str, dict[str, float]]
 HOW_IT_IS_MEASURED = """\
 Distances are Frechet distances on the judge's 64 features to the whole of held-out handwriting, recoloured to the

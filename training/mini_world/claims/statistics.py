@@ -13,7 +13,6 @@ several points (a ratio, a front, a hypervolume) has its own replicates.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -107,14 +106,6 @@ def measure_share(right: Tensor, counts: Tensor) -> Measured:
     right = right.double().cpu()
     value = float(right.mean())
     return Measured(value, value, counts @ right / counts.sum(1))
-
-
-def with_value(measured: Mapping[str, Measured]) -> dict[str, Tensor]:
-    """Value and replicates in one row each, {name: [1 + R]}: functions of points treat all columns alike."""
-    return {
-        name: torch.cat([torch.tensor([one.value], dtype=torch.float64), one.draws.double()])
-        for name, one in measured.items()
-    }
 
 
 # ------------------------------------------------------------------------------- sets of points, column by column

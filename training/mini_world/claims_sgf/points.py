@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ....guidance.errors import Problem
 from ....guidance.networks.stylegan2 import Generator
-from .. import assets, measure
+from .. import measure
 from ..assets import MiniWorld
 from ..claims.keeping import Row, Shelf, key_of
 from ..classifier import Classifier, judge

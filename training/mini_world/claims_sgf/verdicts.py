@@ -18,7 +18,6 @@ from torch import Generator, Tensor
 
 from ..claims.deciding import Decision, decide
 from ..claims.keeping import Row, columns
-from .points import Point
 from .recipes import BEYOND, DIRECTIONAL, GUIDED, GUIDED_BACK, LAYERS, RECIPES, RECONSTRUCTION, SGF
 from .sweep import Plan
 from .tasks import COLOURS, DARK, DOMAIN, INK, LONG, SEVEN, TASKS
