@@ -189,8 +189,10 @@ class TrainDomainUNet(io.ComfyNode):
             values = {**options, **{name: given[name] for name in ON_THE_NODE}, "base": base}
             config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)}).absolute()
             training.check_name(config)
-            config = config.with_changes(data=training.gather_data(";".join(image_folder), images, config.run_folder))
-            result, warnings = training.run(config, exported, resume, job)
+            folder = config.run_folder
+            with training.run_folder(folder):
+                config = config.with_changes(data=training.gather_data(";".join(image_folder), images, folder))
+                result, warnings = training.run(config, exported, resume, job)
             model = training.load_trained(config, given.get("model"))
         return run_outputs(cls, model, result, training.finished_file(config), warnings)
 

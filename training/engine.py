@@ -476,6 +476,14 @@ class Engine(ABC):
                 listener(event)
 
 
+def has_learned(folder: Path) -> bool:
+    """Whether the run in a folder ever finished a step, by its log and checkpoints."""
+    told = read_log(folder / LOG)
+    return bool(find_checkpoints(folder)) or any(
+        isinstance(event, (Step, Saved, Failed)) and event.step > 0 for event in told
+    )
+
+
 def clear_refused(folder: Path) -> None:
     """Delete what a run wrote into its folder before it was refused; what others put there stays."""
     for name in WRITTEN:

@@ -396,6 +396,23 @@ def job_folder(isolated: bool) -> Iterator[Path | None]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+@contextmanager
+def run_folder(folder: Path) -> Iterator[None]:
+    """Around a run and what is written into its folder for it: a run that is refused leaves no folder of its own."""
+    from ...training.engine import has_learned
+    from ...training.run_lock import locked
+
+    new = not folder.exists()
+    try:
+        yield
+    except Problem:
+        with suppress(Problem):  # somebody else is in there by now
+            if new and folder.is_dir() and not has_learned(folder):
+                with locked(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
 def free_memory() -> None:
     """Move ComfyUI's models out of the accelerator and give its memory back."""
     comfy.model_management.unload_all_models()

@@ -402,7 +402,7 @@ def test_what_is_missing_or_too_much_is_named(mini, train, pictures, world):
     ):
         with pytest.raises(ValueError, match=words):
             train(**inputs)
-    assert not list(world.tmp.rglob("outside*"))
+    assert not list(world.tmp.rglob("outside*")) and not (world.tmp / "output" / "domain_training").exists()
 
 
 def test_a_prediction_that_is_not_the_connected_models_is_refused(mini, train, pictures):
@@ -417,6 +417,10 @@ def test_a_failed_first_try_gives_no_claim_to_a_file(train, pictures, world):
     mine.parent.mkdir(parents=True, exist_ok=True)
     module("guidance.files.tensors").write_safetensors(mine, {"lora_unet.alpha": torch.ones(1)}, {})
     kept = mine.read_bytes()
+    with pytest.raises(ValueError):
+        train(images=[pictures], resume="continue")
+    assert not (world.tmp / "output" / "domain_training" / "made").exists()  # nor the images that were written for it
+    (world.tmp / "output" / "domain_training" / "made").mkdir(parents=True)
     with pytest.raises(ValueError):
         train(images=[pictures], resume="continue")
     assert (world.tmp / "output" / "domain_training" / "made").is_dir()

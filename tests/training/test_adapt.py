@@ -604,8 +604,8 @@ def test_a_refused_adaptation_leaves_no_folder(run, tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("t_schedule, schedule, moved", [
-    ("falling", "constant", ["the largest timestep was 10 and is 2"]),
-    ("annealed", "cosine", ["the learning rate was", "the largest timestep was 10 and is 2"]),
+    ("falling", "constant", ["the largest timestep was 10 and is 177"]),
+    ("annealed", "cosine", ["the learning rate was", "the largest timestep was 10 and is 177"]),
     ("uniform", "linear", ["the learning rate was"]),
     ("uniform", "constant", []),
 ])  # fmt: skip
