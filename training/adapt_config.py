@@ -132,7 +132,7 @@ class AdaptConfig(Settings):
                          max=1_000_000)
     clip: float = option(0.0, "optimisation", "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
     ema: float = option(0.99, "optimisation", "decay of the average of the weights that is sampled and exported, "
-                        "warmed up as (1+n)/(10+n); 0: no average", min=0.0, max=0.9999999)
+                        "warmed up as (1+n)/(10+n); 0: no average, as released", min=0.0, max=0.9999999)
     precision: str = option("auto", "optimisation", "of the diffusion model and its VAE (the generator stays fp32); "
                             "auto: bf16 on GPUs that have it, else fp32. In ComfyUI only with isolated: else the model "
                             "and the VAE stay as they were loaded", choices=("auto", "fp32", "bf16", "fp16"))

@@ -100,12 +100,16 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
 # ---- images to latents, with gradients --------------------------------------------------------------------------
 
 
-def gradient_encoder(vae: Any, model: ModelPatcher, device: torch.device, side_px: int) -> ImageEncoder:
+def gradient_encoder(
+    vae: Any, model: ModelPatcher, device: torch.device, side_px: int,
+    cancelled: Callable[[BaseException], None] | None = None,
+) -> ImageEncoder:  # fmt: skip
     """Images [B, 3 or 1, H, W], judged at `side_px` -> the MODEL's latents [B, C, h, w], float32, differentiable.
 
     The latent is the mean of the VAE's posterior, from a private copy of its encoder half: core's own `vae.encode`
     writes into another tensor, crops, and has a tiled fallback, and gradients get lost in all three. Half precision
     becomes float32, which small gradients (and SDXL's encoder) need; bf16 stays. Call it outside inference mode.
+    cancelled: told of a cancel, which then does not interrupt it (`to_the_end`).
     """
     stage = vae.first_stage_model
     encoder = copy.copy(stage)
@@ -122,7 +126,7 @@ def gradient_encoder(vae: Any, model: ModelPatcher, device: torch.device, side_p
         pixels = vae.process_input(images * 0.5 + 0.5)
         return process_in(encoder.encode(pixels.to(dtype)).float())
 
-    return ImageEncoder(encode, side_px)
+    return ImageEncoder(encode if cancelled is None else to_the_end(encode, cancelled), side_px)
 
 
 def _ordinary(module: nn.Module) -> nn.Module:
@@ -436,10 +440,8 @@ class CriticInputs:
 
         def with_models(predictions: Predictions) -> Outcome:
             with ordinary_weights(predictions.unet) if learns else contextlib.nullcontext():
-                encode = gradient_encoder(self.vae, self.model, predictions.device, side_px)
-                if cancelled is not None:
-                    predictions.cancelled = cancelled
-                    encode = ImageEncoder(to_the_end(encode.encode, cancelled), side_px)
+                encode = gradient_encoder(self.vae, self.model, predictions.device, side_px, cancelled)
+                predictions.cancelled = cancelled
                 return body(predictions.critic(schedule), encode)
 
         shape = latent_shape(self.vae, self.model, side_px, batch)

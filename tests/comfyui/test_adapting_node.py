@@ -303,8 +303,13 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
         if where == "critic":
             patch.setattr(critic.Predictions, "_denoise", interrupted(critic.Predictions._denoise))
         else:
-            made = critic.gradient_encoder
-            patch.setattr(critic, "gradient_encoder", lambda *args: interrupted(made(*args)))
+            make = critic.gradient_encoder
+
+            def made(*args):
+                encoder = make(*args)
+                return dataclasses.replace(encoder, encode=interrupted(encoder.encode))
+
+            patch.setattr(critic, "gradient_encoder", made)
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             adapt(name="parts", steps=4)
     events = log_of(world, "parts")
