@@ -7,6 +7,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..guidance.errors import printable
 from .comfy_internals import adapting, generators, training
 from .guiders import GuidanceTerms
 from .inputs import checked
@@ -78,7 +79,7 @@ class LoadGenerator(io.ComfyNode):
         generator, notes = generators.load_generator(generator_name)
         converted = [generators.convert_generator(generator)] if convert else []
         return io.NodeOutput(
-            generator, ui={"text": (generators.describe_generator(generator), *notes, *converted)}
+            generator, ui={"text": tuple(map(printable, (generators.describe_generator(generator), *notes, *converted)))}
         )
 
 
@@ -236,7 +237,8 @@ class AdaptGenerator(io.ComfyNode):
         from ..training.adapt_config import NEEDS_SOURCE, AdaptConfig
         from .comfy_internals.critic import CriticInputs
 
-        resume = training.one_of("resume", RESUME, resume)
+        names = {field.name for field in option_fields()}
+        options = training.given_options(options, names, "In-Domain Adapt Options")
         # What the method does not ask for neither costs an evaluation nor binds the run that goes on.
         source = source if values["method"] in NEEDS_SOURCE else None
         unwanted = unwanted if values["method"] == "nfsd" else None
@@ -246,10 +248,10 @@ class AdaptGenerator(io.ComfyNode):
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         with training.job_folder(isolated) as job:
             config = AdaptConfig.from_mapping(
-                {**(options or {}), **values, **adapting.places(values["name"], generator, critic, texts)}
+                {**options, **values, **adapting.places(values["name"], generator, critic, texts)}
             )
             adapting.check_name(config)
-            result, warnings = adapting.run(config, generator, critic, resume, job)
+            result, warnings = adapting.run(config, generator, critic, RESUME[resume], job)
         adapted, _ = generators.load_generator(f"{config.name}.safetensors")
         return run_outputs(cls, adapted, result, adapting.finished_file(config), warnings)
 
@@ -356,4 +358,4 @@ class SaveGenerator(io.ComfyNode):
     @checked()
     def execute(cls, generator, filename: str, file_dtype: str, replace: bool = False) -> io.NodeOutput:
         path = str(generators.save_generator(generator, generators.output_path(filename), file_dtype, replace))
-        return io.NodeOutput(path, ui={"text": (path,)})
+        return io.NodeOutput(path, ui={"text": (printable(path),)})

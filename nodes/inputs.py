@@ -10,20 +10,23 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from comfy_api.latest import io
 
-from ..guidance.errors import Problem
+from ..guidance.errors import Problem, printable
 
 LONGEST_TEXT = 100_000  # characters of one input
 LONGEST_LIST = 100_000  # values of one input of a node that takes lists
 MOST_SHOWN = 12  # choices
+LONGEST_FOREIGN = 20_000  # characters of a message that is not ours, such as torch's about memory
 
 
 def checked(*files: str) -> Callable[[Callable], Callable]:
     """Decorator for a node's `execute`: its widgets' values must be what the schema says, or a Problem is raised.
+
+    What it raises can be shown, with all that led to it, which core writes into its log.
 
     files: inputs that list files, whose choices change while ComfyUI runs; only that they are text is checked.
     """
@@ -36,11 +39,33 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
             bound = signature.bind(cls, *args, **kwargs).arguments
             more = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
             check_inputs(cls, {**bound, **bound.get(more, {})}, files)
-            return execute(cls, *args, **kwargs)
+            try:
+                return execute(cls, *args, **kwargs)
+            except Exception as error:
+                chain = list(_chain(error))
+                if all(map(_can_be_shown, chain)):
+                    raise
+                if _can_be_shown(error):
+                    raise error from None
+                raise Problem(f"{type(error).__name__}: {error}") from None
 
         return run
 
     return decorate
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and those that led to it, as Python shows them."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        yield error
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+
+
+def _can_be_shown(error: BaseException) -> bool:
+    text = str(error)
+    return len(text) <= LONGEST_FOREIGN and printable(text, len(text)) == text
 
 
 def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
@@ -54,7 +79,9 @@ def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tup
                 f"{schema.display_name}: expected at most {LONGEST_LIST:,} values of {one.id}, found {len(several):,}."
             )
         for value in several:
-            expected = None if value is None else _expected(one, value, one.id in files)
+            # What is left out stands for its default; nothing over a link does only where that may be left out.
+            left_out = value is None and (one.optional or one.id not in values)
+            expected = None if left_out else _expected(one, value, one.id in files)
             if expected is not None:
                 raise Problem(f"{schema.display_name}: expected {one.id} to be {expected}, found {value!r:.120}.")
 

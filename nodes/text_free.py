@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io, ui
 
+from ..guidance.errors import printable
 from .comfy_internals import export
 from .inputs import checked
 from .schema import TRAINING, schema
@@ -67,4 +68,4 @@ class TextFreeUNet(io.ComfyNode):
     def execute(cls, model, clip, form: str, filename: str, file_dtype: str, probe_size: int) -> io.NodeOutput:
         path = export.output_path(filename)
         made, report = export.make_text_free(model, clip, form, path, file_dtype, probe_size)
-        return io.NodeOutput(made, report, ui=ui.PreviewText(report))
+        return io.NodeOutput(made, report, ui=ui.PreviewText(printable(report, len(report) + 1)))

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from comfy_api.latest import io, ui
 
+from ..guidance.errors import printable
 from .comfy_internals import training
 from .inputs import checked
 from .schema import TRAINING, schema
@@ -21,7 +22,7 @@ TrainingOptions = io.Custom("INDOMAIN_TRAINING_OPTIONS")
 
 # On the training node itself; where files go and what to compute on is ComfyUI's to say; everything else is an option.
 ON_THE_NODE = ("name", "form", "steps", "batch_size", "learning_rate", "resolution", "sample_every", "seed")
-DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device")
+DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device", "cache", "within")
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = (
     "caption", "train", "rank", "gradient_checkpointing", "flip", "optimizer", "schedule", "ema", "sample_prompts",
@@ -90,7 +91,7 @@ def run_outputs(
     preview = ui.PreviewImage(shown, cls=node).as_dict() if shown else {}
     return io.NodeOutput(
         made, training.or_blocked(grid), training.or_blocked(plot), str(path),
-        ui={**preview, "text": (str(path), *warnings)},
+        ui={**preview, "text": tuple(map(printable, (path, *warnings)))},
     )
 
 
@@ -123,7 +124,8 @@ class TrainDomainUNet(io.ComfyNode):
                 io.String.Input(
                     "image_folder", default="",
                     tooltip="Folder of images, searched recursively: a full path, or a folder in ComfyUI's input folder. "
-                    ".tar shards work too; several are divided by ;. Leave it empty to train on the images input.",
+                    ".tar shards work too; several are divided by ;. Leave it empty to train on the images input. On a "
+                    "server that others reach: in the input folder, or where its owner allows (see the help page).",
                 ),
                 config_input(fields["form"]),
                 config_input(fields["steps"]),
@@ -178,21 +180,20 @@ class TrainDomainUNet(io.ComfyNode):
     def execute(cls, image_folder: list[str], images: list | None = None, **lists: list) -> io.NodeOutput:
         from ..training.config import TrainConfig
 
-        given = {name: values[0] for name, values in lists.items()}
-        options = given.get("options") or {}
-        resume = training.one_of("resume", RESUME, given["resume"])
+        given = {name: values[0] if values else None for name, values in lists.items()}
+        names = {field.name for field in option_fields()}
+        options = training.given_options(given.get("options"), names, "In-Domain Training Options")
+        connected = [given.get(name) for name in ("model", "clip", "vae")]
+        base = training.base_name(*connected, given["checkpoint"])
+        values = {**options, **{name: given[name] for name in ON_THE_NODE}, "base": base}
+        config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)}).absolute()
+        training.check_name(config)
+        folders = training.check_data(";".join(image_folder), images)
         with training.ordinary_tensors(), training.job_folder(given["isolated"]) as job:
-            prompts = [*options.get("sample_prompts", ()), options.get("caption", "")]
-            connected = (given.get(name) for name in ("model", "clip", "vae"))
-            prediction = options.get("prediction", "auto")
-            base, exported = training.prepare(*connected, given["checkpoint"], prompts, prediction, job)
-            values = {**options, **{name: given[name] for name in ON_THE_NODE}, "base": base}
-            config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)}).absolute()
-            training.check_name(config)
-            folder = config.run_folder
-            with training.run_folder(folder):
-                config = config.with_changes(data=training.gather_data(";".join(image_folder), images, folder))
-                result, warnings = training.run(config, exported, resume, job)
+            exported = training.prepare(*connected, config, job)
+            with training.run_folder(config.run_folder):
+                config = config.with_changes(**training.data_of(folders, images, config.run_folder))
+                result, warnings = training.run(config, exported, RESUME[given["resume"]], job)
             model = training.load_trained(config, given.get("model"))
         return run_outputs(cls, model, result, training.finished_file(config), warnings)
 

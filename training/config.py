@@ -76,6 +76,8 @@ class TrainConfig(Settings):
                             choices=("sample", "mean"))
     cache: str = option("", "data", "folder of cached latents, shared between runs; empty: in the user's cache folder",
                         path=True, free=True)
+    within: tuple[str, ...] = option((), "data", "folders outside of which no image is read, wherever links and patterns "
+                                     "lead; none: no bounds", path=True, free=True)
     caching_batch: int = option(8, "data", "images the VAE encodes at once while filling the cache, on a GPU; of more "
                                 "than 512 x 512 pixels fewer, as their area says; on the CPU always one, so that a "
                                 "latent depends on its image alone", min=1, max=256,
@@ -121,8 +123,8 @@ class TrainConfig(Settings):
                                    free=True)
     sample_every: int = option(250, "reporting", "steps between sample grids, drawn with multi-guidance against the "
                                "prior, the first at step 0; 0: none", min=0, max=10_000_000, free=True)
-    sample_prompts: tuple[str, ...] = option((), "reporting", "prompts of the sample grid, a row each; none: the "
-                                             "domain model alone", free=True)
+    sample_prompts: tuple[str, ...] = option((), "reporting", "prompts of the sample grid, a row each, at most 64; "
+                                             "none: the domain model alone", free=True, max=64)
     sample_count: int = option(4, "reporting", "images per row of the grid, each with its own fixed seed", min=1,
                                max=64, free=True)
     sample_steps: int = option(20, "reporting", "sampling steps of the grid", min=1, max=1000, free=True)

@@ -176,6 +176,8 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
         value = (value,) if isinstance(value, (str, os.PathLike)) else value
         if not isinstance(value, (list, tuple)) or not all(isinstance(part, (str, os.PathLike)) for part in value):
             raise ConfigProblem(f"{one.name}: expected a list of strings, found {_shown(value)}.")
+        if len(value) > limits.get("max", len(value)):
+            raise ConfigProblem(f"{one.name}: expected at most {limits['max']}, found {len(value)}; leave some out.")
         return tuple(_checked_text(one, os.fsdecode(part)) for part in value)
     if kind is str:
         if not isinstance(value, (str, os.PathLike)):

@@ -130,11 +130,14 @@ class _Run(Engine):
         for one in config.data:
             # Nothing there, or somebody asked to stop: told when images are looked for.
             with suppress(DataProblem, Cancelled):
-                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one, Watch(self.should_stop))):
+                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one, self._watch())):
                     raise ConfigProblem(
                         f"output: expected a folder of the run's own, found {self.folder}, the folder of images, which "
                         "would learn its own sample grids; choose another output."
                     )
+
+    def _watch(self) -> Watch:
+        return Watch(self.should_stop, self.config.within or None)
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
         super()._resolve(state)
@@ -209,7 +212,7 @@ class _Run(Engine):
             config, left = self.config, max(1, self.config.steps - step)
             count = 0
             with suppress(Cancelled):
-                count = len(find_images(self.config.data, Watch(self.should_stop))) if self.config.data else 0
+                count = len(find_images(self.config.data, self._watch())) if self.config.data else 0
             given = [images] if isinstance(images, Tensor) else images or ()
             count += sum(len(one) if one.ndim == 4 else 1 for one in given)
             needs = estimate(

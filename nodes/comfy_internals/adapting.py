@@ -115,7 +115,7 @@ def places(
         "prompt": connected("positive"),
         "negative": negative,
         "source_prompt": connected("source"),
-        **domain,
+        "domain": "", **domain, "vae": "", "tokenizer": "",
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / name),
         "export_to": str(generator_folder()),
         "device": str(comfy.model_management.get_torch_device()),

@@ -11,8 +11,9 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +29,10 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...guidance.errors import Problem
+from ...guidance.errors import Problem, printable
 from ...guidance.files import FileProblem, read_keys
 from ...guidance.null_text import POOLED_TEXT_ADM
+from .allowed_folders import allowed_folders, check_allowed
 from .export import (
     encode_empty_prompt,
     exported_config,
@@ -53,8 +55,11 @@ CONNECTED, MINI_WORLD = "connected", "mini_world"
 MINI_WORLD_DOMAINS = ("handwriting", "narrow")
 RUNS = "domain_training"
 PREVIEW_PX = 1024
+LATENTS = "indomain_guidance"  # folder in ComfyUI's user folder, which its clients cannot read
+MOST_LOOKED_FOR_CHANGES = 250_000  # files and folders, some seconds on a disk
 # Often enough to read along, seldom enough to cost nothing.
 TEXT_EVERY_S = 0.25
+MOST_OF_A_TEXT = 2000  # characters that a node shows
 
 
 # ---- the prior --------------------------------------------------------------------------------------------------
@@ -140,11 +145,14 @@ def export_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str,
 def resolve_data(text: str) -> tuple[str, ...]:
     """The folder input's parts, divided by ";" or lines, as paths; relative ones are looked up in ComfyUI's input folder.
 
-    Raises FileProblem for a path that is not there. Shards with braces are left to the trainer.
+    Raises FileProblem for a path that is not there or that no prompt may name. Patterns are left to the trainer.
     """
-    paths = []
-    for path in _paths(text):
-        if "{" not in path and not os.path.exists(path):
+    from ...training.data.patterns import as_on_disk
+    from ...training.data.walking import Watch
+
+    paths, allowed = [], allowed_folders()
+    for path in _paths(text, allowed):
+        if not has_magic(path) and "{" not in path and not os.path.lexists(as_on_disk(path, Watch(within=allowed))):
             raise FileProblem(
                 f"{NODE}: expected a folder of images, found nothing at {path}; give a full path, or the name of a folder "
                 "in ComfyUI's input folder."
@@ -153,26 +161,28 @@ def resolve_data(text: str) -> tuple[str, ...]:
     return tuple(paths)
 
 
-def _paths(text: str) -> list[str]:
+def _paths(text: str, allowed: Sequence[str] | None) -> list[str]:
     parts = (part.strip().strip('"') for part in text.replace("\n", ";").split(";"))
-    # An absolute path stays as it is when it is joined.
-    return [os.path.join(folder_paths.get_input_directory(), os.path.expanduser(part)) for part in parts if part]
+    return [check_allowed(part, NODE, allowed) for part in parts if part]
 
 
-def data_fingerprint(text: str) -> str:
-    """Changes when an image in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs."""
+def data_fingerprint(text: str) -> str | float:
+    """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs.
+
+    Not a number, which equals nothing, where too much lies there to look at, or what is named cannot be trained on: the
+    run finds out. ComfyUI asks before it executes anything.
+    """
     from ...training.data.sources import fingerprint
     from ...training.data.walking import Cancelled, Watch
 
-    # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node.
-    watch, digests = Watch(comfy.model_management.processing_interrupted), []
-    with suppress(Cancelled):
-        for path in _paths(text):
-            # What does not exist is an error of the run, not of the question whether it would differ.
-            with suppress(ValueError):
-                digests.append(fingerprint([path], watch))
-        return hashlib.sha256("\n".join(digests).encode()).hexdigest()
-    return ""
+    try:
+        allowed = allowed_folders()
+        watch = Watch(comfy.model_management.processing_interrupted, allowed, most=MOST_LOOKED_FOR_CHANGES)
+        return fingerprint(_paths(text, allowed), watch)
+    except Cancelled:  # ComfyUI would take an exception here for a node without fingerprint; it cancels before the node
+        return ""
+    except Problem:
+        return float("nan")
 
 
 def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
@@ -182,7 +192,7 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
     """
     pictures, names = [], []
     for batch in batches:
-        for image in batch:
+        for image in uncancelled(batch):
             image = image.detach().float().cpu()
             if not bool(image.isfinite().all()):
                 raise Problem(f"{NODE}: expected finite images, found NaN; check the node that makes them.")
@@ -202,21 +212,43 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
     return folder
 
 
-def gather_data(text: str, images: Sequence[Tensor] | None, run: Path) -> tuple[str, ...]:
-    """The images to train on, as folders: those named in `text`, or IMAGE batches written into the run's folder.
+def uncancelled(values: Iterable[Any]) -> Iterator[Any]:
+    """The values one by one, as long as nobody cancels; then it ends as ComfyUI's other nodes end."""
+    for value in values:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        yield value
 
-    Raises ValueError when there are neither or both.
+
+def check_data(text: str, images: Sequence[Tensor] | None) -> tuple[str, ...]:
+    """The folders that `text` names; none where there are images instead.
+
+    Raises Problem when there are neither or both, and for folders that are not there or that no prompt may name.
     """
     folders = resolve_data(text)
     if folders and images:
         raise Problem(
             f"{NODE}: expected an image folder or the images input, found both; empty the one or disconnect the other."
         )
-    if images:
-        return (str(write_images(images, run)),)
-    if not folders:
+    if not folders and not images:
         raise Problem(f"{NODE}: expected images to train on, found none; name an image folder or connect images.")
     return folders
+
+
+def data_of(folders: Sequence[str], images: Sequence[Tensor] | None, run: Path) -> dict[str, Any]:
+    """Where the images to train on lie, in the words of a configuration; IMAGE batches are written into the run's folder."""
+    if images:
+        return {"data": (str(write_images(images, run)),), "within": ()}
+    return {"data": tuple(folders), "within": allowed_folders() or ()}
+
+
+def given_options(options: Any, known: Collection[str], node: str) -> dict[str, Any]:
+    """What an options node hands over. Raises Problem for anything else, which a prompt may hold in its place."""
+    if options is None:
+        return {}
+    wrong = [repr(options)] if not isinstance(options, Mapping) else [repr(name) for name in options if name not in known]
+    if wrong:
+        raise Problem(f"options: expected what {node} gives, found {wrong[0]:.80}; connect {node}, or nothing.")
+    return dict(options)
 
 
 def places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,9 +259,15 @@ def places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         folder = Path(folder_paths.get_folder_paths("loras")[0])
     return {
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / name), "export_to": str(folder),
+        "cache": str(latents_folder()), "vae": "",
         "tokenizer": str(Path(comfy.sd1_clip.__file__).with_name("sd1_tokenizer")),
         "device": str(comfy.model_management.get_torch_device()),
     }  # fmt: skip
+
+
+def latents_folder() -> Path:
+    """Where encoded images are kept, for all runs: no prompt says where."""
+    return Path(folder_paths.get_system_user_directory(LATENTS)) / "latents"
 
 
 def finished_file(config: TrainConfig) -> Path:
@@ -272,7 +310,7 @@ def weights_digest(path: Path) -> bytes:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))
-        while chunk := file.read(1 << 22):
+        for chunk in uncancelled(iter(lambda: file.read(1 << 22), b"")):
             digest.update(chunk)
     return digest.digest()
 
@@ -342,7 +380,7 @@ class Progress:
 
         server = getattr(PromptServer, "instance", None)
         if server is not None:
-            server.send_progress_text(text, self._node_id)
+            server.send_progress_text(printable(text, MOST_OF_A_TEXT), self._node_id)
 
     def _update(self, value: int, total: int, preview: tuple | None = None) -> None:
         try:
@@ -478,14 +516,10 @@ def finish_run(
     return result, progress.warnings
 
 
-def prepare(
-    model, clip, vae, checkpoint: str, prompts: Sequence[str], prediction: str = "auto", job: Path | None = None
-) -> tuple[str, ExportedBase | Path | None]:
-    """(the configuration's base, the exported prior or None for one that is opened from its file).
+def base_name(model, clip, vae, checkpoint: str) -> str:
+    """The configuration's base: a checkpoint's file, or that the prior is connected.
 
-    job: folder of a training process, into which the prior is written at once, so that no copy of it stays in this
-    process's memory. Raises ValueError when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both, and
-    for a prediction that is not the connected MODEL's.
+    Raises Problem when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both.
     """
     connected = {"model": model, "clip": clip, "vae": vae}
     missing = [name for name, value in connected.items() if value is None]
@@ -496,24 +530,35 @@ def prepare(
                 f"{', '.join(name for name in connected if name not in missing)}); set checkpoint to '{CONNECTED}' or "
                 "disconnect them."
             )
-        return find_checkpoint(checkpoint), None
+        return find_checkpoint(checkpoint)
     from ...training.config import CONNECTED_BASE
-    from ...training.isolated import BASE
 
     if missing:
         raise Problem(
             f"{NODE}: expected a prior, found no {', no '.join(missing)}; connect model, clip and vae, or choose a "
             "checkpoint."
         )
-    base = export_base(model, clip, vae, prompts)
+    return f"{CONNECTED_BASE} {type(model.model.model_config).__name__}"
+
+
+def prepare(model, clip, vae, config: TrainConfig, job: Path | None = None) -> ExportedBase | Path | None:
+    """The connected prior, exported; None where the base is opened from its file.
+
+    job: folder of a training process, into which the prior is written at once, so that no copy of it stays in this
+    process's memory. Raises Problem for a prediction that is not the connected MODEL's.
+    """
+    from ...training.isolated import BASE
+
+    if model is None:
+        return None
+    base = export_base(model, clip, vae, [*config.sample_prompts, config.caption])
     said = f"{base.prediction_type}_zero_snr" if base.zero_snr else base.prediction_type
-    if prediction not in ("auto", said):
+    if config.prediction not in ("auto", said):
         raise Problem(
-            f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {prediction}; set it on "
-            "the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
+            f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {config.prediction}; set "
+            "it on the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
         )
-    name = f"{CONNECTED_BASE} {type(model.model.model_config).__name__}"
-    return name, base if job is None else base.write(job / BASE)
+    return base if job is None else base.write(job / BASE)
 
 
 def load_trained(config: TrainConfig, model):
@@ -533,19 +578,11 @@ def or_blocked(value: Any) -> Any:
     return ExecutionBlocker(None) if value is None else value
 
 
-def one_of(name: str, choices: Mapping[str, Any], value: str) -> Any:
-    """The meaning of a combo's value, which ComfyUI does not check. Raises ValueError for others."""
-    if value not in choices:
-        raise Problem(f"Expected {name} to be one of {', '.join(choices)}, found {value!r}.")
-    return choices[value]
-
-
 def mini_world_images(domain: str, count: int, seed: int) -> tuple[Path, Tensor]:
     """Handwriting in the colours of a mini world's domain: (folder in ComfyUI's input folder, IMAGE batch)."""
     from ...training.mini_world.pictures import export_pictures
 
-    domain = one_of("domain", {name: name for name in MINI_WORLD_DOMAINS}, domain)
     folder = Path(folder_paths.get_input_directory()) / "mini_world" / f"{domain}-{count}-seed-{seed}"
     progress = comfy.utils.ProgressBar(count)
     paths = export_pictures(folder, domain, count, seed, progress.update_absolute)
-    return folder, torch.cat([load_image(path) for path in paths])
+    return folder, torch.cat([load_image(path) for path in uncancelled(paths)])

@@ -40,7 +40,7 @@ def world(comfyui, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
     loading.register_domain_unet_folder()
-    for kind in ("input", "output", "temp"):
+    for kind in ("input", "output", "temp", "user"):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     return SimpleNamespace(
@@ -54,7 +54,7 @@ def train(world):
     """Runs the node on the mini world: a few steps, few images, no previews unless asked."""
 
     def run(**inputs):
-        options = {"cache": str(world.tmp / "cache"), "held_out_share": 0.0, "validate_every": 0, "warmup": 0,
+        options = {"held_out_share": 0.0, "validate_every": 0, "warmup": 0,
                    **inputs.pop("options", {})}  # fmt: skip
         values = {
             "name": "made", "checkpoint": "mini_world", "image_folder": "", "form": "cached", "steps": 3,
@@ -263,11 +263,23 @@ def test_what_is_shown_of_a_cancelled_run_says_what_was_saved_and_where(world):
     assert describe(Stopped(7, "/runs/x/step-7")) == shown
 
 
-def test_home_is_found_in_the_options(world, train, pictures, monkeypatch):
-    monkeypatch.setenv("HOME", str(world.tmp))
-    monkeypatch.setenv("USERPROFILE", str(world.tmp))
-    train(images=[pictures], steps=1, options={"cache": "~/latents"})
-    assert any((world.tmp / "latents").rglob("*.safetensors"))
+def test_latents_lie_where_no_prompt_says_and_no_client_reads(world, train, pictures):
+    train(images=[pictures], steps=1)
+    assert any((world.tmp / "user" / "__indomain_guidance" / "latents").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["cache", "vae", "tokenizer", "output", "export_to", "data", "base", "within", "device"])
+def test_a_prompt_cannot_put_paths_where_the_options_node_is_connected(world, train, pictures, name):
+    there = world.tmp / "elsewhere"
+    with pytest.raises(ValueError, match=f"expected what In-Domain Training Options gives, found '{name}'"):
+        train(images=[pictures], steps=1, options={name: str(there)})
+    assert not there.exists() and not any((world.tmp / "output").rglob("*"))
+
+
+@pytest.mark.parametrize("options", ["text", 7, ["a"], True])
+def test_only_options_are_options(world, train, pictures, options):
+    with pytest.raises(ValueError, match="connect In-Domain Training Options, or nothing"):
+        world.internals.given_options(options, (), "In-Domain Training Options")
 
 
 def test_the_cache_of_node_outputs_notices_new_shards(comfyui, world):

@@ -281,7 +281,7 @@ def open_dataset(
     warn = callbacks.get("warn") or log_warning
     if config.data or not entries:
         try:
-            found = search(config.data, Watch(callbacks.get("should_stop")))
+            found = search(config.data, Watch(callbacks.get("should_stop"), config.within or None))
         except Cancelled:
             raise CachingStopped(0, 0) from None
         if not found.entries:

@@ -33,12 +33,14 @@ class Cancelled(Exception):
 class Watch:
     """What every long search is given: whom to ask whether to stop, and where it may go.
 
-    within: folders outside of which nothing is opened, whatever links and patterns say; None: no bounds.
+    within: folders outside of which nothing is opened, whatever links and patterns say; None: no bounds. most: files and
+    folders that it looks at before it gives up.
     """
 
     should_stop: Callable[[], bool] | None = None
     within: Sequence[str | os.PathLike] | None = None
     looked: int = 0
+    most: int = MOST_LOOKED
 
     def __post_init__(self) -> None:
         if self.within is not None:
@@ -49,9 +51,9 @@ class Watch:
         if self.looked % LOOKS == 0 and self.should_stop is not None and self.should_stop():
             raise Cancelled
         self.looked += 1
-        if self.looked > MOST_LOOKED:
+        if self.looked > self.most:
             raise DataProblem(
-                f"Expected at most {MOST_LOOKED:,} files and folders to look at, found more; name folders closer to the "
+                f"Expected at most {self.most:,} files and folders to look at, found more; name folders closer to the "
                 "images."
             )
 

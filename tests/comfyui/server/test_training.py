@@ -23,15 +23,14 @@ NAMES = (f"run_{number}" for number in itertools.count())
 
 
 @pytest.fixture
-def prompt(handwriting, tmp_path_factory):
+def prompt(handwriting):
     """Makes prompts of the training node alone, and its options."""
 
     def make(options: dict | None = None, **inputs) -> dict:
-        cache = handwriting.parent / "latents"
         return {
             "options": {
                 "class_type": "InDomainTrainingOptions",
-                "inputs": {"cache": str(cache), "warmup": 0, "sample_count": 2, "sample_steps": 2, "log_every": 1,
+                "inputs": {"warmup": 0, "sample_count": 2, "sample_steps": 2, "log_every": 1,
                            "held_out_share": 0.0, **(options or {})},
             },
             "train": {

@@ -65,7 +65,7 @@ def test_the_systems_own_folders_are_not_walked(tmp_path):
     assert search(["/proc/self"]).ignored == {"folders of the system": 1}
 
 
-def test_a_walk_can_be_stopped_and_has_an_end(tmp_path, monkeypatch):
+def test_a_walk_can_be_stopped_and_has_an_end(tmp_path):
     for number in range(300):
         touch(tmp_path / f"{number // 100}" / f"{number}.png")
     asked = []
@@ -74,9 +74,8 @@ def test_a_walk_can_be_stopped_and_has_an_end(tmp_path, monkeypatch):
     assert len(asked) == 3
     with pytest.raises(Cancelled):
         fingerprint([tmp_path], Watch(lambda: True))
-    monkeypatch.setattr(module, "MOST_LOOKED", 200)
     with pytest.raises(DataProblem, match="at most 200 files and folders to look at"):
-        search([tmp_path])
+        search([tmp_path], Watch(most=200))
 
 
 def test_a_walk_goes_in_the_order_of_names(tmp_path):
