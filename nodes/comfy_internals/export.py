@@ -9,7 +9,6 @@ from pathlib import Path
 import comfy.lora
 import comfy.model_management
 import comfy.model_sampling
-import comfy.utils
 import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
@@ -35,6 +34,7 @@ from ...guidance.null_text import (
 )
 from . import domain_info
 from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet, model_path
+from .progress import ProgressBar
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
@@ -116,7 +116,7 @@ def exported_state_dict(model, dtype: torch.dtype) -> dict[str, Tensor]:
     """The UNet's weights on the CPU in `dtype`, LDM keys, quantisation undone, weight patches baked in at fp32."""
     weights = {}
     entries = model.get_key_patches(PREFIX)
-    progress = comfy.utils.ProgressBar(len(entries))
+    progress = ProgressBar(len(entries))
     for key, (base, *patches) in entries.items():
         progress.update(1)
         if key.endswith(QUANTISATION_KEYS):
@@ -230,7 +230,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     if form == "constant":
         denoiser = Denoiser(prior, NoiseSchedule.scaled_linear(zero_snr=zero_snr), prediction_type)
         side = probe_side_px // 8
-        progress = comfy.utils.ProgressBar(2 * 20 + 2 * 8)
+        progress = ProgressBar(2 * 20 + 2 * 8)
         probes, unseen = (
             collect_probes(
                 denoiser, context.tensor, (1, config.in_channels, side, side), y=y, seed=seed, device=prior.device,

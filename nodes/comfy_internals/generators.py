@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
-import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor
@@ -23,6 +22,7 @@ from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from .loading import model_path, ordinary_tensors, own_model_folder, register_model_folder
+from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
@@ -248,7 +248,7 @@ def draw(
     done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
     if noise == "random":
         at_once = 1  # each image's from its own seed, however many are drawn
-    progress = comfy.utils.ProgressBar(count)
+    progress = ProgressBar(count)
     try:
         with ordinary_tensors(), on_device(generator) as device:
             images = torch.empty(count, config.resolution, config.resolution, 3)

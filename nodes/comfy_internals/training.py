@@ -42,6 +42,7 @@ from .export import (
     is_untrained,
 )
 from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
+from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ...training.adapt_config import AdaptConfig
@@ -201,7 +202,7 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
             names.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24])
     folder = folder / f"images-{hashlib.sha256(''.join(sorted(names)).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
-    progress = comfy.utils.ProgressBar(len(pictures))
+    progress = ProgressBar(len(pictures))
     for name, pixels in zip(names, pictures):
         path = folder / f"{name}.png"
         if not path.exists():
@@ -583,6 +584,6 @@ def mini_world_images(domain: str, count: int, seed: int) -> tuple[Path, Tensor]
     from ...training.mini_world.pictures import export_pictures
 
     folder = Path(folder_paths.get_input_directory()) / "mini_world" / f"{domain}-{count}-seed-{seed}"
-    progress = comfy.utils.ProgressBar(count)
+    progress = ProgressBar(count)
     paths = export_pictures(folder, domain, count, seed, progress.update_absolute)
     return folder, torch.cat([load_image(path) for path in uncancelled(paths)])

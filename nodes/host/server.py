@@ -206,7 +206,7 @@ class ComfyServer:
 
     def _port_was_taken(self) -> bool:
         log = self.log_tail(400).lower()
-        return any(sign in log for sign in ("address already in use", "errno 98", "errno 48", "10048", "10013"))
+        return any(sign in log for sign in ("already in use", "errno 98", "errno 48", "10048", "10013"))
 
     # ------------------------------------------------------------------------------------------------ looking
 

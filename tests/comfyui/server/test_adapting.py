@@ -124,13 +124,14 @@ def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, promp
     server.client.run(whole)
 
     def interrupt(kind: str, data: dict) -> None:
-        if kind == "progress" and data["max"] == 12 and data["value"] == 3:
+        # Newer versions tell of a few steps a second only.
+        if kind == "progress" and data["max"] == 12 and 1 <= data["value"] < 12:
             server.client.interrupt()
 
     with pytest.raises(ExecutionInterrupted):
         server.client.run(parts, on_event=interrupt)
     (stopped,) = events_of(run_of(parts), "Stopped")
-    assert 3 <= stopped.step < 12 and not made_by(parts).exists()
+    assert 1 <= stopped.step < 12 and not made_by(parts).exists()
     server.client.run(parts)
     assert [event.step for event in events_of(run_of(parts), "Started")] == [0, stopped.step]
     assert same_weights(made_by(parts), made_by(whole))
@@ -196,7 +197,10 @@ def test_wrong_and_hostile_files(server, folder, tmp_path):
     assert "hostile.pkl" in load("hostile.pkl") and not (tmp_path / "ran").exists()
     assert "words.pt: expected" in load("words.pt")
     assert "cut.safetensors" in load("cut.safetensors")
-    assert "pick it from the list" in load("absent.pkl")
+    # Newer versions refuse what is not listed before anything runs.
+    graph = {"load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": "absent.pkl", "convert": True}}}
+    with pytest.raises((ExecutionFailed, PromptRejected), match="pick it from the list|Value not in list"):
+        server.client.run(graph)
 
 
 def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):

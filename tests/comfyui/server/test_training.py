@@ -129,13 +129,14 @@ def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, promp
     server.client.run(whole)
 
     def interrupt(kind: str, data: dict) -> None:
-        if kind == "progress" and data["max"] == 12 and data["value"] == 3:
+        # Newer versions tell of a few steps a second only.
+        if kind == "progress" and data["max"] == 12 and 1 <= data["value"] < 12:
             server.client.interrupt()
 
     with pytest.raises(ExecutionInterrupted):
         server.client.run(parts, on_event=interrupt)
     (stopped,) = events_of(run_of(parts), "Stopped")
-    assert 3 <= stopped.step < 12 and not made_by(parts).exists()
+    assert 1 <= stopped.step < 12 and not made_by(parts).exists()
     assert [path.name for path in (run_of(parts) / "checkpoints").glob("*.ckpt")] == [f"step-{stopped.step:06d}.ckpt"]
     server.client.run(parts)
     assert [event.step for event in events_of(run_of(parts), "Started")] == [0, stopped.step]
@@ -281,7 +282,9 @@ def test_a_batch_larger_than_the_folder_is_filled_from_its_start(server, prompt,
 
 def test_other_refusals_name_what_to_do(server, prompt, handwriting):
     assert "nothing at" in message_of(server, prompt(image_folder="not_there"))
-    assert "absent.safetensors" in message_of(server, prompt(checkpoint="absent.safetensors"))
+    # Newer versions refuse what is not listed before anything runs.
+    with pytest.raises((ExecutionFailed, PromptRejected), match="absent.safetensors"):
+        server.client.run(prompt(checkpoint="absent.safetensors"))
     assert "no model, no clip, no vae" in message_of(server, prompt(checkpoint="connected"))
     assert "expected a checkpoint to go on from, found none" in message_of(server, prompt(resume="continue"))
     graph = prompt(sample_every=0, steps=1)
