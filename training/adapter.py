@@ -354,6 +354,11 @@ def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -
             f"generator: expected one that makes colour or grey images, found {about.img_channels} channels (EG3D's "
             "planes?); use a generator of images."
         )
+    if about.height != about.width:
+        raise ConfigProblem(
+            f"generator: expected one of square images, as the critic is shown them, found {about.width} x "
+            f"{about.height} px; others can be drawn and blended but not adapted."
+        )
     if config.label >= 0 and config.label >= about.c_dim:
         found = f"{about.c_dim} classes" if about.c_dim else "an unconditional one"
         raise ConfigProblem(
@@ -423,9 +428,9 @@ def generator_hash(generator: Generator) -> str:
 
 
 def fixed_picture(generator: Generator, device: torch.device | str) -> Tensor:
-    """A picture [1, 3, R, R] of colour ramps in -1..1, at the generator's resolution."""
-    line = torch.linspace(-1, 1, generator.config.resolution, device=device)
-    across, down = torch.meshgrid(line, line, indexing="xy")
+    """A picture [1, 3, H, W] of colour ramps in -1..1, of the generator's size."""
+    sides = (generator.config.width, generator.config.height)
+    across, down = torch.meshgrid(*(torch.linspace(-1, 1, side, device=device) for side in sides), indexing="xy")
     return torch.stack([across, down, -across * down])[None]
 
 

@@ -81,7 +81,7 @@ def _run_generator(options: argparse.Namespace, path: str, console: Console) -> 
         with torch.no_grad():
             pixels = generator(z, c, options.truncation)[0].expand(3, -1, -1).cpu()
         about = {"generator": name, "seed": seed, "truncation": options.truncation, "label": label}
-        about |= {"width": config.resolution, "height": config.resolution}
+        about |= {"width": config.width, "height": config.height}
         target = Path(options.output) / f"{slug(Path(path).stem)}-{seed}.png"
         target = save(Drawn("", seed, pixels, 0.0), target, about)
         console.count("drawing", number + 1, options.count)

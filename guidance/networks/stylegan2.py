@@ -31,6 +31,7 @@ ACTIVATION_GAIN = math.sqrt(2.0)  # keeps the second moment through a leaky ReLU
 EPSILON = 1e-8
 MEAN_MOMENTUM = 0.998
 MAX_TAPS = 64  # of a resampling filter, which is squared; the published one has 4
+FILTER_TOLERANCE = 1e-3  # relative to the largest tap: what half precision leaves of one
 MEAN_SAMPLES_AT_ONCE = 1000
 MEAN_NUMBERS_AT_ONCE = 2**24  # of a layer; fewer samples are taken at once where it is wider than any published one
 
@@ -40,12 +41,15 @@ class GeneratorConfig:
     """The architecture of one StyleGAN2 generator; `generator_config_from_state_dict` reads it from weights.
 
     `resolution` is a power of two, 4 or more; `channels` lists the width of every block: 4, 8, ... `resolution` pixels.
+    `first_size`: height and width of the first block's features; 4 x 4 in square networks, from which every block is
+    named. Others begin with 4 x 2 and the like, and end with `height` x `width` pixels.
     `z_dim`, `w_dim`, `c_dim`: width of the latent, of the style space and of the label (0: unconditional).
     `mapping_layers` layers lead from z to w over `mapping_dim` features; labels are embedded into `embed_dim` (None for
     either: `w_dim`). `mapping_lr_multiplier` scales the mapping's weights at run time (their stored values are 1 / it).
     `architecture`: "skip" sums one image per block, "resnet" has residual blocks, "orig" neither; the last two make
     the image in the last block only. `conv_clamp` bounds activations to +- its value (None: unbounded; 256 in
-    networks trained in half precision). `resample_filter`: taps of the separable upsampling filter, any scale.
+    networks trained in half precision). `resample_filter`: taps of the separable upsampling filter, any scale and any
+    count, symmetric or not; `image_filter`: those of the sum of images, where they are others (None: the same).
     `use_noise`: whether layers have noise inputs.
     """
 
@@ -63,6 +67,8 @@ class GeneratorConfig:
     conv_clamp: float | None = None
     resample_filter: tuple[float, ...] = (1.0, 3.0, 3.0, 1.0)
     use_noise: bool = True
+    first_size: tuple[int, int] = (4, 4)
+    image_filter: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("z_dim", 1), ("c_dim", 0), ("w_dim", 1), ("img_channels", 1), ("mapping_layers", 1)):
@@ -91,21 +97,40 @@ class GeneratorConfig:
             if not (optional and value is None) and not (_is_number(value) and value > 0):
                 raise Problem(f"Generator configuration: {name} must be a positive number, got {value!r}.")
             object.__setattr__(self, name, None if value is None else float(value))
-        taps = self.resample_filter
-        if isinstance(taps, (list, tuple)) and len(taps) > MAX_TAPS:
-            raise Problem(
-                f"Generator configuration: resample_filter must have at most {MAX_TAPS} taps, got {len(taps)}."
-            )
-        if not isinstance(taps, (list, tuple)) or not taps or not all(map(_is_number, taps)) or not sum(taps):
-            raise Problem(f"Generator configuration: resample_filter must be taps with a sum, got {taps!r}.")
-        object.__setattr__(self, "resample_filter", tuple(map(float, taps)))
+        for name in ("resample_filter", "image_filter"):
+            taps = getattr(self, name)
+            if name == "image_filter" and taps is None:
+                continue
+            if isinstance(taps, (list, tuple)) and len(taps) > MAX_TAPS:
+                raise Problem(f"Generator configuration: {name} must have at most {MAX_TAPS} taps, got {len(taps)}.")
+            if not isinstance(taps, (list, tuple)) or not taps or not all(map(_is_number, taps)) or not sum(taps):
+                raise Problem(f"Generator configuration: {name} must be taps with a sum, got {taps!r}.")
+            object.__setattr__(self, name, tuple(map(float, taps)))
         if not isinstance(self.use_noise, bool):
             raise Problem(f"Generator configuration: use_noise must be true or false, got {self.use_noise!r}.")
+        first = self.first_size
+        if not isinstance(first, (list, tuple)) or len(first) != 2 or not all(type(n) is int and n > 0 for n in first):
+            raise Problem(f"Generator configuration: first_size must be a height and a width, got {first!r}.")
+        object.__setattr__(self, "first_size", tuple(first))
 
     @property
     def block_resolutions(self) -> tuple[int, ...]:
-        """4, 8, ... `resolution`, in pixels."""
+        """4, 8, ... `resolution`, in pixels: what the blocks are called."""
         return tuple(2**power for power in range(2, self.resolution.bit_length()))
+
+    def block_size(self, resolution: int) -> tuple[int, int]:
+        """Height and width in pixels of the features of the block that is called `resolution`."""
+        return self.first_size[0] * resolution // 4, self.first_size[1] * resolution // 4
+
+    @property
+    def height(self) -> int:
+        """Of an image, in pixels; `resolution` in square networks."""
+        return self.block_size(self.resolution)[0]
+
+    @property
+    def width(self) -> int:
+        """Of an image, in pixels; `resolution` in square networks."""
+        return self.block_size(self.resolution)[1]
 
     @property
     def num_ws(self) -> int:
@@ -296,7 +321,7 @@ class StyledConvolution(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         if config.use_noise:
             self.noise_strength = nn.Parameter(torch.empty(()))
-            self.register_buffer("noise_const", torch.empty(resolution, resolution))
+            self.register_buffer("noise_const", torch.empty(config.block_size(resolution)))
 
     def initialise(self, generator: torch.Generator | None) -> None:
         self.weight.normal_(generator=generator)
@@ -349,14 +374,14 @@ class ResidualSkip(nn.Module):
 
 
 class SynthesisBlock(nn.Module):
-    """All layers of one resolution: features [B, I, R/2, R/2] -> [B, O, R, R], and the image where it is made."""
+    """All layers of one resolution: features [B, I, H/2, W/2] -> [B, O, H, W], and the image where it is made."""
 
     def __init__(self, index: int, config: GeneratorConfig) -> None:
         super().__init__()
         resolution, outputs = config.block_resolutions[index], config.channels[index]
         self.residual = config.architecture == "resnet" and index > 0
         if index == 0:
-            self.const = nn.Parameter(torch.empty(outputs, 4, 4))
+            self.const = nn.Parameter(torch.empty(outputs, *config.first_size))
         else:
             self.conv0 = StyledConvolution(config.channels[index - 1], outputs, resolution, True, config)
         self.conv1 = StyledConvolution(outputs, outputs, resolution, False, config)
@@ -375,10 +400,10 @@ class SynthesisBlock(nn.Module):
         return tuple(name for name in ("conv0", "conv1", "torgb") if name in self._modules)
 
     def forward(
-        self, x: Tensor | None, image: Tensor | None, ws: dict[str, Tensor], noise: dict[str, Tensor], kernel: Tensor,
-        dtype: torch.dtype,
+        self, x: Tensor | None, image: Tensor | None, ws: dict[str, Tensor], noise: dict[str, Tensor],
+        kernels: tuple[Tensor, Tensor], dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
-        narrow = kernel.to(dtype)
+        narrow, kernel = kernels[0].to(dtype), kernels[1]  # of the features, of the images
         if x is None:
             x = self.const.to(dtype).expand(ws["conv1"].shape[0], -1, -1, -1)
             x = self.conv1(x, ws["conv1"], noise.get("conv1"), narrow)
@@ -481,7 +506,7 @@ class Generator(nn.Module):
             return torch.cat([truncated[:, None].repeat(1, cutoff, 1), ws[:, cutoff:]], dim=1)
 
     def synthesize(self, ws: Tensor, noise: str = "const", generator: torch.Generator | None = None) -> Tensor:
-        """Images [B, img_channels, R, R], about -1..1 and not clamped, of styles ws [B, num_ws, w_dim] or [B, w_dim].
+        """Images [B, img_channels, H, W], about -1..1 and not clamped, of styles ws [B, num_ws, w_dim] or [B, w_dim].
 
         noise: "const" is the learned constant of every layer, "random" is fresh per image and layer, from `generator`
         (torch's global one if None; the same numbers on every device if it is the CPU's), "none" leaves it out.
@@ -502,16 +527,17 @@ class Generator(nn.Module):
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
         x = image = None
         with _without_autocast(ws.device):
-            kernel = fir_kernel(config.resample_filter, device=ws.device, dtype=ws.dtype)
+            filters = (config.resample_filter, config.image_filter or config.resample_filter)
+            kernels = tuple(fir_kernel(taps, device=ws.device, dtype=ws.dtype) for taps in filters)
             for resolution in config.block_resolutions:
                 block = getattr(self.synthesis, f"b{resolution}")
                 # Drawn here, so that a checkpointed block sees the same noise again.
                 draws = self._noise(block, resolution, noise, ws, generator)
                 styles = {name: ws[:, self.ws_index[f"b{resolution}.{name}"]] for name in block.style_layers}
                 if checkpointing:
-                    x, image = checkpoint(block, x, image, styles, draws, kernel, dtype, use_reentrant=False)
+                    x, image = checkpoint(block, x, image, styles, draws, kernels, dtype, use_reentrant=False)
                 else:
-                    x, image = block(x, image, styles, draws, kernel, dtype)
+                    x, image = block(x, image, styles, draws, kernels, dtype)
         return image
 
     def _noise(
@@ -525,7 +551,7 @@ class Generator(nn.Module):
                 draws[name] = getattr(block, name).noise_const
             elif name != "torgb":
                 device = ws.device if generator is None else generator.device
-                shape = (ws.shape[0], 1, resolution, resolution)
+                shape = (ws.shape[0], 1, *self.config.block_size(resolution))
                 draws[name] = torch.randn(shape, generator=generator, device=device).to(ws.device)
         return draws
 
@@ -533,7 +559,7 @@ class Generator(nn.Module):
         self, z: Tensor, c: Tensor | None = None, truncation: float = 1.0, noise: str = "const",
         truncation_cutoff: int | None = None, generator: torch.Generator | None = None,
     ) -> Tensor:
-        """`synthesize` of `map`: images [B, img_channels, R, R] of latents z [B, z_dim] (and labels c [B, c_dim])."""
+        """`synthesize` of `map`: images [B, img_channels, H, W] of latents z [B, z_dim] (and labels c [B, c_dim])."""
         return self.synthesize(self.map(z, c, truncation, truncation_cutoff), noise, generator)
 
     @torch.no_grad()
@@ -588,18 +614,31 @@ def _without_autocast(device: torch.device) -> Any:
 # Reading weights
 
 
+def _filter_of(key: str) -> str | None:
+    """Which filter of the configuration a tensor is, "" where it is one that nothing reads, None for other tensors."""
+    if not key.endswith(".resample_filter"):
+        return None
+    layer = key.split(".")[-2]
+    if layer == "conv1":
+        return ""  # it does not upsample, and keeps NVIDIA's default whatever the network's filter is
+    return "resample_filter" if layer in ("conv0", "skip") else "image_filter"
+
+
 def _check_and_drop_filters(config: GeneratorConfig, state_dict: dict[str, Tensor], prefix: str) -> None:
     """NVIDIA's files repeat the resampling filter in every layer; here it is the configuration's."""
-    expected = fir_kernel(config.resample_filter, dtype=torch.float64)[0, 0] / 4
-    for key in [key for key in state_dict if key.startswith(prefix) and key.endswith(".resample_filter")]:
-        found, fits = state_dict.pop(key), False
+    for key in [key for key in state_dict if key.startswith(prefix) and _filter_of(key) is not None]:
+        found, name = state_dict.pop(key), _filter_of(key)
+        if not name or (name == "image_filter" and config.architecture != "skip"):
+            continue  # one image alone is never upsampled
+        taps = getattr(config, name) or config.resample_filter
+        expected = fir_kernel(taps, dtype=torch.float64)[0, 0] / 4
+        fits = False
         if found.shape in (expected.shape, expected.shape[:1]):
             found = found.cpu().double()  # in this order: not every device has float64
-            fits = torch.allclose(torch.outer(found, found) if found.ndim == 1 else found, expected, atol=1e-3)
+            found = torch.outer(found, found) if found.ndim == 1 else found
+            fits = torch.allclose(found, expected, 0, FILTER_TOLERANCE * float(expected.abs().max()))
         if not fits:
-            raise Problem(
-                f"Generator: the filter {key} is not the configuration's {list(config.resample_filter)}."
-            )
+            raise Problem(f"Generator: the filter {key} is not the configuration's {name} {list(taps)}.")
 
 
 def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: Any) -> GeneratorConfig:
@@ -621,7 +660,8 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
 
     if "synthesis.input.freqs" in state_dict:
         raise Problem("This is a StyleGAN3 generator (Fourier features); only StyleGAN2 generators are supported.")
-    channels, resolution = [shape("synthesis.b4.const", 3)[0]], 4
+    const = shape("synthesis.b4.const", 3)
+    channels, resolution = [const[0]], 4
     while f"synthesis.b{2 * resolution}.conv1.weight" in state_dict:
         resolution *= 2
         channels.append(shape(f"synthesis.b{resolution}.conv1.weight", 4)[0])
@@ -633,7 +673,7 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
     w_dim = shape("synthesis.b4.conv1.affine.weight", 2)[1]
     found: dict[str, Any] = {
         "resolution": resolution, "channels": tuple(channels), "w_dim": w_dim, "img_channels": shape(last, 4)[0],
-        "mapping_layers": layers, "z_dim": first_width[1], "c_dim": 0,
+        "mapping_layers": layers, "z_dim": first_width[1], "c_dim": 0, "first_size": tuple(const[1:]),
         "use_noise": "synthesis.b4.conv1.noise_const" in state_dict,
         "mapping_dim": first_width[0] if layers > 1 and first_width[0] != w_dim else None, "embed_dim": None,
     }
@@ -647,9 +687,12 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
         else:
             found["architecture"] = "skip" if "synthesis.b4.torgb.weight" in state_dict else "orig"
     for key, value in state_dict.items():
-        if key.endswith("conv1.resample_filter"):
-            found["resample_filter"] = _taps(key, value)
-            break
+        if (name := _filter_of(key)) and name not in found:
+            found[name] = _taps(key, value)
+    if "image_filter" in found:
+        found.setdefault("resample_filter", found["image_filter"])
+        if found["image_filter"] == found["resample_filter"] or found.get("architecture") != "skip":
+            del found["image_filter"]
     for name, value in hints.items():
         hint = tuple(value) if isinstance(value, list) else value
         if name in found and hint != found[name] and not (hint == w_dim and found[name] is None):
@@ -667,8 +710,14 @@ def _taps(key: str, kernel: Tensor) -> tuple[float, ...]:
     if kernel.ndim not in (1, 2) or not bool(row.isfinite().all()) or not float(row.sum()):
         raise Problem(f"Generator: {key} is no resampling filter.")
     row = row / row.sum()
-    if kernel.ndim == 2 and not torch.allclose(torch.outer(row, row), kernel / kernel.sum(), atol=1e-3):
-        raise Problem(f"Generator: the resampling filter {key} is not separable, which is not supported.")
-    scaled = row / row[0] if float(row[0]) else row
+    kernel = kernel / kernel.sum()
+    bound = FILTER_TOLERANCE * float(kernel.abs().max())
+    if kernel.ndim == 2 and not (
+        kernel.shape[0] == kernel.shape[1] and torch.allclose(torch.outer(row, row), kernel, 0, bound)
+    ):
+        raise Problem(
+            f"Generator: the resampling filter {key} is not separable into one row of taps, which is not supported."
+        )
+    scaled = row / row[row.abs() > 1e-3 * row.abs().max()][0]
     whole = scaled.round()
-    return tuple((whole if torch.allclose(scaled, whole, atol=1e-2) else row).tolist())
+    return tuple((whole if torch.allclose(scaled, whole, FILTER_TOLERANCE, 1e-5) else row).tolist())

@@ -26,7 +26,7 @@ from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
-    from ...guidance.networks.stylegan2 import Generator
+    from ...guidance.networks.stylegan2 import Generator, GeneratorConfig
 
 FOLDER = "generators"
 SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "generators"
@@ -156,13 +156,19 @@ def convert_generator(one: GraphGenerator) -> str:
         return f"Not converted: {problem}"
 
 
+def in_pixels(config: GeneratorConfig) -> str:
+    """The size of a generator's images."""
+    square = config.width == config.height
+    return f"{config.width} px" if square else f"{config.width} x {config.height} px"
+
+
 def describe_generator(one: GraphGenerator) -> str:
     """A generator in a few words."""
     config = one.generator.config
     parameters = sum(parameter.numel() for parameter in one.generator.parameters())
     classes = f", {config.c_dim} classes" if config.c_dim else ""
     return (
-        f"{one.name}: StyleGAN2 ({config.architecture}), {config.resolution} px, {parameters / 1e6:.1f} M weights, "
+        f"{one.name}: StyleGAN2 ({config.architecture}), {in_pixels(config)}, {parameters / 1e6:.1f} M weights, "
         f"z {config.z_dim}, w {config.w_dim} x {one.generator.num_ws}{classes}"
     )
 
@@ -245,13 +251,13 @@ def draw(
     generator, config = one.generator, one.generator.config
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)
     c = one_hot(label, count, config.c_dim)
-    done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // config.resolution**2))
+    done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // (config.height * config.width)))
     if noise == "random":
         at_once = 1  # each image's from its own seed, however many are drawn
     progress = ProgressBar(count)
     try:
         with ordinary_tensors(), on_device(generator) as device:
-            images = torch.empty(count, config.resolution, config.resolution, 3)
+            images = torch.empty(count, config.height, config.width, 3)
             while done < count:
                 chosen = slice(done, done + at_once)
                 random = torch.Generator().manual_seed((seed + done) & LARGEST_SEED)
@@ -275,8 +281,8 @@ def draw(
         if not is_memory_problem(problem):
             raise
         raise Problem(
-            f"Generator Sample: memory ran out at image {done + 1} of {count}, of {config.resolution} px each; lower "
-            "batch_size, free some memory, or use a generator of fewer pixels."
+            f"Generator Sample: memory ran out at image {done + 1} of {count}, of {in_pixels(config)} each; "
+            "lower batch_size, free some memory, or use a generator of fewer pixels."
         ) from problem.with_traceback(None)
     return images
 

@@ -594,6 +594,62 @@ def test_filters_in_files_are_read_and_checked():
     generator.load_state_dict(with_filter(row))
 
 
+@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
+@pytest.mark.parametrize("size", [(4, 2), (3, 5), (1, 4)])
+def test_images_that_are_not_square(size, architecture):
+    """Height and width have the same part in every formula: a network with both exchanged makes the image so."""
+    config = replace(TINY, first_size=size, architecture=architecture, resample_filter=(1, 2, 4, 3, 1))
+    generator, flipped = loaded(config), Generator(replace(config, first_size=size[::-1])).eval()
+    state = {key: value.mT if value.ndim in (3, 4) or "noise_const" in key else value
+             for key, value in generator.state_dict().items()}  # fmt: skip
+    flipped.load_state_dict(state)
+    assert generator_config_from_state_dict(generator.state_dict(), resample_filter=(1, 2, 4, 3, 1)) == config
+    z = torch.randn(2, TINY.z_dim, generator=torch.Generator().manual_seed(5))
+    images = generator(z)
+    assert images.shape == (2, 3, 4 * size[0], 4 * size[1]) == (2, 3, config.height, config.width)
+    assert error(flipped(z), images.mT) < 1e-5
+    random = generator.synthesize(generator.map(z), "random", torch.Generator().manual_seed(1))
+    assert random.shape == images.shape and error(random, images) > 1e-3
+
+
+def test_each_kind_of_filter_is_read_where_it_is_used():
+    """conv1 keeps the default in NVIDIA's files; rosinality's image layers keep it, too."""
+    def outer(*taps):
+        row = torch.tensor(taps, dtype=torch.float32)
+        return torch.outer(row, row) / row.sum() ** 2
+
+    def stored(features, images, unused=outer(1, 3, 3, 1)):
+        return weights(TINY) | {
+            f"synthesis.b{size}.{layer}resample_filter": kernel
+            for size in (8, 16) for layer, kernel in (("", images), ("conv0.", features), ("conv1.", unused))
+        }  # fmt: skip
+
+    for taps in ((1, 4, 6, 4, 1), (1, 2, 3), (3, 1), (1,), (0, 1, 1), (-1, 5, 5, -1), (1, 2, 3, 4, 5, 4, 3, 2, 9)):
+        kernel = outer(*taps)
+        config = generator_config_from_state_dict(stored(kernel, kernel))
+        assert config.image_filter is None and torch.allclose(
+            fir_kernel(config.resample_filter, dtype=torch.float32), 4 * kernel[None, None], atol=1e-6
+        )
+        Generator(config).load_state_dict(stored(kernel.half(), kernel))
+    two = generator_config_from_state_dict(stored(outer(1, 2, 3), outer(1, 3, 3, 1)))
+    assert (two.resample_filter, two.image_filter) == ((1.0, 2.0, 3.0), (1.0, 3.0, 3.0, 1.0))
+    z, state = torch.randn(2, TINY.z_dim), weights(TINY)
+    drawn = {}
+    for config in (two, replace(two, image_filter=None), replace(two, resample_filter=(1, 3, 3, 1))):
+        generator = Generator(config).eval()
+        generator.load_state_dict(state)
+        drawn[config] = generator(z)
+        assert GeneratorConfig.from_json(config.to_json()) == config
+    for config in list(drawn)[1:]:
+        assert error(drawn[config], drawn[two]) > 1e-3
+    alone = generator_config_from_state_dict(state | {"synthesis.b8.resample_filter": outer(1, 2)})
+    assert alone.resample_filter == (1, 2) and alone.image_filter is None
+    near = outer(*[1.0] * 64)
+    near[5, 5] *= 3  # a filter of many taps has small ones
+    with pytest.raises(ValueError, match="not separable"):
+        generator_config_from_state_dict(stored(near, near))
+
+
 def test_filters_are_dropped_without_the_hook_that_torch_2_4_lacks(monkeypatch):
     monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
     filters = {"synthesis.b8.conv1.resample_filter": torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8}
