@@ -32,6 +32,7 @@ from ..guidance.files import (
     unet_layout,
 )
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
+from ..guidance.files.recognise import AUTOENCODER, BASE, quantisation, recognise_names, refusal, refusal_of
 from ..guidance.networks.autoencoder import Autoencoder, autoencoder_config_from_state_dict
 from ..guidance.networks.text_encoder import (
     END_TOKEN,
@@ -351,11 +352,13 @@ def open_checkpoint(
         raise Problem(f"Expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
     path = Path(path)
     keys, metadata = read_keys(path), read_metadata(path)
-    if unet_layout(keys, path) != "full":
+    if unet_layout(keys, path, wanted=BASE, metadata=metadata) != "full":
         raise FileProblem(
             f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was "
             "made of."
         )
+    if quantisation(keys):
+        raise FileProblem(refusal(path, BASE, keys))
     state_dict = read_state_dict(path, prefix=unet_prefix(keys))
     weights = {key: _trainable(tensor) for key, tensor in strip_unet_prefix(state_dict).items()}
     del state_dict
@@ -586,9 +589,7 @@ def _read_autoencoder(path: Path) -> dict[str, Tensor]:
     keys = read_keys(path)
     prefix = AUTOENCODER_PREFIX if any(key.startswith(AUTOENCODER_PREFIX) for key in keys) else ""
     if not any(key.startswith(f"{prefix}encoder.") for key in keys):
-        raise FileProblem(
-            f"{path}: expected an autoencoder in LDM layout, found none; name a file that has one as vae."
-        )
+        raise FileProblem(refusal(path, AUTOENCODER, keys, read_metadata(path)))
     return read_state_dict(path, prefix=prefix)
 
 

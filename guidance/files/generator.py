@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,15 +21,17 @@ from ..errors import Problem
 from ..networks.stylegan2 import Generator, GeneratorConfig, generator_config_from_state_dict
 from . import rosinality
 from .inert_pickle import Refused, shown
+from .nested import AVERAGED, MARKS, ROUGH, Ambiguous, FoundGenerator, all_names, find_generator
 from .network_pickle import read_network_pickle, recognise
+from .recognise import GENERATOR, Kind, refusal, refusal_of
 from .tensors import (
     FileProblem,
     _existing,
     _first_line,
-    _guess,
     _read_header,
     check_finite,
     load_checkpoint,
+    names_part,
     read_keys,
     read_metadata,
     read_state_dict,
@@ -47,8 +48,6 @@ MAX_FEATURES = 2**15  # of a latent and its label on their way to a style, all l
 _FULL = ("can't allocate memory", "not enough memory")  # what torch says on the CPU, where it has no error for it
 NOISE_SEED = 0  # of the constant noise where a file has none
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number's pickle
-_NVIDIA_KEY = "synthesis.b4.const"
-_SEARCHED = 2**24  # bytes of a checkpoint that hold its names
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class GeneratorMetadata:
             "modelspec.architecture": "stylegan2/generator",
             "modelspec.implementation": "https://github.com/NVlabs/stylegan2-ada-pytorch",
             "modelspec.title": self.name or "generator",
-            "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+            "modelspec.resolution": f"{config.width}x{config.height}",
         }
         return spec | ({"modelspec.license": self.licence} if self.licence else {})
 
@@ -215,7 +214,10 @@ def convert_generator(
 
 
 def holds_generator(path: str | os.PathLike) -> bool:
-    """Whether a file seems to be a generator, by its first bytes and names alone; `read_generator` says for certain."""
+    """Whether a file seems to be a generator, by its first bytes and names alone; `read_generator` says for certain.
+
+    Raises FileProblem for what is no model file at all.
+    """
     path = _existing(path)
     try:
         kind = _kind(path)
@@ -225,8 +227,9 @@ def holds_generator(path: str | os.PathLike) -> bool:
         return True
     if kind == "safetensors":
         keys = read_keys(path)
-        return read_metadata(path).get("format") == FORMAT or _NVIDIA_KEY in keys or rosinality.MARK in keys
-    return rosinality.MARK.encode() in _names_part(path)
+        return read_metadata(path).get("format") == FORMAT or any(key.endswith(tuple(MARKS)) for key in keys)
+    names = names_part(path)
+    return any(mark.encode() in names for mark in MARKS)
 
 
 # ------------------------------------------------------------------------------------------------------ the four kinds
@@ -246,7 +249,7 @@ def _kind(path: Path) -> str:
             f"{path}: expected a generator, found what seems to be a pickle of protocol 0 or 1, which networks are "
             "never saved in; use the original file."
         )
-    raise FileProblem(f"{path}: expected a generator (.safetensors, .pkl or .pt), found {_guess(start)}.")
+    raise FileProblem(f"{path}: expected a generator (.safetensors, .pkl or .pt), found something else.")
 
 
 def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
@@ -273,49 +276,76 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
 
 def _read_torch(path: Path) -> LoadedGenerator:
     content = load_checkpoint(path, "use the original file from its authors")
-    found = rosinality.find_generator(content)
-    if found is None:
-        keys = ", ".join(sorted(shown(str(key)) for key in list(content)[:8])) if isinstance(content, Mapping) else ""
-        raise FileProblem(
-            f"{path}: expected a StyleGAN2 checkpoint of rosinality's layout (g_ema with conv1.conv.weight), found "
-            f"{'the keys ' + keys if keys else 'a ' + type(content).__name__}; .pt files of other projects are not "
-            "read."
-        )
-    weights, notes = found
-    mean = content.get("latent_avg")
-    mean = mean if isinstance(mean, Tensor) else None
+    stated = {"format": content.get("format")} if isinstance(content, Mapping) else {}
+    loaded = _read_content(path, content, GeneratorMetadata(name=path.stem, class_name="Generator"), stated)
     digest = hashlib.sha256()
     with path.open("rb") as file:
         for piece in iter(lambda: file.read(2**20), b""):
             digest.update(piece)
-    metadata = GeneratorMetadata(
-        name=path.stem, class_name="Generator", source_format="rosinality checkpoint", source_sha256=digest.hexdigest()
-    )
-    return _from_rosinality(path, weights, mean, metadata, notes)
+    return replace(loaded, metadata=replace(loaded.metadata, source_sha256=digest.hexdigest()))
 
 
-def _from_rosinality(
-    path: Path, weights: Mapping[str, Any], mean: Tensor | None, metadata: GeneratorMetadata, notes: list[str]
+def _read_content(
+    path: Path, content: Any, metadata: GeneratorMetadata, stated: Mapping[str, Any]
 ) -> LoadedGenerator:
+    """The generator somewhere within the plain tensors of a file, wherever a tool has put it. stated: its metadata."""
+    try:
+        found = find_generator(content)
+    except Ambiguous as problem:
+        raise FileProblem(
+            f"{path}: expected one StyleGAN2 generator, found {problem}; save the wanted one alone."
+        ) from None
+    if found is None and not isinstance(content, Mapping):
+        raise FileProblem(refusal_of(path, GENERATOR, Kind(f"a {type(content).__name__}")))
+    if found is None:
+        raise FileProblem(refusal(path, GENERATOR, all_names(content), stated))
+    notes = []
+    if found.place in ROUGH:
+        notes.append(f"The file has no averaged generator (g_ema); its {found.place} is used, whose images are "
+                     "rougher.")  # fmt: skip
+    elif not found.alone and found.place not in AVERAGED:
+        notes.append(f"Read from {shown(found.place)} of the file; what else it holds is left out.")
+    metadata = replace(metadata, source_format=metadata.source_format or f"{found.layout} checkpoint")
+    if found.layout == "NVIDIA":
+        notes.append("The file says nothing of its architecture; activations are taken as unbounded and the mapping's "
+                     "learning rate multiplier as 0.01.")  # fmt: skip
+        return _finish(path, _plain(path, found.tensors), metadata, notes)
+    return _from_rosinality(path, found, metadata, notes)
+
+
+def _plain(path: Path, weights: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Named tensors in float32 that are no larger together than the file. Raises FileProblem for anything else."""
     size = path.stat().st_size
-    needed = sum(value.numel() * value.element_size() for value in weights.values() if isinstance(value, Tensor))
+    needed = 0
+    for key, value in weights.items():
+        if not isinstance(value, Tensor):
+            raise FileProblem(f"{path}: expected a StyleGAN2 generator, found no tensor as {shown(str(key))}.")
+        if not value.is_floating_point() or value.is_sparse:
+            raise FileProblem(f"{path}: expected weights as plain numbers, found {value.dtype} in {shown(key)}.")
+        needed += value.numel() * value.element_size()
     if needed > size:  # strides of 0, or one storage under many names
         raise FileProblem(
             f"{path}: expected at most {size} bytes of weights, found tensors that claim {needed}; the file is damaged."
         )
+    return {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in weights.items()}
+
+
+def _from_rosinality(
+    path: Path, found: FoundGenerator, metadata: GeneratorMetadata, notes: list[str]
+) -> LoadedGenerator:
+    size = path.stat().st_size
+    weights = _plain(path, found.tensors)
     try:
-        tensors = rosinality.to_nvidia(weights, mean)
+        if found.layout == "BasicSR":
+            weights = rosinality.from_basicsr(weights)
+        tensors = rosinality.to_nvidia(weights, found.mean)
     except ValueError as problem:
         raise FileProblem(
-            f"{path}: expected a StyleGAN2 generator of rosinality's layout, found that {problem}; use a checkpoint of "
-            "the unchanged network."
+            f"{path}: expected a StyleGAN2 generator in the layout of {found.layout}, found that {problem}; use a "
+            "checkpoint of the unchanged network."
         ) from problem
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or tensor.is_sparse:
-            raise FileProblem(f"{path}: expected weights as plain numbers, found {tensor.dtype} in {key}.")
-    tensors = {key: tensor.detach().to(torch.float32).contiguous() for key, tensor in tensors.items()}
     lacking = rosinality.noise_without_constants(tensors)
-    if 4 * sum(side**2 for side in lacking.values()) > size:
+    if 4 * sum(height * width for height, width in lacking.values()) > size:
         raise FileProblem(
             f"{path}: expected a StyleGAN2 generator of rosinality's layout, found strengths of noise for more pixels "
             "than the file has weights; the file is damaged."
@@ -323,7 +353,7 @@ def _from_rosinality(
     if lacking:
         random = torch.Generator().manual_seed(NOISE_SEED)
         for key in sorted(lacking):
-            tensors[key] = torch.randn(lacking[key], lacking[key], generator=random)
+            tensors[key] = torch.randn(lacking[key], generator=random)
         notes = [*notes, "The file has no constant noise; it was drawn from a fixed seed, so that images differ in "
                          "details from others of this network."]  # fmt: skip
     return _finish(path, tensors, metadata, notes, img_channels=3, architecture="skip")
@@ -337,17 +367,7 @@ def _read_safetensors(path: Path) -> LoadedGenerator:
         return _finish(path, tensors, metadata, [], config=config)
     metadata = GeneratorMetadata(name=path.stem, source_format="safetensors",
                                  licence=values.get("modelspec.license", ""))  # fmt: skip
-    if rosinality.MARK in tensors:
-        mean = tensors.pop("latent_avg", None)
-        return _from_rosinality(path, tensors, mean, metadata, [])
-    if _NVIDIA_KEY not in tensors:
-        raise FileProblem(
-            f"{path}: expected a StyleGAN2 generator, found other tensors ({shown(next(iter(tensors)))}, ...); choose "
-            "a generator's file."
-        )
-    note = ("The file says nothing of its architecture; activations are taken as unbounded and the mapping's learning "
-            "rate multiplier as 0.01.")  # fmt: skip
-    return _finish(path, tensors, metadata, [note])
+    return _read_content(path, tensors, metadata, values)
 
 
 def _finish(
@@ -405,7 +425,7 @@ def _finish(
             )
         with torch.no_grad():
             generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))
-        notes = [*notes, f"The file has no mean style; it was measured on {MEAN_SAMPLES} latents."]
+        notes = [*notes, f"The file has no mean style for all layers; it was measured on {MEAN_SAMPLES} latents."]
     return LoadedGenerator(generator, metadata, tuple(notes))
 
 
@@ -435,19 +455,3 @@ def _converted(path: Path, data: bytes | None, wanted: bool) -> LoadedGenerator 
     except FileProblem:
         return None
     return replace(loaded, notes=(*loaded.notes, f"Read from its conversion {beside.name}."))
-
-
-def _names_part(path: Path) -> bytes:
-    """The part of a torch checkpoint that holds its names, unread."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            for member in archive.infolist():
-                if member.filename.endswith("/data.pkl") and member.compress_type == zipfile.ZIP_STORED:
-                    if member.CRC == 0:  # as torch writes where its checksums are switched off
-                        member.CRC = None
-                    with archive.open(member) as file:
-                        return file.read(_SEARCHED)
-            return b""
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
-        with path.open("rb") as file:
-            return file.read(_SEARCHED)

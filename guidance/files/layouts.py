@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import Problem
 from ..networks.text_encoder import text_encoder_from_openclip
 from ..networks.unet import UNet, UNetConfig
+from .recognise import UNET, refusal
 from .tensors import FileProblem
 
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -24,26 +25,6 @@ TEXT_ENCODER_PREFIXES = (
     ("cond_stage_model.model.", "clip_h", True),
     ("conditioner.embedders.0.model.", "clip_h", True),
     ("conditioner.embedders.1.model.", "clip_g", True),
-)
-# What else a file may hold, by a piece of its keys, for the sentence that refuses it. The order is that of certainty.
-OTHER_FAMILIES = (
-    ("lora_up.", "a LoRA, which is loaded onto a model"),
-    ("lora_A.", "a LoRA, which is loaded onto a model"),
-    ("lora_B.", "a LoRA, which is loaded onto a model"),
-    ("hada_w1_a", "a LoRA (LoHa), which is loaded onto a model"),
-    ("lokr_w1", "a LoRA (LoKr), which is loaded onto a model"),
-    ("input_hint_block.", "a ControlNet"),
-    ("controlnet_", "a ControlNet"),
-    ("time_stack.", "a video UNet"),
-    ("double_blocks.", "a Flux model"),
-    ("joint_blocks.", "a Stable Diffusion 3 model"),
-    ("down_blocks.", "a UNet in diffusers layout, to be converted to the LDM layout (ComfyUI's ModelSave does it)"),
-    ("noise_refiner.", "a Lumina or Z-Image model"),
-    ("transformer_blocks.", "a transformer model of another family"),
-    ("cross_attn.", "a transformer model of another family (Wan, Cosmos)"),
-    ("text_model.", "a text encoder"),
-    ("encoder.down.", "an autoencoder (VAE)"),
-    ("synthesis.", "a StyleGAN generator"),
 )
 
 
@@ -108,19 +89,19 @@ def strip_unet_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {key: tensor for key, tensor in stripped.items() if key.startswith(UNET_PARTS)}
 
 
-def unet_layout(keys: Iterable[str], source: str | os.PathLike) -> str:
+def unet_layout(
+    keys: Iterable[str], source: str | os.PathLike, *, wanted: str = UNET, metadata: Mapping[str, str] | None = None
+) -> str:
     """"constant", "cached" (text-free) or "full" (takes text) for UNet keys, with or without their prefix.
 
-    Raises FileProblem saying what the file is when it is no Stable Diffusion UNet in LDM layout.
+    Raises FileProblem saying what the file is when it is no Stable Diffusion UNet in LDM layout, and what to give
+    instead where UNET or BASE is `wanted`. metadata: the file's own, which may say what it is.
     """
     keys = list(keys)
     prefix = unet_prefix(keys)
     # A ControlNet has the input half of such a UNet; only the output half makes an image.
     if f"{prefix}input_blocks.0.0.weight" not in keys or not any(k.startswith(f"{prefix}output_blocks.") for k in keys):
-        raise FileProblem(
-            f"{source}: expected a Stable Diffusion UNet (1.x, 2.x, SDXL) in LDM layout, found {_family(keys)}; use a "
-            "domain model, or a fine-tuned UNet of the prior's family."
-        )
+        raise FileProblem(refusal(source, wanted, keys, metadata))
     if any("time_stack." in key for key in keys):
         raise FileProblem(f"{source}: expected a UNet for images, found a video UNet; use one of the prior's family.")
     if any(key.endswith(".attn2.null_k") for key in keys):
@@ -128,13 +109,6 @@ def unet_layout(keys: Iterable[str], source: str | os.PathLike) -> str:
     if any(".attn2." in key for key in keys):
         return "full"
     return "constant" if any(".transformer_blocks." in key for key in keys) else "full"
-
-
-def _family(keys: list[str]) -> str:
-    for piece, name in OTHER_FAMILIES:
-        if any(piece in key for key in keys):
-            return name
-    return f"a file with keys such as {keys[0]}" if keys else "no tensors"
 
 
 def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str | os.PathLike) -> None:

@@ -14,33 +14,40 @@ from torch import Tensor
 
 from ..errors import Problem
 
-MARK = "conv1.conv.modulation.weight"
+# BasicSR's names for the same network (GFPGAN's among its descendants), as pieces to replace from the start of a name.
+_BASICSR = (
+    (r"style_mlp\.", "style."), (r"constant_input\.weight$", "input.input"),
+    (r"style_conv1\.weight$", "conv1.noise.weight"), (r"style_convs\.(\d+)\.weight$", r"convs.\1.noise.weight"),
+    (r"style_conv1\.", "conv1."), (r"style_convs\.", "convs."), (r"noises\.noise(\d+)$", r"noises.noise_\1"),
+)  # fmt: skip
 
 
-def find_generator(content: Any) -> tuple[Mapping[str, Any], list[str]] | None:
-    """(the generator's tensors, remarks) in what a file holds: `g_ema`, else `g`, else the file itself; or None."""
-    if not isinstance(content, Mapping):
-        return None
-    for key, note in (("g_ema", None), ("g", "The file has no averaged generator (g_ema); its g is used, whose images "
-                                             "are rougher.")):  # fmt: skip
-        inner = content.get(key)
-        if isinstance(inner, Mapping) and MARK in inner:
-            return inner, [note] if note else []
-    return (content, []) if MARK in content else None
+def from_basicsr(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """The same tensors under rosinality's names, others left as they are. Raises ValueError for two of one place."""
+    renamed = {_without_basicsr(key) if isinstance(key, str) else key: value for key, value in state_dict.items()}
+    if len(renamed) != len(state_dict):
+        raise Problem("two of its tensors have one place")
+    return renamed
+
+
+def _without_basicsr(key: str) -> str:
+    for pattern, name in _BASICSR:
+        key, count = re.subn(f"^{pattern}", name, key)
+        if count:
+            break
+    return re.sub(r"^((?:conv1|convs\.\d+|to_rgb1|to_rgbs\.\d+)\.)modulated_conv\.", r"\1conv.", key)
 
 
 def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -> dict[str, Tensor]:
-    """The tensors [shapes as NVIDIA's] under NVIDIA's names. mean_style [w_dim] or [1, w_dim]: the file's latent_avg.
+    """The tensors [shapes as NVIDIA's] under NVIDIA's names. mean_style [w_dim] or [N, w_dim]: the file's latent_avg.
 
-    Filters are left out: they are constants here. Raises ValueError naming a tensor that has no place or another shape.
+    mean_style may repeat one style for every layer, as encoders keep it; styles that differ are left out, for one mean
+    is what a generator has. Raises ValueError naming a tensor that has no place or another shape.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():
         if not isinstance(key, str) or not isinstance(value, Tensor):
             raise Problem(f"the entry {str(key)[:80]!r} is no tensor")
-        if key.endswith((".blur.kernel", ".upsample.kernel")):
-            _check_filter(key, value)
-            continue
         name = _name(key)
         if name is None:
             raise Problem(f"the tensor {key[:80]!r} has no place in a StyleGAN2 generator")
@@ -48,26 +55,32 @@ def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -
             raise Problem(f"the tensor {key[:80]!r} has the place of another, {name}")
         tensors[name] = _shaped(key, name, value)
     if mean_style is not None:
-        if mean_style.ndim not in (1, 2) or mean_style.numel() != mean_style.shape[-1]:
+        rows = mean_style if mean_style.ndim == 2 else mean_style[None]
+        if rows.ndim != 2 or not len(rows):
             raise Problem(f"the mean style latent_avg has the shape {list(mean_style.shape)}")
-        tensors["mapping.w_avg"] = mean_style.reshape(-1)
+        if bool((rows == rows[:1]).all()):
+            tensors["mapping.w_avg"] = rows[0]
     return tensors
 
 
-def noise_without_constants(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """The constant noise that converted tensors lack, name -> side, where they have strengths of noise and no constant.
+def noise_without_constants(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    """The constant noise that converted tensors lack, name -> size, where they have strengths of noise and no constant.
 
     Early versions of the network drew noise anew for every image; files of theirs have `noise.weight` alone.
     """
     if any(name.endswith(".noise_const") for name in tensors):
         return {}
+    first = tuple(tensors["synthesis.b4.const"].shape[1:]) if "synthesis.b4.const" in tensors else (4, 4)
     strengths = (re.fullmatch(r"synthesis\.b(\d+)\.conv[01]\.noise_strength", name) for name in tensors)
-    return {match[0].replace("strength", "const"): int(match[1]) for match in strengths if match}
+    return {
+        match[0].replace("strength", "const"): tuple(side * int(match[1]) // 4 for side in first)
+        for match in strengths if match
+    }  # fmt: skip
 
 
 _CONVOLUTION = {
     "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
-    "noise.weight": "noise_strength", "activate.bias": "bias",
+    "noise.weight": "noise_strength", "activate.bias": "bias", "conv.blur.kernel": "resample_filter",
 }  # fmt: skip
 _TO_RGB = {
     "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
@@ -96,6 +109,8 @@ def _name(key: str) -> str | None:
         return f"synthesis.b{8 << number // 2}.conv{number % 2}.{_CONVOLUTION[rest]}"
     if group == "to_rgbs" and rest in _TO_RGB:
         return f"synthesis.b{8 << number}.torgb.{_TO_RGB[rest]}"
+    if group == "to_rgbs" and rest == "upsample.kernel":
+        return f"synthesis.b{8 << number}.resample_filter"
     if group == "noises":
         layer = "b4.conv1" if number == 0 else f"b{8 << (number - 1) // 2}.conv{(number - 1) % 2}"
         return f"synthesis.{layer}.noise_const"
@@ -103,7 +118,12 @@ def _name(key: str) -> str | None:
 
 
 def _shaped(key: str, name: str, value: Tensor) -> Tensor:
-    """`value` without rosinality's leading (for a bias of RGB: surrounding) dimensions of 1."""
+    """`value` without rosinality's leading (for a bias of RGB: surrounding) dimensions of 1; filters with the sum 1."""
+    if name.endswith(".resample_filter"):
+        if value.ndim != 2 or not abs(float(value.sum()) - 4) < 0.01:
+            raise Problem(f"the filter {key} has the shape {list(value.shape)} and the sum {float(value.sum()):g}, "
+                             "where a square and 4 are expected")  # fmt: skip
+        return value / 4
     wanted = {"noise_strength": 0, "noise_const": 2, "const": 3, "bias": 1}.get(name.rpartition(".")[2])
     if wanted is None:
         wanted = 4 if re.search(r"(conv\d|torgb)\.weight$", name) else 2
@@ -115,10 +135,3 @@ def _shaped(key: str, name: str, value: Tensor) -> Tensor:
     if len(shape) != wanted:
         raise Problem(f"the tensor {key} has the shape {list(value.shape)}, where {wanted} dimensions are expected")
     return value.reshape(shape)
-
-
-def _check_filter(key: str, kernel: Tensor) -> None:
-    """The filter has to be [1, 3, 3, 1]'s, times 4 for doubling: there is no other in such files."""
-    row = kernel.new_tensor([1.0, 3.0, 3.0, 1.0]).double() / 8
-    if kernel.shape != (4, 4) or not bool(((kernel.double() - 4 * row[:, None] * row).abs() < 1e-3).all()):
-        raise Problem(f"the filter {key} is another one than rosinality's [1, 3, 3, 1]")

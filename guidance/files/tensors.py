@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import uuid
+import zipfile
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -20,12 +21,14 @@ from torch import Tensor
 from ..errors import Problem
 from ..plain_json import parse_json
 from .inert_pickle import Refused, shown
+from .recognise import Kind, recognise_bytes, recognise_folder
 from .torch_pickle import read_torch_pickle
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Earlier versions execute code from crafted files even with weights_only=True.
 SAFE_PICKLE_TORCH = (2, 10)
 HEADER_LIMIT = 2**25  # bytes; the format allows 100 million, models have thousands, and notes in them a few million
+_SEARCHED = 2**24  # bytes of a checkpoint that hold its names
 
 
 class FileProblem(Problem):
@@ -169,17 +172,21 @@ def _first_line(error: BaseException) -> str:
 def _existing(path: str | os.PathLike) -> Path:
     path = Path(path)
     if path.is_dir():
-        raise FileProblem(f"{path}: expected a file, found a folder; name the .safetensors file inside it.")
+        kind = recognise_folder(os.listdir(path))
+        raise FileProblem(f"{path}: expected a file, found {kind.what}; {kind.detail}.")
     if not path.is_file():
         raise FileProblem(f"{path}: expected a model file, found {missing_file(path)}.")
     try:
         size = path.stat().st_size
-        with path.open("rb"):
-            pass
+        with path.open("rb") as file:
+            start = file.read(512)
     except OSError as error:
         raise FileProblem(f"{path}: cannot be read ({error.strerror}); check its permissions.") from error
     if size == 0:
         raise FileProblem(f"{path}: expected a model file, found an empty one; download or copy it again.")
+    kind = _no_model(path, start)
+    if kind is not None:
+        raise FileProblem(f"{path}: expected a model file, found {kind.what}; {kind.detail}.")
     return path
 
 
@@ -192,6 +199,21 @@ def missing_file(path: str | os.PathLike) -> str:
     if stat.S_ISLNK(kind):
         return f"a link to {os.readlink(path)}, where no file is; name the file itself, or mend the link"
     return "a pipe, socket or device; name a file"
+
+
+def _no_model(path: Path, start: bytes) -> Kind | None:
+    """What a file is that is no model, None where it may be one."""
+    if os.path.lexists(f"{path}.aria2"):  # beside a file that has its full size from the beginning
+        return recognise_bytes(start, f"{path.name}.aria2")
+    kind = recognise_bytes(start, path.name)
+    if kind is None or not start.startswith(b"PK"):
+        return kind
+    try:
+        with zipfile.ZipFile(path) as archive:
+            checkpoint = any(name.lower().endswith("data.pkl") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
+        return None  # a damaged one; which, its reader says
+    return None if checkpoint else kind
 
 
 def _looks_pickled(path: Path) -> bool:
@@ -218,7 +240,7 @@ def _read_header(path: Path) -> dict[str, Any]:
             "the file with fewer notes."
         )
     if not plausible or text[:1] != b"{":
-        raise FileProblem(f"{path}: expected a safetensors file, found {_guess(text)}.")
+        raise FileProblem(f"{path}: expected a safetensors file, found something else; use a .safetensors file.")
     if len(text) < length:
         raise FileProblem(
             f"{path}: the file is truncated: expected a header of {length} bytes, found {len(text)}; download or copy "
@@ -253,17 +275,6 @@ def _end_of(entry: Any) -> int:
     return numbers[1][1]
 
 
-def _guess(start: bytes) -> str:
-    text = start.lstrip().lower()
-    if text.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer instead of the weights; run 'git lfs pull' or download the file itself"
-    if text.startswith((b"<!doctype", b"<html")):
-        return "a web page; the download needs a login or the link is wrong"
-    if start[:4] == b"GGUF":
-        return "a GGUF file, which is quantised for other loaders; use the original .safetensors"
-    return "something else; use a .safetensors file"
-
-
 def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
@@ -295,6 +306,12 @@ def load_checkpoint(path: Path, advice: str, trailer: int = 0, mapped: bool = Fa
     try:
         return read_torch_pickle(path, trailer, mapped)
     except Refused as problem:
+        names = names_part(path)
+        if b"_modules" in names and b"_parameters" in names:
+            raise FileProblem(
+                f"{path}: expected a checkpoint of plain tensors, found a whole module, which only the code that saved "
+                f"it can read ({problem}); save its state_dict() there."
+            ) from None
         raise FileProblem(
             f"{path}: expected a checkpoint of plain tensors, found one that cannot be read safely ({problem}); "
             f"{advice}."
@@ -304,6 +321,22 @@ def load_checkpoint(path: Path, advice: str, trailer: int = 0, mapped: bool = Fa
             f"{path}: the file could not be read ({shown(_first_line(error))}); it is damaged or too large for this "
             "computer."
         ) from error
+
+
+def names_part(path: Path) -> bytes:
+    """The part of a torch checkpoint that holds its names, unread."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for member in archive.infolist():
+                if member.filename.endswith("/data.pkl") and member.compress_type == zipfile.ZIP_STORED:
+                    if member.CRC == 0:  # as torch writes where its checksums are switched off
+                        member.CRC = None
+                    with archive.open(member) as file:
+                        return file.read(min(_SEARCHED, member.file_size))
+            return b""
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        with path.open("rb") as file:
+            return file.read(min(_SEARCHED, path.stat().st_size))  # it sets aside what it is asked for
 
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:

@@ -541,14 +541,14 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "tensor of another shape": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": tensor(torch.ones(5))})}), r"found \[5\]"),
         "filter of another shape": (
-            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.resample_filter": tensor(torch.ones(3, 3) / 9)})}),
-            "filter"),
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv0.resample_filter": tensor(torch.ones(3, 4) / 12)})}),
+            "not separable"),
         "filter of 20000 taps": (
-            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.resample_filter": tensor(torch.ones(20_000))})}),
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv0.resample_filter": tensor(torch.ones(20_000))})}),
             "no resampling filter of at most 64 taps"),
         "another filter of 20000 taps": (
             dump({"G_ema": network(tiny, {"synthesis.b8.resample_filter": tensor(torch.ones(20_000))})}),
-            "is not the configuration's"),
+            "no resampling filter of at most 64 taps"),
         "classes without a mean style": (_many_classes(), "at most 32768 features in all layers"),
         "nothing": (dump({}), "no generator"),
         "a number": (dump(1), "an int at the top"),

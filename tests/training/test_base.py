@@ -175,7 +175,7 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
     (lambda t: without(t, "cond_stage_model."), "with its text encoder clip_l, found none"),
     (lambda t: without(t, "first_stage_model."), "expected an autoencoder"),
     (lambda t: without(t, "first_stage_model.decoder.up"), "its autoencoder cannot be read"),
-    (lambda t: without(t, "model.diffusion_model.output_blocks"), "expected a Stable Diffusion UNet"),
+    (lambda t: without(t, "model.diffusion_model.output_blocks"), "found a part of a Stable Diffusion UNet"),
     (lambda t: without(t, "model.diffusion_model.middle_block.0.out_layers"), "missing"),
     (lambda t: t | {"edm_mean": torch.zeros(1)}, "found an EDM model"),
     (lambda t: t | {"model.diffusion_model.out.2.bias": torch.full((4,), torch.nan).half()}, "finite weights"),

@@ -113,11 +113,11 @@ def test_layouts_of_unets(prefix):
         (["lora_unet_input_blocks_1_1_proj_in.lora_up.weight"], "a LoRA"),
         (["double_blocks.0.img_attn.qkv.weight"], "a Flux model"),
         (["model.diffusion_model.joint_blocks.0.context_block.attn.qkv.weight"], "a Stable Diffusion 3 model"),
-        (["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", "conv_in.weight"], "diffusers layout"),
+        (["down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight", "conv_in.weight"], "diffusers' layout"),
         (["input_blocks.0.0.weight", "input_hint_block.0.weight", "middle_block.0.in_layers.0.weight"], "a ControlNet"),
         (["text_model.embeddings.token_embedding.weight"], "a text encoder"),
         (["encoder.down.0.block.0.conv1.weight"], "an autoencoder"),
-        (["head.weight"], "keys such as head.weight"),
+        (["head.weight"], "tensors such as head.weight"),
         ([], "no tensors"),
     ],
 )

@@ -200,7 +200,7 @@ def test_damaged_streams_are_read_or_refused_and_run_nothing(streams, read, watc
 def test_files_that_are_no_pickles(tmp_path, read):
     for content, found in {
         b"": "found an empty one", b"<!doctype html>": "a web page", b"version https://git-lfs": "a Git LFS pointer",
-        b"(dp0\nS'a'\n": "a pickle of protocol 0 or 1", b"hello, here is text": "something else",
+        b"(dp0\nS'a'\n": "a pickle of protocol 0 or 1", b"hello, here is text": "found text",
     }.items():  # fmt: skip
         with pytest.raises(FileProblem, match=found):
             read(content)

@@ -100,7 +100,7 @@ def test_each_fault_has_its_sentence(tmp_path):
         b"<!DOCTYPE html><title>Log in</title>": "found a web page",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "found a Git LFS pointer",
         b"GGUF" + bytes(300): "found a GGUF file",
-        b"hello world, no weights in here": "found something else",
+        b"hello world, no weights in here": "found text; download",
         header({"a": 1}): "found a damaged header",
         header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
         struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
