@@ -121,6 +121,30 @@ def test_the_objective_is_what_the_configuration_says(mini, configure, tiny_adap
     assert (timesteps.t_min, timesteps.t_max, timesteps.schedule, objective.weighting) == (20, 400, "falling", "sigma")
 
 
+@pytest.mark.parametrize("mode", ["shared", "sgf"])
+@pytest.mark.parametrize("side", [16, 64, 96])
+def test_the_gradient_of_images_is_that_of_what_is_judged(mini, configure, tiny_adaptation, mode, side):
+    """Resized and clamped first, and only then given to the same objective, the gradient goes back by autograd."""
+    config = configure(mode=mode, reconstruction=0.5, way_back=0.0)
+    objective = make_objective(config, tiny_adaptation.tiny_critic((0.5, -0.5, 0.2, 0.1)), None, "cpu")
+    encode = latent_encoder(mini, 64)
+    raw, frozen = 2 * torch.randn(2, 1, 3, side, side, generator=torch.Generator().manual_seed(side))
+
+    def gradient(images, others):
+        randomness = torch.Generator().manual_seed(0)
+        return objective.image_gradient(images, others, encode, step=0, steps=1, generator=randomness)[0]
+
+    leaf = raw.clone().requires_grad_()
+    judged, other = (
+        torch.nn.functional.interpolate(one, (64, 64), mode="bilinear", align_corners=False).clamp(-1, 1)
+        for one in (leaf, frozen)
+    )
+    judged.backward(gradient(judged.detach(), other))
+    found = gradient(raw, frozen)
+    assert 0.1 < float((judged.abs() == 1).float().mean()) < 0.8 and float(found.norm()) > 0
+    assert torch.allclose(found, leaf.grad, rtol=1e-4, atol=1e-4 * float(leaf.grad.abs().max()))
+
+
 @pytest.mark.parametrize("of_method", [False, True])
 @pytest.mark.parametrize("of_regularizer", [False, True])
 def test_method_and_regularizer_are_normalized_apart(configure, tiny_adaptation, of_method, of_regularizer):

@@ -34,6 +34,9 @@ from .tasks import TASKS
 FINE_TUNE_STEPS = 300
 DOMAIN_FILE = "mini-handwriting"
 SIDE_PX = 64
+# Raised when the released update is computed otherwise. 2: the image gradient is clamped on the images as they are
+# judged, instead of after it went back through their clamp to -1..1.
+RELEASED_UPDATE = 2
 
 
 @dataclass(frozen=True, order=True)
@@ -90,7 +93,8 @@ class Runs:
             critic = ["domain", file_hash(assets.domain_unets_dir() / f"{DOMAIN_FILE}.safetensors")]
         elif critic == "fine_tune":
             critic = ["fine_tune", self.models.path(self.fine_tune).name]
-        return {"settings": self.settings(run), "critic": critic, "step": step}
+        facts = {"settings": self.settings(run), "critic": critic, "step": step}
+        return {**facts, "update": RELEASED_UPDATE} if RECIPES[run.recipe].released else facts
 
     def hash_of(self, run: Run) -> str:
         return key_of({**self.facts(run), "world": self.world_hash})[:10]

@@ -113,6 +113,16 @@ def test_a_run_that_another_process_works_on_is_left_to_it(make_bench, monkeypat
     assert not runs.finished_steps(run)
 
 
+def test_another_released_update_makes_its_points_anew_and_no_others(make_bench, monkeypatch):
+    released, others = ("sds", "sds_layers_3", "domain"), ("sds_back", "domain_back", "shared_directional", "csd", "first")
+    points = [Point("handwriting", name, 1) for name in (*released, *others)] + [Point("handwriting", "source")]
+    bench = make_bench()
+    before = [bench.key(point) for point in points]
+    monkeypatch.setattr(runs_module, "RELEASED_UPDATE", runs_module.RELEASED_UPDATE + 1)
+    changed = {point.recipe for point, key in zip(points, before) if make_bench().key(point) != key}
+    assert changed == set(released)
+
+
 def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
     bench = make_bench()
     points = [
