@@ -88,6 +88,19 @@ def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, floa
     return sums
 
 
+def _cancel(weights: Mapping[str, float]) -> bool:
+    """Whether weights sum to nothing, or to next to nothing beside their sizes."""
+    return abs(math.fsum(weights.values())) <= _CANCELLED * math.fsum(map(abs, weights.values()))
+
+
+def _scaled_to(total: float, weights: Mapping[str, float]) -> Mapping[str, float]:
+    """`weights` in the same proportions, with that sum; a weight that is the whole sum becomes it exactly."""
+    if _cancel(weights):
+        return weights
+    own = math.fsum(weights.values())
+    return {name: total if weight == own else weight * total / own for name, weight in weights.items()}
+
+
 @dataclass(frozen=True)
 class ShapedDirection:
     """weight * shaping(D_source - D_reference): a term whose direction is changed before it is added.
@@ -181,7 +194,7 @@ class Step:
                 "keep_base=True."
             )
         base, scale = predictions[self.base], self.total_weight
-        if abs(scale) <= _CANCELLED * math.fsum(map(abs, self.weights.values())):
+        if _cancel(self.weights):
             return self.combine(predictions), base, 1.0
         shares = [(self.base, 1.0)]
         for source, reference, weight in self._differences:
@@ -262,13 +275,20 @@ class Guidance:
         own = [BASE] if source == self.base else []
         return tuple(own + [term.name for term in self.terms if term.source == source])
 
-    def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None, keep_base: bool = False) -> Step:
+    def at(
+        self,
+        sigma: float,
+        percent_to_sigma: PercentToSigma | None = None,
+        keep_base: bool = False,
+        total: float | None = None,
+    ) -> Step:
         """The guidance at noise level `sigma` (k-diffusion scale), with the cost rule applied.
 
         Coefficients are summed per source. A source whose sum is 0 is not evaluated: a term outside its interval, the
         base at a total weight of 1, a reference that nothing uses here. `keep_base` has the base evaluated all the
-        same, for hooks and CFG++ samplers. Raises GuidanceError where a weight needs `percent_to_sigma` and none is
-        given.
+        same, for hooks and CFG++ samplers. `total` scales all weights alike so that they sum to it, D = D_u + total
+        (c_eff - D_u); weights that cancel (`Step.effective`) cannot be scaled and stay as they are, None leaves any.
+        Raises GuidanceError where a weight needs `percent_to_sigma` and none is given.
         """
         sigma = float(sigma)  # one copy from the device, whatever the number of terms
         weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
@@ -277,6 +297,8 @@ class Guidance:
                 raise GuidanceError(
                     f"Expected the weight of term {name!r} to be finite at sigma {sigma:g}, got {weight}."
                 )
+        if total is not None:
+            weights = _scaled_to(total, weights)
         active = [term for term in self.terms if weights[term.name] != 0.0]
         differences = tuple(
             (term.source, self.reference(term), weights[term.name]) for term in active if term.shaping is None

@@ -453,4 +453,5 @@ class InDomainSampler(io.ComfyNode):
             prior, domain, positive, negative, domain_weight, control_weight, domain_start_percent, domain_end_percent
         )
         latent = sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise)
-        return io.NodeOutput(latent, ui={"samples_per_step": [guider.samples_per_step]})
+        # A dictionary, as clients expect every item of a node's outputs to be.
+        return io.NodeOutput(latent, ui={"samples_per_step": [{"value": guider.samples_per_step}]})

@@ -6,7 +6,7 @@ functions and in core's order, and leaves nothing behind.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.hooks
@@ -17,17 +17,14 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-Conditionings = dict[str, list[dict[str, Any]]]
+from ...guidance.schedules import GuidanceError
+from .calls import POSITIVE, Calls, Conditionings, controls, entries
+from .cost import Cost
+from .own_state import OwnState, share_code
 
-# The two conditionings that core batches as (cond, uncond); patches tell them apart by this order.
-POSITIVE, NEGATIVE = "positive", "negative"
-
-_SAMPLER_HOOKS = (
-    "sampler_cfg_function",
-    "sampler_pre_cfg_function",
-    "sampler_post_cfg_function",
-    "sampler_calc_cond_batch_function",
-)
+# What core's sampling loop reads in model_options, and single predictions do not: these, and whatever a sampler calls.
+_LOOP_OPTIONS = ("denoise_mask_function", "disable_cfg1_optimization")
+_SAMPLER_OPTION = "sampler_"
 # Wrappers around the sampling loop, of which there is one, and it belongs to the prior.
 _LOOP_WRAPPERS = tuple(
     getattr(WrappersMP, name)
@@ -40,60 +37,9 @@ _PRIOR_ONLY_OPTIONS = ("multigpu_clones", "multigpu_thread_pool")
 _LEFT_OUT = "indomain_guidance left out"
 
 
-def _in_core_order(keys: Sequence[str]) -> list[str | None]:
-    """Positive first, negative second, then the others; None where one of the two is missing but its place counts."""
-    order: list[str | None] = [key if key in keys else None for key in (POSITIVE, NEGATIVE)]
-    others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
-    if others and order[0] is None:
-        order[0] = others.pop(0)
-    order += others
-    while order[-1] is None:
-        order.pop()
-    return order
-
-
-def has_attention_patches(options: Mapping[str, Any]) -> bool:
-    """Whether patches look into the attention layers; many know two conditionings only, called 0 and 1."""
-    transformer_options = options.get("transformer_options", {})
-    return bool(transformer_options.get("patches") or transformer_options.get("patches_replace"))
-
-
-def run_conditionings(
-    model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict[str, Any]
-) -> dict[str, Tensor]:
-    """The denoised predictions [B, C, ...] of one model on several conditionings, in one `calc_cond_batch` call.
-
-    More than two conditionings are split where attention patches are present, because those would fail on the third.
-    """
-    call = _in_core_order(keys)
-    calls = [call]
-    if len(call) > 2 and has_attention_patches(options):
-        calls = [call[:2], *([key] for key in call[2:])]
-    predictions = {}
-    for call in calls:
-        forget_adapter_outputs(conds)
-        batch = [None if key is None else conds[key] for key in call]
-        outputs = comfy.samplers.calc_cond_batch(model, batch, x, timestep, options)
-        predictions.update({key: output for key, output in zip(call, outputs) if key is not None})
-    return predictions
-
-
-def forget_adapter_outputs(conds: Conditionings) -> None:
-    """Have T2I-Adapters with several hint images run again for the next call.
-
-    They keep their output in the batch size of the first call. Core's calls in one run are alike; those of several
-    models are not, and core only logs that a control could not be applied.
-    """
-    for control in controls(conds).values():
-        while control is not None:
-            if getattr(control, "control_input", None) is not None and control.cond_hint_original.shape[0] > 1:
-                control.control_input = None
-            control = control.previous_controlnet
-
-
 def without_controls(conds: Conditionings, left_out: set[int]) -> None:
     """Take the ControlNets of those identities out of `conds`, in place; `with_controls` puts them back."""
-    for entry in _entries(conds):
+    for entry in entries(conds):
         if id(entry.get("control")) in left_out:
             entry[_LEFT_OUT] = entry.pop("control")
 
@@ -102,26 +48,28 @@ def with_controls(conds: Conditionings) -> None:
     """Put back what `without_controls` took, copies that core made of an entry included, and spread it as core does:
     the prompt's Apply ControlNet (OLD) is for the other conditionings too.
     """
-    for entry in _entries(conds):
+    for entry in entries(conds):
         if _LEFT_OUT in entry:
             entry["control"] = entry.pop(_LEFT_OUT)
     spread = [entry for entry in conds.get(POSITIVE, ()) if entry.get("control_apply_to_uncond", False)]
-    for key, entries in conds.items():
+    for key, others in conds.items():
         if key != POSITIVE:
-            comfy.samplers.apply_empty_x_to_equal_area(spread, entries, "control", lambda found, index: found[index])
+            comfy.samplers.apply_empty_x_to_equal_area(spread, others, "control", lambda found, index: found[index])
 
 
 class Branch:
     """A model besides the prior.
 
     `patcher` may be replaced by ComfyUI's own substitute for it between runs. `weights` is the same object for all
-    models whose module holds the right weights for this one too.
+    models whose module holds the right weights for this one too. keys: the names of its conditionings.
     """
 
-    def __init__(self, patcher: ModelPatcher, name: str, weights: object = None) -> None:
+    def __init__(self, patcher: ModelPatcher, name: str, weights: object = None, keys: Sequence[str] = ()) -> None:
         self.patcher = patcher
         self.name = name
         self.weights = weights
+        self.keys = tuple(keys)
+        self._calls = Calls(self.keys, f"the model of term '{name}'")
         self.conds: Conditionings = {}
         self.options: dict[str, Any] = {}
         self._hook_mode: Any = None
@@ -133,11 +81,15 @@ class Branch:
 
     def ignored_hooks(self) -> list[str]:
         """What on this MODEL acts on the sampling loop, which only the prior can do here."""
-        found = [key for key in _SAMPLER_HOOKS if self.patcher.model_options.get(key)]
+        options = self.patcher.model_options
+        found = sorted(key for key in options if key.startswith(_SAMPLER_OPTION) and options[key])
+        found += [key for key in _LOOP_OPTIONS if options.get(key) and not (found and options[key] is True)]
         return found + sorted("a sampling wrapper" if key is None else str(key) for key in self._loop_wrapper_keys())
 
     def _loop_wrapper_keys(self) -> set:
-        return {key for kind in _LOOP_WRAPPERS for key, found in self.patcher.wrappers.get(kind, {}).items() if found}
+        of_options = self.patcher.model_options.get("transformer_options", {}).get("wrappers", {})
+        wrappers = [found.get(kind, {}) for found in (self.patcher.wrappers, of_options) for kind in _LOOP_WRAPPERS]
+        return {key for found in wrappers for key, functions in found.items() if functions}
 
     def prepare(self, conds: Conditionings) -> None:
         """What `CFGGuider.sample` does before models are loaded. `conds` are this branch's own copies."""
@@ -157,6 +109,14 @@ class Branch:
             for key in unusable:
                 wrappers.pop(key, None)
 
+    def check_prepared(self) -> None:
+        """Refuse to be run by somebody who does what core's `sample` and `outer_sample` do himself. Raises GuidanceError."""
+        if not self.options:
+            raise GuidanceError(
+                f"Term '{self.name}': expected a guider that prepares its models in its own sample(), found one whose "
+                "predictions were asked for without; run it with a sampler node that calls the guider's sample()."
+            )
+
     def additional_models(self) -> list[Any]:
         """Models that this branch's hooks want loaded."""
         return comfy.sampler_helpers.get_additional_models_from_model_options(self.options)
@@ -171,6 +131,8 @@ class Branch:
         seed: int | None,
         latent_shapes: Any,
         controls_of_prior: set[int],
+        options_of_prior: dict[str, Any],
+        cost: Cost,
     ) -> None:
         """What `CFGGuider.outer_sample` and `inner_sample` do once models are loaded, up to the sampler."""
         comfy.samplers.cast_to_load_options(self.options, device=device, dtype=self.patcher.model_dtype())
@@ -186,10 +148,15 @@ class Branch:
         with_controls(self.conds)
         self.options = comfy.model_patcher.create_model_options_clone(self.options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
+        if share_code(self.options, options_of_prior):
+            self.options = OwnState().of(self.options)
+        self.options = cost.watch(self.model, self.options)
+        self._calls = Calls(self.keys, f"the model of term '{self.name}'")
+        self._calls.prime(self.options)
 
     def run(self, keys: Sequence[str], x: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """Denoised predictions [B, C, ...] on this branch's conditionings of those names."""
-        return run_conditionings(self.model, self.conds, keys, x, timestep, self.options)
+        return self._calls.run(self.model, self.conds, keys, x, timestep, self.options)
 
     def finish(self) -> None:
         """Undo `prepare` and `start`, however far they came."""
@@ -204,15 +171,6 @@ class Branch:
             self.conds, self.options, self._hook_mode, self._own_controls = {}, {}, None, []
 
 
-def _entries(conds: Conditionings) -> list[dict[str, Any]]:
-    return [entry for entries in conds.values() for entry in entries]
-
-
-def controls(conds: Conditionings) -> dict[int, Any]:
-    """The ControlNets in `conds`, by identity."""
-    return {id(entry["control"]): entry["control"] for entry in _entries(conds) if entry.get("control") is not None}
-
-
 def _own_hooks(conds: Conditionings) -> None:
     """Give a branch its own hook objects.
 
@@ -222,7 +180,7 @@ def _own_hooks(conds: Conditionings) -> None:
     """
     groups: dict[int, Any] = {}
     keyframes: dict[int, Any] = {}
-    for entry in _entries(conds):
+    for entry in entries(conds):
         group = entry.get("hooks")
         if group is None:
             continue

@@ -131,12 +131,13 @@ def check_sigma_ranges(
     sigmas: Iterable[float],
     percent_to_sigma: Callable[[float], float],
     prior: ModelPatcher,
+    in_its_place: ModelPatcher,
 ) -> None:
     """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
 
-    Noise levels beyond the prior's own range are nobody's fault here: core clamps them, and so they are clamped first.
+    in_its_place: the MODEL that runs as the prior. Noise levels beyond the prior's own range are nobody's fault here: core clamps them, and so they are clamped first.
     """
-    own = _sigma_range(prior)
+    own = _sigma_range(in_its_place)
     for sigma in sigmas:
         if sigma <= 0.0:
             continue

@@ -24,9 +24,10 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
+from .calls import KEY
+
 _PREDICTION_HOOKS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
 CALC_COND_BATCH = "sampler_calc_cond_batch_function"
-_KEY = "indomain_guidance"
 
 
 def has_prediction_hooks(model_options: dict[str, Any]) -> bool:
@@ -97,6 +98,6 @@ def _with_translation(
 
     options = comfy.model_patcher.create_model_options_clone(model_options)
     comfy.patcher_extension.add_wrapper_with_key(
-        WrappersMP.CALC_COND_BATCH, _KEY, translate, options, is_model_options=True
+        WrappersMP.CALC_COND_BATCH, KEY, translate, options, is_model_options=True
     )
     return options

@@ -27,26 +27,23 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...guidance.combination import Guidance, Step
-from ...guidance.errors import Problem, logger
-from ...guidance.schedules import Constant, Interval, WeightLike
+from ...guidance.errors import logger
+from ...guidance.schedules import Constant, GuidanceError, Interval, WeightLike
 from ...guidance.shaping import Shaping
 from ...guidance.terms import BASE, Source, Term
 from . import compatibility, coverage, effective_condition
-from .branch import (
-    NEGATIVE,
-    POSITIVE,
-    Branch,
-    Conditionings,
-    controls,
-    forget_adapter_outputs,
-    run_conditionings,
-)
+from .branch import Branch
+from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, forget_adapter_outputs
+from .cost import Cost
+from .latents import check_latent, sample_latent
 from .shared_weights import on_own_weights, same_weights
 
 LOG = logger(__name__)
 
+__all__ = ["MultiGuidanceGuider", "TermInput", "in_domain_guider", "sample_latent", "without_gaps"]
+
 _ADDITIONAL_MODELS = "indomain_guidance"
-_HOOK_MODELS = "indomain_guidance hook models"
+_MORE_MODELS = "indomain_guidance more models"
 
 
 @dataclass(frozen=True)
@@ -73,11 +70,20 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     weights that are not finite, models of another latent space or another way of adding noise; and at the start of
     sampling a model whose sigma range does not cover the steps it is active in.
 
+    To everybody else it is core's guider. `cfg` is the total weight, at its largest in the course of sampling; set from
+    outside, for a run or a single call, it is the total weight there: D = D_u + cfg (c_eff - D_u), which is core's
+    meaning where the guidance is core's. Conditionings, model and options that are replaced between runs count.
+
     After a run, `samples_per_step` is the number of predictions per image and step, `evaluations` the number of
-    predictions for each term.
+    predictions for each term, as far as they were made (`cost`).
     """
 
-    def __init__(self, prior: ModelPatcher, base: list, terms: Sequence[TermInput]) -> None:
+    def __init__(self, prior: ModelPatcher, base: list | None = None, terms: Sequence[TermInput] = ()) -> None:
+        if base is None or not terms:
+            raise GuidanceError(
+                f"Expected a base conditioning and at least one term for a {type(self).__name__}, got a model alone; to "
+                "change a guider, copy it (copy.copy) and set what is to be different."
+            )
         given = [(term, prior if term.model is None else term.model) for term in terms]
         for term, model in given:
             if model is not prior:
@@ -98,17 +104,21 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._keys: dict[Source, str] = {}
         self._branch_conds: Conditionings = {}
         self._control = self._name_conditionings()
+        self._given_conds = dict(self.original_conds)
         self._is_core = self._is_cores_cfg()
-        self._weights = object()
-        self._branches: dict[int, Branch] = {}
-        self._loaded_branches: list[Branch] = []
         self._add_branches()
+        if self._loaded_branches:
+            self.model_patcher.set_additional_models(
+                _ADDITIONAL_MODELS, [branch.patcher for branch in self._loaded_branches]
+            )
         self._active: dict[int, tuple[ModelPatcher, object]] = {}
         self._memory_required = 0.0
         self._percent_to_sigma = self._percent_scale()
-        self._known_to_caches: set[str] = set()
-        self.evaluations: Counter[str] = Counter()
-        self.steps = 0
+        self._own_scale = self._largest_total()
+        self.set_cfg(self._own_scale)
+        self._said: set[str] = set()
+        self._given_entries: dict[str, int] = {}
+        self._start_counting(0)
 
     def _warn(self) -> None:
         """Say once what will not happen although the user may expect it."""
@@ -183,6 +193,9 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         Models on one module with the same weights need no loading of their own. With different weights each gets its
         own copy of the module, or, where that is not possible, they take turns in it.
         """
+        self._made_for, self._weights = self.model_patcher, object()
+        self._branches: dict[int, Branch] = {}
+        self._loaded_branches: list[Branch] = []
         holders: dict[int, tuple[ModelPatcher, object]] = {
             id(self.model_patcher.model): (self.model_patcher, self._weights)
         }
@@ -196,14 +209,11 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             if holder is not None and not same_weights(patcher, holder):
                 weights = object()
                 patcher, holder = self._apart(patcher, holder, name)
-            branch = self._branches[id(source.model)] = Branch(patcher, name, weights)
+            keys = [key for other, key in self._keys.items() if other.model is source.model]
+            branch = self._branches[id(source.model)] = Branch(patcher, name, weights, keys)
             if holder is None:
                 holders[id(patcher.model)] = (patcher, weights)
                 self._loaded_branches.append(branch)
-        if self._loaded_branches:
-            self.model_patcher.set_additional_models(
-                _ADDITIONAL_MODELS, [branch.patcher for branch in self._loaded_branches]
-            )
 
     def _term_names(self, source: Source) -> str:
         return " and ".join(self.guidance.names(source))
@@ -242,27 +252,58 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _percent_scale(self) -> Callable[[float], float]:
         return functools.lru_cache(maxsize=4096)(self.model_patcher.get_model_object("model_sampling").percent_to_sigma)
 
+    def _largest_total(self) -> float:
+        """The total weight where it is largest: what core calls the scale of a guider."""
+        weights = [term.weight for term in self.guidance.terms]
+        percents = [0.0] if all(isinstance(weight, Constant) for weight in weights) else [i / 100 for i in range(101)]
+        sigmas = [self._percent_to_sigma(percent) for percent in percents]
+        return max((self.guidance.at(sigma, self._percent_to_sigma).total_weight for sigma in sigmas), key=abs)
+
+    def _say(self, sentence: str) -> None:
+        """Log a sentence once."""
+        if sentence not in self._said:
+            self._said.add(sentence)
+            LOG.warning("Multi-guidance: %s", sentence)
+
     # ---- one sampling run -------------------------------------------------------------------------------------------
 
     @property
     def samples_per_step(self) -> float:
         """Predictions per image and step of the last run, all models together."""
-        return sum(self.evaluations.values()) / max(self.steps, 1)
+        return self.cost.per_step
+
+    @property
+    def evaluations(self) -> Counter[str]:
+        """Predictions of the last run, by term."""
+        return self.cost.evaluations
+
+    def report(self) -> str:
+        """The cost of the last run in words."""
+        return str(self.cost)
+
+    def _start_counting(self, steps: int) -> None:
+        self.cost = Cost(steps)
+        self._calls = Calls(list(self.original_conds), "the prior")
+        self._known_to_caches: set[str] = set()
 
     def outer_sample(
         self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Core's run of the prior, with the branches prepared around it and tidied up whatever happens."""
-        self.evaluations, self.steps = Counter(), max(len(sigmas) - 1, 0)
-        self._known_to_caches.clear()
+        check_latent(latent_image)
+        self._start_counting(max(len(sigmas) - 1, 0))
+        self._notice_changes()
         self._percent_to_sigma = self._percent_scale()
-        compatibility.check_sigma_ranges(self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior)
+        compatibility.check_sigma_ranges(
+            self.guidance, sigmas.tolist()[:-1], self._percent_to_sigma, self._given_prior, self.model_patcher
+        )
         # Newer versions may have replaced the prior, and the models that hang on it, by another kind of patcher.
         for branch, patcher in zip(
             self._loaded_branches, self.model_patcher.get_additional_models_with_key(_ADDITIONAL_MODELS)
         ):
             branch.patcher = patcher
         with contextlib.ExitStack() as stack:
+            self._active = {}
             stack.callback(self._active.clear)
             for branch in self._branches.values():
                 stack.callback(branch.finish)
@@ -272,24 +313,50 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         LOG.info("Multi-guidance: %s", self.report())
         return output
 
-    def report(self) -> str:
-        """The cost of the last run in words."""
-        parts = ", ".join(f"{name} {count}" for name, count in self.evaluations.items())
-        return f"{self.steps} steps, {self.samples_per_step:.2f} samples per step ({parts or 'none'})"
+    def _notice_changes(self) -> None:
+        """Take over what was set from outside since the last run, and say what of it can have no effect."""
+        changed = [key for key, found in self.original_conds.items() if found is not self._given_conds.get(key)]
+        if changed and self._branch_conds:
+            others = " and ".join(repr(key.removeprefix("term ")) for key in self._branch_conds)
+            self._say(f"conditionings were set from outside; that of term {others}, for another model, stays as it is.")
+        if POSITIVE in changed and self._control is None:
+            self._say("a positive conditioning was set from outside, but no term guides with one: it has no effect.")
+        missing = [key for key in self._given_conds if key not in self.conds]
+        if missing and not self._is_core:
+            raise GuidanceError(
+                f"Expected the guider's conditionings {', '.join(self._given_conds)}, found {', '.join(self.conds) or 'none'}"
+                "; something took conditionings away that its terms need."
+            )
+        if self.model_patcher is not self._made_for:
+            for source in self.guidance.sources:
+                if source.model is not self._given_prior:
+                    compatibility.check_same_latents(self.model_patcher, source.model, self._term_names(source))
+                    compatibility.check_same_noise(self.model_patcher, source.model, self._term_names(source))
+            self._add_branches()
 
     def _copy_conditionings(self) -> Conditionings:
-        originals = {**self.original_conds, **self._branch_conds}
-        return {key: [entry.copy() for entry in entries] for key, entries in originals.items()}
+        """Every conditioning for one branch, as it stands now, with the hooks it came with: the prior has taken out of
+        its own what it cannot use.
+        """
+        hooks = {entry["uuid"]: entry.get("hooks") for found in self.original_conds.values() for entry in found}
+        copies = {key: [entry.copy() for entry in found] for key, found in {**self.conds, **self._branch_conds}.items()}
+        for key in self.conds:
+            for entry in copies[key]:
+                if hooks.get(entry.get("uuid")) is not None:
+                    entry["hooks"] = hooks[entry["uuid"]]
+        return copies
 
     def _visible_to_loading(self) -> Conditionings:
-        """The prior's conditionings, and whatever makes core load the branches' ControlNets and hook models."""
+        """The prior's conditionings, and whatever makes core load the branches' ControlNets and further models."""
         visible: Conditionings = dict(self.conds)
         for branch in self._branches.values():
             for key in self._branch_conds:
                 visible[key] = branch.conds[key]
-        hook_models = [model for branch in self._branches.values() for model in branch.additional_models()]
-        if hook_models:
-            visible[_HOOK_MODELS] = [{"additional_models": hook_models, "model_conds": {}}]
+        more = [model for branch in self._branches.values() for model in branch.additional_models()]
+        at_hand = self.model_patcher.get_additional_models()
+        more += [branch.patcher for branch in self._loaded_branches if branch.patcher not in at_hand]
+        if more:
+            visible[_MORE_MODELS] = [{"additional_models": more, "model_conds": {}}]
         return visible
 
     def inner_sample(
@@ -297,7 +364,16 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         denoise_mask: Tensor | None, callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
     ) -> Tensor:  # fmt: skip
         """Core's inner run, once each branch has processed its conditionings; models are loaded here."""
+        for branch in self._branches.values():
+            branch.check_prepared()
         self.conds = {key: entries for key, entries in self.conds.items() if key in self.original_conds}
+        self._given_entries = {
+            key: len(entries)
+            for conds in [self.conds, *(branch.conds for branch in self._branches.values())]
+            for key, entries in conds.items()
+        }
+        shared_options, self.model_options = self.model_options, self.cost.watch(self.inner_model, self.model_options)
+        self._calls.prime(self.model_options)
         holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
         self._active = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
         self._memory_required = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
@@ -315,6 +391,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 seed,
                 kwargs.get("latent_shapes"),
                 set(controls(self.conds)),
+                shared_options,
+                self.cost,
             )
         self._activate(self.model_patcher, self._weights)
         return super().inner_sample(
@@ -341,27 +419,62 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
     ) -> Tensor:
         """The combined denoised prediction [B, C, ...] for x [B, C, ...] at the sigma `timestep` [B]."""
+        for branch in self._branches.values():
+            branch.check_prepared()
         hooked = effective_condition.has_hooks(model_options)
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])
-        step = self.guidance.at(sigma, self._percent_to_sigma, keep_base=hooked or always_base)
+        total = None if self.cfg == self._own_scale else float(self.cfg)
+        step = self.guidance.at(sigma, self._percent_to_sigma, keep_base=hooked or always_base, total=total)
         gaps = {} if self._is_core else self._gaps(step.needed, x, timestep)
         plain = not step.shaped and not gaps and all(s in (self._control, self.guidance.base) for s in step.needed)
         if plain and self._control in step.coefficients:
-            self.cfg = step.coefficients[self._control]
-            evaluated = [self._control] if math.isclose(self.cfg, 1.0) and not always_base else step.needed
-            self._count(evaluated)
-            self._tell_caches([self._keys[source] for source in evaluated], model_options)
-            if not self._is_core:
-                forget_adapter_outputs(self.conds)
+            prediction = self._predict_as_core(step.coefficients[self._control], x, timestep, model_options, seed)
+        elif total is not None and self._is_core and self._control is not None:
+            prediction = self._predict_as_core(total, x, timestep, model_options, seed)
+        else:
+            if total is not None:
+                self._say_what_scale_does(total, step)
+            needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])
+            predictions = self._predict(list(needed), x, timestep, model_options)
+            guiding = without_gaps(predictions, gaps)
+            if effective_condition.has_prediction_hooks(model_options):
+                prediction = self._apply_hooks(step, guiding, predictions, x, timestep, model_options)
+            else:
+                prediction = step.combine(guiding)
+        self.cost.close_step()
+        return prediction
+
+    def _predict_as_core(
+        self, scale: float, x: Tensor, timestep: Tensor, model_options: dict[str, Any], seed: int | None
+    ) -> Tensor:
+        """Core's own prediction, of control and base at that scale."""
+        always_base = bool(model_options.get("disable_cfg1_optimization", False))
+        alone = math.isclose(scale, 1.0) and not always_base
+        evaluated = [self._control] if alone else [self._control, self.guidance.base]
+        self._ask(evaluated)
+        self._tell_caches([self._keys[source] for source in evaluated], model_options)
+        if not self._is_core:
+            forget_adapter_outputs(self.conds)
+        if scale == self.cfg:
             return super().predict_noise(x, timestep, model_options, seed)
-        self.cfg = step.total_weight
-        needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])
-        predictions = self._predict(list(needed), x, timestep, model_options)
-        guiding = without_gaps(predictions, gaps)
-        if not effective_condition.has_prediction_hooks(model_options):
-            return step.combine(guiding)
-        return self._apply_hooks(step, guiding, predictions, x, timestep, model_options)
+        seen, self.cfg = self.cfg, scale
+        try:
+            return super().predict_noise(x, timestep, model_options, seed)
+        finally:
+            self.cfg = seen
+
+    def _say_what_scale_does(self, total: float, step: Step) -> None:
+        if math.isclose(step.total_weight, total):
+            self._say(
+                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all terms "
+                "alike."
+            )
+        else:
+            self._say(
+                "the scale of this guider (cfg) was set from outside; it has no effect where the weights of its terms "
+                "cancel each other."
+            )
 
     def _gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> Gaps:
         """What of these sources, and of the references that fill their gaps, does not cover the picture here.
@@ -376,7 +489,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 continue
             conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
             # Only what the source was given: core appends others' areas, without the source's own limits.
-            where = coverage.covered(conds[self._keys[source]][: len(source.cond)], x, timestep)
+            key = self._keys[source]
+            where = coverage.covered(conds[key][: self._given_entries[key]], x, timestep)
             if where is not None:
                 reference = next(self.guidance.reference(term) for term in self.guidance.terms if term.source == source)
                 gaps[source] = where, reference
@@ -387,7 +501,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> dict[Source, Tensor]:
         """Denoised predictions [B, C, ...] of all `sources`, the prior last so that it stays active."""
-        self._count(sources)
+        self._ask(sources)
         predictions: dict[Source, Tensor] = {}
         for model, branch in self._branches.items():
             wanted = [source for source in sources if id(source.model) == model]
@@ -406,7 +520,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self, keys: Sequence[str], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> dict[str, Tensor]:
         self._tell_caches(keys, model_options)
-        run = functools.partial(run_conditionings, self.inner_model, self.conds)
+        run = functools.partial(self._calls.run, self.inner_model, self.conds)
         hook = model_options.get(effective_condition.CALC_COND_BATCH)
         if hook is None:
             return run(keys, x, timestep, model_options)
@@ -453,8 +567,11 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             x, timestep, model_options,
         )  # fmt: skip
 
-    def _count(self, sources: Sequence[Source]) -> None:
-        self.evaluations.update(self._term_names(source) for source in sources)
+    def _ask(self, sources: Sequence[Source]) -> None:
+        for source in sources:
+            branch, key = self._branches.get(id(source.model)), self._keys[source]
+            model, conds = (self.inner_model, self.conds) if branch is None else (branch.model, branch.conds)
+            self.cost.ask(model, self._term_names(source), conds.get(key) or ())
 
 
 # For a source that does not cover the picture: where [B, C, ...] it does, and the source that stands in elsewhere.
@@ -510,51 +627,3 @@ def in_domain_guider(
         negative,
         [TermInput("domain", weight, model=domain), TermInput("control", control_weight, conditioning=positive)],
     )
-
-
-def sample_latent(
-    guider: MultiGuidanceGuider,
-    latent: dict[str, Any],
-    seed: int,
-    steps: int,
-    sampler_name: str,
-    scheduler: str,
-    denoise: float,
-) -> dict[str, Any]:
-    """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
-
-    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not
-    know, which core itself would silently replace by others.
-    """
-    for what, name, known in (
-        ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
-        ("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
-    ):
-        if name not in known:
-            raise Problem(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
-    model = guider.model_patcher
-    samples = _fix_empty_latent(model, latent)
-    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
-    plan = comfy.samplers.KSampler(
-        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
-        model_options=model.model_options,
-    )  # fmt: skip
-    result = guider.sample(
-        noise, samples, comfy.samplers.sampler_object(sampler_name), plan.sigmas, denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
-        seed=seed,
-    )  # fmt: skip
-    out = latent.copy()
-    out.pop(_EMPTY_RATIO, None)
-    out["samples"] = result.to(comfy.model_management.intermediate_device())
-    return out
-
-
-_EMPTY_RATIO = "downscale_ratio_spacial"
-
-
-def _fix_empty_latent(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
-    """Give an empty latent the model's shape; newer versions also look at the factor it was made for."""
-    fix = comfy.sample.fix_empty_latent_channels
-    extra = [latent.get(_EMPTY_RATIO)] if len(inspect.signature(fix).parameters) > 2 else []
-    return fix(model, latent["samples"], *extra)

@@ -92,7 +92,7 @@ def samples_per_step(prompt: Prompt, outputs: Mapping[str, Mapping[str, Any]], s
     for node_id in upstream(prompt, saver):
         reported = outputs.get(node_id, {}).get("samples_per_step")
         if reported:
-            return float(reported[0])
+            return float(reported[0]["value"])
         if prompt[node_id]["class_type"] == "KSampler":
             return 1.0 if prompt[node_id]["inputs"]["cfg"] == 1.0 else 2.0
     return None

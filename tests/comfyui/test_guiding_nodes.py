@@ -166,13 +166,13 @@ def test_sampler_reports_its_cost(guiders, tiny, caplog):
         ).ui
 
     with caplog.at_level("INFO"):
-        assert run(2.5, 2.5) == {"samples_per_step": [3.0]}
+        assert run(2.5, 2.5) == {"samples_per_step": [{"value": 3.0}]}
     assert caplog.text.count("samples per step") == 1
     assert "4 steps, 3.00 samples per step (base 4, domain 4, control 4)" in caplog.text
-    assert run(2.5, 2.5, interval=(0.5, 1.0)) == {"samples_per_step": [2.5]}
-    assert run(0.0, 2.5) == {"samples_per_step": [2.0]}
-    assert run(0.0, 1.0) == {"samples_per_step": [1.0]}
-    assert run(2.0, 0.0) == {"samples_per_step": [2.0]}
+    assert run(2.5, 2.5, interval=(0.5, 1.0)) == {"samples_per_step": [{"value": 2.5}]}
+    assert run(0.0, 2.5) == {"samples_per_step": [{"value": 2.0}]}
+    assert run(0.0, 1.0) == {"samples_per_step": [{"value": 1.0}]}
+    assert run(2.0, 0.0) == {"samples_per_step": [{"value": 2.0}]}
 
 
 def test_preview_and_progress(comfyui, guiders, tiny, monkeypatch):

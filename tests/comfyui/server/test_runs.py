@@ -11,7 +11,7 @@ from indomain_guidance.nodes.host.client import ExecutionInterrupted, PromptReje
 
 def test_cost_is_reported_with_the_result(server, graphs):
     def cost(**sampler) -> float:
-        return server.client.run(graphs.in_domain(seed=11, **sampler)).outputs["sample"]["samples_per_step"][0]
+        return server.client.run(graphs.in_domain(seed=11, **sampler)).outputs["sample"]["samples_per_step"][0]["value"]
 
     assert cost(domain_weight=1.0, control_weight=2.0) == 3.0
     assert cost(domain_weight=1.0, control_weight=0.0) == 1.0

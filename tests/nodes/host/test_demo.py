@@ -52,7 +52,7 @@ def test_upstream_lists_each_node_once_and_survives_a_cycle():
 def test_cost_comes_from_the_nearest_sampler_that_reports_it(workflow):
     savers = demo.columns(workflow)
     sampler = {i: node["class_type"] for i, node in workflow.items()}
-    outputs = {i: {"samples_per_step": [2.5]} for i, kind in sampler.items() if kind == "InDomainSampler"}
+    outputs = {i: {"samples_per_step": [{"value": 2.5}]} for i, kind in sampler.items() if kind == "InDomainSampler"}
     costs = {title: demo.samples_per_step(workflow, outputs, node) for title, node in savers.items()}
     assert costs == {"Prior alone": 2.0, "Domain model alone": 2.5, "Multi-guidance": 2.5}
     assert demo.samples_per_step(workflow, {}, savers["Multi-guidance"]) is None

@@ -1,0 +1,139 @@
+"""One model on several conditionings: what goes into one of core's calls, and what must not.
+
+Core asks a model for two conditionings at a time, positive (0) and negative (1), and methods that patch it count on
+that. Two are asked for as core does. A third goes into the same call where nothing on the model could notice; else it
+has a call of its own, as a positive, with patches and wrappers that share no memory with the others' (`own_state`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import comfy.samplers
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...guidance.schedules import GuidanceError
+from .own_state import OwnState, attributes
+
+Conditionings = dict[str, list[dict[str, Any]]]
+
+# The two conditionings that core batches as (cond, uncond); patches tell them apart by this order.
+POSITIVE, NEGATIVE = "positive", "negative"
+
+KEY = "indomain_guidance"
+"""Under which this package's own wrappers are registered."""
+
+# Keys of wrappers that take any number of conditionings: core's EasyCache knows each by its own name, and compiled code
+# remembers nothing.
+_ANY_NUMBER = {"easycache", "torch.compile", KEY}
+_AROUND_THE_MODEL = tuple(
+    getattr(WrappersMP, name) for name in ("CALC_COND_BATCH", "APPLY_MODEL", "DIFFUSION_MODEL") if hasattr(WrappersMP, name)
+)
+
+
+def function_wrappers(options: Mapping[str, Any]) -> list[str]:
+    """The names of what wraps the model's calls, as far as it is not known to take any number of conditionings."""
+    found = []
+    if options.get("model_function_wrapper") is not None:
+        found.append(_name(options["model_function_wrapper"]))
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    for kind in _AROUND_THE_MODEL:
+        for key, functions in wrappers.get(kind, {}).items():
+            if key not in _ANY_NUMBER and functions:
+                found.append(_name(functions[0]) if key is None else str(key))
+    return list(dict.fromkeys(found))
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__qualname__", None) or type(function).__qualname__
+
+
+def knows_two(options: Mapping[str, Any]) -> bool:
+    """Whether anything on a model may know two conditionings only: attention patches and wrappers of its calls."""
+    transformer_options = options.get("transformer_options", {})
+    patches = transformer_options.get("patches") or transformer_options.get("patches_replace")
+    return bool(patches or function_wrappers(options))
+
+
+class Calls:
+    """The calls of one model in one run. keys: the names of all conditionings it may be asked for in it."""
+
+    def __init__(self, keys: Sequence[str], what: str) -> None:
+        self.what = what
+        others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
+        # The same two all the time, so that what is remembered of the first is never answered for another.
+        self._first = POSITIVE if POSITIVE in keys else others[0] if others else None
+        self._apart = {key: OwnState() for key in others if key != self._first}
+
+    def prime(self, options: dict[str, Any]) -> None:
+        """Copy what may remember, before anything has been remembered: at the start of a run."""
+        if knows_two(options):
+            for own in self._apart.values():
+                own.of(options)
+
+    def run(
+        self, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """The denoised predictions [B, C, ...] on the conditionings of those names, in as few calls as can be.
+
+        Raises GuidanceError for a method that keeps what it remembers on the model, where more than two would share it.
+        """
+        pair = [key if key in keys else None for key in (self._first, NEGATIVE)]
+        others = [key for key in keys if key not in pair]
+        if not self._apart or not knows_two(options):
+            return _predict(model, conds, _without_end([*pair, *others]), x, timestep, options)
+        wrappers = function_wrappers(options)
+        before = attributes(model.diffusion_model) if wrappers else None
+        predictions = _predict(model, conds, _without_end(pair), x, timestep, options)
+        if wrappers and attributes(model.diffusion_model) != before:
+            raise GuidanceError(
+                f"Expected wrappers that remember nothing on the model itself, found {', '.join(wrappers)} on {self.what}, "
+                f"which would mix up its {len(self._apart) + 2} conditionings; give terms of further conditionings a model "
+                "without it."
+            )
+        for key in others:
+            predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
+        return predictions
+
+
+def _without_end(call: list[str | None]) -> list[str | None]:
+    """Without missing conditionings at the end; elsewhere their places count."""
+    while call and call[-1] is None:
+        call = call[:-1]
+    return call
+
+
+def _predict(
+    model: Any, conds: Conditionings, call: Sequence[str | None], x: Tensor, timestep: Tensor, options: dict[str, Any]
+) -> dict[str, Tensor]:
+    if not any(call):
+        return {}
+    forget_adapter_outputs(conds)
+    batch = [None if key is None else conds[key] for key in call]
+    outputs = comfy.samplers.calc_cond_batch(model, batch, x, timestep, options)
+    return {key: output for key, output in zip(call, outputs) if key is not None}
+
+
+def forget_adapter_outputs(conds: Conditionings) -> None:
+    """Have T2I-Adapters with several hint images run again for the next call.
+
+    They keep their output in the batch size of the first call. Core's calls in one run are alike; those of several
+    models are not, and core only logs that a control could not be applied.
+    """
+    for control in controls(conds).values():
+        while control is not None:
+            if getattr(control, "control_input", None) is not None and control.cond_hint_original.shape[0] > 1:
+                control.control_input = None
+            control = control.previous_controlnet
+
+
+def entries(conds: Conditionings) -> list[dict[str, Any]]:
+    """All entries of all conditionings."""
+    return [entry for found in conds.values() for entry in found]
+
+
+def controls(conds: Conditionings) -> dict[int, Any]:
+    """The ControlNets in `conds`, by identity."""
+    return {id(entry["control"]): entry["control"] for entry in entries(conds) if entry.get("control") is not None}

@@ -1,0 +1,82 @@
+"""LATENTs into a guider and out of it: what core's KSampler node does around its CFG, and what no model can denoise."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy.model_patcher import ModelPatcher
+from torch import Tensor
+
+from ...guidance.errors import Problem
+
+
+def check_latent(samples: Tensor) -> None:
+    """Refuse latents [B, C, ...] of no images, no pixels, or with values that are no numbers. Raises Problem."""
+    parts = samples.unbind() if samples.is_nested else [samples]
+    for part in parts:
+        if part.ndim < 3 or part.numel() == 0:
+            raise Problem(
+                f"Expected a latent of at least one image and one pixel, got one of shape {list(part.shape)}; check the "
+                "batch size, width and height of the node that made it."
+            )
+        if not torch.isfinite(part).all():
+            raise Problem(
+                "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; where a "
+                "VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
+            )
+
+
+def sample_latent(
+    guider: comfy.samplers.CFGGuider,
+    latent: dict[str, Any],
+    seed: int,
+    steps: int,
+    sampler_name: str,
+    scheduler: str,
+    denoise: float,
+) -> dict[str, Any]:
+    """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
+
+    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not
+    know, which core itself would silently replace by others.
+    """
+    for what, name, known in (
+        ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
+        ("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
+    ):
+        if name not in known:
+            raise Problem(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
+    check_latent(latent["samples"])
+    model = guider.model_patcher
+    samples = _fix_empty_latent(model, latent)
+    noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    plan = comfy.samplers.KSampler(
+        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+        model_options=model.model_options,
+    )  # fmt: skip
+    result = guider.sample(
+        noise, samples, comfy.samplers.sampler_object(sampler_name), plan.sigmas, denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        seed=seed,
+    )  # fmt: skip
+    out = latent.copy()
+    out.pop(_EMPTY_RATIO, None)
+    out["samples"] = result.to(comfy.model_management.intermediate_device())
+    return out
+
+
+_EMPTY_RATIO = "downscale_ratio_spacial"
+
+
+def _fix_empty_latent(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
+    """Give an empty latent the model's shape; newer versions also look at the factor it was made for."""
+    fix = comfy.sample.fix_empty_latent_channels
+    extra = [latent.get(_EMPTY_RATIO)] if len(inspect.signature(fix).parameters) > 2 else []
+    return fix(model, latent["samples"], *extra)

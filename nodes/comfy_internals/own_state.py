@@ -1,0 +1,138 @@
+"""Patches and wrappers with a state of their own: what one of them remembers of one prompt is for that prompt alone.
+
+Methods that patch a model were written for two conditionings in one call a step, the positive (0) and the negative (1).
+Many remember something from one call to the next: the attention of step 5, the output before this one. Asked for a
+third conditioning, or on a second model, such a method would answer with what it remembers of another. Here it gets a
+copy for each, made before the first call of a run.
+
+Copied is what code changes as it runs: variables of a closure, attributes, dicts, sets, defaults, lists that hold
+tensors or None. Shared is what it only uses: tensors, modules, models, everything of torch's and core's, lists of other
+things (logs, settings). State on the model itself or in global variables is out of reach; `attributes` tells of the
+first.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import types
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+
+_PACKAGE = __name__.rpartition(".")[0]
+_NEVER = (torch.Tensor, torch.nn.Module, ModelPatcher, type, types.ModuleType)
+
+
+class OwnState:
+    """Copies for one conditioning, or one model, during one run: the same copy for the same original every time."""
+
+    def __init__(self) -> None:
+        # The originals are kept too, so that none of their identities is given to another object.
+        self._copies: dict[int, tuple[Any, Any]] = {}
+
+    def of(self, options: dict[str, Any]) -> dict[str, Any]:
+        """model_options whose patches and wrappers are copies."""
+        own = {key: self._copy(options[key]) for key in ("transformer_options", "model_function_wrapper") if key in options}
+        return {**options, **own}
+
+    def _copy(self, value: Any) -> Any:
+        known = self._copies.get(id(value))
+        if known is not None:
+            return known[0]
+        if isinstance(value, types.FunctionType):
+            return value if _foreign(value) else self._function(value)
+        if isinstance(value, types.MethodType):
+            owner = self._copy(value.__self__)
+            return value if owner is value.__self__ else types.MethodType(value.__func__, owner)
+        if isinstance(value, functools.partial):
+            return functools.partial(self._copy(value.func), *map(self._copy, value.args), **self._copy(value.keywords))
+        if isinstance(value, tuple):
+            items = [self._copy(item) for item in value]
+            unchanged = all(new is old for new, old in zip(items, value))
+            return value if unchanged else value._make(items) if hasattr(value, "_make") else tuple(items)
+        if isinstance(value, list):
+            return self._list(value)
+        if isinstance(value, (dict, set)):
+            return self._container(value)
+        if isinstance(value, _NEVER) or not hasattr(value, "__dict__") or _foreign(type(value)):
+            return value
+        return self._object(value)
+
+    def _keep(self, value: Any, made: Any) -> Any:
+        self._copies[id(value)] = (made, value)
+        return made
+
+    def _list(self, value: list) -> list:
+        made = self._keep(value, [])
+        made += [self._copy(item) for item in value]
+        state = any(item is None or isinstance(item, torch.Tensor) for item in value)
+        if not state and all(new is old for new, old in zip(made, value)):
+            return self._keep(value, value)
+        return made
+
+    def _container(self, value: Any) -> Any:
+        made = self._keep(value, copy.copy(value))
+        if isinstance(made, dict):
+            for key, item in value.items():
+                made[key] = self._copy(item)
+        return made
+
+    def _function(self, value: types.FunctionType) -> types.FunctionType:
+        cells = [self._copies.get(id(cell), (None,))[0] or types.CellType() for cell in value.__closure__ or ()]
+        made = types.FunctionType(value.__code__, value.__globals__, value.__name__, None, tuple(cells) or None)
+        self._keep(value, made)
+        for old, new in zip(value.__closure__ or (), cells):
+            if id(old) not in self._copies:
+                self._keep(old, new)
+                if not _is_empty(old):
+                    new.cell_contents = self._copy(old.cell_contents)
+        made.__defaults__, made.__kwdefaults__ = self._copy(value.__defaults__), self._copy(value.__kwdefaults__)
+        made.__dict__.update({key: self._copy(item) for key, item in value.__dict__.items()})
+        made.__qualname__, made.__module__ = value.__qualname__, value.__module__
+        return made
+
+    def _object(self, value: Any) -> Any:
+        try:
+            made = copy.copy(value)
+        except Exception:  # what cannot be copied holds on to something outside, and nobody here knows to what
+            return self._keep(value, value)
+        self._keep(value, made)
+        if made is not value:
+            for key, item in vars(value).items():
+                made.__dict__[key] = self._copy(item)
+        return made
+
+
+def _foreign(what: Any) -> bool:
+    """Whether a function or class is torch's, core's or this package's own."""
+    module = getattr(what, "__module__", None) or ""
+    return module.split(".")[0] in ("torch", "comfy", "builtins", "numpy") or module.startswith(_PACKAGE)
+
+
+def _is_empty(cell: types.CellType) -> bool:
+    try:
+        cell.cell_contents
+    except ValueError:
+        return True
+    return False
+
+
+def share_code(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two models' options hold one and the same patch or wrapper."""
+    return bool(_callables(options) & _callables(others))
+
+
+def _callables(value: Any) -> set[int]:
+    if isinstance(value, Mapping):
+        return set().union(*(_callables(item) for item in value.values()))
+    if isinstance(value, (list, tuple)):
+        return set().union(*(_callables(item) for item in value))
+    return {id(value)} if callable(value) and not _foreign(value) else set()
+
+
+def attributes(module: torch.nn.Module) -> dict[str, int]:
+    """A module's plain attributes, each with the identity of its value: what a method keeps on the model shows here."""
+    return {key: id(value) for key, value in vars(module).items()}
