@@ -1,7 +1,7 @@
 """What a prompt sends is checked against the node's own inputs.
 
 Core checks ranges of what stands in a prompt itself, not of what comes over a link, and, depending on its version, no
-choices at all; not-a-number passes everywhere.
+choices at all; not-a-number passes everywhere, and so does a text or a number where a link should be.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guidance.errors import Problem, printable
+from .comfy_internals.sockets import expected_of_socket
 
 LONGEST_TEXT = 100_000  # characters of one input
 LONGEST_LIST = 100_000  # values of one input of a node that takes lists
@@ -24,7 +25,7 @@ LONGEST_FOREIGN = 20_000  # characters of a message that is not ours, such as to
 
 
 def checked(*files: str) -> Callable[[Callable], Callable]:
-    """Decorator for a node's `execute`: its widgets' values must be what the schema says, or a Problem is raised.
+    """Decorator for a node's `execute`: its inputs' values must be what the schema says, or a Problem is raised.
 
     What it raises can be shown, with all that led to it, which core writes into its log.
 
@@ -69,7 +70,7 @@ def _can_be_shown(error: BaseException) -> bool:
 
 
 def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
-    """Raise Problem for a widget's value of another type, out of its range, too long, or none of its choices."""
+    """Raise Problem for a value of another type, out of its range, too long, or none of its choices."""
     schema = node.SCHEMA or node.GET_SCHEMA()
     for one in schema.inputs:
         given = values.get(one.id)
@@ -87,7 +88,7 @@ def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tup
 
 
 def _expected(one: io.Input, value: Any, is_file: bool) -> str | None:
-    """What an input's value should be, where it is not; None where it is, and for inputs that are no widgets."""
+    """What an input's value should be, where it is not; None where it is."""
     if isinstance(one, (io.Int.Input, io.Float.Input)):
         whole = isinstance(one, io.Int.Input)
         number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
@@ -102,4 +103,4 @@ def _expected(one: io.Input, value: Any, is_file: bool) -> str | None:
     if isinstance(one, io.Combo.Input):
         more = ", ..." if len(one.options) > MOST_SHOWN else ""
         return None if value in one.options else f"one of {', '.join(map(str, one.options[:MOST_SHOWN]))}{more}"
-    return None
+    return expected_of_socket(one, value)

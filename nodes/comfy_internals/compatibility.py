@@ -14,6 +14,10 @@ from comfy.model_patcher import ModelPatcher
 from ...guidance.combination import Guidance, GuidanceError
 from . import coverage, domain_info
 
+# Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in the
+# network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.
+_LEAVE_THE_BASE = {"attn_and_record", "nag_attention_output_patch"}
+
 # Schedules of one family differ by rounding (fp16 buffers, interpolated sigmas); this much is no difference.
 _SIGMA_TOLERANCE = 0.01
 
@@ -173,11 +177,18 @@ def _sigma_range(patcher: ModelPatcher) -> tuple[float, float]:
 
 def missing_weight_patches(prior: ModelPatcher, other: ModelPatcher) -> bool:
     """Whether the prior carries weight patches (LoRAs) that `other` has the weights for, but not the patches."""
-    lacking = [_weight_key(key) for key in prior.patches if key not in other.patches]
+    changed = [key for key, patches in prior.patches.items() if any(map(_changes_weights, patches))]
+    lacking = [_weight_key(key) for key in changed if key not in other.patches]
     if not lacking:
         return False
     weights = other.model_state_dict().keys()
     return any(key in weights for key in lacking)
+
+
+def _changes_weights(patch: tuple) -> bool:
+    """Whether one of core's weight patches (strength, patch, strength of the model, ...) does anything."""
+    strength, _, of_model, *_ = patch
+    return strength != 0.0 or of_model != 1.0
 
 
 def missing_model_patches(prior: ModelPatcher, other: ModelPatcher) -> list[str]:
@@ -188,9 +199,13 @@ def missing_model_patches(prior: ModelPatcher, other: ModelPatcher) -> list[str]
 
 def _patched_places(patcher: ModelPatcher) -> list[str]:
     options = patcher.model_options.get("transformer_options", {})
-    return [
-        place for kind in ("patches", "patches_replace") for place, patches in options.get(kind, {}).items() if patches
-    ]
+    places = [*options.get("patches", {}).items()]
+    places += [(place, found.values()) for place, found in options.get("patches_replace", {}).items()]
+    return [place for place, patches in places if any(_name(patch) not in _LEAVE_THE_BASE for patch in patches)]
+
+
+def _name(patch: Any) -> str:
+    return getattr(patch, "__name__", type(patch).__name__)
 
 
 def _weight_key(key: Any) -> str:

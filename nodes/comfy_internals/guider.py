@@ -35,7 +35,7 @@ from . import compatibility, coverage, effective_condition
 from .branch import Branch
 from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, forget_adapter_outputs
 from .cost import Cost
-from .latents import check_latent, sample_latent
+from .latents import check_latent, large_enough, sample_latent
 from .shared_weights import on_own_weights, same_weights
 
 LOG = logger(__name__)
@@ -309,7 +309,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 stack.callback(branch.finish)
                 branch.prepare(self._copy_conditionings())
             self.conds = self._visible_to_loading()
-            output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
+            with large_enough(latent_image):
+                output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
         LOG.info("Multi-guidance: %s", self.report())
         return output
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import comfy.model_management
@@ -15,6 +18,9 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ...guidance.errors import Problem
+
+
+_TINY = 64  # latent pixels; as many as one of a large model's deepest level stands for
 
 
 def check_latent(samples: Tensor) -> None:
@@ -31,6 +37,20 @@ def check_latent(samples: Tensor) -> None:
                 "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; where a "
                 "VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
             )
+
+
+@contextlib.contextmanager
+def large_enough(samples: Tensor) -> Iterator[None]:
+    """Networks that normalise over groups of channels and pixels cannot do so over one value; torch says so in its own
+    words, which become a Problem's here.
+    """
+    try:
+        yield
+    except ValueError as problem:
+        size = list(samples.shape[2:])
+        if isinstance(problem, Problem) or math.prod(size) > _TINY:
+            raise
+        raise Problem(f"Expected a latent that is large enough for its models, got {size} pixels: {problem}") from problem
 
 
 def sample_latent(
@@ -56,6 +76,7 @@ def sample_latent(
     check_latent(latent["samples"])
     model = guider.model_patcher
     samples = _fix_empty_latent(model, latent)
+    _check_kind(model, samples)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     plan = comfy.samplers.KSampler(
         model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
@@ -70,6 +91,17 @@ def sample_latent(
     out.pop(_EMPTY_RATIO, None)
     out["samples"] = result.to(comfy.model_management.intermediate_device())
     return out
+
+
+def _check_kind(model: ModelPatcher, samples: Tensor) -> None:
+    """Refuse latents of another kind of picture than the model makes. Raises Problem."""
+    space = model.get_model_object("latent_format")
+    channels, dimensions = space.latent_channels, space.latent_dimensions
+    if not samples.is_nested and (samples.ndim != 2 + dimensions or samples.shape[1] != channels):
+        raise Problem(
+            f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got one of "
+            f"shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
+        )
 
 
 _EMPTY_RATIO = "downscale_ratio_spacial"

@@ -34,7 +34,7 @@ from ...guidance.files import (
 )
 from ...guidance.networks.unet import UNetConfig
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
-from .text_free import TextFree, mixed, module_key, remove_text
+from .text_free import TextFree, TextFreePatcher, mixed, module_key, remove_text
 
 FOLDER = "domain_unets"
 SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "domain_unets"
@@ -317,6 +317,8 @@ def build_unet_model(
     if not disable_dynamic:
         # Newer versions page weights in and out through a subclass of their own.
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
+    if config.null_text != "none":
+        patcher_class = mixed(TextFreePatcher, patcher_class)
     return patcher_class(model, load_device=load_device, offload_device=offload_device)
 
 

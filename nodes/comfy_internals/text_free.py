@@ -7,7 +7,7 @@ self-attention twice. Every weight sits in a leaf module that core's loader know
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import comfy.ops
 import torch
@@ -45,6 +45,8 @@ class CachedText:
     `to_k` and `to_v` answer core and replace patches with the frozen tokens; everything else is core's own.
     """
 
+    absent = ("attn2.to_k.weight", "attn2.to_v.weight")
+
     def freeze(self, tokens: int) -> None:
         """Take the layers that read text out, in place, and put room for frozen tokens in."""
         for layer, frozen in (("to_k", "null_k"), ("to_v", "null_v")):
@@ -72,6 +74,9 @@ class NoText:
     """
 
     patch_reported = False
+
+    absent = (*CachedText.absent, "attn2.to_q.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias", "norm2.weight",
+              "norm2.bias")  # fmt: skip
 
     def freeze(self, tokens: int) -> None:
         """Take all layers out, in place."""
@@ -121,6 +126,23 @@ class TextFree:
 
     indomain_text_reported = False
 
+    def absent_layers(self) -> list[str]:
+        """The weights of the layers that text had, by the names that LoRAs have for them."""
+        return [
+            f"diffusion_model.{name}.{weight}"
+            for name, module in self.diffusion_model.named_modules() if isinstance(module, attention.BasicTransformerBlock)
+            for weight in module.attn2.absent
+        ]  # fmt: skip
+
+    def state_dict(self, *args, **kwargs) -> dict:
+        """As core's, and the names of absent layers with nothing in them: this is where its LoRA loader looks for names,
+        and it logs every one that it does not find.
+        """
+        found = super().state_dict(*args, **kwargs)
+        if not args and not kwargs:
+            found.update((name, torch.empty(0)) for name in self.absent_layers())
+        return found
+
     def extra_conds(self, **kwargs) -> dict:
         if kwargs.get("cross_attn") is None:
             # Patches and ControlNets expect a context of the family's width even where the UNet takes none.
@@ -151,6 +173,44 @@ class TextFree:
         """As core's, with the frozen tokens under the names this project's files give them."""
         state_dict = super().state_dict_for_saving(*args, **kwargs)
         return {file_key(key): value for key, value in state_dict.items()}
+
+
+class TextFreePatcher:
+    """Mixed into core's patcher: what a LoRA has for layers that read text is left out, which is said in one sentence.
+
+    Core is told that those weights were taken, or it would log a line for each.
+    """
+
+    def model_state_dict(self, *args, **kwargs) -> dict:
+        """As core's, without the names that are there for LoRAs alone."""
+        return self._present(super().model_state_dict(*args, **kwargs))
+
+    def model_state_dict_for_saving(self, *args, **kwargs) -> dict:
+        """Newer versions ask here."""
+        return self._present(super().model_state_dict_for_saving(*args, **kwargs))
+
+    def _present(self, state_dict: Mapping) -> dict:
+        absent = self.model.absent_layers()
+        return {key: value for key, value in state_dict.items() if key not in absent}
+
+    def add_patches(self, patches: Mapping, *args, **kwargs) -> list:
+        own, absent = self._divided(patches)
+        return [*super().add_patches(own, *args, **kwargs), *absent]
+
+    def add_hook_patches(self, hook, patches: Mapping, *args, **kwargs) -> list:
+        own, absent = self._divided(patches)
+        return [*super().add_hook_patches(hook, own, *args, **kwargs), *absent]
+
+    def _divided(self, patches: Mapping) -> tuple[dict, list]:
+        layers = self.model.absent_layers()
+        absent = [key for key in patches if (key if isinstance(key, str) else key[0]) in layers]
+        if absent:
+            kinds = sorted({".".join(key.split(".")[-3:-1]) for key in map(str, absent)})
+            LOG.warning(
+                "The domain model '%s' takes no text: %d of the %d weights of a LoRA are for its text layers (%s) and are "
+                "left out.", self.model.indomain_domain.name, len(absent), len(patches), ", ".join(kinds),
+            )  # fmt: skip
+        return {key: patch for key, patch in patches.items() if key not in absent}, absent
 
 
 @functools.cache

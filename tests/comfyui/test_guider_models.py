@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import logging
 import weakref
 
@@ -373,6 +374,60 @@ def test_patches_inside_the_prior_alone_are_warned_about(tiny, internals, caplog
     ]
     internals.MultiGuidanceGuider(prior, negative, remedy)
     assert "pushes against" not in caplog.text
+
+
+def test_patches_that_leave_the_base_alone_are_no_reason_to_warn(comfyui, tiny, internals, caplog):
+    # The domain term is D_domain - D_base: what does not change D_base is nothing that it could push against.
+    sag = importlib.import_module("comfy_extras.nodes_sag").SelfAttentionGuidance
+    prior, domain = tiny.prior(0), tiny.prior(1)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    models = [sag.execute(prior, 0.5, 2.0).result[0], tiny.lora(prior, 1, strength=0.0)]
+    merged = prior.clone()
+    merged.add_patches({key: (torch.zeros(1),) for key in prior.model.state_dict()}, 0.0, 1.0)  # ModelMerge at ratio 1
+    models.append(merged)
+    if (comfyui.root / "comfy_extras" / "nodes_nag.py").is_file():
+        nag = importlib.import_module("comfy_extras.nodes_nag").NAGuidance
+        models.append(nag.execute(prior, 5.0, 0.5, 1.5).result[0])
+    x = torch.randn(2, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    base = tiny.denoised(prior, negative, x, 2.0)
+    for model in models:
+        core = comfyui.samplers.CFGGuider(model)
+        core.set_conds(positive, negative)
+        core.set_cfg(0.0)
+        core.model_options = {**model.model_options, "sampler_post_cfg_function": []}
+        assert relative(tiny.predict(core, x, 2.0), base) < 1e-5
+        internals.in_domain_guider(model, domain, positive, negative)
+    assert caplog.text == ""
+    other = sag.execute(prior, 0.5, 2.0).result[0].clone()
+    other.set_model_attn1_replace(lambda q, k, v, options: 0.5 * v, "middle", 0, 1)
+    internals.in_domain_guider(other, domain, positive, negative)
+    assert caplog.text.count("pushes against them") == 1
+
+
+def test_what_a_branch_leaves_out_of_a_models_options_is_said(comfyui, tiny, internals, caplog):
+    differential = importlib.import_module("comfy_extras.nodes_differential_diffusion").DifferentialDiffusion
+    prior = tiny.prior(0)
+    positive, negative = tiny.conditioning(1), tiny.conditioning(2)
+    made = differential.execute(tiny.prior(1))
+    internals.in_domain_guider(prior, getattr(made, "result", made)[0], positive, negative)
+    assert caplog.text.count("denoise_mask_function on the model of term 'domain' is ignored") == 1
+    caplog.clear()
+    domain = tiny.prior(1)
+    domain.model_options["disable_cfg1_optimization"] = True
+    domain.model_options["sampler_of_some_pack"] = lambda args: args
+    kinds = comfyui.patcher_extension.WrappersMP
+    comfyui.patcher_extension.add_wrapper_with_key(
+        kinds.PREDICT_NOISE, "some pack", lambda run, *args: run(*args), domain.model_options, is_model_options=True
+    )
+    guider = internals.in_domain_guider(prior, domain, positive, negative)
+    assert "sampler_of_some_pack, some pack on the model of term 'domain' is ignored" in caplog.text
+    expected = tiny.predict(internals.in_domain_guider(prior, tiny.prior(1), positive, negative), noisy(6), 2.0)
+    assert torch.equal(tiny.predict(guider, noisy(6), 2.0), expected)
+    caplog.clear()
+    domain = tiny.prior(1)
+    domain.model_options["disable_cfg1_optimization"] = True
+    internals.in_domain_guider(prior, domain, positive, negative)
+    assert "disable_cfg1_optimization on the model of term 'domain' is ignored" in caplog.text
 
 
 def test_sampling_hooks_on_other_models_are_ignored_with_one_warning(tiny, internals, caplog):

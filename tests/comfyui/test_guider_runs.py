@@ -443,3 +443,36 @@ def test_nested_latents(comfyui, tiny, internals):
     for ours, theirs in zip(results[1].unbind(), results[0].unbind()):
         assert relative(ours, theirs) < 1e-4
     assert {id(patcher) for patcher, seen in shapes if patcher is twin and seen is not None} == {id(twin)}
+
+
+# ---- latents that nothing can be made of ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("samples", "words"),
+    [
+        (torch.zeros(0, 4, 8, 8), r"at least one image and one pixel, got one of shape \[0, 4, 8, 8\]"),
+        (torch.zeros(1, 4, 0, 8), "at least one image and one pixel"),
+        (torch.full((1, 4, 8, 8), float("nan")), "found NaN or infinity"),
+        (torch.full((1, 4, 8, 8), float("inf")), "found NaN or infinity"),
+        (torch.zeros(1, 4, 1, 1), r"large enough for its models, got \[1, 1\] pixels: Expected more than 1 value"),
+        (torch.zeros(1, 4, 8), "4 channels and 2 dimensions a picture"),
+        (torch.zeros(1, 4, 1, 8, 8), "4 channels and 2 dimensions a picture"),
+        (torch.ones(1, 16, 8, 8), "4 channels and 2 dimensions a picture"),
+    ],
+)  # fmt: skip
+def test_a_latent_that_cannot_be_sampled_is_refused_in_a_sentence(tiny, internals, in_domain, samples, words):
+    guider = in_domain()
+    problem = importlib.import_module("indomain_guidance.guidance.errors").Problem
+    with pytest.raises(problem, match=words) as refused:
+        internals.sample_latent(guider, {"samples": samples}, 1, 2, "euler", "normal", 1.0)
+    assert "\n" not in str(refused.value) and left_behind(guider) == []
+    assert tiny.sample(guider, steps=2).isfinite().all()
+
+
+def test_a_latent_of_no_numbers_is_refused_in_cores_sampler_too(comfyui, tiny, in_domain):
+    custom = comfyui.nodes_custom_sampler
+    sampler, sigmas = comfyui.samplers.sampler_object("euler"), torch.tensor([10.0, 1.0, 0.0])
+    latent = {"samples": torch.full((1, 4, 8, 8), float("nan"))}
+    with pytest.raises(ValueError, match="found NaN or infinity"):
+        custom.SamplerCustomAdvanced.execute(custom.Noise_RandomNoise(7), in_domain(), sampler, sigmas, latent)

@@ -39,11 +39,11 @@ def node(comfyui):
     return Every
 
 
-GOOD = {"count": 4, "share": 0.5, "on": False, "name": "x", "kind": "b", "file": "not listed", "model": object()}
+GOOD = {"count": 4, "share": 0.5, "on": False, "name": "x", "kind": "b", "file": "not listed", "model": None}
 
 
 def test_what_the_schema_allows_comes_through(node):
-    for more in ({}, {"count": np.int64(8)}, {"share": 1}, {"share": np.float32(0.25)}, {"name": "\ud800"}, {"model": 3}):
+    for more in ({}, {"count": np.int64(8)}, {"share": 1}, {"share": np.float32(0.25)}, {"name": "\ud800"}, {"model": None}):
         assert node.execute(**{**GOOD, **more}).result == ({**GOOD, **more}["count"],)
 
 
@@ -70,3 +70,75 @@ def test_anything_else_is_refused_in_a_sentence(node, wrong, words):
     with pytest.raises(ValueError, match="^Every Kind: expected .*" + words) as refused:
         node.execute(**{**GOOD, **wrong})
     assert len(str(refused.value)) < 400
+
+
+# ---- sockets --------------------------------------------------------------------------------------------------------
+
+LITERALS = ["abc", "", 5, 0, 2.5, True, [], ["a", "b", "c"], {}, {"samples": 5}, [[1, 2]]]
+SOCKETS = {
+    "MODEL", "CONDITIONING", "VAE", "CLIP", "LATENT", "IMAGE", "INDOMAIN_GUIDANCE_TERMS", "INDOMAIN_GENERATOR",
+    "INDOMAIN_TRAINING_OPTIONS", "INDOMAIN_ADAPT_OPTIONS",
+}  # fmt: skip
+
+
+def sockets_of_the_pack():
+    """(node, input) for every input of the pack that takes a link alone."""
+    for module, register in (("loading", "register_domain_unet_folder"), ("generators", "register_generator_folder")):
+        getattr(importlib.import_module(f"indomain_guidance.nodes.comfy_internals.{module}"), register)()
+    nodes = importlib.import_module("indomain_guidance.nodes").node_classes()
+    found = [(node, one) for node in nodes for one in node.GET_SCHEMA().inputs if str(one.io_type) in SOCKETS]
+    assert {str(one.io_type) for _, one in found} == SOCKETS and len({node for node, _ in found}) >= 10
+    return found
+
+
+def given_without(node, wrong):
+    """Inputs of a node that are what they should be, as far as they are no sockets, and one that is not."""
+    values = {}
+    for one in node.GET_SCHEMA().inputs:
+        if str(one.io_type) not in SOCKETS and not one.optional:
+            values[one.id] = getattr(one, "default", None)
+            if values[one.id] is None:
+                values[one.id] = one.options[0] if getattr(one, "options", None) else "none"
+    values |= wrong
+    return {key: [value] for key, value in values.items()} if node.GET_SCHEMA().is_input_list else values
+
+
+def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(comfyui):
+    check = importlib.import_module("indomain_guidance.nodes.inputs").check_inputs
+    problem = importlib.import_module("indomain_guidance.guidance.errors").Problem
+    for node, one in sockets_of_the_pack():
+        files = tuple(each.id for each in node.GET_SCHEMA().inputs if each.id.endswith(("_name", "checkpoint")))
+        for literal in LITERALS:
+            kind = str(one.io_type)
+            right = (literal == [] and kind.endswith("TERMS")) or (isinstance(literal, dict) and kind.endswith("OPTIONS"))
+            if right:
+                continue
+            with pytest.raises(problem, match=f": expected {one.id} to be .*, from another node's output, found") as refused:
+                check(node, given_without(node, {one.id: literal}), files)
+            assert str(refused.value).startswith(node.GET_SCHEMA().display_name) and "\n" not in str(refused.value)
+        if not one.optional:
+            with pytest.raises(problem, match=f": expected {one.id} to be .*found None"):
+                check(node, given_without(node, {one.id: None}), files)
+
+
+def test_every_node_with_sockets_checks_them(comfyui):
+    for node, one in sockets_of_the_pack():
+        if not one.optional:
+            values = given_without(node, {each.id: "abc" for each in node.GET_SCHEMA().inputs
+                                          if str(each.io_type) in SOCKETS and not each.optional})  # fmt: skip
+            with pytest.raises(ValueError, match=", from another node's output, found 'abc'"):
+                node.execute(**values)
+
+
+def test_what_other_nodes_give_comes_through(comfyui, tiny):
+    import torch
+
+    check = importlib.import_module("indomain_guidance.nodes.inputs").check_inputs
+    guiders = importlib.import_module("indomain_guidance.nodes.guiders")
+    term = guiders.GuidanceTerm.execute("a", 1.0, model=tiny.prior(0), conditioning=[[None, {}]]).result[0]
+    check(guiders.GuidanceTerm, {"terms": term, "model": tiny.lora(tiny.prior(0), 1), "conditioning": tiny.conditioning(1)})
+    check(guiders.InDomainSampler, {"latent_image": tiny.latent(1), "prior": tiny.prior(0)})
+    training = importlib.import_module("indomain_guidance.nodes.training")
+    check(training.TrainDomainUNet, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(2, 9, 8, 3)], "options": [{}]})
+    with pytest.raises(ValueError, match="expected images to be an IMAGE of at least one picture and pixel"):
+        check(training.TrainDomainUNet, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(0, 8, 8, 3)]})

@@ -1,0 +1,65 @@
+"""What may come through a node's sockets: core sends on whatever stands in a prompt, a text where a MODEL should be too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from comfy.model_patcher import ModelPatcher
+from comfy_api.latest import io
+
+
+def _is_conditioning(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) > 0
+        and all(
+            isinstance(entry, (list, tuple))
+            and len(entry) == 2
+            and (entry[0] is None or isinstance(entry[0], torch.Tensor))
+            and isinstance(entry[1], dict)
+            for entry in value
+        )
+    )
+
+
+def _are_terms(value: Any) -> bool:
+    from .guider import TermInput
+
+    return isinstance(value, (list, tuple)) and all(isinstance(term, TermInput) for term in value)
+
+
+def _is_generator(value: Any) -> bool:
+    from .generators import GraphGenerator
+
+    return isinstance(value, GraphGenerator)
+
+
+def _is_image(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0
+
+
+def _is_latent(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor)
+
+
+# By the type of the socket: whether a value is one, and what to call it.
+_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "MODEL": (lambda value: isinstance(value, ModelPatcher), "a MODEL"),
+    "CONDITIONING": (_is_conditioning, "a CONDITIONING with at least one entry"),
+    "VAE": (lambda value: hasattr(value, "first_stage_model"), "a VAE"),
+    "CLIP": (lambda value: hasattr(value, "cond_stage_model"), "a CLIP"),
+    "LATENT": (_is_latent, "a LATENT"),
+    "IMAGE": (_is_image, "an IMAGE of at least one picture and pixel"),
+    "INDOMAIN_GUIDANCE_TERMS": (_are_terms, "terms of Guidance Term"),
+    "INDOMAIN_GENERATOR": (_is_generator, "a generator of Load Generator"),
+    "INDOMAIN_TRAINING_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Training Options"),
+    "INDOMAIN_ADAPT_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Adapt Options"),
+}
+
+
+def expected_of_socket(one: io.Input, value: Any) -> str | None:
+    """What a socket's value should be, where it is not; None where it is, and for sockets of other kinds."""
+    is_one, name = _KINDS.get(str(one.io_type), (None, ""))
+    return None if is_one is None or is_one(value) else f"{name}, from another node's output"
