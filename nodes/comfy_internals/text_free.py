@@ -126,21 +126,13 @@ class TextFree:
 
     indomain_text_reported = False
 
-    def absent_layers(self) -> list[str]:
-        """The weights of the layers that text had, by the names that LoRAs have for them."""
-        return [
-            f"diffusion_model.{name}.{weight}"
-            for name, module in self.diffusion_model.named_modules() if isinstance(module, attention.BasicTransformerBlock)
-            for weight in module.attn2.absent
-        ]  # fmt: skip
-
     def state_dict(self, *args, **kwargs) -> dict:
         """As core's, and the names of absent layers with nothing in them: this is where its LoRA loader looks for names,
         and it logs every one that it does not find.
         """
         found = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
-            found.update((name, torch.empty(0)) for name in self.absent_layers())
+            found.update((name, torch.empty(0)) for name in absent_layers(self))
         return found
 
     def extra_conds(self, **kwargs) -> dict:
@@ -175,6 +167,15 @@ class TextFree:
         return {file_key(key): value for key, value in state_dict.items()}
 
 
+def absent_layers(model: TextFree) -> list[str]:
+    """The weights of the layers that text had, by the names that LoRAs have for them."""
+    return [
+        f"diffusion_model.{name}.{weight}"
+        for name, module in model.diffusion_model.named_modules() if isinstance(module, attention.BasicTransformerBlock)
+        for weight in module.attn2.absent
+    ]  # fmt: skip
+
+
 class TextFreePatcher:
     """Mixed into core's patcher: what a LoRA has for layers that read text is left out, which is said in one sentence.
 
@@ -190,7 +191,7 @@ class TextFreePatcher:
         return self._present(super().model_state_dict_for_saving(*args, **kwargs))
 
     def _present(self, state_dict: Mapping) -> dict:
-        absent = self.model.absent_layers()
+        absent = absent_layers(self.model)
         return {key: value for key, value in state_dict.items() if key not in absent}
 
     def add_patches(self, patches: Mapping, *args, **kwargs) -> list:
@@ -202,7 +203,7 @@ class TextFreePatcher:
         return [*super().add_hook_patches(hook, own, *args, **kwargs), *absent]
 
     def _divided(self, patches: Mapping) -> tuple[dict, list]:
-        layers = self.model.absent_layers()
+        layers = absent_layers(self.model)
         absent = [key for key in patches if (key if isinstance(key, str) else key[0]) in layers]
         if absent:
             kinds = sorted({".".join(key.split(".")[-3:-1]) for key in map(str, absent)})
