@@ -83,13 +83,13 @@ def command(folder: Path, **changes: object) -> list[str]:
     return [sys.executable, bootstrap, str(Path(__file__).resolve()), "train", str(folder), json.dumps(changes)]
 
 
-def fingerprint(run: Path) -> dict[str, str]:
-    """SHA-256 of what the finished file holds, and of weights, average and optimizer in the last checkpoint."""
+def fingerprint(run: Path, names: tuple[str, ...] = ("weights", "average", "optimizer")) -> dict[str, str]:
+    """SHA-256 of what the finished file holds, and of each of these parts of the last checkpoint."""
     _, state = latest_checkpoint(run)
     (finished,) = run.glob("*.safetensors")
     # Not of its bytes: safetensors writes metadata in any order.
     parts = {"file": {"weights": read_state_dict(finished), "metadata": read_metadata(finished)}}
-    parts |= {name: state[name] for name in ("weights", "average", "optimizer")}
+    parts |= {name: state[name] for name in names}
     result = {}
     for name, part in parts.items():
         digest = hashlib.sha256()
