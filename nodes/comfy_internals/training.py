@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -384,6 +384,9 @@ class Progress:
             server.send_progress_text(printable(text, MOST_OF_A_TEXT), self._node_id)
 
     def _update(self, value: int, total: int, preview: tuple | None = None) -> None:
+        if total != self._bar.total or value < self._bar.current:
+            # Newer versions show of one bar only what lies beyond what it has shown before.
+            self._bar = comfy.utils.ProgressBar(total)
         try:
             self._bar.update_absolute(value, total, preview)
         except comfy.model_management.InterruptProcessingException as interrupted:

@@ -17,3 +17,18 @@ def test_a_cancel_is_noticed_at_the_next_update(comfyui):
         bar.update(1)
     bar.update(1)
     assert (bar.current, bar.total) == (4, 100_000)
+
+
+def test_the_steps_of_a_run_are_shown_after_its_images_were_encoded(comfyui, monkeypatch):
+    training, events = (
+        importlib.import_module(f"indomain_guidance.{name}") for name in ("nodes.comfy_internals.training", "training.events")
+    )
+    shown = []
+    monkeypatch.setattr(
+        comfyui.utils, "PROGRESS_BAR_HOOK", lambda value, total, *args, **kwargs: shown.append((value, total))
+    )
+    progress = training.Progress()
+    for done in range(1, 25):
+        progress(events.Caching(done=done, total=24))
+    progress(events.Step(step=1, steps=12, loss=0.5, rate=1e-5, gradient_norm=1.0, seconds_per_step=0.1))
+    assert (24, 24) in shown and shown[-1] == (1, 12)
