@@ -173,10 +173,10 @@ class Disturber:
 
     def _disturb(self) -> None:
         what = self.dice.random()
-        if what < 0.12:
+        if what < 0.06:
             self.client.interrupt()
             self.interrupts += 1
-        elif what < 0.16 and self._open:
+        elif what < 0.08 and self._open:
             one = self.dice.choice(list(self._open))
             self.client.post("/queue", {"delete": [one]})
             self._deleted.add(one)
