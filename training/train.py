@@ -14,6 +14,7 @@ from torch import Tensor
 from .base import Base, ImageSize, open_base
 from .config import ConfigProblem, TrainConfig
 from .data import CachingStopped, Cancelled, DataProblem, LatentDataset, Watch, expanded, find_images, open_dataset
+from .data.remarks import faults
 from .engine import Engine, Result, check_resume, due
 from .estimate import estimate, size_text
 from .events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
@@ -172,9 +173,7 @@ class _Run(Engine):
         if self.anywhere(stopped):
             return None
         if dataset.skipped:
-            named = "; ".join(f"{name} {reason}" for name, reason in dataset.skipped[:3])
-            more = f"; and {len(dataset.skipped) - 3} more" if len(dataset.skipped) > 3 else ""
-            self.tell(Warned(f"{len(dataset.skipped)} images cannot be used and are left out: {named}{more}."))
+            self.tell(Warned(faults(dataset.skipped, dataset.faults)))
         if dataset.upscaled:
             self.tell(Warned(
                 f"{dataset.upscaled} of {len(dataset)} images are smaller than the resolution and were enlarged."

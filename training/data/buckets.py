@@ -38,3 +38,9 @@ def assign(height: int, width: int, sizes: Sequence[Size]) -> Size:
     """The shape whose aspect ratio is nearest to the picture's (in its logarithm); of equally near ones the larger."""
     wanted = math.log(width / height)
     return min(sizes, key=lambda size: (round(abs(math.log(size[1] / size[0]) - wanted), 12), -size[0] * size[1], size))
+
+
+def removed(height: int, width: int, size: Size) -> float:
+    """Share of a picture, 0..1, that is cut away when it is scaled to cover a shape."""
+    ratio = width * size[0] / (height * size[1])
+    return 1.0 - min(ratio, 1.0 / ratio)

@@ -6,14 +6,16 @@ import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .buckets import Size, assign, bucket_sizes
-from .images import BadImage, ImageFacts, cover, decode, probe
+from .buckets import Size, assign, bucket_sizes, removed
+from .images import BadImage, ImageFacts, cover, pixel_digest, probe
 from .parallel import in_order
-from .sources import Entry, nothing_found, search
+from .remarks import MUCH, remarks
+from .sources import Entry, content, nothing_found, search
+from .walking import Cancelled, Watch
 
 SIZE_CLASSES = {limit: f"below {limit:g} MP" for limit in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)}  # megapixels
 SIZE_CLASSES[float("inf")] = "32 MP and more"
@@ -26,7 +28,8 @@ class DataReport:
     """Names are paths below the folders, or shard!member; one image may be in several lists.
 
     ok: how many would be trained on, of `total`. Not used: corrupt, truncated, unreadable, too_large and too_small (the
-    last by min_side), with a reason each. Used, but worth knowing: upscaled (smaller than their shape), same_file and
+    last by min_side), with a reason each. Used, but worth knowing: upscaled (smaller than their shape), cropped (what
+    share is cut away, 0..1, where it is more than a third), same_file and
     same_picture (groups of equal files, and of different files with equal pixels), alpha (laid over white), rotated (by
     EXIF), sixteen_bit, cmyk, animated (first frame). buckets: images per shape "WIDTHxHEIGHT". megapixels: images per
     size class. places: folders, shards and links that could not be read. ignored: other files by ending, folders
@@ -44,6 +47,7 @@ class DataReport:
     too_large: dict[str, str] = field(default_factory=dict)
     too_small: dict[str, str] = field(default_factory=dict)
     upscaled: list[str] = field(default_factory=list)
+    cropped: dict[str, float] = field(default_factory=dict)
     same_file: list[list[str]] = field(default_factory=list)
     same_picture: list[list[str]] = field(default_factory=list)
     alpha: list[str] = field(default_factory=list)
@@ -96,11 +100,10 @@ class DataReport:
             ("formats", self.formats),
             ("shapes", self.buckets),
             ("sizes", self.megapixels),
-            ("other files, not looked at", self.ignored),
         ):
             if counts:
                 lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
-        return "\n".join(lines)
+        return "\n".join([*lines, *remarks(self.ignored, self.cropped, self.ok)])
 
 
 @dataclass(frozen=True)
@@ -129,9 +132,13 @@ def check_data(
     No image at all is no error here: the report says so in `nothing`. Raises DataProblem for places that do not exist.
     """
     progress, should_stop = progress or (lambda done, total: None), should_stop or (lambda: False)
-    sizes = bucket_sizes(resolution, bucket_step, bucket_max_ratio) if buckets else [(resolution, resolution)]
-    found = search(data)
     report = DataReport([os.fspath(one) for one in data], resolution, min_side)
+    sizes = bucket_sizes(resolution, bucket_step, bucket_max_ratio) if buckets else [(resolution, resolution)]
+    try:
+        found = search(data, Watch(should_stop))
+    except Cancelled:
+        report.stopped = True
+        return report
     report.places, report.ignored = dict(found.skipped), dict(found.ignored.most_common())
     if not found.entries:
         report.nothing = nothing_found(data, found)
@@ -139,7 +146,12 @@ def check_data(
     by_content: dict[str, list[str]] = defaultdict(list)
     by_pixels: dict[str, dict[str, str]] = defaultdict(dict)
     formats, shapes, classes = Counter(), Counter(), Counter()
-    with closing(in_order(_look, found.entries, workers)) as looks:
+
+    def look(entry: Entry) -> _Look:
+        return _look(entry, sizes)
+
+    with suppress(Cancelled), closing(in_order(look, found.entries, workers, should_stop)) as looks:
+        report.stopped = True  # until all were seen
         for look in looks:
             name, report.total = look.entry.name, report.total + 1
             if look.facts is not None and look.fault is None:
@@ -154,8 +166,9 @@ def check_data(
                 getattr(report, look.fault.kind.replace(" ", "_"))[name] = str(look.fault)
             progress(report.total, len(found.entries))
             if should_stop() and report.total < len(found.entries):
-                report.stopped = True
                 break
+        else:
+            report.stopped = False
     report.ok = report.total - report.bad
     report.same_file = [names for names in by_content.values() if len(names) > 1]
     report.same_picture = [list(names.values()) for names in by_pixels.values() if len(names) > 1]
@@ -165,17 +178,25 @@ def check_data(
     return report
 
 
-def _look(entry: Entry) -> _Look:
+def _look(entry: Entry, sizes: Sequence[Size]) -> _Look:
     try:
-        data = entry.read()
-        facts = probe(data)
-        picture = decode(data)
+        with content(entry) as data:
+            facts = probe(data)
+            return _Look(entry, None, facts, hashlib.sha256(data).hexdigest(), _pixels(data, facts, sizes))
     except BadImage as error:
         # An empty file is one kind of damage; the reason says which.
         return _Look(entry, BadImage("corrupt", str(error)) if error.kind == "empty" else error)
-    pixels = hashlib.sha256(f"{picture.size}".encode())
-    pixels.update(picture.tobytes())
-    return _Look(entry, None, facts, hashlib.sha256(data).hexdigest(), pixels.hexdigest())
+
+
+def _pixels(data: bytes, facts: ImageFacts, sizes: Sequence[Size]) -> str:
+    """A digest of the picture; where all of it is too large, of it as small as training would decode it."""
+    try:
+        return pixel_digest(data)
+    except BadImage as error:
+        if error.kind != "too large":
+            raise
+        original = (facts.height, facts.width)
+        return pixel_digest(data, cover(original, assign(*original, sizes)))
 
 
 def _sort_in(report: DataReport, name: str, facts: ImageFacts, sizes: Sequence[Size]) -> Size:
@@ -186,13 +207,14 @@ def _sort_in(report: DataReport, name: str, facts: ImageFacts, sizes: Sequence[S
         report.too_small[name] = f"has {facts.width} x {facts.height} pixels"
     elif cover(original, size)[0] > facts.height:
         report.upscaled.append(name)
+    if name not in report.too_small and removed(*original, size) > MUCH:
+        report.cropped[name] = round(removed(*original, size), 4)
     for wanted, names in (
         (facts.alpha, report.alpha),
         (facts.rotated, report.rotated),
         (facts.sixteen_bit, report.sixteen_bit),
         (facts.cmyk, report.cmyk),
-        # MPO is how phones store a photograph with its depth map or preview; nothing moves in it.
-        (facts.frames > 1 and facts.format in ("GIF", "PNG", "WEBP"), report.animated),
+        (facts.animated, report.animated),
     ):
         if wanted:
             names.append(name)

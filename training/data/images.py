@@ -1,29 +1,47 @@
 """Image files as 8-bit sRGB pictures, and pictures as tensors: every kind of file that folders of images really hold.
 
 What is done to a file, in this order: first frame of an animation; 16-bit, 32-bit and floating-point grey scaled to 8
-bits; an embedded colour profile applied (CMYK included) so that all pictures are sRGB; EXIF orientation; transparency
-laid over white. Nothing is guessed about a damaged file: it is refused with the reason.
+bits; an embedded colour profile applied (CMYK included) so that all pictures are sRGB; transparency laid over white;
+EXIF orientation. Nothing is guessed about a damaged file: it is refused with the reason.
+
+Only the formats of `containers.FORMATS` are opened. All threads together take at most MOST_DECODING bytes for pictures
+that are being read, however small their files: what a picture will need is known from its header, who finds too few
+left waits, and a picture that alone needs more is refused as too large. In numbers, 24 bytes a pixel for an AVIF of
+more than 8 bits, 16 for a WEBP, 12 for another AVIF, 7 to 10 for a progressive JPEG, 4 for any other in colour and 1 or
+2 for one in grey; converting them, which would take several times as much, is done tile by tile.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
+import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, features
 from torch import Tensor
 
 from ...guidance.errors import Problem
+from .containers import FORMATS, Contents, Excess, contents, orientation, tiff_end
+from .memory import Budget
 
 # Larger pictures are refused before they are decoded; Pillow's own limit, which other code may have switched off.
 MOST_PIXELS = 178_956_970
+MOST_DECODING = 400 * 2**20  # bytes
+DECODING = Budget(MOST_DECODING)
+TILE = 2**16       # pixels that are converted at once
+TILE_BYTES = 48    # a pixel of a tile, for all its copies
+ROW_BYTES = 16     # a row of a picture, beside its pixels
+NATIVE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # a pixel in Pillow; 4 in other modes
+MOST_PROFILE = 4 * 2**20  # bytes of a colour profile that is looked at
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,10 +51,11 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-ORIENTATION, WIDTH, HEIGHT, BITS = 274, 256, 257, 258  # TIFF and EXIF tags
-STRIPS, STRIP_BYTES, TILES, TILE_BYTES = 273, 279, 324, 325
+WIDTH, HEIGHT, BITS, ORIENTATION = 256, 257, 258, 274  # TIFF tags
+AV1_SETTINGS = re.compile(rb"av1C(?=...)", re.DOTALL)  # of an AVIF; the third byte behind it says whether it has 8 bits
 OVERSHOOT = 2.0  # times its range that a floating-point picture may reach
-PNG_WITH_ORIENTATION = (b"eXIf", b"Raw profile type", b"XML:com.adobe.xmp")
+
+Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 class DataProblem(Problem):
@@ -66,46 +85,57 @@ class ImageFacts:
     alpha: bool
     sixteen_bit: bool
     cmyk: bool
-    frames: int
+    animated: bool
 
 
 def probe(data: bytes) -> ImageFacts:
     """Facts of an image file's content without decoding its pixels. Raises BadImage when it is none."""
-    with _named_faults(data), _strictly(), _opened(data) as image:
-        orientation, (height, width) = _orientation(image, data), _stored_size(image)
-        if orientation >= 5:
+    with _named_faults(data), _strictly():
+        inside, image = _opened(data)
+        turned, (height, width) = _turn(image, inside), _stored_size(image)
+        if turned >= 5:
             height, width = width, height
         return ImageFacts(
             height=height,
             width=width,
             format=str(image.format),
             mode=image.mode,
-            rotated=orientation != 1,
+            rotated=turned != 1,
             alpha=_has_alpha(image),
             sixteen_bit=_is_deep(image, data),
             cmyk=image.mode == "CMYK",
-            frames=int(getattr(image, "n_frames", 1)),
+            animated=inside.animated or image.format in ("WEBP", "AVIF") and bool(getattr(image, "is_animated", False)),
         )
 
 
 def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
     """The picture in an image file's content, mode RGB.
 
-    at_least: (height, width) that will be needed after orientation; large JPEGs are then decoded at 1/2, 1/4 or 1/8,
-    never below twice that size, which saves most of the time. Raises BadImage for files that are damaged or too large.
+    at_least: (height, width) that will be needed after orientation; a larger picture is made smaller by a whole number
+    while it is converted (a JPEG already while it is decoded), which saves most of the time and memory: never below
+    twice that size, and never below it where there is not memory enough for that. Raises BadImage for files that are damaged or too large.
     """
-    with _named_faults(data), _strictly(), _opened(data) as image:
-        orientation = _orientation(image, data)
-        if at_least is not None and image.format == "JPEG":
-            height, width = at_least if orientation < 5 else at_least[::-1]
-            image.draft(image.mode, (2 * width, 2 * height))
-        image.load()
-        if image.format == "TIFF":
-            orientation = 1  # Pillow turns these while it loads them
-        picture = _to_srgb(image, _deep_grey(image) if _needs_scaling(image) else image)
-        if orientation in TURNS:
-            picture = picture.transpose(TURNS[orientation])
-        return _over_white(picture)
+    with decoded(data, at_least) as picture:
+        return picture
+
+
+@contextmanager
+def decoded(data: bytes, at_least: tuple[int, int] | None = None) -> Iterator[Image.Image]:
+    """The picture of `decode`, which counts against MOST_DECODING until the end of the block."""
+    with ExitStack() as stack:
+        with _named_faults(data), _strictly():
+            reading = stack.enter_context(_Reading(data, at_least))
+            picture = reading.picture()
+        yield picture
+
+
+def pixel_digest(data: bytes, at_least: tuple[int, int] | None = None) -> str:
+    """A digest of the picture of `decode`: equal for equal pictures. Takes less memory than the picture would."""
+    with _named_faults(data), _strictly(), _Reading(data, at_least, whole=False) as reading:
+        digest = hashlib.sha256(f"{reading.size}".encode())
+        for _, tile in reading.tiles():
+            digest.update(tile.tobytes())
+        return digest.hexdigest()
 
 
 def load_image(file: str | Path | BinaryIO | bytes) -> Image.Image:
@@ -187,6 +217,8 @@ def _named_faults(data: bytes) -> Iterator[None]:
         raise BadImage("too large", f"has more than {MOST_PIXELS} pixels; scale it down") from error
     except MemoryError as error:
         raise BadImage("too large", "does not fit into memory; scale it down") from error
+    except Excess as error:
+        raise BadImage(error.kind, str(error)) from error
     except Exception as error:
         if not data:
             raise BadImage("empty", "is an empty file") from error
@@ -198,15 +230,143 @@ def _named_faults(data: bytes) -> Iterator[None]:
         raise BadImage("corrupt", f"is damaged ({text})") from error
 
 
-@contextmanager
-def _opened(data: bytes) -> Iterator[Image.Image]:
-    with Image.open(io.BytesIO(data)) as image:
-        if image.width * image.height > MOST_PIXELS:
-            shape = f"{image.width} x {image.height}"
-            raise BadImage("too large", f"has {shape} pixels, more than {MOST_PIXELS}; scale it down")
-        if image.width * image.height == 0:
-            raise BadImage("corrupt", f"has no pixels ({image.width} x {image.height})")
-        yield image
+def _opened(data: bytes) -> tuple[Contents, Image.Image]:
+    """What is in a file, and its picture as Pillow knows it from the header alone."""
+    inside = contents(data)
+    if inside.kind == "":
+        if inside.other:
+            raise BadImage("corrupt", f"is a file of another kind ({inside.other}), whatever its name says; save it as PNG")
+        raise Image.UnidentifiedImageError
+    if inside.kind not in _readable():
+        raise BadImage("corrupt", f"is {inside.kind}, which the installed Pillow cannot read; update it or save it as PNG")
+    image = Image.open(io.BytesIO(inside.data), formats=(inside.kind,))
+    if image.width * image.height > MOST_PIXELS:
+        shape = f"{image.width} x {image.height}"
+        raise BadImage("too large", f"has {shape} pixels, more than {MOST_PIXELS}; scale it down")
+    if image.width * image.height == 0:
+        raise BadImage("corrupt", f"has no pixels ({image.width} x {image.height})")
+    return inside, image
+
+
+@functools.lru_cache(maxsize=1)
+def _readable() -> frozenset[str]:
+    """Those of FORMATS that this Pillow can read."""
+    Image.init()
+    built = {"WEBP": features.check("webp"), "AVIF": "avif" in features.modules and features.check("avif")}
+    return frozenset(one for one in FORMATS if one in Image.OPEN and built.get(one, True))
+
+
+class _Reading:
+    """One picture while it is decoded and converted, tile by tile; within its block its memory is held.
+
+    size: (width, height) of the result. Raises BadImage when it would take more than there is for all.
+    """
+
+    def __init__(self, data: bytes, at_least: tuple[int, int] | None, whole: bool = True) -> None:
+        inside, self.image = _opened(data)
+        self.turned = _turn(self.image, inside)
+        if at_least is not None and self.image.format == "JPEG":
+            height, width = at_least if self.turned < 5 else at_least[::-1]
+            self.image.draft(self.image.mode, (2 * width, 2 * height))
+        width, height = self.image.size
+        if self.turned >= 5 and inside.kind != "TIFF":
+            width, height = height, width
+        if inside.kind == "TIFF":
+            height, width = _stored_size(self.image)
+            if self.turned >= 5:
+                width, height = height, width
+        self.full, self.factor, most = (width, height), 1, 1
+        if at_least is not None:
+            self.factor = max(1, min(height // (2 * at_least[0]), width // (2 * at_least[1])))
+            most = min(height // at_least[0], width // at_least[1])
+        decoding = _need(self.image, inside, self.turned) + TILE_BYTES * min(TILE, width * height)
+        while True:
+            self.size = -(-width // self.factor), -(-height // self.factor)
+            self.need = decoding + 4 * self.size[0] * self.size[1] * whole
+            if self.need <= MOST_DECODING or self.factor >= most:
+                break
+            self.factor += 1
+
+    def __enter__(self) -> _Reading:
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(DECODING.hold(self.need))
+            except MemoryError as error:
+                mib, most = self.need / 2**20, MOST_DECODING // 2**20
+                shape = f"{self.full[0]} x {self.full[1]}"
+                reason = f"has {shape} pixels, which take {mib:,.0f} MiB to decode, more than {most}; scale it down"
+                raise BadImage("too large", reason) from error
+            self.image.load()
+            if self.image.format == "TIFF":
+                self.turned = 1  # Pillow turns these while it loads them
+            self.convert = _converter(self.image, self._boxes)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.image = self.convert = None
+        self._stack.close()
+
+    def picture(self) -> Image.Image:
+        """All of it, mode RGB."""
+        picture = Image.new("RGB", self.size)
+        for box, tile in self.tiles():
+            picture.paste(tile, box)
+        return picture
+
+    def tiles(self) -> Iterator[tuple[Box, Image.Image]]:
+        """(where it lies in the result, a tile in mode RGB), row by row."""
+        for full, box in self._boxes(self.factor):
+            tile = self.convert(self.image.crop(_untouched(full, self.full, self.turned)))
+            tile = tile.transpose(TURNS[self.turned]) if self.turned in TURNS else tile
+            yield box, tile.reduce(self.factor) if self.factor > 1 else tile
+
+    def _boxes(self, factor: int = 1) -> Iterator[tuple[Box, Box]]:
+        """(box of the turned picture, box of the result), covering them with tiles of about TILE pixels."""
+        width, height = self.full
+        rows = max(1, TILE // width // factor)
+        columns = max(1, TILE // (rows * factor) // factor)
+        for top in range(0, -(-height // factor), rows):
+            for left in range(0, -(-width // factor), columns):
+                box = left, top, min(left + columns, -(-width // factor)), min(top + rows, -(-height // factor))
+                full = (box[0] * factor, box[1] * factor, min(box[2] * factor, width), min(box[3] * factor, height))
+                yield full, box
+
+
+def _need(image: Image.Image, inside: Contents, turned: int) -> int:
+    """Bytes that decoding the image takes at its peak, from its header; measured, see the module's description."""
+    native = NATIVE_BYTES.get(image.mode, 4)
+    each = float(native)
+    if inside.kind == "WEBP":
+        each = 16.0
+    elif inside.kind == "AVIF":
+        each = 24.0 if any(inside.data[one.end() + 2] & 0x40 for one in AV1_SETTINGS.finditer(inside.data)) else 12.0
+    elif inside.kind in ("GIF", "BMP", "PPM"):
+        each = native + 1.0  # run lengths, unpacked in Python
+    elif inside.kind == "TIFF":
+        each = native * (2.0 if turned != 1 else 1.0) + 1.0
+    # Pillow knows each row by an address; decoders hold a few rows apart.
+    rows = ROW_BYTES * max(image.size) + 4 * 4 * max(image.size)
+    need = int(each * image.width * image.height) + rows + inside.extra + len(inside.data) + 2**20
+    if inside.kind == "JPEG" and (inside.scans > 1 or image.info.get("progressive")):
+        # All coefficients are kept, of two bytes each, at the size that the file has.
+        across, down = (max(one[index] for one in image.layer) for index in (1, 2))
+        need += sum(2 * inside.pixels * one[1] * one[2] // (across * down) for one in image.layer)
+    return need
+
+
+def _untouched(box: Box, size: tuple[int, int], turned: int) -> Box:
+    """Where a box of a turned picture of (width, height) `size` lies in the one that is stored."""
+    (left, top, right, bottom), (width, height) = box, size
+    return {
+        2: (width - right, top, width - left, bottom),
+        3: (width - right, height - bottom, width - left, height - top),
+        4: (left, height - bottom, right, height - top),
+        5: (top, left, bottom, right),
+        6: (top, width - right, bottom, width - left),
+        7: (height - bottom, width - right, height - top, width - left),
+        8: (height - bottom, left, height - top, right),
+    }.get(turned, box)
 
 
 def _ends_early(data: bytes) -> bool:
@@ -221,35 +381,20 @@ def _ends_early(data: bytes) -> bool:
         return len(data) < int.from_bytes(data[4:8], "little") + 8
     if data.startswith(b"BM"):
         return len(data) < int.from_bytes(data[2:6], "little")
-    if data.startswith((b"II*\0", b"MM\0*")):
-        return _tiff_end(data) > len(data)
+    if data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+        return tiff_end(data) > len(data)
     return False
 
 
-def _tiff_end(data: bytes) -> int:
-    """How long a TIFF file must be for its directory and strips or tiles; 0 when they cannot be read."""
-    directory = int.from_bytes(data[4:8], "little" if data[:1] == b"I" else "big")
-    if directory + 2 > len(data):
-        return directory + 2
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            tags = image.tag_v2
-            starts = tags.get(STRIPS) or tags.get(TILES) or ()
-            lengths = tags.get(STRIP_BYTES) or tags.get(TILE_BYTES) or ()
-            return max((start + length for start, length in zip(starts, lengths)), default=0)
-    except Exception:  # it was damaged to begin with
-        return 0
-
-
-def _orientation(image: Image.Image, data: bytes) -> int:
+def _turn(image: Image.Image, inside: Contents) -> int:
     """EXIF orientation 1..8 before the pixels are loaded; 1 when there is none or it cannot be read."""
-    value: object = 1
-    if image.format == "TIFF":
+    if inside.kind == "TIFF":
         value = image.tag_v2.get(ORIENTATION, 1)
-    elif image.format != "PNG" or any(mark in data for mark in PNG_WITH_ORIENTATION):
-        with suppress(Exception):  # a damaged EXIF block is no reason to lose the picture
-            value = image.getexif().get(ORIENTATION, 1)
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+        return value if isinstance(value, int) and 1 <= value <= 8 else 1
+    exif, xmp = inside.exif, inside.xmp
+    if inside.kind in ("WEBP", "AVIF"):
+        exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
+    return orientation(exif, xmp)
 
 
 def _stored_size(image: Image.Image) -> tuple[int, int]:
@@ -276,60 +421,80 @@ def _needs_scaling(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _deep_grey(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits -> L, or LA where one value is transparent; Pillow itself would cut at 255.
+def _converter(image: Image.Image, boxes: Callable[[], Iterator[tuple[Box, Box]]]) -> Callable[[Image.Image], Image.Image]:
+    """What makes RGB in sRGB of any part of a loaded image, transparency laid over white."""
+    grey = _deep_grey(image, boxes) if _needs_scaling(image) else lambda part: part
+    mode = grey(image.crop((0, 0, 1, 1))).mode
+    clear = mode in ("LA", "RGBA") or (not _needs_scaling(image) and _has_alpha(image))
+    profile = image.info.get("icc_profile")
+    profile = profile if profile and len(profile) <= MOST_PROFILE else None
+    plain = "CMYK" if mode == "CMYK" else "L" if mode == "L" and profile and not clear else "RGB"
+    transform = _transform(profile, plain)
+
+    def coloured(part: Image.Image) -> Image.Image:
+        if transform is None:
+            return part if part.mode == "RGB" else part.convert("RGB")
+        from PIL import ImageCms
+
+        return ImageCms.applyTransform(part if part.mode == plain else part.convert(plain), transform)
+
+    def convert(part: Image.Image) -> Image.Image:
+        part = grey(part)
+        if not clear:
+            return coloured(part)
+        part = part.convert("RGBA")
+        if transform is not None:
+            rgb = coloured(part.convert("RGB"))
+            rgb.putalpha(part.getchannel("A"))
+            part = rgb
+        return Image.alpha_composite(Image.new("RGBA", part.size, (255, 255, 255, 255)), part).convert("RGB")
+
+    return convert
+
+
+def _deep_grey(
+    image: Image.Image, boxes: Callable[[], Iterator[tuple[Box, Box]]]
+) -> Callable[[Image.Image], Image.Image]:
+    """What makes L of grey of more than 8 bits, or LA where one value is transparent; Pillow itself would cut at 255.
 
     16-bit files use their whole range. 32-bit integers and floats do not say their range: it is taken as the smallest
     of 1 (floats only), 255, 65535 and 2^32 - 1 that holds the brightest pixel. Floats may reach twice as far, since
     interpolation leaves some a little above, and are cut there.
     """
-    values = np.asarray(image).astype(np.float64)
-    if not np.isfinite(values).all():
-        raise BadImage("corrupt", "holds pixels that are NaN or infinite")
-    is_16_bit = image.mode.startswith("I;16") or image.format == "PNG"
-    ranges = (65535.0,) if is_16_bit else (255.0, 65535.0, 2.0**32 - 1)
-    brightest = float(values.max())
-    ranges, beyond = ((1.0, *ranges), OVERSHOOT) if image.mode == "F" else (ranges, 1.0)
-    top = next((top for top in ranges if brightest <= beyond * top), ranges[-1])
-    grey = Image.fromarray(np.rint(values.clip(0.0, top) * (255.0 / top)).astype(np.uint8))
+    top = 65535.0
+    if not (image.mode.startswith("I;16") or image.format == "PNG"):
+        brightest = -np.inf
+        for _, box in boxes():
+            values = np.asarray(image.crop(box))
+            if not np.isfinite(values).all():
+                raise BadImage("corrupt", "holds pixels that are NaN or infinite")
+            brightest = max(brightest, float(values.max()))
+        ranges, beyond = (255.0, 65535.0, 2.0**32 - 1), 1.0
+        if image.mode == "F":
+            ranges, beyond = (1.0, *ranges), OVERSHOOT
+        top = next((one for one in ranges if brightest <= beyond * one), ranges[-1])
     clear = image.info.get("transparency")
-    if isinstance(clear, int):
-        grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return grey
+
+    def scaled(part: Image.Image) -> Image.Image:
+        values = np.asarray(part).astype(np.float64)
+        grey = Image.fromarray(np.rint(values.clip(0.0, top) * (255.0 / top)).astype(np.uint8))
+        if isinstance(clear, int):
+            grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+        return grey
+
+    return scaled
 
 
-def _to_srgb(image: Image.Image, picture: Image.Image) -> Image.Image:
-    """RGB or RGBA in sRGB. picture: the image, its numbers scaled to 8 bits; the profile is the image's."""
-    profile = image.info.get("icc_profile")
-    if picture.mode == "CMYK":
-        return _by_profile(picture, profile) or picture.convert("RGB")
-    if not _has_alpha(picture):
-        picture = picture.convert("RGB") if picture.mode != "L" or not profile else picture
-        return _by_profile(picture, profile) or picture.convert("RGB")
-    picture = picture.convert("RGBA")
-    coloured = _by_profile(picture.convert("RGB"), profile)
-    if coloured is not None:
-        coloured.putalpha(picture.getchannel("A"))
-    return coloured or picture
-
-
-def _by_profile(picture: Image.Image, profile: bytes | None) -> Image.Image | None:
-    """The picture converted from its embedded profile to sRGB; None where that is not needed or not possible."""
+def _transform(profile: bytes | None, mode: str) -> object | None:
+    """From an embedded profile to sRGB for pixels of `mode`; None where that is not needed or not possible."""
     if not profile:
         return None
     try:
         from PIL import ImageCms
 
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if picture.mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
+        if mode == "RGB" and "srgb" in ImageCms.getProfileDescription(source).lower():
             return None
-        return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
     except Exception:  # a damaged or unfitting profile, or a Pillow without littlecms: the numbers as they are
         return None
-
-
-def _over_white(picture: Image.Image) -> Image.Image:
-    if picture.mode == "RGB":
-        return picture
-    white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-    return Image.alpha_composite(white, picture).convert("RGB")

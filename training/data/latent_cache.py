@@ -27,7 +27,7 @@ from ...guidance.files import FileProblem
 from .buckets import Size
 
 # Part of every key: raise it when pictures are decoded, scaled or stored differently.
-PIPELINE = 3
+PIPELINE = 4
 MOST_WARNINGS = 10
 ABANDONED_SECONDS = 24 * 3600.0
 

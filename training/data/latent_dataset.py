@@ -5,22 +5,24 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
 
 from ...guidance.errors import Problem
-from .buckets import Size, assign, bucket_sizes
+from .buckets import Size, assign, bucket_sizes, removed
 from .content_index import ContentIndex, Known
-from .images import BadImage, DataProblem, cover, crop_to, decode, probe, to_tensor
+from .images import BadImage, DataProblem, cover, crop_to, decoded, probe, to_tensor
 from .latent_cache import LatentCache, default_cache_folder, log_warning
 from .parallel import in_order
-from .sources import Entry, image_entries, nothing_found, search
+from .remarks import MUCH, remarks
+from .sources import Entry, content, image_entries, nothing_found, search
 from .walking import Cancelled, Watch
 
 if TYPE_CHECKING:
@@ -127,15 +129,19 @@ class LatentDataset:
     batch, or gets one image at a time (`prepare`'s batch 1, which `open_dataset` uses on the CPU). Made by
     `open_dataset` or `LatentDataset.prepare`. Drawing is a function of the index and the generator alone.
 
-    skipped: (name, reason) of the images that could not be used. upscaled: how many were enlarged. content_hash:
-    SHA-256 over the images' content hashes.
+    skipped: (name, reason) of the images that could not be used; faults: how many for which kind of reason. upscaled:
+    how many were enlarged. cropped: {name: share} of those that lose more than a third. content_hash: SHA-256 over the
+    images' content hashes.
     """
 
     def __init__(
-        self, records: Sequence[_Record], store: _Store, posterior: str, skipped: Sequence[tuple[str, str]] = ()
+        self, records: Sequence[_Record], store: _Store, posterior: str, skipped: Sequence[tuple[str, str]] = (),
+        faults: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._records, self._store, self._posterior = list(records), store, posterior
-        self.skipped = list(skipped)
+        self.skipped, self.faults = list(skipped), Counter(faults)
+        lost = {record.entry.name: removed(*record.original, record.size) for record in self._records}
+        self.cropped = {name: share for name, share in lost.items() if share > MUCH}
         self.upscaled = sum(cover(r.original, r.size)[0] > r.original[0] for r in self._records)
         self.groups: dict[Size, list[int]] = {}
         for index, record in enumerate(self._records):
@@ -184,19 +190,22 @@ class LatentDataset:
         warn = warn or log_warning
         # Latents made in inference mode (ComfyUI's nodes run in it) could not be trained on.
         with torch.inference_mode(False), torch.no_grad():
-            records, skipped = _read_all(
+            records, skipped, faults = _read_all(
                 entries, cache, sizes, flip, random_crops, min_side, progress, should_stop, workers
             )
             limit = _memory_limit() if memory_limit is None else memory_limit
             store = _Store(cache, encode, posterior == "sample", limit, warn)
             filling = _Filling(records, store, batch, progress, should_stop, workers)
             bad = filling.run(turn, turns)
-        skipped += [(record.entry.name, bad[record.content]) for record in records if record.content in bad]
+        for record in records:
+            if record.content in bad:
+                skipped.append((record.entry.name, str(bad[record.content])))
+                faults[bad[record.content].kind] += 1
         usable = [record for record in records if record.content not in bad]
         skipped.sort()
         if not usable:
             raise DataProblem(_nothing_usable(len(entries), skipped))
-        return cls(usable, store, posterior, skipped)
+        return cls(usable, store, posterior, skipped, faults)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -257,7 +266,9 @@ class LatentDataset:
         if len(held) == len(places):
             held = set()  # the few images there are must be trained on
         parts = ([r for r in self._records if (r.content in held) is wanted] for wanted in (False, True))
-        train, held_out = (LatentDataset(part, self._store, self._posterior, self.skipped) for part in parts)
+        train, held_out = (
+            LatentDataset(part, self._store, self._posterior, self.skipped, self.faults) for part in parts
+        )
         return train, held_out
 
 
@@ -271,13 +282,14 @@ def open_dataset(
 
     images: IMAGE tensors in 0..1 to train on as well as, or instead of, config.data. callbacks: progress, should_stop,
     warn, turn, turns, memory_limit and workers of `LatentDataset.prepare`. warn also hears of folders and shards that
-    cannot be read to their end. Raises what `prepare` does, and DataProblem when there is no image at all.
+    cannot be read to their end, and of what `remarks` says. Raises what `prepare` does, and DataProblem when there is no image at all.
 
     An autoencoder on the CPU gets one image at a time, so that a latent depends on its image alone. On other devices it
     gets config.caching_batch, of large ones fewer, where the last bits depend on the company; their latents are cached
     apart.
     """
     entries: list[Entry] = [] if images is None else list(image_entries(images))
+    ignored: Counter[str] = Counter()
     warn = callbacks.get("warn") or log_warning
     if config.data or not entries:
         try:
@@ -287,6 +299,7 @@ def open_dataset(
         if not found.entries:
             raise DataProblem(nothing_found(config.data, found))
         entries += found.entries
+        ignored = found.ignored
         if found.skipped:
             named = "; ".join(f"{name} {reason}" for name, reason in found.skipped[:3])
             more = f"; and {len(found.skipped) - 3} more" if len(found.skipped) > 3 else ""
@@ -296,7 +309,7 @@ def open_dataset(
     device = next(base.autoencoder.parameters()).device.type
     alone = device == "cpu"
     vae_id = base.vae_id if alone else f"{base.vae_id} on {device}"
-    return LatentDataset.prepare(
+    dataset = LatentDataset.prepare(
         entries,
         base.encode,
         LatentCache(config.cache or default_cache_folder(), vae_id, warn=warn),
@@ -308,6 +321,9 @@ def open_dataset(
         min_side=config.min_side,
         **callbacks,
     )
+    for text in remarks(ignored, dataset.cropped, len(dataset)):
+        warn(text)
+    return dataset
 
 
 # ------------------------------------------------------------------------------------------------------------- reading
@@ -316,8 +332,8 @@ def open_dataset(
 def _read_all(
     entries: Sequence[Entry], cache: LatentCache, sizes: Sequence[Size], flip: bool, random_crops: int, min_side: int,
     progress: Callable[[int, int], None], should_stop: Callable[[], bool], workers: int | None,
-) -> tuple[list[_Record], list[tuple[str, str]]]:
-    """Records of the images whose header can be read, sorted by content, and (name, reason) of the others."""
+) -> tuple[list[_Record], list[tuple[str, str]], Counter[str]]:
+    """Records of the images whose header can be read, sorted by content; (name, reason) of the others; their kinds."""
     index = ContentIndex(cache.root / INDEX)
 
     def look(entry: Entry) -> tuple[Entry, Known | BadImage, tuple[str, int, int, int] | None]:
@@ -326,14 +342,16 @@ def _read_all(
             return entry, known, None
         stamp = entry.stamp()
         try:
-            data = entry.read()
-            facts = probe(data)
-            return entry, Known(hashlib.sha256(data).hexdigest(), facts.height, facts.width), stamp
+            with content(entry) as data:
+                facts = probe(data)
+                return entry, Known(hashlib.sha256(data).hexdigest(), facts.height, facts.width), stamp
         except BadImage as error:
             return entry, error, None
 
-    records, skipped = [], []
-    with closing(in_order(look, entries, workers)) as results, closing(index):
+    records, skipped, faults = [], [], Counter()
+    with (
+        _stops(0, len(entries)), closing(in_order(look, entries, workers, should_stop)) as results, closing(index),
+    ):  # fmt: skip
         for number, (entry, known, stamp) in enumerate(results):
             if number % LOOKS == 0:
                 if should_stop():
@@ -341,14 +359,27 @@ def _read_all(
                 progress(0, len(entries))
             if isinstance(known, BadImage):
                 skipped.append((entry.name, str(known)))
+                faults[known.kind] += 1
                 continue
             index.add(stamp, known)
             if min(known.height, known.width) < min_side:
                 reason = f"has {known.width} x {known.height} pixels, less than min_side {min_side}"
                 skipped.append((entry.name, reason))
+                faults["too small"] += 1
                 continue
             records.append(_record(entry, known, cache, sizes, flip, random_crops))
-    return sorted(records, key=lambda record: (record.content, record.entry.name)), skipped
+    return sorted(records, key=lambda record: (record.content, record.entry.name)), skipped, faults
+
+
+@contextmanager
+def _stops(done: int, total: int) -> Iterator[None]:
+    """Say how far it was when somebody asked to stop while a thread was at work."""
+    try:
+        yield
+    except CachingStopped:
+        raise
+    except Cancelled:
+        raise CachingStopped(done, total) from None
 
 
 def _record(
@@ -404,18 +435,18 @@ def at_once_of(batch: int, size: Size) -> int:
 
 def _cut(record: _Record, pictures: Sequence[_Picture]) -> list[tuple[_Picture, Tensor]]:
     """The pictures of one image as tensors [3, H, W], decoded once. Raises BadImage."""
-    data = record.entry.read()
-    if hashlib.sha256(data).hexdigest() != record.content:
-        raise BadImage(
-            "corrupt",
-            f"changed while it was being read, or {INDEX} in the cache folder is wrong about it; start again, in the "
-            "second case without that file",
-        )
-    image = decode(data, at_least=cover(record.original, record.size))
-    return [
-        (picture, to_tensor(crop_to(image, record.original, record.size, picture.crop, picture.flipped)))
-        for picture in pictures
-    ]
+    with content(record.entry) as data:
+        if hashlib.sha256(data).hexdigest() != record.content:
+            raise BadImage(
+                "corrupt",
+                f"changed while it was being read, or {INDEX} in the cache folder is wrong about it; start again, in "
+                "the second case without that file",
+            )
+        with decoded(data, at_least=cover(record.original, record.size)) as image:
+            return [
+                (picture, to_tensor(crop_to(image, record.original, record.size, picture.crop, picture.flipped)))
+                for picture in pictures
+            ]
 
 
 def _encoded(encode: Encode, pixels: Sequence[Tensor], record: _Record) -> tuple[Tensor, Tensor]:
@@ -443,8 +474,8 @@ class _Filling:
     should_stop: Callable[[], bool]
     workers: int | None
 
-    def run(self, turn: int, turns: int) -> dict[str, str]:
-        """{content: reason} of the images whose pixels turned out to be bad."""
+    def run(self, turn: int, turns: int) -> dict[str, BadImage]:
+        """{content: what is wrong} of the images whose pixels turned out to be bad."""
         self.total, self.bad = len(self.records), {}
         self.owners: dict[str, list[_Record]] = defaultdict(list)  # copies of one image are encoded once
         for record in self.records:
@@ -457,7 +488,8 @@ class _Filling:
         jobs.sort(key=lambda job: (job[0].size, job[0].content))
         start = len(jobs) * turn // max(turns, 1)
         pending: dict[Size, list[tuple[_Record, _Picture, Tensor]]] = defaultdict(list)
-        with closing(in_order(self._make, jobs[start:] + jobs[:start], self.workers)) as results:
+        jobs = jobs[start:] + jobs[:start]
+        with _stops(self.done, self.total), closing(in_order(self._make, jobs, self.workers, self.should_stop)) as results:
             for record, made in results:
                 if self.should_stop():
                     raise CachingStopped(self.done, self.total)
@@ -501,7 +533,7 @@ class _Filling:
 
         jobs = []
         distinct = [owners[0] for owners in self.owners.values()]
-        with closing(in_order(look, distinct, self.workers)) as results:
+        with _stops(0, self.total), closing(in_order(look, distinct, self.workers, self.should_stop)) as results:
             for number, (record, lacking) in enumerate(results):
                 if number % LOOKS == 0 and self.should_stop():
                     raise CachingStopped(number, self.total)
@@ -541,7 +573,7 @@ class _Filling:
             self.done += len(self.owners[record.content])
 
     def _skip(self, record: _Record, error: BadImage) -> None:
-        self.bad[record.content] = str(error)
+        self.bad[record.content] = error
         self.total -= len(self.owners[record.content])
         self.progress(self.done, self.total)
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
+
+from .walking import Cancelled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+PATIENCE_S = 0.2  # between two looks at should_stop while a result is waited for
 
 
 def default_workers() -> int:
@@ -17,21 +20,39 @@ def default_workers() -> int:
     return max(1, min(8, os.cpu_count() or 1))
 
 
-def in_order(function: Callable[[Item], Result], items: Iterable[Item], workers: int | None = None) -> Iterator[Result]:
+def in_order(
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    workers: int | None = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Iterator[Result]:
     """`map` in threads, with at most two results per thread waiting, so that memory stays bounded.
 
     An exception of `function` comes out where its result would have. When the caller stops early, work that has not
-    begun is dropped.
+    begun is dropped. should_stop is asked while a result is waited for; Cancelled is raised at once when it says so, and
+    what the threads are at is left to end by itself.
     """
     workers = workers or default_workers()
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
+    cancelled = False
+
+    def first() -> Result:
+        future = waiting.popleft()
+        while should_stop is not None and not wait([future], PATIENCE_S).done:
+            if should_stop():
+                raise Cancelled
+        return future.result()
+
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
             if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
+                yield first()
         while waiting:
-            yield waiting.popleft().result()
+            yield first()
+    except Cancelled:
+        cancelled = True
+        raise
     finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        pool.shutdown(wait=not cancelled, cancel_futures=True)

@@ -6,7 +6,8 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,11 +17,14 @@ from torch import Tensor
 from ...guidance.errors import printable
 from .images import BadImage, DataProblem
 from .kinds import PACKED, SHARD, SUFFIXES, ending, masked
+from .memory import Budget
 from .patterns import expanded, nearly
+from .remarks import MASK
 from .shards import Member, NoShard, members, open_plain
 from .walking import LOST_LINK, Watch, walk
 
-MOST_BYTES = 512 * 2**20  # of one image file
+MOST_BYTES = 512 * 2**20  # of one image file, and of all that are in memory at once
+READING = Budget(MOST_BYTES)
 LONGEST_NAME = 10_000     # characters of an image's name in messages; no system has longer paths
 
 
@@ -92,6 +96,13 @@ class MemoryEntry:
 
 
 Entry = ImageEntry | MemoryEntry
+
+
+@contextmanager
+def content(entry: Entry) -> Iterator[bytes]:
+    """What `entry.read` gives, within the block; all threads together hold at most MOST_BYTES."""
+    with READING.hold(min(entry.size, MOST_BYTES)):
+        yield entry.read()
 
 
 @dataclass
@@ -227,7 +238,7 @@ def _search_folder(root: Path, found: Found, seen: set[str], watch: Watch) -> No
     for parts, path in sorted(files):
         of = masked(Path(parts[-1]).stem)
         if of is not None and (*parts[:-1], of) in pictures:
-            found.ignored["masks beside their pictures"] += 1
+            found.ignored[MASK] += 1
         else:
             _search_file(path, "/".join(parts), found, seen, watch)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin
 
-from indomain_guidance.training.data import DataProblem, check_data
+from indomain_guidance.training.data import DataProblem, check_data, sources
+from indomain_guidance.training.data.remarks import MASK, remarks
 
 
 def picture(seed: int, height: int = 80, width: int = 80) -> Image.Image:
@@ -98,5 +100,39 @@ def test_no_images_and_no_folder(tmp_path):
 
 
 def test_a_stop_says_so(folder):
-    report = check_data([folder], should_stop=lambda: True)
+    asked = []
+    report = check_data([folder], should_stop=lambda: bool(asked), progress=lambda done, total: asked.append(done))
     assert report.stopped and report.total == 1 and "Stopped before" in report.to_text()
+    report = check_data([folder], should_stop=lambda: True)  # while the folder is still searched
+    assert report.stopped and report.total == 0 and "Stopped before" in report.to_text()
+
+
+def test_a_stop_does_not_wait_for_a_picture_that_takes_long(folder, monkeypatch):
+    """A drive that does not answer, for one."""
+    answered = threading.Event()
+    monkeypatch.setattr(sources.ImageEntry, "read", lambda entry: answered.wait(30))
+    calls = []
+    try:
+        report = check_data([folder], workers=1, should_stop=lambda: calls.append(1) or len(calls) > 2)
+        assert report.stopped and report.total == 0 and not answered.is_set()
+    finally:
+        answered.set()
+
+
+def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
+    picture(0, 60, 300).save(tmp_path / "pano.png")
+    picture(1, 64, 64).save(tmp_path / "good.png")
+    picture(2, 64, 64).save(tmp_path / "good_mask.png")
+    for name in ("a.heic", "b.HEIC", "c.cr2", "good.txt", "good.caption", "good.npz", "film.mp4"):
+        (tmp_path / name).write_bytes(b"x")
+    report = check_data([tmp_path], resolution=64, bucket_step=8)
+    assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}
+    said = remarks(report.ignored, report.cropped, report.ok)
+    assert all(text in report.to_text() for text in said) and [text.partition(":")[0] for text in said] == [
+        "pictures of kinds that are not read, left out", "files beside the pictures, without effect here", "also left out",
+        "1 of 2 images lose more than a third to cropping",
+    ]
+    assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."
+    assert "1 .txt, 1 .caption, 1 .npz" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[2]
+    assert f"pano.png {report.cropped['pano.png']:.0%}" in said[3]
+    assert remarks({}, {}, 3) == []

@@ -1,0 +1,49 @@
+"""What is worth saying of a set of images before it is learned from: the same sentences in a run and in check-data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from .kinds import NOTES, OTHER_PICTURES
+
+MASK = "masks beside their pictures"
+MUCH = 1 / 3  # of a picture that cropping may remove before it is said
+SHOWN = 3
+
+
+def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int) -> list[str]:
+    """Sentences about files that were left out and pictures that lose much; none where there is nothing to say.
+
+    ignored: files by ending and what else was left out by its name (`sources.Found.ignored`). cropped: the share that
+    cropping removes, 0..1, of the pictures that lose more than MUCH. count: of all images that are used.
+    """
+    pictures = {kind: number for kind, number in ignored.items() if kind in OTHER_PICTURES}
+    notes = {kind: number for kind, number in ignored.items() if kind in NOTES or kind == MASK}
+    rest = {kind or "without ending": number for kind, number in ignored.items() if kind not in {**pictures, **notes}}
+    said = []
+    if pictures:
+        said.append(f"pictures of kinds that are not read, left out: {_counts(pictures)}; save them as PNG or JPEG.")
+    if notes:
+        said.append(f"files beside the pictures, without effect here: {_counts(notes)}; captions and masks are not used.")
+    if rest:
+        said.append(f"also left out: {_counts(rest)}.")
+    if cropped:
+        worst = sorted(cropped.items(), key=lambda one: (-one[1], one[0]))
+        named = ", ".join(f"{name} {share:.0%}" for name, share in worst[:SHOWN]) + (" ..." if len(worst) > SHOWN else "")
+        said.append(
+            f"{len(cropped)} of {count} images lose more than a third to cropping: {named}; a larger bucket_max_ratio adds "
+            "longer shapes."
+        )
+    return said
+
+
+def faults(skipped: Sequence[tuple[str, str]], kinds: Mapping[str, int]) -> str:
+    """One sentence about images that cannot be used. kinds: how many for which reason ("too large")."""
+    named = "; ".join(f"{name} {reason}" for name, reason in skipped[:SHOWN])
+    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
+    return f"{len(skipped)} images cannot be used and are left out ({_counts(kinds)}): {named}{more}."
+
+
+def _counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in Counter(counts).most_common())
