@@ -29,8 +29,8 @@ class Settings:
     """How to sample. Weights as in `presets.in_domain`: 0 leaves a part out and saves its predictions.
 
     domain_start, domain_end: share of sampling (0 start, 1 end) in which the domain model takes part. method: one of
-    `guidance.sampling.METHODS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (the paper's, without
-    the least noisy one) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at
+    `guidance.sampling.METHODS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (that of the paper's
+    code) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at
     once.
     """
 

@@ -40,8 +40,8 @@ def quantile(values: Tensor, q: float) -> Tensor:
 def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Tensor]:
     """StyleGAN-Fusion's clamp of the image gradient [B, 3, H, W] at the q-quantile of its absolute values, per sample.
 
-    The gradient is that on the images as they are judged, before it goes back through their clamp and resize. q: 0.95 as
-    released; None (or 1) is neutral. Returns the gradient and the share of values that were changed.
+    The gradient is that on the images as they are judged, before it goes back through their clamp and resize. q: 0.95
+    as released; None (or 1) is neutral. Returns the gradient and the share of values that were changed.
     """
     if q is None or q == 1:
         return gradient, gradient.new_zeros(())

@@ -24,8 +24,8 @@ class Perceptual:
     """StyleGAN-Fusion's perceptual regularizer (arXiv 2212.04473): 2000 lambda distance(frozen, image), batch mean.
 
     distance: `distance(images, frozen) -> [B]` on images [B, 3, H, W] as they are judged, both resized and clamped to
-    -1..1: a `FeatureDistance` of any network, or `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off. scale: the published 2000. Raises GuidanceError
-    for a scale that is not finite.
+    -1..1: a `FeatureDistance` of any network, or `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off.
+    scale: the published 2000. Raises GuidanceError for a scale that is not finite.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]

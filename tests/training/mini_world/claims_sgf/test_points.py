@@ -114,7 +114,8 @@ def test_a_run_that_another_process_works_on_is_left_to_it(make_bench, monkeypat
 
 
 def test_another_released_update_makes_its_points_anew_and_no_others(make_bench, monkeypatch):
-    released, others = ("sds", "sds_layers_3", "domain"), ("sds_back", "domain_back", "shared_directional", "csd", "first")
+    released = ("sds", "sds_layers_3", "domain")
+    others = ("sds_back", "domain_back", "shared_directional", "csd", "first")
     points = [Point("handwriting", name, 1) for name in (*released, *others)] + [Point("handwriting", "source")]
     bench = make_bench()
     before = [bench.key(point) for point in points]
