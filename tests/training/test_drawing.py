@@ -8,7 +8,8 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import read_domain_file
 from indomain_guidance.training.base import open_mini_world
-from indomain_guidance.training.drawing import Artist, Settings, trained_caption
+from indomain_guidance.training.command_line import build_parser
+from indomain_guidance.training.drawing import SPACINGS, Artist, Settings, trained_caption
 from indomain_guidance.training.mini_world.assets import domain_unets_dir, load_mini_world
 
 FILE = domain_unets_dir() / "mini-handwriting.safetensors"
@@ -19,12 +20,14 @@ def artist() -> Artist:
     return Artist(open_mini_world(), *read_domain_file(FILE))
 
 
-def by_hand(prompt: str, seed: int, domain_weight: float, control_weight: float, steps: int, interval=(0.0, 1.0)):
+def by_hand(
+    prompt: str, seed: int, domain_weight: float, control_weight: float, steps: int, interval=(0.0, 1.0), least=0
+):  # fmt: skip
     """Euler in the sigma scale with D = D_u + w_d (D_domain - D_u) + w_c (D_c - D_u), on the shipped parts directly."""
     world = load_mini_world()
     domain, schedule = world.domain("mini-handwriting"), world.schedule
     uncond, cond = world.encode_text([""]), world.encode_text([prompt])
-    sigmas = [*(schedule.sigma(t) for t in torch.linspace(999, 0, steps).tolist()), 0.0]
+    sigmas = [*(schedule.sigma(t) for t in torch.linspace(999, least, steps).tolist()), 0.0]
     high, low = (schedule.percent_to_sigma(share) for share in interval)
     x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)) * sigmas[0]
     with torch.no_grad():
@@ -47,6 +50,19 @@ def test_pictures_follow_the_formula(artist, interval):
     assert (drawn.pixels - expected).abs().max() < 1e-3
     other = by_hand(prompt, 5, 1.2, 2.9, 6, interval)
     assert (drawn.pixels - other).abs().max() > 5e-3  # the comparison can fail
+
+
+def test_the_papers_noise_levels_leave_the_least_one_out(artist):
+    settings = Settings(1.2, 3.0, steps=6, method="euler", spacing="sgm_uniform", size=(64, 64))
+    (drawn,) = artist.draw(["a red seven"], [5], settings)
+    assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6, least=999 / 6)).abs().max() < 1e-3
+    assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6)).abs().max() > 5e-3
+
+
+def test_the_command_line_offers_every_spacing():
+    for spacing in SPACINGS:
+        options = build_parser().parse_args(["sample", "mini-handwriting", "--spacing", spacing])
+        assert Settings(spacing=options.spacing).spacing == spacing
 
 
 def test_order_and_count_of_pictures(artist):
