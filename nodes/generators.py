@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from ..guidance.errors import printable
 from .comfy_internals import adapting, generators, training
 from .guiders import GuidanceTerms
-from .inputs import checked
+from .inputs import checked, found
 from .schema import GENERATORS, schema
 from .training import LARGEST_SEED, RESUME, config_input, run_outputs
 
@@ -67,6 +67,11 @@ class LoadGenerator(io.ComfyNode):
             ],
             outputs=[GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack.")],
         )
+
+    @classmethod
+    def validate_inputs(cls, generator_name: str | None = None) -> bool | str:
+        # In place of core's comparison with the list, which knows no other system's spelling of a name.
+        return found(generator_name, generators.find_generator)
 
     @classmethod
     def fingerprint_inputs(cls, generator_name: str, convert: bool = False):

@@ -55,6 +55,19 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
     return decorate
 
 
+def found(name: Any, find: Callable[[str], Any]) -> bool | str:
+    """For `validate_inputs`: whether `find` finds a file of that name, else its sentence. None comes over a link."""
+    if name is None:
+        return True
+    if not isinstance(name, str) or len(name) > LONGEST_TEXT:
+        return f"expected the name of a file, found {printable(f'{name!r:.120}')}."
+    try:
+        find(name)
+    except Problem as problem:
+        return str(problem)
+    return True
+
+
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
     """An error and those that led to it, as Python shows them."""
     seen: set[int] = set()

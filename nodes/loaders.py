@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfy_internals import loading
-from .inputs import checked
+from .inputs import checked, found
 from .schema import GUIDANCE, schema
 
 
@@ -41,9 +41,14 @@ class LoadDomainUNet(io.ComfyNode):
         )
 
     @classmethod
+    def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
+        # In place of core's comparison with the list, which knows no other system's spelling of a name.
+        return found(unet_name, loading.find_domain_unet)
+
+    @classmethod
     def fingerprint_inputs(cls, unet_name: str, weight_dtype: str):
         # A file that was replaced (by training it further) has to be loaded again.
-        return loading.file_fingerprint(unet_name)
+        return loading.domain_unet_fingerprint(unet_name)
 
     @classmethod
     @checked("unet_name")

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..guidance.errors import printable
 from .comfy_internals import training
-from .inputs import checked
+from .inputs import checked, found
 from .schema import TRAINING, schema
 
 if TYPE_CHECKING:
@@ -171,9 +171,18 @@ class TrainDomainUNet(io.ComfyNode):
         )
 
     @classmethod
-    def fingerprint_inputs(cls, image_folder: list[str | None] = (), **inputs: Any):
-        # A folder that has more or other images than last time has to be trained on again.
-        return training.data_fingerprint(";".join(filter(None, image_folder)))
+    def validate_inputs(cls, checkpoint: list[str | None] = ()) -> bool | str:
+        # In place of core's comparison with the list, which knows no other system's spelling of a name.
+        return found(next(iter(checkpoint), None), training.find_checkpoint)
+
+    @classmethod
+    def fingerprint_inputs(
+        cls, image_folder: list[str | None] = (), checkpoint: list[str | None] = (), **inputs: Any
+    ):
+        # A folder that has more or other images than last time has to be trained on again, and another checkpoint.
+        images = training.data_fingerprint(";".join(filter(None, image_folder)))
+        own = training.checkpoint_fingerprint(next(iter(checkpoint), None))
+        return f"{images} {own}" if own and isinstance(images, str) else images
 
     @classmethod
     @checked("checkpoint")

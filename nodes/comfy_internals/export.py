@@ -33,7 +33,8 @@ from ...guidance.null_text import (
     unconditional_error,
 )
 from . import domain_info
-from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet, model_path
+from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
+from .model_files import model_path
 from .progress import ProgressBar
 
 NODE = "Text-Free UNet"

@@ -21,13 +21,15 @@ from torch import Tensor
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
 from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
-from .loading import model_path, ordinary_tensors, own_model_folder, register_model_folder
+from .loading import ordinary_tensors
+from .model_files import find_model, fingerprint, list_models, model_path, own_model_folder, register_model_folder
 from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
     from ...guidance.networks.stylegan2 import Generator, GeneratorConfig
 
+NODE = "Load Generator"
 FOLDER = "generators"
 SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "generators"
 EXTENSIONS = {".safetensors", ".pkl", ".pt"}
@@ -75,33 +77,17 @@ def generator_folder() -> Path:
 
 def list_generators() -> list[str]:
     """File names for the loader's list."""
-    return folder_paths.get_filename_list(FOLDER)
-
-
-def _path_of(name: str) -> Path | None:
-    # Core's look-up keeps names such as ../../x inside the folders.
-    path = folder_paths.get_full_path(FOLDER, name) if name else None
-    return None if path is None else Path(path)
+    return list_models((FOLDER,))
 
 
 def find_generator(name: str) -> Path:
-    """The path of a listed file. Raises FileProblem with the folder to use when there is none of that name."""
-    path = _path_of(name)
-    if path is None:
-        raise FileProblem(
-            f"Load Generator: expected a file named '{name}' in {generator_folder()}, found none; put a StyleGAN2 file "
-            "(.safetensors, .pkl or .pt) there and pick it from the list."
-        )
-    return path
+    """The path of a file in the list. Raises FileProblem that says what became of it, and where files belong."""
+    return find_model(name, (FOLDER,), NODE, SHIPPED_GENERATORS)
 
 
 def generator_fingerprint(name: str) -> str:
     """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
-    path = _path_of(name)
-    if path is None:
-        return "missing"
-    status = path.stat()
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+    return fingerprint(name, (FOLDER,))
 
 
 def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:

@@ -33,10 +33,13 @@ from ...guidance.files import (
     unet_layout,
 )
 from ...guidance.networks.unet import UNetConfig
+from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .text_free import TextFree, TextFreePatcher, mixed, module_key, remove_text
 
+NODE = "Load Domain UNet"
 FOLDER = "domain_unets"
+FOLDERS = (FOLDER, "diffusion_models")  # in the order they are looked through
 SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "domain_unets"
 MINI_WORLD = "mini_world"
 WEIGHT_DTYPES = {
@@ -74,45 +77,6 @@ class DomainInfo:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def register_model_folder(name: str, shipped: Path, extensions: set[str]) -> None:
-    """Make `models/NAME` a model folder of ComfyUI, made where it is missing, with what is shipped listed in it too.
-
-    An extra_model_paths.yaml may have named the folder already, without file extensions, which would list every file.
-    """
-    default = os.path.join(folder_paths.models_dir, name)
-    with contextlib.suppress(OSError):  # nothing is lost where it cannot be made
-        os.makedirs(default, exist_ok=True)
-    paths, known = folder_paths.folder_names_and_paths.get(name, ([], set()))
-    added = [path for path in (default, str(shipped)) if path not in paths]
-    folder_paths.folder_names_and_paths[name] = ([*paths, *added], set(known) | extensions)
-
-
-def own_model_folder(name: str, shipped: Path) -> Path:
-    """The folder that new models are written to: the user's first one, never the shipped one."""
-    return Path(next(path for path in folder_paths.get_folder_paths(name) if path != str(shipped)))
-
-
-def model_path(filename: str, folder: Path, node: str) -> Path:
-    """Where a model of that name goes in `folder`, subfolders included; .safetensors may be left out.
-
-    Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
-    """
-    from ...training.settings import ConfigProblem, check_name
-
-    name = filename.strip().removesuffix(".safetensors")
-    parts = name.split("/")
-    try:
-        for part in parts:
-            check_name(part)
-            os.fsencode(part)
-    except (ConfigProblem, UnicodeError) as problem:
-        raise FileProblem(f"{node}: expected a file name inside {folder}; {problem}") from None
-    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
-    if not path.resolve().is_relative_to(folder.resolve()):
-        raise FileProblem(f"{node}: expected a file name inside {folder}, found {filename!r:.80}; use a plain name.")
-    return path
-
-
 def register_domain_unet_folder() -> None:
     """Make `models/domain_unets` a model folder of ComfyUI."""
     register_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS, folder_paths.supported_pt_extensions)
@@ -125,42 +89,22 @@ def domain_unet_folder() -> Path:
 
 def list_domain_unets() -> list[str]:
     """File names for the loader's list: domain models first, then ComfyUI's diffusion models."""
-    names = folder_paths.get_filename_list(FOLDER)
-    return [*names, *(name for name in folder_paths.get_filename_list("diffusion_models") if name not in names)]
-
-
-def _path_of(name: str) -> Path | None:
-    # Core's look-up keeps names such as ../../x inside the folders.
-    for folder in (FOLDER, "diffusion_models"):
-        path = folder_paths.get_full_path(folder, name) if name else None
-        if path is not None:
-            return Path(path)
-    return None
+    return list_models(FOLDERS)
 
 
 def find_domain_unet(name: str) -> Path:
-    """The path of a listed file. Raises FileProblem with the folders to use when there is none of that name."""
-    path = _path_of(name)
-    if path is not None:
-        return path
+    """The path of a file in the list. Raises FileProblem that says what became of it, and where files belong."""
     if not list_domain_unets():
         raise FileProblem(
             f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {domain_unet_folder()} "
             "(or make one with the Text-Free UNet node) and refresh the editor."
         )
-    raise FileProblem(
-        f"Load Domain UNet: expected a file named '{name}' in {domain_unet_folder()} or in ComfyUI's diffusion_models "
-        "folder, found none; pick a listed file."
-    )
+    return find_model(name, FOLDERS, NODE, SHIPPED_DOMAIN_UNETS)
 
 
-def file_fingerprint(name: str) -> str:
+def domain_unet_fingerprint(name: str) -> str:
     """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
-    path = _path_of(name)
-    if path is None:
-        return "missing"
-    status = path.stat()
-    return f"{path} {status.st_size} {status.st_mtime_ns}"
+    return fingerprint(name, FOLDERS)
 
 
 def ordinary_tensors() -> contextlib.AbstractContextManager:

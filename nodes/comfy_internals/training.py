@@ -41,6 +41,7 @@ from .export import (
     exported_state_dict,
     is_untrained,
 )
+from .model_files import find_model, fingerprint, list_models
 from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
 from .progress import ProgressBar
 
@@ -68,18 +69,19 @@ MOST_OF_A_TEXT = 2000  # characters that a node shows
 
 def list_checkpoints() -> list[str]:
     """The choices for the prior: what is connected, the mini world, ComfyUI's checkpoints."""
-    return [CONNECTED, MINI_WORLD, *folder_paths.get_filename_list("checkpoints")]
+    return [CONNECTED, MINI_WORLD, *list_models(("checkpoints",))]
 
 
 def find_checkpoint(name: str) -> str:
-    """The path of a listed checkpoint, or "mini_world". Raises FileProblem naming the folder."""
-    if name == MINI_WORLD:
+    """The path of a listed checkpoint, "mini_world" or "connected". Raises FileProblem naming the folders."""
+    if name in (CONNECTED, MINI_WORLD):
         return name
-    path = folder_paths.get_full_path("checkpoints", name) if name else None
-    if path is None:
-        folder = folder_paths.get_folder_paths("checkpoints")[0]
-        raise FileProblem(f"{NODE}: expected a checkpoint named '{name}' in {folder}, found none; pick a listed one.")
-    return path
+    return str(find_model(name, ("checkpoints",), NODE))
+
+
+def checkpoint_fingerprint(name: str | None) -> str:
+    """Changes when the file behind a listed checkpoint changes; for ComfyUI's cache of node outputs."""
+    return "" if name in (None, CONNECTED, MINI_WORLD) else fingerprint(name, ("checkpoints",))
 
 
 @torch.no_grad()

@@ -1,0 +1,161 @@
+"""Model files that a prompt names: the folders they lie in, what a name stands for, whether the file has changed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import folder_paths
+
+from ...guidance.files import FileProblem
+
+MOST_FOLDERS, MOST_CHARACTERS = 4, 240  # of folders in a message, and of them all
+
+
+# ---- folders ----------------------------------------------------------------------------------------------------
+
+
+def register_model_folder(name: str, shipped: Path, extensions: set[str]) -> None:
+    """Make `models/NAME` a model folder of ComfyUI, made where it is missing, with what is shipped listed in it too.
+
+    An extra_model_paths.yaml may have named the folder already, without file extensions, which would list every file.
+    """
+    default = os.path.join(folder_paths.models_dir, name)
+    with contextlib.suppress(OSError):  # nothing is lost where it cannot be made
+        os.makedirs(default, exist_ok=True)
+    paths, known = folder_paths.folder_names_and_paths.get(name, ([], set()))
+    added = [path for path in (default, str(shipped)) if path not in paths]
+    folder_paths.folder_names_and_paths[name] = ([*paths, *added], set(known) | extensions)
+
+
+def own_model_folder(name: str, shipped: Path) -> Path:
+    """The folder that new models are written to: the user's first one, never the shipped one."""
+    return Path(next(path for path in folder_paths.get_folder_paths(name) if path != str(shipped)))
+
+
+def model_path(filename: str, folder: Path, node: str) -> Path:
+    """Where a model of that name goes in `folder`, subfolders included; .safetensors may be left out.
+
+    Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
+    """
+    from ...training.settings import ConfigProblem, check_name
+
+    name = filename.strip().removesuffix(".safetensors")
+    parts = name.split("/")
+    try:
+        for part in parts:
+            check_name(part)
+            os.fsencode(part)
+    except (ConfigProblem, UnicodeError) as problem:
+        raise FileProblem(f"{node}: expected a file name inside {folder}; {problem}") from None
+    path = folder.joinpath(*parts[:-1], f"{parts[-1]}.safetensors")
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise FileProblem(f"{node}: expected a file name inside {folder}, found {filename!r:.80}; use a plain name.")
+    return path
+
+
+def list_models(folders: Sequence[str]) -> list[str]:
+    """The names in ComfyUI's model folders, those of the first folder first, each once."""
+    return list(dict.fromkeys(name for folder in folders for name in folder_paths.get_filename_list(folder)))
+
+
+# ---- names ------------------------------------------------------------------------------------------------------
+
+# What makes two spellings of a name equal, one step more each time: separators as the other system writes them, how
+# letters with marks are composed, upper and lower case.
+_SPELLINGS: tuple[Callable[[str], str], ...] = (
+    lambda name: re.sub(r"[\\/]+", "/", name),
+    lambda name: unicodedata.normalize("NFC", re.sub(r"[\\/]+", "/", name)),
+    lambda name: unicodedata.normalize("NFC", re.sub(r"[\\/]+", "/", name)).casefold(),
+)
+
+
+def _meant(name: str, folders: Sequence[str]) -> list[str]:
+    """The listed names that `name` may stand for: itself, else those of the nearest spelling that fits any."""
+    listed = list_models(folders)
+    if name in listed:
+        return [name]
+    for spell in _SPELLINGS:
+        found = [one for one in listed if spell(one) == spell(name)]
+        if found:
+            return found
+    return [name]
+
+
+def model_file(name: str, folders: Sequence[str]) -> Path | None:
+    """The path of a file that the prompt names, None where there is none or where several might be meant."""
+    meant = _meant(name, folders)
+    if not name or "\0" in name or len(meant) != 1:
+        return None
+    # Core's look-up keeps names such as ../../x inside the folders.
+    found = (folder_paths.get_full_path(folder, meant[0]) for folder in folders)
+    return next((Path(path) for path in found if path is not None), None)
+
+
+def find_model(name: str, folders: Sequence[str], node: str, shipped: Path | None = None) -> Path:
+    """The path of a file that the prompt names. Raises FileProblem: the folders, what became of it, what to do.
+
+    A name as another system writes it stands for the one listed file that it can mean. shipped: a folder of this
+    project's own, which no message names.
+    """
+    path = model_file(name, folders)
+    if path is not None:
+        return path
+    meant = _meant(name, folders)
+    if len(meant) > 1:
+        raise FileProblem(
+            f"{node}: expected the name of one file, found {name!r:.200}, which may be any of {_names(meant)}; pick "
+            "one."
+        )
+    places = [place for folder in folders for place in folder_paths.get_folder_paths(folder) if place != str(shipped)]
+    for place in places:
+        link = os.path.join(place, meant[0]) if name and "\0" not in name else place
+        if os.path.islink(link) and not os.path.exists(link):
+            raise FileProblem(
+                f"{node}: expected a file named {name!r:.150}, found in {_short(place, 120)} a link to "
+                f"{_short(os.readlink(link), 120)}, where nothing is; put the file back there, or mend the link."
+            )
+    own = _SPELLINGS[-1](name).rpartition("/")[2]
+    moved = [one for one in list_models(folders) if own and _SPELLINGS[-1](one).rpartition("/")[2] == own]
+    advice = f"{_names(moved)} is listed, pick it if it is the same" if moved else "put it there, or pick a listed file"
+    raise FileProblem(
+        f"{node}: expected a file named {name!r:.150} in {_folders(places)}, found none; {advice}."
+    )
+
+
+def fingerprint(name: str, folders: Sequence[str]) -> str:
+    """Changes when another file lies behind a name, or the file has changed; for ComfyUI's cache of node outputs.
+
+    A copy may have the size and the time of what it replaces. It has another inode, and what was written in place has
+    another time of change (ctime), which nothing can set back; on Windows that is the time of creation.
+    """
+    path = model_file(name, folders)
+    if path is None:
+        return "missing"
+    try:
+        status = path.stat()
+    except OSError:
+        return "missing"
+    return " ".join(map(str, (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
+                              status.st_ctime_ns)))  # fmt: skip
+
+
+def _folders(places: Sequence[str]) -> str:
+    shown = list(dict.fromkeys(places))
+    more, shown = len(shown) - MOST_FOLDERS, shown[:MOST_FOLDERS]
+    each = MOST_CHARACTERS // max(1, len(shown))
+    return " or ".join(_short(place, each) for place in shown) + (f" or {more} more folders" if more > 0 else "")
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(f"{name!r:.80}" for name in names[:3]) + more
+
+
+def _short(path: str, most: int) -> str:
+    """A path of at most `most` characters, without its beginning where it is longer: its end says more."""
+    return path if len(path) <= most else f"...{path[3 - most:]}"
