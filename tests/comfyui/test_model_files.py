@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import os
 import shutil
@@ -152,3 +153,22 @@ def test_the_loaders_take_such_names_from_a_prompt(files, monkeypatch):
     for wrong in (3, ["a"], True, "n" * 200_000):
         assert "expected" in inputs.found(wrong, files.find)
     assert nodes.LoadDomainUNet.validate_inputs() is True  # over a link: known when it runs
+
+
+def test_core_lets_such_a_prompt_through(files, monkeypatch):
+    """The whole of core's own check of a prompt, which is what a server answers with."""
+    execution, registry = importlib.import_module("execution"), importlib.import_module("nodes")
+    node = module("nodes.generators").LoadGenerator
+    monkeypatch.setitem(registry.NODE_CLASS_MAPPINGS, "InDomainLoadGenerator", node)
+    monkeypatch.setattr(module("nodes.comfy_internals.generators"), "FOLDER", "odd")
+    files.write("sub/file.safetensors")
+
+    def answer(name):
+        prompt = {"1": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name, "convert": False}}}
+        valid, _, _, errors = asyncio.run(execution.validate_prompt("id", prompt, None))
+        return valid, str(errors)
+
+    for name in ("sub/file.safetensors", "sub\\File.safetensors"):
+        assert answer(name) == (True, "{}")
+    valid, errors = answer("gone.safetensors")
+    assert not valid and f"{files.first} or {files.second}, found none" in errors

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 
 import pytest
 import torch
 
 FLUX = dict(in_channels=16, out_channels=16, context_in_dim=8, hidden_size=32, mlp_ratio=2.0, num_heads=2, depth=1,
-            depth_single_blocks=1, axes_dim=[4, 6, 6], theta=100, patch_size=2, qkv_bias=True)  # fmt: skip
+            depth_single_blocks=1, axes_dim=[4, 6, 6], theta=100, patch_size=2, qkv_bias=True, vec_in_dim=8,
+            guidance_embed=True, txt_ids_dims=[])  # fmt: skip
 UNET = dict(image_size=8, in_channels=4, model_channels=32, num_res_blocks=[1, 1], channel_mult=(1, 2), num_heads=4,
             use_spatial_transformer=True, context_dim=768, transformer_depth=[1, 1], legacy=False)  # fmt: skip
 # (module of ComfyUI, class, arguments, what it is, group)
 NETWORKS = [
-    ("ldm.flux.model", "Flux", {**FLUX, "vec_in_dim": 8, "guidance_embed": True}, "a Flux model", "flow"),
+    ("ldm.flux.model", "Flux", FLUX, "a Flux model", "flow"),
     ("ldm.chroma.model", "Chroma", {**FLUX, "in_dim": 8, "out_dim": 32, "hidden_dim": 8, "n_layers": 1}, "Chroma",
      "flow"),
     ("ldm.modules.diffusionmodules.mmdit", "MMDiT",
@@ -50,7 +52,11 @@ def recognised(comfyui):
 
 @pytest.mark.parametrize("module, name, arguments, what, group", NETWORKS, ids=[row[3] for row in NETWORKS])
 def test_networks_of_other_families(recognised, module, name, arguments, what, group):
-    network = getattr(importlib.import_module(f"comfy.{module}"), name)
+    module = importlib.import_module(f"comfy.{module}")
+    network, parameters = getattr(module, name), getattr(module, f"{name}Params", None)
+    if parameters is not None:  # which differ from version to version
+        known = {field.name for field in dataclasses.fields(parameters)}
+        arguments = {key: value for key, value in arguments.items() if key in known}
     ops = importlib.import_module("comfy.ops").disable_weight_init
     keys = list(network(**arguments, dtype=torch.float32, device="meta", operations=ops).state_dict())
     for prefix in ("", "model.diffusion_model."):
