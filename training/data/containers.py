@@ -17,7 +17,7 @@ from dataclasses import dataclass
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")  # the only ones that Pillow is let read
 MOST_PIECES = 250_000        # chunks or segments of one file
 MOST_NOTES = 32 * 2**20      # bytes that the entries of a TIFF or EXIF directory take once they are read
-MOST_SUB_BLOCKS = 4_000_000  # of a GIF, each of up to 255 bytes
+MOST_SUB_BLOCKS = 2_200_000  # of a GIF, each of up to 255 bytes
 MOST_RLE = 4 * 2**20         # bytes of a run-length BMP, which Pillow unpacks in Python
 USUAL_SCANS = 16             # passes of a progressive JPEG; encoders make about 10
 MOST_SCANNED = 200_000_000   # pixels of a JPEG of more passes, times these

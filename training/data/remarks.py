@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from .kinds import NOTES, OTHER_PICTURES
@@ -46,4 +45,5 @@ def faults(skipped: Sequence[tuple[str, str]], kinds: Mapping[str, int]) -> str:
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    return ", ".join(f"{number} {kind}" for kind, number in Counter(counts).most_common())
+    most_first = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
+    return ", ".join(f"{number} {kind}" for kind, number in most_first)

@@ -133,6 +133,6 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
         "1 of 2 images lose more than a third to cropping",
     ]
     assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."
-    assert "1 .txt, 1 .caption, 1 .npz" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[2]
+    assert "1 .caption, 1 .npz, 1 .txt" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[2]
     assert f"pano.png {report.cropped['pano.png']:.0%}" in said[3]
     assert remarks({}, {}, 3) == []
