@@ -111,7 +111,7 @@ class BeforeAfter:
         from PIL import Image
 
         try:
-            with Image.open(self._path(step)) as image:
+            with Image.open(self._path(step), formats=("PNG",)) as image:
                 values, how = np.asarray(image.convert("RGB")), image.info.get(HOW)
         except OSError:  # no picture, or one that was cut off
             return None

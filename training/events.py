@@ -299,7 +299,7 @@ class TensorBoard:
             import numpy
             from PIL import Image
 
-            with Image.open(event.path) as image:
+            with Image.open(event.path, formats=("PNG",)) as image:
                 self._writer.add_image("samples", numpy.asarray(image.convert("RGB")), event.step, dataformats="HWC")
 
     def close(self) -> None:

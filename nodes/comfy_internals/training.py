@@ -322,7 +322,7 @@ def load_image(path: Path | None) -> Tensor | None:
     """A picture as IMAGE [1, H, W, 3]; None where there is none."""
     if path is None or not Path(path).is_file():
         return None
-    with Image.open(path) as image:
+    with Image.open(path, formats=("PNG",)) as image:
         return torch.from_numpy(np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0)[None]
 
 
@@ -397,7 +397,7 @@ class Progress:
 
     def _preview(self, path: str) -> None:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=("PNG",)) as image:
                 picture = image.convert("RGB")
         except OSError:
             return

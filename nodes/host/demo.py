@@ -162,7 +162,7 @@ def make_pictures(client: ComfyClient, output: Path, prompts: Sequence[str] = PR
                 path = output / f"{_slug(text)}__{_slug(title)}_{index}.png"
                 path.write_bytes(data)
                 saved.append(str(path))
-                cells[title].append(Image.open(io.BytesIO(data)))
+                cells[title].append(Image.open(io.BytesIO(data), formats=("PNG",)))
             reported = samples_per_step(prompt, run.outputs, node_id)
             cost[title] = cost[title] if reported is None else reported
         rows.append((text, cells))

@@ -60,7 +60,8 @@ class ImageEntry:
         """(identity, bytes, time of change, time of change of the entry itself, in ns), None: unknown.
 
         As long as it stays the same, so has the content. Programs set the first time as they like, unpackers to one
-        that is in the archive; the second is the system's own (on Windows that of the file's creation).
+        that is in the archive; the second is the system's own. On Windows, which gives a new file the second time of
+        the one whose name it takes, it is the file's number instead.
         """
         try:
             status = os.stat(self.path)
@@ -68,7 +69,8 @@ class ImageEntry:
             return None
         where = str(self.path.absolute())
         where = f"{where}!{self.offset}" if self.in_shard else where
-        return where, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+        own = status.st_ino % 2**63 if os.name == "nt" else status.st_ctime_ns
+        return where, status.st_size, status.st_mtime_ns, own
 
 
 @dataclass(frozen=True)
