@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .batching import Piece, call_together, in_few_calls, is_batched
-from .schedules import GuidanceError, PercentToSigma
+from .schedules import Constant, GuidanceError, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
 
@@ -274,6 +274,12 @@ class Guidance:
         """The names under which a source takes part ("base" for the base), for messages and reports."""
         own = [BASE] if source == self.base else []
         return tuple(own + [term.name for term in self.terms if term.source == source])
+
+    def largest_total(self, percent_to_sigma: PercentToSigma) -> float:
+        """The total weight where it is largest, looked at in steps of a hundredth of sampling."""
+        constant = all(isinstance(term.weight, Constant) for term in self.terms)
+        sigmas = [percent_to_sigma(i / 100) for i in range(1 if constant else 101)]
+        return max((self.at(sigma, percent_to_sigma).total_weight for sigma in sigmas), key=abs)
 
     def at(
         self,

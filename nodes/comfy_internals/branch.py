@@ -171,6 +171,18 @@ class Branch:
             self.conds, self.options, self._hook_mode, self._own_controls = {}, {}, None, []
 
 
+def own_copies(conds: Conditionings, originals: Conditionings) -> Conditionings:
+    """Conditionings as they stand now, for one branch, with the hooks they came with: the prior takes out of its own what
+    it cannot use.
+    """
+    hooks = {entry["uuid"]: entry.get("hooks") for entry in entries(originals)}
+    copies = {key: [entry.copy() for entry in found] for key, found in conds.items()}
+    for entry in entries(copies):
+        if hooks.get(entry.get("uuid")) is not None:
+            entry["hooks"] = hooks[entry["uuid"]]
+    return copies
+
+
 def _own_hooks(conds: Conditionings) -> None:
     """Give a branch its own hook objects.
 

@@ -65,6 +65,7 @@ class Calls:
         others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
         # The same two all the time, so that what is remembered of the first is never answered for another.
         self._first = POSITIVE if POSITIVE in keys else others[0] if others else None
+        self._known_to_caches: set[str] = set()
         self._apart = {key: OwnState() for key in others if key != self._first}
 
     def prime(self, options: dict[str, Any]) -> None:
@@ -72,6 +73,13 @@ class Calls:
         if knows_two(options):
             for own in self._apart.values():
                 own.of(options)
+
+    def tell_caches(self, keys: Sequence[str], options: Mapping[str, Any]) -> None:
+        """Core's EasyCache skips whole calls by what it knows of every conditioning; one that joins later it must not."""
+        cache = options.get("transformer_options", {}).get("easycache")
+        if cache is not None and self._known_to_caches and not self._known_to_caches.issuperset(keys):
+            cache.reset()
+        self._known_to_caches.update(keys)
 
     def run(
         self, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict[str, Any]

@@ -7,7 +7,7 @@ picture away from its reference with all its weight.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.model_base
@@ -16,6 +16,9 @@ import comfy.supported_models_base
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
+
+from ...guidance.combination import Guidance
+from ...guidance.terms import Source
 
 # What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
 _LIMITS = {
@@ -50,6 +53,48 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
     (answer,) = comfy.samplers.calc_cond_batch(_one().model, [bare], x, timestep, {})
     where = answer > 0
     return None if bool(where.all()) else where
+
+
+# For a source that does not cover the picture: where [B, C, ...] it does, and the source that stands in elsewhere.
+Gaps = dict[Source, tuple[Tensor, Source]]
+
+
+def gaps(
+    guidance: Guidance,
+    sources: Iterable[Source],
+    entries: Callable[[Source], list[dict[str, Any]]],
+    x: Tensor,
+    timestep: Tensor,
+) -> Gaps:
+    """What of these sources, and of the references that fill their gaps, does not cover the picture here.
+
+    entries: the processed conditioning of a source. The base is left as it is: nothing else could take its place, and
+    core treats it alike.
+    """
+    found: Gaps = {}
+    waiting = list(sources)
+    while waiting:
+        source = waiting.pop()
+        if source == guidance.base or source in found:
+            continue
+        where = covered(entries(source), x, timestep)
+        if where is not None:
+            reference = next(guidance.reference(term) for term in guidance.terms if term.source == source)
+            found[source] = where, reference
+            waiting.append(reference)
+    return found
+
+
+def without_gaps(predictions: dict[Source, Tensor], found: Gaps) -> dict[Source, Tensor]:
+    """Predictions [B, C, ...] in which those of the references fill the gaps."""
+
+    def filled(source: Source) -> Tensor:
+        if source not in found:
+            return predictions[source]
+        where, reference = found[source]
+        return torch.where(where, predictions[source], filled(reference))
+
+    return {source: filled(source) for source in predictions}
 
 
 class _One(comfy.model_base.BaseModel):

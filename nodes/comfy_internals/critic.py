@@ -31,7 +31,8 @@ from ...guidance.schedules import Constant
 from ...guidance.terms import Source, Term
 from . import domain_info
 from .compatibility import display_name, noise_family
-from .guider import MultiGuidanceGuider, TermInput, without_gaps
+from .coverage import without_gaps
+from .guider import MultiGuidanceGuider, TermInput
 from .loading import LATENT_FORMATS
 
 if TYPE_CHECKING:

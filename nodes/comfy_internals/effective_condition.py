@@ -15,7 +15,7 @@ W. Core's hooks know a (cond, uncond, scale) triple, so they get (c_eff, D_u, W)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -24,7 +24,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from .calls import KEY
+from .calls import KEY, NEGATIVE, POSITIVE, Calls, Conditionings
 
 _PREDICTION_HOOKS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
 CALC_COND_BATCH = "sampler_calc_cond_batch_function"
@@ -38,6 +38,32 @@ def has_prediction_hooks(model_options: dict[str, Any]) -> bool:
 def has_hooks(model_options: dict[str, Any]) -> bool:
     """Whether any of the four kinds of hooks is set."""
     return CALC_COND_BATCH in model_options or has_prediction_hooks(model_options)
+
+
+def run_prior(
+    calls: Calls,
+    model: Any,
+    conds: Conditionings,
+    keys: Sequence[str],
+    x: Tensor,
+    timestep: Tensor,
+    model_options: dict[str, Any],
+) -> dict[str, Tensor]:
+    """The prior's denoised predictions [B, C, ...] on those conditionings; control and base through the hook that
+    replaces their evaluation, where there is one.
+    """
+    hook = model_options.get(CALC_COND_BATCH)
+    if hook is None:
+        return calls.run(model, conds, keys, x, timestep, model_options)
+    pair = [conds[key] if key in keys else None for key in (POSITIVE, NEGATIVE)]
+    others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
+    outputs = calls.run(model, conds, others, x, timestep, model_options) if others else {}
+    if any(cond is not None for cond in pair):
+        hooked = hook(
+            {"conds": pair, "input": x, "sigma": timestep, "model": model, "model_options": model_options}
+        )
+        outputs.update(zip((POSITIVE, NEGATIVE), hooked))
+    return outputs
 
 
 def apply_hooks(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -17,11 +16,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
-import comfy.sample
 import comfy.sampler_helpers
 import comfy.samplers
-import comfy.utils
-import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -31,16 +27,16 @@ from ...guidance.errors import logger
 from ...guidance.schedules import Constant, GuidanceError, Interval, WeightLike
 from ...guidance.shaping import Shaping
 from ...guidance.terms import BASE, Source, Term
-from . import compatibility, coverage, effective_condition
-from .branch import Branch
-from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, forget_adapter_outputs
+from . import compatibility, coverage, effective_condition, remarks
+from .branch import Branch, own_copies
+from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, entries, forget_adapter_outputs
 from .cost import Cost
 from .latents import check_latent, large_enough, sample_latent
 from .shared_weights import on_own_weights, same_weights
 
 LOG = logger(__name__)
 
-__all__ = ["MultiGuidanceGuider", "TermInput", "in_domain_guider", "sample_latent", "without_gaps"]
+__all__ = ["MultiGuidanceGuider", "TermInput", "in_domain_guider", "sample_latent"]
 
 _ADDITIONAL_MODELS = "indomain_guidance"
 _MORE_MODELS = "indomain_guidance more models"
@@ -98,7 +94,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             ],
         )
         self._given_prior = prior
-        self._warn()
+        remarks.on_models(self.guidance, prior)
 
         super().__init__(prior.clone())
         self._keys: dict[Source, str] = {}
@@ -114,39 +110,11 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._active: dict[int, tuple[ModelPatcher, object]] = {}
         self._memory_required = 0.0
         self._percent_to_sigma = self._percent_scale()
-        self._own_scale = self._largest_total()
+        self._own_scale = self.guidance.largest_total(self._percent_to_sigma)
         self.set_cfg(self._own_scale)
-        self._said: set[str] = set()
+        self._remarks = remarks.Remarks()
         self._given_entries: dict[str, int] = {}
         self._start_counting(0)
-
-    def _warn(self) -> None:
-        """Say once what will not happen although the user may expect it."""
-        prior = self._given_prior
-        for source in self.guidance.sources:
-            if source.model is prior:
-                continue
-            names = " and ".join(self.guidance.names(source))
-            ignored = Branch(source.model, names).ignored_hooks()
-            if ignored:
-                LOG.warning(
-                    "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling "
-                    "function belong on the prior.", ", ".join(ignored), names,
-                )  # fmt: skip
-        for term in self.guidance.terms:
-            against_prior = self.guidance.reference(term).model is prior
-            if term.model is prior or not against_prior or term.weight == Constant(0.0):
-                continue
-            lacking = compatibility.missing_model_patches(prior, term.model)
-            if compatibility.missing_weight_patches(prior, term.model):
-                lacking = ["weights (LoRAs)", *lacking]
-            if lacking:
-                LOG.warning(
-                    "Multi-guidance: the prior carries patches that the model of term '%s' lacks (%s), so this term "
-                    "pushes against them; add the prior without them as a term of weight 0 and make it this term's "
-                    "reference, or, which comes near, put the same LoRA or node on that model.",
-                    term.name, ", ".join(lacking),
-                )  # fmt: skip
 
     def _name_conditionings(self) -> Source | None:
         """Name every source as core would: the base is "negative", the prior's first own conditioning "positive".
@@ -202,13 +170,13 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         for source in self._sources_ever_needed():
             if source.model is self._given_prior or id(source.model) in self._branches:
                 continue
-            patcher, name = self._static_if_hooked(source.model), self._term_names(source)
+            patcher, name = _static_if_hooked(source.model, [self.original_conds, self._branch_conds]), self._term_names(source)
             of_prior = {id(options.get("control")) for entries in self.original_conds.values() for options in entries}
             compatibility.check_control_loras(source.model, source.cond, of_prior, name)
             holder, weights = holders.get(id(patcher.model), (None, object()))
             if holder is not None and not same_weights(patcher, holder):
                 weights = object()
-                patcher, holder = self._apart(patcher, holder, name)
+                patcher, holder = _apart(patcher, holder, name)
             keys = [key for other, key in self._keys.items() if other.model is source.model]
             branch = self._branches[id(source.model)] = Branch(patcher, name, weights, keys)
             if holder is None:
@@ -225,45 +193,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 needed += [term.source, self.guidance.reference(term)]
         return list(dict.fromkeys(needed))
 
-    def _static_if_hooked(self, patcher: ModelPatcher) -> ModelPatcher:
-        """Newer versions page weights in dynamically, and swap in a static model where hooks patch weights."""
-        is_dynamic = getattr(patcher, "is_dynamic", None)
-        conds = [*self.original_conds.values(), *self._branch_conds.values()]
-        if is_dynamic is not None and is_dynamic() and any("hooks" in entry for entries in conds for entry in entries):
-            return patcher.get_non_dynamic_delegate()
-        return patcher
-
-    @staticmethod
-    def _apart(patcher: ModelPatcher, holder: ModelPatcher, name: str) -> tuple[ModelPatcher, ModelPatcher | None]:
-        own = on_own_weights(patcher)
-        if own is not None:
-            LOG.info(
-                "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
-                "differently; it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
-            )  # fmt: skip
-            return own, None
-        LOG.warning(
-            "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
-            "differently, and there is no room or way for a second copy; the weights are patched anew twice a step, "
-            "which is slow. Loading the checkpoint for it from a second file avoids that.", name,
-        )  # fmt: skip
-        return patcher, holder
-
     def _percent_scale(self) -> Callable[[float], float]:
         return functools.lru_cache(maxsize=4096)(self.model_patcher.get_model_object("model_sampling").percent_to_sigma)
-
-    def _largest_total(self) -> float:
-        """The total weight where it is largest: what core calls the scale of a guider."""
-        weights = [term.weight for term in self.guidance.terms]
-        percents = [0.0] if all(isinstance(weight, Constant) for weight in weights) else [i / 100 for i in range(101)]
-        sigmas = [self._percent_to_sigma(percent) for percent in percents]
-        return max((self.guidance.at(sigma, self._percent_to_sigma).total_weight for sigma in sigmas), key=abs)
-
-    def _say(self, sentence: str) -> None:
-        """Log a sentence once."""
-        if sentence not in self._said:
-            self._said.add(sentence)
-            LOG.warning("Multi-guidance: %s", sentence)
 
     # ---- one sampling run -------------------------------------------------------------------------------------------
 
@@ -284,7 +215,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _start_counting(self, steps: int) -> None:
         self.cost = Cost(steps)
         self._calls = Calls(list(self.original_conds), "the prior")
-        self._known_to_caches: set[str] = set()
+        self._began_with: dict[str, int] = {}
 
     def outer_sample(
         self, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
@@ -307,7 +238,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             stack.callback(self._active.clear)
             for branch in self._branches.values():
                 stack.callback(branch.finish)
-                branch.prepare(self._copy_conditionings())
+                branch.prepare(own_copies({**self.conds, **self._branch_conds}, self.original_conds))
             self.conds = self._visible_to_loading()
             with large_enough(latent_image):
                 output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -317,11 +248,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def _notice_changes(self) -> None:
         """Take over what was set from outside since the last run, and say what of it can have no effect."""
         changed = [key for key, found in self.original_conds.items() if found is not self._given_conds.get(key)]
-        if changed and self._branch_conds:
-            others = " and ".join(repr(key.removeprefix("term ")) for key in self._branch_conds)
-            self._say(f"conditionings were set from outside; that of term {others}, for another model, stays as it is.")
-        if POSITIVE in changed and self._control is None:
-            self._say("a positive conditioning was set from outside, but no term guides with one: it has no effect.")
+        self._remarks.on_conditionings(changed, list(self._branch_conds), self._control is not None)
         missing = [key for key in self._given_conds if key not in self.conds]
         if missing and not self._is_core:
             raise GuidanceError(
@@ -334,18 +261,6 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                     compatibility.check_same_latents(self.model_patcher, source.model, self._term_names(source))
                     compatibility.check_same_noise(self.model_patcher, source.model, self._term_names(source))
             self._add_branches()
-
-    def _copy_conditionings(self) -> Conditionings:
-        """Every conditioning for one branch, as it stands now, with the hooks it came with: the prior has taken out of
-        its own what it cannot use.
-        """
-        hooks = {entry["uuid"]: entry.get("hooks") for found in self.original_conds.values() for entry in found}
-        copies = {key: [entry.copy() for entry in found] for key, found in {**self.conds, **self._branch_conds}.items()}
-        for key in self.conds:
-            for entry in copies[key]:
-                if hooks.get(entry.get("uuid")) is not None:
-                    entry["hooks"] = hooks[entry["uuid"]]
-        return copies
 
     def _visible_to_loading(self) -> Conditionings:
         """The prior's conditionings, and whatever makes core load the branches' ControlNets and further models."""
@@ -367,12 +282,9 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         """Core's inner run, once each branch has processed its conditionings; models are loaded here."""
         for branch in self._branches.values():
             branch.check_prepared()
-        self.conds = {key: entries for key, entries in self.conds.items() if key in self.original_conds}
-        self._given_entries = {
-            key: len(entries)
-            for conds in [self.conds, *(branch.conds for branch in self._branches.values())]
-            for key, entries in conds.items()
-        }
+        self.conds = {key: found for key, found in self.conds.items() if key in self.original_conds}
+        all_conds = [self.conds, *(branch.conds for branch in self._branches.values())]
+        self._given_entries = {key: len(found) for conds in all_conds for key, found in conds.items()}
         shared_options, self.model_options = self.model_options, self.cost.watch(self.inner_model, self.model_options)
         self._calls.prime(self.model_options)
         holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
@@ -422,6 +334,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         """The combined denoised prediction [B, C, ...] for x [B, C, ...] at the sigma `timestep` [B]."""
         for branch in self._branches.values():
             branch.check_prepared()
+        self._began_with = self._began_with or {key: id(found) for key, found in self.conds.items()}
+        self._remarks.on_conditionings_of_a_run(self._began_with, self.conds, bool(self._branches))
         hooked = effective_condition.has_hooks(model_options)
         always_base = bool(model_options.get("disable_cfg1_optimization", False))
         sigma = float(timestep.flatten()[0])
@@ -435,10 +349,10 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             prediction = self._predict_as_core(total, x, timestep, model_options, seed)
         else:
             if total is not None:
-                self._say_what_scale_does(total, step)
+                self._remarks.on_scale(total, step.total_weight)
             needed = dict.fromkeys([*step.needed, *(reference for _, reference in gaps.values())])
             predictions = self._predict(list(needed), x, timestep, model_options)
-            guiding = without_gaps(predictions, gaps)
+            guiding = coverage.without_gaps(predictions, gaps)
             if effective_condition.has_prediction_hooks(model_options):
                 prediction = self._apply_hooks(step, guiding, predictions, x, timestep, model_options)
             else:
@@ -454,7 +368,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         alone = math.isclose(scale, 1.0) and not always_base
         evaluated = [self._control] if alone else [self._control, self.guidance.base]
         self._ask(evaluated)
-        self._tell_caches([self._keys[source] for source in evaluated], model_options)
+        self._calls.tell_caches([self._keys[source] for source in evaluated], model_options)
         if not self._is_core:
             forget_adapter_outputs(self.conds)
         if scale == self.cfg:
@@ -465,38 +379,15 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         finally:
             self.cfg = seen
 
-    def _say_what_scale_does(self, total: float, step: Step) -> None:
-        if math.isclose(step.total_weight, total):
-            self._say(
-                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all terms "
-                "alike."
-            )
-        else:
-            self._say(
-                "the scale of this guider (cfg) was set from outside; it has no effect where the weights of its terms "
-                "cancel each other."
-            )
+    def _gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> coverage.Gaps:
+        """Where these sources, and the references that fill their gaps, do not cover the picture."""
 
-    def _gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> Gaps:
-        """What of these sources, and of the references that fill their gaps, does not cover the picture here.
-
-        The base is left as it is: nothing else could take its place, and core treats it alike.
-        """
-        gaps: Gaps = {}
-        waiting = list(sources)
-        while waiting:
-            source = waiting.pop()
-            if source == self.guidance.base or source in gaps:
-                continue
-            conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
+        def given(source: Source) -> list[dict[str, Any]]:
             # Only what the source was given: core appends others' areas, without the source's own limits.
-            key = self._keys[source]
-            where = coverage.covered(conds[key][: self._given_entries[key]], x, timestep)
-            if where is not None:
-                reference = next(self.guidance.reference(term) for term in self.guidance.terms if term.source == source)
-                gaps[source] = where, reference
-                waiting.append(reference)
-        return gaps
+            conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
+            return conds[self._keys[source]][: self._given_entries[self._keys[source]]]
+
+        return coverage.gaps(self.guidance, sources, given, x, timestep)
 
     def _predict(
         self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
@@ -513,40 +404,13 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._activate(self.model_patcher, self._weights)
         own = [source for source in sources if source.model is self._given_prior]
         if own:
-            outputs = self._run_prior([self._keys[source] for source in own], x, timestep, model_options)
+            keys = [self._keys[source] for source in own]
+            self._calls.tell_caches(keys, model_options)
+            outputs = effective_condition.run_prior(
+                self._calls, self.inner_model, self.conds, keys, x, timestep, model_options
+            )
             predictions.update({source: outputs[self._keys[source]] for source in own})
         return predictions
-
-    def _run_prior(
-        self, keys: Sequence[str], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        self._tell_caches(keys, model_options)
-        run = functools.partial(self._calls.run, self.inner_model, self.conds)
-        hook = model_options.get(effective_condition.CALC_COND_BATCH)
-        if hook is None:
-            return run(keys, x, timestep, model_options)
-        pair = [self.conds[key] if key in keys else None for key in (POSITIVE, NEGATIVE)]
-        others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
-        outputs = run(others, x, timestep, model_options) if others else {}
-        if any(cond is not None for cond in pair):
-            hooked = hook(
-                {
-                    "conds": pair,
-                    "input": x,
-                    "sigma": timestep,
-                    "model": self.inner_model,
-                    "model_options": model_options,
-                }
-            )
-            outputs.update(zip((POSITIVE, NEGATIVE), hooked))
-        return outputs
-
-    def _tell_caches(self, keys: Sequence[str], model_options: dict[str, Any]) -> None:
-        """Core's EasyCache skips whole calls by what it knows of every conditioning; one that joins later it must not."""
-        cache = model_options.get("transformer_options", {}).get("easycache")
-        if cache is not None and self._known_to_caches and not self._known_to_caches.issuperset(keys):
-            cache.reset()
-        self._known_to_caches.update(keys)
 
     def _apply_hooks(
         self, step: Step, guiding: dict[Source, Tensor], predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor,
@@ -575,20 +439,28 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             self.cost.ask(model, self._term_names(source), conds.get(key) or ())
 
 
-# For a source that does not cover the picture: where [B, C, ...] it does, and the source that stands in elsewhere.
-Gaps = dict[Source, tuple[Tensor, Source]]
+def _static_if_hooked(patcher: ModelPatcher, conditionings: Sequence[Conditionings]) -> ModelPatcher:
+    """Newer versions page weights in dynamically, and swap in a static model where hooks patch weights."""
+    is_dynamic = getattr(patcher, "is_dynamic", None)
+    hooked = any("hooks" in entry for conds in conditionings for entry in entries(conds))
+    return patcher.get_non_dynamic_delegate() if hooked and is_dynamic is not None and is_dynamic() else patcher
 
 
-def without_gaps(predictions: dict[Source, Tensor], gaps: Gaps) -> dict[Source, Tensor]:
-    """Predictions [B, C, ...] in which those of the references fill the gaps."""
-
-    def filled(source: Source) -> Tensor:
-        if source not in gaps:
-            return predictions[source]
-        where, reference = gaps[source]
-        return torch.where(where, predictions[source], filled(reference))
-
-    return {source: filled(source) for source in predictions}
+def _apart(patcher: ModelPatcher, holder: ModelPatcher, name: str) -> tuple[ModelPatcher, ModelPatcher | None]:
+    """The MODEL of a term on weights of its own, without a holder, or as it is where it has to take turns with `holder`."""
+    own = on_own_weights(patcher)
+    if own is not None:
+        LOG.info(
+            "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
+            "differently; it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
+        )  # fmt: skip
+        return own, None
+    LOG.warning(
+        "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
+        "differently, and there is no room or way for a second copy; the weights are patched anew twice a step, "
+        "which is slow. Loading the checkpoint for it from a second file avoids that.", name,
+    )  # fmt: skip
+    return patcher, holder
 
 
 def _conditionings(given: Sequence[tuple[TermInput, ModelPatcher]], base: list) -> list[list]:

@@ -7,7 +7,7 @@ self-attention twice. Every weight sits in a leaf module that core's loader know
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import comfy.ops
 import torch
