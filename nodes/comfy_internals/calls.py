@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...guidance.schedules import GuidanceError
-from .own_state import OwnState, attributes
+from .own_state import OwnState, attributes, holds_memories
 
 Conditionings = dict[str, list[dict[str, Any]]]
 
@@ -95,14 +95,14 @@ class Calls:
         wrappers = function_wrappers(options)
         before = attributes(model.diffusion_model) if wrappers else None
         predictions = _predict(model, conds, _without_end(pair), x, timestep, options)
-        if wrappers and attributes(model.diffusion_model) != before:
+        for key in others:
+            predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
+        if wrappers and (attributes(model.diffusion_model) != before or holds_memories(model.diffusion_model)):
             raise GuidanceError(
                 f"Expected wrappers that remember nothing on the model itself, found {', '.join(wrappers)} on {self.what}, "
                 f"which would mix up its {len(self._apart) + 2} conditionings; give terms of further conditionings a model "
                 "without it."
             )
-        for key in others:
-            predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
         return predictions
 
 

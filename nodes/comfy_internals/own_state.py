@@ -7,8 +7,8 @@ copy for each, made before the first call of a run.
 
 Copied is what code changes as it runs: variables of a closure, attributes, dicts, sets, defaults, lists that hold
 tensors or None. Shared is what it only uses: tensors, modules, models, everything of torch's and core's, lists of other
-things (logs, settings). State on the model itself or in global variables is out of reach; `attributes` tells of the
-first.
+things (logs, settings). State on the model itself or in global variables is out of reach; `attributes` and
+`holds_memories` tell of the first.
 """
 
 from __future__ import annotations
@@ -134,5 +134,16 @@ def _callables(value: Any) -> set[int]:
 
 
 def attributes(module: torch.nn.Module) -> dict[str, int]:
-    """A module's plain attributes, each with the identity of its value: what a method keeps on the model shows here."""
+    """A module's plain attributes, each with the identity of its value: what is put on the model in a call shows here."""
     return {key: id(value) for key, value in vars(module).items()}
+
+
+def holds_memories(module: torch.nn.Module) -> bool:
+    """Whether a module has dictionaries or lists of tensors that are none of torch's own: left there in an earlier run."""
+    own = vars(torch.nn.Module())
+    return any(_holds_tensors(value) for key, value in vars(module).items() if key not in own)
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(isinstance(item, torch.Tensor) or _holds_tensors(item, depth - 1) for item in items)

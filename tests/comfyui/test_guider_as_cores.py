@@ -272,6 +272,33 @@ def test_what_a_wrapper_changes_in_a_runs_conditionings_reaches_every_model(comf
     assert torch.equal(result, tiny.predict(plain, noisy(), SIGMA))
 
 
+def test_conditionings_that_change_within_a_run_count_for_the_prior_and_are_said(comfyui, tiny, pair, caplog):
+    ours, core = pair(1.5)
+    other = tiny.conditioning(12)
+
+    class Changing(comfyui.samplers.Sampler):
+        def sample(self, model_wrap, sigmas, extra_args, *args, **kwargs):
+            at = torch.full((2,), SIGMA)
+            self.before = model_wrap(noisy(), at, **extra_args)
+            fresh = comfyui.comfy.sampler_helpers.convert_cond(other)
+            processed = comfyui.samplers.process_conds(
+                model_wrap.inner_model, noisy(), {"negative": fresh}, noisy().device, None, None, 0
+            )
+            model_wrap.conds["negative"] = processed["negative"]
+            self.after = [model_wrap(noisy(), at, **extra_args) for _ in range(2)]
+            return torch.zeros_like(noisy())
+
+    sampler = Changing()
+    ours.sample(torch.zeros_like(noisy()), torch.zeros_like(noisy()), sampler, torch.tensor([SIGMA, 0.0]), seed=0)
+    prior, domain = ours._given_prior, ours.guidance.terms[0].model
+    u, c = tiny.denoised(prior, other, noisy(), SIGMA), tiny.denoised(prior, tiny.conditioning(1), noisy(), SIGMA)
+    d = tiny.denoised(domain, tiny.conditioning(2), noisy(), SIGMA)
+    for found in sampler.after:
+        assert relative(found, u + 1.5 * (d - u) + 6.0 * (c - u)) < 1e-5
+    assert relative(sampler.before, by_hand(tiny, ours, (1.5, 6.0))) < 1e-5
+    assert caplog.text.count("conditionings were replaced within a run; the prior sees the new ones") == 1
+
+
 def test_conditionings_without_effect_are_said_once(tiny, internals, caplog):
     prior, domain, base, own = tiny.prior(0), tiny.prior(1), tiny.conditioning(2), tiny.conditioning(5)
     guider = internals.MultiGuidanceGuider(

@@ -303,8 +303,10 @@ def test_a_method_that_remembers_on_the_model_is_refused_by_name(comfyui, tiny, 
     with pytest.raises(ValueError, match="found teacache on the prior, which would mix up its 4 conditionings") as problem:
         tiny.predict(multi(internals, prior, base, conds), noisy(), SIGMA)
     assert "\n" not in str(problem.value)
-    # Two are what it was made for.
+    # Two are what it was made for; what they left behind is none of the next run's.
     tiny.predict(multi(internals, prior, base, conds, {"a": 2.0}), noisy(), SIGMA)
+    with pytest.raises(ValueError, match="found teacache on the prior"):
+        tiny.predict(multi(internals, prior, base, conds), noisy(), SIGMA)
 
 
 @pytest.mark.parametrize("kind", STATELESS + REMEMBERING, ids=lambda kind: kind.__name__)

@@ -142,6 +142,47 @@ def test_cancelling_weights_hand_over_the_result_itself(weights):
     assert scale == 1.0 and torch.equal(condition, step.combine(predictions))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_a_total_scales_all_weights_alike(seed):
+    rng = random.Random(seed)
+    guidance = random_guidance(rng)
+    own, total = guidance.at(1.0), rng.uniform(-6.0, 6.0)
+    scaled = guidance.at(1.0, keep_base=True, total=total)
+    identity = torch.eye(len(guidance.sources), dtype=torch.float64)
+    predictions = dict(zip(guidance.sources, identity))
+    size = sum(map(abs, own.weights.values()))
+    if abs(own.total_weight) <= 1e-3 * size:
+        assert scaled.weights == own.weights, "weights that cancel stay as they are"
+        return
+    assert scaled.total_weight == pytest.approx(total)
+    effective, base, _ = guidance.at(1.0, keep_base=True).effective(predictions)
+    assert torch.allclose(scaled.combine(predictions), base + total * (effective - base), atol=1e-6)
+
+
+def test_a_weight_that_is_the_whole_sum_becomes_the_total_exactly():
+    for weight, total in ((7.0, 3.0), (0.1, 0.3), (3.3, 1.0), (2.5, -1e-3)):
+        step = one_term(weight).at(1.0, total=total)
+        assert step.total_weight == total and list(step.weights.values()) == [total]
+    assert one_term(0.0).at(1.0, total=3.0).total_weight == 0.0
+
+
+def test_the_largest_total_is_looked_up_over_the_whole_of_sampling():
+    def percent_to_sigma(percent):
+        return 10.0 * (1.0 - percent)
+
+    u = Source(object(), {})
+    for weights, expected in (
+        ([2.0, 6.0], 8.0),
+        ([Interval(2.0, 0.5, 1.0), 6.0], 8.0),
+        ([Interval(2.0, 0.0, 0.4), Interval(6.0, 0.5, 1.0)], 6.0),
+        ([Interval(-9.0, 0.25, 0.5), 2.0], -7.0),
+        ([Keyframes(((0.0, 1.0), (0.5, 4.0), (1.0, 0.0)))], 4.0),
+        ([0.0], 0.0),
+    ):
+        terms = [Term(f"t{i}", object(), {}, weight) for i, weight in enumerate(weights)]
+        assert Guidance(u, terms).largest_total(percent_to_sigma) == pytest.approx(expected, abs=1e-6)
+
+
 def test_effective_needs_the_base():
     step = one_term(1.0).at(1.0)
     with pytest.raises(GuidanceError, match="keep_base"):
