@@ -199,7 +199,7 @@ class _Adaptation(Engine):
             )
             text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px\n{needs.to_text()}"
         self.tell(Started(str(self.folder), config.to_dict(), step, config.steps, 0, text))
-        self.warn_of_pace(step)
+        self.warn_beforehand(step)
 
     def pace(self, config: AdaptConfig, step: int) -> dict[str, float]:
         timesteps = Timesteps(config.t_min, config.t_max, config.t_schedule)

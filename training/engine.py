@@ -23,6 +23,7 @@ import torch
 from torch import nn
 
 from ..guidance.errors import Problem
+from ..guidance.files.tensors import torch_reads_safely
 from .adapt_config import configuration_kind
 from .atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import (
@@ -278,11 +279,16 @@ class Engine(ABC):
         """What optimizer step `step` (0 is the first) takes from how many steps the run has, by what it is called."""
         return {"the learning rate": rate_at(config, step)}
 
-    def warn_of_pace(self, start: int) -> None:
-        """Say what is odd about the rates to come, before the first step: a rise without end, a jump to another run's."""
+    def warn_beforehand(self, start: int) -> None:
+        """Say what is odd about the run to come: that it cannot go on, a rate that only rises or jumps to another."""
         config, before = self.config, self.before
         if start >= config.steps:
             return
+        if not torch_reads_safely():
+            self.tell(Warned(
+                f"checkpoints are read by torch 2.10 or newer, and this is torch {torch.__version__}: a run that is "
+                "stopped goes on once torch is updated."
+            ))
         if config.warmup >= config.steps:
             self.tell(Warned(
                 f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "

@@ -219,7 +219,7 @@ class _Run(Engine):
                 processes=self.processes.world,
             )
             self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
-            self.warn_of_pace(step)
+            self.warn_beforehand(step)
             if step < config.steps and base.zero_snr and config.min_snr_gamma:
                 self.tell(Warned(
                     "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
