@@ -23,6 +23,7 @@ from ..guidance.files.inert_pickle import Refused
 from ..guidance.files.tensors import torch_reads_safely
 from ..guidance.files.torch_pickle import read_torch_pickle
 from .atomic import replacing
+from .small_files import open_regular
 
 FORMAT, VERSION = "indomain_guidance_checkpoint", 1
 MARK = b"IDGSHA01"
@@ -100,7 +101,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         whole = _is_whole(path)
     except OSError as error:
-        raise CheckpointProblem(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise CheckpointProblem(f"{path}: cannot be read ({error.strerror or error}); move it away to go on.") from error
     if whole is None:
         raise DamagedCheckpoint(
             f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was written."
@@ -205,7 +206,7 @@ def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
 def _is_whole(path: Path) -> bool | None:
     """True when the digest at the end is that of the rest, False when not, None when there is no digest."""
     size = path.stat().st_size
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         if size <= TRAILER:
             return None
         file.seek(size - TRAILER)

@@ -99,6 +99,20 @@ def _command(commands: Any, name: str, run: Callable, summary: str, description:
     return command
 
 
+def _whole(least: int, most: int) -> Callable[[str], int]:
+    """A reader of whole numbers from `least` to `most`, for argparse."""
+    def read(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(f"expected a whole number from {least} to {most}, found {text[:40]!r}")
+        return number
+
+    return read
+
+
 def _add_json(command: argparse.ArgumentParser, what: str) -> None:
     command.add_argument("--json", action="store_true", help=f"standard output: {what}")
 
@@ -384,8 +398,8 @@ def _add_mini_data(commands: Any) -> None:
     command.add_argument("folder", type=PATH, metavar="DIR", help="a new or empty folder")
     command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
                          help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
-    command.add_argument("--count", type=int, default=500, metavar="N", help="how many (default 500; 1 to 8000)")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the colours (default 0)")
+    command.add_argument("--count", type=_whole(1, 8000), default=500, metavar="N", help="how many (default 500; 1 to 8000)")
+    command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help="of the colours (default 0)")
     _add_json(command, "folder and count as one JSON object")
 
 
@@ -439,7 +453,7 @@ def _add_convert(commands: Any) -> None:
                          help="numbers of the file (default fp16; a generator's fp32)")  # fmt: skip
     command.add_argument("--prediction", choices=kinds["prediction"].metadata["choices"], default="auto",
                          help=kinds["prediction"].metadata["help"])  # fmt: skip
-    command.add_argument("--resolution", type=int, default=None, metavar="PIXELS",
+    command.add_argument("--resolution", type=_whole(64, 8192), default=None, metavar="PIXELS",
                          help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
                               "made for, 512 for SD 1.5, 1024 for SDXL)")  # fmt: skip
     command.add_argument("--name", default="", metavar="TEXT", help="what to call the model (default: the file's name)")
@@ -488,8 +502,8 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--negative", default="", metavar="TEXT", help="prompt of the base (default: empty)")
     command.add_argument("-o", "--output", type=PATH, default="pictures", metavar="DIR",
                          help="folder (default: pictures); a picture whose name is taken gets a number behind it")
-    command.add_argument("-c", "--count", type=int, default=4, metavar="N", help="pictures per prompt (default 4)")
-    command.add_argument("--seed", type=int, default=0, metavar="N", help="of the first; the next one has N + 1")
+    command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N", help="pictures per prompt (default 4)")
+    command.add_argument("--seed", type=_whole(0, 2**62), default=0, metavar="N", help="of the first; the next one has N + 1")
     command.add_argument("--domain-weight", type=float, default=2.5, metavar="X", help="usually 0 to 5 (default 2.5)")
     command.add_argument("--control-weight", type=float, default=2.5, metavar="X", help="usually 0 to 8 (default 2.5)")
     command.add_argument("--domain-start", type=float, default=0.0, metavar="X",
@@ -497,16 +511,16 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--domain-end", type=float, default=1.0, metavar="X", help="and where it ends (default 1)")
     command.add_argument("--truncation", type=float, default=0.7, metavar="X",
                          help="image generators only: 1 none, 0 the mean image (default 0.7)")  # fmt: skip
-    command.add_argument("--steps", type=int, default=25, metavar="N", help="model steps (default 25)")
+    command.add_argument("--steps", type=_whole(1, 1000), default=25, metavar="N", help="model steps (default 25)")
     command.add_argument("--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m",
                          help="(default dpmpp_2m)")  # fmt: skip
     command.add_argument("--spacing", choices=("uniform", "sgm_uniform", "karras"), default="uniform",
                          help="of the noise levels, as ComfyUI has them: uniform (the default; there called normal), "
                               "sgm_uniform (the released code's of the paper), karras")  # fmt: skip
-    command.add_argument("--width", type=int, metavar="PIXELS",
+    command.add_argument("--width", type=_whole(64, 16384), metavar="PIXELS",
                          help="(default: the resolution it was trained at, else what the prior was made for)")
-    command.add_argument("--height", type=int, metavar="PIXELS", help="(default: the width)")
-    command.add_argument("--batch-size", type=int, default=4, metavar="N", help="pictures drawn at once (default 4)")
+    command.add_argument("--height", type=_whole(64, 16384), metavar="PIXELS", help="(default: the width)")
+    command.add_argument("--batch-size", type=_whole(1, 4096), default=4, metavar="N", help="pictures drawn at once (default 4)")
     command.add_argument("--vae", type=PATH, default="", metavar="PATH", help="another VAE than the checkpoint's")
     command.add_argument("--tokenizer", type=PATH, default="", metavar="PATH",
                          help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")

@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 QUOTES = ('""', "''", "\u201c\u201d", "\u2018\u2019")
-OF_WINDOWS = re.compile(r"([A-Za-z]):[\\/](.*)", re.DOTALL)
+OF_WINDOWS = re.compile(r"/?([A-Za-z]):[\\/](.*)", re.DOTALL)
 
 
 def meant_path(text: str) -> str:
@@ -33,9 +33,10 @@ def meant_path(text: str) -> str:
     return readings[0]
 
 
-def is_of_windows(path: str) -> bool:
-    """Whether a path begins with a drive, on a system that has none."""
-    return os.name == "posix" and OF_WINDOWS.fullmatch(path) is not None
+def is_of_windows(text: str) -> bool:
+    """Whether a path begins with a drive or a server as on Windows, on a system that has neither."""
+    plain = _plain(text)
+    return os.name == "posix" and (plain.startswith("\\\\") or OF_WINDOWS.fullmatch(plain) is not None)
 
 
 def _plain(text: str) -> str:

@@ -110,7 +110,10 @@ def pick_device(name: str) -> torch.device:
     }
     if name == "auto":
         return torch.device(next(kind for kind, works in available.items() if works))
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:  # no kind of device that torch knows
+        raise ConfigProblem(f"device: expected auto, cpu, cuda, cuda:N, mps or xpu, found {name!r}.") from None
     if not available.get(device.type, False):
         raise ConfigProblem(
             f"device: expected one that works here ({', '.join(kind for kind, works in available.items() if works)}), "

@@ -238,7 +238,7 @@ def _absolute(one: dataclasses.Field, path: str) -> str:
     if not bare or any(bare == name or (name.endswith(":") and bare.startswith(name)) for name in names):
         return bare
     meant = meant_path(path)
-    if is_of_windows(meant) and not os.path.lexists(meant):
+    if is_of_windows(path) and not os.path.lexists(meant):
         raise ConfigProblem(
             f"{one.name}: expected a path of this system, found one of Windows, {path!r}; give the place where it lies "
             f"here (in a terminal: --{one.name.replace('_', '-')})."

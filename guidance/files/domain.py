@@ -271,7 +271,7 @@ def _marked_prediction(keys: list[str], metadata: Mapping[str, str]) -> str | No
     """The prediction type where a file states it: the marker key of v-models, or its ModelSpec field."""
     if "v_pred" in keys:
         return "v_prediction"
-    stated = metadata.get("modelspec.prediction_type", "")
+    stated = metadata.get("modelspec.prediction_type", "").lower()
     return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(stated)
 
 

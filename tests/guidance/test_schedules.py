@@ -102,7 +102,7 @@ def test_the_ends_of_the_percent_scale_need_no_model():
                                     Keyframes([(0.1, 1), (0.4, 2)], ramp="step")])  # fmt: skip
 def test_percent_positions_without_a_model_are_refused(weight):
     assert weight.needs_percent
-    with pytest.raises(GuidanceError, match="percent_to_sigma"):
+    with pytest.raises(GuidanceError, match="changes at (10|40) % of sampling needs the model's percent_to_sigma"):
         weight.at(5.0)
 
 

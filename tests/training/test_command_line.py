@@ -450,6 +450,17 @@ def test_sample_saves_pictures_that_say_how_they_were_made(tmp_path):
     assert max(difference) <= 2  # rounding of another batch size
 
 
+@pytest.mark.parametrize("option, value", [
+    ("--seed", "9" * 30), ("--seed", "-1"), ("--steps", "0"), ("--width", "8"), ("--width", "100000000000"), ("--height", "0"),
+    ("--batch-size", "0"), ("--count", "0"), ("--count", "9" * 5000), ("--device", "gpu"), ("--width", "x"),
+])  # fmt: skip
+def test_numbers_and_devices_that_make_no_picture_are_wrong_usage(tmp_path, monkeypatch, option, value):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run("sample", "mini-handwriting", option, value, "--quiet")
+    assert status == 2 and out == "" and option.strip("-") in err and "expected" in err and len(err) < 500
+    assert os.listdir(tmp_path) == []
+
+
 def test_sample_never_replaces_a_picture(tmp_path):
     """The same prompt and seed with other weights, as one looks for them: numbered as ComfyUI's SaveImage does."""
     (tmp_path / "01-a-red-seven-0_00004.png").write_bytes(b"of long ago")

@@ -70,6 +70,9 @@ def test_a_path_of_windows_is_told_unless_it_is_mounted(tmp_path, monkeypatch):
         TrainConfig(base="C:\\models\\sd15.safetensors").absolute()
     with pytest.raises(ConfigProblem, match=r"export_to: .*one of Windows, 'D:/models'.*--export-to"):
         TrainConfig(base="m", export_to="D:/models").absolute()
+    for path in ("\\\\server\\models\\a.safetensors", "file:///C:/models/a.safetensors", "'C:\\a.safetensors'"):
+        with pytest.raises(ConfigProblem, match="base: .*found one of Windows"):
+            TrainConfig(base=path).absolute()
     real = os.path.lexists
     monkeypatch.setattr(os.path, "lexists", lambda path: path == "/mnt/c/models/a.safetensors" or real(path))
     assert TrainConfig(base='"C:\\models\\a.safetensors"').absolute().base == "/mnt/c/models/a.safetensors"

@@ -12,6 +12,7 @@ import pytest
 from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.adapt_config import AdaptConfig
+from indomain_guidance.training.checkpoints import load_checkpoint
 from indomain_guidance.training.config import ConfigProblem, TrainConfig
 from indomain_guidance.training.data.content_index import ContentIndex, Known
 from indomain_guidance.training.events import (
@@ -167,6 +168,8 @@ def test_other_things_in_the_place_of_a_small_file_are_told_and_never_waited_for
     for name in ("pipe.json", "folder.json"):
         with pytest.raises(FileProblem, match=f"{name}: cannot be read as a run's log"):
             read_log(tmp_path / name)
+        with pytest.raises(FileProblem, match=f"{name}: cannot be read .*; move it away"):
+            load_checkpoint(tmp_path / name)
 
 
 # ---- the content index ----------------------------------------------------------------------------------------------
