@@ -21,18 +21,16 @@ from ..guidance.diffusion import NoiseSchedule
 from ..guidance.errors import Problem
 from ..guidance.files import (
     FileProblem,
+    ModelFile,
     check_finite,
     check_unet,
     prior_content_hash,
-    read_keys,
-    read_metadata,
-    read_state_dict,
     split_checkpoint,
     strip_unet_prefix,
     unet_layout,
 )
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
-from ..guidance.files.recognise import AUTOENCODER, BASE, quantisation, recognise_names, refusal, refusal_of
+from ..guidance.files.recognise import AUTOENCODER, BASE, quantisation, refusal
 from ..guidance.networks.autoencoder import Autoencoder, autoencoder_config_from_state_dict
 from ..guidance.networks.text_encoder import (
     END_TOKEN,
@@ -351,7 +349,8 @@ def open_checkpoint(
     if prediction not in PREDICTIONS:
         raise Problem(f"Expected prediction to be one of {', '.join(PREDICTIONS)}, got {prediction!r}.")
     path = Path(path)
-    keys, metadata = read_keys(path), read_metadata(path)
+    file = ModelFile(path)
+    keys, metadata = file.keys, file.metadata
     if unet_layout(keys, path, wanted=BASE, metadata=metadata) != "full":
         raise FileProblem(
             f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was "
@@ -359,7 +358,8 @@ def open_checkpoint(
         )
     if quantisation(keys):
         raise FileProblem(refusal(path, BASE, keys))
-    state_dict = read_state_dict(path, prefix=unet_prefix(keys))
+    state_dict = file.tensors(unet_prefix(keys))
+    del file  # of a pickle it holds all of the content
     weights = {key: _trainable(tensor) for key, tensor in strip_unet_prefix(state_dict).items()}
     del state_dict
     try:
@@ -495,11 +495,11 @@ class TextEncoders:
 
     def _load(self, name: str) -> TextEncoder:
         prefixes = [prefix for prefix, kind, _ in TEXT_ENCODER_PREFIXES if kind == name]
-        keys = read_keys(self.path)
+        file = ModelFile(self.path)
         for prefix in prefixes:
-            if not any(key.startswith(prefix) for key in keys):
+            if not any(key.startswith(prefix) for key in file.keys):
                 continue
-            part = read_state_dict(self.path, prefix=prefix)
+            part = file.tensors(prefix)
             weights = split_checkpoint({prefix + key: tensor for key, tensor in part.items()}).text_encoders[name]
             return self._build(name, weights)
         raise FileProblem(
@@ -586,11 +586,11 @@ def _stated_prediction(keys: Sequence[str], metadata: Mapping[str, str]) -> str 
 
 def _read_autoencoder(path: Path) -> dict[str, Tensor]:
     """An autoencoder's weights, keys without prefix, from a checkpoint or a file of its own."""
-    keys = read_keys(path)
-    prefix = AUTOENCODER_PREFIX if any(key.startswith(AUTOENCODER_PREFIX) for key in keys) else ""
-    if not any(key.startswith(f"{prefix}encoder.") for key in keys):
-        raise FileProblem(refusal(path, AUTOENCODER, keys, read_metadata(path)))
-    return read_state_dict(path, prefix=prefix)
+    file = ModelFile(path)
+    prefix = AUTOENCODER_PREFIX if any(key.startswith(AUTOENCODER_PREFIX) for key in file.keys) else ""
+    if not any(key.startswith(f"{prefix}encoder.") for key in file.keys):
+        raise FileProblem(refusal(path, AUTOENCODER, file.keys, file.metadata))
+    return file.tensors(prefix)
 
 
 def _load_autoencoder(weights: Mapping[str, Tensor], source: str | os.PathLike) -> Autoencoder:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import Problem
 from ..networks.stylegan2 import Generator, GeneratorConfig, generator_config_from_state_dict
+from ..plain_json import parse_json
 from . import rosinality
 from .inert_pickle import Refused, shown
 from .nested import AVERAGED, MARKS, ROUGH, Ambiguous, FoundGenerator, all_names, find_generator
@@ -26,15 +27,13 @@ from .network_pickle import read_network_pickle, recognise
 from .recognise import GENERATOR, Kind, refusal, refusal_of
 from .tensors import (
     FileProblem,
+    ModelFile,
     _existing,
     _first_line,
     _read_header,
     check_finite,
     load_checkpoint,
     names_part,
-    read_keys,
-    read_metadata,
-    read_state_dict,
     write_safetensors,
 )
 
@@ -116,10 +115,10 @@ class GeneratorMetadata:
             raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
         try:
             config = GeneratorConfig.from_json(values["config"])
-            history = json.loads(values.get("history", "[]"))
+            history = parse_json(values.get("history", "[]"))
             if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
                 raise Problem("the history is no list of objects")
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             raise FileProblem(
                 f"{source}: the metadata cannot be read ({_first_line(error)}); the file is damaged, make it again."
             ) from error
@@ -226,8 +225,8 @@ def holds_generator(path: str | os.PathLike) -> bool:
     if kind == "network pickle":
         return True
     if kind == "safetensors":
-        keys = read_keys(path)
-        return read_metadata(path).get("format") == FORMAT or any(key.endswith(tuple(MARKS)) for key in keys)
+        file = ModelFile(path)
+        return file.metadata.get("format") == FORMAT or any(key.endswith(tuple(MARKS)) for key in file.keys)
     names = names_part(path)
     return any(mark.encode() in names for mark in MARKS)
 
@@ -360,8 +359,8 @@ def _from_rosinality(
 
 
 def _read_safetensors(path: Path) -> LoadedGenerator:
-    values = read_metadata(path)
-    tensors = read_state_dict(path)
+    file = ModelFile(path)
+    values, tensors = file.metadata, file.tensors()
     if values.get("format") == FORMAT:
         metadata, config = GeneratorMetadata.from_strings(values, path)
         return _finish(path, tensors, metadata, [], config=config)

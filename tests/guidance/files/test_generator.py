@@ -146,7 +146,7 @@ def test_a_computers_faults_are_file_problems(generator, tmp_path, monkeypatch, 
         raise fault
 
     path = write_generator(tmp_path / "a.safetensors", generator)
-    monkeypatch.setattr(module, "read_state_dict", failing)
+    monkeypatch.setattr(module.ModelFile, "tensors", failing)
     assert "could not be read" in problem(path)
     fault = RuntimeError("a mistake of ours")
     with pytest.raises(RuntimeError, match="of ours"):
