@@ -172,6 +172,8 @@ class _Run(Engine):
             ) from problem.with_traceback(None)
         if self.anywhere(stopped):
             return None
+        for note in dataset.notes:
+            self.tell(Warned(note))
         if dataset.skipped:
             self.tell(Warned(faults(dataset.skipped, dataset.faults)))
         if dataset.upscaled:

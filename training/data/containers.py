@@ -39,8 +39,10 @@ SCAN, END, ALONE = b"\xda", b"\xd9", (b"\x01", b"\xd8", b"\xd9")
 FRAMES = [bytes([one]) for one in range(0xC0, 0xD0) if one not in (0xC4, 0xC8, 0xCC)]
 APPLICATIONS = [bytes([one]) for one in (*range(0xE1, 0xF0), 0xFE)]
 OTHERS = {
-    "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)", "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ", "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "Photoshop": rb"8BPS", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6", "PDF": rb"%PDF", "Windows icon": rb"\x00\x00[\x01\x02]\x00",
+    "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)", "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
+    "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
+    "Photoshop": rb"8BPS", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6", "PDF": rb"%PDF",
+    "Windows icon": rb"\x00\x00[\x01\x02]\x00",
     "OpenEXR": rb"v/1\x01", "DDS": rb"DDS ", "XML or HTML": rb"\s*<", "portable": rb"P[1-7fF]\s", "QOI": rb"qoif",
     "GIMP": rb"gimp xcf", "Git LFS pointer": rb"version https://git-lfs",
 }  # fmt: skip
@@ -138,7 +140,9 @@ class Directory:
         for place in range(at, min(at + count * size, len(data) - size + 1), size):
             tag, kind, length, value = self._read(entry, place)
             bytes_ = length * self.SIZES.get(kind, 1)
-            where = place + size - pointer if bytes_ <= pointer else start + struct.unpack(self.order + offset, value)[0]
+            where = place + size - pointer
+            if bytes_ > pointer:
+                where = start + struct.unpack(self.order + offset, value)[0]
             self.entries[tag] = kind, length, where, bytes_
 
     def _read(self, form: str, at: int) -> tuple:
@@ -158,7 +162,8 @@ class Directory:
             for at in self.numbers(tag)[:1]:
                 with suppress(ValueError, struct.error):
                     directories.append(Directory(self.data, self.start, at))
-        whole = [entry for one in directories for entry in one.entries.values() if entry[2] + entry[3] <= len(self.data)]
+        entries = (entry for one in directories for entry in one.entries.values())
+        whole = [entry for entry in entries if entry[2] + entry[3] <= len(self.data)]
         plain = sum(size for kind, _, _, size in whole if kind in self.BYTES)
         numbers = sum(length for kind, length, _, _ in whole if kind not in self.BYTES) * BYTES_OF_A_NUMBER
         if plain > max(MOST_NOTES, len(self.data)) or numbers > MOST_NOTES:

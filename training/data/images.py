@@ -113,7 +113,8 @@ def decode(data: bytes, at_least: tuple[int, int] | None = None) -> Image.Image:
 
     at_least: (height, width) that will be needed after orientation; a larger picture is made smaller by a whole number
     while it is converted (a JPEG already while it is decoded), which saves most of the time and memory: never below
-    twice that size, and never below it where there is not memory enough for that. Raises BadImage for files that are damaged or too large.
+    twice that size, and never below it where there is not memory enough for that. Raises BadImage for files that are
+    damaged or too large.
     """
     with decoded(data, at_least) as picture:
         return picture
@@ -235,10 +236,12 @@ def _opened(data: bytes) -> tuple[Contents, Image.Image]:
     inside = contents(data)
     if inside.kind == "":
         if inside.other:
-            raise BadImage("corrupt", f"is a file of another kind ({inside.other}), whatever its name says; save it as PNG")
+            reason = f"is a file of another kind ({inside.other}), whatever its name says; save it as PNG"
+            raise BadImage("corrupt", reason)
         raise Image.UnidentifiedImageError
     if inside.kind not in _readable():
-        raise BadImage("corrupt", f"is {inside.kind}, which the installed Pillow cannot read; update it or save it as PNG")
+        reason = f"is {inside.kind}, which the installed Pillow cannot read; update that or save it as PNG"
+        raise BadImage("corrupt", reason)
     image = Image.open(io.BytesIO(inside.data), formats=(inside.kind,))
     if image.width * image.height > MOST_PIXELS:
         shape = f"{image.width} x {image.height}"
@@ -421,7 +424,9 @@ def _needs_scaling(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _converter(image: Image.Image, boxes: Callable[[], Iterator[tuple[Box, Box]]]) -> Callable[[Image.Image], Image.Image]:
+def _converter(
+    image: Image.Image, boxes: Callable[[], Iterator[tuple[Box, Box]]]
+) -> Callable[[Image.Image], Image.Image]:
     """What makes RGB in sRGB of any part of a loaded image, transparency laid over white."""
     grey = _deep_grey(image, boxes) if _needs_scaling(image) else lambda part: part
     mode = grey(image.crop((0, 0, 1, 1))).mode

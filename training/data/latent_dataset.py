@@ -130,8 +130,8 @@ class LatentDataset:
     `open_dataset` or `LatentDataset.prepare`. Drawing is a function of the index and the generator alone.
 
     skipped: (name, reason) of the images that could not be used; faults: how many for which kind of reason. upscaled:
-    how many were enlarged. cropped: {name: share} of those that lose more than a third. content_hash: SHA-256 over the
-    images' content hashes.
+    how many were enlarged. cropped: {name: share} of those that lose more than a third. notes: what `remarks` says of
+    the files that they were found among. content_hash: SHA-256 over the images' content hashes.
     """
 
     def __init__(
@@ -139,7 +139,7 @@ class LatentDataset:
         faults: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._records, self._store, self._posterior = list(records), store, posterior
-        self.skipped, self.faults = list(skipped), Counter(faults)
+        self.skipped, self.faults, self.notes = list(skipped), Counter(faults), []
         lost = {record.entry.name: removed(*record.original, record.size) for record in self._records}
         self.cropped = {name: share for name, share in lost.items() if share > MUCH}
         self.upscaled = sum(cover(r.original, r.size)[0] > r.original[0] for r in self._records)
@@ -282,7 +282,8 @@ def open_dataset(
 
     images: IMAGE tensors in 0..1 to train on as well as, or instead of, config.data. callbacks: progress, should_stop,
     warn, turn, turns, memory_limit and workers of `LatentDataset.prepare`. warn also hears of folders and shards that
-    cannot be read to their end, and of what `remarks` says. Raises what `prepare` does, and DataProblem when there is no image at all.
+    cannot be read to their end; what else is worth saying is in the dataset's notes. Raises what `prepare` does, and
+    DataProblem when there is no image at all.
 
     An autoencoder on the CPU gets one image at a time, so that a latent depends on its image alone. On other devices it
     gets config.caching_batch, of large ones fewer, where the last bits depend on the company; their latents are cached
@@ -321,8 +322,7 @@ def open_dataset(
         min_side=config.min_side,
         **callbacks,
     )
-    for text in remarks(ignored, dataset.cropped, len(dataset)):
-        warn(text)
+    dataset.notes = remarks(ignored, dataset.cropped, len(dataset))
     return dataset
 
 
@@ -489,7 +489,8 @@ class _Filling:
         start = len(jobs) * turn // max(turns, 1)
         pending: dict[Size, list[tuple[_Record, _Picture, Tensor]]] = defaultdict(list)
         jobs = jobs[start:] + jobs[:start]
-        with _stops(self.done, self.total), closing(in_order(self._make, jobs, self.workers, self.should_stop)) as results:
+        made = in_order(self._make, jobs, self.workers, self.should_stop)
+        with _stops(self.done, self.total), closing(made) as results:
             for record, made in results:
                 if self.should_stop():
                     raise CachingStopped(self.done, self.total)

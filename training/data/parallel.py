@@ -29,8 +29,8 @@ def in_order(
     """`map` in threads, with at most two results per thread waiting, so that memory stays bounded.
 
     An exception of `function` comes out where its result would have. When the caller stops early, work that has not
-    begun is dropped. should_stop is asked while a result is waited for; Cancelled is raised at once when it says so, and
-    what the threads are at is left to end by itself.
+    begun is dropped. should_stop is asked while a result is waited for; Cancelled is raised at once when it says so,
+    and what the threads are at is left to end by itself.
     """
     workers = workers or default_workers()
     waiting: deque[Future[Result]] = deque()

@@ -59,7 +59,7 @@ def expanded(pattern: str, watch: Watch | None = None) -> Iterator[Path]:
 
 
 def as_on_disk(path: str, watch: Watch) -> Path:
-    """The path as this disk writes it: accents composed otherwise and backslashes; itself where there is no such one."""
+    """The path as this disk writes it: accents composed otherwise, backslashes; itself where there is no such one."""
     for one in dict.fromkeys((path, path.replace("\\", "/"))):
         found = _written(one, lambda name: unicodedata.normalize("NFC", name), watch)
         if found is not None:

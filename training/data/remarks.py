@@ -24,15 +24,17 @@ def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int
     if pictures:
         said.append(f"pictures of kinds that are not read, left out: {_counts(pictures)}; save them as PNG or JPEG.")
     if notes:
-        said.append(f"files beside the pictures, without effect here: {_counts(notes)}; captions and masks are not used.")
+        counts = _counts(notes)
+        said.append(f"files beside the pictures, without effect here: {counts}; captions and masks are not used.")
     if rest:
         said.append(f"also left out: {_counts(rest)}.")
     if cropped:
         worst = sorted(cropped.items(), key=lambda one: (-one[1], one[0]))
-        named = ", ".join(f"{name} {share:.0%}" for name, share in worst[:SHOWN]) + (" ..." if len(worst) > SHOWN else "")
+        named = ", ".join(f"{name} {share:.0%}" for name, share in worst[:SHOWN])
+        named += " ..." if len(worst) > SHOWN else ""
         said.append(
-            f"{len(cropped)} of {count} images lose more than a third to cropping: {named}; a larger bucket_max_ratio adds "
-            "longer shapes."
+            f"{len(cropped)} of {count} images lose more than a third to cropping: {named}; a larger bucket_max_ratio "
+            "adds longer shapes."
         )
     return said
 

@@ -161,7 +161,8 @@ class _Headers:
 def _kind(start: bytes, size: int) -> str:
     if not size:
         return "an empty file"
-    return next((f"a file packed with {name}" for mark, name in PACKED.items() if start.startswith(mark)), "another file")
+    packed = (f"a file packed with {name}" for mark, name in PACKED.items() if start.startswith(mark))
+    return next(packed, "another file")
 
 
 def _fault_at_end(file: BinaryIO, offset: int) -> str:

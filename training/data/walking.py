@@ -33,8 +33,8 @@ class Cancelled(Exception):
 class Watch:
     """What every long search is given: whom to ask whether to stop, and where it may go.
 
-    within: folders outside of which nothing is opened, whatever links and patterns say; None: no bounds. most: files and
-    folders that it looks at before it gives up.
+    within: folders outside of which nothing is opened, whatever links and patterns say; None: no bounds. most: files
+    and folders that it looks at before it gives up.
     """
 
     should_stop: Callable[[], bool] | None = None
@@ -47,7 +47,7 @@ class Watch:
             self.within = tuple(_real(one) for one in self.within)
 
     def look(self) -> None:
-        """Count one file or folder. Raises Cancelled when somebody asked to, DataProblem when there is no end of them."""
+        """Count a file or folder. Raises Cancelled when somebody asked to, DataProblem when there is no end of them."""
         if self.looked % LOOKS == 0 and self.should_stop is not None and self.should_stop():
             raise Cancelled
         self.looked += 1

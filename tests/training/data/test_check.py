@@ -129,7 +129,8 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
     assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}
     said = remarks(report.ignored, report.cropped, report.ok)
     assert all(text in report.to_text() for text in said) and [text.partition(":")[0] for text in said] == [
-        "pictures of kinds that are not read, left out", "files beside the pictures, without effect here", "also left out",
+        "pictures of kinds that are not read, left out", "files beside the pictures, without effect here",
+        "also left out",
         "1 of 2 images lose more than a third to cropping",
     ]
     assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."

@@ -1,4 +1,4 @@
-"""Patterns of paths: as Python's glob reads them, but lazily, bounded and stoppable; names as other systems write them."""
+"""Patterns of paths: as glob reads them, but lazily, bounded and stoppable; names as other systems write them."""
 
 from __future__ import annotations
 

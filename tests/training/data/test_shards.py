@@ -1,4 +1,4 @@
-"""Headers of tar files against Python's own reader, and what is done to them: no damage hangs, misleads or goes unnamed."""
+"""Headers of tar files against Python's own reader, and damaged: nothing hangs, misleads or goes unnamed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ from indomain_guidance.training.data.walking import Cancelled, Watch
 BLOCK = 512
 
 
-def header(name: bytes = b"a.png", size: bytes = b"00000000005\0", kind: bytes = b"0", magic: bytes = b"ustar\x0000") -> bytes:
+def header(
+    name: bytes = b"a.png", size: bytes = b"00000000005\0", kind: bytes = b"0", magic: bytes = b"ustar\x0000"
+) -> bytes:
     block = bytearray(BLOCK)
     block[: len(name)] = name
     block[124:136], block[156:157], block[257:265] = size, kind, magic
@@ -76,7 +78,7 @@ def test_plain_files_are_where_pythons_reader_finds_them(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_damaged_headers_never_give_what_python_would_not(tmp_path, kind):
-    """Random bytes changed: every member found lies inside the file; a sound verdict only where Python reads the same."""
+    """Random bytes changed: members lie inside the file, and sound is only what Python reads alike."""
     whole = written(tmp_path / "a.tar", kind).read_bytes()
     random = np.random.default_rng(17)
     path, sound, damaged = tmp_path / "b.tar", 0, 0
