@@ -68,7 +68,7 @@ class ContentIndices(Reader):
             if index.look_up(entry) is None:
                 raise Silent(f"{entry.name}, whose line is whole, was forgotten")
         known = index.look_up(self.entries[1])
-        if known is not None and not all(type(one) is int and 0 < one < 2**31 for one in (known.height, known.width)):
+        if known is not None and not all(type(one) is int and 0 < one < 2**63 for one in (known.height, known.width)):
             raise Silent(f"a picture of {known.height!r} x {known.width!r} pixels was believed"[:200])
         index.add(self.entries[1].stamp(), Known("ef" * 32, 64, 64))
         return []
