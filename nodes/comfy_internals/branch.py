@@ -79,11 +79,13 @@ class Branch:
     def model(self) -> Any:
         return self.patcher.model
 
-    def ignored_hooks(self) -> list[str]:
-        """What on this MODEL acts on the sampling loop, which only the prior can do here."""
-        options = self.patcher.model_options
-        found = sorted(key for key in options if key.startswith(_SAMPLER_OPTION) and options[key])
-        found += [key for key in _LOOP_OPTIONS if options.get(key) and not (found and options[key] is True)]
+    def ignored_hooks(self, prior: ModelPatcher | None = None) -> list[str]:
+        """What on this MODEL acts on the sampling loop, which only the prior can do here; not what the prior does too."""
+        options, of_prior = self.patcher.model_options, {} if prior is None else prior.model_options
+        own = [key for key in options if key.startswith(_SAMPLER_OPTION) or key in _LOOP_OPTIONS]
+        own = [key for key in own if options[key] and options[key] != of_prior.get(key)]
+        found = sorted(key for key in own if key.startswith(_SAMPLER_OPTION))
+        found += [key for key in _LOOP_OPTIONS if key in own and not (found and options[key] is True)]
         return found + sorted("a sampling wrapper" if key is None else str(key) for key in self._loop_wrapper_keys())
 
     def _loop_wrapper_keys(self) -> set:

@@ -75,11 +75,10 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     """
 
     def __init__(self, prior: ModelPatcher, base: list | None = None, terms: Sequence[TermInput] = ()) -> None:
-        if base is None or not terms:
-            raise GuidanceError(
-                f"Expected a base conditioning and at least one term for a {type(self).__name__}, got a model alone; to "
-                "change a guider, copy it (copy.copy) and set what is to be different."
-            )
+        bare = base is None and not terms
+        if bare:  # somebody makes one of the same type as another, and sets on it what there is to set on core's
+            LOG.warning("Multi-guidance: a guider was made of a model alone, not copied: it is core's CFG, without terms.")
+            base, terms = [], [TermInput("control", 1.0, conditioning=[])]
         given = [(term, prior if term.model is None else term.model) for term in terms]
         for term, model in given:
             if model is not prior:
@@ -100,6 +99,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._keys: dict[Source, str] = {}
         self._branch_conds: Conditionings = {}
         self._control = self._name_conditionings()
+        if bare:
+            self.original_conds.clear()
         self._given_conds = dict(self.original_conds)
         self._is_core = self._is_cores_cfg()
         self._add_branches()

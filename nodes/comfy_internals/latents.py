@@ -74,6 +74,9 @@ def sample_latent(
         if name not in known:
             raise Problem(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
     check_latent(latent["samples"])
+    mask = latent.get("noise_mask")
+    if mask is not None and not mask.is_nested and not (mask.numel() and torch.isfinite(mask).all()):
+        raise Problem("Expected a noise mask of finite numbers and at least one pixel, found none, NaN or infinity.")
     model = guider.model_patcher
     samples = _fix_empty_latent(model, latent)
     _check_kind(model, samples)

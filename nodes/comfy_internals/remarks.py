@@ -23,7 +23,7 @@ def on_models(guidance: Guidance, prior: ModelPatcher) -> None:
         if source.model is prior:
             continue
         names = " and ".join(guidance.names(source))
-        ignored = Branch(source.model, names).ignored_hooks()
+        ignored = Branch(source.model, names).ignored_hooks(prior)
         if ignored:
             LOG.warning(
                 "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling "

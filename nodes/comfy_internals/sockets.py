@@ -37,7 +37,7 @@ def _is_generator(value: Any) -> bool:
 
 
 def _is_image(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0
+    return isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0 and bool(value.isfinite().all())
 
 
 def _is_latent(value: Any) -> bool:
@@ -51,7 +51,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "VAE": (lambda value: hasattr(value, "first_stage_model"), "a VAE"),
     "CLIP": (lambda value: hasattr(value, "cond_stage_model"), "a CLIP"),
     "LATENT": (_is_latent, "a LATENT"),
-    "IMAGE": (_is_image, "an IMAGE of at least one picture and pixel"),
+    "IMAGE": (_is_image, "an IMAGE of at least one picture and pixel, all finite numbers"),
     "INDOMAIN_GUIDANCE_TERMS": (_are_terms, "terms of Guidance Term"),
     "INDOMAIN_GENERATOR": (_is_generator, "a generator of Load Generator"),
     "INDOMAIN_TRAINING_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Training Options"),

@@ -385,7 +385,22 @@ def test_options_that_are_set_on_the_guider_count(comfyui, tiny, pair):
             assert relative(result, u + 1.5 * (d - u) + 6.0 * (c - u)) < 1e-5
 
 
-def test_a_subclass_and_a_replaced_method_work_and_a_bare_construction_is_refused(tiny, pair, internals):
+def test_one_made_of_a_model_alone_is_cores_and_says_so(tiny, pair, caplog):
+    ours, core = pair(1.5)
+    made = type(ours)(ours._given_prior)
+    assert made.original_conds == {} and made.cfg == 1.0 and caplog.text.count("made of a model alone") == 1
+    made.set_conds(tiny.conditioning(1), tiny.conditioning(2))
+    for scale in (1.0, 6.0, 0.0):
+        for guider in (made, core):
+            guider.set_cfg(scale)
+        assert torch.equal(tiny.predict(made, noisy(), SIGMA), tiny.predict(core, noisy(), SIGMA))
+    made.__dict__.update(ours.__dict__)
+    assert torch.equal(tiny.predict(made, noisy(), SIGMA), tiny.predict(ours, noisy(), SIGMA))
+    with pytest.raises(ValueError, match="at least one guidance term"):
+        type(ours)(ours._given_prior, tiny.conditioning(2), [])
+
+
+def test_a_subclass_and_a_replaced_method_work(tiny, pair):
     ours, _ = pair(1.5)
     expected = tiny.predict(ours, noisy(), SIGMA)
 
@@ -399,8 +414,6 @@ def test_a_subclass_and_a_replaced_method_work_and_a_bare_construction_is_refuse
     wrapped = copy.copy(ours)
     wrapped.predict_noise = lambda *args, **kwargs: 3.0 * ours.__class__.predict_noise(wrapped, *args, **kwargs)
     assert torch.equal(tiny.predict(wrapped, noisy(), SIGMA), 3.0 * expected)
-    with pytest.raises(ValueError, match=r"got a model alone; to change a guider, copy it \(copy.copy\)"):
-        type(ours)(ours.model_patcher)
 
 
 def by_own_loop(comfyui, guider, x):

@@ -428,6 +428,13 @@ def test_what_a_branch_leaves_out_of_a_models_options_is_said(comfyui, tiny, int
     domain.model_options["disable_cfg1_optimization"] = True
     internals.in_domain_guider(prior, domain, positive, negative)
     assert "disable_cfg1_optimization on the model of term 'domain' is ignored" in caplog.text
+    # What both have from one node in front of them acts, on the prior.
+    caplog.clear()
+    checkpoint = differential.execute(tiny.prior(0))
+    checkpoint = getattr(checkpoint, "result", checkpoint)[0]
+    checkpoint.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    internals.in_domain_guider(tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 1), positive, negative)
+    assert "is ignored" not in caplog.text
 
 
 def test_sampling_hooks_on_other_models_are_ignored_with_one_warning(tiny, internals, caplog):

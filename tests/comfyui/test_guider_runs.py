@@ -470,6 +470,12 @@ def test_a_latent_that_cannot_be_sampled_is_refused_in_a_sentence(tiny, internal
     assert tiny.sample(guider, steps=2).isfinite().all()
 
 
+def test_a_mask_of_no_numbers_is_refused(tiny, internals, in_domain):
+    for mask in (torch.full((1, 1, 64, 64), float("nan")), torch.zeros(0, 1, 64, 64)):
+        with pytest.raises(ValueError, match="Expected a noise mask of finite numbers"):
+            internals.sample_latent(in_domain(), tiny.latent(noise_mask=mask), 1, 2, "euler", "normal", 1.0)
+
+
 def test_a_latent_of_no_numbers_is_refused_in_cores_sampler_too(comfyui, tiny, in_domain):
     custom = comfyui.nodes_custom_sampler
     sampler, sigmas = comfyui.samplers.sampler_object("euler"), torch.tensor([10.0, 1.0, 0.0])

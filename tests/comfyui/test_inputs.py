@@ -142,3 +142,5 @@ def test_what_other_nodes_give_comes_through(comfyui, tiny):
     check(training.TrainDomainUNet, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(2, 9, 8, 3)], "options": [{}]})
     with pytest.raises(ValueError, match="expected images to be an IMAGE of at least one picture and pixel"):
         check(training.TrainDomainUNet, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(0, 8, 8, 3)]})
+    with pytest.raises(ValueError, match="all finite numbers, from another node's output"):
+        check(training.TrainDomainUNet, {"images": [torch.full((1, 8, 8, 3), float("nan"))]})
