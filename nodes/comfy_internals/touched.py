@@ -9,6 +9,7 @@ ComfyUI at hand, and with what the code of this package uses.
 from __future__ import annotations
 
 TOUCHED: dict[str, tuple[str, ...]] = {
+    "comfy.cli_args": ("args.listen",),
     "comfy.controlnet": (
         "ControlBase", "ControlBase.previous_controlnet", "ControlBase.cond_hint_original", "ControlLora",
         "T2IAdapter.control_input",
@@ -139,7 +140,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "comfy_execution.utils": ("ExecutionContext.node_id", "get_executing_context()"),
     "folder_paths": (
         "folder_names_and_paths", "get_filename_list(folder_name)", "get_folder_paths(folder_name)",
-        "get_full_path(folder_name, filename)", "get_input_directory()", "get_output_directory()", "get_temp_directory()",
+        "get_full_path(folder_name, filename)", "get_input_directory()", "get_output_directory()",
+        "get_system_user_directory(name)", "get_temp_directory()",
         "models_dir", "supported_pt_extensions",
     ),
     "latent_preview": ("prepare_callback(model, steps)",),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -354,9 +355,11 @@ def test_the_texts_behind_conditionings_are_found(world, monkeypatch):
 
 def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
     narrow = [[torch.zeros(1, 77, 12), {}]]
+    empty = copy.copy(mini.vae)
+    empty.first_stage_model = None
     for inputs, words in (
         ({"positive": narrow}, "positive conditioning of width 128.*found width 12"),
-        ({"vae": SimpleNamespace(first_stage_model=None)}, "expected the VAE .* found no VAE"),
+        ({"vae": empty}, "expected the VAE .* found no VAE"),
         ({"method": "dds"}, "what the generator makes now, which the method dds .* connect one to source"),
         ({"method": "nfsd"}, "what images should not be.*which the method nfsd .* connect one to unwanted"),
         ({"method": "nfsd", "isolated": True}, "connect one to unwanted"),

@@ -245,7 +245,8 @@ def test_parts_that_do_not_belong_together_are_refused_in_one_sentence(tiny, min
     check("positive conditioning of width 24.*found width 12", tiny.prior(), vae, [[torch.zeros(1, 77, 12), {}]])
     check("expected positive to hold a conditioning", tiny.prior(), vae, [])
     check("expected the VAE of the SD15 model with 4 latent channels.*found no VAE", tiny.prior(), object(), good)
-    flow = SimpleNamespace(latent_channels=16, latent_dim=2, first_stage_model=torch.nn.Linear(1, 1))
+    flow = copy.copy(vae)
+    flow.latent_channels, flow.first_stage_model = 16, torch.nn.Linear(1, 1)
     check("found Linear with 16 latent channels", tiny.prior(), flow, good)
     check("source conditioning of width 24", tiny.prior(), vae, good, source=[[torch.zeros(1, 77, 12), {}]])
     with pytest.raises(ValueError, match="multiple of 8 px.*found 60 px"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from types import SimpleNamespace
@@ -248,7 +249,8 @@ def test_text_free_models_and_other_architectures_are_refused(comfyui, tiny, cli
     with pytest.raises(ValueError, match="takes text.*'made'"):
         make(made.model, clip, "cached", "again")
     other = tiny.prior().clone()
-    other.model = SimpleNamespace(diffusion_model=torch.nn.Linear(1, 1), model_config=other.model.model_config)
+    other.model = copy.copy(other.model)
+    other.model._modules = {**other.model._modules, "diffusion_model": torch.nn.Linear(1, 1)}
     with pytest.raises(ValueError, match="Stable Diffusion UNet.*found Linear"):
         module("nodes.comfy_internals.export").exported_config(other)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import importlib
 import json
@@ -165,10 +166,12 @@ def test_prediction_and_patches_are_the_models(tiny, clip, mini, world):
     assert (base.prediction_type, base.zero_snr, base.latent_format) == ("v_prediction", True, "sd15")
 
 
-def test_a_vae_of_another_kind_is_refused(tiny, clip, world):
+def test_a_vae_of_another_kind_is_refused(tiny, clip, mini, world):
+    other = copy.copy(mini[2])
+    other.first_stage_model = None
     with pytest.raises(ValueError, match="Train Domain UNet: expected the VAE.*found no VAE"):
-        world.internals.export_base(tiny.prior(), clip, SimpleNamespace(first_stage_model=None), [])
-    other = SimpleNamespace(first_stage_model=torch.nn.Linear(1, 1))
+        world.internals.export_base(tiny.prior(), clip, other, [])
+    other.first_stage_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="expected the VAE.*found Linear"):
         world.internals.export_base(tiny.prior(), clip, other, [])
 
