@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -67,8 +68,8 @@ def shaping_of_mode(
         raise GuidanceError(f"Expected a mode of {', '.join(SHAPES)}, got {mode!r}.")
     if mode == "orthogonal":
         names = [name.strip() for name in orthogonal_to.split(",") if name.strip()]
-        for name in names:
-            if names.count(name) > 1:
+        for name, times in Counter(names).items():
+            if times > 1:
                 raise GuidanceError(f"Expected terms to be orthogonal to once each, got {name!r} twice.")
         shaping = Orthogonal(tuple(names), share, only_opposing, per)
         return None if share == 0.0 else shaping

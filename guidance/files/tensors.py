@@ -278,6 +278,8 @@ def _end_of(entry: Any) -> int:
 def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]:
     from safetensors import SafetensorError, safe_open
 
+    if not _is_unicode(str(path)):
+        raise FileProblem(f"{path}: expected a file whose path is UTF-8, which safetensors needs, found another; rename it.")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
@@ -285,6 +287,14 @@ def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]
         raise FileProblem(
             f"{path}: expected a safetensors file, found a damaged one ({_first_line(error)}); download it again."
         ) from error
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # bytes of a name that Python could only keep as halves of characters
+        return False
+    return True
 
 
 def torch_reads_safely() -> bool:
