@@ -7,9 +7,11 @@ import math
 import os
 import re
 import shutil
+import struct
 import sys
 import tarfile
 import weakref
+import zlib
 from dataclasses import replace
 from types import ModuleType
 
@@ -22,7 +24,8 @@ from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.null_text import load_unet
 from indomain_guidance.training.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint, save_checkpoint
 from indomain_guidance.training.config import ConfigProblem
-from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
+from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset, check_data
+from indomain_guidance.training.data.remarks import remarks
 from indomain_guidance.training.events import (
     Caching,
     Failed,
@@ -611,6 +614,32 @@ def test_images_in_memory_and_bad_files(run, folder):
     assert result.status == "finished" and events[0].images == 2
     with pytest.raises(DataProblem):
         run(data=str(folder / "images" / "none"), output=str(folder / "empty"))
+
+
+def test_what_is_left_out_and_cut_away_is_told_at_the_start_in_the_words_of_check_data(run, folder):
+    images = folder / "images"
+    Image.new("RGB", (400, 64)).save(images / "pano.png")
+    (images / "huge.png").write_bytes(huge_png(13377, 13377))
+    (images / "circle-0.txt").write_text("a circle"), (images / "photo.heic").write_bytes(b"x")
+    _, events = run(steps=1)
+    said = [event.text for event in events if isinstance(event, Warned)]
+    config = events[0].config
+    report = check_data(
+        [images], resolution=config["resolution"], buckets=config["buckets"], bucket_step=config["bucket_step"],
+        bucket_max_ratio=config["bucket_max_ratio"],
+    )
+    notes = remarks(report.ignored, report.cropped, report.ok)
+    assert len(notes) == 3 and all(note in said and note in report.to_text() for note in notes)
+    assert any("1 images cannot be used and are left out (1 too large): huge.png has" in text for text in said)
+
+
+def huge_png(width: int, height: int) -> bytes:
+    """An RGB picture that would take 700 MiB, in 60 bytes."""
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", zlib.compress(bytes(10))) + chunk(b"IEND", b"")
 
 
 def test_a_shard_that_ends_early_is_reported(run, folder):
