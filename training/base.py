@@ -30,7 +30,7 @@ from ..guidance.files import (
     unet_layout,
 )
 from ..guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
-from ..guidance.files.recognise import AUTOENCODER, BASE, quantisation, refusal
+from ..guidance.files.recognise import AUTOENCODER, BASE, recognise_names, refusal, refusal_of
 from ..guidance.networks.autoencoder import Autoencoder, autoencoder_config_from_state_dict
 from ..guidance.networks.text_encoder import (
     END_TOKEN,
@@ -356,8 +356,9 @@ def open_checkpoint(
             f"{path}: expected the checkpoint of a prior, found a text-free UNet; train from the checkpoint it was "
             "made of."
         )
-    if quantisation(keys):
-        raise FileProblem(refusal(path, BASE, keys))
+    kind = recognise_names(keys, metadata)
+    if kind.group in ("quantised", "unet", "domain"):
+        raise FileProblem(refusal_of(path, BASE, kind))
     state_dict = file.tensors(unet_prefix(keys))
     del file  # of a pickle it holds all of the content
     weights = {key: _trainable(tensor) for key, tensor in strip_unet_prefix(state_dict).items()}

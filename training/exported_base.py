@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..guidance.errors import Problem
 from ..guidance.files import FileProblem, ModelFile
+from ..guidance.files.recognise import recognise_names
 from ..guidance.files.tensors import write_safetensors
 from ..guidance.networks.unet import UNetConfig
 from ..guidance.null_text import NullContext
@@ -106,7 +107,8 @@ class ExportedBase:
         file = ModelFile(path)
         metadata = file.metadata
         if metadata.get("format") != FORMAT:
-            raise FileProblem(f"{path}: expected an exported prior, found another file; export it again.")
+            found = recognise_names(file.keys, metadata).what
+            raise FileProblem(f"{path}: expected an exported prior, found {found}; export it again.")
         tensors = file.tensors()
         try:
             prompts = parse_json(metadata["prompts"])

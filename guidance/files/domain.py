@@ -17,7 +17,8 @@ from ..diffusion import PREDICTION_TYPES
 from ..errors import Problem
 from ..networks.unet import UNetConfig, unet_config_from_state_dict
 from ..plain_json import parse_json
-from .layouts import check_unet, strip_unet_prefix, unet_layout, unet_prefix
+from .layouts import check_unet, check_unet_shapes, strip_unet_prefix, unet_layout, unet_prefix
+from .recognise import UNET, recognise_names, refusal_of
 from .tensors import FileProblem, ModelFile, check_finite, write_safetensors
 
 FORMAT = "indomain_guidance.domain_unet"
@@ -209,11 +210,17 @@ def read_domain_file(
     """
     file = ModelFile(path)
     metadata, keys = file.metadata, file.keys
-    layout = unet_layout(keys, path)
+    layout = unet_layout(keys, path, metadata=metadata)
+    kind = recognise_names(keys, metadata)
+    if kind.group == "quantised":
+        raise FileProblem(refusal_of(path, UNET, kind))
     own = metadata.get("format") == FORMAT
     described = DomainMetadata.from_strings(metadata, path) if own else None
     if described is not None:
         check_latent_format(described, latent_format, path)
+        _check_form(described, layout, path)
+        shapes = {key: shape for key, (shape, _) in file.shapes().items()}
+        check_unet_shapes(strip_unet_prefix(shapes), described.config, path)
     state_dict = strip_unet_prefix(file.tensors(unet_prefix(keys), device))
     if described is None:
         try:
@@ -228,15 +235,19 @@ def read_domain_file(
             zero_snr="ztsnr" in keys, domain_name=Path(path).stem, licence=metadata.get("modelspec.license", ""),
         )
         check_latent_format(described, latent_format, path)
+        _check_form(described, layout, path)
+        check_unet(state_dict, described.config, path)
+    check_finite(state_dict, path)
+    return state_dict, described
+
+
+def _check_form(described: DomainMetadata, layout: str, path: str | os.PathLike) -> None:
     form = "none" if layout == "full" else layout
     if described.null_text != form:
         raise FileProblem(
             f"{path}: its metadata says text-free form '{described.null_text}', its weights are of form '{form}'; make "
             "the file again."
         )
-    check_unet(state_dict, described.config, path)
-    check_finite(state_dict, path)
-    return state_dict, described
 
 
 def write_domain_file(

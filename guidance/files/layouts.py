@@ -12,9 +12,11 @@ from torch import Tensor
 from ..errors import Problem
 from ..networks.text_encoder import text_encoder_from_openclip
 from ..networks.unet import UNet, UNetConfig
+from .inert_pickle import shown
 from .recognise import UNET, refusal
 from .tensors import FileProblem
 
+MOST_BLOCKS = 1000  # and levels, of a UNet; Stable Diffusion XL has 90
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 UNET_PARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
 AUTOENCODER_PREFIX = "first_stage_model."
@@ -113,28 +115,34 @@ def unet_layout(
 
 def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str | os.PathLike) -> None:
     """Compare names and shapes with those of the architecture; raise FileProblem naming the first difference."""
-    # A damaged configuration must not keep a loader busy: more blocks than tensors cannot be right.
+    check_unet_shapes({key: tuple(tensor.shape) for key, tensor in state_dict.items()}, config, source)
+
+
+def check_unet_shapes(shapes: Mapping[str, tuple[int, ...]], config: UNetConfig, source: str | os.PathLike) -> None:
+    """`check_unet` by the shapes that a file's header states, before any tensor is made."""
+    # A damaged configuration must not take time and memory: a block is some kilobytes here even without its numbers.
     depths = [*config.transformer_depth, *config.transformer_depth_output, config.transformer_depth_middle]
+    blocks = sum(depths) + sum(config.num_res_blocks) + len(config.num_res_blocks)
     try:
-        if sum(depths) + sum(config.num_res_blocks) > len(state_dict):
-            raise Problem("it has more blocks than the file has tensors")
+        if blocks > min(MOST_BLOCKS, len(shapes)):
+            raise Problem(f"it has {blocks} blocks, in a file of {len(shapes)} tensors")
         with torch.device("meta"):
             expected = UNet(config).state_dict()
     except (ValueError, TypeError, RuntimeError, OverflowError) as error:
         raise FileProblem(
             f"{source}: the architecture its metadata describes cannot be built ({error}); make the file again."
         ) from error
-    missing = [key for key in expected if key not in state_dict]
-    unexpected = [key for key in state_dict if key not in expected]
+    missing = [key for key in expected if key not in shapes]
+    unexpected = [key for key in shapes if key not in expected]
     if missing or unexpected:
         raise FileProblem(
             f"{source}: expected the {len(expected)} tensors of its architecture, found {len(missing)} missing and "
-            f"{len(unexpected)} unknown, first {(missing or unexpected)[0]}; the file is incomplete or made by another "
-            "version."
+            f"{len(unexpected)} unknown, first {shown((missing or unexpected)[0])}; the file is incomplete or made by "
+            "another version."
         )
     for key, tensor in expected.items():
-        if state_dict[key].shape != tensor.shape:
+        if tuple(shapes[key]) != tuple(tensor.shape):
             raise FileProblem(
-                f"{source}: expected {key} of shape {list(tensor.shape)}, found {list(state_dict[key].shape)}; the "
+                f"{source}: expected {key} of shape {list(tensor.shape)}, found {list(shapes[key])}; the "
                 "weights and the configuration of this file do not belong together."
             )

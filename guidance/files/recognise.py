@@ -41,6 +41,7 @@ _ADVICE = {
         "upscaler": "load it with Load Upscale Model, or use a domain model",
         "generator": "load it with Load Generator, or use a domain model",
         "diffusers": "convert it to one file in LDM layout (diffusers' convert_diffusers_to_original scripts do it)",
+        "quantised": "use the same model in fp16, bf16 or fp32",
         "run": "go on with the run, or use the domain model that it writes",
     },
     BASE: {

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..errors import Problem
 from ..plain_json import parse_json
 from .inert_pickle import Refused, shown
+from .nested import all_names
 from .recognise import Kind, recognise_bytes, recognise_folder
 from .torch_pickle import read_torch_pickle
 
@@ -28,6 +29,8 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Earlier versions execute code from crafted files even with weights_only=True.
 SAFE_PICKLE_TORCH = (2, 10)
 HEADER_LIMIT = 2**25  # bytes; the format allows 100 million, models have thousands, and notes in them a few million
+MOST_DESCRIBED = 50_000  # tensors of a header that is parsed; the largest language models have as many
+MOST_TENSORS = 20_000  # of one file that are made: each takes a kilobyte, even without numbers; SDXL has 2,500
 _SEARCHED = 2**24  # bytes of a checkpoint that hold its names
 
 
@@ -39,16 +42,20 @@ class ModelFile:
     """A `.safetensors` file, or a pickle (`.pt`, `.pth`, `.bin`, `.ckpt`) read as plain data.
 
     Its header, or the pickle's content, is read once and kept. metadata: the string metadata, empty for pickles. keys:
-    the tensors' names. Raises FileProblem when the file is missing, truncated or of another format.
+    the tensors' names; of a pickle without tensors the names nested deeper, which say what it is. Raises FileProblem
+    when the file is missing, truncated or of another format.
     """
 
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = _existing(path)
-        self._pickled = _read_pickle(self.path) if _looks_pickled(self.path) else None
-        header = {} if self._pickled is not None else _read_header(self.path)
+        self._pickled, header, inside = None, {}, []
+        if _looks_pickled(self.path):
+            self._pickled, inside = _read_pickle(self.path)
+        else:
+            header = _read_header(self.path)
         self.metadata: dict[str, str] = header.pop("__metadata__", {})
         self._entries = header
-        self.keys = list(header if self._pickled is None else self._pickled)
+        self.keys = list(header if self._pickled is None else self._pickled) or inside
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and number format (as the file calls it) of every tensor; of `.safetensors` from the header alone."""
@@ -60,6 +67,11 @@ class ModelFile:
 
     def tensors(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
         """The tensors whose keys start with `prefix`, without it ("" keeps all). Raises FileProblem for none."""
+        wanted = sum(key.startswith(prefix) for key in self.keys)
+        if wanted > MOST_TENSORS:
+            raise FileProblem(
+                f"{self.path}: expected at most {MOST_TENSORS} tensors, as models have, found {wanted}; use another."
+            )
         if self._pickled is not None:
             found = self._pickled.items()
             tensors = {key.removeprefix(prefix): one.to(device) for key, one in found if key.startswith(prefix)}
@@ -246,6 +258,11 @@ def _read_header(path: Path) -> dict[str, Any]:
             f"{path}: the file is truncated: expected a header of {length} bytes, found {len(text)}; download or copy "
             "it again."
         )
+    described = text.count(b'"data_offsets"')
+    if described > MOST_DESCRIBED:
+        raise FileProblem(
+            f"{path}: expected a header of at most {MOST_DESCRIBED} tensors, found {described}; use another file."
+        )
     try:
         header = parse_json(text, HEADER_LIMIT)
         ends = [_end_of(entry) for key, entry in header.items() if key != "__metadata__"]
@@ -349,11 +366,13 @@ def names_part(path: Path) -> bytes:
             return file.read(min(_SEARCHED, path.stat().st_size))  # it sets aside what it is asked for
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
+    """(the tensors at the top or in `state_dict`, where there are none the names of those nested deeper)."""
     loaded = load_checkpoint(path, "get the model as .safetensors from a source you trust")
     if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise FileProblem(f"{path}: expected a pickled dictionary of tensors, found {type(loaded).__name__}.")
     # Detached: without the attributes, hooks and claims to gradients that a file may give to its tensors.
-    return {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
+    tensors = {str(key): value.detach() for key, value in loaded.items() if isinstance(value, Tensor)}
+    return tensors, [] if tensors else all_names(loaded)

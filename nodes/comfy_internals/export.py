@@ -59,7 +59,8 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
     if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
         raise Problem(
             f"{node}: expected a Stable Diffusion UNet (1.x, 2.x, SDXL), found {type(unet).__name__} "
-            f"({type(model.model.model_config).__name__}); this architecture has no text-free form here."
+            f"({type(model.model.model_config).__name__}); models of other families, flow models among them, have no "
+            "text-free form and cannot be trained here, connect a Stable Diffusion model."
         )
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):

@@ -25,11 +25,10 @@ from ...guidance.errors import Problem
 from ...guidance.files import (
     DomainMetadata,
     FileProblem,
+    ModelFile,
     check_finite,
     check_unet,
     read_domain_file,
-    read_keys,
-    read_metadata,
     unet_layout,
 )
 from ...guidance.networks.unet import UNetConfig
@@ -276,9 +275,10 @@ def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: 
         raise Problem(
             f"Load Domain UNet: expected a weight_dtype out of {', '.join(WEIGHT_DTYPES)}, got '{weight_dtype}'."
         )
-    layout = unet_layout(read_keys(path), path)
+    file = ModelFile(path)
+    layout = unet_layout(file.keys, path, metadata=file.metadata)
     with ordinary_tensors():
-        if layout == "full" and read_metadata(path).get("format") is None:
+        if layout == "full" and file.metadata.get("format") is None:
             patcher = _load_core_unet(path, weight_dtype)
         else:
             state_dict, metadata = read_domain_file(path)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import gc
+import zipfile
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.files import FileProblem, prior_content_hash, write_safetensors
+from indomain_guidance.guidance.files import FileProblem, prior_content_hash, read_domain_file, read_generator, write_safetensors
 from indomain_guidance.guidance.networks.unet import timestep_embedding
 from indomain_guidance.training import base as bases
 from indomain_guidance.training.mini_world.assets import load_mini_world
@@ -171,6 +172,10 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
         )
 
 
+def only(tensors, prefix):
+    return {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+
+
 @pytest.mark.parametrize("change, says", [
     (lambda t: without(t, "cond_stage_model."), "with its text encoder clip_l, found none"),
     (lambda t: without(t, "first_stage_model."), "expected an autoencoder"),
@@ -181,12 +186,71 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
     (lambda t: t | {"model.diffusion_model.out.2.bias": torch.full((4,), torch.nan).half()}, "finite weights"),
     (lambda t: t | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "9 input channels"),
     (lambda t: {k.replace("attn2.to_k.weight", "attn2.null_k"): v for k, v in t.items()}, "found a text-free UNet"),
-], ids=["text", "vae", "half vae", "half unet", "missing", "edm", "nan", "inpainting", "text-free"])
+    (lambda t: only(t, "model.diffusion_model."), "found a Stable Diffusion UNet alone; a UNet alone lacks VAE"),
+    (lambda t: {k.removeprefix("model.diffusion_model."): v for k, v in only(t, "model.diff").items()}, "UNet alone"),
+    (lambda t: only(t, "first_stage_model."), "found an autoencoder .VAE.; it is what vae takes"),
+    (lambda t: only(t, "cond_stage_model."), "found a text encoder .CLIP.; give one .safetensors"),
+    (lambda t: t | {"scaled_fp8": torch.zeros(2)}, "checkpoint, scaled fp8; give the same checkpoint in fp16"),
+    (lambda t: t | {"model.diffusion_model.out.2.weight_scale": torch.ones(())}, "scaled fp8; give the same"),
+    (lambda t: t | {"model.diffusion_model.out.2.comfy_quant": torch.ones(3)}, "quantised for ComfyUI; give the same"),
+    (lambda t: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2)} | only(t, "first_stage"),
+     "found a Flux model; flow models cannot be trained here, give one .safetensors"),
+    (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA .kohya's names.; merge it into"),
+    (lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)}, "found a LoRA .PEFT's names.; merge it into"),
+    (lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)}, "found a LoRA .diffusers' names."),
+    (lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)}, "found a UNet in diffusers' layout; convert"),
+    (lambda t: {"controlnet_cond_embedding.conv_in.weight": torch.ones(2)}, "found a ControlNet; give one"),
+    (lambda t: {"synthesis.b4.const": torch.ones(2, 4, 4)}, "found a StyleGAN2 generator; it is what --generator"),
+    (lambda t: {"model.0.weight": torch.ones(2), "model.1.sub.0.RDB1.conv1.0.weight": torch.ones(2)}, "an upscaler"),
+    (lambda t: {"emb_params": torch.ones(2, 768)}, "found a textual inversion embedding; give one"),
+], ids=lambda value: value if isinstance(value, str) else "")
 def test_refuses_what_it_cannot_train(change, says, tiny_checkpoint, tmp_path):
     path = write_safetensors(tmp_path / "prior.safetensors", change(tiny_checkpoint("sd1").tensors))
     with pytest.raises(FileProblem, match=says) as problem:
         bases.open_checkpoint(path)
     assert str(path) in str(problem.value)
+
+
+@pytest.mark.parametrize("name, content, says", [
+    ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+    ("a.safetensors", b"\n<!DOCTYPE html><title>Log in</title>", "a web page"),
+    ("a.safetensors", b'{"error": "Repository not found"}', "JSON text"),
+    ("a.safetensors", b"Access to model is restricted.", "text"), ("a.safetensors", bytes(4096), "nothing but zeros"),
+    ("a.gguf", b"GGUF\3\0\0\0" + bytes(40), "a GGUF file"), ("a.zip", None, "a zip archive"),
+    ("a.ckpt", None, "a zip archive"), ("a.safetensors.part", b"\x40\0\0\0\0\0\0\0{", "an unfinished download"),
+    ("a.safetensors.crdownload", bytes(9), "an unfinished download"), ("a.tar.gz", b"\x1f\x8b\x08\0", "a gzip archive"),
+    ("a.pt", b"<html>", "a web page"), ("a.png", b"\x89PNG\r\n\x1a\n", "a picture"),
+    ("a.onnx", b"\x08\x03\x12\x07pytorch", "an ONNX network"),
+])  # fmt: skip
+def test_files_that_are_no_models_are_called_what_they_are(name, content, says, tmp_path):
+    path = tmp_path / name
+    if content is None:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("model.safetensors", b"x" * 50)
+    else:
+        path.write_bytes(content)
+    for read in (bases.open_checkpoint, read_domain_file, read_generator):
+        with pytest.raises(FileProblem, match=f"expected a model file, found {says}.*; .*[.]$"):
+            read(path)
+
+
+def test_folders_and_unfinished_files_beside_their_control_file(tiny_checkpoint, tmp_path):
+    folder = tmp_path / "sd15"
+    (folder / "unet").mkdir(parents=True)
+    for names, says in (((), "found a folder; name the .safetensors"),
+                        (("unet/diffusion_pytorch_model.safetensors",), "found a folder; name"),
+                        (("model_index.json",), "a folder in diffusers' layout; give the same model")):  # fmt: skip
+        for name in names:
+            (folder / name).write_bytes(b"{}")
+        with pytest.raises(FileProblem, match=says):
+            bases.open_checkpoint(folder)
+    with pytest.raises(FileProblem, match="one network in diffusers' layout"):
+        bases.open_checkpoint(folder / "unet")
+    path = tmp_path / "sd1.safetensors"
+    path.write_bytes(tiny_checkpoint("sd1").path.read_bytes())
+    (tmp_path / "sd1.safetensors.aria2").write_bytes(b"\0")
+    with pytest.raises(FileProblem, match="found an unfinished download"):
+        bases.open_checkpoint(path)
 
 
 def test_refuses_prompts_without_a_tokenizer(tiny_checkpoint, tmp_path):

@@ -18,6 +18,7 @@ from indomain_guidance.guidance.files import (
     write_domain_file,
     write_safetensors,
 )
+from indomain_guidance.guidance.files import tensors
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.guidance.null_text import NullContext, Probes, build_cached, build_constant
 
@@ -152,6 +153,14 @@ def test_refusals_when_reading(prior, tmp_path):
         ),
         (prior, {**metadata, "config": hostile(model_channels=33)}, "cannot be built"),
         (prior, {**metadata, "config": hostile(transformer_depth_middle=10**12)}, "cannot be built"),
+        (
+            prior, {**metadata, "config": hostile(channel_mult=[1] * 9999, num_res_blocks=[0] * 9999,
+                                                  transformer_depth=[], transformer_depth_output=[0] * 9999)},
+            "cannot be built .it has 10000 blocks, in a file of ",
+        ),
+        ({**prior, "scaled_fp8": torch.zeros(2)}, {}, "UNet alone, scaled fp8; use the same model in fp16"),
+        ({"synthesis.b4.const": torch.zeros(2, 4, 4)}, {}, "found a StyleGAN2 generator; load it with Load Generator"),
+        ({"a": torch.zeros(1)}, {"format": "indomain_guidance.generator"}, "found a StyleGAN2 generator; load it with"),
         (prior, {**metadata, "config": hostile(channel_mult=[1, 10**6])}, "expected .* of shape"),
         (prior, {**metadata, "config": hostile(num_heads="8")}, "config cannot be read"),
         (prior, {**metadata, "config": hostile(channel_mult=7)}, "config cannot be read"),
@@ -174,6 +183,26 @@ def test_refusals_when_reading(prior, tmp_path):
         read_domain_file(path)
     with pytest.raises(FileProblem, match="found nothing at this path"):
         read_domain_file(tmp_path / "absent.safetensors")
+
+
+def test_what_does_not_fit_is_refused_before_its_tensors_are_made(prior, tmp_path, monkeypatch):
+    """Tensors without numbers cost the file nothing, and memory a kilobyte each; so do blocks of a configuration."""
+    path, metadata = tmp_path / "a.safetensors", described(SMALL).to_strings()
+    many = {f"input_blocks.{number}.x": torch.empty(0) for number in range(1500)}
+    deep = json.dumps(SMALL.to_dict() | {"transformer_depth_middle": 1400})
+    for change, message in (
+        ({}, "found 0 missing and 1500 unknown"), ({"config": deep}, "it has 1408 blocks, in a file of 1"),
+        ({"format": "other"}, "expected at most 1000 tensors, as models have"),
+    ):
+        write_safetensors(path, {**prior, **many}, {**metadata, **change})
+        with monkeypatch.context() as patched:
+            patched.setattr(tensors, "MOST_TENSORS", 1000)
+            patched.setattr(tensors, "_read_safetensors", None)  # not to be reached
+            with pytest.raises(FileProblem, match=message):
+                read_domain_file(path)
+    monkeypatch.setattr(tensors, "MOST_DESCRIBED", 1000)
+    with pytest.raises(FileProblem, match="header of at most 1000 tensors, found 1"):
+        read_domain_file(path)
 
 
 def test_refusals_when_writing(prior, tmp_path):
