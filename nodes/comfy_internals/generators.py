@@ -37,6 +37,7 @@ FILE_DTYPES = ("fp32", "fp16", "bf16")
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
 PIXELS_AT_ONCE = 2**22
+SHARE_OF_MEMORY = 0.8  # of what is free, that the images of one batch may take
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,6 +236,7 @@ def draw(
     from ...training.memory import is_memory_problem
 
     generator, config = one.generator, one.generator.config
+    _check_room(count, config)
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)
     c = one_hot(label, count, config.c_dim)
     done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // (config.height * config.width)))
@@ -271,6 +273,20 @@ def draw(
             "lower batch_size, free some memory, or use a generator of fewer pixels."
         ) from problem.with_traceback(None)
     return images
+
+
+def _check_room(count: int, config: GeneratorConfig) -> None:
+    """Raise Problem for images that do not fit into main memory together: the system would end ComfyUI without a word."""
+    from ...training.estimate import size_text
+    from ...training.memory import available_memory
+
+    needed = 4 * count * (3 * config.height * config.width + config.c_dim + config.z_dim)
+    room = available_memory() or comfy.model_management.get_free_memory(torch.device("cpu"))
+    if needed > SHARE_OF_MEMORY * room:
+        raise Problem(
+            f"Generator Sample: expected images that fit into memory, found that {count:,} of {in_pixels(config)} each take "
+            f"{size_text(needed)} of the {size_text(room)} that are free; lower batch_size."
+        )
 
 
 def as_image(drawn: Tensor) -> Tensor:

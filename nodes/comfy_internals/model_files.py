@@ -12,6 +12,7 @@ from pathlib import Path
 import folder_paths
 
 from ...guidance.files import FileProblem
+from .allowed_folders import lies_within
 
 MOST_FOLDERS, MOST_CHARACTERS = 4, 240  # of folders in a message, and of them all
 
@@ -113,8 +114,9 @@ def find_model(name: str, folders: Sequence[str], node: str, shipped: Path | Non
         )
     places = [place for folder in folders for place in folder_paths.get_folder_paths(folder) if place != str(shipped)]
     for place in places:
-        link = os.path.join(place, meant[0]) if name and "\0" not in name else place
-        if os.path.islink(link) and not os.path.exists(link):
+        link = os.path.abspath(os.path.join(place, meant[0])) if name and "\0" not in name else place
+        # A name such as ../../x tells nothing of what lies elsewhere.
+        if lies_within(link, [os.path.abspath(place)]) and os.path.islink(link) and not os.path.exists(link):
             raise FileProblem(
                 f"{node}: expected a file named {name!r:.150}, found in {_short(place, 120)} a link to "
                 f"{_short(os.readlink(link), 120)}, where nothing is; put the file back there, or mend the link."

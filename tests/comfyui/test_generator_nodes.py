@@ -135,6 +135,18 @@ def test_batches_that_are_drawn_in_parts_are_the_same(world, call, monkeypatch):
     assert torch.allclose(whole, parts, atol=1e-5)
 
 
+def test_images_that_do_not_fit_into_memory_together_are_refused_before_any_is_drawn(world, call, monkeypatch):
+    one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
+    config = one.generator.config
+    needed = 4 * 64 * (3 * config.height * config.width + config.z_dim)
+    memory = module("training.memory")
+    monkeypatch.setattr(memory, "available_memory", lambda: int(needed / 0.8) + 1)
+    call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=64)
+    monkeypatch.setattr(memory, "available_memory", lambda: int(needed / 0.8) - 1)
+    with pytest.raises(ValueError, match="that 64 of .* px each take .* that are free; lower batch_size"):
+        call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=64)
+
+
 def test_a_device_that_is_full_gets_fewer_images_at_once(world, call, comfyui, monkeypatch):
     one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
     synthesize, sizes = type(one.generator).synthesize, []

@@ -107,6 +107,10 @@ def test_a_link_to_nothing_is_called_so(files, tmp_path):
     text = refusal(files, "far.safetensors")
     assert f"found in {files.second} a link to " in text and "drive/far.safetensors, where nothing is" in text
     assert files.internals.fingerprint("far.safetensors", ("odd",)) == "missing"
+    (tmp_path / "elsewhere").symlink_to(tmp_path / "secret")  # not in a model folder: nobody's to ask about
+    for name in (str(tmp_path / "elsewhere"), os.path.relpath(tmp_path / "elsewhere", files.second)):
+        text = refusal(files, name)
+        assert "secret" not in text and "found none" in text
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive" / "far.safetensors").write_text("x")
     assert files.find("far.safetensors") == files.second / "far.safetensors"
