@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
+from ...guidance.errors import Problem
+
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")  # the only ones that Pillow is let read
 MOST_PIECES = 250_000        # chunks or segments of one file
 MOST_NOTES = 32 * 2**20      # bytes that the entries of a TIFF or EXIF directory take once they are read
@@ -120,7 +122,7 @@ def orientation(exif: bytes, xmp: bytes) -> int:
 class Directory:
     """The first directory of a TIFF file or EXIF block that begins at `start`; nothing of it is copied or unpacked.
 
-    Raises ValueError or struct.error for one that cannot be read.
+    Raises Problem or struct.error for one that cannot be read.
     """
 
     SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
@@ -132,7 +134,7 @@ class Directory:
         self.order = {b"II": "<", b"MM": ">"}.get(data[start : start + 2], "")
         version = self._read("H", start + 2)[0] if self.order else 0
         if version not in (42, 43):
-            raise ValueError("no TIFF")
+            raise Problem("no TIFF")
         offset, number, entry = ("I", "H", "HHI4s") if version == 42 else ("Q", "Q", "HHQ8s")
         self.at = self._read(offset, start + (4 if version == 42 else 8))[0] if at is None else at
         count, at = self._read(number, start + self.at)[0], start + self.at + struct.calcsize(f"<{number}")
