@@ -34,7 +34,7 @@ from ...guidance.files import (
 from ...guidance.networks.unet import UNetConfig
 from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
-from .text_free import TextFree, TextFreePatcher, mixed, module_key, remove_text
+from .text_free import TextFree, mixed, module_key, remove_text, without_text
 
 NODE = "Load Domain UNet"
 FOLDER = "domain_unets"
@@ -260,9 +260,8 @@ def build_unet_model(
     if not disable_dynamic:
         # Newer versions page weights in and out through a subclass of their own.
         patcher_class = getattr(comfy.model_patcher, "CoreModelPatcher", patcher_class)
-    if config.null_text != "none":
-        patcher_class = mixed(TextFreePatcher, patcher_class)
-    return patcher_class(model, load_device=load_device, offload_device=offload_device)
+    patcher = patcher_class(model, load_device=load_device, offload_device=offload_device)
+    return patcher if config.null_text == "none" else without_text(patcher)
 
 
 def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 import comfy.ops
 import torch
 from comfy.ldm.modules import attention
+from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ...guidance.errors import Problem, logger
@@ -182,6 +183,10 @@ class TextFreePatcher:
     Core is told that those weights were taken, or it would log a line for each.
     """
 
+    def clone(self, *args, **kwargs):
+        """As core's, which makes a patcher of another class where weights are no longer to be paged in."""
+        return without_text(super().clone(*args, **kwargs))
+
     def model_state_dict(self, *args, **kwargs) -> dict:
         """As core's, without the names that are there for LoRAs alone."""
         return self._present(super().model_state_dict(*args, **kwargs))
@@ -212,6 +217,13 @@ class TextFreePatcher:
                 "left out.", self.model.indomain_domain.name, len(absent), len(patches), ", ".join(kinds),
             )  # fmt: skip
         return {key: patch for key, patch in patches.items() if key not in absent}, absent
+
+
+def without_text(patcher: ModelPatcher) -> ModelPatcher:
+    """The patcher of a text-free model, told so; after it was made, since a class of core's may make one of another."""
+    if not isinstance(patcher, TextFreePatcher):
+        patcher.__class__ = mixed(TextFreePatcher, type(patcher))
+    return patcher
 
 
 @functools.cache

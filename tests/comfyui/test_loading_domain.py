@@ -458,6 +458,30 @@ def test_cores_model_save_can_be_loaded_again(comfyui, library, write, load, tin
     assert torch.equal(core_eps(load(write(form, "again", weights=weights)), x), core_eps(model, x))
 
 
+def test_a_text_free_model_stays_one_where_core_makes_a_patcher_of_another_class(comfyui, write, load, monkeypatch):
+    """Newer versions page weights in through a class that makes plain patchers on the CPU and for hooks."""
+    plain = comfyui.model_patcher.ModelPatcher
+
+    class Paging(plain):
+        def __new__(cls, model, load_device, offload_device, *args, **kwargs):
+            return plain(model, load_device, offload_device) if load_device.type == "cpu" else super().__new__(cls)
+
+        def clone(self, *args, **kwargs):
+            return plain(self.model, self.load_device, self.offload_device)
+
+    monkeypatch.setattr(comfyui.model_patcher, "CoreModelPatcher", Paging, raising=False)
+    model = load(write("constant"))
+    absent = "diffusion_model.middle_block.1.transformer_blocks.0.attn2.to_k.weight"
+    assert absent in model.model.state_dict()
+    for one in (model, model.clone(), model.clone().clone()):
+        assert absent not in one.model_state_dict() and isinstance(one, plain)
+        assert all(weights for weights in one.get_key_patches("diffusion_model.").values())
+    paged = object.__new__(Paging)
+    plain.__init__(paged, model.model, torch.device("meta"), torch.device("cpu"))
+    mixed = module("nodes.comfy_internals.text_free").without_text(paged)
+    assert isinstance(mixed, Paging) and absent not in mixed.clone().model_state_dict()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_what_core_may_ask_of_its_attention_tomorrow_is_there(comfyui, write, load, form, monkeypatch):
     attention = importlib.import_module("comfy.ldm.modules.attention")
