@@ -33,6 +33,7 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 INDEX = "content-index.jsonl"  # in the cache folder
 POSTERIORS = ("sample", "mean")
 MOST_MEMORY = 8 * 2**30  # bytes of latents kept in memory, or a quarter of the machine's, whichever is less
+MOST_WAITING = 2**29     # bytes of pixels that wait to be encoded, unless a single image has more
 LOOKS = 64               # files between two looks at should_stop while reading
 BATCH_AREA = 512 * 512   # pixels of an image up to which a whole batch is encoded at once
 
@@ -489,7 +490,9 @@ class _Filling:
         start = len(jobs) * turn // max(turns, 1)
         pending: dict[Size, list[tuple[_Record, _Picture, Tensor]]] = defaultdict(list)
         jobs = jobs[start:] + jobs[:start]
-        made = in_order(self._make, jobs, self.workers, self.should_stop)
+        largest = max((len(lacking) * record.size[0] * record.size[1] for record, lacking in jobs), default=1)
+        ahead = MOST_WAITING // (3 * 4 * largest)
+        made = in_order(self._make, jobs, self.workers, self.should_stop, ahead)
         with _stops(self.done, self.total), closing(made) as results:
             for record, made in results:
                 if self.should_stop():

@@ -25,14 +25,17 @@ def in_order(
     items: Iterable[Item],
     workers: int | None = None,
     should_stop: Callable[[], bool] | None = None,
+    ahead: int | None = None,
 ) -> Iterator[Result]:
-    """`map` in threads, with at most two results per thread waiting, so that memory stays bounded.
+    """`map` in threads, with at most `ahead` results waiting (None: two per thread), so that memory stays bounded.
 
     An exception of `function` comes out where its result would have. When the caller stops early, work that has not
     begun is dropped. should_stop is asked while a result is waited for; Cancelled is raised at once when it says so,
     and what the threads are at is left to end by itself.
     """
     workers = workers or default_workers()
+    ahead = 2 * workers if ahead is None else max(1, min(ahead, 2 * workers))
+    workers = min(workers, ahead)
     waiting: deque[Future[Result]] = deque()
     pool = ThreadPoolExecutor(workers, thread_name_prefix="images")
     cancelled = False
@@ -47,7 +50,7 @@ def in_order(
     try:
         for item in items:
             waiting.append(pool.submit(function, item))
-            if len(waiting) > 2 * workers:
+            if len(waiting) > ahead:
                 yield first()
         while waiting:
             yield first()

@@ -44,8 +44,7 @@ class NoShard(Exception):
 def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
     """(the plain files whose bytes are all there, what is wrong: "" for a sound shard).
 
-    The fault says after how many members, folders and links counted. Raises NoShard, OSError, and what `Watch.look`
-    does.
+    The fault says after how many members, folders and links counted. Raises NoShard, OSError, Cancelled.
     """
     found: list[Member] = []
     with open_plain(path) as file:
@@ -89,7 +88,7 @@ class _Headers:
     def __iter__(self) -> Iterator[Member]:
         name, size, sparse = None, None, False  # what headers before a member say of it
         for number in range(MOST_HEADERS):
-            self.watch.look()
+            self.watch.ask()
             header = self._header(number)
             if header is None:
                 if name is not None or size is not None:
@@ -151,7 +150,7 @@ class _Headers:
     def _pass_sparse_map(self, header: bytes) -> None:
         more = header[482]
         while more:
-            self.watch.look()
+            self.watch.ask()
             block = self.file.read(BLOCK)
             if len(block) < BLOCK:
                 raise _Damage("is cut off after {}; copy it again")

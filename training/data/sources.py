@@ -221,6 +221,11 @@ def _not_there(place: Path, watch: Watch) -> str:
     return f"{text}nothing there, but {other}; write it so." if other else f"{text}nothing there; check the path."
 
 
+def _label(name: object) -> str:
+    """What to call a file in messages: in one line, whatever its name holds."""
+    return printable(name, LONGEST_NAME).replace("\n", "\\n")
+
+
 def _unwanted(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
@@ -248,14 +253,14 @@ def _search_folder(root: Path, found: Found, seen: set[str], watch: Watch) -> No
 def _miss(path: Path, fault: str, found: Found) -> None:
     """Tell of what is not there to look at; what its name says to be no image is ignored as if it were."""
     if ending(path.name) in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
-        found.skipped.append((str(path), fault))
+        found.skipped.append((_label(path), fault))
     else:
         found.ignored[ending(path.name)] += 1
 
 
 def _search_file(path: Path, name: str, found: Found, seen: set[str], watch: Watch) -> None:
     """Add a file that may be an image or a shard; name: what to call it."""
-    kind, place = ending(path.name), str(path)
+    kind, place = ending(path.name), _label(path)
     if kind in PACKED:
         found.skipped.append((place, "is a packed archive, and only folders and .tar are read; unpack it first"))
         return
@@ -270,7 +275,7 @@ def _search_file(path: Path, name: str, found: Found, seen: set[str], watch: Wat
         if kind == SHARD:
             _search_shard(path, name, found, watch)
         else:
-            found.entries.append(ImageEntry(printable(name, LONGEST_NAME), path, path.stat().st_size))
+            found.entries.append(ImageEntry(_label(name), path, path.stat().st_size))
     except NoShard as error:
         found.skipped.append((place, f"is no uncompressed tar of images but {error}; make it again"))
     except OSError as error:
@@ -281,7 +286,7 @@ def _search_shard(path: Path, name: str, found: Found, watch: Watch) -> None:
     """Add a shard's images in the order they are in. Raises NoShard, OSError."""
     plain, fault = members(path, watch)
     if fault:
-        found.skipped.append((str(path), fault))
+        found.skipped.append((_label(path), fault))
     wanted = [member for member in plain if not any(map(_unwanted, _parts(member.name)))]
     latest = {member.name: member for member in wanted}  # as unpacking leaves a name that was added again
     chosen = _one_per_key(list(latest.values()))
@@ -289,7 +294,7 @@ def _search_shard(path: Path, name: str, found: Found, watch: Watch) -> None:
         if latest[member.name] is not member:
             found.ignored["replaced by a later one of their name"] += 1
         elif member.name in chosen and chosen[member.name] is member:
-            label = printable(f"{name}!{member.name}", LONGEST_NAME)
+            label = _label(f"{name}!{member.name}")
             found.entries.append(ImageEntry(label, path, member.size, member.offset, True))
         elif ending(member.name) not in SUFFIXES:
             found.ignored[ending(member.name)] += 1

@@ -40,6 +40,7 @@ class Watch:
     should_stop: Callable[[], bool] | None = None
     within: Sequence[str | os.PathLike] | None = None
     looked: int = 0
+    asked: int = 0
     most: int = MOST_LOOKED
 
     def __post_init__(self) -> None:
@@ -48,14 +49,19 @@ class Watch:
 
     def look(self) -> None:
         """Count a file or folder. Raises Cancelled when somebody asked to, DataProblem when there is no end of them."""
-        if self.looked % LOOKS == 0 and self.should_stop is not None and self.should_stop():
-            raise Cancelled
+        self.ask()
         self.looked += 1
         if self.looked > self.most:
             raise DataProblem(
                 f"Expected at most {self.most:,} files and folders to look at, found more; name folders closer to the "
                 "images."
             )
+
+    def ask(self) -> None:
+        """Ask whether to stop, not each time. Raises Cancelled."""
+        if self.asked % LOOKS == 0 and self.should_stop is not None and self.should_stop():
+            raise Cancelled
+        self.asked += 1
 
     def allows(self, path: str | os.PathLike) -> bool:
         """Whether a file or folder lies inside the bounds, links resolved."""

@@ -113,3 +113,21 @@ def test_the_fingerprint_changes_with_every_change(tmp_path):
     touch(tmp_path / "set/.hidden/5.png"), touch(tmp_path / "elsewhere/6.png")
     assert not new()
     assert fingerprint([str(tmp_path / "set/*.png")]) != fingerprint([str(tmp_path / "set/1.png")])
+
+
+def test_names_of_several_lines_are_told_in_one(tmp_path):
+    touch(tmp_path / "a\n\x1b[31mb.png"), touch(tmp_path / "c\nd.tar", b"no tar")
+    found = search([tmp_path])
+    assert [entry.name for entry in found.entries] == ["a\\n\\x1b[31mb.png"] and found.entries[0].read() == b"x"
+    assert [name for name, _ in found.skipped] == [f"{tmp_path}/c\\nd.tar"]
+
+
+def test_names_that_windows_and_macs_write_are_pictures_too(tmp_path):
+    """Capital letters, spaces and dots at the end, names that are no UTF-8, and the rarer endings of JPEG and AVIF."""
+    names = ["A.PNG", "a.png", "b.png ", "c.jpg.", "d.jpe", "e.JFIF", "f.avif", os.fsdecode(b"\xff.png"), "e\u0301.png"]
+    for name in names:
+        touch(tmp_path / name)
+    found = search([tmp_path])
+    assert len(found.entries) == len(names) and not found.ignored and not found.skipped
+    assert all(entry.name.isprintable() and entry.read() == b"x" for entry in found.entries)
+    assert len(fingerprint([tmp_path])) == 64
