@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
+from ..guidance.errors import printable
 from .adapt_config import configuration_kind
 from .events import Caching, Event, Started, Step, Stopped, Warned, describe
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 # A log file gets a line this often instead of a moving bar.
 QUIET_SECONDS = 15.0
+MOST_AT_ONCE = 20_000  # characters, such as all settings with many folders of images
 
 
 class Console:
@@ -107,12 +109,13 @@ class Console:
 
     def _say(self, text: str, always: bool = False) -> None:
         if not self._quiet or always:
-            self._write(self._cleared() + text + "\n")
+            self._write(self._cleared() + printable(text, MOST_AT_ONCE) + "\n")
 
     def _progress(self, text: str, last: bool) -> None:
         """The one line that moves; where nothing can move, a line now and then."""
         if self._quiet:
             return
+        text = printable(text)
         if self._moving:
             with suppress(OSError, ValueError):
                 text = text[: os.get_terminal_size(self._errors.fileno()).columns - 1]
