@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from ..guidance.errors import printable
 from ..guidance.files import FileProblem
 from ..guidance.files.inert_pickle import Refused
 from ..guidance.files.tensors import torch_reads_safely
@@ -118,7 +119,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         raise kind(f"{path}: cannot be read as a checkpoint ({error}).") from None
     if type(state) is not dict or state.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found something else.")
-    if state.get("version") != VERSION:
+    if type(state.get("version")) is not int or state["version"] != VERSION:
         raise CheckpointProblem(
             f"{path}: expected a checkpoint of version {VERSION}, found {state.get('version')}; resume with the "
             "program that wrote it."
@@ -127,6 +128,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
     wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
+    for name, kind in {"weights": torch.Tensor, "facts": str}.items():
+        if name not in wrong and not all(isinstance(one, kind) for one in state[name].values()):
+            wrong.append(name)
     if wrong or state["step"] < 0:
         name = wrong[0] if wrong else "step"
         raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found another {name} than it writes.")
@@ -200,7 +204,9 @@ def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     """The facts that changed, as text ("torch 2.5.0 -> 2.6.0, threads 4 -> 8"); empty when none did."""
     names = dict.fromkeys([*before, *now])
     changed = [name for name in names if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} {before.get(name, 'unknown')} -> {now.get(name, 'unknown')}" for name in changed)
+    return printable(
+        ", ".join(f"{name} {before.get(name, 'unknown')} -> {now.get(name, 'unknown')}" for name in changed), 200
+    )
 
 
 def _is_whole(path: Path) -> bool | None:

@@ -286,7 +286,7 @@ def _end_of(entry: Any) -> int:
     """Where a tensor's numbers end, counted from the header. Raises Problem for what describes no tensor."""
     numbers = [entry.get("shape"), entry.get("data_offsets")] if isinstance(entry, dict) else []
     if not numbers or not isinstance(entry.get("dtype"), str) or not all(
-        isinstance(row, list) and all(type(one) is int and one >= 0 for one in row) for row in numbers
+        isinstance(row, list) and all(type(one) is int and 0 <= one < 2**63 for one in row) for row in numbers
     ) or len(numbers[1]) != 2:  # fmt: skip
         raise Problem("a tensor that is not described by dtype, shape and data_offsets")
     return numbers[1][1]

@@ -189,11 +189,19 @@ def test_a_torch_with_known_holes_reads_no_checkpoint_and_passes_none_over(tmp_p
 @pytest.mark.parametrize("changes, name", [
     ({"step": "1"}, "step"), ({"step": -1}, "step"), ({"step": True}, "step"), ({"config": ["base"]}, "config"),
     ({"facts": None}, "facts"), ({"weights": 3}, "weights"), ({"average": "x"}, "average"), ({"dataset": 0}, "dataset"),
-    ({"optimizer": []}, "optimizer"), ({"prior": None}, "prior"),
+    ({"optimizer": []}, "optimizer"), ({"prior": None}, "prior"), ({"weights": {"a": None}}, "weights"),
+    ({"weights": {"a": torch.ones(2), "b": "x"}}, "weights"), ({"facts": {"threads": 2}}, "facts"),
 ])  # fmt: skip
 def test_a_state_of_other_types_is_no_checkpoint(tmp_path, changes, name):
     path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), **changes})
     with pytest.raises(checkpoints.DamagedCheckpoint, match=f"found another {name} than it writes"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("version", [2, "1", True, torch.zeros(3), None])
+def test_another_version_is_told(tmp_path, version):
+    path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), "version": version})
+    with pytest.raises(CheckpointProblem, match="expected a checkpoint of version 1, found"):
         load_checkpoint(path)
 
 
@@ -254,6 +262,7 @@ def test_facts_that_change_are_named():
     assert facts["torch"] == torch.__version__ and facts["processes"] == "2" and facts["device"] == "cpu"
     assert different_facts(facts, dict(facts)) == ""
     assert different_facts({**facts, "threads": "64"}, facts) == f"threads 64 -> {facts['threads']}"
+    assert len(different_facts({"threads": "x" * 100_000}, {})) <= 200
 
 
 def test_one_run_at_a_time_in_a_folder(tmp_path):

@@ -107,6 +107,7 @@ def test_each_fault_has_its_sentence(tmp_path):
         struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header (more than 64 lists",
         header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}): "not described by dtype, shape",
         header({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
