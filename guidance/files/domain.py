@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -286,11 +286,11 @@ def _marked_prediction(keys: list[str], metadata: Mapping[str, str]) -> str | No
     return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(stated)
 
 
-def prior_content_hash(state_dict: Mapping[str, Tensor]) -> str:
+def prior_content_hash(state_dict: Mapping[str, Tensor], between: Callable[[], None] = lambda: None) -> str:
     """SHA-256 (hex) over sorted key, shape and fp16 bytes of the UNet's tensors, prefix and other parts ignored.
 
-    So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16. Raises ValueError where there is
-    no UNet to hash.
+    So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16. between is called before each
+    tensor; what it raises ends the hashing, which takes seconds for each GB. Raises Problem where there is no UNet to hash.
     """
     digest = hashlib.sha256()
     unet = strip_unet_prefix(state_dict)
@@ -298,6 +298,7 @@ def prior_content_hash(state_dict: Mapping[str, Tensor]) -> str:
         found = next(iter(state_dict), "none")
         raise Problem(f"Prior: expected the weights of a UNet in LDM layout to hash, found keys such as {found}.")
     for key in sorted(unet):
+        between()
         tensor = unet[key]
         digest.update(f"{key}\n{','.join(str(size) for size in tensor.shape)}\n".encode())
         half = tensor.detach().to(device="cpu", dtype=torch.float16).contiguous()

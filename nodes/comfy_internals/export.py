@@ -224,7 +224,8 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         raise Problem(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
     y = vector_conditioning(model, context.pooled, probe_side_px)
     weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
-    prior_hash = prior_content_hash(weights)
+    cancelled = comfy.model_management.throw_exception_if_processing_interrupted
+    prior_hash = prior_content_hash(weights, cancelled)
 
     comfy.model_management.load_models_gpu([model])
     prior = CoreUNet(model)

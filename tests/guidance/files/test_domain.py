@@ -234,3 +234,13 @@ def test_prior_content_hash(prior):
     assert prior_content_hash(changed) != expected
     with pytest.raises(ValueError, match="found keys such as encoder.x"):
         prior_content_hash({"encoder.x": torch.zeros(1)})
+    asked: list[int] = []
+
+    def cancel() -> None:
+        asked.append(1)
+        if len(asked) == 3:
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        prior_content_hash(prior, cancel)
+    assert len(asked) == 3
