@@ -180,3 +180,24 @@ def test_shaping_of_or_by_no_term(server, graphs, inputs, node_type, word):
 def test_two_terms_of_one_name(server, graphs):
     prompt = graphs.multi_guidance([{"name": "same", "model": ["domain", 0]}, {"name": "same", "model": ["domain", 0]}])
     assert "same" in message_of(server, prompt, "InDomainMultiGuidanceGuider")
+
+
+@pytest.mark.parametrize("literal", ["abc", 5, None, ["a", "b", "c"], {"samples": 1}], ids=repr)
+@pytest.mark.parametrize("socket", ["prior", "positive", "latent_image"])
+def test_a_literal_where_a_link_should_be(server, graphs, socket, literal):
+    # Core sends on whatever stands in a prompt; some of it newer versions refuse before anything runs.
+    prompt = graphs.in_domain(seed=next(SEEDS))
+    prompt["sample"]["inputs"][socket] = literal
+    with pytest.raises((ExecutionFailed, PromptRejected)) as caught:
+        server.client.run(prompt)
+    if isinstance(caught.value, ExecutionFailed):
+        assert f"expected {socket} to be a" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_picture_that_is_too_small_for_the_models(server, graphs):
+    prompt = graphs.in_domain(seed=next(SEEDS))
+    prompt["latent"]["inputs"].update(width=16, height=16)
+    try:
+        server.client.run(prompt)
+    except ExecutionFailed as failure:  # what torch cannot do is told as ours
+        assert "Expected a latent that is large enough for its models, got [2, 2] pixels" in str(failure)
