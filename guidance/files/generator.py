@@ -262,6 +262,11 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
                 f"{path}: expected a StyleGAN2 generator, found {family[0]}; {family[1]} (reading stopped at "
                 f"{problem})."
             ) from None
+        if b"_modules" in data and b"torch_utils" not in data:
+            raise FileProblem(
+                f"{path}: expected a StyleGAN2 network pickle, found a whole module, which only the code that saved it "
+                f"can read ({problem}); save its state_dict() there with torch.save."
+            ) from None
         raise FileProblem(
             f"{path}: expected a StyleGAN2 network pickle, found {problem}; nothing of it was executed, use the "
             "original file from its authors."
@@ -274,7 +279,13 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
 
 
 def _read_torch(path: Path) -> LoadedGenerator:
-    content = load_checkpoint(path, "use the original file from its authors")
+    try:
+        content = load_checkpoint(path, "use the original file from its authors")
+    except FileProblem as problem:
+        family = recognise(names_part(path)) if "found a whole module" in str(problem) else None
+        if family is None:
+            raise
+        raise FileProblem(f"{path}: expected a StyleGAN2 generator, found {family[0]}; {family[1]}.") from None
     stated = {"format": content.get("format")} if isinstance(content, Mapping) else {}
     loaded = _read_content(path, content, GeneratorMetadata(name=path.stem, class_name="Generator"), stated)
     digest = hashlib.sha256()

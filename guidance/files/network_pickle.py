@@ -35,6 +35,7 @@ OTHER_FAMILIES = (
     (b"pg_modules", "a StyleGAN-XL or Projected GAN network", "only StyleGAN2 generators are read"),
     (b"TriPlaneGenerator", "an EG3D network (three-dimensional, tri-plane)", "only StyleGAN2 generators are read"),
     (b"training.volumetric_rendering", "an EG3D network", "only StyleGAN2 generators are read"),
+    (b"networks.generator", "a StyleGAN-T network", "only StyleGAN2 generators are read"),
     (b"SynthesisInput", "a StyleGAN3 network (Fourier features)", "only StyleGAN2 generators are read"),
 )  # fmt: skip
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NODE = "Load Generator"
 FOLDER = "generators"
 SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "generators"
-EXTENSIONS = {".safetensors", ".pkl", ".pt"}
+EXTENSIONS = {".safetensors", ".pkl", ".pt", ".pth"}
 FILE_DTYPES = ("fp32", "fp16", "bf16")
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.

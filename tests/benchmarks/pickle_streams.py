@@ -567,6 +567,10 @@ def attacks() -> dict[str, tuple[bytes, str]]:
             state("synthesis", _modules={"input": persistent("SynthesisInput", {})}), "found a StyleGAN3 network"),
         "StyleGAN-XL": (
             dump({"G_ema": persistent("SuperresGenerator", {"_parameters": {}})}), "found a StyleGAN-XL network"),
+        "StyleGAN-T": (top(Call(Name("networks.generator", "Generator"), (), new=True)), "found a StyleGAN-T network"),
+        "another module": (
+            dump({"G_ema": Call(Name("model", "Generator"), (), new=True, state={"_modules": {}})}),
+            "found a whole module"),
         "Projected GAN": (top(Call(Name("pg_modules.discriminator", "ProjectedDiscriminator"), (), new=True)),
                           "found a StyleGAN-XL or Projected GAN network"),
         "EG3D": (

@@ -58,16 +58,18 @@ def call(world):
 
 
 def test_the_folder_lists_generators_only_and_what_is_shipped(world):
-    for name in ("a.pkl", "b.pt", "c.safetensors", "readme.txt", "d.ckpt"):
+    for name in ("a.pkl", "b.pt", "c.safetensors", "e.pth", "readme.txt", "d.ckpt"):
         (world.folder / name).write_bytes(b"x")
-    assert set(world.internals.list_generators()) == {"a.pkl", "b.pt", "c.safetensors", "shipped.safetensors"}
+    assert set(world.internals.list_generators()) == {
+        "a.pkl", "b.pt", "c.safetensors", "e.pth", "shipped.safetensors",
+    }  # fmt: skip
     assert world.internals.generator_folder() == world.folder
     # An extra_model_paths.yaml that named the folder already keeps its place.
     world.folder_paths.folder_names_and_paths["generators"] = ([str(world.tmp / "mine")], set())
     world.internals.register_generator_folder()
     assert world.internals.generator_folder() == world.tmp / "mine"
     paths, extensions = world.folder_paths.folder_names_and_paths["generators"]
-    assert len(paths) == 3 and extensions == {".safetensors", ".pkl", ".pt"}
+    assert len(paths) == 3 and extensions == {".safetensors", ".pkl", ".pt", ".pth"}
 
 
 def test_a_loaded_generator_can_be_adapted_and_says_what_it_is(world, call):
@@ -103,6 +105,22 @@ def test_images_are_the_generators_own_for_nvidias_seeds(world, call):
     assert float((images[0] - images[1]).abs().mean()) > 1e-3
     mean, _ = call("GeneratorSample", generator=one, seed=1, truncation=0.0, batch_size=2)
     assert torch.equal(mean[0], mean[1])
+
+
+def test_pictures_that_are_not_square(world, call):
+    from indomain_guidance.guidance.files import write_generator
+    from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+
+    config = GeneratorConfig(16, (6, 5, 4), z_dim=5, w_dim=7, mapping_layers=2, first_size=(4, 2))
+    write_generator(world.folder / "tall.safetensors", random_generator(config, 0))
+    one, shown = call("LoadGenerator", generator_name="tall.safetensors")
+    assert "8 x 16 px" in shown["text"][0]
+    images, _ = call("GeneratorSample", generator=one, seed=3, batch_size=2, truncation=1.0)
+    z = world.internals.latents_of_seeds([3, 4], 5)
+    assert images.shape == (2, 16, 8, 3)
+    assert torch.allclose(images, world.internals.as_image(one.generator(z)), atol=1e-6)
+    blend, _ = call("BlendGenerators", source=one, adapted=one, amount=0.5)
+    assert torch.allclose(blend.generator(z), one.generator(z), atol=1e-5)
 
 
 def test_a_seed_is_one_picture_in_the_node_the_grid_and_the_command(world, call):

@@ -134,3 +134,7 @@ def test_what_does_not_fit_is_refused(tiny_adaptation, tmp_path, changes, world,
     without = tiny_adaptation.tiny_generator(use_noise=False)
     with pytest.raises(ConfigProblem, match="noise: expected a generator with noise inputs"):
         check_generator(tiny_adaptation.tiny_config(tmp_path, noise="random"), without)
+    tall = tiny_adaptation.tiny_generator(first_size=(4, 2))
+    assert fixed_picture(tall, "cpu").shape == (1, 3, 16, 8)
+    with pytest.raises(ConfigProblem, match="generator: expected one of square images, .* found 8 x 16 px"):
+        check_generator(tiny_adaptation.tiny_config(tmp_path), tall)

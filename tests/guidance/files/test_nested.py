@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -144,12 +146,18 @@ class Whole(torch.nn.Module):
         self.layer = torch.nn.Linear(2, 2)
 
 
-def test_whole_modules_are_called_so(tmp_path):
+def test_whole_modules_are_called_so(tmp_path, monkeypatch):
     path = tmp_path / "a.pt"
     for new in (True, False):
         torch.save({"g_ema": Whole()}, path, _use_new_zipfile_serialization=new)
         with pytest.raises(FileProblem, match="found a whole module, which only the code .*save its state_dict"):
             read_generator(path)
+    monkeypatch.setattr(Whole, "__module__", "networks.generator")
+    monkeypatch.setitem(sys.modules, "networks", types.SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "networks.generator", types.SimpleNamespace(Whole=Whole))
+    torch.save({"G_ema": Whole()}, path)
+    with pytest.raises(FileProblem, match="found a StyleGAN-T network; only StyleGAN2"):
+        read_generator(path)
 
 
 def test_basicsr_files_give_basicsrs_images(tmp_path, relative_error, monkeypatch):
