@@ -127,6 +127,13 @@ def moved(conditioning, share: float) -> list:
     return [[context.clone() + share * context.norm() / noise.norm() * noise, options]]
 
 
+@pytest.mark.parametrize("name", ["domain", "vae", "tokenizer", "output", "export_to", "generator", "base", "device"])
+def test_a_prompt_cannot_put_paths_where_the_options_node_is_connected(world, adapt, name):
+    with pytest.raises(ValueError, match=f"expected what In-Domain Adapt Options gives, found '{name}'"):
+        adapt(options={name: str(world.tmp / "elsewhere")})
+    assert not any((world.tmp / "output").rglob("*"))
+
+
 def test_conditionings_are_told_apart_and_known_again(world, mini):
     same_prompt = module("training.adapt_config").same_prompt
 
