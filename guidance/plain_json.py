@@ -40,9 +40,7 @@ def parse_json(text: str | bytes, most: int = MOST_BYTES) -> Any:
     if openings > MOST_NESTED or openings + text.count(",") > MOST_VALUES:
         check_nesting(_outside_texts(text))
     try:
-        return json.loads(
-            text, object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction, parse_constant=_constant
-        )
+        return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise Problem(f"{error.msg} in line {error.lineno}, column {error.colno}") from None
 
@@ -97,3 +95,8 @@ def _fraction(digits: str) -> float:
 
 def _constant(name: str) -> float:
     raise Problem(f"{name}, which is no number in JSON; write a finite one")
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=_whole, parse_float=_fraction, parse_constant=_constant
+)
