@@ -11,6 +11,7 @@ from pathlib import Path
 from ..guidance.files import FileProblem
 
 NAME = ".lock"
+TRIES = 20  # at a lock whose folder others take away; some network drive may never call two looks at a file one
 # What an operating system answers when another process holds the lock.
 HELD = (errno.EACCES, errno.EAGAIN, errno.EDEADLK)
 
@@ -28,31 +29,37 @@ def locked(folder: Path, name: str = NAME) -> Iterator[None]:
     network shares) are used without one.
     """
     made: list[Path] = []
-    handle = None
+    for last in (False,) * TRIES + (True,):
+        made += _missing(folder)
+        handle = _open(folder, name)
+        held = _try_lock(handle, folder)
+        if last or _is_at(handle, folder / name):
+            break
+        os.close(handle)  # whoever held it has just taken the folder away
     try:
-        while handle is None:
-            made += _missing(folder)
-            handle = _open(folder, name)
-            try:
-                _lock(handle)
-            except OSError as error:
-                if error.errno in HELD:
-                    raise Busy(
-                        f"{folder}: another process is training in this folder; wait for it, or choose another name or "
-                        "output."
-                    ) from error
-            if not _is_at(handle, folder / name):  # whoever held it has just taken the folder away
-                os.close(handle)
-                handle = None
         yield
     finally:
-        if handle is not None:
-            if os.name == "posix":  # while it is locked: nobody else can have begun to use it
-                _remove_if_alone(folder, name, made)
-            with suppress(OSError):
-                os.close(handle)  # lets go of the lock
-            if os.name != "posix":  # where a file that is open cannot be removed
-                _remove_if_alone(folder, name, made)
+        mine = made if held else []
+        if os.name == "posix":  # while it is locked: nobody else can have begun to use it
+            _remove_if_alone(folder, name, mine)
+        with suppress(OSError):
+            os.close(handle)  # lets go of the lock
+        if os.name != "posix":  # where a file that is open cannot be removed
+            _remove_if_alone(folder, name, mine)
+
+
+def _try_lock(handle: int, folder: Path) -> bool:
+    """Whether the lock is held now; not on file systems without locks. Raises Busy, with the file closed."""
+    try:
+        _lock(handle)
+    except OSError as error:
+        if error.errno not in HELD:
+            return False
+        os.close(handle)
+        raise Busy(
+            f"{folder}: another process is training in this folder; wait for it, or choose another name or output."
+        ) from error
+    return True
 
 
 def _missing(folder: Path) -> list[Path]:
@@ -72,6 +79,9 @@ def _open(folder: Path, name: str) -> int:
 
 
 def _is_at(handle: int, path: Path) -> bool:
+    """Whether a lock's file still is what lies at its path; nothing else can be where open files cannot be removed."""
+    if os.name != "posix":
+        return True
     try:
         return os.path.samestat(os.fstat(handle), os.stat(path))
     except OSError:

@@ -97,3 +97,15 @@ def test_nothing_to_order_is_an_error():
     for groups, batch in (([[]], 2), ([[1]], 0)):
         with pytest.raises(ValueError, match="Expected images"):
             BatchPlan(0, groups, batch)
+
+
+def test_accumulation_sees_as_many_images_a_step_and_each_as_often_but_in_another_order():
+    """What the guide promises of batch 1 x accumulation 4 in place of batch 4."""
+    groups = [list(range(12)), list(range(12, 20))]
+    wide, narrow = BatchPlan(7, groups, 4), BatchPlan(7, groups, 1, 4)
+    for epochs in (1, 2, 3):
+        for plan in (wide, narrow):
+            steps = [plan.batch_for(step).indices for step in range(5 * epochs)]
+            assert {len(step) for step in steps} == {4}
+            assert Counter(index for step in steps for index in step) == Counter(list(range(20)) * epochs)
+    assert [wide.batch_for(step).indices for step in range(5)] != [narrow.batch_for(step).indices for step in range(5)]
