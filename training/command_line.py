@@ -267,6 +267,7 @@ def _resume(options: argparse.Namespace) -> int:
         options.memory_full = MEMORY_FULL_ADAPTING
     given = _given(options, {**field_kinds(), **kinds_of(AdaptConfig)})
     config = _usage(lambda: kind.read(settings, **given, output=str(folder)))
+    _usage(config.check_files)
     return _learn(config, options, True if _has_saved(folder, config.name) else "auto")
 
 

@@ -39,6 +39,10 @@ WORDS_OF_JSON = {"True", "False", "None", "{}", "[]"}
 LONGEST_NAME = 200
 
 
+# Fields that name a model's file.
+MODELS = ("base", "generator", "domain", "vae")
+
+
 class ConfigProblem(Problem):
     """A configuration that cannot be trained, in one sentence that names the field."""
 
@@ -123,6 +127,16 @@ class Settings:
                 changes[one.name] = parts if isinstance(value, tuple) else parts[0]
         changes["output"] = changes["output"] or os.path.abspath(self.run_folder)
         return self.with_changes(**changes)
+
+    def check_files(self) -> None:
+        """Raise ConfigProblem where a model's file that a run began with is not where it was."""
+        for one in dataclasses.fields(self):
+            path = getattr(self, one.name)
+            if one.name in MODELS and path and not _is_name(one, path) and not os.path.exists(meant_path(path)):
+                raise ConfigProblem(
+                    f"{one.name}: expected the file that the run began with, found nothing at {path}; if it was moved, "
+                    f"say where it is with --{one.name}."
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values, tuples as lists; `from_mapping` inverts it."""
@@ -232,10 +246,15 @@ def _checked_text(one: dataclasses.Field, text: str) -> str:
     return text
 
 
-def _absolute(one: dataclasses.Field, path: str) -> str:
+def _is_name(one: dataclasses.Field, path: str) -> bool:
+    """Whether a value of a path is one of those that are none."""
     names = one.metadata.get("names", ())
+    return any(path == name or (name.endswith(":") and path.startswith(name)) for name in names)
+
+
+def _absolute(one: dataclasses.Field, path: str) -> str:
     bare = path.strip()
-    if not bare or any(bare == name or (name.endswith(":") and bare.startswith(name)) for name in names):
+    if not bare or _is_name(one, bare):
         return bare
     meant = meant_path(path)
     if is_of_windows(path) and not os.path.lexists(meant):

@@ -176,6 +176,18 @@ def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_pa
     assert status == 2 and "config.json" in err
 
 
+def test_resume_says_which_file_of_a_run_was_moved(started, tmp_path):
+    base = tmp_path / "sd15.safetensors"
+    TrainConfig(str(base), ("/images",), "porcelain").write_json(tmp_path / "config.json")
+    status, _, err = run("resume", tmp_path)
+    assert status == 2 and f"base: expected the file that the run began with, found nothing at {base}" in err
+    assert "say where it is with --base" in err and not started
+    (tmp_path / "moved.safetensors").touch()
+    assert run("resume", tmp_path, "--base", tmp_path / "moved.safetensors")[0] == 0
+    base.symlink_to(tmp_path / "gone")
+    assert run("resume", tmp_path)[0] == 2
+
+
 @pytest.mark.parametrize("left", ["checkpoints/step-000250.ckpt", "porcelain.safetensors", "log.jsonl"])
 def test_resume_never_begins_a_run_anew_that_had_saved_something(started, tmp_path, left):
     TrainConfig("mini_world", ("/images",), "porcelain").write_json(tmp_path / "config.json")

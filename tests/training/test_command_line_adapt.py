@@ -94,7 +94,11 @@ def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_
 
 
 def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
-    AdaptConfig("g.pkl", "mini_world", "a cat", name="cat", output="/elsewhere").write_json(tmp_path / "config.json")
+    generator = tmp_path / "g.pkl"
+    AdaptConfig(generator, "mini_world", "a cat", name="cat", output="/elsewhere").write_json(tmp_path / "config.json")
+    status, _, err = run("resume", tmp_path)
+    assert status == 2 and "found nothing at" in err and "say where it is with --generator" in err
+    generator.touch()
     assert run("resume", tmp_path, "--steps", "8", "--sample-truncation", "0.5")[0] == 0
     config, keywords = started[0]
     assert (config.name, config.output, config.steps, config.sample_truncation) == ("cat", str(tmp_path), 8, 0.5)
