@@ -30,6 +30,7 @@ PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 SAFE_PICKLE_TORCH = (2, 10)
 HEADER_LIMIT = 2**25  # bytes; the format allows 100 million, models have thousands, and notes in them a few million
 MOST_DESCRIBED = 50_000  # tensors of a header that is parsed; the largest language models have as many
+MOST_DIMENSIONS = 64  # of a tensor, torch's own limit
 MOST_TENSORS = 20_000  # of one file that are made: each takes a kilobyte, even without numbers; SDXL has 2,500
 _SEARCHED = 2**24  # bytes of a checkpoint that hold its names
 
@@ -289,6 +290,8 @@ def _end_of(entry: Any) -> int:
         isinstance(row, list) and all(type(one) is int and 0 <= one < 2**63 for one in row) for row in numbers
     ) or len(numbers[1]) != 2:  # fmt: skip
         raise Problem("a tensor that is not described by dtype, shape and data_offsets")
+    if len(numbers[0]) > MOST_DIMENSIONS:
+        raise Problem(f"a tensor of {len(numbers[0])} dimensions, more than torch takes")
     return numbers[1][1]
 
 

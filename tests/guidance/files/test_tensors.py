@@ -108,6 +108,7 @@ def test_each_fault_has_its_sentence(tmp_path):
         header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}): "65 dimensions, more than torch takes",
         header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}): "not described by dtype, shape",
         header({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
