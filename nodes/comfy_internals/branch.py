@@ -80,7 +80,7 @@ class Branch:
         return self.patcher.model
 
     def ignored_hooks(self, prior: ModelPatcher | None = None) -> list[str]:
-        """What on this MODEL acts on the sampling loop, which only the prior can do here; not what the prior does too."""
+        """What on this MODEL acts on the sampling loop, which only the prior can do here; not what that does too."""
         options, of_prior = self.patcher.model_options, {} if prior is None else prior.model_options
         own = [key for key in options if key.startswith(_SAMPLER_OPTION) or key in _LOOP_OPTIONS]
         own = [key for key in own if options[key] and options[key] != of_prior.get(key)]
@@ -112,7 +112,7 @@ class Branch:
                 wrappers.pop(key, None)
 
     def check_prepared(self) -> None:
-        """Refuse to be run by somebody who does what core's `sample` and `outer_sample` do himself. Raises GuidanceError."""
+        """Refuse to be run by somebody who does what core's `sample` does himself. Raises GuidanceError."""
         if not self.options:
             raise GuidanceError(
                 f"Term '{self.name}': expected a guider that prepares its models in its own sample(), found one whose "
@@ -174,8 +174,8 @@ class Branch:
 
 
 def own_copies(conds: Conditionings, originals: Conditionings) -> Conditionings:
-    """Conditionings as they stand now, for one branch, with the hooks they came with: the prior takes out of its own what
-    it cannot use.
+    """Conditionings as they stand now, for one branch, with the hooks they came with: the prior takes out of its own
+    what it cannot use.
     """
     hooks = {entry["uuid"]: entry.get("hooks") for entry in entries(originals)}
     copies = {key: [entry.copy() for entry in found] for key, found in conds.items()}

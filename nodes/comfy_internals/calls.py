@@ -29,7 +29,9 @@ KEY = "indomain_guidance"
 # remembers nothing.
 _ANY_NUMBER = {"easycache", "torch.compile", KEY}
 _AROUND_THE_MODEL = tuple(
-    getattr(WrappersMP, name) for name in ("CALC_COND_BATCH", "APPLY_MODEL", "DIFFUSION_MODEL") if hasattr(WrappersMP, name)
+    getattr(WrappersMP, name)
+    for name in ("CALC_COND_BATCH", "APPLY_MODEL", "DIFFUSION_MODEL")
+    if hasattr(WrappersMP, name)
 )
 
 
@@ -75,14 +77,15 @@ class Calls:
                 own.of(options)
 
     def tell_caches(self, keys: Sequence[str], options: Mapping[str, Any]) -> None:
-        """Core's EasyCache skips whole calls by what it knows of every conditioning; one that joins later it must not."""
+        """Core's EasyCache skips whole calls by what it knows of every conditioning; not one that joins later."""
         cache = options.get("transformer_options", {}).get("easycache")
         if cache is not None and self._known_to_caches and not self._known_to_caches.issuperset(keys):
             cache.reset()
         self._known_to_caches.update(keys)
 
     def run(
-        self, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict[str, Any]
+        self, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor,
+        options: dict[str, Any],
     ) -> dict[str, Tensor]:
         """The denoised predictions [B, C, ...] on the conditionings of those names, in as few calls as can be.
 
@@ -99,9 +102,9 @@ class Calls:
             predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
         if wrappers and (attributes(model.diffusion_model) != before or holds_memories(model.diffusion_model)):
             raise GuidanceError(
-                f"Expected wrappers that remember nothing on the model itself, found {', '.join(wrappers)} on {self.what}, "
-                f"which would mix up its {len(self._apart) + 2} conditionings; give terms of further conditionings a model "
-                "without it."
+                f"Expected wrappers that remember nothing on the model itself, found {', '.join(wrappers)} on "
+                f"{self.what}, which would mix up its {len(self._apart) + 2} conditionings; give terms of further "
+                "conditionings a model without it."
             )
         return predictions
 

@@ -14,8 +14,8 @@ from comfy.model_patcher import ModelPatcher
 from ...guidance.combination import Guidance, GuidanceError
 from . import coverage, domain_info
 
-# Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in the
-# network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.
+# Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in
+# the network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.
 _LEAVE_THE_BASE = {"attn_and_record", "nag_attention_output_patch"}
 
 # Schedules of one family differ by rounding (fp16 buffers, interpolated sigmas); this much is no difference.
@@ -139,7 +139,8 @@ def check_sigma_ranges(
 ) -> None:
     """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
 
-    in_its_place: the MODEL that runs as the prior. Noise levels beyond the prior's own range are nobody's fault here: core clamps them, and so they are clamped first.
+    in_its_place: the MODEL that runs as the prior. Noise levels beyond the prior's own range are nobody's fault here:
+    core clamps them, and so they are clamped first.
     """
     own = _sigma_range(in_its_place)
     for sigma in sigmas:

@@ -77,7 +77,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     def __init__(self, prior: ModelPatcher, base: list | None = None, terms: Sequence[TermInput] = ()) -> None:
         bare = base is None and not terms
         if bare:  # somebody makes one of the same type as another, and sets on it what there is to set on core's
-            LOG.warning("Multi-guidance: a guider was made of a model alone, not copied: it is core's CFG, without terms.")
+            LOG.warning("Multi-guidance: a guider was made of a model alone, not copied: it is core's CFG, no terms.")
             base, terms = [], [TermInput("control", 1.0, conditioning=[])]
         given = [(term, prior if term.model is None else term.model) for term in terms]
         for term, model in given:
@@ -171,7 +171,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         for source in self._sources_ever_needed():
             if source.model is self._given_prior or id(source.model) in self._branches:
                 continue
-            patcher, name = _static_if_hooked(source.model, [self.original_conds, self._branch_conds]), self._term_names(source)
+            patcher = _static_if_hooked(source.model, [self.original_conds, self._branch_conds])
+            name = self._term_names(source)
             of_prior = {id(options.get("control")) for entries in self.original_conds.values() for options in entries}
             compatibility.check_control_loras(source.model, source.cond, of_prior, name)
             holder, weights = holders.get(id(patcher.model), (None, object()))
@@ -253,8 +254,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         missing = [key for key in self._given_conds if key not in self.conds]
         if missing and not self._is_core:
             raise GuidanceError(
-                f"Expected the guider's conditionings {', '.join(self._given_conds)}, found {', '.join(self.conds) or 'none'}"
-                "; something took conditionings away that its terms need."
+                f"Expected the guider's conditionings {', '.join(self._given_conds)}, found "
+                f"{', '.join(self.conds) or 'none'}; something took conditionings away that its terms need."
             )
         if self.model_patcher is not self._made_for:
             for source in self.guidance.sources:
@@ -448,7 +449,7 @@ def _static_if_hooked(patcher: ModelPatcher, conditionings: Sequence[Conditionin
 
 
 def _apart(patcher: ModelPatcher, holder: ModelPatcher, name: str) -> tuple[ModelPatcher, ModelPatcher | None]:
-    """The MODEL of a term on weights of its own, without a holder, or as it is where it has to take turns with `holder`."""
+    """The MODEL of a term on weights of its own, without a holder, or as it is where it takes turns with `holder`."""
     own = on_own_weights(patcher)
     if own is not None:
         LOG.info(

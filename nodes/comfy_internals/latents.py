@@ -29,13 +29,13 @@ def check_latent(samples: Tensor) -> None:
     for part in parts:
         if part.ndim < 3 or part.numel() == 0:
             raise Problem(
-                f"Expected a latent of at least one image and one pixel, got one of shape {list(part.shape)}; check the "
-                "batch size, width and height of the node that made it."
+                f"Expected a latent of at least one image and one pixel, got one of shape {list(part.shape)}; check "
+                "the batch size, width and height of the node that made it."
             )
         if not torch.isfinite(part).all():
             raise Problem(
-                "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; where a "
-                "VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
+                "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; where "
+                "a VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
             )
 
 
@@ -50,7 +50,9 @@ def large_enough(samples: Tensor) -> Iterator[None]:
         size = list(samples.shape[2:])
         if isinstance(problem, Problem) or math.prod(size) > _TINY:
             raise
-        raise Problem(f"Expected a latent that is large enough for its models, got {size} pixels: {problem}") from problem
+        raise Problem(
+            f"Expected a latent that is large enough for its models, got {size} pixels: {problem}"
+        ) from problem
 
 
 def sample_latent(
@@ -102,8 +104,8 @@ def _check_kind(model: ModelPatcher, samples: Tensor) -> None:
     channels, dimensions = space.latent_channels, space.latent_dimensions
     if not samples.is_nested and (samples.ndim != 2 + dimensions or samples.shape[1] != channels):
         raise Problem(
-            f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got one of "
-            f"shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
+            f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got one "
+            f"of shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
         )
 
 

@@ -35,8 +35,8 @@ class OwnState:
 
     def of(self, options: dict[str, Any]) -> dict[str, Any]:
         """model_options whose patches and wrappers are copies."""
-        own = {key: self._copy(options[key]) for key in ("transformer_options", "model_function_wrapper") if key in options}
-        return {**options, **own}
+        keys = {"transformer_options", "model_function_wrapper"} & options.keys()
+        return {**options, **{key: self._copy(options[key]) for key in keys}}
 
     def _copy(self, value: Any) -> Any:
         known = self._copies.get(id(value))
@@ -134,12 +134,12 @@ def _callables(value: Any) -> set[int]:
 
 
 def attributes(module: torch.nn.Module) -> dict[str, int]:
-    """A module's plain attributes, each with the identity of its value: what is put on the model in a call shows here."""
+    """A module's plain attributes, each with the identity of its value: what a call puts on the model shows here."""
     return {key: id(value) for key, value in vars(module).items()}
 
 
 def holds_memories(module: torch.nn.Module) -> bool:
-    """Whether a module has dictionaries or lists of tensors that are none of torch's own: left there in an earlier run."""
+    """Whether a module has dictionaries or lists of tensors that are none of torch's own: left by an earlier run."""
     own = vars(torch.nn.Module())
     return any(_holds_tensors(value) for key, value in vars(module).items() if key not in own)
 

@@ -57,7 +57,7 @@ class Remarks:
             LOG.warning("Multi-guidance: %s", sentence)
 
     def on_conditionings(self, changed: Sequence[str], of_branches: Sequence[str], has_control: bool) -> None:
-        """changed: names of conditionings that were replaced. of_branches: names of those that only other models have."""
+        """changed: names of conditionings that were replaced. of_branches: of those that only other models have."""
         if changed and of_branches:
             others = " and ".join(repr(key.removeprefix("term ")) for key in of_branches)
             self._say(f"conditionings were set from outside; that of term {others}, for another model, stays as it is.")
@@ -69,16 +69,16 @@ class Remarks:
         shared = [key for key in began_with if key != POSITIVE]
         if branches and any(id(conds.get(key)) != began_with[key] for key in shared or [NEGATIVE]):
             self._say(
-                "conditionings were replaced within a run; the prior sees the new ones, other models those that the run "
-                "began with."
+                "conditionings were replaced within a run; the prior sees the new ones, other models those that the "
+                "run began with."
             )
 
     def on_scale(self, wanted: float, total: float) -> None:
         """A scale was set beside terms that are more than a plain CFG; total: the weights' sum with it."""
         if math.isclose(wanted, total, abs_tol=1e-12):
             self._say(
-                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all terms "
-                "alike."
+                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all "
+                "terms alike."
             )
         else:
             self._say(

@@ -1,4 +1,4 @@
-"""What may come through a node's sockets: core sends on whatever stands in a prompt, a text where a MODEL should be too."""
+"""What may come through a node's sockets: core sends on whatever stands in a prompt, a text in a MODEL's place too."""
 
 from __future__ import annotations
 

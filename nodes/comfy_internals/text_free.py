@@ -128,8 +128,8 @@ class TextFree:
     indomain_text_reported = False
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """As core's, and the names of absent layers with nothing in them: this is where its LoRA loader looks for names,
-        and it logs every one that it does not find.
+        """As core's, and the names of absent layers with nothing in them: this is where its LoRA loader looks for
+        names, and it logs every one that it does not find.
         """
         found = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
@@ -213,8 +213,8 @@ class TextFreePatcher:
         if absent:
             kinds = sorted({".".join(key.split(".")[-3:-1]) for key in map(str, absent)})
             LOG.warning(
-                "The domain model '%s' takes no text: %d of the %d weights of a LoRA are for its text layers (%s) and are "
-                "left out.", self.model.indomain_domain.name, len(absent), len(patches), ", ".join(kinds),
+                "The domain model '%s' takes no text: %d of the %d weights of a LoRA are for its text layers (%s) and "
+                "are left out.", self.model.indomain_domain.name, len(absent), len(patches), ", ".join(kinds),
             )  # fmt: skip
         return {key: patch for key, patch in patches.items() if key not in absent}, absent
 
