@@ -25,6 +25,7 @@ AVERAGED, ROUGH = ("g_ema", "G_ema", "params_ema"), ("g", "G", "params")  # wher
 MEAN_STYLES = ("latent_avg", "mean_latent")
 MAX_NESTING = 3
 _AVERAGED = re.compile(r"(^|[^a-z])(ema|running|averaged?)([^a-z]|$)", re.IGNORECASE)
+_REWRITTEN = "style_conv1.bias"  # of GFPGAN's later versions, whose layers are others under the same names
 # A tri-plane network's first half: its images are planes of features.
 _NOT_ALONE = re.compile(r"(^|\.)backbone\w*\.$")
 
@@ -77,7 +78,7 @@ def _candidates(content: Any) -> Iterator[FoundGenerator]:
             if mark is None:
                 continue
             prefix = key.removesuffix(mark)
-            if _NOT_ALONE.search(prefix):
+            if _NOT_ALONE.search(prefix) or f"{prefix}{_REWRITTEN}" in tensors:
                 continue
             # Without a prefix everything in the dictionary has to belong to the generator, odd entries too.
             own = {name.removeprefix(prefix): value for name, value in level.items()

@@ -90,7 +90,7 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("an IP-Adapter", "addon", (_P + r"(ip_adapter|image_proj|to_k_ip)\.",)),
     ("a T2I-Adapter", "control", (r"^(adapter\.)?(body\.\d+\.(in_conv|resnets|block1)|conv_in\.weight$)", r"body\.\d",
                                   r"(block1|in_conv|resnets\.\d+\.block)")),
-    ("a ControlNet", "control", (r"(input_hint_block\.|controlnet_|control_model\.|pose_net\.)",)),
+    ("a ControlNet", "control", (r"(input_hint_block\.|controlnet_|control_model\.|pose_net\.|^lllite_)",)),
     ("a motion module (AnimateDiff)", "addon", (r"motion_modules\.",)),
     ("a textual inversion embedding", "addon", (r"^(string_to_param\.\S+|emb_params|<[^>\n]+>)$",)),
     ("a textual inversion embedding", "addon", (r"\A\s*clip_[glh]\s*(clip_[glh]\s*)*\Z",)),
@@ -102,6 +102,7 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
                                         r"head_layer",)),
     ("a StyleGAN3 generator (Fourier features)", "gan", (r"synthesis\.input\.(freqs|phases)",)),
     ("a SWAGAN generator", "gan", (_P + r"(iwt|dwt)\.", r"to_rgbs?\d?\.")),
+    ("GFPGAN, whose generator is rewritten", "gan", (_P + r"style_conv1\.bias$",)),
     ("a StyleGAN2 generator", "generator", (_P + r"synthesis\.b4\.const$",)),
     ("a StyleGAN2 generator", "generator", (_P + r"(conv1\.conv|style_conv1\.modulated_conv)\.modulation\.weight$",)),
     ("GFPGAN, whose generator is rewritten", "gan", (_P + r"stylegan_decoder",)),
@@ -155,12 +156,14 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("an autoencoder (VAE)", "vae", (_P + r"(encoder|decoder)\.(down\.\d|up\.\d|mid\.|conv_in\.|conv_out\.)",)),
     ("a small autoencoder (TAESD)", "vae", (r"(taesd_|^(encoder|decoder)\.(layers\.)?\d+\.(conv|weight|bias))",)),
     # Text and image encoders.
+    ("a language model", "text", (r"^(model\.|language_model\.|model\.language_model\.)*"
+                                  r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",)),
+    ("a CLIP model (text and image encoder)", "text", (_P + r"(vision_model|visual)\.",
+                                                       _P + r"(text_model|ln_final)\.")),
     ("an image encoder (CLIP vision)", "text", (_P + r"(vision_model|visual)\.",)),
     ("a text encoder (T5)", "text", (r"SelfAttention\.[qkv]\.",)),
     ("a text encoder (CLIP)", "text", (_P + r"(text_model\.(encoder|embeddings|final)|transformer\.resblocks\.|"
                                        r"token_embedding\.|text_projection)",)),
-    ("a language model", "text", (r"^(model\.|language_model\.|model\.language_model\.)*"
-                                  r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",)),
     # Upscalers.
     ("an upscaler (ESRGAN)", "upscaler", (r"(RDB\d\.conv|\.rdb\d\.conv|RRDB_trunk\.)",)),
     ("an upscaler", "upscaler", (r"(residual_group\.|relative_position_bias_table|^(params(_ema)?\.)?body\.\d+\.w)",)),

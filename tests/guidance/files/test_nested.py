@@ -116,6 +116,8 @@ def test_what_is_inside_instead_is_said(weights, tmp_path):
         (["G_ema.backbone.synthesis.b4.const", "G_ema.superresolution.block0.conv0.weight"], "found an EG3D generator"),
         (["generator.progression.0.conv1.conv.weight_orig"], "rosinality's first repositories"),
         (["stylegan_decoder.style_convs.0.modulated_conv.weight", "conv_body_first.weight"], "found GFPGAN"),
+        (["stylegan_decoder.style_conv1.modulated_conv.modulation.weight", "stylegan_decoder.style_conv1.bias"],
+         "found GFPGAN, whose generator is rewritten"),
         (["state_dict.generator_ema.style_mapping.1.weight"], "MMGeneration"),
         (["GAN.G.initial_block", "GAN.G.blocks.0.to_style1.weight"], "lucidrains"),
         (["conv1.conv.modulation.bias.x", "iwt.ll", "to_rgb1.iwt.ll"], "found a SWAGAN"),
