@@ -35,6 +35,7 @@ class Budget:
         """`size` bytes, at most `total`, within the block. Raises MemoryError at once for more."""
         if size > self.total:
             raise MemoryError(f"{size:,} bytes of {self.total:,}")
+        give_back = _give_back()
         with self._changed:
             self._changed.wait_for(lambda: self.held + size <= self.total)
             self.held += size
@@ -42,7 +43,7 @@ class Budget:
             yield
         finally:
             if size >= LARGE:
-                _give_back()(0)
+                give_back(0)
             with self._changed:
                 self.held -= size
                 self._changed.notify_all()
