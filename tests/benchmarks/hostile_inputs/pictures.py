@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image, ImageCms, PngImagePlugin, features
 
 from .case import Reader, Silent, damaged_bytes, write_bytes
-from .shards import opened
+from .shards import opened, warm_decoding
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
 
@@ -234,7 +234,7 @@ class Pictures(Reader):
         return [f"{name}: {reason}" for name, reason in faults.items()]
 
     def warm(self) -> None:
-        Image.init()  # all of Pillow's formats, those that are not meant included
+        warm_decoding()
         super().warm()
 
 

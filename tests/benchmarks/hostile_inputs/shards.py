@@ -199,7 +199,7 @@ class Shards(Reader):
         return path.replace(self.path)
 
     def warm(self) -> None:
-        Image.init()  # all of Pillow's formats
+        warm_decoding()
         super().warm()
 
     def damage(self, dice: random.Random) -> tuple[str, Path]:
@@ -248,7 +248,9 @@ class Shards(Reader):
         if report.ok < 4:
             raise Silent(f"only {report.ok} of the 4 good pictures beside it were used")
         said = _said(report, path)
-        if kind.startswith("raw") and report.total < 4 + self.images and not said:
+        # A name that lost its ending is told among the other files.
+        told = said or set(report.ignored) - {".txt"}
+        if kind.startswith("raw") and report.total < 4 + self.images and not told:
             raise Silent(f"{4 + self.images - report.total} of its pictures are gone")
         return said
 
@@ -259,6 +261,16 @@ class Shards(Reader):
         if len(dataset) < 4:
             raise Silent(f"only {len(dataset)} of the 4 good pictures beside it were used")
         return said + [f"{name}: {reason}" for name, reason in dataset.skipped]
+
+
+def warm_decoding() -> None:
+    """Import all of Pillow's formats, those that are not meant included, and what gives back memory of large pictures."""
+    from indomain_guidance.training.data.images import load_image
+
+    Image.init()
+    out = io.BytesIO()
+    Image.new("L", (7000, 7000)).save(out, "PNG")
+    load_image(out.getvalue())
 
 
 def opened(folder: Path, data: list[str], said: list[str]):
