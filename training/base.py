@@ -308,6 +308,8 @@ def open_base(config: TrainConfig) -> Base:
         )
     with torch.inference_mode(False):
         if config.base == MINI_WORLD:
+            if config.vae:
+                raise ConfigProblem(f"vae: expected none for the mini world, which has its own, found {config.vae}.")
             return open_mini_world(prediction)
         return open_checkpoint(config.base, vae=config.vae, tokenizer=config.tokenizer, prediction=prediction)
 

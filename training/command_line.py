@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ..guidance.errors import Problem
+from ..guidance.errors import Problem, printable
 from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
 from .config import ConfigProblem, TrainConfig, field_kinds
@@ -58,7 +58,28 @@ SHORT = {
     "data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p",
 }  # fmt: skip
 MINI_WORLD = "mini_world"
-PATH = meant_path  # shells leave the "~" of --option=~/here as it is
+
+
+def _path(text: str) -> str:
+    """A reader of paths, for argparse: shells leave the "~" of --option=~/here as it is."""
+    if "\0" in text or not _can_be(text, os.fsencode):
+        raise argparse.ArgumentTypeError(f"expected a path, found {text!r:.80}, which no file is called")
+    return meant_path(text)
+
+
+def _text(text: str) -> str:
+    """A reader of prompts and names, for argparse."""
+    if not _can_be(text, str.encode):
+        raise argparse.ArgumentTypeError(f"expected text, found {text!r:.80}, which UTF-8 cannot hold; write it anew")
+    return text
+
+
+def _can_be(text: str, encode: Callable[[str], bytes]) -> bool:
+    try:
+        encode(text)
+    except UnicodeEncodeError:  # halves of characters
+        return False
+    return True
 
 
 class _Parser(argparse.ArgumentParser):
@@ -188,7 +209,7 @@ def _add_resume(commands: Any) -> None:
         "The options are those that do not change what is learned: with --steps a finished run learns on.",
     )  # fmt: skip
     command.usage = "indomain resume RUN [OPTION ...]"
-    command.add_argument("folder", type=PATH, metavar="RUN", help="the run's folder, which holds its config.json")
+    command.add_argument("folder", type=_path, metavar="RUN", help="the run's folder, which holds its config.json")
     _add_run_options(command)
     known = {one.name for one in dataclasses.fields(TrainConfig)}
     _add_fields(command, _may_change)
@@ -203,7 +224,7 @@ def _may_change(one: dataclasses.Field) -> bool:
 def _add_start_options(command: argparse.ArgumentParser) -> None:
     """What every command that starts a run takes."""
     command.add_argument(
-        "--config", type=PATH, metavar="FILE",
+        "--config", type=_path, metavar="FILE",
         help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
              "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
              "beside the file's output, where it names one",
@@ -327,11 +348,11 @@ def _add_check_data(commands: Any) -> None:
         "changed. The exit status is 1 when an image has to be left out, a folder, shard or link cannot be read to its "
         "end, or no image can be used.",
     )  # fmt: skip
-    command.add_argument("data", nargs="+", type=PATH, metavar="PATH",
+    command.add_argument("data", nargs="+", type=_path, metavar="PATH",
                          help="folders, searched recursively, or .tar shards")  # fmt: skip
-    command.add_argument("--config", type=PATH, metavar="FILE",
+    command.add_argument("--config", type=_path, metavar="FILE",
                          help="judge by these settings of train: a .toml or .json file, or mini_world")  # fmt: skip
-    command.add_argument("-b", "--base", type=PATH, metavar="PATH",
+    command.add_argument("-b", "--base", type=_path, metavar="PATH",
                          help="the prior that will be trained, a file or mini_world: what it was made for is the "
                               "default resolution")  # fmt: skip
     kinds = field_kinds()
@@ -396,7 +417,7 @@ def _add_mini_data(commands: Any) -> None:
         commands, "mini-data", _mini_data, "write images of the mini world, to try training on",
         "Handwritten digits as PNG files of 64 x 64 pixels, without captions: a domain for --base mini_world.",
     )  # fmt: skip
-    command.add_argument("folder", type=PATH, metavar="DIR", help="a new or empty folder")
+    command.add_argument("folder", type=_path, metavar="DIR", help="a new or empty folder")
     command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
                          help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
     command.add_argument("--count", type=_whole(1, 8000), default=500, metavar="N", help="how many (default 500; 1 to 8000)")
@@ -420,7 +441,7 @@ def _add_inspect(commands: Any) -> None:
         commands, "inspect", _inspect, "tell everything a model file knows about itself",
         "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
     )  # fmt: skip
-    command.add_argument("file", type=PATH, metavar="MODEL",
+    command.add_argument("file", type=_path, metavar="MODEL",
                          help="a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one "
                               "that ships: mini-handwriting (domain model), mini_world (generator)")  # fmt: skip
     _add_json(command, "all of it as one JSON object")
@@ -443,10 +464,10 @@ def _add_convert(commands: Any) -> None:
         "domain model: the same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or "
         "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
     )  # fmt: skip
-    command.add_argument("source", type=PATH, metavar="FROM",
+    command.add_argument("source", type=_path, metavar="FROM",
                          help="a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: "
                               "mini_world (checkpoint), mini-handwriting (domain model)")
-    command.add_argument("target", type=PATH, metavar="TO", help="the .safetensors file to write")
+    command.add_argument("target", type=_path, metavar="TO", help="the .safetensors file to write")
     command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
                          help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
                               "(default)")  # fmt: skip
@@ -457,7 +478,7 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--resolution", type=_whole(64, 8192), default=None, metavar="PIXELS",
                          help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
                               "made for, 512 for SD 1.5, 1024 for SDXL)")  # fmt: skip
-    command.add_argument("--name", default="", metavar="TEXT", help="what to call the model (default: the file's name)")
+    command.add_argument("--name", type=_text, default="", metavar="TEXT", help="what to call the model (default: the file's name)")
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
     command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
@@ -493,15 +514,15 @@ def _add_sample(commands: Any) -> None:
         "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
         "the files that adapt takes, only count, seed, truncation, output and device matter.",
     )  # fmt: skip
-    command.add_argument("domain", type=PATH, metavar="MODEL",
+    command.add_argument("domain", type=_path, metavar="MODEL",
                          help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "
                               "(domain model), mini_world (generator)")  # fmt: skip
-    command.add_argument("-b", "--base", type=PATH, metavar="PATH",
+    command.add_argument("-b", "--base", type=_path, metavar="PATH",
                          help="the prior, a file or mini_world (default: the run's)")
-    command.add_argument("-p", "--prompt", action="append", metavar="TEXT",
+    command.add_argument("-p", "--prompt", type=_text, action="append", metavar="TEXT",
                          help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
-    command.add_argument("--negative", default="", metavar="TEXT", help="prompt of the base (default: empty)")
-    command.add_argument("-o", "--output", type=PATH, default="pictures", metavar="DIR",
+    command.add_argument("--negative", type=_text, default="", metavar="TEXT", help="prompt of the base (default: empty)")
+    command.add_argument("-o", "--output", type=_path, default="pictures", metavar="DIR",
                          help="folder (default: pictures); a picture whose name is taken gets a number behind it")
     command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N", help="pictures per prompt (default 4)")
     command.add_argument("--seed", type=_whole(0, 2**62), default=0, metavar="N", help="of the first; the next one has N + 1")
@@ -522,8 +543,8 @@ def _add_sample(commands: Any) -> None:
                          help="(default: the resolution it was trained at, else what the prior was made for)")
     command.add_argument("--height", type=_whole(64, 16384), metavar="PIXELS", help="(default: the width)")
     command.add_argument("--batch-size", type=_whole(1, 4096), default=4, metavar="N", help="pictures drawn at once (default 4)")
-    command.add_argument("--vae", type=PATH, default="", metavar="PATH", help="another VAE than the checkpoint's")
-    command.add_argument("--tokenizer", type=PATH, default="", metavar="PATH",
+    command.add_argument("--vae", type=_path, default="", metavar="PATH", help="another VAE than the checkpoint's")
+    command.add_argument("--tokenizer", type=_path, default="", metavar="PATH",
                          help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")
     command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
                          help="auto: bf16 on GPUs that have it, else fp32")  # fmt: skip
@@ -557,7 +578,10 @@ def _usage(make: Callable[[], Any]) -> Any:
 
 
 def _print(result: Any) -> None:
-    print(result if isinstance(result, str) else json.dumps(result), flush=True)
+    if isinstance(result, str):  # with names from files, which a terminal would take for commands
+        print(printable(result, 12 * len(result)), flush=True)
+    else:
+        print(json.dumps(result), flush=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

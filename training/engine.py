@@ -7,6 +7,7 @@ its own module's (`train`, `adapt`). Both leave the same folder behind and go on
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 import time
@@ -196,6 +197,7 @@ class Engine(ABC):
 
     def begin(self, resume: bool | str) -> tuple[int, Found | None]:
         """The step to go on from and its checkpoint as (file, state), None to begin anew; settles the configuration."""
+        self._check_places()
         found = self._checkpoint(resume)
         if found is not None:
             check_same_kind(self.config, found[1], str(found[0]))
@@ -205,6 +207,13 @@ class Engine(ABC):
         check_same_run(self.config, found[1], str(found[0]))
         self.before = type(self.config).from_mapping(found[1]["config"], str(found[0]))
         return int(found[1]["step"]), found
+
+    def _check_places(self) -> None:
+        """Refuse a file in a folder's place, which would otherwise be found out when all is learned."""
+        for place in self.places()[1:]:
+            there = next((one for one in place.parents if os.path.lexists(one)), None)
+            if there is not None and not os.path.isdir(there):
+                raise ConfigProblem(f"export_to: expected a folder, found {there}, which is none; name another.")
 
     def _resolve(self, state: Mapping[str, Any] | None) -> None:
         """Fill in what the configuration leaves to the machine; a run that goes on keeps what it began with."""

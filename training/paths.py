@@ -6,10 +6,12 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterator
+from contextlib import suppress
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 QUOTES = ('""', "''", "\u201c\u201d", "\u2018\u2019")
+EXTENDED = "\\\\?\\"  # what Windows puts before long paths
 OF_WINDOWS = re.compile(r"/?([A-Za-z]):[\\/](.*)", re.DOTALL)
 
 
@@ -17,12 +19,12 @@ def meant_path(text: str) -> str:
     """The path that a text means here: as it stands where something lies there, else the first reading that leads on.
 
     Readings: without blanks and quotes around it, a file:// URL as its path, ~ and variables filled in; on POSIX "/"
-    for "\\", and C:\\ as Linux on Windows sees it; names spelled with other codes for the same letters. Where none leads
-    to anything the first of them comes back, for a folder to be made.
+    for "\\", and C:\\ as Linux on Windows sees it; names spelled with other codes for the same letters. Where none
+    leads to anything the first of them comes back, for a folder to be made.
     """
     if not text or os.path.lexists(text):
         return text
-    readings = list(dict.fromkeys(_readings(_plain(text))))
+    readings = list(dict.fromkeys(_readings(plain_path(text))))
     for reading in readings:
         if os.path.lexists(reading):
             return reading
@@ -35,21 +37,27 @@ def meant_path(text: str) -> str:
 
 def is_of_windows(text: str) -> bool:
     """Whether a path begins with a drive or a server as on Windows, on a system that has neither."""
-    plain = _plain(text)
+    plain = plain_path(text)
     return os.name == "posix" and (plain.startswith("\\\\") or OF_WINDOWS.fullmatch(plain) is not None)
 
 
-def _plain(text: str) -> str:
-    """A text without what programs and people put around a path; all of it where nothing would be left."""
+def plain_path(text: str) -> str:
+    """A text without what programs and people put around a path; all of it where nothing would be left.
+
+    Nothing on the disk is looked at.
+    """
     plain = text.strip()
     for left, right in QUOTES:
         if len(plain) > 2 and plain[0] == left and plain[-1] == right:
             plain = plain[1:-1].strip()
             break
     if plain[:7].lower() == "file://":
-        parts = urlsplit(plain)
-        host = "" if parts.netloc.lower() in ("", "localhost") else f"//{parts.netloc}"
-        plain = host + url2pathname(parts.path)
+        with suppress(ValueError):  # a host that can be none
+            parts = urlsplit(plain)
+            host = "" if parts.netloc.lower() in ("", "localhost") else f"//{parts.netloc}"
+            plain = host + url2pathname(parts.path)
+    if os.name == "posix" and plain.startswith(EXTENDED):
+        plain = plain[len(EXTENDED) :]
     return plain or text
 
 

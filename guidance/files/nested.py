@@ -23,7 +23,7 @@ MARKS = {
 }
 AVERAGED, ROUGH = ("g_ema", "G_ema", "params_ema"), ("g", "G", "params")  # where trainers keep theirs
 MEAN_STYLES = ("latent_avg", "mean_latent")
-MAX_NESTING = 3
+MAX_NESTING = 8
 _AVERAGED = re.compile(r"(^|[^a-z])(ema|running|averaged?)([^a-z]|$)", re.IGNORECASE)
 _REWRITTEN = "style_conv1.bias"  # of GFPGAN's later versions, whose layers are others under the same names
 # A tri-plane network's first half: its images are planes of features.

@@ -50,7 +50,7 @@ _ADVICE = {
         "lora": f"merge it into the checkpoint that it was made for and give the result, {_CHECKPOINT}",
         "domain": "train from the checkpoint that it was made of",
         "generator": f"it is what --generator and Load Generator take, give {_CHECKPOINT}",
-        "vae": f"it is what vae takes, give {_CHECKPOINT}",
+        "vae": f"a VAE alone lacks UNet and text encoder, give {_CHECKPOINT}",
         "diffusers": f"convert it to one file (diffusers' convert_diffusers_to_original scripts do it), or give "
                      f"{_CHECKPOINT}",
         "unet": f"a UNet alone lacks VAE and text encoder, give {_CHECKPOINT}",

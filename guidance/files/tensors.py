@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
+import unicodedata
 import uuid
 import zipfile
 from collections.abc import Mapping
@@ -208,10 +209,25 @@ def missing_file(path: str | os.PathLike) -> str:
     try:
         kind = os.lstat(path).st_mode
     except (OSError, ValueError):  # a name that no file can have
-        return "nothing at this path; check name and folder"
+        near = _nearly(Path(path))
+        return f"nothing there, but {near} beside it; name that" if near else "nothing at this path; check name and folder"
     if stat.S_ISLNK(kind):
         return f"a link to {os.readlink(path)}, where no file is; name the file itself, or mend the link"
     return "a pipe, socket or device; name a file"
+
+
+def _nearly(path: Path) -> str | None:
+    """A name in the folder that differs from the path's in capitals, in the codes of its letters or by an ending."""
+    wanted = _bare(path.name)
+    try:
+        names = sorted(os.listdir(path.parent))
+    except (OSError, ValueError):
+        return None
+    return next((name for name in names if wanted in (_bare(name), _bare(os.path.splitext(name)[0]))), None)
+
+
+def _bare(name: str) -> str:
+    return unicodedata.normalize("NFC", name).casefold().strip(" .")
 
 
 def _no_model(path: Path, start: bytes) -> Kind | None:
@@ -223,10 +239,12 @@ def _no_model(path: Path, start: bytes) -> Kind | None:
         return kind
     try:
         with zipfile.ZipFile(path) as archive:
-            checkpoint = any(name.lower().endswith("data.pkl") for name in archive.namelist())
+            names = [name.lower() for name in archive.namelist()]
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError):
         return None  # a damaged one; which, its reader says
-    return None if checkpoint else kind
+    if any(name.endswith("/constants.pkl") for name in names):
+        return Kind("a TorchScript program", "", "save the network's state_dict() where it was made")
+    return None if any(name.endswith("data.pkl") for name in names) else kind
 
 
 def _looks_pickled(path: Path) -> bool:

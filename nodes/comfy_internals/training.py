@@ -166,7 +166,22 @@ def resolve_data(text: str) -> tuple[str, ...]:
 
 def _paths(text: str, allowed: Sequence[str] | None) -> list[str]:
     parts = (part.strip().strip('"') for part in text.replace("\n", ";").split(";"))
-    return [check_allowed(part, NODE, allowed) for part in parts if part]
+    return [_path(part, allowed) for part in parts if part]
+
+
+def _path(text: str, allowed: Sequence[str] | None) -> str:
+    """The path of one part: as it stands where something lies there, else without quotes, or that of a file:// URL."""
+    from ...training.paths import is_of_windows, meant_path, plain_path
+
+    plain = plain_path(text)
+    if plain != text:
+        with suppress(FileProblem):
+            path = check_allowed(text, NODE, allowed)
+            if os.path.lexists(path):
+                return path
+    if allowed is None and is_of_windows(plain):
+        plain = meant_path(plain)
+    return check_allowed(plain, NODE, allowed)
 
 
 def data_fingerprint(text: str) -> str | float:

@@ -65,6 +65,24 @@ def test_what_lies_in_the_input_folder_may_be_named_in_any_way(world):
     assert world.training.resolve_data(".") == (str(world.tmp / "input"),)
 
 
+def test_paths_as_they_are_pasted_are_found(world, monkeypatch):
+    inside = str(world.tmp / "input" / "faces")
+    url = (world.tmp / "input" / "faces").as_uri()
+    names = [f'"{inside}"', "'faces'", "\u201cfaces\u201d", url, f"file://localhost{url[7:]}", f"'{inside}' ", '"faces" ']
+    for name in names:
+        assert world.training.resolve_data(name) == (inside,), name
+    assert world.training.resolve_data(f"'faces'; {url}") == (inside, inside)
+    (world.tmp / "input" / "'faces'").mkdir()
+    assert world.training.resolve_data("'faces'") == (str(world.tmp / "input" / "'faces'"),)
+    secret = world.tmp / "secret"
+    for name in (secret.as_uri(), f"'{secret}'", f'"{secret}"', "\u201c../secret\u201d", f"'{secret}/nothing'"):
+        assert "INDOMAIN_ALLOWED_FOLDERS" in refusal(world, name), name
+    assert "found nothing at" in refusal(world, "file://\u2100/faces")  # no host, says Python
+    monkeypatch.setattr(world.policy.args, "listen", "127.0.0.1")
+    for name in (secret.as_uri(), f"'{secret}'"):
+        assert world.training.resolve_data(name) == (str(secret),)
+
+
 def test_what_lies_outside_is_refused_in_one_sentence_whether_it_is_there_or_not(world):
     link(world.tmp / "input" / "way", world.tmp / "secret")
     link(world.tmp / "input" / "file.png", world.tmp / "secret" / "one.png")

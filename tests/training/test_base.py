@@ -188,7 +188,7 @@ def only(tensors, prefix):
     (lambda t: {k.replace("attn2.to_k.weight", "attn2.null_k"): v for k, v in t.items()}, "found a text-free UNet"),
     (lambda t: only(t, "model.diffusion_model."), "found a Stable Diffusion UNet alone; a UNet alone lacks VAE"),
     (lambda t: {k.removeprefix("model.diffusion_model."): v for k, v in only(t, "model.diff").items()}, "UNet alone"),
-    (lambda t: only(t, "first_stage_model."), "found an autoencoder .VAE.; it is what vae takes"),
+    (lambda t: only(t, "first_stage_model."), "found an autoencoder .VAE.; a VAE alone lacks UNet"),
     (lambda t: only(t, "cond_stage_model."), "found a text encoder .CLIP.; give one .safetensors"),
     (lambda t: t | {"scaled_fp8": torch.zeros(2)}, "checkpoint, scaled fp8; give the same checkpoint in fp16"),
     (lambda t: t | {"model.diffusion_model.out.2.weight_scale": torch.ones(())}, "scaled fp8; give the same"),
@@ -268,6 +268,10 @@ def test_refuses_prompts_without_a_tokenizer(tiny_checkpoint, tmp_path):
 def test_a_configuration_names_the_base(tiny_checkpoint):
     config = SimpleNamespace(base="mini_world", vae="", tokenizer="", prediction="auto")
     assert bases.open_base(config).latent_format == "mini_world"
+    config.vae = "other.safetensors"
+    with pytest.raises(bases.ConfigProblem, match="vae: expected none for the mini world.* found other.safetensors"):
+        bases.open_base(config)
+    config.vae = ""
     config.base = str(tiny_checkpoint("sd1").path)
     assert bases.open_base(config).path.name == "sd1.safetensors"
     config.base = "nowhere.safetensors"

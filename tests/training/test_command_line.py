@@ -266,6 +266,25 @@ def test_wrong_usage_is_status_2_and_one_sentence(arguments, words):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("arguments", [
+    ["sample", SHIPPED, "-o", "{}"], ["sample", SHIPPED, "-p", "{}"], ["sample", SHIPPED, "--negative", "{}"],
+    ["convert", SHIPPED, "{}"], ["convert", SHIPPED, "x", "--name", "{}"], ["mini-data", "{}"], ["inspect", "{}"],
+    ["resume", "{}"], ["check-data", "{}"], ["train", "--config", "{}"],
+])  # fmt: skip
+def test_halves_of_characters_are_wrong_usage_in_every_option(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, err = run(*(str(one).replace("{}", "a\ud800") for one in arguments))
+    assert (status, out) == (2, "") and "found 'a\\ud800', wh" in err, err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_sees_no_commands_that_a_file_holds(tmp_path):
+    status, _, err = run("convert", SHIPPED, tmp_path / "a.safetensors", "--name", "\x1b[31mred")
+    assert status == 0, err
+    status, out, _ = run("inspect", tmp_path / "a.safetensors")
+    assert status == 0 and "\x1b" not in out and "\\x1b[31mred" in out and len(out.splitlines()) > 5
+
+
 def test_unknown_field_in_a_file_is_named_with_the_nearest(tmp_path):
     settings = tmp_path / "run.toml"
     settings.write_text('base = "mini_world"\ndata = ["x"]\nbatchsize = 3\n', encoding="utf-8")

@@ -181,7 +181,7 @@ def test_converts_and_inspects_generators(name, tmp_path):
 
 
 def test_inspect_refuses_other_files(tmp_path):
-    path = write_safetensors(tmp_path / "other.safetensors", {"text_model.a": torch.zeros(1)})
+    path = write_safetensors(tmp_path / "other.safetensors", {"text_model.embeddings.a": torch.zeros(1)})
     with pytest.raises(FileProblem, match="found a text encoder"):
         export.inspect(path)
     path.write_bytes(path.read_bytes()[:40])

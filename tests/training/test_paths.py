@@ -41,6 +41,15 @@ def test_a_path_is_found_however_it_is_written(there, tmp_path, written):
 
 
 @posix
+def test_paths_of_windows_that_lead_nowhere_stay_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    assert meant_path("\\\\?\\C:\\nowhere") == "C:\\nowhere"
+    assert meant_path(f"\\\\?\\{tmp_path}\\here") == f"{tmp_path}/here"
+    assert meant_path("file://\u2100/y") == "file://\u2100/y"
+
+
+@posix
 def test_names_that_are_on_the_disk_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("'quoted'", " blanks ", "back\\slash", "$HOME", "cafe\u0301", "file:"):

@@ -44,10 +44,11 @@ OTHERS = {
     "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)", "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
     "Photoshop": rb"8BPS", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6", "PDF": rb"%PDF",
-    "Windows icon": rb"\x00\x00[\x01\x02]\x00",
+    "Windows icon": rb"\x00\x00[\x01\x02]\x00(?!\0\0)", "Targa": rb".[\0\1][\1-\3\x09-\x0b]\0\0[\0\1]\0",
     "OpenEXR": rb"v/1\x01", "DDS": rb"DDS ", "XML or HTML": rb"\s*<", "portable": rb"P[1-7fF]\s", "QOI": rb"qoif",
     "GIMP": rb"gimp xcf", "Git LFS pointer": rb"version https://git-lfs",
 }  # fmt: skip
+NO_PICTURES = ("XML or HTML", "Git LFS pointer")  # of OTHERS: what a server may send in the place of one
 
 
 class Excess(Exception):

@@ -31,7 +31,7 @@ from PIL import Image, ImageFile, features
 from torch import Tensor
 
 from ...guidance.errors import Problem
-from .containers import FORMATS, Contents, Excess, contents, orientation, tiff_end
+from .containers import FORMATS, NO_PICTURES, Contents, Excess, contents, orientation, tiff_end
 from .memory import Budget
 
 # Larger pictures are refused before they are decoded; Pillow's own limit, which other code may have switched off.
@@ -237,7 +237,8 @@ def _opened(data: bytes) -> tuple[Contents, Image.Image]:
     inside = contents(data)
     if inside.kind == "":
         if inside.other:
-            reason = f"is a file of another kind ({inside.other}), whatever its name says; save it as PNG"
+            cure = "download the picture itself" if inside.other in NO_PICTURES else "save it as PNG"
+            reason = f"is a file of another kind ({inside.other}), whatever its name says; {cure}"
             raise BadImage("corrupt", reason)
         raise Image.UnidentifiedImageError
     if inside.kind not in _readable():

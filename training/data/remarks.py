@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .kinds import NOTES, OTHER_PICTURES
+from .kinds import NOTES, OTHER_PICTURES, PACKED
 
 MASK = "masks beside their pictures"
 MUCH = 1 / 3  # of a picture that cropping may remove before it is said
@@ -19,13 +19,17 @@ def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int
     """
     pictures = {kind: number for kind, number in ignored.items() if kind in OTHER_PICTURES}
     notes = {kind: number for kind, number in ignored.items() if kind in NOTES or kind == MASK}
-    rest = {kind or "without ending": number for kind, number in ignored.items() if kind not in {**pictures, **notes}}
+    packed = {kind: number for kind, number in ignored.items() if kind in PACKED}
+    known = {**pictures, **notes, **packed}
+    rest = {kind or "without ending": number for kind, number in ignored.items() if kind not in known}
     said = []
     if pictures:
         said.append(f"pictures of kinds that are not read, left out: {_counts(pictures)}; save them as PNG or JPEG.")
     if notes:
         counts = _counts(notes)
         said.append(f"files beside the pictures, without effect here: {counts}; captions and masks are not used.")
+    if packed:
+        said.append(f"packed archives, of which nothing is read: {_counts(packed)}; unpack them, or to .tar shards.")
     if rest:
         said.append(f"also left out: {_counts(rest)}.")
     if cropped:

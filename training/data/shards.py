@@ -2,7 +2,7 @@
 
 Python's own reader takes a damaged header for the end, goes round in circles over a negative size and raises errors of
 many kinds. This one knows what WebDataset, GNU tar, bsdtar and Python write: ustar, GNU and pax headers with long names
-and large sizes; sparse files, links and devices are passed over.
+and large sizes; sparse files and links are noted, folders and devices passed over.
 """
 
 from __future__ import annotations
@@ -21,16 +21,20 @@ MOST_NAME, MOST_PAX = 2**16, 2**20  # bytes of a long name and of a pax header
 MOST_HEADERS = 2_000_000  # in one shard
 PLAIN, WITHOUT_DATA, LONG_NAME, PAX = (b"0", b"\0", b"7"), (b"1", b"2", b"3", b"4", b"5", b"6"), (b"L", b"K"), b"x"
 OTHER_PAX, SPARSE = (b"X", b"g"), b"S"
+NO_FILES = (b"3", b"4", b"5", b"6", b"D", b"V")  # devices, folders, pipes, and what GNU tar notes of the archive
+SPARSE_FILES, OTHER_FILES = "sparse files in shards", "files of an unknown kind in shards"
+NOTES = {b"1": "links in shards", b"2": "links in shards", b"M": "parts of files in shards"}
 PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"PK\x03\x04": "zip"}
 
 
 @dataclass(frozen=True)
 class Member:
-    """A plain file in a shard: `size` bytes at `offset`."""
+    """A file in a shard: `size` bytes at `offset`. note: what it is where that is no plain file, which is not read."""
 
     name: str
     offset: int
     size: int
+    note: str = ""
 
 
 class _Damage(Exception):
@@ -42,9 +46,9 @@ class NoShard(Exception):
 
 
 def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
-    """(the plain files whose bytes are all there, what is wrong: "" for a sound shard).
+    """(the files whose bytes are all there, what is wrong: "" for a sound shard).
 
-    The fault says after how many members, folders and links counted. Raises NoShard, OSError, Cancelled.
+    Folders and devices are not among them; links and sparse files are, with a note. The fault says after how many members, folders and links counted. Raises NoShard, OSError, Cancelled.
     """
     found: list[Member] = []
     with open_plain(path) as file:
@@ -53,6 +57,8 @@ def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
             for member in reader:
                 found.append(member)
             fault = _fault_at_end(file, reader.offset)
+            if not fault and not reader.count:
+                fault = "is an archive of nothing; if images should be in it, copy it again"
         except _Damage as damage:
             fault = str(damage)
         except OSError as error:
@@ -77,7 +83,7 @@ def open_plain(path: Path) -> BinaryIO:
 
 
 class _Headers:
-    """Goes from header to header; yields plain members. count: how many of any kind there were before the end."""
+    """Goes from header to header; yields files. count: how many of any kind there were before the end."""
 
     def __init__(self, file: BinaryIO, watch: Watch) -> None:
         self.file, self.watch = file, watch
@@ -111,8 +117,9 @@ class _Headers:
             folder = kind == b"\0" and full.endswith("/")  # as before 1988
             taken = 0 if kind in WITHOUT_DATA or folder else length
             self.count += 1
-            if self.offset + taken <= self.size and kind in PLAIN and not sparse and not folder:
-                yield Member(full, self.offset, length)
+            note = SPARSE_FILES if sparse or kind == SPARSE else NOTES.get(kind, "" if kind in PLAIN else OTHER_FILES)
+            if self.offset + taken <= self.size and kind not in NO_FILES and not folder:
+                yield Member(full, self.offset, taken, note)
             end = self.offset + -(-taken // BLOCK) * BLOCK
             if end > self.size:
                 raise _Damage("is cut off within the last of its {}, or that one's size is damaged; copy it again")

@@ -138,7 +138,8 @@ def nothing_found(data: Sequence[str | os.PathLike], found: Found) -> str:
         also += f"; what could not be read ({len(found.skipped)}): {place} {reason}"
         also += " ..." if len(found.skipped) > 1 else ""
     kinds = ", ".join(SUFFIXES)
-    return f"{where}: expected images ({kinds}), found none{also}. Name a folder with images or .tar shards."
+    cure = " Unpack archives first." if any(kind in PACKED for kind in found.ignored) else ""
+    return f"{where}: expected images ({kinds}), found none{also}. Name a folder with images or .tar shards.{cure}"
 
 
 def search(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> Found:
@@ -215,7 +216,7 @@ def _not_there(place: Path, watch: Watch) -> str:
     if os.path.lexists(place):
         fault = LOST_LINK if os.path.islink(place) else "is neither a file nor a folder"
         return f"{text}something that {fault}."
-    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]", str(place.name if place.parent == Path() else place)):
+    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|//[^/]", str(place.name if place.parent == Path() else place)):
         return f"{text}a path as Windows writes it; write it as this system does (/mnt/... in WSL)."
     other = nearly(str(place), watch)
     return f"{text}nothing there, but {other}; write it so." if other else f"{text}nothing there; check the path."
@@ -288,10 +289,13 @@ def _search_shard(path: Path, name: str, found: Found, watch: Watch) -> None:
     if fault:
         found.skipped.append((_label(path), fault))
     wanted = [member for member in plain if not any(map(_unwanted, _parts(member.name)))]
-    latest = {member.name: member for member in wanted}  # as unpacking leaves a name that was added again
+    # As unpacking leaves a name that was added again.
+    latest = {member.name: member for member in wanted if not member.note}
     chosen = _one_per_key(list(latest.values()))
     for member in wanted:
-        if latest[member.name] is not member:
+        if member.note:
+            found.ignored[member.note if ending(member.name) in SUFFIXES else ending(member.name)] += 1
+        elif latest[member.name] is not member:
             found.ignored["replaced by a later one of their name"] += 1
         elif member.name in chosen and chosen[member.name] is member:
             label = _label(f"{name}!{member.name}")

@@ -139,6 +139,24 @@ def test_each_fault_has_its_sentence(tmp_path):
         read_metadata(tmp_path)
 
 
+def test_a_name_that_is_nearly_right_is_told(tmp_path):
+    write_safetensors(tmp_path / "Cafe\u0301 v2.safetensors", {"a": torch.zeros(1)})
+    for name in ("Cafe\u0301 v2", "CAF\u00c9 V2", "caf\u00e9 v2.SAFETENSORS."):
+        if (tmp_path / name).exists():
+            continue  # on disks that know no capitals
+        with pytest.raises(FileProblem, match="found nothing there, but Cafe\u0301 v2.safetensors beside it; name that"):
+            read_keys(tmp_path / name)
+    for name in ("Cafe\u0301", "v2.safetensors", "nowhere/Cafe\u0301 v2"):
+        with pytest.raises(FileProblem, match="found nothing at this path"):
+            read_keys(tmp_path / name)
+
+
+def test_a_torchscript_program_is_named(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "a.pt")
+    with pytest.raises(FileProblem, match=r"found a TorchScript program; save the network's state_dict\(\)"):
+        read_keys(tmp_path / "a.pt")
+
+
 @pytest.mark.skipif(os.name != "posix", reason="links and pipes are POSIX")
 def test_what_lies_in_a_files_place_is_told(tmp_path):
     (tmp_path / "link.safetensors").symlink_to(tmp_path / "gone.safetensors")

@@ -123,17 +123,18 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
     picture(0, 60, 300).save(tmp_path / "pano.png")
     picture(1, 64, 64).save(tmp_path / "good.png")
     picture(2, 64, 64).save(tmp_path / "good_mask.png")
-    for name in ("a.heic", "b.HEIC", "c.cr2", "good.txt", "good.caption", "good.npz", "film.mp4"):
+    for name in ("a.heic", "b.HEIC", "c.cr2", "good.txt", "good.caption", "good.npz", "film.mp4", "more.tar.gz", "more.zip"):
         (tmp_path / name).write_bytes(b"x")
     report = check_data([tmp_path], resolution=64, bucket_step=8)
     assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}
     said = remarks(report.ignored, report.cropped, report.ok)
     assert all(text in report.to_text() for text in said) and [text.partition(":")[0] for text in said] == [
         "pictures of kinds that are not read, left out", "files beside the pictures, without effect here",
-        "also left out",
+        "packed archives, of which nothing is read", "also left out",
         "1 of 2 images lose more than a third to cropping",
     ]
     assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."
-    assert "1 .caption, 1 .npz, 1 .txt" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[2]
-    assert f"pano.png {report.cropped['pano.png']:.0%}" in said[3]
+    assert "1 .caption, 1 .npz, 1 .txt" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[3]
+    assert "1 .gz, 1 .zip; unpack them" in said[2]
+    assert f"pano.png {report.cropped['pano.png']:.0%}" in said[4]
     assert remarks({}, {}, 3) == []

@@ -92,6 +92,11 @@ def test_a_file_is_known_by_what_it_holds_not_by_its_name():
         assert contents(data).kind == "AVIF" and probe(data).format == "AVIF" and decode(data).size == (40, 24)
     with pytest.raises(BadImage, match=r"of another kind \(HEIC\)"):
         decode(FOREIGN["HEIC"])
+    with pytest.raises(BadImage, match=r"\(Targa\), whatever its name says; save it as PNG"):
+        decode(encoded("TGA"))
+    for data in (b"<!DOCTYPE html>", b"version https://git-lfs.github.com/spec/v1\n"):
+        with pytest.raises(BadImage, match="download the picture itself"):
+            decode(data)
 
 
 def test_a_format_that_this_pillow_lacks_is_named(monkeypatch):

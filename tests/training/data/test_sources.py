@@ -241,8 +241,13 @@ def test_nothing_found_says_what_was_there(tmp_path):
     put(tmp_path / "a.heic"), put(tmp_path / "b.heic"), put(tmp_path / "c.txt")
     with pytest.raises(DataProblem, match=r"expected images .*found none, only other files \(2 \.heic, 1 \.txt\)"):
         find_images([str(tmp_path)])
+    put(tmp_path / "packed" / "shards.tar.gz")
+    with pytest.raises(DataProblem, match=r"only other files \(1 \.gz\).* Unpack archives first\."):
+        find_images([str(tmp_path / "packed")])
     with pytest.raises(DataProblem, match="found nothing there"):
         find_images([str(tmp_path / "missing")])
+    with pytest.raises(DataProblem, match="a path as Windows writes it" if os.name == "posix" else "nothing there"):
+        find_images(["//server-of-no-such-name/pictures"])
     with pytest.raises(DataProblem, match="data: expected images"):
         find_images([])
     with pytest.raises(DataProblem, match="found an empty path"):
