@@ -478,7 +478,8 @@ def _add_convert(commands: Any) -> None:
     command.add_argument("--resolution", type=_whole(64, 8192), default=None, metavar="PIXELS",
                          help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
                               "made for, 512 for SD 1.5, 1024 for SDXL)")  # fmt: skip
-    command.add_argument("--name", type=_text, default="", metavar="TEXT", help="what to call the model (default: the file's name)")
+    command.add_argument("--name", type=_text, default="", metavar="TEXT",
+                         help="what to call the model (default: the file's name)")  # fmt: skip
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
     command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
@@ -521,7 +522,8 @@ def _add_sample(commands: Any) -> None:
                          help="the prior, a file or mini_world (default: the run's)")
     command.add_argument("-p", "--prompt", type=_text, action="append", metavar="TEXT",
                          help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
-    command.add_argument("--negative", type=_text, default="", metavar="TEXT", help="prompt of the base (default: empty)")
+    command.add_argument("--negative", type=_text, default="", metavar="TEXT",
+                         help="prompt of the base (default: empty)")  # fmt: skip
     command.add_argument("-o", "--output", type=_path, default="pictures", metavar="DIR",
                          help="folder (default: pictures); a picture whose name is taken gets a number behind it")
     command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N", help="pictures per prompt (default 4)")

@@ -210,7 +210,9 @@ def missing_file(path: str | os.PathLike) -> str:
         kind = os.lstat(path).st_mode
     except (OSError, ValueError):  # a name that no file can have
         near = _nearly(Path(path))
-        return f"nothing there, but {near} beside it; name that" if near else "nothing at this path; check name and folder"
+        if near:
+            return f"nothing there, but {near} beside it; name that"
+        return "nothing at this path; check name and folder"
     if stat.S_ISLNK(kind):
         return f"a link to {os.readlink(path)}, where no file is; name the file itself, or mend the link"
     return "a pipe, socket or device; name a file"

@@ -68,8 +68,8 @@ def test_what_lies_in_the_input_folder_may_be_named_in_any_way(world):
 def test_paths_as_they_are_pasted_are_found(world, monkeypatch):
     inside = str(world.tmp / "input" / "faces")
     url = (world.tmp / "input" / "faces").as_uri()
-    names = [f'"{inside}"', "'faces'", "\u201cfaces\u201d", url, f"file://localhost{url[7:]}", f"'{inside}' ", '"faces" ']
-    for name in names:
+    quoted = [f'"{inside}"', "'faces'", "\u201cfaces\u201d", f"'{inside}' ", '"faces" ']
+    for name in (*quoted, url, f"file://localhost{url[7:]}"):
         assert world.training.resolve_data(name) == (inside,), name
     assert world.training.resolve_data(f"'faces'; {url}") == (inside, inside)
     (world.tmp / "input" / "'faces'").mkdir()

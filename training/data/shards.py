@@ -48,7 +48,8 @@ class NoShard(Exception):
 def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
     """(the files whose bytes are all there, what is wrong: "" for a sound shard).
 
-    Folders and devices are not among them; links and sparse files are, with a note. The fault says after how many members, folders and links counted. Raises NoShard, OSError, Cancelled.
+    Folders and devices are not among them; links and sparse files are, with a note. The fault says after how many
+    members, folders and links counted. Raises NoShard, OSError, Cancelled.
     """
     found: list[Member] = []
     with open_plain(path) as file:

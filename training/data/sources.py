@@ -25,6 +25,7 @@ from .walking import LOST_LINK, Watch, walk
 
 MOST_BYTES = 512 * 2**20  # of one image file, and of all that are in memory at once
 READING = Budget(MOST_BYTES)
+ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 LONGEST_NAME = 10_000     # characters of an image's name in messages; no system has longer paths
 
 
@@ -218,6 +219,8 @@ def _not_there(place: Path, watch: Watch) -> str:
         return f"{text}something that {fault}."
     if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|//[^/]", str(place.name if place.parent == Path() else place)):
         return f"{text}a path as Windows writes it; write it as this system does (/mnt/... in WSL)."
+    if ADDRESS.match(str(place)):
+        return f"{text}the address of a server; download what lies there first."
     other = nearly(str(place), watch)
     return f"{text}nothing there, but {other}; write it so." if other else f"{text}nothing there; check the path."
 

@@ -123,7 +123,8 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
     picture(0, 60, 300).save(tmp_path / "pano.png")
     picture(1, 64, 64).save(tmp_path / "good.png")
     picture(2, 64, 64).save(tmp_path / "good_mask.png")
-    for name in ("a.heic", "b.HEIC", "c.cr2", "good.txt", "good.caption", "good.npz", "film.mp4", "more.tar.gz", "more.zip"):
+    others = "a.heic b.HEIC c.cr2 good.txt good.caption good.npz film.mp4 more.tar.gz more.zip"
+    for name in others.split():
         (tmp_path / name).write_bytes(b"x")
     report = check_data([tmp_path], resolution=64, bucket_step=8)
     assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}

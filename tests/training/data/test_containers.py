@@ -12,6 +12,7 @@ from PIL import Image, features
 
 from indomain_guidance.training.data import BadImage
 from indomain_guidance.training.data import containers as module
+from indomain_guidance.training.data import images
 from indomain_guidance.training.data.containers import FORMATS, Excess, contents, orientation
 from indomain_guidance.training.data.images import decode, probe
 
@@ -64,7 +65,7 @@ FOREIGN = {
 @pytest.mark.parametrize("name", FOREIGN)
 def test_formats_that_are_not_meant_never_reach_pillow(name, monkeypatch):
     """Some of its plugins start a program."""
-    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("Pillow was asked"))
+    monkeypatch.setattr(images, "_plugin", lambda *args: pytest.fail("Pillow was asked"))
     for read in (probe, decode):
         with pytest.raises(BadImage) as caught:
             read(FOREIGN[name])
@@ -100,8 +101,6 @@ def test_a_file_is_known_by_what_it_holds_not_by_its_name():
 
 
 def test_a_format_that_this_pillow_lacks_is_named(monkeypatch):
-    from indomain_guidance.training.data import images
-
     monkeypatch.setattr(images, "_readable", lambda: frozenset({"PNG"}))
     with pytest.raises(BadImage, match="is WEBP, which the installed Pillow cannot read"):
         probe(encoded("WEBP"))
@@ -152,7 +151,7 @@ def test_what_a_file_carries_beside_its_picture_is_cut_away(name):
     (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + b"II*\0" * 100, "EXIF blocks"),
 ])  # fmt: skip
 def test_directories_that_stand_for_more_than_there_is_are_refused_before_they_are_read(monkeypatch, data, reason):
-    monkeypatch.setattr(Image, "open", lambda *args, **options: pytest.fail("Pillow was asked"))
+    monkeypatch.setattr(images, "_plugin", lambda *args: pytest.fail("Pillow was asked"))
     with pytest.raises(BadImage, match=reason):
         decode(data)
 

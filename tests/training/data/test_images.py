@@ -268,6 +268,17 @@ def test_huge_pictures_are_refused_before_decoding(monkeypatch):
             assert caught.value.kind == "too large"
 
 
+def test_a_limit_that_other_code_sets_in_pillow_refuses_nothing_and_warns_of_nothing(monkeypatch):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for height, width in ((5, 8), (24, 40)):  # where Pillow itself would warn, and refuse
+            for kind in ("PNG", "JPEG", "BMP", "WEBP", "GIF"):  # the plugin for TIFF asks by itself
+                data = encoded(pattern(height, width), kind)
+                monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
+                assert decode(data).size == (width, height), kind
+                monkeypatch.undo()
+
+
 def test_load_image_takes_paths_files_and_bytes(tmp_path):
     path = tmp_path / "ä b.png"
     pattern().save(path)

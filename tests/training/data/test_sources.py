@@ -248,6 +248,8 @@ def test_nothing_found_says_what_was_there(tmp_path):
         find_images([str(tmp_path / "missing")])
     with pytest.raises(DataProblem, match="a path as Windows writes it" if os.name == "posix" else "nothing there"):
         find_images(["//server-of-no-such-name/pictures"])
+    with pytest.raises(DataProblem, match="found the address of a server; download what lies there first"):
+        find_images(["https://example.org/pictures"])
     with pytest.raises(DataProblem, match="data: expected images"):
         find_images([])
     with pytest.raises(DataProblem, match="found an empty path"):
