@@ -21,14 +21,14 @@ import torch
 from ..guidance.errors import printable
 from ..guidance.files import FileProblem
 from ..guidance.files.inert_pickle import Refused
+from ..guidance.files.recognise import RUN_MARK as MARK
+from ..guidance.files.recognise import RUN_TRAILER as TRAILER
 from ..guidance.files.tensors import torch_reads_safely
 from ..guidance.files.torch_pickle import read_torch_pickle
 from .atomic import replacing
 from .small_files import open_regular
 
 FORMAT, VERSION = "indomain_guidance_checkpoint", 1
-MARK = b"IDGSHA01"
-TRAILER = len(MARK) + hashlib.sha256().digest_size
 FOLDER, NAME = "checkpoints", re.compile(r"step-(\d+)\.ckpt")
 # What a state must hold to be resumed from; see Learner.state.
 FIELDS: dict[str, tuple[type, ...]] = {

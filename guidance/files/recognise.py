@@ -222,6 +222,7 @@ _OWN = {
 
 # ---------------------------------------------------------------------------------------------------------- first bytes
 
+RUN_MARK, RUN_TRAILER = b"IDGSHA01", 40  # a run's checkpoint ends with the one and a digest, so many bytes in all
 PARTIAL_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".opdownload", ".incomplete", ".aria2", ".tmp",
                     ".!ut", ".!qb", ".filepart", ".unconfirmed")  # fmt: skip
 _AGAIN = "download it again"

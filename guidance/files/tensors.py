@@ -23,7 +23,7 @@ from ..errors import Problem
 from ..plain_json import parse_json
 from .inert_pickle import Refused, shown
 from .nested import all_names
-from .recognise import Kind, recognise_bytes, recognise_folder
+from .recognise import RUN_MARK, RUN_TRAILER, Kind, recognise_bytes, recognise_folder
 from .torch_pickle import read_torch_pickle
 
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
@@ -239,6 +239,10 @@ def _no_model(path: Path, start: bytes) -> Kind | None:
     kind = recognise_bytes(start, path.name)
     if kind is None or not start.startswith(b"PK"):
         return kind
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - RUN_TRAILER))
+        if file.read(len(RUN_MARK)) == RUN_MARK:
+            return Kind("the checkpoint of a run of this project", "", "use the model that the run writes, or resume it")
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.lower() for name in archive.namelist()]

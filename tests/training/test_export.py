@@ -12,6 +12,7 @@ from indomain_guidance.guidance.files import (
     read_domain_file,
     read_generator,
     read_metadata,
+    read_state_dict,
     write_safetensors,
 )
 from indomain_guidance.training import export, parts
@@ -147,6 +148,9 @@ def test_inspects_the_checkpoint_of_a_run(tmp_path):
     assert (about["kind"], about["step"], about["name"]) == ("training checkpoint", 7, "porcelain")
     assert about["file"]["parameters"] == 6 and about["training"]["learning_rate"] == 1e-5
     assert "step:              7" in export.inspect_text(path)
+    for read in (read_state_dict, read_generator):  # where a model is expected
+        with pytest.raises(FileProblem, match="found the checkpoint of a run of this project; use the model that"):
+            read(path)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)

@@ -272,7 +272,7 @@ def test_a_limit_that_other_code_sets_in_pillow_refuses_nothing_and_warns_of_not
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for height, width in ((5, 8), (24, 40)):  # where Pillow itself would warn, and refuse
-            for kind in ("PNG", "JPEG", "BMP", "WEBP", "GIF"):  # the plugin for TIFF asks by itself
+            for kind in ("PNG", "JPEG", "BMP", "GIF"):  # those for TIFF and WEBP ask by themselves
                 data = encoded(pattern(height, width), kind)
                 monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
                 assert decode(data).size == (width, height), kind
