@@ -163,13 +163,13 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         own copy of the module, or, where that is not possible, they take turns in it.
         """
         self._made_for, self._weights = self.model_patcher, object()
-        self._branches: dict[int, Branch] = {}
+        self._branches: dict[ModelPatcher, Branch] = {}
         self._loaded_branches: list[Branch] = []
         holders: dict[int, tuple[ModelPatcher, object]] = {
             id(self.model_patcher.model): (self.model_patcher, self._weights)
         }
         for source in self._sources_ever_needed():
-            if source.model is self._given_prior or id(source.model) in self._branches:
+            if source.model is self._given_prior or source.model in self._branches:
                 continue
             patcher = _static_if_hooked(source.model, [self.original_conds, self._branch_conds])
             name = self._term_names(source)
@@ -180,7 +180,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 weights = object()
                 patcher, holder = _apart(patcher, holder, name)
             keys = [key for other, key in self._keys.items() if other.model is source.model]
-            branch = self._branches[id(source.model)] = Branch(patcher, name, weights, keys)
+            branch = self._branches[source.model] = Branch(patcher, name, weights, keys)
             if holder is None:
                 holders[id(patcher.model)] = (patcher, weights)
                 self._loaded_branches.append(branch)
@@ -386,7 +386,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
 
         def given(source: Source) -> list[dict[str, Any]]:
             # Only what the source was given: core appends others' areas, without the source's own limits.
-            conds = self.conds if source.model is self._given_prior else self._branches[id(source.model)].conds
+            conds = self.conds if source.model is self._given_prior else self._branches[source.model].conds
             return conds[self._keys[source]][: self._given_entries[self._keys[source]]]
 
         return coverage.gaps(self.guidance, sources, given, x, timestep)
@@ -398,7 +398,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         self._ask(sources)
         predictions: dict[Source, Tensor] = {}
         for model, branch in self._branches.items():
-            wanted = [source for source in sources if id(source.model) == model]
+            wanted = [source for source in sources if source.model is model]
             if wanted:
                 self._activate(branch.patcher, branch.weights)
                 outputs = branch.run([self._keys[source] for source in wanted], x, timestep)
@@ -436,7 +436,7 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
 
     def _ask(self, sources: Sequence[Source]) -> None:
         for source in sources:
-            branch, key = self._branches.get(id(source.model)), self._keys[source]
+            branch, key = self._branches.get(source.model), self._keys[source]
             model, conds = (self.inner_model, self.conds) if branch is None else (branch.model, branch.conds)
             self.cost.ask(model, self._term_names(source), conds.get(key) or ())
 

@@ -400,6 +400,18 @@ def test_one_made_of_a_model_alone_is_cores_and_says_so(tiny, pair, caplog):
         type(ours)(ours._given_prior, tiny.conditioning(2), [])
 
 
+@pytest.mark.parametrize("domain_weight", [0.0, 1.5])
+def test_a_deep_copy_is_a_guider_of_its_own(tiny, pair, domain_weight):
+    ours, _ = pair(domain_weight)
+    expected = tiny.predict(ours, noisy(), SIGMA)
+    made = copy.deepcopy(ours)
+    assert torch.equal(tiny.predict(made, noisy(), SIGMA), expected)
+    made.set_conds(tiny.conditioning(11), tiny.conditioning(12))
+    result = tiny.predict(made, noisy(), SIGMA)
+    assert relative(result, by_hand(tiny, ours, (domain_weight, 6.0), positive=11, negative=12)) < 1e-5
+    assert torch.equal(tiny.predict(ours, noisy(), SIGMA), expected)
+
+
 def test_a_subclass_and_a_replaced_method_work(tiny, pair):
     ours, _ = pair(1.5)
     expected = tiny.predict(ours, noisy(), SIGMA)
