@@ -69,7 +69,7 @@ class Branch:
         self.name = name
         self.weights = weights
         self.keys = tuple(keys)
-        self._calls = Calls(self.keys, f"the model of term '{name}'")
+        self.calls = Calls(self.keys, f"the model of term '{name}'")
         self.conds: Conditionings = {}
         self.options: dict[str, Any] = {}
         self._hook_mode: Any = None
@@ -153,12 +153,12 @@ class Branch:
         if share_code(self.options, options_of_prior):
             self.options = OwnState().of(self.options)
         self.options = cost.watch(self.model, self.options)
-        self._calls = Calls(self.keys, f"the model of term '{self.name}'")
-        self._calls.prime(self.options)
+        self.calls = Calls(self.keys, f"the model of term '{self.name}'")
+        self.calls.prime(self.model, self.options)
 
     def run(self, keys: Sequence[str], x: Tensor, timestep: Tensor) -> dict[str, Tensor]:
         """Denoised predictions [B, C, ...] on this branch's conditionings of those names."""
-        return self._calls.run(self.model, self.conds, keys, x, timestep, self.options)
+        return self.calls.run(self.model, self.conds, keys, x, timestep, self.options)
 
     def finish(self) -> None:
         """Undo `prepare` and `start`, however far they came."""

@@ -3,11 +3,12 @@
 Core asks a model for two conditionings at a time, positive (0) and negative (1), and methods that patch it count on
 that. Two are asked for as core does. A third goes into the same call where nothing on the model could notice; else it
 has a call of its own, as a positive, with patches and wrappers that share no memory with the others' (`own_state`).
+What remembers where no copy of it would be apart (`memories`) is refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.samplers
@@ -15,7 +16,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...guidance.schedules import GuidanceError
-from .own_state import OwnState, attributes, holds_memories
+from .memories import Places
+from .own_state import OwnState, attributes, callables, holds_memories
 
 Conditionings = dict[str, list[dict[str, Any]]]
 
@@ -52,11 +54,20 @@ def _name(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__qualname__
 
 
-def knows_two(options: Mapping[str, Any]) -> bool:
-    """Whether anything on a model may know two conditionings only: attention patches and wrappers of its calls."""
+def methods(model: Any, options: Mapping[str, Any]) -> list[str]:
+    """The names of all that may know two conditionings only: patches, wrappers of calls, methods that are replaced."""
     transformer_options = options.get("transformer_options", {})
-    patches = transformer_options.get("patches") or transformer_options.get("patches_replace")
-    return bool(patches or function_wrappers(options))
+    patches = {key: value for key, value in transformer_options.items() if key not in ("wrappers", "callbacks")}
+    found = [*function_wrappers(options), *map(_name, callables(patches)), *replaced(model)]
+    if not found and (transformer_options.get("patches") or transformer_options.get("patches_replace")):
+        found = ["a patch"]
+    return list(dict.fromkeys(found))
+
+
+def replaced(model: Any) -> dict[str, Any]:
+    """What replaces methods or layers of a model's network, other than core's and torch's own."""
+    objects = getattr(model.current_patcher, "object_patches", {})
+    return {key: value for key, value in objects.items() if key.startswith("diffusion_model") and callables(value)}
 
 
 class Calls:
@@ -69,12 +80,23 @@ class Calls:
         self._first = POSITIVE if POSITIVE in keys else others[0] if others else None
         self._known_to_caches: set[str] = set()
         self._apart = {key: OwnState() for key in others if key != self._first}
+        self._places: Places | None = None
+        self._watched: frozenset[int] | None = frozenset()
+        self._before: set = set()
 
-    def prime(self, options: dict[str, Any]) -> None:
+    def prime(self, model: Any, options: dict[str, Any]) -> None:
         """Copy what may remember, before anything has been remembered: at the start of a run."""
-        if knows_two(options):
+        if methods(model, options):
+            self._places = Places(model, options, replaced(model))
             for own in self._apart.values():
                 own.of(options)
+
+    def watch(self, others: Iterable[Calls]) -> None:
+        """Once all are primed: note what stands where the other models' calls, or conditionings of this, might look."""
+        if self._places is not None:
+            places = [other._places for other in others if other is not self and other._places is not None]
+            self._watched = None if self._apart else self._places.common(places)
+            self._before = self._places.held(self._watched)
 
     def tell_caches(self, keys: Sequence[str], options: Mapping[str, Any]) -> None:
         """Core's EasyCache skips whole calls by what it knows of every conditioning; not one that joins later."""
@@ -93,20 +115,32 @@ class Calls:
         """
         pair = [key if key in keys else None for key in (self._first, NEGATIVE)]
         others = [key for key in keys if key not in pair]
-        if not self._apart or not knows_two(options):
+        names = methods(model, options)
+        if not names:
             return _predict(model, conds, _without_end([*pair, *others]), x, timestep, options)
-        wrappers = function_wrappers(options)
-        before = attributes(model.diffusion_model) if wrappers else None
+        before = attributes(model.diffusion_model)
         predictions = _predict(model, conds, _without_end(pair), x, timestep, options)
+        self._check_memories(model, names, before)
         for key in others:
             predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
-        if wrappers and (attributes(model.diffusion_model) != before or holds_memories(model.diffusion_model)):
-            raise GuidanceError(
-                f"Expected wrappers that remember nothing on the model itself, found {', '.join(wrappers)} on "
-                f"{self.what}, which would mix up its {len(self._apart) + 2} conditionings; give terms of further "
-                "conditionings a model without it."
-            )
+            self._check_memories(model, names, before)
         return predictions
+
+    def _check_memories(self, model: Any, names: list[str], before: dict[str, int]) -> None:
+        remembers = self._places is not None and self._places.held(self._watched) != self._before
+        network = model.diffusion_model
+        if self._apart and (remembers or attributes(network) != before or holds_memories(network)):
+            raise GuidanceError(
+                f"Expected patches and wrappers that remember nothing on the model or in global variables, found "
+                f"{', '.join(names)} on {self.what}, which would mix up its {len(self._apart) + 2} conditionings; give "
+                "terms of further conditionings a model without it."
+            )
+        if remembers:
+            raise GuidanceError(
+                f"Expected patches and wrappers that remember nothing that several models share, found "
+                f"{', '.join(names)} on {self.what}, which would mix up the models' conditionings; take it off one of "
+                "them, or load that from a file of its own."
+            )
 
 
 def _without_end(call: list[str | None]) -> list[str | None]:

@@ -288,7 +288,6 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         all_conds = [self.conds, *(branch.conds for branch in self._branches.values())]
         self._given_entries = {key: len(found) for conds in all_conds for key, found in conds.items()}
         shared_options, self.model_options = self.model_options, self.cost.watch(self.inner_model, self.model_options)
-        self._calls.prime(self.model_options)
         holders = [(self.model_patcher, self._weights), *((b.patcher, b.weights) for b in self._loaded_branches)]
         self._active = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
         self._memory_required = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
@@ -310,6 +309,10 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 self.cost,
             )
         self._activate(self.model_patcher, self._weights)
+        self._calls.prime(self.inner_model, self.model_options)
+        all_calls = [self._calls, *(branch.calls for branch in self._branches.values())]
+        for calls in all_calls:
+            calls.watch(all_calls)
         return super().inner_sample(
             noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed, *args, **kwargs
         )

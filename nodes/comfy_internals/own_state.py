@@ -6,9 +6,9 @@ third conditioning, or on a second model, such a method would answer with what i
 copy for each, made before the first call of a run.
 
 Copied is what code changes as it runs: variables of a closure, attributes, dicts, sets, defaults, lists that hold
-tensors or None. Shared is what it only uses: tensors, modules, models, everything of torch's and core's, lists of other
-things (logs, settings). State on the model itself or in global variables is out of reach; `attributes` and
-`holds_memories` tell of the first.
+tensors or None. Shared is what it only uses: tensors, models, the layers of modules, everything of torch's and core's,
+lists of other things (logs, settings). State on the model itself, in classes or in global variables is out of reach;
+`memories` tells of that.
 """
 
 from __future__ import annotations
@@ -16,14 +16,18 @@ from __future__ import annotations
 import copy
 import functools
 import types
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
+from .memories import is_state, slots
+
 _PACKAGE = __name__.rpartition(".")[0]
-_NEVER = (torch.Tensor, torch.nn.Module, ModelPatcher, type, types.ModuleType)
+_NEVER = (torch.Tensor, ModelPatcher, type, types.ModuleType)
+_LAYERS = ("_parameters", "_modules")  # of a module: what core loads, moves and patches
 
 
 class OwnState:
@@ -55,9 +59,9 @@ class OwnState:
             return value if unchanged else value._make(items) if hasattr(value, "_make") else tuple(items)
         if isinstance(value, list):
             return self._list(value)
-        if isinstance(value, (dict, set)):
+        if isinstance(value, (dict, set, deque)):
             return self._container(value)
-        if isinstance(value, _NEVER) or not hasattr(value, "__dict__") or _foreign(type(value)):
+        if isinstance(value, _NEVER) or not (hasattr(value, "__dict__") or slots(value)) or _foreign(type(value)):
             return value
         return self._object(value)
 
@@ -68,15 +72,14 @@ class OwnState:
     def _list(self, value: list) -> list:
         made = self._keep(value, [])
         made += [self._copy(item) for item in value]
-        state = any(item is None or isinstance(item, torch.Tensor) for item in value)
-        if not state and all(new is old for new, old in zip(made, value)):
+        if not is_state(value) and all(new is old for new, old in zip(made, value)):
             return self._keep(value, value)
         return made
 
     def _container(self, value: Any) -> Any:
         made = self._keep(value, copy.copy(value))
-        if isinstance(made, dict):
-            for key, item in value.items():
+        if not isinstance(made, set):
+            for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 made[key] = self._copy(item)
         return made
 
@@ -101,8 +104,12 @@ class OwnState:
             return self._keep(value, value)
         self._keep(value, made)
         if made is not value:
-            for key, item in vars(value).items():
-                made.__dict__[key] = self._copy(item)
+            for key, item in getattr(value, "__dict__", {}).items():
+                if key not in _LAYERS:
+                    made.__dict__[key] = self._copy(item)
+            for key in slots(value):
+                if hasattr(value, key):
+                    setattr(made, key, self._copy(getattr(value, key)))
         return made
 
 
@@ -122,15 +129,18 @@ def _is_empty(cell: types.CellType) -> bool:
 
 def share_code(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether two models' options hold one and the same patch or wrapper."""
-    return bool(_callables(options) & _callables(others))
+    own = {id(one) for one in callables(options)}
+    return any(id(one) in own for one in callables(others))
 
 
-def _callables(value: Any) -> set[int]:
+def callables(value: Any) -> list[Any]:
+    """The functions and callable objects in a value, containers looked into; not torch's, core's or this package's."""
     if isinstance(value, Mapping):
-        return set().union(*(_callables(item) for item in value.values()))
+        return [one for item in value.values() for one in callables(item)]
     if isinstance(value, (list, tuple)):
-        return set().union(*(_callables(item) for item in value))
-    return {id(value)} if callable(value) and not _foreign(value) else set()
+        return [one for item in value for one in callables(item)]
+    foreign = _foreign(value if isinstance(value, (types.FunctionType, type)) else type(value))
+    return [value] if callable(value) and not foreign else []
 
 
 def attributes(module: torch.nn.Module) -> dict[str, int]:

@@ -6,6 +6,7 @@ the model as it is patched. What remembers is asked twice, so that an answer rem
 
 from __future__ import annotations
 
+import collections
 import importlib
 
 import pytest
@@ -89,9 +90,36 @@ def calc_cond_batch_wrapper(comfyui, model):
     model.add_wrapper(comfyui.patcher_extension.WrappersMP.CALC_COND_BATCH, wrapper)
 
 
+def replaced_forward(comfyui, model):
+    forward = model.model.diffusion_model.forward
+
+    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):
+        out = forward(x, timesteps, context, y, control, transformer_options, **more)
+        return per_image(transformer_options, out)
+
+    model.add_object_patch("diffusion_model.forward", wrapped)
+
+
+def replaced_block(comfyui, model):
+    block = "middle_block.1.transformer_blocks.0"
+    forward = model.model.diffusion_model.get_submodule(block).forward
+
+    def wrapped(x, context=None, transformer_options={}):
+        return per_image(transformer_options, forward(x, context, transformer_options))
+
+    model.add_object_patch(f"diffusion_model.{block}.forward", wrapped)
+
+
+def attention_override(comfyui, model):
+    def override(attend, *args, **kwargs):
+        return per_image(kwargs["transformer_options"], attend(*args, **kwargs))
+
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+
+
 STATELESS = [
     attention_patch, attention_replacement, output_block_patch, function_wrapper, apply_model_wrapper,
-    diffusion_model_wrapper, calc_cond_batch_wrapper,
+    diffusion_model_wrapper, calc_cond_batch_wrapper, replaced_forward, replaced_block, attention_override,
 ]  # fmt: skip
 
 
@@ -181,9 +209,50 @@ def remembered_in_the_options(comfyui, model):
     model.set_model_attn1_patch(patch)
 
 
+def answered_from(cache, a, run):
+    """As `cached_by_index`, of any kind of cache."""
+    indices = a["cond_or_uncond"]
+    if any(index not in cache for index in indices):
+        for index, chunk in zip(indices, run(a["input"], a["timestep"], **a["c"]).chunk(len(indices))):
+            cache.setdefault(index, chunk)
+    return torch.cat([cache[index] for index in indices])
+
+
+class Slots:
+    __slots__ = ("cache",)
+
+    def __init__(self) -> None:
+        self.cache = {}
+
+    def __call__(self, run, a):
+        return answered_from(self.cache, a, run)
+
+
+def remembered_in_slots(comfyui, model):
+    model.set_model_unet_function_wrapper(Slots())
+
+
+class Module(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.cache = torch.nn.Linear(2, 2), {}
+
+    def forward(self, run, a):
+        return answered_from(self.cache, a, run)
+
+
+def remembered_by_a_module(comfyui, model):
+    model.set_model_unet_function_wrapper(Module())
+
+
+def remembered_in_a_queue(comfyui, model):
+    caches = collections.deque([{}], maxlen=2)
+    model.set_model_unet_function_wrapper(lambda run, a: answered_from(caches[-1], a, run))
+
+
 REMEMBERING = [
     cached_by_index, cached_in_two_places, cached_as_a_whole, remembered_by_an_object, remembered_by_two_functions,
-    remembered_in_the_options,
+    remembered_in_the_options, remembered_in_slots, remembered_by_a_module, remembered_in_a_queue,
 ]  # fmt: skip
 
 
@@ -340,6 +409,143 @@ def test_the_same_two_come_together_and_every_other_alone(comfyui, tiny, interna
     base, conds = tiny.conditioning(9), {name: tiny.conditioning(i) for i, name in enumerate(WEIGHTS)}
     tiny.predict(multi(internals, patched(comfyui, tiny, listen), base, conds), noisy(), SIGMA)
     assert sorted(map(sorted, calls)) == [[0], [0], [0, 1]]
+
+
+# ---- memories that none can have to itself --------------------------------------------------------------------------
+
+
+class InTheClass:
+    def __call__(self, run, a):
+        return answered_from(type(self).cache, a, run)
+
+
+def in_a_class(comfyui, model):
+    model.set_model_unet_function_wrapper(type("InAClass", (InTheClass,), {"cache": {}})())
+
+
+GLOBAL: dict = {}
+
+
+def _from_a_global(run, a):
+    return answered_from(GLOBAL, a, run)
+
+
+def in_a_global_variable(comfyui, model):
+    GLOBAL.clear()
+    model.set_model_unet_function_wrapper(lambda run, a: _from_a_global(run, a))
+
+
+def in_a_generator(comfyui, model):
+    def answers():
+        run, a, cache = None, None, {}
+        while True:
+            run, a = yield None if run is None else answered_from(cache, a, run)
+
+    running = answers()
+    next(running)
+    model.set_model_unet_function_wrapper(lambda run, a: running.send((run, a)))
+
+
+def in_a_list_of_nothing(comfyui, model):
+    memory: list = []
+
+    def wrapper(run, a):
+        if not memory:
+            memory.append(run(a["input"], a["timestep"], **a["c"]))
+        return memory[0]
+
+    model.set_model_unet_function_wrapper(wrapper)
+
+
+def in_a_tensor(comfyui, model):
+    memory, calls = torch.zeros(4, 4, 16, 16), {"made": 0}
+
+    def wrapper(run, a):
+        if not calls["made"]:
+            memory[: len(a["input"])] = run(a["input"], a["timestep"], **a["c"])
+        calls["made"] += 1
+        return memory[: len(a["input"])].clone()
+
+    model.set_model_unet_function_wrapper(wrapper)
+
+
+def on_the_model(comfyui, model):
+    def wrapper(executor, *args, **kwargs):
+        cache = vars(executor.class_obj).setdefault("_cache", {})
+        run = lambda *_: executor(*args, **kwargs)  # noqa: E731
+        return answered_from(cache, {**options_of(args, kwargs), "input": None, "timestep": None, "c": {}}, run)
+
+    model.add_wrapper_with_key(comfyui.patcher_extension.WrappersMP.APPLY_MODEL, "some pack", wrapper)
+
+
+def on_a_block(comfyui, model):
+    network = model.model.diffusion_model
+    model.set_model_unet_function_wrapper(
+        lambda run, a: answered_from(vars(network.middle_block).setdefault("_cache", {}), a, run)
+    )
+
+
+def on_the_network_by_a_patch(comfyui, model):
+    network = model.model.diffusion_model
+
+    def patch(q, k, v, extra_options):
+        cache = vars(network).setdefault("_values", {})
+        indices = extra_options["cond_or_uncond"]
+        keys = [(index, extra_options["block"], v.shape[1:]) for index in indices]
+        for key, chunk in zip(keys, v.chunk(len(indices))):
+            cache.setdefault(key, 0.5 * chunk)
+        return q, k, torch.cat([cache[key] for key in keys])
+
+    model.set_model_attn1_patch(patch)
+
+
+def in_a_replaced_method(comfyui, model):
+    forward, cache = model.model.diffusion_model.forward, {}
+
+    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):
+        run = lambda *_: forward(x, timesteps, context, y, control, transformer_options, **more)  # noqa: E731
+        return answered_from(cache, {**transformer_options, "input": x, "timestep": timesteps, "c": {}}, run)
+
+    model.add_object_patch("diffusion_model.forward", wrapped)
+
+
+OUT_OF_REACH = [
+    in_a_class, in_a_global_variable, in_a_generator, in_a_list_of_nothing, in_a_tensor, on_the_model, on_a_block,
+    on_the_network_by_a_patch, in_a_replaced_method,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OUT_OF_REACH, ids=lambda kind: kind.__name__)
+def test_memories_that_prompts_would_share_are_refused_by_name(comfyui, tiny, internals, kind):
+    base, conds = tiny.conditioning(9), {name: tiny.conditioning(i) for i, name in enumerate(WEIGHTS)}
+    with pytest.raises(ValueError, match=r"found \S.* on the prior, which would mix up its 4 conditionings; "):
+        tiny.predict(multi(internals, patched(comfyui, tiny, kind), base, conds), noisy(), SIGMA)
+    # Two are what it was made for.
+    expected = core_twice(comfyui, patched(comfyui, tiny, kind), conds["a"], base, 2.0)
+    ours = multi(internals, patched(comfyui, tiny, kind), base, conds, {"a": 2.0})
+    assert all(map(torch.equal, Twice(comfyui, noisy(1), noisy(2)).run(ours, noisy(1)), expected))
+
+
+@pytest.mark.parametrize("kind", [one for one in OUT_OF_REACH if one is not in_a_list_of_nothing], ids=lambda kind: kind.__name__)
+def test_memories_that_models_would_share_are_refused_by_name(comfyui, tiny, internals, kind):
+    checkpoint = patched(comfyui, tiny, kind)
+    prior, domain = tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 2)
+    guider = internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(9), 1.5, 2.0)
+    with pytest.raises(ValueError, match=r"found \S.* on .*, which would mix up the models' conditionings; "):
+        Twice(comfyui, noisy(1), noisy(2)).run(guider, noisy(1))
+
+
+def test_a_method_on_models_of_two_files_may_remember_on_each(comfyui, tiny, internals):
+    def build(kind):
+        prior, domain = (patched(comfyui, tiny, kind, seed) for seed in (0, 1))
+        guider = internals.in_domain_guider(prior, domain, tiny.conditioning(1), tiny.conditioning(9), 1.5, 2.0)
+        return Twice(comfyui, noisy(1), noisy(2)).run(guider, noisy(1))
+
+    # What was answered first is answered again.
+    first, second = build(on_a_block)
+    assert relative(second, first) < 1e-4
+    with pytest.raises(ValueError, match="would mix up the models' conditionings"):
+        build(in_a_global_variable)
 
 
 # ---- core's caches and methods --------------------------------------------------------------------------------------

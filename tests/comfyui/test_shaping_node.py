@@ -257,8 +257,8 @@ def test_what_cannot_work_is_refused_in_a_sentence(setting, term, widgets, words
 
 
 def test_chains_that_cannot_be_shaped_are_refused(setting):
-    for empty in ((), None):
-        with pytest.raises(ValueError, match="at least one Guidance Term"):
+    for empty, words in (((), "at least one Guidance Term"), (None, "expected terms to be terms of Guidance Term")):
+        with pytest.raises(ValueError, match=words):
             setting.guiders.ShapeGuidanceTerm.execute(terms=empty)
     twice = setting.chain({"name": "domain", "weight": 1.0})
     with pytest.raises(ValueError, match="'domain' twice among domain, control, domain"):
