@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import comfy.model_management
-import folder_paths
 import torch
 from torch import Tensor
 
