@@ -452,8 +452,8 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
 
 COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
-    "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which go "
-            "to pytest, in one process)",
+    "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which "
+            "go to pytest, in one process)",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",

@@ -79,8 +79,8 @@ def _level(sigma: Any) -> float:
 def _translate(percent: float, percent_to_sigma: PercentToSigma | None) -> float:
     if percent_to_sigma is None:
         raise GuidanceError(
-            f"A weight that changes at {100 * percent:g} % of sampling needs the model's percent_to_sigma, and none was "
-            "given; "
+            f"A weight that changes at {100 * percent:g} % of sampling needs the model's percent_to_sigma, and none "
+            "was given; "
             "pass one, or write the position as a sigma."
         )
     return float(percent_to_sigma(percent))

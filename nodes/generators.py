@@ -65,7 +65,9 @@ class LoadGenerator(io.ComfyNode):
                     "and is read from then on. off (the default) writes nothing.",
                 ),
             ],
-            outputs=[GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack.")],
+            outputs=[
+                GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack."),
+            ],
         )
 
     @classmethod
@@ -84,7 +86,8 @@ class LoadGenerator(io.ComfyNode):
         generator, notes = generators.load_generator(generator_name)
         converted = [generators.convert_generator(generator)] if convert else []
         return io.NodeOutput(
-            generator, ui={"text": tuple(map(printable, (generators.describe_generator(generator), *notes, *converted)))}
+            generator,
+            ui={"text": tuple(map(printable, (generators.describe_generator(generator), *notes, *converted)))},
         )
 
 
@@ -99,8 +102,8 @@ class GeneratorSample(io.ComfyNode):
             category=GENERATORS,
             search_aliases=["GAN", "StyleGAN", "StyleGAN2", "truncation"],
             advanced=["noise", "class_index", "truncation_cutoff"],
-            description="Draws images with a generator, in one pass each. The same seed gives related images before and "
-            "after an adaptation.",
+            description="Draws images with a generator, in one pass each. The same seed gives related images before "
+            "and after an adaptation.",
             inputs=[
                 GeneratorType.Input("generator", tooltip="From Load Generator, Adapt Generator or Blend Generators."),
                 io.Int.Input(
@@ -124,8 +127,8 @@ class GeneratorSample(io.ComfyNode):
                 ),
                 io.Int.Input(
                     "class_index", default=0, min=0, max=1_000_000, optional=True,
-                    tooltip="The class to draw, counted from 0 (the default); only for generators with classes, without "
-                    "effect for all others.",
+                    tooltip="The class to draw, counted from 0 (the default); only for generators with classes, "
+                    "without effect for all others.",
                 ),
                 io.Int.Input(
                     "truncation_cutoff", default=0, min=0, max=64, optional=True,
@@ -165,21 +168,23 @@ class AdaptGenerator(io.ComfyNode):
             category=GENERATORS,
             search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
             advanced=["isolated"],
-            description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion model "
-            "as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
+            description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion "
+            "model as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
             "continues. The finished file lands in models/generators.",
             is_output_node=True,
             inputs=[
                 GeneratorType.Input("generator", tooltip="The generator to adapt; it stays as it is."),
                 io.Model.Input(
-                    "model", tooltip="The diffusion model that judges (Stable Diffusion 1.x, 2.x, SDXL, the mini world). "
-                    "LoRAs, DreamBooth checkpoints and hooks on it have their say.",
+                    "model", tooltip="The diffusion model that judges (Stable Diffusion 1.x, 2.x, SDXL, the mini "
+                    "world). LoRAs, DreamBooth checkpoints and hooks on it have their say.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE. Gradients go through its encoder."),
-                io.Conditioning.Input("positive", tooltip="The domain to reach, such as 'a 3d render of a face, Pixar'."),
                 io.Conditioning.Input(
-                    "negative", tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt if "
-                    "you like.",
+                    "positive", tooltip="The domain to reach, such as 'a 3d render of a face, Pixar'."
+                ),
+                io.Conditioning.Input(
+                    "negative", tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt "
+                    "if you like.",
                 ),
                 own("name", default="my_generator"),
                 own("method"),
@@ -195,18 +200,18 @@ class AdaptGenerator(io.ComfyNode):
                 own("seed", max=LARGEST_SEED, control_after_generate=False),
                 io.Combo.Input(
                     "resume", options=list(RESUME), default="auto",
-                    tooltip="auto: continue the run of this name if there is one, else start it. continue: there must be "
-                    "one. new: there must be none.",
+                    tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
+                    "be one. new: there must be none.",
                 ),
                 io.Boolean.Input(
                     "isolated", default=False,
-                    tooltip="Adapt in a process of its own: all of its memory comes back afterwards, and a crash ends the "
-                    "run instead of the server; for plain prompts, LoRAs and one domain model as a term. off (the "
+                    tooltip="Adapt in a process of its own: all of its memory comes back afterwards, and a crash ends "
+                    "the run instead of the server; for plain prompts, LoRAs and one domain model as a term. off (the "
                     "default): in the server's process, which takes everything a graph can connect.",
                 ),
                 GuidanceTerms.Input(
-                    "terms", optional=True, tooltip="More judges, from Guidance Term: a domain model, another checkpoint, "
-                    "another prompt. Percentages count the model's noise levels, 0 the noisiest.",
+                    "terms", optional=True, tooltip="More judges, from Guidance Term: a domain model, another "
+                    "checkpoint, another prompt. Percentages count the model's noise levels, 0 the noisiest.",
                 ),
                 io.Conditioning.Input(
                     "source", optional=True, tooltip="What the generator makes now, such as 'a photo of a face'; the "
@@ -296,8 +301,8 @@ class BlendGenerators(io.ComfyNode):
             category=GENERATORS,
             search_aliases=["GAN", "StyleGAN", "interpolate", "layer swapping", "merge"],
             advanced=["split_resolution", "amount_below_split"],
-            description="Blends two generators of one descent by their weights: how much of an adaptation you want, and "
-            "in which sizes of detail.",
+            description="Blends two generators of one descent by their weights: how much of an adaptation you want, "
+            "and in which sizes of detail.",
             inputs=[
                 GeneratorType.Input("source", tooltip="The generator at amount 0, usually the one that was adapted."),
                 GeneratorType.Input("adapted", tooltip="The generator at amount 1."),
@@ -313,8 +318,8 @@ class BlendGenerators(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "amount_below_split", default=0.0, min=-1.0, max=2.0, step=0.05, round=0.001, optional=True,
-                    tooltip="The amount for layers up to split resolution: 0 (the default) keeps the source's shapes, 1 "
-                    "takes the adapted ones. -1 to 2; without effect when split resolution is 0.",
+                    tooltip="The amount for layers up to split resolution: 0 (the default) keeps the source's shapes, "
+                    "1 takes the adapted ones. -1 to 2; without effect when split resolution is 0.",
                 ),
             ],
             outputs=[GeneratorType.Output(display_name="generator", tooltip="The blend.")],

@@ -34,8 +34,8 @@ RAMPS = {
 def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> WeightLike:
     """A term's weight from the node's widgets: `weight` between `start` and `end` percent of sampling, 0 elsewhere.
 
-    A weight of 0 is 0, whatever its interval. Raises GuidanceError for an unknown ramp, an interval that runs backwards,
-    or numbers that are not finite.
+    A weight of 0 is 0, whatever its interval. Raises GuidanceError for an unknown ramp, an interval that runs
+    backwards, or numbers that are not finite.
     """
     made = _weight_over_sampling(weight, start, end, ramp)
     return 0.0 if weight == 0 else made

@@ -58,7 +58,8 @@ def config_input(field: dataclasses.Field, settings: type | None = None, **chang
         values["tooltip"] = f"{tooltip} {least} to {most}, default {usual}."
         if kind is int:
             return io.Int.Input(field.name, **values)
-        return io.Float.Input(field.name, **{"step": _float_step(field.default, about["max"]), "round": False, **values})
+        step = _float_step(field.default, about["max"])
+        return io.Float.Input(field.name, **{"step": step, "round": False, **values})
     values = {"default": field.default, "tooltip": tooltip}
     if kind is bool:
         return io.Boolean.Input(field.name, **{**values, **changes})
@@ -118,14 +119,16 @@ class TrainDomainUNet(io.ComfyNode):
                 config_input(fields["name"], default="my_domain"),
                 io.Combo.Input(
                     "checkpoint", options=training.list_checkpoints(), default=training.CONNECTED,
-                    tooltip="The prior to start from: 'connected' takes the model, clip and vae inputs, anything else a "
-                    "checkpoint by its name (Stable Diffusion 1.x, 2.x, SDXL, or the mini world that ships with the pack).",
+                    tooltip="The prior to start from: 'connected' takes the model, clip and vae inputs, anything else "
+                    "a checkpoint by its name (Stable Diffusion 1.x, 2.x, SDXL, or the mini world that ships with the "
+                    "pack).",
                 ),
                 io.String.Input(
                     "image_folder", default="",
-                    tooltip="Folder of images, searched recursively: a full path, or a folder in ComfyUI's input folder. "
-                    ".tar shards work too; several are divided by ;. Leave it empty to train on the images input. On a "
-                    "server that others reach: in the input folder, or where its owner allows (see the help page).",
+                    tooltip="Folder of images, searched recursively: a full path, or a folder in ComfyUI's input "
+                    "folder. .tar shards work too; several are divided by ;. Leave it empty to train on the images "
+                    "input. On a server that others reach: in the input folder, or where its owner allows (see the "
+                    "help page).",
                 ),
                 config_input(fields["form"]),
                 config_input(fields["steps"]),
@@ -137,20 +140,22 @@ class TrainDomainUNet(io.ComfyNode):
                 config_input(fields["seed"], max=LARGEST_SEED, control_after_generate=False),
                 io.Combo.Input(
                     "resume", options=list(RESUME), default="auto",
-                    tooltip="auto: continue the run of this name if there is one, else start it. continue: there must be "
-                    "one. new: there must be none.",
+                    tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
+                    "be one. new: there must be none.",
                 ),
                 io.Boolean.Input(
                     "isolated", default=False,
-                    tooltip="Train in a process of its own: all of its memory comes back afterwards, and a crash ends the "
-                    "run instead of the server. off: in the server's process, which needs no copy of connected models.",
+                    tooltip="Train in a process of its own: all of its memory comes back afterwards, and a crash ends "
+                    "the run instead of the server. off: in the server's process, which needs no copy of connected "
+                    "models.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="The prior, when checkpoint is 'connected'. LoRAs on it are baked in."
+                    "model", optional=True, tooltip="The prior, when checkpoint is 'connected'. LoRAs on it are baked "
+                    "in."
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="The prior's text encoder. It encodes the empty prompt and the sample "
-                    "prompts; training itself has no captions.",
+                    "clip", optional=True, tooltip="The prior's text encoder. It encodes the empty prompt and the "
+                    "sample prompts; training itself has no captions.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The prior's VAE. It encodes the images, once."),
                 io.Image.Input(
@@ -218,8 +223,8 @@ class DomainTrainingOptions(io.ComfyNode):
             category=TRAINING,
             search_aliases=["LoRA", "low rank", "fine-tune", "finetune", "optimizer"],
             advanced=[field.name for field in option_fields() if field.name not in USUAL_OPTIONS],
-            description="Everything that Train Domain UNet does not show. The defaults are the trainer's own: leave the "
-            "node out to use them.",
+            description="Everything that Train Domain UNet does not show. The defaults are the trainer's own: leave "
+            "the node out to use them.",
             inputs=[config_input(field, optional=True) for field in option_fields()],
             outputs=[TrainingOptions.Output(display_name="options", tooltip="For Train Domain UNet.")],
         )
@@ -253,7 +258,8 @@ class MiniWorldImages(io.ComfyNode):
                     tooltip="handwriting: 4 inks on 4 grounds. narrow: white on black only.",
                 ),
                 io.Int.Input(
-                    "count", default=1000, min=1, max=8000, tooltip="How many images, 1 to 8000. Few are learned by heart."
+                    "count", default=1000, min=1, max=8000, tooltip="How many images, 1 to 8000. Few are learned by "
+                    "heart."
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=False,

@@ -166,9 +166,9 @@ class AdaptConfig(Settings):
     licence: str = option("", "reporting", "licence written into the finished file; empty: the source generator's",
                           free=True)
     # New fields come last: they are inputs of a published node in this order.
-    way_back: float = option(-1.0, "distillation", "how much of the gradient that leads back pixels beyond white and black "
-                             "keep, 0 to 1; 0: none, as StyleGAN-Fusion was released, so that an image that is all black "
-                             "stays so; -1: 0.01, or 0 with the mode sgf", min=-1.0, max=1.0)
+    way_back: float = option(-1.0, "distillation", "how much of the gradient that leads back pixels beyond white and "
+                             "black keep, 0 to 1; 0: none, as StyleGAN-Fusion was released, so that an image that is "
+                             "all black stays so; -1: 0.01, or 0 with the mode sgf", min=-1.0, max=1.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -102,7 +102,8 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     try:
         whole = _is_whole(path)
     except OSError as error:
-        raise CheckpointProblem(f"{path}: cannot be read ({error.strerror or error}); move it away to go on.") from error
+        reason = error.strerror or error
+        raise CheckpointProblem(f"{path}: cannot be read ({reason}); move it away to go on.") from error
     if whole is None:
         raise DamagedCheckpoint(
             f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was written."

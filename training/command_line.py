@@ -420,7 +420,8 @@ def _add_mini_data(commands: Any) -> None:
     command.add_argument("folder", type=_path, metavar="DIR", help="a new or empty folder")
     command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
                          help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
-    command.add_argument("--count", type=_whole(1, 8000), default=500, metavar="N", help="how many (default 500; 1 to 8000)")
+    command.add_argument("--count", type=_whole(1, 8000), default=500, metavar="N",
+                         help="how many (default 500; 1 to 8000)")  # fmt: skip
     command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help="of the colours (default 0)")
     _add_json(command, "folder and count as one JSON object")
 
@@ -526,8 +527,10 @@ def _add_sample(commands: Any) -> None:
                          help="prompt of the base (default: empty)")  # fmt: skip
     command.add_argument("-o", "--output", type=_path, default="pictures", metavar="DIR",
                          help="folder (default: pictures); a picture whose name is taken gets a number behind it")
-    command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N", help="pictures per prompt (default 4)")
-    command.add_argument("--seed", type=_whole(0, 2**62), default=0, metavar="N", help="of the first; the next one has N + 1")
+    command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N",
+                         help="pictures per prompt (default 4)")  # fmt: skip
+    command.add_argument("--seed", type=_whole(0, 2**62), default=0, metavar="N",
+                         help="of the first; the next one has N + 1")  # fmt: skip
     command.add_argument("--domain-weight", type=float, default=2.5, metavar="X", help="usually 0 to 5 (default 2.5)")
     command.add_argument("--control-weight", type=float, default=2.5, metavar="X", help="usually 0 to 8 (default 2.5)")
     command.add_argument("--domain-start", type=float, default=0.0, metavar="X",
@@ -544,7 +547,8 @@ def _add_sample(commands: Any) -> None:
     command.add_argument("--width", type=_whole(64, 16384), metavar="PIXELS",
                          help="(default: the resolution it was trained at, else what the prior was made for)")
     command.add_argument("--height", type=_whole(64, 16384), metavar="PIXELS", help="(default: the width)")
-    command.add_argument("--batch-size", type=_whole(1, 4096), default=4, metavar="N", help="pictures drawn at once (default 4)")
+    command.add_argument("--batch-size", type=_whole(1, 4096), default=4, metavar="N",
+                         help="pictures drawn at once (default 4)")  # fmt: skip
     command.add_argument("--vae", type=_path, default="", metavar="PATH", help="another VAE than the checkpoint's")
     command.add_argument("--tokenizer", type=_path, default="", metavar="PATH",
                          help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")

@@ -76,8 +76,8 @@ class TrainConfig(Settings):
                             choices=("sample", "mean"))
     cache: str = option("", "data", "folder of cached latents, shared between runs; empty: in the user's cache folder",
                         path=True, free=True)
-    within: tuple[str, ...] = option((), "data", "folders outside of which no image is read, wherever links and patterns "
-                                     "lead; none: no bounds", path=True, free=True)
+    within: tuple[str, ...] = option((), "data", "folders outside of which no image is read, wherever links and "
+                                     "patterns lead; none: no bounds", path=True, free=True)
     caching_batch: int = option(8, "data", "images the VAE encodes at once while filling the cache, on a GPU; of more "
                                 "than 512 x 512 pixels fewer, as their area says; on the CPU always one, so that a "
                                 "latent depends on its image alone", min=1, max=256,

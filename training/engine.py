@@ -343,7 +343,8 @@ class Engine(ABC):
             self.config.write_json(self.folder / CONFIG)
 
     def _refused(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """At the end of a run in a new folder: where it was refused, delete its files; the folder goes with the lock."""
+        """At the end of a run in a new folder: where it was refused, delete its files; the folder goes with the lock.
+        """
         if isinstance(error, Problem) and not self.under_way:
             clear_refused(self.folder)
 

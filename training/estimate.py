@@ -79,9 +79,10 @@ class Estimate:
             f"trains {self.trainable / 1e6:.2f} M of {self.parameters / 1e6:.2f} M parameters ({share:.1f} %)",
             f"memory on {self.device}: about {size_text(max(self.peak, self.preview))} at its highest ("
             + (f"base {size_text(self.base)}, " if self.base else "")
-            + f"weights {size_text(self.weights)}, gradients {size_text(self.gradients)}, optimizer {size_text(self.optimizer)}, "
-            f"average {size_text(self.average)}, activations {size_text(self.activations)}; drawing samples "
-            f"{size_text(self.preview)})" + ("" if self.available is None else f", {size_text(self.available)} available"),
+            + f"weights {size_text(self.weights)}, gradients {size_text(self.gradients)}, "
+            f"optimizer {size_text(self.optimizer)}, average {size_text(self.average)}, "
+            f"activations {size_text(self.activations)}; drawing samples {size_text(self.preview)})"
+            + ("" if self.available is None else f", {size_text(self.available)} available"),
             f"disk: {size_text(self.checkpoint)} per checkpoint, {size_text(self.file)} for the finished file, "
             f"{size_text(self.latents)} of cached latents",
             f"time: about {_duration(self.seconds)} ({_duration(self.seconds_per_step)} per step, "

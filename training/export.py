@@ -241,9 +241,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     """Everything a model file knows about itself, as JSON values.
 
     kind: "domain model", "generator", "checkpoint", "UNet", "LoRA" or "training checkpoint" (of a run, to resume from);
-    file: name, bytes, tensors, parameters, number formats. A domain model: form, architecture, latent space, prediction,
-    prior, null context, errors of the constants, data, steps, training configuration; a generator: architecture,
-    source, history; a checkpoint: family and parts. Weights are read only where the header does not tell.
+    file: name, bytes, tensors, parameters, number formats. A domain model: form, architecture, latent space,
+    prediction, prior, null context, errors of the constants, data, steps, training configuration; a generator:
+    architecture, source, history; a checkpoint: family and parts. Weights are read only where the header does not tell.
     Raises FileProblem for a file that is no model of these kinds.
     """
     path = Path(path)

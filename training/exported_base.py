@@ -69,8 +69,8 @@ class ExportedBase:
         missing = [prompt for prompt in prompts if prompt not in known]
         if missing:
             raise Problem(
-                f"{self.name}: expected one of the prompts that were encoded before training ({', '.join(self.prompts)}), "
-                f"found {missing[0]!r}; name it in sample_prompts."
+                f"{self.name}: expected one of the prompts that were encoded before training "
+                f"({', '.join(self.prompts)}), found {missing[0]!r}; name it in sample_prompts."
             )
         contexts, pooled = zip(*(known[prompt] for prompt in prompts))
         # Attention to repeated tokens is attention to the tokens, so prompts of several lengths fit in one batch.
@@ -129,4 +129,5 @@ class ExportedBase:
                 name=metadata["name"],
             )
         except (KeyError, ValueError, TypeError, AttributeError) as problem:
-            raise FileProblem(f"{path}: expected an exported prior, found one with parts missing ({problem}).") from problem
+            what = f"{path}: expected an exported prior, found one with parts missing ({problem})."
+            raise FileProblem(what) from problem

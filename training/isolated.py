@@ -79,7 +79,8 @@ class Job:
             files = (None if values[name] is None else Path(values[name]) for name in ("base", "generator"))
             return cls(KINDS[values["kind"]].from_mapping(values["config"], str(path)), values["resume"], *files)
         except (KeyError, TypeError, ValueError) as problem:
-            raise FileProblem(f"{path}: expected the description of a training job, found none ({problem}).") from problem
+            what = f"{path}: expected the description of a training job, found none ({problem})."
+            raise FileProblem(what) from problem
 
 
 def run_isolated(
@@ -202,7 +203,8 @@ def _ask_to_stop(process: subprocess.Popen) -> None:
 def _result(message: dict[str, Any]) -> Result:
     from .engine import Result
 
-    paths = {name: None if message[name] is None else Path(message[name]) for name in ("path", "run", "samples", "plot")}
+    names = ("path", "run", "samples", "plot")
+    paths = {name: None if message[name] is None else Path(message[name]) for name in names}
     return Result(status=message["status"], step=message["step"], loss=message["loss"], **paths)
 
 
@@ -222,4 +224,5 @@ def _obituary(code: int, folder: Path, config: TrainConfig | AdaptConfig) -> str
     kept = sorted((config.run_folder / "checkpoints").glob("*.ckpt"))
     step = re.search(r"(\d+)", kept[-1].stem) if kept else None
     remedy = f"run again to continue from step {int(step[1])}" if step else "it had not saved anything yet"
-    return f"The training process ended unexpectedly ({cause}{said}); {remedy}, with gradient checkpointing if memory ran out."
+    what = f"The training process ended unexpectedly ({cause}{said})"
+    return f"{what}; {remedy}, with gradient checkpointing if memory ran out."

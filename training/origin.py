@@ -13,8 +13,8 @@ from .config import ConfigProblem
 
 # Encoded on another device or in half precision, the same text differs by about a thousandth of its norm.
 SAME_TEXT = 0.01
-# ComfyUI may hold a VAE in bf16, whose rounded weights (another `vae_id`) move the mini world's latents by 0.003; another
-# encoder's latents have nothing in common with them.
+# ComfyUI may hold a VAE in bf16, whose rounded weights (another `vae_id`) move the mini world's latents by 0.003;
+# another encoder's latents have nothing in common with them.
 SAME_LATENTS = 0.02
 PICTURE_SIDE, PICTURE_SEED = 64, 21
 

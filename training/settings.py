@@ -200,7 +200,8 @@ def _checked(one: dataclasses.Field, value: Any) -> Any:
         if "choices" in limits and value not in limits["choices"]:
             near = difflib.get_close_matches(value[:100], limits["choices"], n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
-            raise ConfigProblem(f"{one.name}: expected one of {', '.join(limits['choices'])}, found {_shown(value)}{hint}")
+            choices = ", ".join(limits["choices"])
+            raise ConfigProblem(f"{one.name}: expected one of {choices}, found {_shown(value)}{hint}")
         return value
     if kind is bool:
         if not isinstance(value, bool):

@@ -48,7 +48,8 @@ def read_small(path: str | os.PathLike, what: str, most: int = MOST_BYTES) -> by
             data = file.read(most + 1)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = getattr(error, "strerror", None) or str(error)
-        raise FileProblem(f"{path}: cannot be read as {what} ({reason}); check name, folder and permissions.") from error
+        problem = f"{path}: cannot be read as {what} ({reason}); check name, folder and permissions."
+        raise FileProblem(problem) from error
     if len(data) > most:
         raise FileProblem(f"{path}: expected {what} of at most {most} bytes, found more; name another file.")
     return data

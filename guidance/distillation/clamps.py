@@ -58,7 +58,8 @@ def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Ten
 def lead_back(gradient: Tensor, images: Tensor, bound: float = 1.0, share: float = 1.0) -> Tensor:
     """The gradient on images that are shown clamped to +-bound: of what leads back a share, of what leads out nothing.
 
-    gradient: that on the clamped images; inside the bound it stays. share: 1 is the projected gradient, 0 that of a clamp.
+    gradient: that on the clamped images; inside the bound it stays. share: 1 is the projected gradient, 0 that of a
+    clamp.
     """
     beyond = images.abs() > bound
     outward = images.sign() * gradient < 0  # descent goes against it

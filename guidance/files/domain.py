@@ -290,7 +290,8 @@ def prior_content_hash(state_dict: Mapping[str, Tensor], between: Callable[[], N
     """SHA-256 (hex) over sorted key, shape and fp16 bytes of the UNet's tensors, prefix and other parts ignored.
 
     So one UNet has one hash whether it lies alone or in a checkpoint, in fp32 or fp16. between is called before each
-    tensor; what it raises ends the hashing, which takes seconds for each GB. Raises Problem where there is no UNet to hash.
+    tensor; what it raises ends the hashing, which takes seconds for each GB. Raises Problem where there is no UNet to
+    hash.
     """
     digest = hashlib.sha256()
     unet = strip_unet_prefix(state_dict)

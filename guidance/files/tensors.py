@@ -242,7 +242,7 @@ def _no_model(path: Path, start: bytes) -> Kind | None:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - RUN_TRAILER))
         if file.read(len(RUN_MARK)) == RUN_MARK:
-            return Kind("the checkpoint of a run of this project", "", "use the model that the run writes, or resume it")
+            return Kind("the checkpoint of a run of this project", "", "use the model that it writes, or resume it")
     try:
         with zipfile.ZipFile(path) as archive:
             names = [name.lower() for name in archive.namelist()]
@@ -323,7 +323,8 @@ def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]
     from safetensors import SafetensorError, safe_open
 
     if not _is_unicode(str(path)):
-        raise FileProblem(f"{path}: expected a file whose path is UTF-8, which safetensors needs, found another; rename it.")
+        reason = "expected a file whose path is UTF-8, which safetensors needs, found another; rename it."
+        raise FileProblem(f"{path}: {reason}")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
             return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}

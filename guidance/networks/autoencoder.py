@@ -258,8 +258,8 @@ class Autoencoder(nn.Module):
         factor = self.config.factor
         if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
             raise Problem(
-                f"Autoencoder: expected images [B, {self.config.in_channels}, H, W] with H and W multiples of {factor}, "
-                f"found {list(x.shape)}; resize or crop them first."
+                f"Autoencoder: expected images [B, {self.config.in_channels}, H, W] with H and W multiples of "
+                f"{factor}, found {list(x.shape)}; resize or crop them first."
             )
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)

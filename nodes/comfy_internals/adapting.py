@@ -240,8 +240,8 @@ def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
     if critic.terms and domain_of(critic.terms) is None:
         names = ", ".join(term.name for term in critic.terms)
         raise Problem(
-            f"{NODE}: expected, in a process of its own, one text-free domain model from a file as the only term, found "
-            f"{names}; switch isolated off."
+            f"{NODE}: expected, in a process of its own, one text-free domain model from a file as the only term, "
+            f"found {names}; switch isolated off."
         )
     model = critic.model
     unet = exported_config(model, NODE)
@@ -270,8 +270,8 @@ def _plain(conditioning: list, what: str) -> tuple[Tensor, Tensor | None]:
     if len(conditioning) != 1 or more:
         found = ", ".join(sorted(more)) or f"{len(conditioning)} parts"
         raise Problem(
-            f"{NODE}: expected, in a process of its own, a {what} conditioning that is one encoded text, found {found}; "
-            "switch isolated off."
+            f"{NODE}: expected, in a process of its own, a {what} conditioning that is one encoded text, found "
+            f"{found}; switch isolated off."
         )
     ((context, options),) = conditioning
     pooled = options.get("pooled_output")

@@ -1,7 +1,7 @@
 """Which files and folders a prompt may name, in one place for all nodes.
 
-Whoever reaches the server writes prompts. Where only this machine does, they are its user, who may read any folder. Where
-others do, they reach ComfyUI's input folder, as core's own loaders let them, and what the machine's owner allows.
+Whoever reaches the server writes prompts. Where only this machine does, they are its user, who may read any folder.
+Where others do, they reach ComfyUI's input folder, as core's own loaders let them, and what the machine's owner allows.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ LONGEST_PATH = 4096  # characters; Linux takes as many bytes, Windows without mo
 
 
 def reached_by_others(listen: str) -> bool:
-    """Whether a server that listens on these addresses (core's --listen, divided by commas) can be reached from outside.
+    """Whether a server that listens on these addresses (core's --listen, divided by commas) can be reached from
+    outside.
 
     Only addresses that are sure to be this machine's own count as such: an empty one is all of them, and a name may be.
     """
@@ -58,9 +59,9 @@ def _named_folders() -> list[str]:
 def check_allowed(name: str, node: str, allowed: Sequence[str] | None) -> str:
     """The path of a file or folder that a prompt names, relative to ComfyUI's input folder where it is relative.
 
-    allowed: of `allowed_folders`. A pattern's path may go on with braces and wildcards; whoever expands it sees to it that
-    no link leads out. Raises FileProblem for what lies outside, links followed, whether there is anything or not: nothing
-    outside is even looked at, so that neither the message nor a network drive tells.
+    allowed: of `allowed_folders`. A pattern's path may go on with braces and wildcards; whoever expands it sees to it
+    that no link leads out. Raises FileProblem for what lies outside, links followed, whether there is anything or not:
+    nothing outside is even looked at, so that neither the message nor a network drive tells.
     """
     if len(name) > LONGEST_PATH or "\0" in name or not _can_be_a_name(name):
         raise FileProblem(f"{node}: expected the path of a file or folder, found {name!r:.120}, which can be none.")
@@ -69,9 +70,9 @@ def check_allowed(name: str, node: str, allowed: Sequence[str] | None) -> str:
     path = _path_within(name, allowed) or _pattern_within(name, allowed)
     if path is None:
         raise FileProblem(
-            f"{node}: expected files in ComfyUI's input folder or in a folder that the owner of this server allows, found "
-            f"{name!r:.120}; copy them into the input folder, or have the owner add their folder to the environment "
-            f"variable {VARIABLE} or, as {KEY}, to extra_model_paths.yaml."
+            f"{node}: expected files in ComfyUI's input folder or in a folder that the owner of this server allows, "
+            f"found {name!r:.120}; copy them into the input folder, or have the owner add their folder to the "
+            f"environment variable {VARIABLE} or, as {KEY}, to extra_model_paths.yaml."
         )
     return path
 

@@ -43,7 +43,8 @@ def check_same_latents(prior: ModelPatcher, other: ModelPatcher, term: str) -> N
 
 def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, Iterable[tuple[Any, dict]]]) -> None:
     """Refuse what core cannot do: give the prompt's Apply ControlNet (OLD) or GLIGEN boxes also to a conditioning of
-    which nothing is for the whole picture. others: conditionings by the terms that they belong to. Raises GuidanceError.
+    which nothing is for the whole picture. others: conditionings by the terms that they belong to. Raises
+    GuidanceError.
     """
     spread = [
         "Apply ControlNet (OLD)" if options.get("control_apply_to_uncond") else "GLIGEN"
@@ -55,13 +56,15 @@ def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, I
         entries = [options for _, options in conditioning]
         if spread and entries and all(map(coverage.limited_to_area, entries)):
             raise GuidanceError(
-                f"Term {names!r}: expected a conditioning that is not for an area alone beside {spread[0]} on the prompt, "
-                "which ComfyUI gives to every conditioning; use Apply ControlNet, or combine the term's conditioning "
-                "with one for the whole picture."
+                f"Term {names!r}: expected a conditioning that is not for an area alone beside {spread[0]} on the "
+                "prompt, which ComfyUI gives to every conditioning; use Apply ControlNet, or combine the term's "
+                "conditioning with one for the whole picture."
             )
 
 
-def check_control_loras(model: ModelPatcher, conditioning: Iterable[tuple[Any, dict]], of_prior: set, term: str) -> None:
+def check_control_loras(
+    model: ModelPatcher, conditioning: Iterable[tuple[Any, dict]], of_prior: set, term: str
+) -> None:
     """Refuse Control-LoRAs on a text-free model: they are made of the model's own weights, text layers included.
 
     of_prior: identities of the controls that the prior prepares, with its weights. Raises GuidanceError.
@@ -74,9 +77,9 @@ def check_control_loras(model: ModelPatcher, conditioning: Iterable[tuple[Any, d
         while control is not None and id(options["control"]) not in of_prior:
             if isinstance(control, comfy.controlnet.ControlLora):
                 raise GuidanceError(
-                    f"Term {term!r}: expected a ControlNet with a network of its own, found a Control-LoRA, which is made "
-                    f"of the model's weights; the {display_name(model)} has no text layers to make it of. Put the same "
-                    "Control-LoRA on the base's conditioning too, or use a ControlNet."
+                    f"Term {term!r}: expected a ControlNet with a network of its own, found a Control-LoRA, which is "
+                    f"made of the model's weights; the {display_name(model)} has no text layers to make it of. Put the "
+                    "same Control-LoRA on the base's conditioning too, or use a ControlNet."
                 )
             control = control.previous_controlnet
 

@@ -65,7 +65,8 @@ def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
 
 
 def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node: str = NODE) -> None:
-    """Refuse a CONDITIONING that is empty or was made by another family's CLIP. Raises ValueError naming both widths."""
+    """Refuse a CONDITIONING that is empty or was made by another family's CLIP. Raises ValueError naming both widths.
+    """
     if not conditioning:
         raise Problem(f"{node}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
     info = domain_info(model)
@@ -80,8 +81,8 @@ def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node:
             )
         if isinstance(model.model, _WANT_POOLED) and options.get("pooled_output") is None:
             raise Problem(
-                f"{node}: expected a {what} conditioning with a pooled vector, as the {display_name(model)} reads, found "
-                "none; encode the text with the CLIP that belongs to the model."
+                f"{node}: expected a {what} conditioning with a pooled vector, as the {display_name(model)} reads, "
+                "found none; encode the text with the CLIP that belongs to the model."
             )
 
 
@@ -93,8 +94,8 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
     if stage is None or channels != latent_format.latent_channels or dimensions != latent_format.latent_dimensions:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels} latent channels"
         raise Problem(
-            f"{node}: expected the VAE of the {display_name(model)} with {latent_format.latent_channels} latent channels "
-            f"({type(latent_format).__name__}), found {found}; connect the VAE that belongs to the model."
+            f"{node}: expected the VAE of the {display_name(model)} with {latent_format.latent_channels} latent "
+            f"channels ({type(latent_format).__name__}), found {found}; connect the VAE that belongs to the model."
         )
 
 
@@ -157,8 +158,8 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
     factor = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
     if side_px % factor:
         raise Problem(
-            f"{NODE}: expected a resolution that is a multiple of {factor} px, as the VAE needs, found {side_px} px; set "
-            "another resolution in the options."
+            f"{NODE}: expected a resolution that is a multiple of {factor} px, as the VAE needs, found {side_px} px; "
+            "set another resolution in the options."
         )
     return batch, model.get_model_object("latent_format").latent_channels, side_px // factor, side_px // factor
 
@@ -411,8 +412,8 @@ class CriticInputs:
         for term in self.terms:
             if term.shaping is not None:  # distillation takes a prediction apart by its terms, as they are
                 raise Problem(
-                    f"The judge's term {term.name!r}: expected a term as Guidance Term makes it, found one changed by Shape "
-                    "Guidance Term; connect the terms from before that node."
+                    f"The judge's term {term.name!r}: expected a term as Guidance Term makes it, found one changed by "
+                    "Shape Guidance Term; connect the terms from before that node."
                 )
             if term.conditioning is not None:
                 model = self.model if term.model is None else term.model

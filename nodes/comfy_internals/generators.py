@@ -199,7 +199,8 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
         return None
     if not 0 <= label < c_dim:
         raise Problem(
-            f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower class."
+            f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower "
+            "class."
         )
     labels = torch.zeros(count, c_dim)
     labels[:, label] = 1.0
@@ -275,7 +276,8 @@ def draw(
 
 
 def _check_room(count: int, config: GeneratorConfig) -> None:
-    """Raise Problem for images that do not fit into main memory together: the system would end ComfyUI without a word."""
+    """Raise Problem for images that do not fit into main memory together: the system would end ComfyUI without a word.
+    """
     from ...training.estimate import size_text
     from ...training.memory import available_memory
 
@@ -283,8 +285,8 @@ def _check_room(count: int, config: GeneratorConfig) -> None:
     room = available_memory() or comfy.model_management.get_free_memory(torch.device("cpu"))
     if needed > SHARE_OF_MEMORY * room:
         raise Problem(
-            f"Generator Sample: expected images that fit into memory, found that {count:,} of {in_pixels(config)} each take "
-            f"{size_text(needed)} of the {size_text(room)} that are free; lower batch_size."
+            f"Generator Sample: expected images that fit into memory, found that {count:,} of {in_pixels(config)} each "
+            f"take {size_text(needed)} of the {size_text(room)} that are free; lower batch_size."
         )
 
 

@@ -34,8 +34,8 @@ def check_latent(samples: Tensor) -> None:
             )
         if not torch.isfinite(part).all():
             raise Problem(
-                "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; where "
-                "a VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
+                "Expected a latent of finite numbers, found NaN or infinity, which would spread over the picture; "
+                "where a VAE made them, run it in float32 (ComfyUI's --fp32-vae)."
             )
 
 
@@ -104,8 +104,8 @@ def _check_kind(model: ModelPatcher, samples: Tensor) -> None:
     channels, dimensions = space.latent_channels, space.latent_dimensions
     if not samples.is_nested and (samples.ndim != 2 + dimensions or samples.shape[1] != channels):
         raise Problem(
-            f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got one "
-            f"of shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
+            f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got "
+            f"one of shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
         )
 
 

@@ -22,8 +22,8 @@ LOG = logger(__name__)
 _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
 
 
-# Copies made so far, for as long as ComfyUI or anyone else keeps the MODEL they were made for: a queue that changes only
-# a seed brings the same MODELs again, and a guider anew.
+# Copies made so far, for as long as ComfyUI or anyone else keeps the MODEL they were made for: a queue that changes
+# only a seed brings the same MODELs again, and a guider anew.
 _copies: weakref.WeakKeyDictionary[ModelPatcher, ModelPatcher] = weakref.WeakKeyDictionary()
 
 

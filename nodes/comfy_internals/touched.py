@@ -15,7 +15,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
         "T2IAdapter.control_input",
     ),
     "comfy.hooks": (
-        "EnumHookMode.MinVram", "HookGroup.hooks", "HookGroup.clone()", "Hook.hook_keyframe", "HookKeyframeGroup.clone()",
+        "EnumHookMode.MinVram", "HookGroup.hooks", "HookGroup.clone()", "Hook.hook_keyframe",
+        "HookKeyframeGroup.clone()",
     ),
     "comfy.latent_formats": (
         "LatentFormat", "LatentFormat.scale_factor", "LatentFormat.latent_channels", "LatentFormat.latent_dimensions",
@@ -87,7 +88,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     ),
     "comfy.samplers": (
         "CFGGuider(model_patcher)", "CFGGuider.cfg", "CFGGuider.conds", "CFGGuider.inner_model",
-        "CFGGuider.inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, seed)",
+        "CFGGuider.inner_sample(noise, latent_image, device, sampler, sigmas, denoise_mask, callback, disable_pbar, "
+        "seed)",
         "CFGGuider.inner_set_conds(conds)", "CFGGuider.loaded_models", "CFGGuider.model_patcher",
         "CFGGuider.model_options", "CFGGuider.original_conds",
         "CFGGuider.outer_sample(noise, latent_image, sampler, sigmas)",
@@ -107,7 +109,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     ),
     "comfy.sd": (
         "CLIP(target, *, embedding_directory, parameters)", "CLIP.cond_stage_model",
-        "CLIP.encode_from_tokens(tokens, *, return_pooled)", "CLIP.layer_idx", "CLIP.load_sd(sd)", "CLIP.tokenize(text)",
+        "CLIP.encode_from_tokens(tokens, *, return_pooled)", "CLIP.layer_idx", "CLIP.load_sd(sd)",
+        "CLIP.tokenize(text)",
         "VAE(*, sd, config)", "VAE.downscale_ratio", "VAE.first_stage_model", "VAE.latent_channels", "VAE.latent_dim",
         "VAE.process_input", "VAE.upscale_ratio", "VAE.vae_dtype",
         "load_checkpoint_guess_config(ckpt_path, *, output_vae, output_clip)",
@@ -122,7 +125,8 @@ TOUCHED: dict[str, tuple[str, ...]] = {
     "comfy.supported_models_base": (
         "BASE(unet_config)", "BASE.get_model(state_dict, prefix)", "BASE.latent_format",
         "BASE.matches(unet_config, state_dict)",
-        "BASE.memory_usage_factor", "BASE.model_type(state_dict, prefix)", "BASE.optimizations", "BASE.sampling_settings",
+        "BASE.memory_usage_factor", "BASE.model_type(state_dict, prefix)", "BASE.optimizations",
+        "BASE.sampling_settings",
         "BASE.set_inference_dtype(dtype, manual_cast_dtype)", "BASE.supported_inference_dtypes", "BASE.unet_config",
         "BASE.unet_extra_config", "ClipTarget(tokenizer, clip)", "ClipTarget.params",
     ),

@@ -132,8 +132,8 @@ def export_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str,
     if "encoder.conv_in.weight" not in weights or channels != latent_channels:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels or 'other'} latent channels"
         raise Problem(
-            f"{node}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found {found}; "
-            "connect the VAE that belongs to the model."
+            f"{node}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found "
+            f"{found}; connect the VAE that belongs to the model."
         )
     # Core gives every autoencoder a middle attention; all-zero output weights mean that the file has none.
     for side in ("encoder.mid.attn_1.", "decoder.mid.attn_1."):
@@ -146,7 +146,8 @@ def export_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str,
 
 
 def resolve_data(text: str) -> tuple[str, ...]:
-    """The folder input's parts, divided by ";" or lines, as paths; relative ones are looked up in ComfyUI's input folder.
+    """The folder input's parts, divided by ";" or lines, as paths; relative ones are looked up in ComfyUI's input
+    folder.
 
     Raises FileProblem for a path that is not there or that no prompt may name. Patterns are left to the trainer.
     """
@@ -157,8 +158,8 @@ def resolve_data(text: str) -> tuple[str, ...]:
     for path in _paths(text, allowed):
         if not has_magic(path) and "{" not in path and not os.path.lexists(as_on_disk(path, Watch(within=allowed))):
             raise FileProblem(
-                f"{NODE}: expected a folder of images, found nothing at {path}; give a full path, or the name of a folder "
-                "in ComfyUI's input folder."
+                f"{NODE}: expected a folder of images, found nothing at {path}; give a full path, or the name of a "
+                "folder in ComfyUI's input folder."
             )
         paths.append(path)
     return tuple(paths)
@@ -253,7 +254,9 @@ def check_data(text: str, images: Sequence[Tensor] | None) -> tuple[str, ...]:
 
 
 def data_of(folders: Sequence[str], images: Sequence[Tensor] | None, run: Path) -> dict[str, Any]:
-    """Where the images to train on lie, in the words of a configuration; IMAGE batches are written into the run's folder."""
+    """Where the images to train on lie, in the words of a configuration; IMAGE batches are written into the run's
+    folder.
+    """
     if images:
         return {"data": (str(write_images(images, run)),), "within": ()}
     return {"data": tuple(folders), "within": allowed_folders() or ()}
@@ -263,7 +266,8 @@ def given_options(options: Any, known: Collection[str], node: str) -> dict[str, 
     """What an options node hands over. Raises Problem for anything else, which a prompt may hold in its place."""
     if options is None:
         return {}
-    wrong = [repr(options)] if not isinstance(options, Mapping) else [repr(name) for name in options if name not in known]
+    are_options = isinstance(options, Mapping)
+    wrong = [repr(name) for name in options if name not in known] if are_options else [repr(options)]
     if wrong:
         raise Problem(f"options: expected what {node} gives, found {wrong[0]:.80}; connect {node}, or nothing.")
     return dict(options)
@@ -512,8 +516,8 @@ def finish_run(
     """(result, warnings) of a run that finishes, with memory freed before and after it.
 
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled; one that was in its
-    last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that does
-    not suffice, and for a run that somebody else stopped.
+    last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that
+    does not suffice, and for a run that somebody else stopped.
     """
     from ...training.memory import memory_problem
 
@@ -576,8 +580,8 @@ def prepare(model, clip, vae, config: TrainConfig, job: Path | None = None) -> E
     said = f"{base.prediction_type}_zero_snr" if base.zero_snr else base.prediction_type
     if config.prediction not in ("auto", said):
         raise Problem(
-            f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {config.prediction}; set "
-            "it on the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
+            f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {config.prediction}; "
+            "set it on the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
         )
     return base if job is None else base.write(job / BASE)
 

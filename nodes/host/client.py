@@ -50,7 +50,8 @@ class ExecutionInterrupted(RuntimeError):
 
 @dataclass
 class Run:
-    """What one finished run left: node outputs by node id, previews and texts it sent, nodes answered from the cache."""
+    """What one finished run left: node outputs by node id, previews and texts it sent, nodes answered from the cache.
+    """
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -40,7 +40,8 @@ class ImageEntry:
     in_shard: bool = False
 
     def read(self) -> bytes:
-        """The content of the image file. Raises BadImage when it cannot be read, is too large or its shard is cut off."""
+        """The content of the image file. Raises BadImage when it cannot be read, is too large or its shard is cut off.
+        """
         try:
             with open_plain(self.path) as file:
                 file.seek(self.offset)

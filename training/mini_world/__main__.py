@@ -184,8 +184,8 @@ def _count(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py mini-world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = ("train everything again (about two and a half hours on two cores) and replace the shipped weights when all "
-             "is done; stop it at will and run it again to continue")
+    about = ("train everything again (about two and a half hours on two cores) and replace the shipped weights when "
+             "all is done; stop it at will and run it again to continue")
     make = commands.add_parser("make", help=about, description=about[0].upper() + about[1:] + ".")
     make.add_argument("--work", type=Path, default=Path("mini_world_work"),
                       help="folder of checkpoints, cached latents and finished files, 0.3 GB (default: %(default)s)")

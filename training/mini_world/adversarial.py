@@ -21,7 +21,8 @@ class AdversarialConfig(LoopConfig):
     """What one stage trains with; both networks share rate and schedule: constant, then down to 0 over the last part.
 
     gamma: of the gradient penalties R1 and R2 (0: none), evaluated every ``lazy`` steps. fall: share of the steps over
-    which the rate falls; 0 keeps it, for a stage that another one continues. ``clip`` and ``weight_decay`` are not used.
+    which the rate falls; 0 keeps it, for a stage that another one continues. ``clip`` and ``weight_decay`` are not
+    used.
     """
 
     batch: int = 32

@@ -1,7 +1,7 @@
 """Stage 5 of the recipe: a StyleGAN2 generator of handwritten digits, white on black, without any labels.
 
-It grows once. At 32 px, which hold nearly all that 28 px scans have to say, a step costs two thirds; the blocks of 64 px
-then join without changing the picture at first and learn to sharpen it. The networks see one grey channel; as every
+It grows once. At 32 px, which hold nearly all that 28 px scans have to say, a step costs two thirds; the blocks of 64
+px then join without changing the picture at first and learn to sharpen it. The networks see one grey channel; as every
 picture is grey, the shipped generator's three channels are that one, so that recolouring its samples is exact.
 """
 

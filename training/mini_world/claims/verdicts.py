@@ -209,8 +209,8 @@ def claim_c(evidence: Evidence, methods: str = "paper", kind: str = "full") -> V
     kind: "full" or "low_rank" fine-tunes, which need not agree.
     """
     statement = (
-        f"hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {FINE_TUNE_KINDS[kind]}, is "
-        "above 0"
+        f"hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {FINE_TUNE_KINDS[kind]}, "
+        "is above 0"
     )
     name, evidence = f"c, {FINE_TUNE_KINDS[kind]}", evidence.only(kind)
     differences = {}
@@ -278,7 +278,8 @@ def claim_e(evidence: Evidence, own: bool) -> Verdict:
     constant, prior = evidence.of(own, PAPER, lambda row: row.point.model in models), evidence.of(own, ("prior",))
     if not cheap or not constant or not prior:
         return _missing(name, evidence, "paper", statement, "ratio", 1.0)
-    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else torch.tensor([COLOURS_RIGHT], dtype=torch.float64)
+    colours = torch.tensor([COLOURS_RIGHT], dtype=torch.float64)
+    wanted = columns(prior, "digit").amax(0) - DIGIT_TOLERANCE if own else colours
     ours, theirs = (lowest(columns(rows, "distance"), columns(rows, share), wanted) for rows in (cheap, constant))
     if bool(ours[0].isinf() & theirs[0].isinf()):
         return _missing(

@@ -29,8 +29,8 @@ COMMON: dict[str, Any] = {
 }
 RELEASED_SCALE = 100.0
 SCALE = 5.0
-# The released update: each gradient on latents clamped to 1, the image gradient at its 95th percentile. Its scale of 100
-# drives this prior's guided predictions out of what it learned; rows with it stand beside those with SCALE.
+# The released update: each gradient on latents clamped to 1, the image gradient at its 95th percentile. Its scale of
+# 100 drives this prior's guided predictions out of what it learned; rows with it stand beside those with SCALE.
 RELEASED: dict[str, Any] = {
     "method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
 }  # fmt: skip
@@ -105,7 +105,8 @@ RECIPES = {
         ),
         # The same terms in this project's update.
         Recipe(
-            "shared_directional", "SDS + directional 1, shared noise", {**RELEASED, **BACK, "mode": "shared", "directional": 1.0}
+            "shared_directional", "SDS + directional 1, shared noise",
+            {**RELEASED, **BACK, "mode": "shared", "directional": 1.0},
         ),
         Recipe(
             "shared_reconstruction", "SDS + reconstruction 1, shared noise",

@@ -289,7 +289,8 @@ def claim_d(evidence: Evidence) -> list[Verdict]:
             "distance with the prompt alone": _mean(alone, lambda rows: rows[-1].numbers["distance"]),
         }  # fmt: skip
         values = torch.stack(list(differences.values())).amax(0)
-        found.append(_decided("d", part, evidence, statement, values, PULLED, "higher", details, (prompt_alone, *recipes)))
+        rows = (prompt_alone, *recipes)
+        found.append(_decided("d", part, evidence, statement, values, PULLED, "higher", details, rows))
     return found
 
 
