@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..guidance.errors import Problem
+from ..guidance.errors import Problem, printable
 from ..guidance.files import (
     DomainMetadata,
     FileProblem,
@@ -47,6 +47,7 @@ from .parts import FORMS, Trainee, start_model
 if TYPE_CHECKING:
     from .config import TrainConfig
 
+MOST_SHOWN = 10_000  # characters of one fact of a file
 FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_SUFFIX = ".ckpt"  # of old model files, and of this trainer's runs
 TRAINING = "training"  # metadata field with the run's configuration as JSON (ASCII: paths may hold what UTF-8 cannot)
@@ -422,7 +423,7 @@ def inspect_text(path: str | os.PathLike) -> str:
 
     def add(label: str, value: Any) -> None:
         if value not in (None, "", {}, []):
-            lines.append(f"{label + ':':<18} {value}")
+            lines.append(f"{label + ':':<18} {printable(value, MOST_SHOWN)}")
 
     file = about.pop("file")
     add("file", file["path"])

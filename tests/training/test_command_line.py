@@ -283,6 +283,8 @@ def test_a_terminal_sees_no_commands_that_a_file_holds(tmp_path):
     assert status == 0, err
     status, out, _ = run("inspect", tmp_path / "a.safetensors")
     assert status == 0 and "\x1b" not in out and "\\x1b[31mred" in out and len(out.splitlines()) > 5
+    run("convert", SHIPPED, tmp_path / "b.safetensors", "--name", "x" * 100_000)
+    assert max(map(len, run("inspect", tmp_path / "b.safetensors")[1].splitlines())) < 11_000
 
 
 def test_unknown_field_in_a_file_is_named_with_the_nearest(tmp_path):
