@@ -23,7 +23,7 @@ from ..guidance.files import FileProblem
 from .adapt_config import AdaptConfig, configuration_kind
 from .config import ConfigProblem, TrainConfig, field_kinds
 from .console import Console, own_command
-from .paths import meant_path
+from .paths import is_of_windows, meant_path
 from .settings import Settings, kinds_of, read_values
 from .signals import StopRequest
 
@@ -64,7 +64,12 @@ def _path(text: str) -> str:
     """A reader of paths, for argparse: shells leave the "~" of --option=~/here as it is."""
     if "\0" in text or not _can_be(text, os.fsencode):
         raise argparse.ArgumentTypeError(f"expected a path, found {text!r:.80}, which no file is called")
-    return meant_path(text)
+    path = meant_path(text)
+    if is_of_windows(text) and not os.path.lexists(path):
+        raise argparse.ArgumentTypeError(
+            f"expected a path of this system, found one of Windows, {text!r:.80}; give the place where it lies here"
+        )
+    return path
 
 
 def _text(text: str) -> str:

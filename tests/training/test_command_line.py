@@ -278,6 +278,16 @@ def test_halves_of_characters_are_wrong_usage_in_every_option(arguments, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere such paths lead somewhere")
+@pytest.mark.parametrize("path", ["C:\\pictures", '"D:/a b"', "\\\\server\\share", "\\\\?\\C:\\x", "file:///C:/x"])
+def test_paths_of_windows_make_no_folders_of_such_names(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["sample", SHIPPED, "-o"], ["convert", SHIPPED], ["mini-data"], ["inspect"], ["check-data"]):
+        status, out, err = run(*arguments, path)
+        assert (status, out) == (2, "") and "expected a path of this system, found one of Windows" in err, err
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_terminal_sees_no_commands_that_a_file_holds(tmp_path):
     status, _, err = run("convert", SHIPPED, tmp_path / "a.safetensors", "--name", "\x1b[31mred")
     assert status == 0, err
