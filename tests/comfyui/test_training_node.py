@@ -410,7 +410,7 @@ def test_what_is_missing_or_too_much_is_named(mini, train, pictures, world):
         ({"images": [pictures], "checkpoint": "connected", "model": mini[0], "clip": mini[1]}, "found no vae"),
         ({"images": [pictures], "model": mini[0]}, "found both .'mini_world' and model"),
         ({"images": [pictures], "checkpoint": "absent.safetensors"}, "a file named 'absent.safetensors'"),
-        ({"images": [pictures], "checkpoint": "../../etc/passwd"}, "checkpoint named"),
+        ({"images": [pictures], "checkpoint": "../../etc/passwd"}, "a file named .../../etc/passwd. in"),
         ({"images": [pictures], "resume": "perhaps"}, "resume to be one of auto, continue, new"),
         ({"images": [pictures], "name": "../outside"}, "plain file name"),
         ({"images": [pictures], "resolution": 65}, "multiple of 8"),
