@@ -41,7 +41,8 @@ def has(owner, name: str) -> bool:
         return True
     bases = owner.__mro__[:-1] if inspect.isclass(owner) else ()
     return any(
-        name in getattr(base, "__annotations__", ()) or re.search(rf"\bself\.{name}\b", inspect.getsource(base))
+        name in getattr(base, "__annotations__", ())
+        or re.search(rf"\bself\.{name}\b[^\n=(]*=(?!=)", inspect.getsource(base))  # it is set, not only used
         for base in bases if base is not torch.nn.Module and base.__module__ != "builtins"
     )
 
@@ -55,7 +56,7 @@ def lacking(module, line: str) -> str | None:
         if not hasattr(owner, one):
             return f"{module.__name__}.{name}: there is no {one}"
         owner = getattr(owner, one)
-    if not has(owner, last):
+    if not (has(owner, last) if first is None else hasattr(owner, last)):
         return None if optional else f"{module.__name__}.{name} is not there"
     if first is None:
         return None
@@ -87,6 +88,12 @@ def test_what_is_not_there_is_named(comfyui):
     assert found == "comfy.samplers.sampler_object: expected parameters other, found name"
     assert lacking(samplers, "CFGGuider.sample(noise, *, gone)").startswith("comfy.samplers.CFGGuider.sample: expected")
     assert lacking(samplers, "CFGGuider.conds") is None
+
+
+def test_a_method_that_core_still_calls_but_no_longer_has_is_named(comfyui, monkeypatch):
+    monkeypatch.delattr(comfyui.samplers.CFGGuider, "inner_set_conds")
+    for line in ("CFGGuider.inner_set_conds(conds)", "CFGGuider.inner_set_conds"):
+        assert lacking(comfyui.samplers, line) == "comfy.samplers.CFGGuider.inner_set_conds is not there"
 
 
 # ---- the list is complete ---------------------------------------------------------------------------------------
