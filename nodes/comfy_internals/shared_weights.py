@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from contextlib import suppress
 from typing import Any
 
 import comfy.model_management
@@ -125,5 +126,6 @@ def _unload(patcher: ModelPatcher) -> None:
     loaded = comfy.model_management.current_loaded_models
     for entry in [entry for entry in loaded if entry.model is not None and entry.model.is_clone(patcher)]:
         entry.model_unload()
-        loaded.remove(entry)
+        with suppress(ValueError):  # unloading may have collected it
+            loaded.remove(entry)
     patcher.detach()

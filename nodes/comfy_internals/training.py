@@ -478,6 +478,8 @@ def run_folder(folder: Path) -> Iterator[None]:
 
 def free_memory() -> None:
     """Move ComfyUI's models out of the accelerator and give its memory back."""
+    # Models that nobody holds leave core's list when they are collected; amid core's walk along it they end the prompt.
+    gc.collect()
     comfy.model_management.unload_all_models()
     gc.collect()
     comfy.model_management.soft_empty_cache()
