@@ -92,11 +92,12 @@ def kept_bytes(forward: Callable[[], tuple[nn.Module, Tensor]]) -> int:
 
     kept: dict[int, Tensor] = {}  # one tensor per storage; holding it keeps the identity unique
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.setdefault(id(tensor.untyped_storage()), tensor)
-        return tensor
+    def pack(tensor: Tensor) -> None:
+        # Without a graph, and nothing for a backward pass, which never comes: a tensor that its own graph holds is never
+        # freed.
+        kept.setdefault(id(tensor.untyped_storage()), tensor.detach())
 
-    with FakeTensorMode(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with FakeTensorMode(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
         module, _ = forward()
         own = {id(one.untyped_storage()) for one in (*module.parameters(), *module.buffers())}
         return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)

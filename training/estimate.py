@@ -211,12 +211,13 @@ def trace_unet(
         per_block = [0]
         calls: list[tuple[str, nn.Module, tuple[tuple[int, ...], ...]]] = []
 
-        def pack(tensor: Tensor) -> Tensor:
+        def pack(tensor: Tensor) -> None:
+            # Without a graph, and nothing for a backward pass, which never comes: a tensor that its own graph holds is
+            # never freed.
             key = id(tensor.untyped_storage())
             if key not in own and key not in kept:
-                kept[key] = tensor
+                kept[key] = tensor.detach()
                 per_block[-1] += tensor.untyped_storage().nbytes()
-            return tensor
 
         largest_block = 0
 
@@ -236,7 +237,7 @@ def trace_unet(
                         stack.callback(module.register_forward_pre_hook(enter).remove)
                         stack.callback(module.register_forward_hook(leave).remove)
             counter = stack.enter_context(FlopCounterMode(display=False))
-            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing))
             stack.enter_context(torch.autocast("cpu", dtype, enabled=dtype is not torch.float32))
             unet(x, torch.zeros(batch, dtype=torch.long), **cond)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 
@@ -126,3 +127,20 @@ def test_traces_stable_diffusion_without_its_memory():
     trace = trace_unet(lambda: UNet(config), 1, 64, 77, torch.float32, checkpointing=False)
     assert trace.parameters == trace.trainable == 859_520_964
     assert 660e9 < trace.flops < 700e9 and 1 < trace.saved / 2**30 < 3
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_nothing_stays_in_memory_of_a_trace(checkpointing):
+    """A server estimates before every run."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    def alive() -> int:
+        gc.collect()
+        return sum(type(one) is FakeTensor for one in gc.get_objects())
+
+    config, before = UNetConfig(
+        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1), num_heads=2,
+        transformer_depth_middle=1, transformer_depth_output=(1, 0, 0, 0), context_dim=32,
+    ), alive()  # fmt: skip
+    trace_unet(lambda: UNet(config), 1, 8, 7, torch.float32, checkpointing)
+    assert alive() == before
