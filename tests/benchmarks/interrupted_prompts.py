@@ -85,6 +85,8 @@ def mistake(dice: random.Random) -> dict[str, Any]:
                             {"image_folder": "{0..99999999}"}, {"model": 5}, {"checkpoint": "x\ud800.safetensors"})))  # fmt: skip
     elif what < 5:
         prompt = sampling(dice)
+        for node in ("7", "8", "9"):  # core's own sampler, whose picture ComfyUI would make all the same
+            del prompt[node]
         _set(prompt, "InDomainLoadDomainUNet", unet_name=dice.choice(("damaged.safetensors", "nobody.safetensors", "\ud800")))
     elif what < 7:
         prompt = generator(dice)
