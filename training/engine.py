@@ -201,11 +201,11 @@ class Engine(ABC):
         found = self._checkpoint(resume)
         if found is not None:
             check_same_kind(self.config, found[1], str(found[0]))
+            self.before = type(self.config).from_mapping(found[1]["config"], str(found[0]))
         self._resolve(None if found is None else found[1])
         if found is None:
             return 0, None
         check_same_run(self.config, found[1], str(found[0]))
-        self.before = type(self.config).from_mapping(found[1]["config"], str(found[0]))
         return int(found[1]["step"]), found
 
     def _check_places(self) -> None:

@@ -246,6 +246,16 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(run, folder):
             run(resume=resume)
 
 
+def test_settings_in_a_checkpoint_that_make_no_sense_are_told_with_its_name(run, folder):
+    run(steps=2)
+    path = checkpoint_path(folder / "run", 2)
+    state = load_checkpoint(path)
+    save_checkpoint(path, {**state, "config": {**state["config"], "log_every": float("nan")},
+                           "weights": {name: one.clone() for name, one in state["weights"].items()}})  # fmt: skip
+    with pytest.raises(ConfigProblem, match="step-000002.ckpt: log_every: expected a number, found nan"):
+        run(steps=2, precision="auto")
+
+
 def test_a_run_of_another_version_is_not_begun_anew(run, folder):
     run(steps=2)
     path = checkpoint_path(folder / "run", 2)
