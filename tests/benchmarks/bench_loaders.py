@@ -38,7 +38,7 @@ GENERATORS = {
     "256": {"resolution": 256, "channels": (512, 512, 512, 512, 512, 256, 128)},  # the published widths
 }
 FAULTS = {"ran": "ran anything", "said": "no sentence that names the file", "slow": "over 10 s", "large": "over 500 MB"}
-SHARES = {"generators": 24_000, "domain_files": 9_000, "bases": 3_000, "run_checkpoints": 8_000, "shards": 14_000,
+SHARES = {"generators": 24_000, "domain_files": 9_000, "bases": 3_000, "run_checkpoints": 4_000, "shards": 14_000,
           "pictures": 14_000, "settings": 14_000, "content_indices": 9_000, "cached_latents": 4_000, "logs": 5_000}  # fmt: skip
 MOST_WALL_S = 120.0  # for one input, of a process that sleeps instead of working
 MOST_RESTARTS = 40   # of one reader's processes; beyond them it has failed altogether
