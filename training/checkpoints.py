@@ -35,6 +35,8 @@ FIELDS: dict[str, tuple[type, ...]] = {
     "step": (int,), "config": (dict,), "prior": (str,), "dataset": (dict,), "facts": (dict,), "weights": (dict,),
     "average": (dict, type(None)), "optimizer": (dict,), "scaler": (dict, type(None)),
 }  # fmt: skip
+# What its "start" may hold; see `Engine.begun`.
+STARTS: dict[str, type | tuple[type, ...]] = {"constants": torch.Tensor, "null_text_error": (int, float)}
 
 
 class CheckpointProblem(FileProblem):
@@ -129,8 +131,12 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
     wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
-    for name, kind in {"weights": torch.Tensor, "facts": str}.items():
-        if name not in wrong and not all(isinstance(one, kind) for one in state[name].values()):
+    start = state.get("start") or {}
+    for name, part, kind in (
+        ("weights", state["weights"], torch.Tensor), ("facts", state["facts"], str), ("start", start, dict),
+        *(("start", start.get(name), kind) for name, kind in STARTS.items() if type(start) is dict and name in start),
+    ):  # fmt: skip
+        if name not in wrong and not (type(part) is dict and all(isinstance(one, kind) for one in part.values())):
             wrong.append(name)
     if wrong or state["step"] < 0:
         name = wrong[0] if wrong else "step"
