@@ -6,6 +6,7 @@ It guards against code and overlaps, not against NaN, hence `check_finite`.
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 import unicodedata
@@ -316,6 +317,9 @@ def _end_of(entry: Any) -> int:
         raise Problem("a tensor that is not described by dtype, shape and data_offsets")
     if len(numbers[0]) > MOST_DIMENSIONS:
         raise Problem(f"a tensor of {len(numbers[0])} dimensions, more than torch takes")
+    bits = 8 * max(numbers[1][1] - numbers[1][0], 0)  # no format has numbers of less than one
+    if math.prod(numbers[0]) > bits or math.prod(max(one, 1) for one in numbers[0]) >= 2**60:
+        raise Problem("a tensor of more numbers than its bytes hold")
     return numbers[1][1]
 
 
