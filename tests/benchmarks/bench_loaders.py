@@ -39,7 +39,8 @@ GENERATORS = {
 }
 FAULTS = {"ran": "ran anything", "said": "no sentence that names the file", "slow": "over 10 s", "large": "over 500 MB"}
 SHARES = {"generators": 24_000, "domain_files": 9_000, "bases": 3_000, "run_checkpoints": 4_000, "shards": 14_000,
-          "pictures": 14_000, "settings": 14_000, "content_indices": 9_000, "cached_latents": 4_000, "logs": 5_000}  # fmt: skip
+          "pictures": 14_000, "settings": 14_000, "content_indices": 9_000, "cached_latents": 4_000,
+          "logs": 5_000}  # fmt: skip
 MOST_WALL_S = 120.0  # for one input, of a process that sleeps instead of working
 MOST_RESTARTS = 40   # of one reader's processes; beyond them it has failed altogether
 SHOWN = 12           # failures of one reader that are told of
@@ -145,7 +146,8 @@ class Tally:
         for fault, line in (("ran", "ran_anything"), ("said", "without_a_sentence"), ("slow", "over_10_s"),
                             ("large", "over_500_MB")):  # fmt: skip
             report.line(f"{name}/{line}", self.faults[fault], "inputs", samples=count, target=0)
-        report.line(f"{name}/refused", self.outcomes["refused"] / max(count, 1), "share", samples=count, better="higher")
+        report.line(f"{name}/refused", self.outcomes["refused"] / max(count, 1), "share", samples=count,
+                    better="higher")
         report.line(f"{name}/slowest", self.slowest[0], "s", samples=count, which=self.slowest[1][:120])
         report.line(f"{name}/largest", self.largest[0] / 1e6, "MB", samples=count, which=self.largest[1][:120])
 
@@ -259,7 +261,8 @@ def child_inputs(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     from .hostile_inputs.settings import Settings
     from .hostile_inputs.shards import Shards
 
-    kinds = (Generators, DomainFiles, Bases, RunCheckpoints, Shards, Pictures, Settings, ContentIndices, CachedLatents, Logs)
+    kinds = (Generators, DomainFiles, Bases, RunCheckpoints, Shards, Pictures, Settings, ContentIndices, CachedLatents,
+             Logs)
     (kind,) = (kind for kind in kinds if kind.name == arguments[0])
     with worker.private_folder(kind.name) as folder:
         reader = kind(folder)

@@ -1,4 +1,4 @@
-"""Prompts of every kind for one ComfyUI server, interrupted and deleted at drawn moments; each is followed to its end."""
+"""Prompts of every kind for one ComfyUI server, interrupted and deleted at drawn moments, each followed to its end."""
 
 from __future__ import annotations
 
@@ -60,9 +60,11 @@ def generator(dice: random.Random) -> dict[str, Any]:
 def training(dice: random.Random) -> dict[str, Any]:
     prompt = _workflow("train_mini_world", "2", "3", "4", "5", "6", "7")
     _set(prompt, "InDomainMiniWorldImages", count=12)
-    _set(prompt, "InDomainTrainingOptions", warmup=0, sample_count=1, sample_steps=1, sample_prompts="", held_out_share=0.0,
+    _set(prompt, "InDomainTrainingOptions", warmup=0, sample_count=1, sample_steps=1, sample_prompts="",
+         held_out_share=0.0,
          validate_every=0)  # fmt: skip
-    _set(prompt, "InDomainTrainDomainUNet", name=f"run_{dice.getrandbits(60):x}", steps=dice.randint(1, 4), batch_size=2,
+    _set(prompt, "InDomainTrainDomainUNet", name=f"run_{dice.getrandbits(60):x}", steps=dice.randint(1, 4),
+         batch_size=2,
          sample_every=2, seed=dice.getrandbits(31))  # fmt: skip
     return prompt
 
@@ -70,7 +72,8 @@ def training(dice: random.Random) -> dict[str, Any]:
 def adapting(dice: random.Random) -> dict[str, Any]:
     prompt = _workflow("adapt_generator", "2", "3", "4", "5", "6", "7", "8")
     _set(prompt, "InDomainAdaptOptions", sample_count=1)
-    _set(prompt, "InDomainAdaptGenerator", name=f"adapted_{dice.getrandbits(60):x}", steps=dice.randint(1, 3), batch_size=1,
+    _set(prompt, "InDomainAdaptGenerator", name=f"adapted_{dice.getrandbits(60):x}", steps=dice.randint(1, 3),
+         batch_size=1,
          sample_every=2, seed=dice.getrandbits(31))  # fmt: skip
     return prompt
 
@@ -82,12 +85,14 @@ def mistake(dice: random.Random) -> dict[str, Any]:
         prompt = training(dice)
         _set(prompt, "InDomainTrainDomainUNet",
              **dice.choice(({"name": "con"}, {"image_folder": "/nowhere/at/all"}, {"image_folder": "evil\ud800"},
-                            {"image_folder": "{0..99999999}"}, {"model": 5}, {"checkpoint": "x\ud800.safetensors"})))  # fmt: skip
+                            {"image_folder": "{0..99999999}"}, {"model": 5},
+                            {"checkpoint": "x\ud800.safetensors"})))  # fmt: skip
     elif what < 5:
         prompt = sampling(dice)
         for node in ("7", "8", "9"):  # core's own sampler, whose picture ComfyUI would make all the same
             del prompt[node]
-        _set(prompt, "InDomainLoadDomainUNet", unet_name=dice.choice(("damaged.safetensors", "nobody.safetensors", "\ud800")))
+        name = dice.choice(("damaged.safetensors", "nobody.safetensors", "\ud800"))
+        _set(prompt, "InDomainLoadDomainUNet", unet_name=name)
     elif what < 7:
         prompt = generator(dice)
         _set(prompt, "InDomainLoadGenerator", generator_name=dice.choice(("damaged.pkl", "nobody.pkl", "\ud800.pkl")))
@@ -213,7 +218,8 @@ class Disturber:
     def _end(self, end: str, kind: str, about: Any) -> None:
         self.ends[end] += 1
         self._seen = time.monotonic()
-        if end == "lost" or (kind == "mistake") != (end in ("error", "refused")) and end in ("success", "error", "refused"):
+        succeeds = {"success": True, "error": False, "refused": False}.get(end, kind != "mistake")
+        if end == "lost" or succeeds == (kind == "mistake"):
             self.wrong.append(f"{kind} ended as {end}: {about!r:.600}")
 
     def _tidy(self) -> None:

@@ -26,9 +26,11 @@ INDOMAIN = [sys.executable, str(BOOTSTRAP), "indomain_guidance"]
 STEPS = 10
 COMMANDS = {
     "train": ["train", "-b", "mini_world", "-d", "../digits", "--resolution", "64", "--batch-size", "2", "--flip",
-              "--learning-rate", "1e-3", "--warmup", "2", "--sample-every", "5", "--sample-count", "1", "--sample-steps",
+              "--learning-rate", "1e-3", "--warmup", "2", "--sample-every", "5", "--sample-count", "1",
+              "--sample-steps",
               "2", "--validate-every", "5", "--held-out-share", "0.2", "--cache", "../latents"],
-    "adapt": ["adapt", "--config", "mini_world", "--prompt", "a yellow digit on a green background", "--batch-size", "2",
+    "adapt": ["adapt", "--config", "mini_world", "--prompt", "a yellow digit on a green background", "--batch-size",
+    "2",
               "--sample-every", "5", "--sample-count", "1"],
 }  # fmt: skip
 # Of the state of a checkpoint, what may differ: paths.
@@ -63,7 +65,8 @@ def draw_digits(folder: Path) -> None:
 
 
 def command(kind: str) -> list[str]:
-    return [*INDOMAIN, *COMMANDS[kind], "-n", kind, "--steps", str(STEPS), "--checkpoint-every", "1", "--log-every", "1",
+    return [*INDOMAIN, *COMMANDS[kind], "-n", kind, "--steps", str(STEPS), "--checkpoint-every", "1", "--log-every",
+            "1",
             "--device", "cpu", "--json", "--quiet"]  # fmt: skip
 
 
@@ -77,8 +80,8 @@ class Process:
             what, cwd=folder, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
         )  # fmt: skip
         self.errors: list[str] = []
-        self.threads = [threading.Thread(target=self._listen, daemon=True),
-                        threading.Thread(target=lambda: self.errors.extend(self.process.stderr), daemon=True)]  # fmt: skip
+        follow = (self._listen, lambda: self.errors.extend(self.process.stderr))
+        self.threads = [threading.Thread(target=one, daemon=True) for one in follow]
         for thread in self.threads:
             thread.start()
 
@@ -177,7 +180,7 @@ def _unfinished(run: Path) -> list[Path]:
 
 
 def bits(run: Path) -> dict[str, object]:
-    """All that has to be the same: every part of the last checkpoint, the finished file, pictures, every step's loss."""
+    """All that has to be the same: every part of the last checkpoint, the finished file, pictures, all losses."""
     _, state = latest_checkpoint(run)
     names = tuple(sorted(name for name in state if name not in OTHERWISE))
     events = read_log(run / "log.jsonl")

@@ -30,7 +30,8 @@ def test_nothing_runs_and_everything_is_refused_or_read():
     for reader in READERS:
         assert lines[f"{reader}/inputs"]["value"] == 8
         for fault in FAULTS:
-            assert lines[f"{reader}/{fault}"]["value"] == 0 == lines[f"{reader}/{fault}"]["target"], result.stderr[-3000:]
+            found = lines[f"{reader}/{fault}"]
+            assert found["value"] == 0 == found["target"], result.stderr[-3000:]
     assert lines["total/inputs"]["value"] == 8 * len(READERS) and lines["total/refused"]["value"] > 0.3
     assert lines["speed/pickle"]["value"] > 0
 

@@ -22,9 +22,9 @@ class Silent(Exception):
 class Reader(ABC):
     """One kind of file, and how the project reads it.
 
-    by_hand: name -> what writes that input into a path, tried first, in turns with damaged files. whole: (ending, bytes)
-    of good files, on which everything that reading imports late is imported. folder: the reader's own, made anew for
-    every process; what is written elsewhere counts as code that ran.
+    by_hand: name -> what writes that input into a path, tried first, in turns with damaged files. whole: (ending,
+    bytes) of good files, on which everything that reading imports late is imported. folder: the reader's own, made anew
+    for every process; what is written elsewhere counts as code that ran.
     """
 
     name: str

@@ -127,9 +127,11 @@ class Logs(Reader):
         super().__init__(folder)
         self.saved = {"event": "saved", "step": 5, "path": "checkpoints/step-000005.ckpt", "time": 1.0}
         self.lines = [
-            {"event": "step", "step": 3, "steps": 9, "loss": 0.5, "rate": 1e-4, "grad_norm": 1.0, "seconds": 0.1, "time": 1.0},
+            {"event": "step", "step": 3, "steps": 9, "loss": 0.5, "rate": 1e-4, "grad_norm": 1.0, "seconds": 0.1,
+            "time": 1.0},
             {"event": "validated", "step": 3, "loss": 0.5, "per_level": {"0.1": 0.2}, "time": 1.0},
-            {"event": "started", "run": "x", "config": {}, "step": 0, "steps": 9, "images": 3, "estimate": "", "time": 1.0},
+            {"event": "started", "run": "x", "config": {}, "step": 0, "steps": 9, "images": 3, "estimate": "",
+            "time": 1.0},
             self.saved,
         ]  # fmt: skip
         self.whole = [(".jsonl", "\n".join(map(json.dumps, self.lines)).encode())]

@@ -111,7 +111,8 @@ class DomainFiles(ModelFiles):
             )  # fmt: skip
             files.append(write_domain_file(folder / f"{form}.safetensors", weights, described).read_bytes())
         unet = {f"model.diffusion_model.{key}": value for key, value in prior.items()}
-        self.originals = {".safetensors": files, ".ckpt": [saved({"state_dict": unet}, True)], ".pt": [saved(unet, False)]}
+        self.originals = {".safetensors": files, ".ckpt": [saved({"state_dict": unet}, True)],
+                          ".pt": [saved(unet, False)]}
         header = split(files[0])[0]
         metadata = header["__metadata__"]
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}

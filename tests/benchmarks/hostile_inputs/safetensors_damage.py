@@ -1,4 +1,4 @@
-"""Safetensors files with headers that lie: entries, offsets, metadata, nesting, sizes; and files that are large holes."""
+"""Safetensors files with headers that lie: entries, offsets, metadata, nesting, sizes; and files of large holes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 
 from .case import NASTY, _mark, damaged_bytes, damaged_json, written
 
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "X", "")
+DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "X",
+          "")
 NUMBERS = (0, 1, -1, 2, 7, 2**16, 2**31 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
 
 
@@ -73,13 +74,15 @@ def _damage_entry(header: dict[str, Any], dice: random.Random) -> str:
         return "nothing"
     name, other = dice.choice(names), dice.choice(names)
     entry = header[name]
-    kind = dice.choice(("dtype", "size", "sizes", "offset", "swap", "rename", "left out", "copy", "transpose", "flatten"))
+    kind = dice.choice(("dtype", "size", "sizes", "offset", "swap", "rename", "left out", "copy", "transpose",
+                        "flatten"))
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if kind == "dtype":
         entry["dtype"] = dice.choice(DTYPES)
     elif kind in ("size", "sizes") and isinstance(shape, list):
         if kind == "sizes" or not shape:
-            entry["shape"] = dice.choice(([], [0], [1] * 70, [0, 2**62], [2**31, 2**31, 4], [-1, -1], ["1"], None, 7, [1.5], [True]))
+            entry["shape"] = dice.choice(([], [0], [1] * 70, [0, 2**62], [2**31, 2**31, 4], [-1, -1], ["1"], None, 7,
+                                          [1.5], [True]))
         else:
             shape[dice.randrange(len(shape))] = dice.choice(NUMBERS)
     elif kind == "offset" and isinstance(offsets, list) and offsets:
@@ -141,7 +144,8 @@ def hostile_headers(metadata: dict[str, str]) -> dict[str, bytes]:
         "metadata of 3 MB": joined(
             json.dumps({**with_metadata, "__metadata__": {**metadata, "note": "x" * 3_000_000}}).encode(), bytes(4)),
         "metadata of 100,000 fields": joined(json.dumps(
-            {**with_metadata, "__metadata__": {**metadata, **{f"k{n}": "" for n in range(100_000)}}}).encode(), bytes(4)),
+            {**with_metadata, "__metadata__": {**metadata, **{f"k{n}": "" for n in range(100_000)}}}).encode(),
+            bytes(4)),
         "metadata that is a list": joined(json.dumps({"weight": entry, "__metadata__": []}).encode(), bytes(4)),
         "header of 2 ** 63 bytes": joined(b"{}", length=2**63),
         "header of 100 MB, 2 bytes there": joined(b"{}", length=100_000_000),

@@ -23,8 +23,10 @@ NASTY_TOML = {
 NASTY_LINES = {
     "dotted key": "a." * 5_000 + "a = 1", "dotted table": "[" + "a." * 5_000 + "a]", "twice": "steps = 1\nsteps = 2",
     "tables": "[[a]]\n" * 5_000, "other table": "[train]", "table twice": "[a]\n[a]", "quoted key": '"" = 1',
-    "bare word": "steps", "equals": "= 1", "tabs": "\t\t\n", "control character": "a = \x01", "carriage": "a = 1\rb = 2",
-    "half a line": "steps = [", "comment": "#" + "x" * 100_000, "nul": "\x00", "replaced": "a = \ufffd", "unknown": "stepz = 3",
+    "bare word": "steps", "equals": "= 1", "tabs": "\t\t\n", "control character": "a = \x01",
+    "carriage": "a = 1\rb = 2",
+    "half a line": "steps = [", "comment": "#" + "x" * 100_000, "nul": "\x00", "replaced": "a = \ufffd",
+    "unknown": "stepz = 3",
 }  # fmt: skip
 
 
@@ -37,7 +39,8 @@ class Settings(Reader):
 
         super().__init__(folder)
         self.originals = [
-            TrainConfig(base="mini_world", data=("digits", "shard-{0000..0003}.tar"), sample_prompts=("a", "b")).to_dict(),
+            TrainConfig(base="mini_world", data=("digits", "shard-{0000..0003}.tar"),
+                        sample_prompts=("a", "b")).to_dict(),
             AdaptConfig(generator="mini_world", base="mini_world", prompt="a yellow digit").to_dict(),
         ]
         self.whole = [(".json", json.dumps(values).encode()) for values in self.originals]
@@ -50,15 +53,18 @@ class Settings(Reader):
             "dotted key in one table": "[x]\n" + f"{keys} = 1", "inline of 100,000 braces": "a = " + "{a = " * 100_000,
             "list of 100,000 brackets": "a = " + "[" * 100_000 + "]" * 100_000,
             "2,000,000 digits": "steps = " + "9" * 2_000_000, "1 MB of one text": 'name = "' + "a" * 1_000_000 + '"',
-            "1 MB of empty lists": "data = [" + "[]," * 300_000 + "]", "100,000 keys": "".join(f"k{n} = 0\n" for n in range(100_000)),
+            "1 MB of empty lists": "data = [" + "[]," * 300_000 + "]",
+            "100,000 keys": "".join(f"k{n} = 0\n" for n in range(100_000)),
             "byte order mark": "\ufeffbase = 'mini_world'", "windows paths": 'base = "C:\\Users\\new"', "nothing": "",
         }  # fmt: skip
         texts = {
-            "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]", "2,000,000 digits": '{"steps":' + "9" * 2_000_000 + "}",
+            "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]",
+            "2,000,000 digits": '{"steps":' + "9" * 2_000_000 + "}",
             "1,000,000 brackets": "[" * 1_000_000, "100,000 braces": '{"a":' * 100_000 + "1" + "}" * 100_000,
             "100,000 keys": json.dumps({f"k{n}": 0 for n in range(100_000)}), "a text": '"x"', "a number": "1",
             "key of a megabyte": json.dumps({"k" * 1_000_000: 1}), "1e400": '{"base":"mini_world","steps":1e400}',
-            "310 digits": '{"base":"mini_world","steps":' + "9" * 310 + "}", "negative": '{"base":"mini_world","seed":-1}',
+            "310 digits": '{"base":"mini_world","steps":' + "9" * 310 + "}",
+            "negative": '{"base":"mini_world","seed":-1}',
         }  # fmt: skip
         self.by_hand = {f"toml: {name}": write_bytes(text.encode("utf-8")) for name, text in toml.items()}
         self.by_hand |= {f"json: {name}": write_bytes(text.encode()) for name, text in texts.items()}
