@@ -73,6 +73,10 @@ class UNetConfig:
             if not valid:
                 wanted = "whole numbers" if name in lists else "true or false" if "use" in name else "a whole number"
                 raise Problem(f"UNet configuration: {name} must be {wanted}, got {value!r}.")
+        widths = {name: getattr(self, name) for name in ("in_channels", "out_channels", "model_channels", *optional)}
+        for name, value in (*widths.items(), *(("channel_mult", mult) for mult in self.channel_mult)):
+            if value is not None and value < 1:
+                raise Problem(f"UNet configuration: {name} must be positive, got {value}.")
         if self.null_text not in NULL_TEXT_FORMS:
             raise Problem(f"UNet configuration: null_text must be one of {NULL_TEXT_FORMS}, got {self.null_text!r}.")
         if (self.num_heads > 0) == (self.num_head_channels > 0):

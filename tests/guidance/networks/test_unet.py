@@ -274,6 +274,9 @@ def test_refuses_impossible_configurations():
         ({"num_res_blocks": (1,)}, "levels"),
         ({"transformer_depth": (1,)}, "transformer depths"),
         ({"null_text": "frozen"}, "null_text must be one of"),
+        ({"context_dim": 0}, "context_dim must be positive, got 0"),
+        ({"model_channels": -320}, "model_channels must be positive, got -320"),
+        ({"channel_mult": (1, 0)}, "channel_mult must be positive, got 0"),
         ({"context_dim": None}, "needs context_dim"),
     ):
         with pytest.raises(ValueError, match=message):
