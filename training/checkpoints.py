@@ -131,7 +131,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     if missing:
         raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
     wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
-    start = state.get("start") or {}
+    start = {} if state.get("start") is None else state["start"]
     for name, part, kind in (
         ("weights", state["weights"], torch.Tensor), ("facts", state["facts"], str), ("start", start, dict),
         *(("start", start.get(name), kind) for name, kind in STARTS.items() if type(start) is dict and name in start),

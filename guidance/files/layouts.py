@@ -128,7 +128,7 @@ def check_unet_shapes(shapes: Mapping[str, tuple[int, ...]], config: UNetConfig,
             raise Problem(f"it has {blocks} blocks, in a file of {len(shapes)} tensors")
         with torch.device("meta"):
             expected = UNet(config).state_dict()
-    except (ValueError, TypeError, RuntimeError, OverflowError) as error:
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise FileProblem(
             f"{source}: the architecture its metadata describes cannot be built ({error}); make the file again."
         ) from error

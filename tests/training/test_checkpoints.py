@@ -191,7 +191,7 @@ def test_a_torch_with_known_holes_reads_no_checkpoint_and_passes_none_over(tmp_p
     ({"facts": None}, "facts"), ({"weights": 3}, "weights"), ({"average": "x"}, "average"), ({"dataset": 0}, "dataset"),
     ({"optimizer": []}, "optimizer"), ({"prior": None}, "prior"), ({"weights": {"a": None}}, "weights"),
     ({"weights": {"a": torch.ones(2), "b": "x"}}, "weights"), ({"facts": {"threads": 2}}, "facts"),
-    ({"start": 3}, "start"), ({"start": {"constants": 0.5}}, "start"), ({"start": {"constants": {"a": 1.0}}}, "start"),
+    ({"start": 3}, "start"), ({"start": torch.zeros(3)}, "start"), ({"start": {"constants": 0.5}}, "start"), ({"start": {"constants": {"a": 1.0}}}, "start"),
     ({"start": {"null_text_error": {"a": "x"}}}, "start"), ({"start": {"other": []}}, "start"),
 ])  # fmt: skip
 def test_a_state_of_other_types_is_no_checkpoint(tmp_path, changes, name):
