@@ -122,7 +122,8 @@ def test_no_text_in_any_input_of_any_node_ends_the_server(server, prompts, text)
             raw.append((name, one, message[:200]))
     serves(server)
     assert raw == []
-    assert text not in server.log()
+    # Newer versions of ComfyUI log a choice that is not listed by themselves, as it is.
+    assert not any(text in line for line in server.log().splitlines() if "not in " not in line)
 
 
 def test_a_text_that_nobody_can_show_names_a_term_of_a_whole_run(server, graphs):
