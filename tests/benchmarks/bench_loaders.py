@@ -9,8 +9,8 @@
     speed    seconds to read a pickle of a network of 256 pixels, over those to read the same weights as safetensors
 
 Inputs are read in processes of their own, so that a crash of the interpreter or an endless loop is a result as well;
-what runs is watched through Python's audit events. Each input follows from the seed and its number alone; those that
-fail are kept in output/hostile_inputs.
+what runs is watched through Python's audit events. Each input follows from the seed and its number (but for addresses
+and paths that torch and runs write into their files); those that fail are kept in output/hostile_inputs.
 """
 
 from __future__ import annotations

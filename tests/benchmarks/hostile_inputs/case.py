@@ -1,6 +1,7 @@
 """What a reader of files is to the benchmark, and damage that suits files of any kind: bytes, JSON, values.
 
-An input is made from its number and the seed alone, so that each can be made again without those before it.
+An input is made from its number and the seed alone, so that each can be made again without those before it; only the
+addresses and paths that torch and runs write into their files are others.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import pickle_streams as streams
 from . import safetensors_damage
 from .case import Reader, damaged_bytes, write_bytes
-from .safetensors_damage import hole, hostile_headers, split
+from .safetensors_damage import hole, hostile_headers, settled, split
 
 GOLDEN = Path(__file__).resolve().parents[2] / "guidance" / "files" / "golden"
 
@@ -60,7 +60,7 @@ class Generators(ModelFiles):
         golden = load_file(GOLDEN / "rosinality.safetensors")
         weights = {key.removeprefix("g_ema."): value for key, value in golden.items() if key.startswith("g_ema.")}
         checkpoint = {"g_ema": weights, "latent_avg": golden["latent_avg"]}
-        own = write_generator(folder / "own.safetensors", generator).read_bytes()
+        own = settled(write_generator(folder / "own.safetensors", generator).read_bytes())
         self.originals = {
             ".pkl": [streams.dump(streams.snapshot(generator), protocol) for protocol in (2, 3, 4, 5)],
             ".pt": [saved(checkpoint, True), saved(checkpoint, False)],
@@ -109,7 +109,7 @@ class DomainFiles(ModelFiles):
                 null_text_error={"a": 0.1}, prior_hash="ab" * 32, domain_name="tiny", dataset_size=8, steps=5, ema=0.9,
                 resolution=64, licence="Apache-2.0", dataset_hash="cd" * 32, extra={"training": '{"steps": 5}'},
             )  # fmt: skip
-            files.append(write_domain_file(folder / f"{form}.safetensors", weights, described).read_bytes())
+            files.append(settled(write_domain_file(folder / f"{form}.safetensors", weights, described).read_bytes()))
         unet = {f"model.diffusion_model.{key}": value for key, value in prior.items()}
         self.originals = {".safetensors": files, ".ckpt": [saved({"state_dict": unet}, True)],
                           ".pt": [saved(unet, False)]}
@@ -160,12 +160,13 @@ class Bases(ModelFiles):
             base.unet, UNET, "epsilon", False, "tiny", 1.0, base.autoencoder.state_dict(), base.null_context,
             {"a red seven": (torch.zeros(1, 7, UNET.context_dim), None)},
         ).write(folder / "exported.safetensors")
+        prior = settled(exported.read_bytes())
         self.originals = {
-            ".safetensors": [_safetensors(without), exported.read_bytes()],
+            ".safetensors": [_safetensors(without), prior],
             ".ckpt": [saved({"state_dict": without}, True)],
         }
         self.checkpoint = whole.path.read_bytes()
-        metadata = split(exported.read_bytes())[0]["__metadata__"]
+        metadata = split(prior)[0]["__metadata__"]
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}
 
     def warm(self) -> None:

@@ -21,6 +21,14 @@ def split(data: bytes) -> tuple[dict[str, Any], bytes]:
     return json.loads(data[8 : 8 + length]), data[8 + length :]
 
 
+def settled(data: bytes) -> bytes:
+    """The file with its metadata in order: safetensors writes them in any, and an input follows from its number."""
+    header, numbers = split(data)
+    metadata = {"__metadata__": dict(sorted(header.pop("__metadata__", {}).items()))}
+    text = json.dumps({**metadata, **header}).encode()
+    return joined(text + b" " * (-len(text) % 8), numbers)
+
+
 def joined(header: bytes, numbers: bytes = b"", length: int | None = None) -> bytes:
     """A file of a header's text. length: what the file says it is."""
     return (len(header) if length is None else length).to_bytes(8, "little") + header + numbers
