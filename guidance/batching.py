@@ -60,9 +60,7 @@ def call_together(model: Any, pieces: Sequence[Piece]) -> list[Tensor]:
     else:
         x = torch.cat([piece.x for piece in pieces])
         sigma = _joined([piece.sigma for piece in pieces], len(first.x))
-        arguments = {
-            key: _joined([piece.arguments[key] for piece in pieces], len(first.x)) for key in first.arguments
-        }
+        arguments = {key: _joined([piece.arguments[key] for piece in pieces], len(first.x)) for key in first.arguments}
     joined = model(x, sigma, **arguments)
     check_shape(joined, x)
     return list(joined.split([len(piece.x) for piece in pieces]))

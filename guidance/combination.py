@@ -429,13 +429,7 @@ class MultiGuidance:
         return result
 
     def _run(
-        self,
-        step: Step,
-        x: Tensor,
-        sigma: Tensor | float,
-        kwargs: Mapping[str, Any],
-        chosen: Tensor | None,
-        batch: int,
+        self, step: Step, x: Tensor, sigma: Tensor | float, kwargs: Mapping[str, Any], chosen: Tensor | None, batch: int
     ) -> tuple[Tensor, int]:
         predictions: dict[Source, Tensor] = {}
         calls = 0

@@ -175,6 +175,7 @@ def measure_cross_attention(
             seen.count += len(a)
             seen.total += a.sum(dim=0)
             seen.energy += float(a.square().sum())
+
         return hook
 
     parameter = next(unet.parameters())
@@ -339,9 +340,7 @@ def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: Null
     result = {key: tensor.half() if tensor.dtype in FLOAT8 else tensor for key, tensor in state_dict.items()}
     if context.pooled is None:
         if config.adm_in_channels in POOLED_TEXT_ADM:
-            raise Problem(
-                "Text-free UNet: this prior (SDXL) also takes the pooled text; give its pooled vector too."
-            )
+            raise Problem("Text-free UNet: this prior (SDXL) also takes the pooled text; give its pooled vector too.")
         return result
     return _freeze_pooled(result, config, context.pooled)
 

@@ -42,12 +42,7 @@ def cfg(model: Any, uncond: Any, cond: Any, scale: WeightLike = 7.5) -> Guidance
 
 
 def in_domain(
-    prior: Any,
-    domain: Any,
-    uncond: Any,
-    cond: Any,
-    domain_weight: WeightLike = 2.5,
-    control_weight: WeightLike = 2.5,
+    prior: Any, domain: Any, uncond: Any, cond: Any, domain_weight: WeightLike = 2.5, control_weight: WeightLike = 2.5
 ) -> Guidance:
     """In-domain generation (arXiv 2312.08195): D_u + w_d (D_domain - D_u) + w_c (D_control - D_u).
 

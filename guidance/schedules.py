@@ -19,7 +19,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Union
+from typing import Any
 
 from .errors import Problem
 
@@ -153,7 +153,7 @@ class Weight(ABC):
         return False
 
 
-WeightLike = Union[Weight, float, int]
+WeightLike = Weight | float | int
 
 
 @dataclass(frozen=True)
@@ -220,9 +220,13 @@ class Interval(Weight):
     def to_json(self) -> Any:
         value = self.value.to_json() if isinstance(self.value, Weight) else self.value
         return {
-            "type": "interval", "value": value, "start": self.start, "end": self.end,
-            "unit": self.unit, "outside": self.outside,
-        }  # fmt: skip
+            "type": "interval",
+            "value": value,
+            "start": self.start,
+            "end": self.end,
+            "unit": self.unit,
+            "outside": self.outside,
+        }
 
     @property
     def needs_percent(self) -> bool:

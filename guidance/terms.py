@@ -66,9 +66,7 @@ class Term:
         except GuidanceError as problem:
             raise GuidanceError(f"Term {self.name!r}: {problem}") from None
         if self.shaping is not None and not isinstance(self.shaping, Shaping):
-            raise GuidanceError(
-                f"Term {self.name!r}: Expected a Shaping or None, got {type(self.shaping).__name__}."
-            )
+            raise GuidanceError(f"Term {self.name!r}: Expected a Shaping or None, got {type(self.shaping).__name__}.")
 
     @property
     def source(self) -> Source:

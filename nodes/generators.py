@@ -19,13 +19,32 @@ AdaptOptions = io.Custom("INDOMAIN_ADAPT_OPTIONS")
 
 # On the node itself; what is connected decides the others of DECIDED_HERE; everything else is an option.
 ON_THE_NODE = (
-    "name", "method", "scale", "directional", "reconstruction", "steps", "batch_size", "learning_rate", "layers",
-    "sample_every", "seed",
-)  # fmt: skip
+    "name",
+    "method",
+    "scale",
+    "directional",
+    "reconstruction",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "layers",
+    "sample_every",
+    "seed",
+)
 DECIDED_HERE = (
-    "generator", "base", "prompt", "negative", "source_prompt", "domain", "domain_weight", "output", "export_to", "vae",
-    "tokenizer", "device",
-)  # fmt: skip
+    "generator",
+    "base",
+    "prompt",
+    "negative",
+    "source_prompt",
+    "domain",
+    "domain_weight",
+    "output",
+    "export_to",
+    "vae",
+    "tokenizer",
+    "device",
+)
 
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", "label", "gradient_checkpointing")
@@ -55,18 +74,20 @@ class LoadGenerator(io.ComfyNode):
             is_output_node=True,
             inputs=[
                 io.Combo.Input(
-                    "generator_name", options=generators.list_generators(),
+                    "generator_name",
+                    options=generators.list_generators(),
                     tooltip="A file from models/generators (the mini world's generator is listed too). StyleGAN3, "
                     "StyleGAN-XL and TensorFlow pickles are refused by name.",
                 ),
                 io.Boolean.Input(
-                    "convert", default=False,
+                    "convert",
+                    default=False,
                     tooltip="Also write a .pkl or .pt as .safetensors beside it, which loads faster, can hide no code "
                     "and is read from then on. off (the default) writes nothing.",
                 ),
             ],
             outputs=[
-                GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack."),
+                GeneratorType.Output(display_name="generator", tooltip="The generator, for the nodes of this pack.")
             ],
         )
 
@@ -107,31 +128,54 @@ class GeneratorSample(io.ComfyNode):
             inputs=[
                 GeneratorType.Input("generator", tooltip="From Load Generator, Adapt Generator or Blend Generators."),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=generators.LARGEST_SEED, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=generators.LARGEST_SEED,
+                    control_after_generate=True,
                     tooltip="The first image's latent, 0 to 2^32 - 1; the next images have seed + 1, seed + 2, ... The "
                     "numbers mean what they mean in NVIDIA's tools; no value is neutral.",
                 ),
                 io.Float.Input(
-                    "truncation", default=0.7, min=-2.0, max=2.0, step=0.05, round=0.001,
+                    "truncation",
+                    default=0.7,
+                    min=-2.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
                     tooltip="How far images may lie from the mean image: 1 changes nothing, 0.5 to 0.8 gives cleaner "
                     "and less varied images, 0 the mean image, negative values the opposite of each image. -2 to 2.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=4, min=1, max=4096,
+                    "batch_size",
+                    default=4,
+                    min=1,
+                    max=4096,
                     tooltip="How many images, 1 to 4096; no value is neutral, 1 is the fewest.",
                 ),
                 io.Combo.Input(
-                    "noise", options=list(generators.NOISE), default="const", optional=True,
+                    "noise",
+                    options=list(generators.NOISE),
+                    default="const",
+                    optional=True,
                     tooltip="Fine detail such as single hairs: const (the default) is what the file holds, random is "
                     "drawn from the seed, none leaves it out.",
                 ),
                 io.Int.Input(
-                    "class_index", default=0, min=0, max=1_000_000, optional=True,
+                    "class_index",
+                    default=0,
+                    min=0,
+                    max=1_000_000,
+                    optional=True,
                     tooltip="The class to draw, counted from 0 (the default); only for generators with classes, "
                     "without effect for all others.",
                 ),
                 io.Int.Input(
-                    "truncation_cutoff", default=0, min=0, max=64, optional=True,
+                    "truncation_cutoff",
+                    default=0,
+                    min=0,
+                    max=64,
+                    optional=True,
                     tooltip="Truncate only this many style vectors, counted from the coarsest, and leave colours as "
                     "varied as they are; 0 (the default) truncates all of them.",
                 ),
@@ -142,9 +186,15 @@ class GeneratorSample(io.ComfyNode):
     @classmethod
     @checked()
     def execute(
-        cls, generator, seed: int, truncation: float, batch_size: int, noise: str = "const", class_index: int = 0,
+        cls,
+        generator,
+        seed: int,
+        truncation: float,
+        batch_size: int,
+        noise: str = "const",
+        class_index: int = 0,
         truncation_cutoff: int = 0,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         return io.NodeOutput(
             generators.draw(generator, seed, truncation, truncation_cutoff, batch_size, class_index, noise)
         )
@@ -175,7 +225,8 @@ class AdaptGenerator(io.ComfyNode):
             inputs=[
                 GeneratorType.Input("generator", tooltip="The generator to adapt; it stays as it is."),
                 io.Model.Input(
-                    "model", tooltip="The diffusion model that judges (Stable Diffusion 1.x, 2.x, SDXL, the mini "
+                    "model",
+                    tooltip="The diffusion model that judges (Stable Diffusion 1.x, 2.x, SDXL, the mini "
                     "world). LoRAs, DreamBooth checkpoints and hooks on it have their say.",
                 ),
                 io.Vae.Input("vae", tooltip="The model's VAE. Gradients go through its encoder."),
@@ -183,8 +234,8 @@ class AdaptGenerator(io.ComfyNode):
                     "positive", tooltip="The domain to reach, such as 'a 3d render of a face, Pixar'."
                 ),
                 io.Conditioning.Input(
-                    "negative", tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt "
-                    "if you like.",
+                    "negative",
+                    tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt if you like.",
                 ),
                 own("name", default="my_generator"),
                 own("method"),
@@ -199,37 +250,44 @@ class AdaptGenerator(io.ComfyNode):
                 # Not drawn anew for each run: a run continues only with the seed it was started with.
                 own("seed", max=LARGEST_SEED, control_after_generate=False),
                 io.Combo.Input(
-                    "resume", options=list(RESUME), default="auto",
+                    "resume",
+                    options=list(RESUME),
+                    default="auto",
                     tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
                     "be one. new: there must be none.",
                 ),
                 io.Boolean.Input(
-                    "isolated", default=False,
+                    "isolated",
+                    default=False,
                     tooltip="Adapt in a process of its own: all of its memory comes back afterwards, and a crash ends "
                     "the run instead of the server; for plain prompts, LoRAs and one domain model as a term. off (the "
                     "default): in the server's process, which takes everything a graph can connect.",
                 ),
                 GuidanceTerms.Input(
-                    "terms", optional=True, tooltip="More judges, from Guidance Term: a domain model, another "
+                    "terms",
+                    optional=True,
+                    tooltip="More judges, from Guidance Term: a domain model, another "
                     "checkpoint, another prompt. Percentages count the model's noise levels, 0 the noisiest.",
                 ),
                 io.Conditioning.Input(
-                    "source", optional=True, tooltip="What the generator makes now, such as 'a photo of a face'; the "
+                    "source",
+                    optional=True,
+                    tooltip="What the generator makes now, such as 'a photo of a face'; the "
                     "methods dds and bridge need it.",
                 ),
                 io.Conditioning.Input(
-                    "unwanted", optional=True, tooltip="What images should not be, such as 'blurry, low quality, "
+                    "unwanted",
+                    optional=True,
+                    tooltip="What images should not be, such as 'blurry, low quality, "
                     "unrealistic'; the method nfsd needs it, beside an empty negative. Without effect for others.",
                 ),
-                AdaptOptions.Input(
-                    "options", optional=True, tooltip="Everything else, from In-Domain Adapt Options."
-                ),
+                AdaptOptions.Input("options", optional=True, tooltip="Everything else, from In-Domain Adapt Options."),
             ],
             outputs=[
                 GeneratorType.Output(display_name="generator", tooltip="The adapted generator, loaded from its file."),
                 io.Image.Output(
-                    display_name="samples", tooltip="The last grid, the source's images in its first row; nothing when "
-                    "sample every is 0.",
+                    display_name="samples",
+                    tooltip="The last grid, the source's images in its first row; nothing when sample every is 0.",
                 ),
                 io.Image.Output(display_name="loss", tooltip="The loss curve."),
                 io.String.Output(display_name="path", tooltip="The finished file in models/generators."),
@@ -241,9 +299,20 @@ class AdaptGenerator(io.ComfyNode):
     @classmethod
     @checked()
     def execute(
-        cls, generator, model, vae, positive, negative, resume: str, isolated: bool, terms=(), source=None,
-        unwanted=None, options: dict | None = None, **values: Any,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        generator,
+        model,
+        vae,
+        positive,
+        negative,
+        resume: str,
+        isolated: bool,
+        terms=(),
+        source=None,
+        unwanted=None,
+        options: dict | None = None,
+        **values: Any,
+    ) -> io.NodeOutput:
         from ..training.adapt_config import NEEDS_SOURCE, AdaptConfig
         from .comfy_internals.critic import CriticInputs
 
@@ -307,17 +376,32 @@ class BlendGenerators(io.ComfyNode):
                 GeneratorType.Input("source", tooltip="The generator at amount 0, usually the one that was adapted."),
                 GeneratorType.Input("adapted", tooltip="The generator at amount 1."),
                 io.Float.Input(
-                    "amount", default=0.5, min=-1.0, max=2.0, step=0.05, round=0.001,
+                    "amount",
+                    default=0.5,
+                    min=-1.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
                     tooltip="0 is the source and 1 the adapted generator, both exactly; beyond 1 exaggerates, below 0 "
                     "goes the other way. -1 to 2.",
                 ),
                 io.Int.Input(
-                    "split_resolution", default=0, min=0, max=4096, optional=True,
+                    "split_resolution",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    optional=True,
                     tooltip="Layers up to this many pixels (shape, pose) take amount below split instead; one of the "
                     "generator's own sizes, 4, 8, 16, ... 0 (the default): amount holds for all layers.",
                 ),
                 io.Float.Input(
-                    "amount_below_split", default=0.0, min=-1.0, max=2.0, step=0.05, round=0.001, optional=True,
+                    "amount_below_split",
+                    default=0.0,
+                    min=-1.0,
+                    max=2.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
                     tooltip="The amount for layers up to split resolution: 0 (the default) keeps the source's shapes, "
                     "1 takes the adapted ones. -1 to 2; without effect when split resolution is 0.",
                 ),
@@ -349,16 +433,18 @@ class SaveGenerator(io.ComfyNode):
             inputs=[
                 GeneratorType.Input("generator", tooltip="The generator to write, such as a blend."),
                 io.String.Input(
-                    "filename", default="my_generator",
+                    "filename",
+                    default="my_generator",
                     tooltip="Name of the file in models/generators; .safetensors is added.",
                 ),
                 io.Combo.Input(
-                    "file_dtype", options=list(generators.FILE_DTYPES), default="fp32",
+                    "file_dtype",
+                    options=list(generators.FILE_DTYPES),
+                    default="fp32",
                     tooltip="Numbers of the file: fp32 (the default) is exact; fp16 and bf16 take half the space.",
                 ),
                 io.Boolean.Input(
-                    "replace", default=False,
-                    tooltip="Replace a file of this name. off (the default): refuse.",
+                    "replace", default=False, tooltip="Replace a file of this name. off (the default): refuse."
                 ),
             ],
             outputs=[io.String.Output(display_name="path", tooltip="The file.")],

@@ -98,32 +98,52 @@ def term_to_shape(terms: Sequence[TermInput], name: str) -> TermInput:
 def _domain_interval_inputs() -> list:
     return [
         io.Float.Input(
-            "domain_start_percent", default=0.0, min=0.0, max=1.0, step=0.01, optional=True,
+            "domain_start_percent",
+            default=0.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
             tooltip="Where in sampling the domain term begins: 0 (the default) is the start, at the highest noise, 1 "
             "the end. Beginning later leaves the composition to the prior and saves time.",
         ),
         io.Float.Input(
-            "domain_end_percent", default=1.0, min=0.0, max=1.0, step=0.01, optional=True,
+            "domain_end_percent",
+            default=1.0,
+            min=0.0,
+            max=1.0,
+            step=0.01,
+            optional=True,
             tooltip="Where in sampling the domain term ends: 0 to 1; 1 (the default) is the end of sampling.",
         ),
-    ]  # fmt: skip
+    ]
 
 
 def _domain_weight_input():
     return io.Float.Input(
-        "domain_weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
+        "domain_weight",
+        default=2.5,
+        min=-100.0,
+        max=100.0,
+        step=0.05,
+        round=0.001,
         tooltip="How strongly the image is drawn into the domain. Typical 0.5 to 5; 0 turns the domain model off, and "
         "the result is the prior's own; negative values push away from the domain.",
-    )  # fmt: skip
+    )
 
 
 def _control_weight_input():
     return io.Float.Input(
-        "control_weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
+        "control_weight",
+        default=2.5,
+        min=-100.0,
+        max=100.0,
+        step=0.05,
+        round=0.001,
         tooltip="How strongly the image follows the positive conditioning: the CFG scale of the prior. Typical 1 to "
         "8; 0 ignores the positive conditioning. With domain weight 0, 1 means no classifier-free guidance, as in "
         "KSampler.",
-    )  # fmt: skip
+    )
 
 
 def _prior_input():
@@ -171,54 +191,81 @@ class GuidanceTerm(io.ComfyNode):
             "Chain terms and feed them to the Multi-Guidance Guider.",
             inputs=[
                 io.String.Input(
-                    "name", default="domain",
+                    "name",
+                    default="domain",
                     tooltip="What this term is called in messages and in the reference of other terms. Names must "
                     "differ within a chain.",
                 ),
                 io.Float.Input(
-                    "weight", default=2.5, min=-100.0, max=100.0, step=0.05, round=0.001,
+                    "weight",
+                    default=2.5,
+                    min=-100.0,
+                    max=100.0,
+                    step=0.05,
+                    round=0.001,
                     tooltip="The strength of this term. Typical 0.5 to 8; 0 turns it off (its model is not even run); "
                     "negative values push away.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01,
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="Where in sampling this term begins: 0 (the default) is the start, at the highest noise, 1 "
                     "the end.",
                 ),
                 io.Float.Input(
-                    "end_percent", default=1.0, min=0.0, max=1.0, step=0.01,
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="Where in sampling this term ends: 0 to 1; 1 (the default) is the end of sampling.",
                 ),
                 io.Combo.Input(
-                    "ramp", options=list(RAMPS), default="constant",
+                    "ramp",
+                    options=list(RAMPS),
+                    default="constant",
                     tooltip="How the weight moves between start and end: constant (the default) keeps it, rise goes "
                     "from 0 to the weight, fall from the weight to 0, in a straight line or along half a cosine.",
                 ),
                 io.String.Input(
-                    "reference", default="", optional=True,
+                    "reference",
+                    default="",
+                    optional=True,
                     tooltip="The name of the term whose prediction is subtracted. Empty (the default) or 'base' means "
                     "the base conditioning of the prior.",
                 ),
                 io.Model.Input(
-                    "model", optional=True,
-                    tooltip="The model that makes this prediction. Not connected: the prior.",
+                    "model", optional=True, tooltip="The model that makes this prediction. Not connected: the prior."
                 ),
                 io.Conditioning.Input(
-                    "conditioning", optional=True,
+                    "conditioning",
+                    optional=True,
                     tooltip="The conditioning of this prediction. Not connected: the guider's base conditioning.",
                 ),
-                GuidanceTerms.Input("terms", optional=True, tooltip="Terms to add this one to. Not connected: a new "
-                "chain."),
+                GuidanceTerms.Input(
+                    "terms", optional=True, tooltip="Terms to add this one to. Not connected: a new chain."
+                ),
             ],
             outputs=[GuidanceTerms.Output(display_name="terms", tooltip="The terms so far, this one last.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     @checked()
     def execute(
-        cls, name: str, weight: float, start_percent: float = 0.0, end_percent: float = 1.0, ramp: str = "constant",
-        reference: str = "", model=None, conditioning=None, terms=(),
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        name: str,
+        weight: float,
+        start_percent: float = 0.0,
+        end_percent: float = 1.0,
+        ramp: str = "constant",
+        reference: str = "",
+        model=None,
+        conditioning=None,
+        terms=(),
+    ) -> io.NodeOutput:
         name = name.strip()
         try:
             over_sampling = weight_over_sampling(weight, start_percent, end_percent, ramp)
@@ -242,66 +289,111 @@ class ShapeGuidanceTerm(io.ComfyNode):
             description="Lets a term guide only where it should: coarse and fine detail each with its own strength, or "
             "nothing that other terms decide already. For a domain of few colours and a prompt with others.",
             inputs=[
-                GuidanceTerms.Input("terms", tooltip="The terms so far, from Guidance Term or another Shape Guidance "
-                "Term. Terms that come later may be named in orthogonal_to as well."),
+                GuidanceTerms.Input(
+                    "terms",
+                    tooltip="The terms so far, from Guidance Term or another Shape Guidance "
+                    "Term. Terms that come later may be named in orthogonal_to as well.",
+                ),
                 io.String.Input(
-                    "term", default="",
+                    "term",
+                    default="",
                     tooltip="The name of the term to shape. Empty (the default): the last one. Shaping a term again "
                     "adds to what was done to it before.",
                 ),
                 io.Combo.Input(
-                    "mode", options=list(SHAPES), default="frequencies",
+                    "mode",
+                    options=list(SHAPES),
+                    default="frequencies",
                     tooltip="frequencies (the default) splits the term into coarse and fine detail, mean into the "
                     "picture's overall colour and all else: low_strength and high_strength weigh the two. orthogonal "
                     "takes out what the terms in orthogonal_to decide already.",
                 ),
                 io.Float.Input(
-                    "width", default=1.0, min=0.1, max=64.0, step=0.1, round=0.01, optional=True,
+                    "width",
+                    default=1.0,
+                    min=0.1,
+                    max=64.0,
+                    step=0.1,
+                    round=0.01,
+                    optional=True,
                     tooltip="For frequencies: the size in latent pixels (8 image pixels each in Stable Diffusion) "
                     "above which detail is coarse. Typical 0.5 to 4, default 1; none is neutral.",
                 ),
                 io.Float.Input(
-                    "low_strength", default=0.2, min=-10.0, max=10.0, step=0.05, round=0.001, optional=True,
+                    "low_strength",
+                    default=0.2,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
                     tooltip="For frequencies and mean: what share of the term's weight its coarse part, or its mean, "
                     "gets. 1 is neutral, 0 removes it and leaves colours to the other terms, negative values push "
                     "away. Typical 0 to 0.5, default 0.2.",
                 ),
                 io.Float.Input(
-                    "high_strength", default=1.0, min=-10.0, max=10.0, step=0.05, round=0.001, optional=True,
+                    "high_strength",
+                    default=1.0,
+                    min=-10.0,
+                    max=10.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
                     tooltip="For frequencies and mean: what share of the term's weight its fine part (strokes, "
                     "texture), or all but its mean, gets. 1 (the default) is neutral, 0 removes it.",
                 ),
                 io.String.Input(
-                    "orthogonal_to", default="control", optional=True,
+                    "orthogonal_to",
+                    default="control",
+                    optional=True,
                     tooltip="For orthogonal: the names of the terms to be orthogonal to, separated by commas; the "
                     "default is control. Where such a term has weight 0, it removes nothing.",
                 ),
                 io.Float.Input(
-                    "share", default=1.0, min=0.0, max=1.0, step=0.05, round=0.001, optional=True,
+                    "share",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    round=0.001,
+                    optional=True,
                     tooltip="For orthogonal: how much of what the term has in common with those terms is removed. 0 is "
                     "neutral, 1 (the default) removes all of it.",
                 ),
                 io.Boolean.Input(
-                    "only_opposing", default=False, optional=True,
+                    "only_opposing",
+                    default=False,
+                    optional=True,
                     tooltip="For orthogonal: remove only what works against those terms. Off (the default) also "
                     "removes what points their way.",
                 ),
                 io.Combo.Input(
-                    "per", options=list(PER), default="position", optional=True,
+                    "per",
+                    options=list(PER),
+                    default="position",
+                    optional=True,
                     tooltip="For orthogonal: compare the terms at each position by itself (the default), or over the "
                     "whole image, which removes less.",
                 ),
             ],
             outputs=[GuidanceTerms.Output(display_name="terms", tooltip="The same terms, one of them shaped.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     @checked()
     def execute(
-        cls, terms=(), term: str = "", mode: str = "frequencies", width: float = 1.0, low_strength: float = 0.2,
-        high_strength: float = 1.0, orthogonal_to: str = "control", share: float = 1.0, only_opposing: bool = False,
+        cls,
+        terms=(),
+        term: str = "",
+        mode: str = "frequencies",
+        width: float = 1.0,
+        low_strength: float = 0.2,
+        high_strength: float = 1.0,
+        orthogonal_to: str = "control",
+        share: float = 1.0,
+        only_opposing: bool = False,
         per: str = "position",
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         chosen = term_to_shape(terms or (), term.strip())
         try:
             shaping = shaping_of_mode(
@@ -378,9 +470,16 @@ class InDomainGuider(io.ComfyNode):
     @classmethod
     @checked()
     def execute(
-        cls, prior, domain, positive, negative, domain_weight: float, control_weight: float,
-        domain_start_percent: float = 0.0, domain_end_percent: float = 1.0,
-    ) -> io.NodeOutput:  # fmt: skip
+        cls,
+        prior,
+        domain,
+        positive,
+        negative,
+        domain_weight: float,
+        control_weight: float,
+        domain_start_percent: float = 0.0,
+        domain_end_percent: float = 1.0,
+    ) -> io.NodeOutput:
         return io.NodeOutput(
             in_domain_guider(
                 prior,
@@ -413,43 +512,71 @@ class InDomainSampler(io.ComfyNode):
                 _domain_input(),
                 _positive_input(),
                 _negative_input(),
-                io.Latent.Input("latent_image", tooltip="The latent to denoise, empty or encoded; its noise mask is "
-                "kept to."),
+                io.Latent.Input(
+                    "latent_image", tooltip="The latent to denoise, empty or encoded; its noise mask is kept to."
+                ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
                     tooltip="The random seed of the noise: 0 to 2^64 - 1, no value is neutral.",
                 ),
                 io.Int.Input(
-                    "steps", default=25, min=1, max=10000,
+                    "steps",
+                    default=25,
+                    min=1,
+                    max=10000,
                     tooltip="The number of sampling steps. Typical 15 to 50; no value is neutral, 1 is the fewest.",
                 ),
                 io.Combo.Input(
-                    "sampler_name", options=comfy.samplers.KSampler.SAMPLERS, default="dpmpp_2m",
+                    "sampler_name",
+                    options=comfy.samplers.KSampler.SAMPLERS,
+                    default="dpmpp_2m",
                     tooltip="The sampling algorithm, any of ComfyUI's; none is neutral. The paper's is dpmpp_2m.",
                 ),
                 io.Combo.Input(
-                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, default="normal",
+                    "scheduler",
+                    options=comfy.samplers.KSampler.SCHEDULERS,
+                    default="normal",
                     tooltip="How noise levels are spread over the steps, any of ComfyUI's; none is neutral.",
                 ),
                 _domain_weight_input(),
                 _control_weight_input(),
                 io.Float.Input(
-                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    "denoise",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
                     tooltip="How much of the image is made anew: 1 all of it, lower values keep the structure of the "
                     "latent, 0 returns it unchanged.",
                 ),
                 *_domain_interval_inputs(),
             ],
             outputs=[io.Latent.Output(tooltip="The denoised latent.")],
-        )  # fmt: skip
+        )
 
     @classmethod
     @checked()
     def execute(
-        cls, prior, domain, positive, negative, latent_image, seed: int, steps: int, sampler_name: str, scheduler: str,
-        domain_weight: float, control_weight: float, denoise: float = 1.0, domain_start_percent: float = 0.0,
+        cls,
+        prior,
+        domain,
+        positive,
+        negative,
+        latent_image,
+        seed: int,
+        steps: int,
+        sampler_name: str,
+        scheduler: str,
+        domain_weight: float,
+        control_weight: float,
+        denoise: float = 1.0,
+        domain_start_percent: float = 0.0,
         domain_end_percent: float = 1.0,
-    ) -> io.NodeOutput:  # fmt: skip
+    ) -> io.NodeOutput:
         guider = in_domain_guider(
             prior, domain, positive, negative, domain_weight, control_weight, domain_start_percent, domain_end_percent
         )

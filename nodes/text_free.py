@@ -33,23 +33,32 @@ class TextFreeUNet(io.ComfyNode):
                     "clip", tooltip="The prior's own text encoder. It encodes the empty prompt, nothing else."
                 ),
                 io.Combo.Input(
-                    "form", options=["cached", "constant"], default="cached",
+                    "form",
+                    options=["cached", "constant"],
+                    default="cached",
                     tooltip="cached: keeps the empty prompt's keys and values; equals the prior on the empty prompt "
                     "until it is trained. constant: one constant a block, the paper's form; smaller and faster, but an "
                     "approximation, whose error is reported.",
                 ),
                 io.String.Input(
-                    "filename", default="text_free",
+                    "filename",
+                    default="text_free",
                     tooltip="Name of the file in models/domain_unets, with or without .safetensors; subfolders are "
                     "allowed. An untrained file of that name is replaced, a trained one never.",
                 ),
                 io.Combo.Input(
-                    "file_dtype", options=list(export.FILE_DTYPES), default="fp16",
+                    "file_dtype",
+                    options=list(export.FILE_DTYPES),
+                    default="fp16",
                     tooltip="Number format in the file. fp16 and bf16 take 2 bytes a weight, fp32 takes 4 and rounds "
                     "nothing that the prior has.",
                 ),
                 io.Int.Input(
-                    "probe_size", default=0, min=0, max=2048, step=64,
+                    "probe_size",
+                    default=0,
+                    min=0,
+                    max=2048,
+                    step=64,
                     tooltip="constant only: side in pixels of the images on which the constants are measured, up to "
                     "2048. 0 is the size the prior was made for (1024 for SDXL). No effect on cached.",
                 ),
@@ -57,8 +66,7 @@ class TextFreeUNet(io.ComfyNode):
             outputs=[
                 io.Model.Output(tooltip="The text-free model, loaded from the new file."),
                 io.String.Output(
-                    display_name="report",
-                    tooltip="What was made: sizes, the error of each block and of the output.",
+                    display_name="report", tooltip="What was made: sizes, the error of each block and of the output."
                 ),
             ],
         )

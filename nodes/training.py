@@ -25,8 +25,16 @@ ON_THE_NODE = ("name", "form", "steps", "batch_size", "learning_rate", "resoluti
 DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device", "cache", "within")
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = (
-    "caption", "train", "rank", "gradient_checkpointing", "flip", "optimizer", "schedule", "ema", "sample_prompts",
-)  # fmt: skip
+    "caption",
+    "train",
+    "rank",
+    "gradient_checkpointing",
+    "flip",
+    "optimizer",
+    "schedule",
+    "ema",
+    "sample_prompts",
+)
 RESUME = {"auto": "auto", "continue": True, "new": False}
 # Numbers stay exact in the editor's JavaScript up to here.
 LARGEST_SEED = 2**53 - 1
@@ -85,13 +93,16 @@ def _float_step(default: float, largest: float) -> float:
 
 def run_outputs(
     node: type[io.ComfyNode], made: Any, result: Result, path: Path, warnings: Sequence[str]
-) -> io.NodeOutput:  # fmt: skip
+) -> io.NodeOutput:
     """What both training nodes give: what was made, grid, loss curve and file; the node shows the pictures too."""
     grid, plot = training.load_image(result.samples), training.load_image(result.plot)
     shown = [picture[0] for picture in (grid, plot) if picture is not None]
     preview = ui.PreviewImage(shown, cls=node).as_dict() if shown else {}
     return io.NodeOutput(
-        made, training.or_blocked(grid), training.or_blocked(plot), str(path),
+        made,
+        training.or_blocked(grid),
+        training.or_blocked(plot),
+        str(path),
         ui={**preview, "text": tuple(map(printable, (path, *warnings)))},
     )
 
@@ -118,13 +129,16 @@ class TrainDomainUNet(io.ComfyNode):
             inputs=[
                 config_input(fields["name"], default="my_domain"),
                 io.Combo.Input(
-                    "checkpoint", options=training.list_checkpoints(), default=training.CONNECTED,
+                    "checkpoint",
+                    options=training.list_checkpoints(),
+                    default=training.CONNECTED,
                     tooltip="The prior to start from: 'connected' takes the model, clip and vae inputs, anything else "
                     "a checkpoint by its name (Stable Diffusion 1.x, 2.x, SDXL, or the mini world that ships with the "
                     "pack).",
                 ),
                 io.String.Input(
-                    "image_folder", default="",
+                    "image_folder",
+                    default="",
                     tooltip="Folder of images, searched recursively: a full path, or a folder in ComfyUI's input "
                     "folder. .tar shards work too; several are divided by ;. Leave it empty to train on the images "
                     "input. On a server that others reach: in the input folder, or where its owner allows (see the "
@@ -139,22 +153,28 @@ class TrainDomainUNet(io.ComfyNode):
                 # Not drawn anew for each run: a run continues only with the seed it was started with.
                 config_input(fields["seed"], max=LARGEST_SEED, control_after_generate=False),
                 io.Combo.Input(
-                    "resume", options=list(RESUME), default="auto",
+                    "resume",
+                    options=list(RESUME),
+                    default="auto",
                     tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
                     "be one. new: there must be none.",
                 ),
                 io.Boolean.Input(
-                    "isolated", default=False,
+                    "isolated",
+                    default=False,
                     tooltip="Train in a process of its own: all of its memory comes back afterwards, and a crash ends "
                     "the run instead of the server. off: in the server's process, which needs no copy of connected "
                     "models.",
                 ),
                 io.Model.Input(
-                    "model", optional=True, tooltip="The prior, when checkpoint is 'connected'. LoRAs on it are baked "
-                    "in."
+                    "model",
+                    optional=True,
+                    tooltip="The prior, when checkpoint is 'connected'. LoRAs on it are baked in.",
                 ),
                 io.Clip.Input(
-                    "clip", optional=True, tooltip="The prior's text encoder. It encodes the empty prompt and the "
+                    "clip",
+                    optional=True,
+                    tooltip="The prior's text encoder. It encodes the empty prompt and the "
                     "sample prompts; training itself has no captions.",
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="The prior's VAE. It encodes the images, once."),
@@ -181,9 +201,7 @@ class TrainDomainUNet(io.ComfyNode):
         return found(next(iter(checkpoint), None), training.find_checkpoint)
 
     @classmethod
-    def fingerprint_inputs(
-        cls, image_folder: list[str | None] = (), checkpoint: list[str | None] = (), **inputs: Any
-    ):
+    def fingerprint_inputs(cls, image_folder: list[str | None] = (), checkpoint: list[str | None] = (), **inputs: Any):
         # A folder that has more or other images than last time has to be trained on again, and another checkpoint.
         images = training.data_fingerprint(";".join(filter(None, image_folder)))
         own = training.checkpoint_fingerprint(next(iter(checkpoint), None))
@@ -235,8 +253,11 @@ class DomainTrainingOptions(io.ComfyNode):
         from ..training.config import field_kinds
 
         kinds = field_kinds()
-        lines = {name: tuple(filter(None, map(str.strip, text.splitlines())))
-                 for name, text in values.items() if kinds[name] is tuple}  # fmt: skip
+        lines = {
+            name: tuple(filter(None, map(str.strip, text.splitlines())))
+            for name, text in values.items()
+            if kinds[name] is tuple
+        }
         return io.NodeOutput({**values, **lines})
 
 
@@ -254,15 +275,24 @@ class MiniWorldImages(io.ComfyNode):
             "are to a large model, in a size that trains on a CPU.",
             inputs=[
                 io.Combo.Input(
-                    "domain", options=list(training.MINI_WORLD_DOMAINS), default=training.MINI_WORLD_DOMAINS[0],
+                    "domain",
+                    options=list(training.MINI_WORLD_DOMAINS),
+                    default=training.MINI_WORLD_DOMAINS[0],
                     tooltip="handwriting: 4 inks on 4 grounds. narrow: white on black only.",
                 ),
                 io.Int.Input(
-                    "count", default=1000, min=1, max=8000, tooltip="How many images, 1 to 8000. Few are learned by "
-                    "heart."
+                    "count",
+                    default=1000,
+                    min=1,
+                    max=8000,
+                    tooltip="How many images, 1 to 8000. Few are learned by heart.",
                 ),
                 io.Int.Input(
-                    "seed", default=0, min=0, max=LARGEST_SEED, control_after_generate=False,
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=LARGEST_SEED,
+                    control_after_generate=False,
                     tooltip="In which colours; count alone decides which images. Without effect for narrow.",
                 ),
             ],

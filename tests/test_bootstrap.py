@@ -31,7 +31,9 @@ def test_bootstrap_runs_a_module_as_main_with_its_arguments(tmp_path):
     (checkout / "nodes" / "__init__.py").write_text("", encoding="utf-8")
     result = subprocess.run(
         [sys.executable, str(checkout / "training" / "bootstrap.py"), "indomain_guidance.training.tool", "-x", "1"],
-        capture_output=True, text=True, cwd=checkout,
+        capture_output=True,
+        text=True,
+        cwd=checkout,
     )
     assert result.stderr == ""
     assert result.stdout.strip() == "__main__ indomain_guidance.training 7 ['-x', '1']"
@@ -43,10 +45,15 @@ def test_bootstrap_runs_a_file_that_imports_its_neighbour_and_the_package(tmp_pa
     (folder / "common.py").write_text("VALUE = 5\n", encoding="utf-8")
     (folder / "bench_x.py").write_text(
         "import sys\nimport indomain_guidance\nfrom .common import VALUE\n"
-        "if __name__ == '__main__':\n    print(VALUE, indomain_guidance.__name__, sys.argv[1:])\n", encoding="utf-8"
+        "if __name__ == '__main__':\n    print(VALUE, indomain_guidance.__name__, sys.argv[1:])\n",
+        encoding="utf-8",
     )
-    result = subprocess.run([sys.executable, str(BOOTSTRAP), str(folder / "bench_x.py"), "--quick"],
-                            capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, str(BOOTSTRAP), str(folder / "bench_x.py"), "--quick"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     assert result.stderr == ""
     assert result.stdout.strip() == "5 indomain_guidance ['--quick']"
 
@@ -84,6 +91,8 @@ def test_the_checkout_is_the_same_through_a_link_and_a_folder_registers_twice_bu
 
 
 def test_a_file_that_is_not_there_is_named_in_one_line(tmp_path):
-    result = subprocess.run([sys.executable, str(BOOTSTRAP), "nowhere.py"], capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, str(BOOTSTRAP), "nowhere.py"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode == 1 and result.stderr.splitlines()[-1].endswith("found no file nowhere.py")
     assert len(result.stderr.splitlines()) == 1

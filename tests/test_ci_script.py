@@ -35,8 +35,15 @@ def machine(tmp_path):
 
         def run(self, *arguments: str):
             command = [shutil.which("bash"), str(tmp_path / "repo" / ".ci" / "run"), *arguments]
-            result = subprocess.run(command, env={"PATH": str(bin_folder)}, stdin=subprocess.DEVNULL,
-                                    capture_output=True, text=True, cwd=tmp_path, timeout=60)  # fmt: skip
+            result = subprocess.run(
+                command,
+                env={"PATH": str(bin_folder)},
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                cwd=tmp_path,
+                timeout=60,
+            )
             return result.returncode, result.stderr, calls.read_text().splitlines() if calls.exists() else []
 
     made = Machine()

@@ -64,8 +64,9 @@ def test_comfyui_reads_what_the_registry_needs(core):
 
 
 def tracked_files() -> list[Path]:
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT,
-                            capture_output=True)
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True
+    )
     if listed.returncode:
         pytest.skip("not a git checkout, so nothing says which files belong to it")
     return [ROOT / name for name in listed.stdout.decode().split("\0") if name and (ROOT / name).is_file()]
@@ -98,8 +99,12 @@ def test_wheel_holds_the_modules_the_data_and_nothing_else(wheel):
     }
     data = {
         "indomain_guidance/" + path.relative_to(ROOT).as_posix()
-        for pattern in ("workflows/*.json", "workflows/api/*.json", "nodes/docs/*.md",
-                        "training/mini_world/weights/**/*.safetensors")
+        for pattern in (
+            "workflows/*.json",
+            "workflows/api/*.json",
+            "nodes/docs/*.md",
+            "training/mini_world/weights/**/*.safetensors",
+        )
         for path in ROOT.glob(pattern)
     }
     assert expected <= set(names)

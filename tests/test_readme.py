@@ -22,11 +22,15 @@ def test_pictures_and_files_it_names_exist():
 
 
 def test_every_node_is_listed():
-    displayed = re.findall(r'display_name="([^"]+)",\s*category', "".join(
-        path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py")))
+    displayed = re.findall(
+        r'display_name="([^"]+)",\s*category',
+        "".join(path.read_text(encoding="utf-8") for path in (ROOT / "nodes").glob("*.py")),
+    )
     assert len(displayed) >= 10
     assert not [name for name in displayed if f"| {name} |" not in README]
 
 
 def test_no_placeholder_was_left():
-    assert "@@" not in README and "@@" not in (ROOT / "training" / "mini_world" / "README.md").read_text(encoding="utf-8")
+    assert "@@" not in README and "@@" not in (ROOT / "training" / "mini_world" / "README.md").read_text(
+        encoding="utf-8"
+    )

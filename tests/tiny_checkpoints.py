@@ -14,8 +14,13 @@ from torch import Tensor, nn
 TEXT_LAYERS, TEXT_MLP = 3, 64
 VOCABULARY = 49408
 EMBEDDING_ROWS = 509
-OPENCLIP_LAYER = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-                  "attn.out_proj": "self_attn.out_proj"}
+OPENCLIP_LAYER = {
+    "ln_1": "layer_norm1",
+    "ln_2": "layer_norm2",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+    "attn.out_proj": "self_attn.out_proj",
+}
 
 
 @dataclass
@@ -73,11 +78,16 @@ def text_encoder(name: str, seed: int) -> nn.Module:
 
     width = {"clip_l": 768, "clip_h": 1024, "clip_g": 1280}[name]
     with torch.device("meta"):  # drawing 60 M numbers twice takes seconds
-        encoder = TextEncoder(TextEncoderConfig(
-            width=width, layers=TEXT_LAYERS, heads=width // 64, mlp_width=TEXT_MLP,
-            activation="quick_gelu" if name == "clip_l" else "gelu",
-            projection_dim=None if name == "clip_l" else width,
-        ))
+        encoder = TextEncoder(
+            TextEncoderConfig(
+                width=width,
+                layers=TEXT_LAYERS,
+                heads=width // 64,
+                mlp_width=TEXT_MLP,
+                activation="quick_gelu" if name == "clip_l" else "gelu",
+                projection_dim=None if name == "clip_l" else width,
+            )
+        )
     return randomise(encoder.to_empty(device="cpu"), seed)
 
 
@@ -88,8 +98,13 @@ def unet_config(family: str):
     shape = {
         "sd1": dict(model_channels=32, context_dim=768, num_heads=8),
         "sd2": dict(model_channels=64, context_dim=1024, num_head_channels=64, use_linear_in_transformer=True),
-        "sdxl": dict(model_channels=64, context_dim=2048, num_head_channels=64, use_linear_in_transformer=True,
-                     adm_in_channels=2816),
+        "sdxl": dict(
+            model_channels=64,
+            context_dim=2048,
+            num_head_channels=64,
+            use_linear_in_transformer=True,
+            adm_in_channels=2816,
+        ),
     }[family]
     depth = dict(transformer_depth=(0, 2), transformer_depth_middle=2, transformer_depth_output=(2, 2, 0, 0))
     if family != "sdxl":

@@ -30,15 +30,7 @@ from .adapt_critic import (
 )
 from .adapt_estimate import estimate_adaptation
 from .adapt_previews import BeforeAfter
-from .adapter import (
-    Adapter,
-    Encode,
-    check_generator,
-    describe_terms,
-    describe_trained,
-    learning_names,
-    trained_names,
-)
+from .adapter import Adapter, Encode, check_generator, describe_terms, describe_trained, learning_names, trained_names
 from .base import MINI_WORLD, Base, open_base
 from .engine import Engine, Result, check_resume, due
 from .events import Listener, Sampled, Started, Warned
@@ -122,9 +114,13 @@ class _Adaptation(Engine):
     blame = "lower learning_rate or scale, or set latent_clamp and image_quantile"
 
     def __init__(
-        self, config: AdaptConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool],
+        self,
+        config: AdaptConfig,
+        processes: OneProcess,
+        listener: Listener,
+        should_stop: Callable[[], bool],
         has_critic: bool,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config, processes, listener, should_stop)
         self.has_critic = has_critic
         self.loaded: LoadedGenerator | None = None
@@ -228,13 +224,19 @@ class _Adaptation(Engine):
         """What the finished file tells of itself: its source, and how it was adapted."""
         config, before = self.config, self.loaded.metadata
         stage = {
-            "prompt": prompt_text(config.prompt), "method": config.method, "scale": config.scale,
-            "terms": describe_terms(self.learner.objective.critic.guidance), "steps": self.learner.step,
-            "parent": before.name, "parent_sha256": self.learner.source_hash,
+            "prompt": prompt_text(config.prompt),
+            "method": config.method,
+            "scale": config.scale,
+            "terms": describe_terms(self.learner.objective.critic.guidance),
+            "steps": self.learner.step,
+            "parent": before.name,
+            "parent_sha256": self.learner.source_hash,
             "trained": list(learning_names(self.learner.generator, list(self.learner.parameters), config.layers)),
         }
         return dataclasses.replace(
-            before, name=config.name, licence=config.licence or before.licence,
+            before,
+            name=config.name,
+            licence=config.licence or before.licence,
             history=(*before.history, stage),
             extra={**before.extra, TRAINING: json.dumps(config.public_dict())},
         )

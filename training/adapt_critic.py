@@ -78,7 +78,8 @@ def open_critic(
     if domain is not None:
         weights, metadata = domain
         judge = Denoiser(
-            load_unet(weights, metadata.config, dtype).to(device), base.schedule,
+            load_unet(weights, metadata.config, dtype).to(device),
+            base.schedule,
             metadata.prediction_type or base.prediction_type,
         )
         caption = trained_caption(metadata)
@@ -137,9 +138,15 @@ def make_objective(
             distance = FeatureDistance(encode) if latents else lpips_distance(config.features, device)
         perceptual = Perceptual(distance, config.perceptual)
     return Objective(
-        critic, make_method(config.method, critic, **options), regularizers,
-        Timesteps(config.t_min, config.t_max, config.t_schedule), config.weighting, config.latent_clamp or None,
-        config.image_quantile or None, config.mode, perceptual,
+        critic,
+        make_method(config.method, critic, **options),
+        regularizers,
+        Timesteps(config.t_min, config.t_max, config.t_schedule),
+        config.weighting,
+        config.latent_clamp or None,
+        config.image_quantile or None,
+        config.mode,
+        perceptual,
         way_back=config.way_back if config.way_back >= 0 else None,
     )
 

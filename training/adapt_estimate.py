@@ -54,8 +54,13 @@ class AdaptEstimate:
 
 
 def estimate_adaptation(
-    config: AdaptConfig, generator: Generator, trained: int, base: Base, resolution: int,
-    device: torch.device | str = "cpu", processes: int = 1,
+    config: AdaptConfig,
+    generator: Generator,
+    trained: int,
+    base: Base,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
 ) -> AdaptEstimate:
     """What a run needs. trained: parameters that learn; resolution: side in pixels at which images are judged."""
     device = torch.device(device)
@@ -93,8 +98,7 @@ def kept_bytes(forward: Callable[[], tuple[nn.Module, Tensor]]) -> int:
     kept: dict[int, Tensor] = {}  # one tensor per storage; holding it keeps the identity unique
 
     def pack(tensor: Tensor) -> None:
-        # Without a graph, and nothing for a backward pass, which never comes: a tensor that its own graph holds is never
-        # freed.
+        # Without a graph: a tensor that its own graph holds is never freed, and no backward pass comes.
         kept.setdefault(id(tensor.untyped_storage()), tensor.detach())
 
     with FakeTensorMode(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):

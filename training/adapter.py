@@ -159,7 +159,13 @@ class Adapter:
         images = self._images(self.generator, ws, self.processes.rank)
         randomness = self._randomness("method", self.processes.rank)
         return objective.backward(
-            images, frozen, self.encode, step=self.step, steps=config.steps, generator=randomness, draws=draws,
+            images,
+            frozen,
+            self.encode,
+            step=self.step,
+            steps=config.steps,
+            generator=randomness,
+            draws=draws,
             wait=True,  # a second critic learns once the gradient is known to be sound
         )
 
@@ -170,9 +176,17 @@ class Adapter:
             ws = self.frozen.map(z, c, self.config.truncation)
         self._let_learn(())  # the selection asks for the gradient of styles alone
         chosen = select_layers(
-            _Chooses(self, self.generator), ws, self.objective, self.encode, self.config.layers, step=self.step,
-            steps=self.config.steps, randomness=self._randomness("selection noise"), t=t,
-            frozen=_Chooses(self, self.frozen), among=[_layer_of(name) for name in self.parameters],
+            _Chooses(self, self.generator),
+            ws,
+            self.objective,
+            self.encode,
+            self.config.layers,
+            step=self.step,
+            steps=self.config.steps,
+            randomness=self._randomness("selection noise"),
+            t=t,
+            frozen=_Chooses(self, self.frozen),
+            among=[_layer_of(name) for name in self.parameters],
         )
         self._let_learn(chosen)
         return chosen
@@ -316,7 +330,6 @@ class Adapter:
         self.intact = True
         return warnings
 
-
     def _check_terms(self, state: Mapping[str, Any], source: str) -> None:
         """Raise ConfigProblem for other weights or references than a state's, where it says them."""
         now = describe_terms(self.objective.critic.guidance)
@@ -376,7 +389,8 @@ def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -
 def trained_names(generator: Generator, train: str, freeze_bias: bool) -> tuple[str, ...]:
     """The parameters that learn, by their names in files, in order; `train` as in `AdaptConfig`."""
     return tuple(
-        name for name, _ in generator.named_parameters()
+        name
+        for name, _ in generator.named_parameters()
         if TRAINED[train].fullmatch(name) and not (freeze_bias and name.endswith(".bias"))
     )
 

@@ -147,8 +147,17 @@ class Base:
             weights = {key: _trainable(tensor) for key, tensor in unet.items()}
             network = _load_autoencoder({key: _trainable(tensor) for key, tensor in autoencoder.items()}, name)
             base = cls(
-                name, weights, config, NoiseSchedule.scaled_linear(zero_snr=zero_snr), prediction_type, zero_snr,
-                latent_format, latent_scale, null_context, network, text,
+                name,
+                weights,
+                config,
+                NoiseSchedule.scaled_linear(zero_snr=zero_snr),
+                prediction_type,
+                zero_snr,
+                latent_format,
+                latent_scale,
+                null_context,
+                network,
+                text,
             )
         _refuse_unsuited(base.config, name)
         check_unet(base.unet, base.config, name)
@@ -273,10 +282,12 @@ class Base:
             arguments["context"] = text.context.expand(len(sizes), -1, -1)
         if self.config.adm_in_channels is not None:
             pooled = None if text is None or text.pooled is None else text.pooled.expand(len(sizes), -1)
-            arguments["y"] = torch.cat([
-                self.vector(*size.original, size.crop, size.target, None if pooled is None else pooled[i : i + 1])
-                for i, size in enumerate(sizes)
-            ])
+            arguments["y"] = torch.cat(
+                [
+                    self.vector(*size.original, size.crop, size.target, None if pooled is None else pooled[i : i + 1])
+                    for i, size in enumerate(sizes)
+                ]
+            )
         return arguments
 
     def load_prior(self, dtype: torch.dtype = torch.float32) -> UNet:
@@ -332,14 +343,21 @@ def open_mini_world(prediction: str = "auto") -> Base:
     description = {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded empty prompt"}
     null = NullContext(encode([""]).context, description)
     return Base(
-        "the mini world", weights, config, NoiseSchedule.scaled_linear(), "epsilon", False, LATENT_FORMAT, scale, null,
-        autoencoder, encode,
+        "the mini world",
+        weights,
+        config,
+        NoiseSchedule.scaled_linear(),
+        "epsilon",
+        False,
+        LATENT_FORMAT,
+        scale,
+        null,
+        autoencoder,
+        encode,
     )
 
 
-def open_checkpoint(
-    path: str | os.PathLike, *, vae: str = "", tokenizer: str = "", prediction: str = "auto"
-) -> Base:
+def open_checkpoint(path: str | os.PathLike, *, vae: str = "", tokenizer: str = "", prediction: str = "auto") -> Base:
     """A full checkpoint of Stable Diffusion 1.x, 2.x or XL (`.safetensors`, LDM layout) as a base.
 
     vae: another file to take the autoencoder from ("" keeps the checkpoint's). tokenizer: folder with vocab.json and
@@ -368,8 +386,9 @@ def open_checkpoint(
     try:
         config = unet_config_from_state_dict(weights)
     except (ValueError, IndexError, ZeroDivisionError) as error:
-        raise FileProblem(f"{path}: its architecture cannot be read ({str(error).rstrip('.')}); use Stable Diffusion "
-                          "1.x, 2.x or XL.") from error
+        raise FileProblem(
+            f"{path}: its architecture cannot be read ({str(error).rstrip('.')}); use Stable Diffusion 1.x, 2.x or XL."
+        ) from error
     _refuse_unsuited(config, path)
     family = FAMILIES[config.context_dim]
     for marker in ("edm_mean", "edm_vpred.sigma_max"):
@@ -402,9 +421,19 @@ def open_checkpoint(
             "epsilon model on the plain schedule. Set prediction to v_prediction_zero_snr if it is a v-model."
         )
     return Base(
-        path.name, weights, config, NoiseSchedule.scaled_linear(zero_snr=zero_snr),
-        prediction.removesuffix("_zero_snr"), zero_snr, family.latent_format,
-        LATENT_SCALES[family.latent_format], null, network, encoders.encode if tokenizer else None, tuple(notes), path,
+        path.name,
+        weights,
+        config,
+        NoiseSchedule.scaled_linear(zero_snr=zero_snr),
+        prediction.removesuffix("_zero_snr"),
+        zero_snr,
+        family.latent_format,
+        LATENT_SCALES[family.latent_format],
+        null,
+        network,
+        encoders.encode if tokenizer else None,
+        tuple(notes),
+        path,
     )
 
 

@@ -47,9 +47,7 @@ def register(root: Path = ROOT) -> ModuleType:
                 "start a new process for another copy."
             )
         return loaded
-    spec = importlib.util.spec_from_file_location(
-        PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)]
-    )
+    spec = importlib.util.spec_from_file_location(PACKAGE, root / "__init__.py", submodule_search_locations=[str(root)])
     if spec is None or spec.loader is None:
         raise ImportError(f"Expected a package in {root}, found no __init__.py to load.")
     module = importlib.util.module_from_spec(spec)

@@ -32,9 +32,16 @@ FORMAT, VERSION = "indomain_guidance_checkpoint", 1
 FOLDER, NAME = "checkpoints", re.compile(r"step-(\d+)\.ckpt")
 # What a state must hold to be resumed from; see Learner.state.
 FIELDS: dict[str, tuple[type, ...]] = {
-    "step": (int,), "config": (dict,), "prior": (str,), "dataset": (dict,), "facts": (dict,), "weights": (dict,),
-    "average": (dict, type(None)), "optimizer": (dict,), "scaler": (dict, type(None)),
-}  # fmt: skip
+    "step": (int,),
+    "config": (dict,),
+    "prior": (str,),
+    "dataset": (dict,),
+    "facts": (dict,),
+    "weights": (dict,),
+    "average": (dict, type(None)),
+    "optimizer": (dict,),
+    "scaler": (dict, type(None)),
+}
 # What its "start" may hold; see `Engine.begun`.
 STARTS: dict[str, type | tuple[type, ...]] = {"constants": torch.Tensor, "null_text_error": (int, float)}
 
@@ -133,9 +140,11 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
     start = {} if state.get("start") is None else state["start"]
     for name, part, kind in (
-        ("weights", state["weights"], torch.Tensor), ("facts", state["facts"], str), ("start", start, dict),
+        ("weights", state["weights"], torch.Tensor),
+        ("facts", state["facts"], str),
+        ("start", start, dict),
         *(("start", start.get(name), kind) for name, kind in STARTS.items() if type(start) is dict and name in start),
-    ):  # fmt: skip
+    ):
         if name not in wrong and not (type(part) is dict and all(isinstance(one, kind) for one in part.values())):
             wrong.append(name)
     if wrong or state["step"] < 0:
@@ -234,4 +243,4 @@ def _is_whole(path: Path) -> bool | None:
                 return False
             digest.update(chunk)
             left -= len(chunk)
-    return digest.digest() == trailer[len(MARK):]
+    return digest.digest() == trailer[len(MARK) :]

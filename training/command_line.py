@@ -54,9 +54,7 @@ GROUP_TITLES = {
     "reporting": "checkpoints, samples, the finished file",
 }
 # Single letters for what a first run needs.
-SHORT = {
-    "data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p",
-}  # fmt: skip
+SHORT = {"data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p"}
 MINI_WORLD = "mini_world"
 
 
@@ -111,8 +109,15 @@ def build_parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for add in (
-        _add_train, _add_adapt, _add_resume, _add_check_data, _add_convert, _add_inspect, _add_sample, _add_mini_data,
-    ):  # fmt: skip
+        _add_train,
+        _add_adapt,
+        _add_resume,
+        _add_check_data,
+        _add_convert,
+        _add_inspect,
+        _add_sample,
+        _add_mini_data,
+    ):
         add(commands)
     return parser
 
@@ -127,6 +132,7 @@ def _command(commands: Any, name: str, run: Callable, summary: str, description:
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
     """A reader of whole numbers from `least` to `most`, for argparse."""
+
     def read(text: str) -> int:
         try:
             number = int(text)
@@ -144,7 +150,9 @@ def _add_json(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_fields(
-    command: argparse.ArgumentParser, keep: Callable[[dataclasses.Field], bool], settings: type[Settings] = TrainConfig,
+    command: argparse.ArgumentParser,
+    keep: Callable[[dataclasses.Field], bool],
+    settings: type[Settings] = TrainConfig,
     note: str = "",
 ) -> None:
     """An option for every field of `settings` that `keep` accepts; options that are not given leave no trace."""
@@ -186,10 +194,13 @@ def _field_help(one: dataclasses.Field, kind: type) -> str:
 
 def _add_train(commands: Any) -> None:
     command = _command(
-        commands, "train", _train, "learn a folder of images",
+        commands,
+        "train",
+        _train,
+        "learn a folder of images",
         "Needs --base and --data, as options or in a file of settings. Called again with the same settings, a stopped "
         "run goes on where it was.",
-    )  # fmt: skip
+    )
     command.usage = "indomain train -b PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
     _add_start_options(command)
     _add_fields(command, lambda one: True)
@@ -197,11 +208,14 @@ def _add_train(commands: Any) -> None:
 
 def _add_adapt(commands: Any) -> None:
     command = _command(
-        commands, "adapt", _adapt, "move an image generator into a prompt's domain",
+        commands,
+        "adapt",
+        _adapt,
+        "move an image generator into a prompt's domain",
         "A StyleGAN2 generator is taught by a diffusion model (StyleGAN-Fusion, arXiv 2212.04473). Needs --generator, "
         "--base and --prompt, as options or in a file of settings. Called again with the same settings, a stopped run "
         "goes on where it was.",
-    )  # fmt: skip
+    )
     command.usage = "indomain adapt -g PATH -b PATH -p TEXT [-n TEXT] [--config FILE] [OPTION ...]"
     _add_start_options(command)
     _add_fields(command, lambda one: True, AdaptConfig)
@@ -210,9 +224,12 @@ def _add_adapt(commands: Any) -> None:
 
 def _add_resume(commands: Any) -> None:
     command = _command(
-        commands, "resume", _resume, "go on with a stopped run",
+        commands,
+        "resume",
+        _resume,
+        "go on with a stopped run",
         "The options are those that do not change what is learned: with --steps a finished run learns on.",
-    )  # fmt: skip
+    )
     command.usage = "indomain resume RUN [OPTION ...]"
     command.add_argument("folder", type=_path, metavar="RUN", help="the run's folder, which holds its config.json")
     _add_run_options(command)
@@ -229,22 +246,28 @@ def _may_change(one: dataclasses.Field) -> bool:
 def _add_start_options(command: argparse.ArgumentParser) -> None:
     """What every command that starts a run takes."""
     command.add_argument(
-        "--config", type=_path, metavar="FILE",
+        "--config",
+        type=_path,
+        metavar="FILE",
         help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
-             "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
-             "beside the file's output, where it names one",
+        "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
+        "beside the file's output, where it names one",
     )
     _add_run_options(command)
     command.add_argument(
-        "--resume", action=argparse.BooleanOptionalAction, default="auto",
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default="auto",
         help="expect a stopped run in the output folder, or refuse one (default: go on if there is one)",
     )
 
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--dry-run", action="store_true",
-                         help="print the settings and the estimate of memory (of training also disk and time), and "
-                              "stop")  # fmt: skip
+    command.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the settings and the estimate of memory (of training also disk and time), and stop",
+    )
     command.add_argument("--quiet", action="store_true", help="no progress on standard error, only problems")
     _add_json(command, "one JSON object a line, an event each, the result last")
 
@@ -348,18 +371,30 @@ def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resum
 
 def _add_check_data(commands: Any) -> None:
     command = _command(
-        commands, "check-data", _check_data, "report what is wrong with a folder of images",
+        commands,
+        "check-data",
+        _check_data,
+        "report what is wrong with a folder of images",
         "Corrupt, truncated, too small and duplicate images, and what training makes of the others; nothing is "
         "changed. The exit status is 1 when an image has to be left out, a folder, shard or link cannot be read to its "
         "end, or no image can be used.",
-    )  # fmt: skip
-    command.add_argument("data", nargs="+", type=_path, metavar="PATH",
-                         help="folders, searched recursively, or .tar shards")  # fmt: skip
-    command.add_argument("--config", type=_path, metavar="FILE",
-                         help="judge by these settings of train: a .toml or .json file, or mini_world")  # fmt: skip
-    command.add_argument("-b", "--base", type=_path, metavar="PATH",
-                         help="the prior that will be trained, a file or mini_world: what it was made for is the "
-                              "default resolution")  # fmt: skip
+    )
+    command.add_argument(
+        "data", nargs="+", type=_path, metavar="PATH", help="folders, searched recursively, or .tar shards"
+    )
+    command.add_argument(
+        "--config",
+        type=_path,
+        metavar="FILE",
+        help="judge by these settings of train: a .toml or .json file, or mini_world",
+    )
+    command.add_argument(
+        "-b",
+        "--base",
+        type=_path,
+        metavar="PATH",
+        help="the prior that will be trained, a file or mini_world: what it was made for is the default resolution",
+    )
     kinds = field_kinds()
     for one in dataclasses.fields(TrainConfig):
         if one.name in CHECKED_BY:
@@ -380,9 +415,11 @@ def _check_data(options: argparse.Namespace) -> int:
     console = Console(quiet=options.quiet)
     with StopRequest(console.stop_requested) as request:
         report = check_data(
-            config.data, **{name: getattr(config, name) for name in CHECKED_BY}, should_stop=request,
+            config.data,
+            **{name: getattr(config, name) for name in CHECKED_BY},
+            should_stop=request,
             progress=lambda done, total: console.count("looking at images", done, total),
-        )  # fmt: skip
+        )
     _print({**report.to_dict(), "resolution_from": judged} if options.json else f"{report.to_text()}\n{judged}")
     if report.stopped:
         return request.exit_code
@@ -419,14 +456,22 @@ def _settings_of(config: str) -> dict[str, Any]:
 
 def _add_mini_data(commands: Any) -> None:
     command = _command(
-        commands, "mini-data", _mini_data, "write images of the mini world, to try training on",
+        commands,
+        "mini-data",
+        _mini_data,
+        "write images of the mini world, to try training on",
         "Handwritten digits as PNG files of 64 x 64 pixels, without captions: a domain for --base mini_world.",
-    )  # fmt: skip
+    )
     command.add_argument("folder", type=_path, metavar="DIR", help="a new or empty folder")
-    command.add_argument("--domain", choices=("handwriting", "narrow"), default="handwriting",
-                         help="handwriting: in 16 pairs of colours (default); narrow: white on black")  # fmt: skip
-    command.add_argument("--count", type=_whole(1, 8000), default=500, metavar="N",
-                         help="how many (default 500; 1 to 8000)")  # fmt: skip
+    command.add_argument(
+        "--domain",
+        choices=("handwriting", "narrow"),
+        default="handwriting",
+        help="handwriting: in 16 pairs of colours (default); narrow: white on black",
+    )
+    command.add_argument(
+        "--count", type=_whole(1, 8000), default=500, metavar="N", help="how many (default 500; 1 to 8000)"
+    )
     command.add_argument("--seed", type=_whole(0, 2**63 - 1), default=0, metavar="N", help="of the colours (default 0)")
     _add_json(command, "folder and count as one JSON object")
 
@@ -444,12 +489,19 @@ def _mini_data(options: argparse.Namespace) -> int:
 
 def _add_inspect(commands: Any) -> None:
     command = _command(
-        commands, "inspect", _inspect, "tell everything a model file knows about itself",
+        commands,
+        "inspect",
+        _inspect,
+        "tell everything a model file knows about itself",
         "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
-    )  # fmt: skip
-    command.add_argument("file", type=_path, metavar="MODEL",
-                         help="a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one "
-                              "that ships: mini-handwriting (domain model), mini_world (generator)")  # fmt: skip
+    )
+    command.add_argument(
+        "file",
+        type=_path,
+        metavar="MODEL",
+        help="a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one "
+        "that ships: mini-handwriting (domain model), mini_world (generator)",
+    )
     _add_json(command, "all of it as one JSON object")
 
 
@@ -465,27 +517,51 @@ def _inspect(options: argparse.Namespace) -> int:
 def _add_convert(commands: Any) -> None:
     kinds = {one.name: one for one in dataclasses.fields(TrainConfig)}
     command = _command(
-        commands, "convert", _convert, "make a domain model file from a checkpoint, or a generator file from a pickle",
+        commands,
+        "convert",
+        _convert,
+        "make a domain model file from a checkpoint, or a generator file from a pickle",
         "From a checkpoint: its UNet alone, or with --form cached or constant an untrained text-free one. From a "
         "domain model: the same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or "
         "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
-    )  # fmt: skip
-    command.add_argument("source", type=_path, metavar="FROM",
-                         help="a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: "
-                              "mini_world (checkpoint), mini-handwriting (domain model)")
+    )
+    command.add_argument(
+        "source",
+        type=_path,
+        metavar="FROM",
+        help="a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: "
+        "mini_world (checkpoint), mini-handwriting (domain model)",
+    )
     command.add_argument("target", type=_path, metavar="TO", help="the .safetensors file to write")
-    command.add_argument("--form", choices=kinds["form"].metadata["choices"], default="",
-                         help="from a checkpoint: cached, constant (which is measured, so takes a while) or full "
-                              "(default)")  # fmt: skip
-    command.add_argument("--file-dtype", choices=kinds["file_dtype"].metadata["choices"], default="",
-                         help="numbers of the file (default fp16; a generator's fp32)")  # fmt: skip
-    command.add_argument("--prediction", choices=kinds["prediction"].metadata["choices"], default="auto",
-                         help=kinds["prediction"].metadata["help"])  # fmt: skip
-    command.add_argument("--resolution", type=_whole(64, 8192), default=None, metavar="PIXELS",
-                         help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
-                              "made for, 512 for SD 1.5, 1024 for SDXL)")  # fmt: skip
-    command.add_argument("--name", type=_text, default="", metavar="TEXT",
-                         help="what to call the model (default: the file's name)")  # fmt: skip
+    command.add_argument(
+        "--form",
+        choices=kinds["form"].metadata["choices"],
+        default="",
+        help="from a checkpoint: cached, constant (which is measured, so takes a while) or full (default)",
+    )
+    command.add_argument(
+        "--file-dtype",
+        choices=kinds["file_dtype"].metadata["choices"],
+        default="",
+        help="numbers of the file (default fp16; a generator's fp32)",
+    )
+    command.add_argument(
+        "--prediction",
+        choices=kinds["prediction"].metadata["choices"],
+        default="auto",
+        help=kinds["prediction"].metadata["help"],
+    )
+    command.add_argument(
+        "--resolution",
+        type=_whole(64, 8192),
+        default=None,
+        metavar="PIXELS",
+        help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
+        "made for, 512 for SD 1.5, 1024 for SDXL)",
+    )
+    command.add_argument(
+        "--name", type=_text, default="", metavar="TEXT", help="what to call the model (default: the file's name)"
+    )
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
     command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
@@ -502,11 +578,16 @@ def _convert(options: argparse.Namespace) -> int:
         raise FileProblem(f"{options.target}: expected a new file to write, found one there; add --overwrite.")
     console = Console(quiet=options.quiet)
     path = convert(
-        source, options.target, form=options.form, file_dtype=options.file_dtype, prediction=options.prediction,
-        resolution=options.resolution, name=options.name,
+        source,
+        options.target,
+        form=options.form,
+        file_dtype=options.file_dtype,
+        prediction=options.prediction,
+        resolution=options.resolution,
+        name=options.name,
         device=_usage(lambda: pick_device(options.device)),
         on_probe=lambda done, total: console.count("measuring", done, total),
-    )  # fmt: skip
+    )
     _print(inspect(path) if options.json else str(path))
     return DONE
 
@@ -516,49 +597,101 @@ def _convert(options: argparse.Namespace) -> int:
 
 def _add_sample(commands: Any) -> None:
     command = _command(
-        commands, "sample", _sample, "draw pictures with a base and a domain model, or with an image generator",
+        commands,
+        "sample",
+        _sample,
+        "draw pictures with a base and a domain model, or with an image generator",
         "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
         "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
         "the files that adapt takes, only count, seed, truncation, output and device matter.",
-    )  # fmt: skip
-    command.add_argument("domain", type=_path, metavar="MODEL",
-                         help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "
-                              "(domain model), mini_world (generator)")  # fmt: skip
-    command.add_argument("-b", "--base", type=_path, metavar="PATH",
-                         help="the prior, a file or mini_world (default: the run's)")
-    command.add_argument("-p", "--prompt", type=_text, action="append", metavar="TEXT",
-                         help="what to draw; again for more (default: the empty prompt)")  # fmt: skip
-    command.add_argument("--negative", type=_text, default="", metavar="TEXT",
-                         help="prompt of the base (default: empty)")  # fmt: skip
-    command.add_argument("-o", "--output", type=_path, default="pictures", metavar="DIR",
-                         help="folder (default: pictures); a picture whose name is taken gets a number behind it")
-    command.add_argument("-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N",
-                         help="pictures per prompt (default 4)")  # fmt: skip
-    command.add_argument("--seed", type=_whole(0, 2**62), default=0, metavar="N",
-                         help="of the first; the next one has N + 1")  # fmt: skip
+    )
+    command.add_argument(
+        "domain",
+        type=_path,
+        metavar="MODEL",
+        help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting "
+        "(domain model), mini_world (generator)",
+    )
+    command.add_argument(
+        "-b", "--base", type=_path, metavar="PATH", help="the prior, a file or mini_world (default: the run's)"
+    )
+    command.add_argument(
+        "-p",
+        "--prompt",
+        type=_text,
+        action="append",
+        metavar="TEXT",
+        help="what to draw; again for more (default: the empty prompt)",
+    )
+    command.add_argument(
+        "--negative", type=_text, default="", metavar="TEXT", help="prompt of the base (default: empty)"
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        type=_path,
+        default="pictures",
+        metavar="DIR",
+        help="folder (default: pictures); a picture whose name is taken gets a number behind it",
+    )
+    command.add_argument(
+        "-c", "--count", type=_whole(1, 1_000_000), default=4, metavar="N", help="pictures per prompt (default 4)"
+    )
+    command.add_argument(
+        "--seed", type=_whole(0, 2**62), default=0, metavar="N", help="of the first; the next one has N + 1"
+    )
     command.add_argument("--domain-weight", type=float, default=2.5, metavar="X", help="usually 0 to 5 (default 2.5)")
     command.add_argument("--control-weight", type=float, default=2.5, metavar="X", help="usually 0 to 8 (default 2.5)")
-    command.add_argument("--domain-start", type=float, default=0.0, metavar="X",
-                         help="where in sampling the domain model begins, 0 to 1 (default 0)")  # fmt: skip
+    command.add_argument(
+        "--domain-start",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="where in sampling the domain model begins, 0 to 1 (default 0)",
+    )
     command.add_argument("--domain-end", type=float, default=1.0, metavar="X", help="and where it ends (default 1)")
-    command.add_argument("--truncation", type=float, default=0.7, metavar="X",
-                         help="image generators only: 1 none, 0 the mean image (default 0.7)")  # fmt: skip
+    command.add_argument(
+        "--truncation",
+        type=float,
+        default=0.7,
+        metavar="X",
+        help="image generators only: 1 none, 0 the mean image (default 0.7)",
+    )
     command.add_argument("--steps", type=_whole(1, 1000), default=25, metavar="N", help="model steps (default 25)")
-    command.add_argument("--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m",
-                         help="(default dpmpp_2m)")  # fmt: skip
-    command.add_argument("--spacing", choices=("uniform", "sgm_uniform", "karras"), default="uniform",
-                         help="of the noise levels, as ComfyUI has them: uniform (the default; there called normal), "
-                              "sgm_uniform (the released code's of the paper), karras")  # fmt: skip
-    command.add_argument("--width", type=_whole(64, 16384), metavar="PIXELS",
-                         help="(default: the resolution it was trained at, else what the prior was made for)")
+    command.add_argument(
+        "--method", choices=("euler", "ddim", "dpmpp_2m"), default="dpmpp_2m", help="(default dpmpp_2m)"
+    )
+    command.add_argument(
+        "--spacing",
+        choices=("uniform", "sgm_uniform", "karras"),
+        default="uniform",
+        help="of the noise levels, as ComfyUI has them: uniform (the default; there called normal), "
+        "sgm_uniform (the released code's of the paper), karras",
+    )
+    command.add_argument(
+        "--width",
+        type=_whole(64, 16384),
+        metavar="PIXELS",
+        help="(default: the resolution it was trained at, else what the prior was made for)",
+    )
     command.add_argument("--height", type=_whole(64, 16384), metavar="PIXELS", help="(default: the width)")
-    command.add_argument("--batch-size", type=_whole(1, 4096), default=4, metavar="N",
-                         help="pictures drawn at once (default 4)")  # fmt: skip
+    command.add_argument(
+        "--batch-size", type=_whole(1, 4096), default=4, metavar="N", help="pictures drawn at once (default 4)"
+    )
     command.add_argument("--vae", type=_path, default="", metavar="PATH", help="another VAE than the checkpoint's")
-    command.add_argument("--tokenizer", type=_path, default="", metavar="PATH",
-                         help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)")
-    command.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
-                         help="auto: bf16 on GPUs that have it, else fp32")  # fmt: skip
+    command.add_argument(
+        "--tokenizer",
+        type=_path,
+        default="",
+        metavar="PATH",
+        help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)",
+    )
+    command.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="auto: bf16 on GPUs that have it, else fp32",
+    )
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
     command.add_argument("--quiet", action="store_true", help="no progress on standard error")
     _add_json(command, "one JSON object a picture")

@@ -82,9 +82,14 @@ class Artist:
     """
 
     def __init__(
-        self, base: Base, weights: Mapping[str, Tensor], metadata: DomainMetadata, *,
-        device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        weights: Mapping[str, Tensor],
+        metadata: DomainMetadata,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.base, self.device, self.metadata = base, torch.device(device), metadata
         prior = base.load_prior(dtype).to(self.device)
         domain = load_unet(weights, metadata.config, dtype).to(self.device)
@@ -94,9 +99,13 @@ class Artist:
 
     @torch.no_grad()
     def draw(
-        self, prompts: Sequence[str], seeds: Sequence[int], settings: Settings, negative: str = "",
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: Settings,
+        negative: str = "",
         on_step: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Iterator[Drawn]:  # fmt: skip
+    ) -> Iterator[Drawn]:
         """A picture of every prompt from every seed, in this order.
 
         Noise is drawn on the CPU from the seed alone, so that a picture is the same whatever is drawn beside it (up to

@@ -113,7 +113,8 @@ class NonFiniteLoss(Problem):
         shown = ", ".join(dict.fromkeys(names[:8])) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         super().__init__(
             f"Training stopped: {what} became NaN or infinite at step {step}"
-            + (f" on the batch {shown}" if shown else "") + (f"; {advice}" if advice else ".")
+            + (f" on the batch {shown}" if shown else "")
+            + (f"; {advice}" if advice else ".")
         )
 
 
@@ -256,10 +257,12 @@ class Engine(ABC):
                 kept.remove(steps)
                 self.tell(Warned(str(problem)))
             else:
-                self.tell(Warned(
-                    f"{self.folder}: this run has done {done} steps; the finished file is that of step {steps}, and "
-                    "the later checkpoints stay."
-                ))
+                self.tell(
+                    Warned(
+                        f"{self.folder}: this run has done {done} steps; the finished file is that of step {steps}, "
+                        "and the later checkpoints stay."
+                    )
+                )
                 return found
         raise ConfigProblem(
             f"{last[0]}: expected a run of at most {steps} steps, found one that has done {done}; set steps to a stage "
@@ -294,24 +297,30 @@ class Engine(ABC):
         if start >= config.steps:
             return
         if not torch_reads_safely():
-            self.tell(Warned(
-                f"checkpoints are read by torch 2.10 or newer, and this is torch {torch.__version__}: a run that is "
-                "stopped goes on once torch is updated."
-            ))
+            self.tell(
+                Warned(
+                    f"checkpoints are read by torch 2.10 or newer, and this is torch {torch.__version__}: a run that "
+                    "is stopped goes on once torch is updated."
+                )
+            )
         if config.warmup >= config.steps:
-            self.tell(Warned(
-                f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
-                f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
-            ))
+            self.tell(
+                Warned(
+                    f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "
+                    f"{config.steps / config.warmup:.0%} of the rate; lower warmup or raise steps."
+                )
+            )
         if before is None or start == 0 or before.steps == config.steps:
             return
         was, planned, now = self.pace(before, start - 1), self.pace(before, start), self.pace(config, start)
         moved = [f"{what} was {was[what]:.3g} and is {now[what]:.3g}" for what in now if now[what] != planned[what]]
         if moved:
-            self.tell(Warned(
-                f"steps was {before.steps} and is {config.steps}: the run goes on as one of {config.steps} steps does "
-                f"there, so that from step {start} to step {start + 1} {' and '.join(moved)}."
-            ))
+            self.tell(
+                Warned(
+                    f"steps was {before.steps} and is {config.steps}: the run goes on as one of {config.steps} steps "
+                    f"does there, so that from step {start} to step {start + 1} {' and '.join(moved)}."
+                )
+            )
 
     def settle(self, start: int) -> None:
         """A run that begins keeps its configuration for `resume`, and names what lies where its file will go."""
@@ -343,8 +352,7 @@ class Engine(ABC):
             self.config.write_json(self.folder / CONFIG)
 
     def _refused(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        """At the end of a run in a new folder: where it was refused, delete its files; the folder goes with the lock.
-        """
+        """At the end of a run in a new folder: where it was refused, its files go; the folder goes with the lock."""
         if isinstance(error, Problem) and not self.under_way:
             clear_refused(self.folder)
 
@@ -399,9 +407,13 @@ class Engine(ABC):
         seconds = sum(duration for _, duration in self.recent) / len(self.recent)
         left = seconds * (self.config.steps - outcome.step)
         facts = {
-            "step": outcome.step, "steps": self.config.steps, "loss": outcome.loss, "rate": outcome.rate,
+            "step": outcome.step,
+            "steps": self.config.steps,
+            "loss": outcome.loss,
+            "rate": outcome.rate,
             "gradient_norm": outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None,
-            "seconds_per_step": seconds, "eta_s": left if len(self.recent) > 1 else None,
+            "seconds_per_step": seconds,
+            "eta_s": left if len(self.recent) > 1 else None,
         }
         self.tell(Distilled(**facts, parts=dict(outcome.parts)) if outcome.parts else Step(**facts))
         return outcome
@@ -467,7 +479,12 @@ class Engine(ABC):
         steps = [int(match[1]) for match in found if match] if self.config.sample_every else []
         last = max((at for at in steps if at <= step), default=None)
         return Result(
-            status, step, path, self.folder, loss, None if last is None else self.samples_path(last),
+            status,
+            step,
+            path,
+            self.folder,
+            loss,
+            None if last is None else self.samples_path(last),
             self.plot if self.plot.exists() else None,
         )
 
@@ -536,9 +553,12 @@ def check_same_run(config: Settings, state: Mapping[str, Any], source: str) -> N
 
 
 def take_over(
-    state: Mapping[str, Any], source: str, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer,
+    state: Mapping[str, Any],
+    source: str,
+    parameters: Mapping[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
     average: WeightAverage | None,
-) -> None:  # fmt: skip
+) -> None:
     """Weights, optimizer and average as a state holds them, copied out of its file. Raises ConfigProblem for others."""
     before = state["weights"]
     if {name: one.shape for name, one in parameters.items()} != {name: one.shape for name, one in before.items()}:

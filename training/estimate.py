@@ -110,8 +110,13 @@ class Trace:
 
 
 def estimate(
-    base: Base, config: TrainConfig, dataset_size: int | None = None, *, device: torch.device | str = "cpu",
-    processes: int = 1, precision: str = "",
+    base: Base,
+    config: TrainConfig,
+    dataset_size: int | None = None,
+    *,
+    device: torch.device | str = "cpu",
+    processes: int = 1,
+    precision: str = "",
 ) -> Estimate:
     """What a run of `config` on `base` needs on `device`; nothing is loaded there.
 
@@ -169,7 +174,17 @@ def estimate(
     available = _available(device)
     latents = encodings * 2 * 4 * base.latent_channels * side * side
     return Estimate(
-        total, trainable, waiting, weights, gradients, optimizer, average, kept, peak, preview, available,
+        total,
+        trainable,
+        waiting,
+        weights,
+        gradients,
+        optimizer,
+        average,
+        kept,
+        peak,
+        preview,
+        available,
         checkpoint=4 * trainable + average + optimizer,
         latents=latents,
         file=(trainable if lora else total) * (4 if config.file_dtype == "fp32" else 2),
@@ -250,8 +265,13 @@ def trace_unet(
             blocks[type(module)] = (before[0] + cost, *larger)
         parameters = list(unet.parameters())
         return Trace(
-            sum(one.numel() for one in parameters), sum(one.numel() for one in parameters if one.requires_grad),
-            sum(sizes), max(sizes, default=0), largest_block, counter.get_total_flops(), blocks,
+            sum(one.numel() for one in parameters),
+            sum(one.numel() for one in parameters if one.requires_grad),
+            sum(sizes),
+            max(sizes, default=0),
+            largest_block,
+            counter.get_total_flops(),
+            blocks,
         )
 
 
@@ -315,6 +335,7 @@ def _seconds_per_byte(device: torch.device) -> float:
 
 def _timed(run: Callable[[], None], device: torch.device) -> float:
     """Seconds of one call, after one to warm up; the fastest of a few."""
+
     def wait() -> None:
         if device.type in ("cuda", "xpu", "mps"):
             getattr(torch, device.type).synchronize()

@@ -150,7 +150,18 @@ class Failed(Event):
 EVENTS: dict[str, type[Event]] = {
     kind.__name__.lower(): kind
     for kind in (
-        Started, Caching, Measuring, Step, Distilled, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed
+        Started,
+        Caching,
+        Measuring,
+        Step,
+        Distilled,
+        Validated,
+        Sampled,
+        Saved,
+        Warned,
+        Stopped,
+        Finished,
+        Failed,
     )
 }
 Listener = Callable[[Event], None]
@@ -220,7 +231,7 @@ class LogFile:
         self.path, self.every = Path(path), every
         self.path.parent.mkdir(parents=True, exist_ok=True)
         torn = self.path.exists() and _ends_torn(self.path)
-        self._file: TextIO = open(self.path, "a", encoding="utf-8")
+        self._file: TextIO = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
         if torn:
             self._file.write("\n")
         self._losses: list[float] = []
@@ -320,8 +331,10 @@ def describe(event: Event) -> str:
         return f"latents {_bar(event.done, event.total)} {event.done}/{event.total}"
     if isinstance(event, Step):
         left = "" if event.eta_s is None else f", {duration(event.eta_s)} left"
-        return (f"step {_bar(event.step, event.steps)} {event.step}/{event.steps}  loss {event.loss:.4f}  "
-                f"{event.seconds_per_step:.3g} s/step{left}")
+        return (
+            f"step {_bar(event.step, event.steps)} {event.step}/{event.steps}  loss {event.loss:.4f}  "
+            f"{event.seconds_per_step:.3g} s/step{left}"
+        )
     if isinstance(event, Validated):
         return f"held-out loss at step {event.step}: {event.loss:.4f}"
     if isinstance(event, Sampled):

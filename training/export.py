@@ -216,8 +216,13 @@ def convert(
     resolution = resolution or base.native_resolution or 512
     trainee = start_model(base, form or "full", resolution=resolution, device=device, on_probe=on_probe)
     return write_domain_model(
-        target, trainee.weights(), trainee.config, base, file_dtype=file_dtype or "fp16",
-        null_text_error=trainee.null_text_error, name=name,
+        target,
+        trainee.weights(),
+        trainee.config,
+        base,
+        file_dtype=file_dtype or "fp16",
+        null_text_error=trainee.null_text_error,
+        name=name,
     )
 
 
@@ -260,16 +265,22 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     about: dict[str, Any] = {
         "kind": "",
         "file": {
-            "path": str(path), "bytes": path.stat().st_size, "tensors": len(keys),
-            "parameters": sum(formats.values()), "numbers": dict(formats.most_common()),
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "tensors": len(keys),
+            "parameters": sum(formats.values()),
+            "numbers": dict(formats.most_common()),
         },
     }
     if any(key.endswith(".lora_down.weight") for key in keys):
         return about | _inspect_low_rank(shapes, metadata)
     layout = unet_layout(keys, path)
     prefix = unet_prefix(keys)
-    unet = {key.removeprefix(prefix): torch.empty(shape, device="meta") for key, (shape, _) in shapes.items()
-            if key.startswith(prefix)}  # fmt: skip
+    unet = {
+        key.removeprefix(prefix): torch.empty(shape, device="meta")
+        for key, (shape, _) in shapes.items()
+        if key.startswith(prefix)
+    }
     unet = strip_unet_prefix(unet)
     parts = {
         "unet": sum(tensor.numel() for tensor in unet.values()),
@@ -361,21 +372,26 @@ def _inspect_generator(path: Path) -> dict[str, Any]:
     return {
         "kind": "generator",
         "file": {
-            "path": str(path), "bytes": path.stat().st_size, "tensors": len(shapes),
-            "parameters": sum(formats.values()), "numbers": dict(formats),
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "tensors": len(shapes),
+            "parameters": sum(formats.values()),
+            "numbers": dict(formats),
         },
         "name": described.name,
         "resolution": config.resolution,
         "licence": described.licence,
         "source": {
-            "format": described.source_format, "class": described.class_name, "sha256": described.source_sha256,
+            "format": described.source_format,
+            "class": described.class_name,
+            "sha256": described.source_sha256,
             "code_sha256": described.source_code_sha256,
         },
         "history": [dict(entry) for entry in described.history],
         "architecture": config.to_dict(),
         "notes": list(notes),
         "extra": dict(described.extra),
-    }  # fmt: skip
+    }
 
 
 def _ends_as_run_checkpoint(path: Path) -> bool:
@@ -393,8 +409,11 @@ def _inspect_run(path: Path) -> dict[str, Any]:
     return {
         "kind": "training checkpoint",
         "file": {
-            "path": str(path), "bytes": path.stat().st_size, "tensors": len(weights),
-            "parameters": sum(formats.values()), "numbers": dict(formats),
+            "path": str(path),
+            "bytes": path.stat().st_size,
+            "tensors": len(weights),
+            "parameters": sum(formats.values()),
+            "numbers": dict(formats),
         },
         "name": state["config"]["name"],
         "step": state["step"],
@@ -428,14 +447,18 @@ def inspect_text(path: str | os.PathLike) -> str:
     file = about.pop("file")
     add("file", file["path"])
     add("kind", about.pop("kind"))
-    add("size", f"{file['bytes'] / 2**20:.1f} MiB, {file['parameters'] / 1e6:.2f} M numbers in {file['tensors']} "
-                f"tensors ({', '.join(file['numbers'])})")  # fmt: skip
+    add(
+        "size",
+        f"{file['bytes'] / 2**20:.1f} MiB, {file['parameters'] / 1e6:.2f} M numbers in {file['tensors']} "
+        f"tensors ({', '.join(file['numbers'])})",
+    )
     errors = about.pop("null_text_error", None)
     for key, value in about.items():
         label = key.replace("_", " ")
         if isinstance(value, dict):
-            shown = ", ".join(f"{name.replace('_', ' ')} {_short(part)}" for name, part in value.items()
-                              if part not in (None, ""))  # fmt: skip
+            shown = ", ".join(
+                f"{name.replace('_', ' ')} {_short(part)}" for name, part in value.items() if part not in (None, "")
+            )
             add(label, shown)
         elif isinstance(value, bool):
             add(label, "yes" if value else "no")
@@ -445,8 +468,11 @@ def inspect_text(path: str | os.PathLike) -> str:
             add(label, value)
     if errors:
         worst = max(errors, key=errors.get)
-        add("constants", f"error of the {len(errors)} blocks: median {median(errors.values()):.3f}, worst "
-                         f"{errors[worst]:.3f} in {worst}")  # fmt: skip
+        add(
+            "constants",
+            f"error of the {len(errors)} blocks: median {median(errors.values()):.3f}, worst "
+            f"{errors[worst]:.3f} in {worst}",
+        )
     return "\n".join(lines)
 
 

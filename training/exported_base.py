@@ -57,9 +57,16 @@ class ExportedBase:
         from .base import Base
 
         return Base.from_parts(
-            self.unet, self.config, latent_format=self.latent_format, latent_scale=self.latent_scale,
-            prediction_type=self.prediction_type, zero_snr=self.zero_snr, null_context=self.null_context,
-            autoencoder=self.autoencoder, text=self._encode, name=self.name,
+            self.unet,
+            self.config,
+            latent_format=self.latent_format,
+            latent_scale=self.latent_scale,
+            prediction_type=self.prediction_type,
+            zero_snr=self.zero_snr,
+            null_context=self.null_context,
+            autoencoder=self.autoencoder,
+            text=self._encode,
+            name=self.name,
         )
 
     def _encode(self, prompts: Sequence[str]) -> Text:

@@ -76,10 +76,14 @@ def held_out_loss(
                 for t, level in levels.items():
                     if should_stop():
                         return float("nan"), {}
-                    noise = torch.stack([
-                        torch.randn(clean.shape[1:], generator=sample_generator(seed, 0, keys[index], f"held out/{t}"))
-                        for index in part
-                    ])
+                    noise = torch.stack(
+                        [
+                            torch.randn(
+                                clean.shape[1:], generator=sample_generator(seed, 0, keys[index], f"held out/{t}")
+                            )
+                            for index in part
+                        ]
+                    )
                     steps = torch.full((len(part),), level, dtype=torch.long)
                     abar = abar_at(schedule, steps)
                     noisy = add_noise(clean, noise, abar)

@@ -32,8 +32,8 @@ from .events import Event, event_from_dict
 from .small_files import read_small
 
 if TYPE_CHECKING:
-    from .exported_base import ExportedBase
     from .engine import Result
+    from .exported_base import ExportedBase
 
 JOB, BASE, GENERATOR, LOG = "job.json", "base.safetensors", "generator.safetensors", "worker.log"
 KINDS: dict[str, type[TrainConfig] | type[AdaptConfig]] = {"train": TrainConfig, "adapt": AdaptConfig}
@@ -66,7 +66,8 @@ class Job:
         files = {"base": self.base, "generator": self.generator}
         values = {
             "kind": next(kind for kind, settings in KINDS.items() if type(self.config) is settings),
-            "config": self.config.to_dict(), "resume": self.resume,
+            "config": self.config.to_dict(),
+            "resume": self.resume,
             **{name: None if path is None else str(path) for name, path in files.items()},
         }
         write_text(folder / JOB, json.dumps(values, indent=2))
@@ -139,12 +140,20 @@ def _process(folder: Path, python: str, patience_s: float) -> Iterator[subproces
         options = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP | subprocess.CREATE_NO_WINDOW}
     flags = ["-s"] if sys.flags.no_user_site else []  # portable ComfyUI keeps the user's packages out
     command = [
-        python, *flags, str(Path(__file__).with_name("bootstrap.py")), "indomain_guidance.training.worker", str(folder)
+        python,
+        *flags,
+        str(Path(__file__).with_name("bootstrap.py")),
+        "indomain_guidance.training.worker",
+        str(folder),
     ]
     with open(folder / LOG, "wb") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
-            env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"}, **options,
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            env={**os.environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"},
+            **options,
         )
     try:
         yield process

@@ -25,8 +25,8 @@ from .data import BadImage, DataProblem, Sample
 from .ema import WeightAverage
 from .engine import NonFiniteLoss, Outcome, check_same_run, take_over, warn_of_other_facts
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
-from .origin import check_origin
 from .optimizers import build_optimizer, rate_at, set_rate
+from .origin import check_origin
 from .processes import OneProcess, check_batch
 from .randomness import Batch, BatchPlan, Draw
 
@@ -54,9 +54,9 @@ class LatentSource(Protocol):
 class Pass:
     """What one forward pass of this process sees, on the CPU."""
 
-    latents: Tensor        # [B, C, h, w]
-    noise: Tensor          # [B, C, h, w]
-    timesteps: Tensor      # [B]
+    latents: Tensor  # [B, C, h, w]
+    noise: Tensor  # [B, C, h, w]
+    timesteps: Tensor  # [B]
     conditioning: dict[str, Tensor]
 
 
@@ -266,9 +266,7 @@ class Learner:
     def _load(self, step: int) -> list[Pass]:
         size, share = self.config.batch_size, self.config.batch_size // self.processes.world
         draws, first = self.plan.batch_for(step).draws, self.processes.rank * share
-        return [
-            self._load_pass(draws[start + first : start + first + share]) for start in range(0, len(draws), size)
-        ]
+        return [self._load_pass(draws[start + first : start + first + share]) for start in range(0, len(draws), size)]
 
     def _load_pass(self, draws: Sequence[Draw]) -> Pass:
         config, latents, noise, timesteps, sizes = self.config, [], [], [], []

@@ -55,8 +55,11 @@ def add_low_rank(unet: nn.Module, rank: int, alpha: float, seed: int = 0) -> lis
         raise Problem(f"Low rank: expected a rank of at least 1 and a positive alpha, got {rank} and {alpha}.")
     generator = torch.Generator().manual_seed(seed)
     modules = dict(unet.named_modules())
-    names = [name for name, module in modules.items()
-             if ATTENTION_PROJECTION.fullmatch(name) and isinstance(module, nn.Linear)]
+    names = [
+        name
+        for name, module in modules.items()
+        if ATTENTION_PROJECTION.fullmatch(name) and isinstance(module, nn.Linear)
+    ]
     if not names:
         raise Problem("Low rank: expected a UNet with attention layers, found none; train all weights.")
     for name in names:

@@ -28,7 +28,11 @@ def origin_of(base: Base, text: Text | None) -> dict[str, Any]:
     noise = base.prediction_type + (" with zero terminal SNR" if base.zero_snr else "")
     latents = base.encode(_fixed_picture())[0].cpu()
     return {
-        "autoencoder": base.vae_id, "latents": latents, "noise": noise, "context": text.context, "pooled": text.pooled
+        "autoencoder": base.vae_id,
+        "latents": latents,
+        "noise": noise,
+        "context": text.context,
+        "pooled": text.pooled,
     }
 
 

@@ -162,8 +162,7 @@ def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0,
 
 
 def measured_constants(
-    base: Base, resolution: int, device: torch.device | str = "cpu",
-    on_probe: Callable[[int, int], None] | None = None,
+    base: Base, resolution: int, device: torch.device | str = "cpu", on_probe: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Each block's mean cross-attention output on the prior's own unconditional trajectory, and its error on another.
 
@@ -183,8 +182,15 @@ def measured_constants(
 
     def statistics(seed: int) -> dict[str, AttentionStatistics]:
         probes: Probes = collect_probes(
-            denoiser, base.null_context.tensor, (1, base.config.in_channels, side, side), y=y, steps=PROBE_STEPS,
-            use=PROBE_USE, seed=seed, device=device, on_step=progress,
+            denoiser,
+            base.null_context.tensor,
+            (1, base.config.in_channels, side, side),
+            y=y,
+            steps=PROBE_STEPS,
+            use=PROBE_USE,
+            seed=seed,
+            device=device,
+            on_step=progress,
         )
         return measure_cross_attention(prior, base.null_context.tensor, probes, on_probe=progress)
 

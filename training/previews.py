@@ -81,10 +81,12 @@ class Preview:
         prior = None if text is not None else self._prior()
         rows = self._rows(unet, prior, size, text)
         side = config.resolution // base.factor
-        noise = torch.cat([
-            torch.randn((1, base.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
-            for seed in self.seeds
-        ])
+        noise = torch.cat(
+            [
+                torch.randn((1, base.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
+                for seed in self.seeds
+            ]
+        )
         sigmas = sigmas_uniform(base.schedule, config.sample_steps).float()
         drawn: list[Tensor] = []
         for row in rows:
@@ -92,8 +94,7 @@ class Preview:
                 break
             denoiser = MultiGuidance(row.guidance)
             latents = [
-                sample(denoiser, part.to(self.device), sigmas, METHOD).float()
-                for part in noise.split(self.batch)
+                sample(denoiser, part.to(self.device), sigmas, METHOD).float() for part in noise.split(self.batch)
             ]
             drawn.append(torch.cat(latents))
         del prior
@@ -132,20 +133,26 @@ class Preview:
             if not self.prompts:
                 return [Row("the model alone", cfg(trained, null, self._cond(size, text), 1.0))]
             return [
-                Row(f"{prompt or 'empty prompt'} (guidance {config.control_weight:g})",
-                    cfg(trained, null, cond, config.control_weight))
+                Row(
+                    f"{prompt or 'empty prompt'} (guidance {config.control_weight:g})",
+                    cfg(trained, null, cond, config.control_weight),
+                )
                 for prompt, cond in zip(self.prompts, conds)
             ]
         untrained = Denoiser(prior, base.schedule, base.prediction_type)
         if not self.prompts:
             return [
                 Row("domain model alone", domain_guidance(untrained, trained, null, scale=1.0)),
-                Row(f"domain {config.domain_weight:g} against the prior",
-                    domain_guidance(untrained, trained, null, scale=config.domain_weight)),
+                Row(
+                    f"domain {config.domain_weight:g} against the prior",
+                    domain_guidance(untrained, trained, null, scale=config.domain_weight),
+                ),
             ]
         return [
-            Row(f"{prompt or 'empty prompt'} (domain {config.domain_weight:g}, control {config.control_weight:g})",
-                in_domain(untrained, trained, null, cond, config.domain_weight, config.control_weight))
+            Row(
+                f"{prompt or 'empty prompt'} (domain {config.domain_weight:g}, control {config.control_weight:g})",
+                in_domain(untrained, trained, null, cond, config.domain_weight, config.control_weight),
+            )
             for prompt, cond in zip(self.prompts, conds)
         ]
 

@@ -101,7 +101,7 @@ def open_processes(device: str = "auto") -> OneProcess:
 
 
 def pick_device(name: str) -> torch.device:
-    """"auto" is the first of CUDA (ROCm too), XPU and MPS that works, else the CPU. Raises ConfigProblem."""
+    """ "auto" is the first of CUDA (ROCm too), XPU and MPS that works, else the CPU. Raises ConfigProblem."""
     available = {
         "cuda": torch.cuda.is_available(),
         "xpu": hasattr(torch, "xpu") and torch.xpu.is_available(),
@@ -131,7 +131,7 @@ def check_batch(batch_size: int, world: int) -> None:
 
 
 def pick_precision(name: str, device: torch.device) -> str:
-    """"auto" is bf16 where a GPU computes in it, else fp32."""
+    """ "auto" is bf16 where a GPU computes in it, else fp32."""
     if name != "auto":
         return name
     return "bf16" if computes_in_bf16(device) else "fp32"

@@ -39,9 +39,15 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
     weights, metadata = read_domain_file(path)
     config = base_config(options, metadata, trained, path)
     settings = Settings(
-        options.domain_weight, options.control_weight, options.domain_start, options.domain_end, options.steps,
-        options.method, options.spacing, batch=options.batch_size,
-    )  # fmt: skip
+        options.domain_weight,
+        options.control_weight,
+        options.domain_start,
+        options.domain_end,
+        options.steps,
+        options.method,
+        options.spacing,
+        batch=options.batch_size,
+    )
     device = pick_device(options.device)
     base = open_base(config)
     width = options.width or metadata.resolution or base.native_resolution or 512
@@ -188,12 +194,22 @@ def describe(drawn: Drawn, settings: Settings, negative: str, domain: Path, base
     """How a picture was made, as JSON values."""
     height, width = settings.size
     return {
-        "prompt": drawn.prompt, "negative": negative, "seed": drawn.seed, "base": base, "domain": domain.name,
-        "domain_weight": settings.domain_weight, "control_weight": settings.control_weight,
-        "domain_start": settings.domain_start, "domain_end": settings.domain_end, "steps": settings.steps,
-        "method": settings.method, "spacing": settings.spacing, "width": width, "height": height,
+        "prompt": drawn.prompt,
+        "negative": negative,
+        "seed": drawn.seed,
+        "base": base,
+        "domain": domain.name,
+        "domain_weight": settings.domain_weight,
+        "control_weight": settings.control_weight,
+        "domain_start": settings.domain_start,
+        "domain_end": settings.domain_end,
+        "steps": settings.steps,
+        "method": settings.method,
+        "spacing": settings.spacing,
+        "width": width,
+        "height": height,
         "samples_per_step": round(drawn.samples_per_step, 4),
-    }  # fmt: skip
+    }
 
 
 def free_path(path: Path) -> Path:

@@ -26,8 +26,10 @@ from .small_files import read_values
 
 # Characters that some file system refuses in a name, control characters, and those that make a text read backwards; the
 # name becomes NAME.safetensors.
-FORBIDDEN_IN_NAMES = set('<>:"/\\|?*') | {chr(code) for code in (*range(32), *range(127, 160))} | set(
-    "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
+FORBIDDEN_IN_NAMES = (
+    set('<>:"/\\|?*')
+    | {chr(code) for code in (*range(32), *range(127, 160))}
+    | set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 )
 # Names of devices, with any ending, on Windows.
 RESERVED_NAMES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {

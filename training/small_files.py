@@ -34,7 +34,7 @@ class NotAFile(Problem, OSError):
 
 def open_regular(path: str | os.PathLike) -> BinaryIO:
     """A file opened to read. Raises OSError, of pipes, sockets and devices NotAFile."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0)))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
         raise NotAFile("it is a pipe, socket or device")

@@ -113,11 +113,19 @@ class _Run(Engine):
             self.trainee = trainee = self._trainee(base, state)
             if trainee is None:
                 return self.stopped_early(start, found)
-            learner = stack.enter_context(Learner(
-                self.config, trainee.unet, learning, base.schedule, base.prediction_type,
-                lambda sizes: base.conditioning(sizes, trainee.text), prior=base.prior_hash,
-                origin=origin_of(base, trainee.text), processes=self.processes,
-            ))
+            learner = stack.enter_context(
+                Learner(
+                    self.config,
+                    trainee.unet,
+                    learning,
+                    base.schedule,
+                    base.prediction_type,
+                    lambda sizes: base.conditioning(sizes, trainee.text),
+                    prior=base.prior_hash,
+                    origin=origin_of(base, trainee.text),
+                    processes=self.processes,
+                )
+            )
             self.go_on(learner, start, found)
             del state, found  # what lies in the checkpoint's file has been copied out of it
             self.reports = _Reports(self, base, held_out)
@@ -156,9 +164,14 @@ class _Run(Engine):
         try:
             with base.on(self.processes.device):
                 dataset = open_dataset(
-                    self.config, base, images, progress=lambda done, total: self.tell(Caching(done, total)),
-                    should_stop=self.should_stop, warn=lambda text: self.tell(Warned(text)),
-                    turn=self.processes.rank, turns=self.processes.world,
+                    self.config,
+                    base,
+                    images,
+                    progress=lambda done, total: self.tell(Caching(done, total)),
+                    should_stop=self.should_stop,
+                    warn=lambda text: self.tell(Warned(text)),
+                    turn=self.processes.rank,
+                    turns=self.processes.world,
                 )
         except CachingStopped:
             stopped = 1.0
@@ -177,9 +190,11 @@ class _Run(Engine):
         if dataset.skipped:
             self.tell(Warned(faults(dataset.skipped, dataset.faults)))
         if dataset.upscaled:
-            self.tell(Warned(
-                f"{dataset.upscaled} of {len(dataset)} images are smaller than the resolution and were enlarged."
-            ))
+            self.tell(
+                Warned(
+                    f"{dataset.upscaled} of {len(dataset)} images are smaller than the resolution and were enlarged."
+                )
+            )
         return dataset
 
     def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee | None:
@@ -187,6 +202,7 @@ class _Run(Engine):
 
         The prior is measured for form constant only when a run begins.
         """
+
         def measured(done: int, total: int) -> None:
             self.tell(Measuring(done, total))
             if self.should_stop():
@@ -198,10 +214,19 @@ class _Run(Engine):
         trainee = None
         with suppress(_MeasuringStopped):
             trainee = start_model(
-                base, config.form, config.train, caption=config.caption, rank=config.rank,
-                alpha=config.low_rank_alpha, gradient_checkpointing=config.gradient_checkpointing,
-                resolution=config.resolution, seed=config.seed, device=self.processes.device,
-                constants=constants or None, null_text_error=begun.get("null_text_error"), on_probe=measured,
+                base,
+                config.form,
+                config.train,
+                caption=config.caption,
+                rank=config.rank,
+                alpha=config.low_rank_alpha,
+                gradient_checkpointing=config.gradient_checkpointing,
+                resolution=config.resolution,
+                seed=config.seed,
+                device=self.processes.device,
+                constants=constants or None,
+                null_text_error=begun.get("null_text_error"),
+                on_probe=measured,
             )
         return None if self.anywhere(float(trainee is None)) else trainee
 
@@ -217,22 +242,30 @@ class _Run(Engine):
             given = [images] if isinstance(images, Tensor) else images or ()
             count += sum(len(one) if one.ndim == 4 else 1 for one in given)
             needs = estimate(
-                base, config.with_changes(steps=left), count, device=self.processes.device,
+                base,
+                config.with_changes(steps=left),
+                count,
+                device=self.processes.device,
                 processes=self.processes.world,
             )
             self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
             self.warn_beforehand(step)
             if step < config.steps and base.zero_snr and config.min_snr_gamma:
-                self.tell(Warned(
-                    "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
-                    "overall brightness is learned from the levels before it; 0 weighs all levels alike."
-                ))
+                self.tell(
+                    Warned(
+                        "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: "
+                        "the overall brightness is learned from the levels before it; 0 weighs all levels alike."
+                    )
+                )
             native = base.native_resolution
             if step < config.steps and native is not None and config.resolution < SMALL * native:
-                self.tell(Warned(
-                    f"{base.name} was made for images of {native} px, and this run learns them at {config.resolution} "
-                    f"px, where its pictures are poor; set resolution to {native} unless that is meant."
-                ))
+                self.tell(
+                    Warned(
+                        f"{base.name} was made for images of {native} px, and this run learns them at "
+                        f"{config.resolution} px, where its pictures are poor; set resolution "
+                        f"to {native} unless that is meant."
+                    )
+                )
             too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
             if too_much and self.processes.device.type == "cpu" and step < self.config.steps:
                 # Other devices say that memory ran out; here the system would kill the process, and whatever else it
@@ -256,8 +289,14 @@ class _Run(Engine):
                 write_low_rank(place, trainee, base, values=values, **facts)
             else:
                 write_domain_model(
-                    place, trainee.weights(values), trainee.config, base, dataset_hash=self.learning.content_hash,
-                    ema=config.ema or None, null_text_error=trainee.null_text_error, **facts,
+                    place,
+                    trainee.weights(values),
+                    trainee.config,
+                    base,
+                    dataset_hash=self.learning.content_hash,
+                    ema=config.ema or None,
+                    null_text_error=trainee.null_text_error,
+                    **facts,
                 )
 
 
@@ -296,10 +335,18 @@ class _Reports:
         run, base = self.run, self.base
         with self.trainee.using(run.learner.values()) as unet:
             loss, levels = held_out_loss(
-                unet, base.schedule, base.prediction_type, self.held,
-                lambda sizes: base.conditioning(sizes, self.trainee.text), self.sizes, keys=self.keys,
-                seed=run.config.seed, batch=self.batch, device=run.processes.device,
-                dtype=DTYPES[run.config.precision], should_stop=run.should_stop,
+                unet,
+                base.schedule,
+                base.prediction_type,
+                self.held,
+                lambda sizes: base.conditioning(sizes, self.trainee.text),
+                self.sizes,
+                keys=self.keys,
+                seed=run.config.seed,
+                batch=self.batch,
+                device=run.processes.device,
+                dtype=DTYPES[run.config.precision],
+                should_stop=run.should_stop,
             )
         if levels:  # else it was asked to stop
             run.tell(Validated(step, loss, {str(level): value for level, value in levels.items()}))

@@ -81,7 +81,8 @@ def main(folder: Path) -> int:
         job = Job.read(folder)
         with StopRequest() as signalled:
             result = run(
-                job, listener=lambda event: channel.send(event.to_dict()),
+                job,
+                listener=lambda event: channel.send(event.to_dict()),
                 should_stop=lambda: stop.is_set() or signalled(),
             )
     except BaseException as problem:
@@ -94,10 +95,15 @@ def main(folder: Path) -> int:
         channel.send({"event": FAILURE, "message": " ".join(message.split())})
         return 1
     paths = {name: getattr(result, name) for name in ("path", "run", "samples", "plot")}
-    channel.send({
-        "event": RESULT, "status": result.status, "step": result.step, "loss": result.loss,
-        **{name: None if path is None else str(path) for name, path in paths.items()},
-    })
+    channel.send(
+        {
+            "event": RESULT,
+            "status": result.status,
+            "step": result.step,
+            "loss": result.loss,
+            **{name: None if path is None else str(path) for name, path in paths.items()},
+        }
+    )
     return 0
 
 

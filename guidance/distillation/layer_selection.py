@@ -76,10 +76,11 @@ def select_layers(
         raise GuidanceError(f"Expected at least 1 layer to train, got {k}; 0 means no selection and belongs before.")
     if among is None:
         among = [
-            name for name in generator.style_layers
+            name
+            for name in generator.style_layers
             if not name.rpartition(".")[2].startswith("torgb")
             and any(one.requires_grad for one in generator.synthesis.get_submodule(name).parameters())
-        ]  # fmt: skip
+        ]
     allowed = [name for name in generator.style_layers if name in among]
     if not allowed:
         raise GuidanceError("Expected a generator with layers to choose from, got one of which no layer learns.")

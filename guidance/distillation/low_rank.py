@@ -27,9 +27,13 @@ class LowRankAddition:
     """
 
     def __init__(
-        self, network: nn.Module, rank: int = 4, alpha: float | None = None, layers: str = ATTENTION_PROJECTION,
+        self,
+        network: nn.Module,
+        rank: int = 4,
+        alpha: float | None = None,
+        layers: str = ATTENTION_PROJECTION,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         if rank < 1:
             raise GuidanceError(f"Expected a low-rank critic of rank 1 or more, got {rank}.")
         wanted = re.compile(layers)

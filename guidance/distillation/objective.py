@@ -120,15 +120,11 @@ class Objective:
         if self.mode not in MODES:
             raise GuidanceError(f"Expected the mode to be one of {', '.join(MODES)}, got {self.mode!r}.")
         if not callable(self.weighting) and self.weighting not in WEIGHTINGS:
-            raise GuidanceError(
-                f"Expected the weighting to be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}."
-            )
+            raise GuidanceError(f"Expected the weighting to be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         if self.latent_clamp is not None and not self.latent_clamp > 0:
             raise GuidanceError(f"Expected latent_clamp above 0, or none, got {self.latent_clamp}.")
         if self.image_quantile is not None and not 0 < self.image_quantile <= 1:
-            raise GuidanceError(
-                f"Expected image_quantile above 0 and at most 1, or none, got {self.image_quantile}."
-            )
+            raise GuidanceError(f"Expected image_quantile above 0 and at most 1, or none, got {self.image_quantile}.")
         if self.bound is not None and not 0 < self.bound < math.inf:
             raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
         if self.way_back is not None and not 0 <= self.way_back <= 1:
@@ -241,9 +237,7 @@ class Objective:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over what `state_dict` gave. Raises GuidanceError for another method's."""
         if state["method"] != self.method.name:
-            raise GuidanceError(
-                f"Expected the state of the method {self.method.name}, got that of {state['method']}."
-            )
+            raise GuidanceError(f"Expected the state of the method {self.method.name}, got that of {state['method']}.")
         self.method.load_state_dict(state["state"])
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -281,9 +275,7 @@ class Objective:
         if (looks or perceives) and frozen is None:
             raise GuidanceError("Expected the frozen generator's images for this objective, got none.")
         if frozen is not None and frozen.shape != images.shape:
-            raise GuidanceError(
-                f"Expected frozen images of the shape {list(images.shape)}, got {list(frozen.shape)}."
-            )
+            raise GuidanceError(f"Expected frozen images of the shape {list(images.shape)}, got {list(frozen.shape)}.")
         # Leaves here, so that the encoder's graph is gone before the generator's is walked.
         made = images.detach().requires_grad_()
         with torch.enable_grad():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 from torch import Tensor
@@ -14,7 +13,7 @@ from ..schedules import GuidanceError
 
 __all__ = ["FeatureDistance", "Perceptual", "lpips_distance"]
 
-Features = Callable[[Tensor], Union[Tensor, Sequence[Tensor]]]
+Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
 _SCALE = 2000.0  # of the released StyleGAN-Fusion: brings LPIPS to the size of its latent gradients
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Union
 
 from torch import Tensor
 
@@ -20,7 +19,7 @@ WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 """By name, each from abar: `1-abar` DreamFusion and SGF, `sigma` ISM, `sigma2` and `sqrt_abar` other releases."""
 
-Weighting = Union[str, Callable[[Tensor], Tensor]]
+Weighting = str | Callable[[Tensor], Tensor]
 
 
 def weigh(weighting: Weighting, abar: Tensor) -> Tensor:

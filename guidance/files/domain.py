@@ -25,8 +25,12 @@ FORMAT = "indomain_guidance.domain_unet"
 VERSION = "1"
 MOST_PIXELS = 65536  # of a side that a model says it was trained at
 LATENT_FORMATS = ("sd15", "sdxl", "mini_world")
-_ARCHITECTURES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base",
-                  1280: "stable-diffusion-xl-v1-refiner"}
+_ARCHITECTURES = {
+    768: "stable-diffusion-v1",
+    1024: "stable-diffusion-v2",
+    2048: "stable-diffusion-xl-v1-base",
+    1280: "stable-diffusion-xl-v1-refiner",
+}
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ class DomainMetadata:
 
     @property
     def null_text(self) -> str:
-        """"constant", "cached", or "none" for a UNet that takes text."""
+        """ "constant", "cached", or "none" for a UNet that takes text."""
         return self.config.null_text
 
     def to_strings(self) -> dict[str, str]:
@@ -231,8 +235,12 @@ def read_domain_file(
                 "metadata, or a UNet of a published family."
             ) from error
         described = DomainMetadata(
-            config, latent_format=_published_latent_format(config), prediction_type=_marked_prediction(keys, metadata),
-            zero_snr="ztsnr" in keys, domain_name=Path(path).stem, licence=metadata.get("modelspec.license", ""),
+            config,
+            latent_format=_published_latent_format(config),
+            prediction_type=_marked_prediction(keys, metadata),
+            zero_snr="ztsnr" in keys,
+            domain_name=Path(path).stem,
+            licence=metadata.get("modelspec.license", ""),
         )
         check_latent_format(described, latent_format, path)
         _check_form(described, layout, path)
@@ -250,9 +258,7 @@ def _check_form(described: DomainMetadata, layout: str, path: str | os.PathLike)
         )
 
 
-def write_domain_file(
-    path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: DomainMetadata
-) -> Path:
+def write_domain_file(path: str | os.PathLike, state_dict: Mapping[str, Tensor], metadata: DomainMetadata) -> Path:
     """Write a domain model atomically, after checking that weights and metadata belong together and are finite."""
     path = Path(path)
     if path.suffix != ".safetensors":

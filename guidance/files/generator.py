@@ -80,9 +80,7 @@ class GeneratorMetadata:
         values |= self._modelspec(config)
         clashes = [key for key in self.extra if key in values and not key.startswith("modelspec.")]
         if clashes:
-            raise Problem(
-                f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field."
-            )
+            raise Problem(f"Generator file: the extra metadata {clashes[0]!r} is a field of the format; set the field.")
         return values | dict(self.extra)
 
     def _modelspec(self, config: GeneratorConfig) -> dict[str, str]:
@@ -200,9 +198,13 @@ def write_generator(
 
 
 def convert_generator(
-    source: str | os.PathLike, target: str | os.PathLike, *, dtype: str = "fp32", name: str = "",
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    dtype: str = "fp32",
+    name: str = "",
     limit_bytes: int = LIMIT_BYTES,
-) -> Path:  # fmt: skip
+) -> Path:
     """Write the generator of any readable file as safetensors, one way, with the source's hash. Returns `target`."""
     target = Path(target)
     if target.exists() and target.samefile(source):
@@ -239,7 +241,7 @@ def _kind(path: Path) -> str:
         start = file.read(200)
     if start[8:9] == b"{":
         return "safetensors"
-    if start.startswith(b"PK\x03\x04") or start.startswith(_LEGACY_TORCH):
+    if start.startswith((b"PK\x03\x04", _LEGACY_TORCH)):
         return "torch"
     if start[:1] == b"\x80" and len(start) > 1:
         return "network pickle"
@@ -272,9 +274,12 @@ def _read_network_pickle(path: Path, data: bytes) -> LoadedGenerator:
             "original file from its authors."
         ) from None
     metadata = GeneratorMetadata(
-        name=path.stem, class_name=pickled.class_name, source_format="NVIDIA pickle",
-        source_sha256=hashlib.sha256(data).hexdigest(), source_code_sha256=pickled.source_sha256,
-    )  # fmt: skip
+        name=path.stem,
+        class_name=pickled.class_name,
+        source_format="NVIDIA pickle",
+        source_sha256=hashlib.sha256(data).hexdigest(),
+        source_code_sha256=pickled.source_sha256,
+    )
     return _finish(path, tensors, metadata, list(pickled.notes), **pickled.hints)
 
 
@@ -295,9 +300,7 @@ def _read_torch(path: Path) -> LoadedGenerator:
     return replace(loaded, metadata=replace(loaded.metadata, source_sha256=digest.hexdigest()))
 
 
-def _read_content(
-    path: Path, content: Any, metadata: GeneratorMetadata, stated: Mapping[str, Any]
-) -> LoadedGenerator:
+def _read_content(path: Path, content: Any, metadata: GeneratorMetadata, stated: Mapping[str, Any]) -> LoadedGenerator:
     """The generator somewhere within the plain tensors of a file, wherever a tool has put it. stated: its metadata."""
     try:
         found = find_generator(content)
@@ -311,14 +314,17 @@ def _read_content(
         raise FileProblem(refusal(path, GENERATOR, all_names(content), stated))
     notes = []
     if found.place in ROUGH:
-        notes.append(f"The file has no averaged generator (g_ema); its {found.place} is used, whose images are "
-                     "rougher.")  # fmt: skip
+        notes.append(
+            f"The file has no averaged generator (g_ema); its {found.place} is used, whose images are rougher."
+        )
     elif not found.alone and found.place not in AVERAGED:
         notes.append(f"Read from {shown(found.place)} of the file; what else it holds is left out.")
     metadata = replace(metadata, source_format=metadata.source_format or f"{found.layout} checkpoint")
     if found.layout == "NVIDIA":
-        notes.append("The file says nothing of its architecture; activations are taken as unbounded and the mapping's "
-                     "learning rate multiplier as 0.01.")  # fmt: skip
+        notes.append(
+            "The file says nothing of its architecture; activations are taken as unbounded and the mapping's "
+            "learning rate multiplier as 0.01."
+        )
         return _finish(path, _plain(path, found.tensors), metadata, notes)
     return _from_rosinality(path, found, metadata, notes)
 
@@ -364,8 +370,11 @@ def _from_rosinality(
         random = torch.Generator().manual_seed(NOISE_SEED)
         for key in sorted(lacking):
             tensors[key] = torch.randn(lacking[key], generator=random)
-        notes = [*notes, "The file has no constant noise; it was drawn from a fixed seed, so that images differ in "
-                         "details from others of this network."]  # fmt: skip
+        notes = [
+            *notes,
+            "The file has no constant noise; it was drawn from a fixed seed, so that images differ in "
+            "details from others of this network.",
+        ]
     return _finish(path, tensors, metadata, notes, img_channels=3, architecture="skip")
 
 
@@ -375,15 +384,20 @@ def _read_safetensors(path: Path) -> LoadedGenerator:
     if values.get("format") == FORMAT:
         metadata, config = GeneratorMetadata.from_strings(values, path)
         return _finish(path, tensors, metadata, [], config=config)
-    metadata = GeneratorMetadata(name=path.stem, source_format="safetensors",
-                                 licence=values.get("modelspec.license", ""))  # fmt: skip
+    metadata = GeneratorMetadata(
+        name=path.stem, source_format="safetensors", licence=values.get("modelspec.license", "")
+    )
     return _read_content(path, tensors, metadata, values)
 
 
 def _finish(
-    path: Path, tensors: dict[str, Tensor], metadata: GeneratorMetadata, notes: list[str],
-    config: GeneratorConfig | None = None, **hints: Any,
-) -> LoadedGenerator:  # fmt: skip
+    path: Path,
+    tensors: dict[str, Tensor],
+    metadata: GeneratorMetadata,
+    notes: list[str],
+    config: GeneratorConfig | None = None,
+    **hints: Any,
+) -> LoadedGenerator:
     """Compare names and shapes with what the architecture needs, then make the generator of the tensors themselves."""
     odd = [key for key, tensor in tensors.items() if not tensor.is_floating_point()]
     if odd:

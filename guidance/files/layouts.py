@@ -94,7 +94,7 @@ def strip_unet_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def unet_layout(
     keys: Iterable[str], source: str | os.PathLike, *, wanted: str = UNET, metadata: Mapping[str, str] | None = None
 ) -> str:
-    """"constant", "cached" (text-free) or "full" (takes text) for UNet keys, with or without their prefix.
+    """ "constant", "cached" (text-free) or "full" (takes text) for UNet keys, with or without their prefix.
 
     Raises FileProblem saying what the file is when it is no Stable Diffusion UNet in LDM layout, and what to give
     instead where UNET or BASE is `wanted`. metadata: the file's own, which may say what it is.

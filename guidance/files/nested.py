@@ -81,10 +81,20 @@ def _candidates(content: Any) -> Iterator[FoundGenerator]:
             if _NOT_ALONE.search(prefix) or f"{prefix}{_REWRITTEN}" in tensors:
                 continue
             # Without a prefix everything in the dictionary has to belong to the generator, odd entries too.
-            own = {name.removeprefix(prefix): value for name, value in level.items()
-                   if isinstance(name, str) and name.startswith(prefix)}  # fmt: skip
-            mean = next((value for source in (own, level, *parents) for name in MEAN_STYLES
-                         if isinstance(value := source.get(name), Tensor)), None)  # fmt: skip
+            own = {
+                name.removeprefix(prefix): value
+                for name, value in level.items()
+                if isinstance(name, str) and name.startswith(prefix)
+            }
+            mean = next(
+                (
+                    value
+                    for source in (own, level, *parents)
+                    for name in MEAN_STYLES
+                    if isinstance(value := source.get(name), Tensor)
+                ),
+                None,
+            )
             own = {name: value for name, value in own.items() if name not in MEAN_STYLES}
             where = ".".join(part for part in (place, prefix.rstrip(".")) if part)
             yield FoundGenerator(MARKS[mark], own, mean, where, bool(_AVERAGED.search(where)), len(own) >= total - 1)
@@ -105,5 +115,8 @@ def _levels(content: Any) -> Iterator[tuple[str, Mapping, tuple[Mapping, ...]]]:
         seen.add(id(level))
         yield place, level, parents
         if len(parents) < MAX_NESTING:
-            waiting += [(f"{place}.{key}" if place else key, value, (*parents, level))
-                        for key, value in level.items() if isinstance(key, str)]  # fmt: skip
+            waiting += [
+                (f"{place}.{key}" if place else key, value, (*parents, level))
+                for key, value in level.items()
+                if isinstance(key, str)
+            ]

@@ -28,8 +28,11 @@ NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Other families by what their pickles contain somewhere, the more specific first. For error messages alone.
 OTHER_FAMILIES = (
-    (b"dnnlib.tflib", "a TensorFlow network (StyleGAN, or StyleGAN2 before its PyTorch version)",
-     "convert it with legacy.py of NVIDIA's stylegan3 repository, then read its result here"),
+    (
+        b"dnnlib.tflib",
+        "a TensorFlow network (StyleGAN, or StyleGAN2 before its PyTorch version)",
+        "convert it with legacy.py of NVIDIA's stylegan3 repository, then read its result here",
+    ),
     (b"tfutil", "a TensorFlow network (Progressive GAN)", "only StyleGAN2 generators are read"),
     (b"SuperresGenerator", "a StyleGAN-XL network", "only StyleGAN2 generators are read"),
     (b"pg_modules", "a StyleGAN-XL or Projected GAN network", "only StyleGAN2 generators are read"),
@@ -37,7 +40,7 @@ OTHER_FAMILIES = (
     (b"training.volumetric_rendering", "an EG3D network", "only StyleGAN2 generators are read"),
     (b"networks.generator", "a StyleGAN-T network", "only StyleGAN2 generators are read"),
     (b"SynthesisInput", "a StyleGAN3 network (Fourier features)", "only StyleGAN2 generators are read"),
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -123,9 +126,12 @@ def _vocabulary() -> Vocabulary:
         reduce[f"{package}.multiarray", "scalar"] = _placeholder
         reduce[f"{package}.multiarray", "_reconstruct"] = _placeholder
     return Vocabulary(
-        reduce=reduce, new={("dnnlib.util", "EasyDict"): _empty_dict}, inert=frozenset(inert),
-        build=frozenset(key for key in reduce if key[0].startswith("numpy")), explain=_explain,
-    )  # fmt: skip
+        reduce=reduce,
+        new={("dnnlib.util", "EasyDict"): _empty_dict},
+        inert=frozenset(inert),
+        build=frozenset(key for key in reduce if key[0].startswith("numpy")),
+        explain=_explain,
+    )
 
 
 def _explain(module: str, name: str) -> str | None:
@@ -211,8 +217,10 @@ def _read_generator(network: Network, notes: list[str]) -> PickledGenerator:
                 tensors[prefix + name] = value
     hints = _hints(modules)
     if any(_scalar(module, "use_fp16") is True for module in modules.values()):
-        notes.append("NVIDIA's code computes the largest blocks of this network in half precision on GPUs; here all "
-                     "are computed in the weights' precision.")  # fmt: skip
+        notes.append(
+            "NVIDIA's code computes the largest blocks of this network in half precision on GPUs; here all "
+            "are computed in the weights' precision."
+        )
     return PickledGenerator(tensors, hints, network.class_name, network.source_sha256, tuple(notes))
 
 
@@ -234,13 +242,16 @@ def _modules(network: Network) -> Iterator[tuple[str, Network]]:
             place = f"{path}.{name}" if path else name
             if type(child) is not Network:
                 raise Refused(f"something else than a network as the module {shown(place)}")
-            expected = next((kind for pattern, kind in _CHILDREN[module.class_name]
-                             if re.fullmatch(pattern, name, re.ASCII)), None)  # fmt: skip
+            expected = next(
+                (kind for pattern, kind in _CHILDREN[module.class_name] if re.fullmatch(pattern, name, re.ASCII)), None
+            )
             if child.class_name not in _CHILDREN:
                 raise Refused(f"a module of the unknown class {shown(child.class_name)} as {shown(place)}")
             if child.class_name != expected:
-                raise Refused(f"a module of the class {shown(child.class_name)} as {shown(place)}, where StyleGAN2 has "
-                              f"{expected or 'none'}")  # fmt: skip
+                raise Refused(
+                    f"a module of the class {shown(child.class_name)} as {shown(place)}, where StyleGAN2 has "
+                    f"{expected or 'none'}"
+                )
             waiting.append((place, child, depth + 1))
 
 
@@ -279,8 +290,13 @@ def _hints(modules: dict[str, Network]) -> dict[str, Any]:
             raise Refused(f"{name} {shown(str(value))} in {where}, where other modules have {shown(str(hints[name]))}")
         hints[name] = value
 
-    for name, ours in (("z_dim", "z_dim"), ("c_dim", "c_dim"), ("w_dim", "w_dim"), ("img_resolution", "resolution"),
-                       ("img_channels", "img_channels")):  # fmt: skip
+    for name, ours in (
+        ("z_dim", "z_dim"),
+        ("c_dim", "c_dim"),
+        ("w_dim", "w_dim"),
+        ("img_resolution", "resolution"),
+        ("img_channels", "img_channels"),
+    ):
         state(ours, _scalar(modules[""], name), "Generator")
     for path, module in modules.items():
         kind = module.class_name

@@ -33,7 +33,7 @@ _ADVICE = {
     UNET: {
         "": "use a domain model, or a fine-tuned UNet of the prior's family",
         "flow": "ComfyUI's own Load Diffusion Model loads it, but a domain model has to be of the prior's family: "
-                "Stable Diffusion 1.x, 2.x or XL",
+        "Stable Diffusion 1.x, 2.x or XL",
         "lora": "load it with Load LoRA onto the prior, or use a domain model",
         "control": "load it with Load ControlNet Model, or use a domain model",
         "vae": "load it with Load VAE, or use a domain model",
@@ -52,7 +52,7 @@ _ADVICE = {
         "generator": f"it is what --generator and Load Generator take, give {_CHECKPOINT}",
         "vae": f"a VAE alone lacks UNet and text encoder, give {_CHECKPOINT}",
         "diffusers": f"convert it to one file (diffusers' convert_diffusers_to_original scripts do it), or give "
-                     f"{_CHECKPOINT}",
+        f"{_CHECKPOINT}",
         "unet": f"a UNet alone lacks VAE and text encoder, give {_CHECKPOINT}",
         "quantised": "give the same checkpoint in fp16, bf16 or fp32",
         "run": "go on with the run (resume)",
@@ -61,7 +61,7 @@ _ADVICE = {
         "": "name a .safetensors file that has one as vae",
         "diffusers": "name one in LDM layout, such as vae-ft-mse-840000-ema-pruned.safetensors, as vae",
     },
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,15 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("a LoRA", "lora", (r"lora_(up|down|A|B)(\.|$)",)),
     ("a LoRA (LyCORIS)", "lora", (r"^(lora|lycoris)_.*\.(diff|diff_b|a1\.weight|w_norm)$",)),
     ("an IP-Adapter", "addon", (_P + r"(ip_adapter|image_proj|to_k_ip)\.",)),
-    ("a T2I-Adapter", "control", (r"^(adapter\.)?(body\.\d+\.(in_conv|resnets|block1)|conv_in\.weight$)", r"body\.\d",
-                                  r"(block1|in_conv|resnets\.\d+\.block)")),
+    (
+        "a T2I-Adapter",
+        "control",
+        (
+            r"^(adapter\.)?(body\.\d+\.(in_conv|resnets|block1)|conv_in\.weight$)",
+            r"body\.\d",
+            r"(block1|in_conv|resnets\.\d+\.block)",
+        ),
+    ),
     ("a ControlNet", "control", (r"(input_hint_block\.|controlnet_|control_model\.|pose_net\.|^lllite_)",)),
     ("a motion module (AnimateDiff)", "addon", (r"motion_modules\.",)),
     ("a textual inversion embedding", "addon", (r"^(string_to_param\.\S+|emb_params|<[^>\n]+>)$",)),
@@ -98,8 +105,14 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     # Generative adversarial networks.
     ("an EG3D generator (three-dimensional, tri-plane)", "gan", (_P + r"backbone\w*\.synthesis\.b4\.",)),
     ("a StyleGAN-T generator", "gan", (r"(^|\.)mapping\.mlp\.", r"synthesis\.b\d+\.|synthesis\.input\.")),
-    ("a StyleGAN-XL generator", "gan", (r"mapping\.embed_proj\.|super_res|feature_network|synthesis\.L\d+_\d+_\d+\..*"
-                                        r"head_layer",)),
+    (
+        "a StyleGAN-XL generator",
+        "gan",
+        (
+            r"mapping\.embed_proj\.|super_res|feature_network|synthesis\.L\d+_\d+_\d+\..*"
+            r"head_layer",
+        ),
+    ),
     ("a StyleGAN3 generator (Fourier features)", "gan", (r"synthesis\.input\.(freqs|phases)",)),
     ("a SWAGAN generator", "gan", (_P + r"(iwt|dwt)\.", r"to_rgbs?\d?\.")),
     ("GFPGAN, whose generator is rewritten", "gan", (_P + r"style_conv1\.bias$",)),
@@ -107,25 +120,44 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("a StyleGAN2 generator", "generator", (_P + r"(conv1\.conv|style_conv1\.modulated_conv)\.modulation\.weight$",)),
     ("GFPGAN, whose generator is rewritten", "gan", (_P + r"stylegan_decoder",)),
     ("a face restorer (CodeFormer)", "gan", (r"fuse_convs_dict\.",)),
-    ("a StarGAN v2, which turns images into images", "gan", (_P + r"(module\.)?(from_rgb\.weight|encode\.\d+\.conv1)",
-                                                             _P + r"(module\.)?(decode\.\d+|shared\.\d+|to_rgb)\.")),
+    (
+        "a StarGAN v2, which turns images into images",
+        "gan",
+        (
+            _P + r"(module\.)?(from_rgb\.weight|encode\.\d+\.conv1)",
+            _P + r"(module\.)?(decode\.\d+|shared\.\d+|to_rgb)\.",
+        ),
+    ),
     ("a StyleGAN or Progressive GAN of rosinality's first repositories", "gan", (_P + r"progression\.\d+\.",)),
     ("a StyleGAN (1) generator", "gan", (_P + r"(g_synthesis|g_mapping)\.|synthesis\.blocks\.\w*4x4",)),
     ("a generator of GenForce", "gan", (_P + r"synthesis\.(layer|early_layer)\d",)),
     ("a generator of MMGeneration", "gan", (_P + r"(style_mapping\.\d|constant_input\.const$)",)),
     ("a generator of lucidrains' stylegan2-pytorch", "gan", (_P + r"(G|GE)\.(initial_(conv|block)|blocks\.0)",)),
     ("a BigGAN generator", "gan", (_P + r"(gen_z|generator\.gen_z)\.", r"(layers|blocks)\.0\.")),
-    ("part of a GAN that is no generator (a discriminator or an encoder)", "gan",
-     (r"^(b\d+\.(conv0|fromrgb)\.weight|final_linear\.0\.weight|body\.0\.res_layer\.)",)),
+    (
+        "part of a GAN that is no generator (a discriminator or an encoder)",
+        "gan",
+        (r"^(b\d+\.(conv0|fromrgb)\.weight|final_linear\.0\.weight|body\.0\.res_layer\.)",),
+    ),
     # Stable Diffusion in LDM layout, and other UNets.
     ("a video UNet", "", (r"(time_stack\.|temporal_transformer)",)),
     ("a Stable Cascade model", "flow", (_P + r"(clip_txt_mapper|clip_txt_pooled_mapper|clf\.1)\.",)),
-    ("a Stable Diffusion checkpoint", "checkpoint", (_P + r"input_blocks\.0\.0\.weight$", _P + r"output_blocks\.",
-                                                     r"^(first_stage_model|cond_stage_model|conditioner)\.")),
+    (
+        "a Stable Diffusion checkpoint",
+        "checkpoint",
+        (
+            _P + r"input_blocks\.0\.0\.weight$",
+            _P + r"output_blocks\.",
+            r"^(first_stage_model|cond_stage_model|conditioner)\.",
+        ),
+    ),
     ("a Stable Diffusion UNet alone", "unet", (_P + r"input_blocks\.0\.0\.weight$", _P + r"output_blocks\.")),
     ("a part of a Stable Diffusion UNet", "", (_P + r"(input_blocks|output_blocks)\.\d+\.\d+\.",)),
-    ("a UNet in diffusers' layout", "diffusers", (_P + r"down_blocks\.\d+\.(attentions|resnets|downsamplers)\.",
-                                                  r"^(unet\.|module\.)?(down|up)_blocks\.")),
+    (
+        "a UNet in diffusers' layout",
+        "diffusers",
+        (_P + r"down_blocks\.\d+\.(attentions|resnets|downsamplers)\.", r"^(unet\.|module\.)?(down|up)_blocks\."),
+    ),
     # Transformers: flow models and what came after Stable Diffusion XL.
     ("a Chroma model", "flow", (r"distilled_guidance_layer\.",)),
     ("a HunyuanVideo model", "flow", (r"individual_token_refiner\.", r"double_blocks\.")),
@@ -144,37 +176,70 @@ _FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("a Cosmos model", "flow", (r"(blocks\.block\d+\.blocks\.|adaln_modulation_|adaLN_modulation_self_attn)",)),
     ("a Wan model", "flow", (_P + r"blocks\.\d+\.(cross_attn|self_attn)\.",)),
     ("a Flux model in diffusers' layout", "flow", (r"single_transformer_blocks\.\d",)),
-    ("a Stable Diffusion 3 model in diffusers' layout", "flow", (r"transformer_blocks\.\d+\.norm1_context\.",
-                                                                 r"pos_embed\.")),
-    ("a transformer of a newer family", "flow", (r"^((model\.)?diffusion_model\.|transformer\.|net\.|model\.)?"
-                                                 r"(transformer_blocks|blocks|layers)\.\d+\.\S*(adaln|adaLN|modulation|"
-                                                 r"scale_shift|norm1\.linear|attn2?\.to_q|mod\.lin)",)),
+    (
+        "a Stable Diffusion 3 model in diffusers' layout",
+        "flow",
+        (r"transformer_blocks\.\d+\.norm1_context\.", r"pos_embed\."),
+    ),
+    (
+        "a transformer of a newer family",
+        "flow",
+        (
+            r"^((model\.)?diffusion_model\.|transformer\.|net\.|model\.)?"
+            r"(transformer_blocks|blocks|layers)\.\d+\.\S*(adaln|adaLN|modulation|"
+            r"scale_shift|norm1\.linear|attn2?\.to_q|mod\.lin)",
+        ),
+    ),
     # Autoencoders.
     ("an autoencoder (VAE) in diffusers' layout", "vae", (_P + r"(encoder|decoder)\.(down|up)_blocks\.\d",)),
-    ("a video or image autoencoder (VAE) of another family", "vae",
-     (_P + r"(encoder|decoder)\.(downsamples|upsamples|middle)\.\d",)),
+    (
+        "a video or image autoencoder (VAE) of another family",
+        "vae",
+        (_P + r"(encoder|decoder)\.(downsamples|upsamples|middle)\.\d",),
+    ),
     ("an autoencoder (VAE)", "vae", (_P + r"(encoder|decoder)\.(down\.\d|up\.\d|mid\.|conv_in\.|conv_out\.)",)),
     ("a small autoencoder (TAESD)", "vae", (r"(taesd_|^(encoder|decoder)\.(layers\.)?\d+\.(conv|weight|bias))",)),
     # Text and image encoders.
-    ("a language model", "text", (r"^(model\.|language_model\.|model\.language_model\.)*"
-                                  r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",)),
-    ("a CLIP model (text and image encoder)", "text", (_P + r"(vision_model|visual)\.",
-                                                       _P + r"(text_model|ln_final)\.")),
+    (
+        "a language model",
+        "text",
+        (
+            r"^(model\.|language_model\.|model\.language_model\.)*"
+            r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",
+        ),
+    ),
+    (
+        "a CLIP model (text and image encoder)",
+        "text",
+        (_P + r"(vision_model|visual)\.", _P + r"(text_model|ln_final)\."),
+    ),
     ("an image encoder (CLIP vision)", "text", (_P + r"(vision_model|visual)\.",)),
     ("a text encoder (T5)", "text", (r"SelfAttention\.[qkv]\.",)),
-    ("a text encoder (CLIP)", "text", (_P + r"(text_model\.(encoder|embeddings|final)|transformer\.resblocks\.|"
-                                       r"token_embedding\.|text_projection)",)),
+    (
+        "a text encoder (CLIP)",
+        "text",
+        (
+            _P + r"(text_model\.(encoder|embeddings|final)|transformer\.resblocks\.|"
+            r"token_embedding\.|text_projection)",
+        ),
+    ),
     # Upscalers.
     ("an upscaler (ESRGAN)", "upscaler", (r"(RDB\d\.conv|\.rdb\d\.conv|RRDB_trunk\.)",)),
     ("an upscaler", "upscaler", (r"(residual_group\.|relative_position_bias_table|^(params(_ema)?\.)?body\.\d+\.w)",)),
     ("an upscaler", "upscaler", (_P + r"(conv_first\.weight|block_1\.c1_r\.|feats\.\d+\.(lk|mdc)\.)",)),
     # Whatever else denoises.
     ("a diffusion model of another family", "flow", (r"^(model\.)?diffusion_model\.",)),
-    ("a diffusion transformer of another family", "flow",
-     (_P + r"(x_embedder|patch_embed\w*|img_in|t_embedder|time_\w+|final_layer|pos_embed)\.", r"(blocks|layers)\.\d")),
+    (
+        "a diffusion transformer of another family",
+        "flow",
+        (
+            _P + r"(x_embedder|patch_embed\w*|img_in|t_embedder|time_\w+|final_layer|pos_embed)\.",
+            r"(blocks|layers)\.\d",
+        ),
+    ),
     # What training leaves.
     ("an optimizer's or a trainer's state", "run", (r"^(state\.|optimizer|g_optim|param_groups)",)),
-)  # fmt: skip
+)
 _QUANTISED = (
     ("scaled fp8", r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$"),
     ("quantised for ComfyUI", r"\.comfy_quant$"),
@@ -193,8 +258,14 @@ def recognise_names(names: Iterable[str], metadata: Mapping[str, str] | None = N
     if not names:
         return _NOTHING
     text = _joined(names)
-    found = next((Kind(what, group) for what, group, patterns in _FAMILIES
-                  if all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)), None)  # fmt: skip
+    found = next(
+        (
+            Kind(what, group)
+            for what, group, patterns in _FAMILIES
+            if all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+        ),
+        None,
+    )
     if found is None:
         return Kind(f"a file with tensors such as {shown(names[0])}")
     how = quantisation(names)
@@ -223,13 +294,27 @@ _OWN = {
 # ---------------------------------------------------------------------------------------------------------- first bytes
 
 RUN_MARK, RUN_TRAILER = b"IDGSHA01", 40  # a run's checkpoint ends with the one and a digest, so many bytes in all
-PARTIAL_SUFFIXES = (".part", ".partial", ".crdownload", ".download", ".opdownload", ".incomplete", ".aria2", ".tmp",
-                    ".!ut", ".!qb", ".filepart", ".unconfirmed")  # fmt: skip
+PARTIAL_SUFFIXES = (
+    ".part",
+    ".partial",
+    ".crdownload",
+    ".download",
+    ".opdownload",
+    ".incomplete",
+    ".aria2",
+    ".tmp",
+    ".!ut",
+    ".!qb",
+    ".filepart",
+    ".unconfirmed",
+)
 _AGAIN = "download it again"
 _UNPACK = "unpack it and give the model file inside"
 _MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (b"version https://git-lfs", Kind("a Git LFS pointer instead of the weights", "",
-                                      "run 'git lfs pull' or download the file itself")),
+    (
+        b"version https://git-lfs",
+        Kind("a Git LFS pointer instead of the weights", "", "run 'git lfs pull' or download the file itself"),
+    ),
     (b"GGUF", Kind("a GGUF file, which is quantised for other loaders", "", "use the original .safetensors")),
     (b"\x1f\x8b", Kind("a gzip archive", "", _UNPACK)),
     (b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", "", _UNPACK)),
@@ -247,7 +332,7 @@ _MAGIC: tuple[tuple[bytes, Kind], ...] = (
     (b"\x08\x03\x12", Kind("an ONNX network", "", "use PyTorch weights as .safetensors")),
     (b"MZ", Kind("a program for Windows", "", "do not run it, and download the model from a source you trust")),
     (b"\x7fELF", Kind("a program", "", "do not run it, and download the model from a source you trust")),
-)  # fmt: skip
+)
 _TEXT_PICKLE = re.compile(rb"[\]}]|\((dp|lp|[ic]\w)|c[\w.]+\n[\w.]+\n")  # protocol 0, which is text
 
 
@@ -281,11 +366,15 @@ def recognise_folder(names: Iterable[str]) -> Kind:
     """What a folder is that was given in place of a file, by the names in it."""
     names = set(names)
     if "model_index.json" in names or {"unet", "vae"} <= names:
-        return Kind("a folder in diffusers' layout", "diffusers",
-                    "give the same model as one .safetensors file in LDM layout")  # fmt: skip
+        return Kind(
+            "a folder in diffusers' layout", "diffusers", "give the same model as one .safetensors file in LDM layout"
+        )
     if any(name.startswith("diffusion_pytorch_model.") for name in names):
-        return Kind("a folder with one network in diffusers' layout", "diffusers",
-                    "give the same model as one .safetensors file in LDM layout")  # fmt: skip
+        return Kind(
+            "a folder with one network in diffusers' layout",
+            "diffusers",
+            "give the same model as one .safetensors file in LDM layout",
+        )
     return Kind("a folder", "", "name the .safetensors file inside it")
 
 

@@ -16,10 +16,14 @@ from ..errors import Problem
 
 # BasicSR's names for the same network (GFPGAN's among its descendants), as pieces to replace from the start of a name.
 _BASICSR = (
-    (r"style_mlp\.", "style."), (r"constant_input\.weight$", "input.input"),
-    (r"style_conv1\.weight$", "conv1.noise.weight"), (r"style_convs\.(\d+)\.weight$", r"convs.\1.noise.weight"),
-    (r"style_conv1\.", "conv1."), (r"style_convs\.", "convs."), (r"noises\.noise(\d+)$", r"noises.noise_\1"),
-)  # fmt: skip
+    (r"style_mlp\.", "style."),
+    (r"constant_input\.weight$", "input.input"),
+    (r"style_conv1\.weight$", "conv1.noise.weight"),
+    (r"style_convs\.(\d+)\.weight$", r"convs.\1.noise.weight"),
+    (r"style_conv1\.", "conv1."),
+    (r"style_convs\.", "convs."),
+    (r"noises\.noise(\d+)$", r"noises.noise_\1"),
+)
 
 
 def from_basicsr(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,18 +78,25 @@ def noise_without_constants(tensors: Mapping[str, Tensor]) -> dict[str, tuple[in
     strengths = (re.fullmatch(r"synthesis\.b(\d+)\.conv[01]\.noise_strength", name) for name in tensors)
     return {
         match[0].replace("strength", "const"): tuple(side * int(match[1]) // 4 for side in first)
-        for match in strengths if match
-    }  # fmt: skip
+        for match in strengths
+        if match
+    }
 
 
 _CONVOLUTION = {
-    "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
-    "noise.weight": "noise_strength", "activate.bias": "bias", "conv.blur.kernel": "resample_filter",
-}  # fmt: skip
+    "conv.weight": "weight",
+    "conv.modulation.weight": "affine.weight",
+    "conv.modulation.bias": "affine.bias",
+    "noise.weight": "noise_strength",
+    "activate.bias": "bias",
+    "conv.blur.kernel": "resample_filter",
+}
 _TO_RGB = {
-    "conv.weight": "weight", "conv.modulation.weight": "affine.weight", "conv.modulation.bias": "affine.bias",
+    "conv.weight": "weight",
+    "conv.modulation.weight": "affine.weight",
+    "conv.modulation.bias": "affine.bias",
     "bias": "bias",
-}  # fmt: skip
+}
 
 
 def _name(key: str) -> str | None:
@@ -121,13 +132,15 @@ def _shaped(key: str, name: str, value: Tensor) -> Tensor:
     """`value` without rosinality's leading (for a bias of RGB: surrounding) dimensions of 1; filters with the sum 1."""
     if name.endswith(".resample_filter"):
         if value.ndim != 2 or not abs(float(value.sum()) - 4) < 0.01:
-            raise Problem(f"the filter {key} has the shape {list(value.shape)} and the sum {float(value.sum()):g}, "
-                             "where a square and 4 are expected")  # fmt: skip
+            raise Problem(
+                f"the filter {key} has the shape {list(value.shape)} and the sum {float(value.sum()):g}, "
+                "where a square and 4 are expected"
+            )
         return value / 4
     wanted = {"noise_strength": 0, "noise_const": 2, "const": 3, "bias": 1}.get(name.rpartition(".")[2])
     if wanted is None:
         wanted = 4 if re.search(r"(conv\d|torgb)\.weight$", name) else 2
-    shape = [size for size in value.shape]
+    shape = list(value.shape)
     while len(shape) > wanted and shape[0] == 1:
         shape.pop(0)
     while len(shape) > wanted and shape[-1] == 1:

@@ -64,9 +64,7 @@ class ModelFile:
         """Shape and number format (as the file calls it) of every tensor; of `.safetensors` from the header alone."""
         if self._pickled is None:
             return {key: (tuple(entry["shape"]), entry["dtype"]) for key, entry in self._entries.items()}
-        return {
-            key: (tuple(one.shape), str(one.dtype).removeprefix("torch.")) for key, one in self._pickled.items()
-        }
+        return {key: (tuple(one.shape), str(one.dtype).removeprefix("torch.")) for key, one in self._pickled.items()}
 
     def tensors(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
         """The tensors whose keys start with `prefix`, without it ("" keeps all). Raises FileProblem for none."""
@@ -311,9 +309,14 @@ def _read_header(path: Path) -> dict[str, Any]:
 def _end_of(entry: Any) -> int:
     """Where a tensor's numbers end, counted from the header. Raises Problem for what describes no tensor."""
     numbers = [entry.get("shape"), entry.get("data_offsets")] if isinstance(entry, dict) else []
-    if not numbers or not isinstance(entry.get("dtype"), str) or not all(
-        isinstance(row, list) and all(type(one) is int and 0 <= one < 2**63 for one in row) for row in numbers
-    ) or len(numbers[1]) != 2:  # fmt: skip
+    if (
+        not numbers
+        or not isinstance(entry.get("dtype"), str)
+        or not all(
+            isinstance(row, list) and all(type(one) is int and 0 <= one < 2**63 for one in row) for row in numbers
+        )
+        or len(numbers[1]) != 2
+    ):
         raise Problem("a tensor that is not described by dtype, shape and data_offsets")
     if len(numbers[0]) > MOST_DIMENSIONS:
         raise Problem(f"a tensor of {len(numbers[0])} dimensions, more than torch takes")
@@ -331,7 +334,7 @@ def _read_safetensors(path: Path, prefix: str, device: str) -> dict[str, Tensor]
         raise FileProblem(f"{path}: {reason}")
     try:
         with safe_open(str(path), framework="pt", device=device) as file:
-            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}
+            return {key.removeprefix(prefix): file.get_tensor(key) for key in file.keys() if key.startswith(prefix)}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, AttributeError, KeyError) as error:
         raise FileProblem(
             f"{path}: expected a safetensors file, found a damaged one ({_first_line(error)}); download it again."

@@ -46,19 +46,27 @@ _CALLBACKS = (
     ("pytorch_lightning.callbacks.early_stopping", "EarlyStopping"),
 )
 _STORAGES = {("torch", name): dtype for name, dtype in STORAGES.items()} | {
-    ("torch", "ComplexFloatStorage"): torch.complex64, ("torch", "ComplexDoubleStorage"): torch.complex128,
+    ("torch", "ComplexFloatStorage"): torch.complex64,
+    ("torch", "ComplexDoubleStorage"): torch.complex128,
     _UNTYPED: torch.uint8,
-}  # fmt: skip
+}
 _UNTYPED_DTYPES = {  # which torch stores as bytes, and names at the tensor
     name: getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu", "uint16",
-                 "uint32", "uint64", "complex32")
+    for name in (
+        "float8_e4m3fn",
+        "float8_e5m2",
+        "float8_e4m3fnuz",
+        "float8_e5m2fnuz",
+        "float8_e8m0fnu",
+        "uint16",
+        "uint32",
+        "uint64",
+        "complex32",
+    )
     if hasattr(torch, name)
-}  # fmt: skip
+}
 _DTYPES = {str(dtype).partition(".")[2] for dtype in _STORAGES.values()} | set(_UNTYPED_DTYPES)
-_NUMBERS = {
-    "b1": 1, "i1": 1, "i2": 2, "i4": 4, "i8": 8, "u1": 1, "u2": 2, "u4": 4, "u8": 8, "f2": 2, "f4": 4, "f8": 8,
-}  # fmt: skip
+_NUMBERS = {"b1": 1, "i1": 1, "i2": 2, "i4": 4, "i8": 8, "u1": 1, "u2": 2, "u4": 4, "u8": 8, "f2": 2, "f4": 4, "f8": 8}
 _OF_TRAINERS = ("pytorch_lightning", "lightning", "lightning_fabric", "omegaconf", "numpy", "typing", "functools")
 _LOADING = threading.Lock()  # torch keeps one list of allowed names for all threads
 
@@ -116,8 +124,10 @@ def check_torch_pickle(path: Path, trailer: int = 0) -> None:
 
 def _read(data: memoryview, start: int, vocabulary: Vocabulary, budget: Budget) -> tuple[Any, int]:
     if data[start : start + 1] == b"\x80" and len(data) > start + 1 and data[start + 1] > 3:
-        raise Refused(f"pickle protocol {data[start + 1]}, of which torch reads nothing safely; save it with torch's "
-                      "default protocol, 2")  # fmt: skip
+        raise Refused(
+            f"pickle protocol {data[start + 1]}, of which torch reads nothing safely; save it with torch's "
+            "default protocol, 2"
+        )
     return read_pickle(data, start, vocabulary, budget)
 
 
@@ -155,8 +165,10 @@ def _archive(path: Path, size: int) -> tuple[memoryview, dict[str, int]]:
             if any(member.filename != member.orig_filename for member in members):  # torch knows one of them alone
                 raise Refused("an archive whose records have two names each")
             total = sum(member.file_size for member in members)
-            packed = any(member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size
-                         for member in members)  # fmt: skip
+            packed = any(
+                member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size
+                for member in members
+            )
             if packed or total > size:
                 raise Refused(
                     f"an archive of {'packed' if packed else 'overlapping'} records ({total} bytes in a file of "
@@ -174,8 +186,16 @@ def _archive(path: Path, size: int) -> tuple[memoryview, dict[str, int]]:
             data = memoryview(archive.read(wanted))
     except Refused:
         raise
-    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError, EOFError, IndexError, OverflowError,
-            struct.error) as error:  # fmt: skip
+    except (
+        zipfile.BadZipFile,
+        ValueError,
+        NotImplementedError,
+        RuntimeError,
+        EOFError,
+        IndexError,
+        OverflowError,
+        struct.error,
+    ) as error:
         raise Refused(f"a damaged archive: {shown(str(error))}") from None
     prefix = folder + "data/"
     return data, {name.removeprefix(prefix): one.file_size for name, one in names.items() if name.startswith(prefix)}
@@ -222,22 +242,32 @@ class _Torch:
         self.copied: dict[int, Any] = {}
         self.vocabulary = Vocabulary(
             reduce={
-                _TENSOR: self.tensor, _TENSOR_V3: self.tensor_v3,
+                _TENSOR: self.tensor,
+                _TENSOR_V3: self.tensor_v3,
                 ("torch._utils", "_rebuild_tensor"): self.bare_tensor,
                 ("torch._utils", "_rebuild_parameter"): self.parameter,
                 ("torch._utils", "_rebuild_parameter_with_state"): self.parameter,
                 ("torch._tensor", "_rebuild_from_type_v2"): self.tensor_with_state,
-                ("torch", "Size"): self.shape, ("torch", "device"): self.device,
-                _ORDERED: self.dictionary, ("collections", "Counter"): self.counter,
-                ("builtins", "set"): self.set, ("__builtin__", "set"): self.set,
-                ("_codecs", "encode"): encode, _NUMPY_DTYPE: self.numpy_dtype,
-            } | dict.fromkeys(_NUMPY_SCALARS, self.numpy_scalar),
+                ("torch", "Size"): self.shape,
+                ("torch", "device"): self.device,
+                _ORDERED: self.dictionary,
+                ("collections", "Counter"): self.counter,
+                ("builtins", "set"): self.set,
+                ("__builtin__", "set"): self.set,
+                ("_codecs", "encode"): encode,
+                _NUMPY_DTYPE: self.numpy_dtype,
+            }
+            | dict.fromkeys(_NUMPY_SCALARS, self.numpy_scalar),
             new={_NAMESPACE: lambda name, arguments, budget: Placeholder(name)},
             build=frozenset((_ORDERED, _NAMESPACE, _NUMPY_DTYPE)),
             inert=frozenset((*_STORAGES, *_CALLBACKS, ("torch", "Tensor"), *(("torch", name) for name in _DTYPES))),
-            persistent=self.storage, check_state=self.state, explain=_explain, key_range=MAX_KEY,
-            other_keys=True, surrogates=True,
-        )  # fmt: skip
+            persistent=self.storage,
+            check_state=self.state,
+            explain=_explain,
+            key_range=MAX_KEY,
+            other_keys=True,
+            surrogates=True,
+        )
 
     def storage(self, found: Any) -> Storage:
         if type(found) is not tuple or len(found) not in (5, 6) or type(found[0]) is not str or found[0] != "storage":

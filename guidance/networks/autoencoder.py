@@ -5,8 +5,9 @@ One class serves Stable Diffusion 1.x, 2.x and XL checkpoints and the mini world
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from einops import rearrange
@@ -58,9 +59,16 @@ class AutoencoderConfig:
         return {
             "embed_dim": self.embed_dim,
             "ddconfig": {
-                "double_z": True, "z_channels": self.z_channels, "resolution": 256, "in_channels": self.in_channels,
-                "out_ch": self.out_ch, "ch": self.ch, "ch_mult": list(self.ch_mult),
-                "num_res_blocks": self.num_res_blocks, "attn_resolutions": [], "dropout": 0.0,
+                "double_z": True,
+                "z_channels": self.z_channels,
+                "resolution": 256,
+                "in_channels": self.in_channels,
+                "out_ch": self.out_ch,
+                "ch": self.ch,
+                "ch_mult": list(self.ch_mult),
+                "num_res_blocks": self.num_res_blocks,
+                "attn_resolutions": [],
+                "dropout": 0.0,
                 "attn_type": "vanilla" if self.attention else "none",
             },
         }
@@ -78,16 +86,21 @@ def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> Auto
         blocks = 1 + max(int(k.split(".")[4]) for k in state_dict if k.startswith("encoder.down.0.block."))
         mult = tuple(state_dict[f"encoder.down.{i}.block.0.conv2.weight"].shape[0] // ch for i in range(levels))
         return AutoencoderConfig(
-            ch=ch, ch_mult=mult, num_res_blocks=blocks, in_channels=in_channels,
+            ch=ch,
+            ch_mult=mult,
+            num_res_blocks=blocks,
+            in_channels=in_channels,
             z_channels=state_dict["encoder.conv_out.weight"].shape[0] // 2,
             embed_dim=state_dict["post_quant_conv.weight"].shape[1],
             out_ch=state_dict["decoder.conv_out.weight"].shape[0],
-            attention="encoder.mid.attn_1.q.weight" in state_dict)
+            attention="encoder.mid.attn_1.q.weight" in state_dict,
+        )
     except (KeyError, ValueError, IndexError) as problem:
         found = ", ".join(sorted(state_dict)[:3]) or "no keys"
         raise Problem(
             f"Autoencoder: expected the keys of an LDM autoencoder (encoder.conv_in.weight, ...), found {found}; "
-            "give the autoencoder's own weights, without a prefix") from problem
+            "give the autoencoder's own weights, without a prefix"
+        ) from problem
 
 
 def _norm(channels: int) -> nn.GroupNorm:

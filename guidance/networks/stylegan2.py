@@ -400,8 +400,13 @@ class SynthesisBlock(nn.Module):
         return tuple(name for name in ("conv0", "conv1", "torgb") if name in self._modules)
 
     def forward(
-        self, x: Tensor | None, image: Tensor | None, ws: dict[str, Tensor], noise: dict[str, Tensor],
-        kernels: tuple[Tensor, Tensor], dtype: torch.dtype,
+        self,
+        x: Tensor | None,
+        image: Tensor | None,
+        ws: dict[str, Tensor],
+        noise: dict[str, Tensor],
+        kernels: tuple[Tensor, Tensor],
+        dtype: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         narrow, kernel = kernels[0].to(dtype), kernels[1]  # of the features, of the images
         if x is None:
@@ -556,8 +561,13 @@ class Generator(nn.Module):
         return draws
 
     def forward(
-        self, z: Tensor, c: Tensor | None = None, truncation: float = 1.0, noise: str = "const",
-        truncation_cutoff: int | None = None, generator: torch.Generator | None = None,
+        self,
+        z: Tensor,
+        c: Tensor | None = None,
+        truncation: float = 1.0,
+        noise: str = "const",
+        truncation_cutoff: int | None = None,
+        generator: torch.Generator | None = None,
     ) -> Tensor:
         """`synthesize` of `map`: images [B, img_channels, H, W] of latents z [B, z_dim] (and labels c [B, c_dim])."""
         return self.synthesize(self.map(z, c, truncation, truncation_cutoff), noise, generator)
@@ -648,6 +658,7 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
     resample_filter where the file has none; their defaults are taken otherwise), refused where weights show another
     value. Raises ValueError when the keys are not such a generator's.
     """
+
     def shape(key: str, ndim: int) -> torch.Size:
         if key not in state_dict:
             raise Problem(f"This is not a StyleGAN2 generator: the tensor {key} is missing.")
@@ -672,10 +683,17 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
     first_width = shape("mapping.fc0.weight", 2)
     w_dim = shape("synthesis.b4.conv1.affine.weight", 2)[1]
     found: dict[str, Any] = {
-        "resolution": resolution, "channels": tuple(channels), "w_dim": w_dim, "img_channels": shape(last, 4)[0],
-        "mapping_layers": layers, "z_dim": first_width[1], "c_dim": 0, "first_size": tuple(const[1:]),
+        "resolution": resolution,
+        "channels": tuple(channels),
+        "w_dim": w_dim,
+        "img_channels": shape(last, 4)[0],
+        "mapping_layers": layers,
+        "z_dim": first_width[1],
+        "c_dim": 0,
+        "first_size": tuple(const[1:]),
         "use_noise": "synthesis.b4.conv1.noise_const" in state_dict,
-        "mapping_dim": first_width[0] if layers > 1 and first_width[0] != w_dim else None, "embed_dim": None,
+        "mapping_dim": first_width[0] if layers > 1 and first_width[0] != w_dim else None,
+        "embed_dim": None,
     }
     if "mapping.embed.weight" in state_dict:
         embedded, found["c_dim"] = shape("mapping.embed.weight", 2)

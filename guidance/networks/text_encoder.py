@@ -183,6 +183,7 @@ def text_encoder_config_from_state_dict(
     Heads and activation leave no trace in the weights; by default heads have 64 channels, as in every published CLIP,
     and width 768 (ViT-L) means quick_gelu, any other gelu. Raises ValueError when the keys are not such an encoder's.
     """
+
     def shape(key: str) -> torch.Size:
         if key not in state_dict:
             raise Problem(f"This is not a CLIP text encoder in Hugging Face layout: the tensor {key} is missing.")

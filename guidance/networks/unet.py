@@ -168,7 +168,9 @@ class ResBlock(nn.Module):
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(embedding, out_channels))
         # Index 2 holds the dropout in LDM's numbering; it has no weights and is zero in every published model.
         self.out_layers = nn.Sequential(
-            nn.GroupNorm(GROUPS, out_channels), nn.SiLU(), nn.Identity(),
+            nn.GroupNorm(GROUPS, out_channels),
+            nn.SiLU(),
+            nn.Identity(),
             _zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
@@ -402,7 +404,11 @@ class UNet(nn.Module):
         return self.out(x)
 
     def _run(
-        self, layers: nn.ModuleList, x: Tensor, embedding: Tensor, context: Tensor | None,
+        self,
+        layers: nn.ModuleList,
+        x: Tensor,
+        embedding: Tensor,
+        context: Tensor | None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         checkpointing = self.gradient_checkpointing and torch.is_grad_enabled()
@@ -444,6 +450,7 @@ def unet_config_from_state_dict(
     its family's, or None for a UNet of no published family.
     Raises ValueError when the keys are not such a UNet's or when self-attention reads the text.
     """
+
     def shape(key: str) -> torch.Size:
         if key not in state_dict:
             raise Problem(f"This is not a Stable Diffusion UNet in LDM layout: the tensor {key} is missing.")

@@ -115,7 +115,10 @@ def places(
         "prompt": connected("positive"),
         "negative": negative,
         "source_prompt": connected("source"),
-        "domain": "", **domain, "vae": "", "tokenizer": "",
+        "domain": "",
+        **domain,
+        "vae": "",
+        "tokenizer": "",
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / name),
         "export_to": str(generator_folder()),
         "device": str(comfy.model_management.get_torch_device()),
@@ -179,22 +182,34 @@ def _in_this_process(
     # Each image may be judged beside the source's.
     latents = config.batch_size * (2 if config.directional or config.reconstruction or config.method == "dds" else 1)
     return critic.run(
-        config.resolution or native_side(critic.model), latents, (config.t_min, config.t_max),
+        config.resolution or native_side(critic.model),
+        latents,
+        (config.t_min, config.t_max),
         lambda judge, encode: adapt(
-            config, resume=resume, generator=generator.loaded(), critic=judge, encode=encode, listener=progress,
+            config,
+            resume=resume,
+            generator=generator.loaded(),
+            critic=judge,
+            encode=encode,
+            listener=progress,
             should_stop=progress.should_stop,
         ),
-        learns=config.method == "vsd", cancelled=progress.cancel,
-    )  # fmt: skip
+        learns=config.method == "vsd",
+        cancelled=progress.cancel,
+    )
 
 
 # ---- a process of its own ---------------------------------------------------------------------------------------
 
 
 def _in_a_process(
-    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, job: Path,
+    config: AdaptConfig,
+    generator: GraphGenerator,
+    critic: CriticInputs,
+    resume: bool | str,
+    job: Path,
     progress: Progress,
-) -> Result:  # fmt: skip
+) -> Result:
     from ...training.isolated import BASE, GENERATOR, run_isolated
 
     with ordinary_tensors():
@@ -202,7 +217,12 @@ def _in_a_process(
         base = export_judge(critic, config).write(job / BASE)
         source = write_generator(job / GENERATOR, generator.generator, generator.metadata)
     return run_isolated(
-        config, folder=job, resume=resume, base=base, generator=source, listener=progress,
+        config,
+        folder=job,
+        resume=resume,
+        base=base,
+        generator=source,
+        listener=progress,
         should_stop=progress.should_stop,
     )
 
@@ -255,10 +275,15 @@ def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
         if name:
             prompts[name] = (base, pooled) if conditioning is None else _plain(conditioning, what)
     return ExportedBase(
-        unet=exported_state_dict(model, exported_dtype(model)), config=unet, prediction_type=prediction_type,
-        zero_snr=zero_snr, latent_format=latent_format, latent_scale=float(model.model.latent_format.scale_factor),
+        unet=exported_state_dict(model, exported_dtype(model)),
+        config=unet,
+        prediction_type=prediction_type,
+        zero_snr=zero_snr,
+        latent_format=latent_format,
+        latent_scale=float(model.model.latent_format.scale_factor),
         autoencoder=export_autoencoder(critic.vae, unet.out_channels, NODE),
-        null_context=NullContext(base, {"empty": "the negative conditioning of a graph"}, pooled), prompts=prompts,
+        null_context=NullContext(base, {"empty": "the negative conditioning of a graph"}, pooled),
+        prompts=prompts,
         name=f"the connected {type(model.model.model_config).__name__} model",
     )
 

@@ -85,8 +85,12 @@ def check_control_loras(
 
 
 def _latent_identity(latent_format: Any) -> tuple:
-    return (type(latent_format).__name__, latent_format.latent_channels, latent_format.latent_dimensions,
-            getattr(latent_format, "scale_factor", None))  # fmt: skip
+    return (
+        type(latent_format).__name__,
+        latent_format.latent_channels,
+        latent_format.latent_dimensions,
+        getattr(latent_format, "scale_factor", None),
+    )
 
 
 def _latent_words(latent_format: Any) -> str:

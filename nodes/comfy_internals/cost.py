@@ -63,9 +63,7 @@ class Cost:
     def evaluations(self) -> Counter[str]:
         # A network that calls no wrappers (not all of core's do) tells nothing.
         telling = {model for (model, _), count in self._made.items() if count}
-        counts = {
-            name: (self._made if model in telling else self._asked)[model, name] for model, name in self._asked
-        }  # fmt: skip
+        counts = {name: (self._made if model in telling else self._asked)[model, name] for model, name in self._asked}
         return Counter({name: count for name, count in counts.items() if count})
 
     @property

@@ -22,9 +22,16 @@ from ...guidance.terms import Source
 
 # What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
 _LIMITS = {
-    "area", "mask", "strength", "start_percent", "end_percent", "clip_start_percent", "clip_end_percent",
-    "timestep_start", "timestep_end",
-}  # fmt: skip
+    "area",
+    "mask",
+    "strength",
+    "start_percent",
+    "end_percent",
+    "clip_start_percent",
+    "clip_end_percent",
+    "timestep_start",
+    "timestep_end",
+}
 # What would have core do more than weigh pixels.
 _RUNS_MODELS = {"control", "gligen", "hooks", "model_conds"}
 

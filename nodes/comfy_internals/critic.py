@@ -65,8 +65,7 @@ def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
 
 
 def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node: str = NODE) -> None:
-    """Refuse a CONDITIONING that is empty or was made by another family's CLIP. Raises ValueError naming both widths.
-    """
+    """Refuse a CONDITIONING that is empty or made by another family's CLIP. Raises ValueError naming both widths."""
     if not conditioning:
         raise Problem(f"{node}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
     info = domain_info(model)
@@ -103,9 +102,12 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
 
 
 def gradient_encoder(
-    vae: Any, model: ModelPatcher, device: torch.device, side_px: int,
+    vae: Any,
+    model: ModelPatcher,
+    device: torch.device,
+    side_px: int,
     cancelled: Callable[[BaseException], None] | None = None,
-) -> ImageEncoder:  # fmt: skip
+) -> ImageEncoder:
     """Images [B, 3 or 1, H, W], judged at `side_px` -> the MODEL's latents [B, C, h, w], float32, differentiable.
 
     The latent is the mean of the VAE's posterior, from a private copy of its encoder half: core's own `vae.encode`
@@ -190,8 +192,9 @@ class _InTheSamplersPlace(comfy.samplers.Sampler):
         self.body = body
         self.outcome: Any = None
 
-    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any,
-               **kwargs: Any) -> Tensor:  # fmt: skip
+    def sample(
+        self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *args: Any, **kwargs: Any
+    ) -> Tensor:
         self.outcome = self.body(extra_args["model_options"])
         return torch.zeros_like(noise)
 
@@ -204,9 +207,14 @@ class CriticGuider(MultiGuidanceGuider):
     """
 
     def __init__(
-        self, prior: ModelPatcher, positive: list, negative: list, scale: float, terms: Sequence[TermInput] = (),
+        self,
+        prior: ModelPatcher,
+        positive: list,
+        negative: list,
+        scale: float,
+        terms: Sequence[TermInput] = (),
         others: Mapping[str, list] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         asked = [TermInput(f"{name} conditioning", 0.0, conditioning=cond) for name, cond in (others or {}).items()]
         prompt = TermInput(PROMPT, scale, conditioning=positive)
         self._asked_apart = len(asked)
@@ -282,7 +290,8 @@ class Predictions:
         base = self.source(guidance.base)
         terms = [
             Term(term.name, self, self._conditionings[term.source], term.weight, term.reference)
-            for term in guidance.terms if term.source not in asked or not is_zero(term.weight)
+            for term in guidance.terms
+            if term.source not in asked or not is_zero(term.weight)
         ]
         prompt = terms[-1]
         source = None
@@ -290,7 +299,10 @@ class Predictions:
             source = Guidance(base, [Term(PROMPT, self, self._conditionings[others[SOURCE]], prompt.weight)])
         unwanted = self.source(others[UNWANTED]) if UNWANTED in others else None
         return Critic(
-            Guidance(base, terms), schedule, negative=unwanted, source=source,
+            Guidance(base, terms),
+            schedule,
+            negative=unwanted,
+            source=source,
             percent_to_sigma=self.guider._percent_to_sigma,
         )
 
@@ -421,10 +433,15 @@ class CriticInputs:
         return schedule
 
     def run(
-        self, side_px: int, batch: int, timesteps: tuple[int, int],
-        body: Callable[[Critic, ImageEncoder], Outcome], *, learns: bool = False,
+        self,
+        side_px: int,
+        batch: int,
+        timesteps: tuple[int, int],
+        body: Callable[[Critic, ImageEncoder], Outcome],
+        *,
+        learns: bool = False,
         cancelled: Callable[[BaseException], None] | None = None,
-    ) -> Outcome:  # fmt: skip
+    ) -> Outcome:
         """Run `body(critic, encode)` with everything loaded; refuses first what cannot work.
 
         side_px: of the images as they are encoded; batch: latents in one prediction; timesteps: the least and the
@@ -434,7 +451,11 @@ class CriticInputs:
         schedule = self.check()
         others = {SOURCE: self.source, UNWANTED: self.unwanted}
         guider = CriticGuider(
-            self.model, self.positive, self.negative, self.scale, self.terms,
+            self.model,
+            self.positive,
+            self.negative,
+            self.scale,
+            self.terms,
             {name: conditioning for name, conditioning in others.items() if conditioning is not None},
         )
         low, high = timesteps

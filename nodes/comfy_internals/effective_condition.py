@@ -59,9 +59,7 @@ def run_prior(
     others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
     outputs = calls.run(model, conds, others, x, timestep, model_options) if others else {}
     if any(cond is not None for cond in pair):
-        hooked = hook(
-            {"conds": pair, "input": x, "sigma": timestep, "model": model, "model_options": model_options}
-        )
+        hooked = hook({"conds": pair, "input": x, "sigma": timestep, "model": model, "model_options": model_options})
         outputs.update(zip((POSITIVE, NEGATIVE), hooked))
     return outputs
 
@@ -88,10 +86,16 @@ def apply_hooks(
     for hook in model_options.get("sampler_pre_cfg_function", []):
         predictions = hook(
             {
-                "conds": [control_cond, base_cond], "conds_out": predictions, "cond_scale": scale, "timestep": timestep,
-                "input": x, "sigma": timestep, "model": model, "model_options": options,
+                "conds": [control_cond, base_cond],
+                "conds_out": predictions,
+                "cond_scale": scale,
+                "timestep": timestep,
+                "input": x,
+                "sigma": timestep,
+                "model": model,
+                "model_options": options,
             }
-        )  # fmt: skip
+        )
     return comfy.samplers.cfg_function(
         model,
         predictions[0],

@@ -15,13 +15,7 @@ from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
 from ...guidance.errors import Problem
-from ...guidance.files import (
-    DomainMetadata,
-    FileProblem,
-    prior_content_hash,
-    read_metadata,
-    write_domain_file,
-)
+from ...guidance.files import DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
 from ...guidance.networks.unet import UNetConfig
 from ...guidance.null_text import (
     POOLED_TEXT_ADM,
@@ -53,8 +47,7 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
     info = domain_info(model)
     if info is not None and info.form != "full":
         raise Problem(
-            f"{node}: expected a model that takes text, found the text-free model '{info.name}'; connect the "
-            "prior."
+            f"{node}: expected a model that takes text, found the text-free model '{info.name}'; connect the prior."
         )
     if not isinstance(unet, UNetModel) or model.model.model_config.unet_config.get("context_dim") is None:
         raise Problem(
@@ -64,18 +57,22 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
         )
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
-        raise Problem(
-            f"{node}: expected a UNet for images, found one for video; connect an image model."
-        )
+        raise Problem(f"{node}: expected a UNet for images, found one for video; connect an image model.")
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     return UNetConfig(
-        model_channels=core["model_channels"], channel_mult=tuple(core["channel_mult"]),
-        num_res_blocks=tuple(core["num_res_blocks"]), transformer_depth=tuple(core["transformer_depth"]),
+        model_channels=core["model_channels"],
+        channel_mult=tuple(core["channel_mult"]),
+        num_res_blocks=tuple(core["num_res_blocks"]),
+        transformer_depth=tuple(core["transformer_depth"]),
         transformer_depth_middle=core["transformer_depth_middle"],
-        transformer_depth_output=tuple(core["transformer_depth_output"]), context_dim=core["context_dim"],
-        in_channels=core["in_channels"], out_channels=core["out_channels"],
-        num_heads=-1 if head_channels > 0 else num_heads, num_head_channels=head_channels if head_channels > 0 else -1,
-        use_linear_in_transformer=core["use_linear_in_transformer"], adm_in_channels=core["adm_in_channels"],
+        transformer_depth_output=tuple(core["transformer_depth_output"]),
+        context_dim=core["context_dim"],
+        in_channels=core["in_channels"],
+        out_channels=core["out_channels"],
+        num_heads=-1 if head_channels > 0 else num_heads,
+        num_head_channels=head_channels if head_channels > 0 else -1,
+        use_linear_in_transformer=core["use_linear_in_transformer"],
+        adm_in_channels=core["adm_in_channels"],
     )
 
 
@@ -174,9 +171,13 @@ def vector_conditioning(model, pooled: Tensor | None, side_px: int) -> Tensor | 
     if model.model.adm_channels == 0:
         return None
     noise = torch.zeros(1, 4, side_px // 8, side_px // 8)
-    return model.model.encode_adm(
-        pooled_output=pooled, width=side_px, height=side_px, noise=noise, device=model.load_device
-    ).float().cpu()
+    return (
+        model.model.encode_adm(
+            pooled_output=pooled, width=side_px, height=side_px, noise=noise, device=model.load_device
+        )
+        .float()
+        .cpu()
+    )
 
 
 def output_path(filename: str) -> Path:
@@ -236,7 +237,12 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         progress = ProgressBar(2 * 20 + 2 * 8)
         probes, unseen = (
             collect_probes(
-                denoiser, context.tensor, (1, config.in_channels, side, side), y=y, seed=seed, device=prior.device,
+                denoiser,
+                context.tensor,
+                (1, config.in_channels, side, side),
+                y=y,
+                seed=seed,
+                device=prior.device,
                 on_step=lambda done, _: progress.update(1),
             )
             for seed in (0, 1)
@@ -251,8 +257,14 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         unseen = Probes(noise, torch.tensor([999.0, 500.0]), None if y is None else y.expand(2, -1))
 
     metadata = DomainMetadata(
-        config, latent_format=latent_format, prediction_type=prediction_type, zero_snr=zero_snr,
-        null_text_error=errors, null_context=context.to_dict(), prior_hash=prior_hash, domain_name=path.stem,
+        config,
+        latent_format=latent_format,
+        prediction_type=prediction_type,
+        zero_snr=zero_snr,
+        null_text_error=errors,
+        null_context=context.to_dict(),
+        prior_hash=prior_hash,
+        domain_name=path.stem,
     )
     write_domain_file(path, text_free, metadata)
     made = load_domain_unet(str(path))

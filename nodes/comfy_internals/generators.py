@@ -178,9 +178,8 @@ def blend(
     if split_px:
         stage |= {"split_resolution": split_px, "amount_below_split": below}
     metadata = dataclasses.replace(
-        adapted.metadata, name=name, licence=_both_licences(source, adapted),
-        history=(*adapted.metadata.history, stage),
-    )  # fmt: skip
+        adapted.metadata, name=name, licence=_both_licences(source, adapted), history=(*adapted.metadata.history, stage)
+    )
     return GraphGenerator(blended, metadata, name)
 
 
@@ -251,7 +250,9 @@ def draw(
                 random = torch.Generator().manual_seed((seed + done) & LARGEST_SEED)
                 try:
                     ws = generator.map(
-                        z[chosen].to(device), None if c is None else c[chosen].to(device), truncation=truncation,
+                        z[chosen].to(device),
+                        None if c is None else c[chosen].to(device),
+                        truncation=truncation,
                         truncation_cutoff=cutoff or None,
                     )
                     drawn = as_image(generator.synthesize(ws, noise=noise, generator=random))
@@ -276,8 +277,7 @@ def draw(
 
 
 def _check_room(count: int, config: GeneratorConfig) -> None:
-    """Raise Problem for images that do not fit into main memory together: the system would end ComfyUI without a word.
-    """
+    """Raise Problem for images that do not fit into memory together: the system would end ComfyUI without a word."""
     from ...training.estimate import size_text
     from ...training.memory import available_memory
 

@@ -125,7 +125,8 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         """
         needed = self._sources_ever_needed()
         own_texts = [
-            source for source in self.guidance.sources
+            source
+            for source in self.guidance.sources
             if source.model is self._given_prior and source.cond is not self.guidance.base.cond
         ]
         if not any(source in needed for source in own_texts):  # hooks ask for the control whatever its weight
@@ -144,10 +145,14 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
                 key = names[id(source.cond)] = f"term {self.guidance.names(source)[0]}"
                 self._branch_conds[key] = comfy.sampler_helpers.convert_cond(source.cond)
             self._keys[source] = names[id(source.cond)]
-        compatibility.check_spreading(own.get(POSITIVE, ()), {
-            " and ".join(self.guidance.names(source)): source.cond for source in self._keys
-            if self._keys[source] != POSITIVE
-        })  # fmt: skip
+        compatibility.check_spreading(
+            own.get(POSITIVE, ()),
+            {
+                " and ".join(self.guidance.names(source)): source.cond
+                for source in self._keys
+                if self._keys[source] != POSITIVE
+            },
+        )
         self.inner_set_conds(own)
         return control
 
@@ -278,9 +283,19 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         return visible
 
     def inner_sample(
-        self, noise: Tensor, latent_image: Tensor | None, device: Any, sampler: Any, sigmas: Tensor,
-        denoise_mask: Tensor | None, callback: Any, disable_pbar: bool, seed: int | None, *args: Any, **kwargs: Any,
-    ) -> Tensor:  # fmt: skip
+        self,
+        noise: Tensor,
+        latent_image: Tensor | None,
+        device: Any,
+        sampler: Any,
+        sigmas: Tensor,
+        denoise_mask: Tensor | None,
+        callback: Any,
+        disable_pbar: bool,
+        seed: int | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
         """Core's inner run, once each branch has processed its conditionings; models are loaded here."""
         for branch in self._branches.values():
             branch.check_prepared()
@@ -334,7 +349,11 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
     # ---- one prediction ---------------------------------------------------------------------------------------------
 
     def predict_noise(
-        self, x: Tensor, timestep: Tensor, model_options: dict[str, Any] = {}, seed: int | None = None
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] = {},  # noqa: B006
+        seed: int | None = None,
     ) -> Tensor:
         """The combined denoised prediction [B, C, ...] for x [B, C, ...] at the sigma `timestep` [B]."""
         for branch in self._branches.values():
@@ -418,9 +437,14 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
         return predictions
 
     def _apply_hooks(
-        self, step: Step, guiding: dict[Source, Tensor], predictions: dict[Source, Tensor], x: Tensor, timestep: Tensor,
+        self,
+        step: Step,
+        guiding: dict[Source, Tensor],
+        predictions: dict[Source, Tensor],
+        x: Tensor,
+        timestep: Tensor,
         model_options: dict[str, Any],
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         effective, base, scale = step.effective(guiding)
         # Without a control conditioning the base's stands in, as a list of its own so that the two can be told apart.
         control = self.guidance.base if self._control is None else self._control
@@ -433,9 +457,17 @@ class MultiGuidanceGuider(comfy.samplers.CFGGuider):
             return predictions[control]
 
         return effective_condition.apply_hooks(
-            self.inner_model, effective, base, scale, control_prediction, control_cond, self.conds[NEGATIVE],
-            x, timestep, model_options,
-        )  # fmt: skip
+            self.inner_model,
+            effective,
+            base,
+            scale,
+            control_prediction,
+            control_cond,
+            self.conds[NEGATIVE],
+            x,
+            timestep,
+            model_options,
+        )
 
     def _ask(self, sources: Sequence[Source]) -> None:
         for source in sources:
@@ -457,14 +489,17 @@ def _apart(patcher: ModelPatcher, holder: ModelPatcher, name: str) -> tuple[Mode
     if own is not None:
         LOG.info(
             "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
-            "differently; it gets its own copy of the weights (%.2f GB).", name, own.model_size() / 2**30,
-        )  # fmt: skip
+            "differently; it gets its own copy of the weights (%.2f GB).",
+            name,
+            own.model_size() / 2**30,
+        )
         return own, None
     LOG.warning(
         "Multi-guidance: the model of term '%s' shares its checkpoint with another model but is patched "
         "differently, and there is no room or way for a second copy; the weights are patched anew twice a step, "
-        "which is slow. Loading the checkpoint for it from a second file avoids that.", name,
-    )  # fmt: skip
+        "which is slow. Loading the checkpoint for it from a second file avoids that.",
+        name,
+    )
     return patcher, holder
 
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ...guidance.errors import Problem
 
-
 _TINY = 64  # latent pixels; as many as one of a large model's deepest level stands for
 
 
@@ -84,14 +83,24 @@ def sample_latent(
     _check_kind(model, samples)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     plan = comfy.samplers.KSampler(
-        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+        model,
+        steps=steps,
+        device=model.load_device,
+        sampler=sampler_name,
+        scheduler=scheduler,
+        denoise=denoise,
         model_options=model.model_options,
-    )  # fmt: skip
+    )
     result = guider.sample(
-        noise, samples, comfy.samplers.sampler_object(sampler_name), plan.sigmas, denoise_mask=latent.get("noise_mask"),
-        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+        noise,
+        samples,
+        comfy.samplers.sampler_object(sampler_name),
+        plan.sigmas,
+        denoise_mask=latent.get("noise_mask"),
+        callback=latent_preview.prepare_callback(model, steps),
+        disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
         seed=seed,
-    )  # fmt: skip
+    )
     out = latent.copy()
     out.pop(_EMPTY_RATIO, None)
     out["samples"] = result.to(comfy.model_management.intermediate_device())

@@ -31,8 +31,8 @@ from ...guidance.files import (
     unet_layout,
 )
 from ...guidance.networks.unet import UNetConfig
-from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
+from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .text_free import TextFree, mixed, module_key, remove_text, without_text
 
 NODE = "Load Domain UNet"
@@ -53,10 +53,7 @@ LATENT_FORMATS = {
     "sdxl": comfy.latent_formats.SDXL,
     MINI_WORLD: MiniWorldLatentFormat,
 }
-MODEL_TYPES = {
-    "epsilon": comfy.model_base.ModelType.EPS,
-    "v_prediction": comfy.model_base.ModelType.V_PREDICTION,
-}
+MODEL_TYPES = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
 
 
 @dataclass(frozen=True)
@@ -238,9 +235,7 @@ def build_unet_model(
             supported_dtypes=list(model_config.supported_inference_dtypes),
             weight_dtype=comfy.utils.weight_dtype(weights),
         )
-    manual_cast = comfy.model_management.unet_manual_cast(
-        dtype, load_device, model_config.supported_inference_dtypes
-    )
+    manual_cast = comfy.model_management.unet_manual_cast(dtype, load_device, model_config.supported_inference_dtypes)
     model_config.set_inference_dtype(dtype, manual_cast)
     model_config.optimizations["fp8"] = weight_dtype.endswith("_fast")
 
@@ -283,9 +278,15 @@ def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: 
             form = "full" if metadata.null_text == "none" else metadata.null_text
             name = metadata.domain_name or Path(path).stem
             patcher = build_unet_model(
-                state_dict, metadata.config, info=DomainInfo(name, str(path), form, metadata),
-                latent_format=metadata.latent_format, source=path, prediction_type=metadata.prediction_type,
-                zero_snr=metadata.zero_snr, weight_dtype=weight_dtype, disable_dynamic=disable_dynamic,
+                state_dict,
+                metadata.config,
+                info=DomainInfo(name, str(path), form, metadata),
+                latent_format=metadata.latent_format,
+                source=path,
+                prediction_type=metadata.prediction_type,
+                zero_snr=metadata.zero_snr,
+                weight_dtype=weight_dtype,
+                disable_dynamic=disable_dynamic,
             )
     patcher.cached_patcher_init = (load_domain_unet, (str(path), weight_dtype))
     return patcher
@@ -328,8 +329,13 @@ def load_mini_world_prior(disable_dynamic: bool = False):
         config = UNetConfig.from_json(metadata["config"])
         check_unet(state_dict, config, "prior_unet.safetensors")
         patcher = build_unet_model(
-            state_dict, config, info=None, latent_format=MINI_WORLD, source="The mini world's prior",
-            prediction_type="epsilon", disable_dynamic=disable_dynamic,
+            state_dict,
+            config,
+            info=None,
+            latent_format=MINI_WORLD,
+            source="The mini world's prior",
+            prediction_type="epsilon",
+            disable_dynamic=disable_dynamic,
         )
     patcher.cached_patcher_init = (load_mini_world_prior, ())
     return patcher

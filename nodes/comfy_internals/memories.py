@@ -184,16 +184,22 @@ def _on_modules(modules: Iterable[torch.nn.Module]) -> list[Any]:
     own = vars(torch.nn.Module())
     return [
         item
-        for module in modules if not isinstance(module, comfy.ops.CastWeightBiasOp)  # core moves weights about there
-        for key, item in vars(module).items() if key not in own
-    ]  # fmt: skip
+        for module in modules
+        if not isinstance(module, comfy.ops.CastWeightBiasOp)  # core moves weights about there
+        for key, item in vars(module).items()
+        if key not in own
+    ]
 
 
 def _collect(values: Iterable[Any], found: dict[int, tuple[Any, int]], depth: int) -> None:
     for value in values:
         if isinstance(value, torch.Tensor):
             found[id(value)] = value, -1 if value.is_inference() else value._version
-        elif depth and isinstance(value, (dict, list, tuple, set, deque)):
-            _collect(_items(value), found, depth - 1)
-        elif depth and not isinstance(value, types.FunctionType) and _may_remember(value):
+        elif (
+            depth
+            and isinstance(value, (dict, list, tuple, set, deque))
+            or depth
+            and not isinstance(value, types.FunctionType)
+            and _may_remember(value)
+        ):
             _collect(_items(value), found, depth - 1)

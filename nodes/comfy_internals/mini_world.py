@@ -34,9 +34,12 @@ class MiniWorldLatentFormat(comfy.latent_formats.LatentFormat):
 class MiniWorldTextEncoder(comfy.sd1_clip.SDClipModel):
     """Core's CLIP text model in the mini world's size."""
 
-    def __init__(self, device="cpu", dtype=None, model_options={}, textmodel_json_config=None) -> None:
+    def __init__(self, device="cpu", dtype=None, model_options={}, textmodel_json_config=None) -> None:  # noqa: B006
         super().__init__(
-            device=device, dtype=dtype, model_options=model_options, textmodel_json_config=dict(textmodel_json_config),
+            device=device,
+            dtype=dtype,
+            model_options=model_options,
+            textmodel_json_config=dict(textmodel_json_config),
             return_projected_pooled=False,
         )
 
@@ -63,7 +66,8 @@ def build_clip(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> co
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     target.params = {"clip_model": MiniWorldTextEncoder, "textmodel_json_config": core_config}
     clip = comfy.sd.CLIP(
-        target, embedding_directory=folder_paths.get_folder_paths("embeddings"),
+        target,
+        embedding_directory=folder_paths.get_folder_paths("embeddings"),
         parameters=sum(tensor.numel() for tensor in state_dict.values()),
     )
     missing, unexpected = clip.load_sd(state_dict)

@@ -124,9 +124,7 @@ def find_model(name: str, folders: Sequence[str], node: str, shipped: Path | Non
     own = _SPELLINGS[-1](name).rpartition("/")[2]
     moved = [one for one in list_models(folders) if own and _SPELLINGS[-1](one).rpartition("/")[2] == own]
     advice = f"{_names(moved)} is listed, pick it if it is the same" if moved else "put it there, or pick a listed file"
-    raise FileProblem(
-        f"{node}: expected a file named {name!r:.150} in {_folders(places)}, found none; {advice}."
-    )
+    raise FileProblem(f"{node}: expected a file named {name!r:.150} in {_folders(places)}, found none; {advice}.")
 
 
 def fingerprint(name: str, folders: Sequence[str]) -> str:
@@ -142,8 +140,9 @@ def fingerprint(name: str, folders: Sequence[str]) -> str:
         status = path.stat()
     except OSError:
         return "missing"
-    return " ".join(map(str, (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns,
-                              status.st_ctime_ns)))  # fmt: skip
+    return " ".join(
+        map(str, (path, status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns))
+    )
 
 
 def _folders(places: Sequence[str]) -> str:
@@ -160,4 +159,4 @@ def _names(names: Sequence[str]) -> str:
 
 def _short(path: str, most: int) -> str:
     """A path of at most `most` characters, without its beginning where it is longer: its end says more."""
-    return path if len(path) <= most else f"...{path[3 - most:]}"
+    return path if len(path) <= most else f"...{path[3 - most :]}"

@@ -121,7 +121,7 @@ def _foreign(what: Any) -> bool:
 
 def _is_empty(cell: types.CellType) -> bool:
     try:
-        cell.cell_contents
+        cell.cell_contents  # noqa: B018
     except ValueError:
         return True
     return False

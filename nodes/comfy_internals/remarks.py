@@ -27,8 +27,10 @@ def on_models(guidance: Guidance, prior: ModelPatcher) -> None:
         if ignored:
             LOG.warning(
                 "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling "
-                "function belong on the prior.", ", ".join(ignored), names,
-            )  # fmt: skip
+                "function belong on the prior.",
+                ", ".join(ignored),
+                names,
+            )
     for term in guidance.terms:
         against_prior = guidance.reference(term).model is prior
         if term.model is prior or not against_prior or term.weight == Constant(0.0):
@@ -41,8 +43,9 @@ def on_models(guidance: Guidance, prior: ModelPatcher) -> None:
                 "Multi-guidance: the prior carries patches that the model of term '%s' lacks (%s), so this term "
                 "pushes against them; add the prior without them as a term of weight 0 and make it this term's "
                 "reference, or, which comes near, put the same LoRA or node on that model.",
-                term.name, ", ".join(lacking),
-            )  # fmt: skip
+                term.name,
+                ", ".join(lacking),
+            )
 
 
 class Remarks:

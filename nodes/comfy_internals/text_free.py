@@ -76,8 +76,14 @@ class NoText:
 
     patch_reported = False
 
-    absent = (*CachedText.absent, "attn2.to_q.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias", "norm2.weight",
-              "norm2.bias")  # fmt: skip
+    absent = (
+        *CachedText.absent,
+        "attn2.to_q.weight",
+        "attn2.to_out.0.weight",
+        "attn2.to_out.0.bias",
+        "norm2.weight",
+        "norm2.bias",
+    )
 
     def freeze(self, tokens: int) -> None:
         """Take all layers out, in place."""
@@ -172,9 +178,10 @@ def absent_layers(model: TextFree) -> list[str]:
     """The weights of the layers that text had, by the names that LoRAs have for them."""
     return [
         f"diffusion_model.{name}.{weight}"
-        for name, module in model.diffusion_model.named_modules() if isinstance(module, attention.BasicTransformerBlock)
+        for name, module in model.diffusion_model.named_modules()
+        if isinstance(module, attention.BasicTransformerBlock)
         for weight in module.attn2.absent
-    ]  # fmt: skip
+    ]
 
 
 class TextFreePatcher:
@@ -214,8 +221,12 @@ class TextFreePatcher:
             kinds = sorted({".".join(key.split(".")[-3:-1]) for key in map(str, absent)})
             LOG.warning(
                 "The domain model '%s' takes no text: %d of the %d weights of a LoRA are for its text layers (%s) and "
-                "are left out.", self.model.indomain_domain.name, len(absent), len(patches), ", ".join(kinds),
-            )  # fmt: skip
+                "are left out.",
+                self.model.indomain_domain.name,
+                len(absent),
+                len(patches),
+                ", ".join(kinds),
+            )
         return {key: patch for key, patch in patches.items() if key not in absent}, absent
 
 

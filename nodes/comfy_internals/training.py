@@ -41,8 +41,8 @@ from .export import (
     exported_state_dict,
     is_untrained,
 )
+from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior
 from .model_files import find_model, fingerprint, list_models
-from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior, ordinary_tensors
 from .progress import ProgressBar
 
 if TYPE_CHECKING:
@@ -280,11 +280,13 @@ def places(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         # The baseline's file is an ordinary LoRA.
         folder = Path(folder_paths.get_folder_paths("loras")[0])
     return {
-        "output": str(Path(folder_paths.get_output_directory()) / RUNS / name), "export_to": str(folder),
-        "cache": str(latents_folder()), "vae": "",
+        "output": str(Path(folder_paths.get_output_directory()) / RUNS / name),
+        "export_to": str(folder),
+        "cache": str(latents_folder()),
+        "vae": "",
         "tokenizer": str(Path(comfy.sd1_clip.__file__).with_name("sd1_tokenizer")),
         "device": str(comfy.model_management.get_torch_device()),
-    }  # fmt: skip
+    }
 
 
 def latents_folder() -> Path:
@@ -505,7 +507,10 @@ def run(
                 config, folder=job, resume=resume, base=base, listener=progress, should_stop=progress.should_stop
             )
         return train(
-            config, resume=resume, base=None if base is None else base.open(), listener=progress,
+            config,
+            resume=resume,
+            base=None if base is None else base.open(),
+            listener=progress,
             should_stop=progress.should_stop,
         )
 

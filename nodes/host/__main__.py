@@ -152,9 +152,14 @@ def _child(command: list[str], cwd: Path | None = None) -> int:
 
 
 COMMANDS = {
-    "demo": demo, "serve": serve, "test": test, "bench": bench, "mini-world": mini_world, "indomain": indomain,
+    "demo": demo,
+    "serve": serve,
+    "test": test,
+    "bench": bench,
+    "mini-world": mini_world,
+    "indomain": indomain,
     "claims": claims,
-}  # fmt: skip
+}
 
 
 def main() -> int:

@@ -50,8 +50,7 @@ class ExecutionInterrupted(RuntimeError):
 
 @dataclass
 class Run:
-    """What one finished run left: node outputs by node id, previews and texts it sent, nodes answered from the cache.
-    """
+    """What one finished run left: outputs by node id, previews and texts it sent, nodes answered from the cache."""
 
     prompt_id: str
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -102,9 +101,11 @@ class ComfyClient:
 
     def post(self, path: str, body: Any = None, *, timeout_s: float = 60.0) -> bytes:
         request = urllib.request.Request(
-            self.url + path, data=json.dumps({} if body is None else body).encode(),
-            headers={"Content-Type": "application/json"}, method="POST",
-        )  # fmt: skip
+            self.url + path,
+            data=json.dumps({} if body is None else body).encode(),
+            headers={"Content-Type": "application/json"},
+            method="POST",
+        )
         with self._opener.open(request, timeout=timeout_s) as answer:
             return answer.read()
 
@@ -130,9 +131,11 @@ class ComfyClient:
     def image(self, reference: Mapping[str, str]) -> bytes:
         """The file behind one image reference of a run's outputs."""
         return self.get_bytes(
-            "/view", filename=reference["filename"], subfolder=reference.get("subfolder", ""),
+            "/view",
+            filename=reference["filename"],
+            subfolder=reference.get("subfolder", ""),
             type=reference.get("type", "output"),
-        )  # fmt: skip
+        )
 
     # ---------------------------------------------------------------------------------------------------- running
 
@@ -167,7 +170,7 @@ class ComfyClient:
 
         client_id = uuid.uuid4().hex
         started = time.monotonic()
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession() as session:  # noqa: SIM117
             # Connected before submitting, so that no event is missed.
             async with session.ws_connect(f"{self.url}/ws", params={"clientId": client_id}, max_msg_size=0) as socket:
                 prompt_id = await self._submit(session, prompt, client_id)

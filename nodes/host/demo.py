@@ -111,10 +111,12 @@ def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Sequence[Any]]]], title
     title_px, text_px = 44, 30
     sheet = Image.new(
         "RGB",
-        (_MARGIN_PX + len(titles) * (cell_width + _MARGIN_PX), _MARGIN_PX + title_px + len(rows) * (text_px + height)
-         + _MARGIN_PX),
+        (
+            _MARGIN_PX + len(titles) * (cell_width + _MARGIN_PX),
+            _MARGIN_PX + title_px + len(rows) * (text_px + height) + _MARGIN_PX,
+        ),
         "white",
-    )  # fmt: skip
+    )
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
         x = _MARGIN_PX + column * (cell_width + _MARGIN_PX)

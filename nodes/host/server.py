@@ -36,9 +36,7 @@ def has_accelerator() -> bool:
 
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         return True
-    return any(
-        hasattr(torch, name) and getattr(torch, name).is_available() for name in ("xpu", "npu", "mlu")
-    )
+    return any(hasattr(torch, name) and getattr(torch, name).is_available() for name in ("xpu", "npu", "mlu"))
 
 
 def free_port() -> int:
@@ -143,15 +141,24 @@ class ComfyServer:
 
     def _command(self, port: int) -> list[str]:
         return [
-            self.python, str(self.comfyui / "main.py"),
-            "--listen", "127.0.0.1", "--port", str(port),
-            "--base-directory", str(self.base),
-            "--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}",
-            "--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME,
-            "--disable-api-nodes", "--disable-auto-launch",
+            self.python,
+            str(self.comfyui / "main.py"),
+            "--listen",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--base-directory",
+            str(self.base),
+            "--database-url",
+            f"sqlite:///{(self.base / 'comfyui.db').as_posix()}",
+            "--disable-all-custom-nodes",
+            "--whitelist-custom-nodes",
+            PACK_NAME,
+            "--disable-api-nodes",
+            "--disable-auto-launch",
             *([] if {"--cpu", "--directml"} & set(self.flags) or has_accelerator() else ["--cpu"]),
             *self.flags,
-        ]  # fmt: skip
+        ]
 
     def _start(self) -> None:
         for attempt in range(_ATTEMPTS):
@@ -177,9 +184,15 @@ class ComfyServer:
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
-                self._command(port), cwd=self.comfyui, env=environ, stdin=subprocess.DEVNULL, stdout=log,
-                stderr=subprocess.STDOUT, preexec_fn=_die_with_parent if _LIBC else None, **own_group,
-            )  # fmt: skip
+                self._command(port),
+                cwd=self.comfyui,
+                env=environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                preexec_fn=_die_with_parent if _LIBC else None,
+                **own_group,
+            )
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.client = ComfyClient(self.url)

@@ -82,7 +82,6 @@ def part_verify(report: Report, plan: Plan) -> None:
 def drawn(side: int, seed: int, one_noise: bool = False) -> object:
     """A timestep and the terms' noise for latents of a side."""
     import torch
-
     from indomain_guidance.guidance.distillation.objective import Draws
 
     generator = torch.Generator().manual_seed(seed + 1)
@@ -110,9 +109,13 @@ def part_step(report: Report, plan: Plan) -> None:
     times = interleave({name: side.step for name, side in sides.items()}, plan.rounds, budget_s=plan.budget, what=what)
     for name, target in ((DEFAULT, 0.65), (REPRODUCED, None)):
         report.median(
-            f"{what}/{SIDES[name]}_over_released", times.ratios(name, RELEASED), "ratio", target=target,
-            ours_s=times.median(name), released_s=times.median(RELEASED),
-        )  # fmt: skip
+            f"{what}/{SIDES[name]}_over_released",
+            times.ratios(name, RELEASED),
+            "ratio",
+            target=target,
+            ours_s=times.median(name),
+            released_s=times.median(RELEASED),
+        )
 
 
 def asked(models: object, step: Callable[[], float]) -> dict[str, int]:
@@ -144,9 +147,14 @@ def part_memory(report: Report, plan: Plan) -> None:
         found[name] = result["bytes"]
     for name, target in ((DEFAULT, 0.75), (REPRODUCED, None)):
         report.line(
-            f"memory/{plan.shape}/{SIDES[name]}_over_released", found[name] / found[RELEASED], "ratio", samples=1,
-            target=target, ours_gb=found[name] / 1e9, released_gb=found[RELEASED] / 1e9,
-        )  # fmt: skip
+            f"memory/{plan.shape}/{SIDES[name]}_over_released",
+            found[name] / found[RELEASED],
+            "ratio",
+            samples=1,
+            target=target,
+            ours_gb=found[name] / 1e9,
+            released_gb=found[RELEASED] / 1e9,
+        )
 
 
 def child_memory(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
@@ -166,11 +174,15 @@ def child_memory(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
 
 
 BENCHMARK = Benchmark(
-    "distillation", __doc__, Path(__file__).resolve(), {"full": FULL, "quick": QUICK, "tiny": TINY},
-    {"verify": part_verify, "step": part_step, "memory": part_memory}, {"memory": child_memory},
+    "distillation",
+    __doc__,
+    Path(__file__).resolve(),
+    {"full": FULL, "quick": QUICK, "tiny": TINY},
+    {"verify": part_verify, "step": part_step, "memory": part_memory},
+    {"memory": child_memory},
     # Sides that do different work are not worth timing.
     decisive=("verify",),
-)  # fmt: skip
+)
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main(sys.argv[1:]))

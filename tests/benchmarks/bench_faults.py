@@ -118,9 +118,14 @@ def unable(parts: Collection[str]) -> str | None:
 
 
 BENCHMARK = Benchmark(
-    "faults", __doc__, HERE, {"full": FULL, "quick": QUICK, "tiny": TINY},
-    {"kills": part_kills, "interrupts": part_interrupts}, unable=unable, quick="about five minutes",
-)  # fmt: skip
+    "faults",
+    __doc__,
+    HERE,
+    {"full": FULL, "quick": QUICK, "tiny": TINY},
+    {"kills": part_kills, "interrupts": part_interrupts},
+    unable=unable,
+    quick="about five minutes",
+)
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main(sys.argv[1:]))

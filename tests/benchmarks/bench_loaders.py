@@ -38,12 +38,21 @@ GENERATORS = {
     "256": {"resolution": 256, "channels": (512, 512, 512, 512, 512, 256, 128)},  # the published widths
 }
 FAULTS = {"ran": "ran anything", "said": "no sentence that names the file", "slow": "over 10 s", "large": "over 500 MB"}
-SHARES = {"generators": 24_000, "domain_files": 9_000, "bases": 3_000, "run_checkpoints": 4_000, "shards": 14_000,
-          "pictures": 14_000, "settings": 14_000, "content_indices": 9_000, "cached_latents": 4_000,
-          "logs": 5_000}  # fmt: skip
+SHARES = {
+    "generators": 24_000,
+    "domain_files": 9_000,
+    "bases": 3_000,
+    "run_checkpoints": 4_000,
+    "shards": 14_000,
+    "pictures": 14_000,
+    "settings": 14_000,
+    "content_indices": 9_000,
+    "cached_latents": 4_000,
+    "logs": 5_000,
+}
 MOST_WALL_S = 120.0  # for one input, of a process that sleeps instead of working
-MOST_RESTARTS = 40   # of one reader's processes; beyond them it has failed altogether
-SHOWN = 12           # failures of one reader that are told of
+MOST_RESTARTS = 40  # of one reader's processes; beyond them it has failed altogether
+SHOWN = 12  # failures of one reader that are told of
 
 
 @dataclass(frozen=True)
@@ -66,8 +75,9 @@ def part_attacks(report: Report, plan: Plan) -> None:
     (result,) = BENCHMARK.child(report, plan, "attacks")
     for text in result["wrong"]:
         say(f"  {text}")
-    report.line("attacks/not_refused_for_their_reason", len(result["wrong"]), "attacks", samples=result["attacks"],
-                target=0)  # fmt: skip
+    report.line(
+        "attacks/not_refused_for_their_reason", len(result["wrong"]), "attacks", samples=result["attacks"], target=0
+    )
     report.line("attacks/events_of_running_code", result["ran"], "events", samples=result["attacks"], target=0)
     report.line("attacks/slowest", result["slowest"], "s", samples=result["attacks"], which=result["which"])
 
@@ -143,11 +153,16 @@ class Tally:
     def report(self, report: Report, name: str, planned: int) -> None:
         count = self.inputs
         report.line(f"{name}/inputs", count, "inputs", samples=count, target=planned, better="higher")
-        for fault, line in (("ran", "ran_anything"), ("said", "without_a_sentence"), ("slow", "over_10_s"),
-                            ("large", "over_500_MB")):  # fmt: skip
+        for fault, line in (
+            ("ran", "ran_anything"),
+            ("said", "without_a_sentence"),
+            ("slow", "over_10_s"),
+            ("large", "over_500_MB"),
+        ):
             report.line(f"{name}/{line}", self.faults[fault], "inputs", samples=count, target=0)
-        report.line(f"{name}/refused", self.outcomes["refused"] / max(count, 1), "share", samples=count,
-                    better="higher")
+        report.line(
+            f"{name}/refused", self.outcomes["refused"] / max(count, 1), "share", samples=count, better="higher"
+        )
         report.line(f"{name}/slowest", self.slowest[0], "s", samples=count, which=self.slowest[1][:120])
         report.line(f"{name}/largest", self.largest[0] / 1e6, "MB", samples=count, which=self.largest[1][:120])
 
@@ -216,8 +231,11 @@ class Worker:
                     said = time.monotonic()
                     say(f"  {self.tally.inputs} inputs")
             self.listener.join()
-            return None if self.done and self.process.returncode == 0 else (
-                "said", f"the process ended with {self.process.returncode}")
+            return (
+                None
+                if self.done and self.process.returncode == 0
+                else ("said", f"the process ended with {self.process.returncode}")
+            )
         finally:
             self.process.kill()
             self.process.communicate()
@@ -261,8 +279,18 @@ def child_inputs(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     from .hostile_inputs.settings import Settings
     from .hostile_inputs.shards import Shards
 
-    kinds = (Generators, DomainFiles, Bases, RunCheckpoints, Shards, Pictures, Settings, ContentIndices, CachedLatents,
-             Logs)
+    kinds = (
+        Generators,
+        DomainFiles,
+        Bases,
+        RunCheckpoints,
+        Shards,
+        Pictures,
+        Settings,
+        ContentIndices,
+        CachedLatents,
+        Logs,
+    )
     (kind,) = (kind for kind in kinds if kind.name == arguments[0])
     with worker.private_folder(kind.name) as folder:
         reader = kind(folder)
@@ -287,19 +315,25 @@ def part_speed(report: Report, plan: Plan) -> None:
         plain = write_generator(Path(folder) / "plain.safetensors", generator)
         size = pickled.stat().st_size
         times = interleave(
-            {"pickle": lambda: read_generator(pickled), "safetensors": lambda: read_generator(plain)}, plan.rounds,
-            budget_s=plan.budget_s, what="reading",
-        )  # fmt: skip
+            {"pickle": lambda: read_generator(pickled), "safetensors": lambda: read_generator(plain)},
+            plan.rounds,
+            budget_s=plan.budget_s,
+            what="reading",
+        )
     report.median("speed/pickle", times.seconds["pickle"], "s", megabytes=size / 1e6)
     report.median("speed/safetensors", times.seconds["safetensors"], "s")
     report.median("speed/pickle_over_safetensors", times.ratios("pickle", "safetensors"), "ratio")
 
 
 BENCHMARK = Benchmark(
-    "loaders", __doc__, HERE, {"full": FULL, "quick": QUICK, "tiny": TINY},
+    "loaders",
+    __doc__,
+    HERE,
+    {"full": FULL, "quick": QUICK, "tiny": TINY},
     {"attacks": part_attacks, **{name: reader_part(name) for name in SHARES}, "total": part_total, "speed": part_speed},
-    {"attacks": child_attacks, "inputs": child_inputs}, quick="about ten minutes",
-)  # fmt: skip
+    {"attacks": child_attacks, "inputs": child_inputs},
+    quick="about ten minutes",
+)
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main(sys.argv[1:]))

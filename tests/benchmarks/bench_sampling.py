@@ -51,21 +51,42 @@ class Plan:
 
 
 FULL = Plan(
-    pairs=24, step_sizes=((32, math.inf), (64, math.inf)), forward_sizes=((32, math.inf), (64, math.inf)),
-    sdxl_sizes=((64, math.inf), (128, 1800.0)), no_op_pairs=1000, runs=40, run_steps=20, imports=9,
+    pairs=24,
+    step_sizes=((32, math.inf), (64, math.inf)),
+    forward_sizes=((32, math.inf), (64, math.inf)),
+    sdxl_sizes=((64, math.inf), (128, 1800.0)),
+    no_op_pairs=1000,
+    runs=40,
+    run_steps=20,
+    imports=9,
     memory_of_steps=True,
-)  # fmt: skip
+)
 # Meant to stay below ten minutes on two cores, building the models and starting processes included: at 64x64 three
 # pairs alone would take three of them.
 QUICK = Plan(
-    pairs=20, step_sizes=((32, 150.0),), forward_sizes=((32, 70.0),), sdxl_sizes=((64, 45.0),),
-    no_op_pairs=300, runs=20, run_steps=10, imports=5, memory_of_steps=False,
-)  # fmt: skip
+    pairs=20,
+    step_sizes=((32, 150.0),),
+    forward_sizes=((32, 70.0),),
+    sdxl_sizes=((64, 45.0),),
+    no_op_pairs=300,
+    runs=20,
+    run_steps=10,
+    imports=5,
+    memory_of_steps=False,
+)
 # Shows that everything runs, in seconds. The numbers mean nothing, and their names say so.
 TINY = Plan(
-    pairs=3, step_sizes=((8, math.inf),), forward_sizes=((8, math.inf),), sdxl_sizes=((8, math.inf),), no_op_pairs=5,
-    runs=2, run_steps=2, imports=1, memory_of_steps=False, tiny=True,
-)  # fmt: skip
+    pairs=3,
+    step_sizes=((8, math.inf),),
+    forward_sizes=((8, math.inf),),
+    sdxl_sizes=((8, math.inf),),
+    no_op_pairs=5,
+    runs=2,
+    run_steps=2,
+    imports=1,
+    memory_of_steps=False,
+    tiny=True,
+)
 
 
 # --------------------------------------------------------------------------------------------------- (a) in-domain step
@@ -151,9 +172,13 @@ def bench_steps(
                 say(f"  {what}: no room for the prior's two conditionings in one batch, ran {batches[2:]}")
             times = interleave(contestants, plan.pairs, budget_s=budget, finish=finish, what=what)
             report.median(
-                what, times.ratios("guider", "one by one"), "ratio", target=target.get(size),
-                guider_s=times.median("guider"), one_by_one_s=times.median("one by one"),
-            )  # fmt: skip
+                what,
+                times.ratios("guider", "one by one"),
+                "ratio",
+                target=target.get(size),
+                guider_s=times.median("guider"),
+                one_by_one_s=times.median("one by one"),
+            )
 
         inside_run(guider, size, body)
 
@@ -185,9 +210,13 @@ def bench_forward(
             times = interleave(contestants, plan.pairs, budget_s=budget, what=what)
         for form, target in (("constant", 0.97), ("cached", None)):
             report.median(
-                f"{what}/{form}", times.ratios(form, "full"), "ratio", target=target, full_s=times.median("full"),
+                f"{what}/{form}",
+                times.ratios(form, "full"),
+                "ratio",
+                target=target,
+                full_s=times.median("full"),
                 text_free_s=times.median(form),
-            )  # fmt: skip
+            )
 
 
 def part_sd15(report: Report, plan: Plan) -> None:
@@ -267,10 +296,13 @@ def bench_no_op(report: Report, plan: Plan) -> None:
         }
         times = interleave(contestants, plan.no_op_pairs, what="guider/over_calc_cond_batch", warm_up=10)
         report.median(
-            "guider/over_calc_cond_batch", [1e3 * s for s in times.differences("guider", "calc_cond_batch")], "ms/step",
-            target=2.0, guider_ms=1e3 * times.median("guider"),
+            "guider/over_calc_cond_batch",
+            [1e3 * s for s in times.differences("guider", "calc_cond_batch")],
+            "ms/step",
+            target=2.0,
+            guider_ms=1e3 * times.median("guider"),
             calc_cond_batch_ms=1e3 * times.median("calc_cond_batch"),
-        )  # fmt: skip
+        )
 
     inside_run(guider, size, body)
 
@@ -303,12 +335,13 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
     dual.set_conds(positive, middle, negative)
     dual.set_cfg(CONTROL_WEIGHT, DOMAIN_WEIGHT + CONTROL_WEIGHT, nested=False)
     same = guiders.MultiGuidanceGuider(
-        prior, negative,
+        prior,
+        negative,
         [
             guiders.TermInput("domain", DOMAIN_WEIGHT, conditioning=middle),
             guiders.TermInput("control", CONTROL_WEIGHT, conditioning=positive),
         ],
-    )  # fmt: skip
+    )
     in_domain = guiders.in_domain_guider(prior, domain, positive, negative, DOMAIN_WEIGHT, CONTROL_WEIGHT)
 
     latent = torch.zeros(1, 4, 8, 8)
@@ -330,9 +363,13 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
         ("guider/in_domain_over_dual_cfg", "in-domain", None),
     ):
         report.median(
-            name, times.ratios(contestant, "DualCFGGuider"), "ratio", target=target, guider_ms=step_ms[contestant],
+            name,
+            times.ratios(contestant, "DualCFGGuider"),
+            "ratio",
+            target=target,
+            guider_ms=step_ms[contestant],
             dual_cfg_ms=step_ms["DualCFGGuider"],
-        )  # fmt: skip
+        )
 
 
 # ------------------------------------------------------------------------------------------------- (d) samples per step
@@ -375,7 +412,6 @@ STEPS = 25
 def count_samples(guidance: Callable[[Callable[[str], Callable]], Any], seed: int) -> float:
     """Predictions per image and step of a guidance, counted by its models themselves."""
     import torch
-
     from indomain_guidance.guidance import MultiGuidance, NoiseSchedule, sample, sigmas_uniform
 
     schedule = NoiseSchedule.scaled_linear()
@@ -457,9 +493,12 @@ def part_memory(report: Report, plan: Plan) -> None:
         steps = {way: _memory(report, plan, "step", way) for way in ("one by one", "guider")}
         for way, size in steps.items():
             report.line(
-                f"memory/sd15_in_domain_step/{way.replace(' ', '_')}", size / 1e9, "GB", samples=1,
+                f"memory/sd15_in_domain_step/{way.replace(' ', '_')}",
+                size / 1e9,
+                "GB",
+                samples=1,
                 over_one_by_one=size / steps["one by one"],
-            )  # fmt: skip
+            )
 
 
 def _memory(report: Report, plan: Plan, *what: str) -> int:
@@ -487,22 +526,32 @@ def child_memory(report: Report, plan: Plan, arguments: list[str]) -> None:
     else:
         guider, _, domain, contexts = in_domain_models(config, report.seed)
         inside_run(
-            guider, size,
+            guider,
+            size,
             lambda running, extra: step_contestants(running, extra, domain, contexts, size, report.seed)[which](),
-        )  # fmt: skip
+        )
     print(json.dumps({"bytes": peak_memory() - before}), file=report.stream, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
 
 BENCHMARK = Benchmark(
-    "sampling", __doc__, HERE, {"full": FULL, "quick": QUICK, "tiny": TINY},
+    "sampling",
+    __doc__,
+    HERE,
+    {"full": FULL, "quick": QUICK, "tiny": TINY},
     {
-        "samples": part_samples, "guider": part_guider, "import": part_import, "sd15": part_sd15, "sdxl": part_sdxl,
-        "memory": part_memory, "cuda": part_cuda,
+        "samples": part_samples,
+        "guider": part_guider,
+        "import": part_import,
+        "sd15": part_sd15,
+        "sdxl": part_sdxl,
+        "memory": part_memory,
+        "cuda": part_cuda,
     },
-    {"import": child_import, "memory": child_memory, "cuda": child_cuda}, quick="at most ten minutes",
-)  # fmt: skip
+    {"import": child_import, "memory": child_memory, "cuda": child_cuda},
+    quick="at most ten minutes",
+)
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main(sys.argv[1:]))

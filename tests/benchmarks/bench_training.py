@@ -50,18 +50,25 @@ class Plan:
 
 
 FULL = Plan(
-    sides={"sd15": ((32, 2, math.inf), (64, 1, math.inf)), "sdxl": ((64, 1, math.inf), (128, 1, 3600.0))}, rounds=24,
-    extra_rounds=24, extra_budget=math.inf, saves=5,
-)  # fmt: skip
-# Below ten minutes on two cores, starting the processes included: with about twice these budgets it took 18 on busy ones.
+    sides={"sd15": ((32, 2, math.inf), (64, 1, math.inf)), "sdxl": ((64, 1, math.inf), (128, 1, 3600.0))},
+    rounds=24,
+    extra_rounds=24,
+    extra_budget=math.inf,
+    saves=5,
+)
+# Below ten minutes on two cores, processes included: with about twice these budgets it took 18 on busy ones.
 QUICK = Plan(
-    sides={"sd15": ((32, 2, 35.0),), "sdxl": ((64, 1, 40.0),)}, rounds=12, extra_rounds=8, extra_budget=20.0, saves=2,
-)  # fmt: skip
+    sides={"sd15": ((32, 2, 35.0),), "sdxl": ((64, 1, 40.0),)}, rounds=12, extra_rounds=8, extra_budget=20.0, saves=2
+)
 # Shows that everything runs, in seconds. The numbers mean nothing, and their names say so.
 TINY = Plan(
-    sides={"sd15": ((8, 2, math.inf),), "sdxl": ((8, 2, math.inf),)}, rounds=4, extra_rounds=3, extra_budget=math.inf,
-    saves=1, tiny=True,
-)  # fmt: skip
+    sides={"sd15": ((8, 2, math.inf),), "sdxl": ((8, 2, math.inf),)},
+    rounds=4,
+    extra_rounds=3,
+    extra_budget=math.inf,
+    saves=1,
+    tiny=True,
+)
 
 
 def shapes(plan: Plan) -> dict:
@@ -163,9 +170,16 @@ def _checkpoints(contestant: Any, count: int) -> dict[str, Any]:
 
 
 def race(
-    report: Report, plan: Plan, shape: str, names: Sequence[str], side: int, batch: int, rounds: int, budget: float,
+    report: Report,
+    plan: Plan,
+    shape: str,
+    names: Sequence[str],
+    side: int,
+    batch: int,
+    rounds: int,
+    budget: float,
     saves: int = 0,
-) -> tuple[Times, dict[str, dict]]:  # fmt: skip
+) -> tuple[Times, dict[str, dict]]:
     """Let contestants step in turns: their times, and what each said at the end, its parameters among it."""
     with ExitStack() as stack:
         racers = {name: stack.enter_context(racer(report, plan, shape, name, side, batch)) for name in names}
@@ -199,7 +213,7 @@ def child_verify(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     outputs = [one.predict(noisy, timesteps) for one in (ours, theirs)]
     errors = {"output": relative(outputs[1].detach(), outputs[0].detach())}
     key = "input_blocks.0.0.weight"
-    for one, output in zip((ours, theirs), outputs):
+    for _one, output in zip((ours, theirs), outputs):
         (output - noise).square().mean().backward()
     errors["gradient"] = relative(theirs.unet.conv_in.weight.grad, dict(ours.learner.unet.named_parameters())[key].grad)
     for what, error in errors.items():
@@ -245,18 +259,27 @@ def part_step(report: Report, plan: Plan) -> None:
                 target = TARGETS.get((shape, form)) if rival == "diffusers" else None
                 suffix = "" if rival == "diffusers" else "_over_fused_optimizer"
                 report.median(
-                    f"step/{shape}/{side}x{side}/{form}{suffix}", times.ratios(form, rival), "ratio", target=target,
-                    ours_s=times.median(form), diffusers_s=times.median(rival), batch=batch,
+                    f"step/{shape}/{side}x{side}/{form}{suffix}",
+                    times.ratios(form, rival),
+                    "ratio",
+                    target=target,
+                    ours_s=times.median(form),
+                    diffusers_s=times.median(rival),
+                    batch=batch,
                     parameters_share=counts[form] / counts["full"],
-                )  # fmt: skip
+                )
                 memory = {name: max(memory.get(name, 0), ends[name]["peak"]) for name in ends} | {
                     name: peak for name, peak in memory.items() if name not in ends
                 }
             for name, peak in memory.items():
                 report.line(
-                    f"memory/{shape}/{side}x{side}/{name.replace(', ', '_').replace(' ', '_')}", peak / 1e9, "GB",
-                    samples=1, over_diffusers=peak / memory["diffusers"], batch=batch,
-                )  # fmt: skip
+                    f"memory/{shape}/{side}x{side}/{name.replace(', ', '_').replace(' ', '_')}",
+                    peak / 1e9,
+                    "GB",
+                    samples=1,
+                    over_diffusers=peak / memory["diffusers"],
+                    batch=batch,
+                )
 
 
 # -------------------------------------------------------------------------------------------------------------- extras
@@ -271,21 +294,32 @@ def part_extras(report: Report, plan: Plan) -> None:
         sizes = (side, batch, plan.extra_rounds, plan.extra_budget)
         times, ends = race(report, plan, shape, (plain, average), *sizes, saves=plan.saves)
         report.median(
-            f"extras/{shape}/ema", times.ratios(average, plain), "ratio", plain_s=times.median(plain),
+            f"extras/{shape}/ema",
+            times.ratios(average, plain),
+            "ratio",
+            plain_s=times.median(plain),
             memory_gb=(ends[average]["peak"] - ends[plain]["peak"]) / 1e9,
-        )  # fmt: skip
+        )
         seconds = statistics.median(ends[average]["save_seconds"])
         report.line(
-            f"extras/{shape}/checkpoint", seconds, "s", samples=plan.saves, size_gb=ends[average]["save_bytes"] / 1e9,
-            share_of_training=seconds / (CHECKPOINT_EVERY * times.median(average)), every_steps=CHECKPOINT_EVERY,
-        )  # fmt: skip
+            f"extras/{shape}/checkpoint",
+            seconds,
+            "s",
+            samples=plan.saves,
+            size_gb=ends[average]["save_bytes"] / 1e9,
+            share_of_training=seconds / (CHECKPOINT_EVERY * times.median(average)),
+            every_steps=CHECKPOINT_EVERY,
+        )
         times, _ = race(report, plan, shape, (plain, buckets), *sizes)
         shapes_ = models.bucket_sides(side)
         area = statistics.mean(height * width for height, width in shapes_) / side**2
         report.median(
-            f"extras/{shape}/buckets", [ratio / area for ratio in times.ratios(buckets, plain)], "ratio per pixel",
-            shapes=len(shapes_), mean_area=area,
-        )  # fmt: skip
+            f"extras/{shape}/buckets",
+            [ratio / area for ratio in times.ratios(buckets, plain)],
+            "ratio per pixel",
+            shapes=len(shapes_),
+            mean_area=area,
+        )
 
 
 # ----------------------------------------------------------------------------------------------------------------- main
@@ -301,11 +335,16 @@ def without_diffusers(parts: Collection[str]) -> str | None:
 
 
 BENCHMARK = Benchmark(
-    "training", __doc__, Path(__file__).resolve(), {"full": FULL, "quick": QUICK, "tiny": TINY},
-    {"verify": part_verify, "step": part_step, "extras": part_extras}, {"verify": child_verify, "race": child_race},
+    "training",
+    __doc__,
+    Path(__file__).resolve(),
+    {"full": FULL, "quick": QUICK, "tiny": TINY},
+    {"verify": part_verify, "step": part_step, "extras": part_extras},
+    {"verify": child_verify, "race": child_race},
     # Contestants that do different work are not worth timing.
-    decisive=("verify",), unable=without_diffusers,
-)  # fmt: skip
+    decisive=("verify",),
+    unable=without_diffusers,
+)
 
 if __name__ == "__main__":
     sys.exit(BENCHMARK.main(sys.argv[1:]))

@@ -10,32 +10,49 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.guidance.null_text import NullContext, build_cached, fold_constants
+from torch import Tensor
 
 TOKENS = 77
 POOLED = 1280  # width of the pooled text in SDXL's vector conditioning
 
 SD15 = UNetConfig(
-    model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
-    transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0), context_dim=768, num_heads=8,
-)  # fmt: skip
+    model_channels=320,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=(2, 2, 2, 2),
+    transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0),
+    context_dim=768,
+    num_heads=8,
+)
 
 # SDXL's widths, heads and levels with fewer blocks: one residual block a level instead of two, and transformers of
 # depth 1 and 2 instead of 2 and 10. The whole one needs 10 GB in fp32.
 SDXL_BLOCKS = UNetConfig(
-    model_channels=320, channel_mult=(1, 2, 4), num_res_blocks=(1, 1, 1), transformer_depth=(0, 1, 2),
-    transformer_depth_middle=2, transformer_depth_output=(0, 0, 1, 1, 2, 2), context_dim=2048, num_head_channels=64,
-    use_linear_in_transformer=True, adm_in_channels=2816,
-)  # fmt: skip
+    model_channels=320,
+    channel_mult=(1, 2, 4),
+    num_res_blocks=(1, 1, 1),
+    transformer_depth=(0, 1, 2),
+    transformer_depth_middle=2,
+    transformer_depth_output=(0, 0, 1, 1, 2, 2),
+    context_dim=2048,
+    num_head_channels=64,
+    use_linear_in_transformer=True,
+    adm_in_channels=2816,
+)
 
 TINY = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=24, num_heads=4,
-)  # fmt: skip
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=24,
+    num_heads=4,
+)
 
 
 def comfyui(cpu: bool = True) -> None:
@@ -108,9 +125,14 @@ def prior_model(config: UNetConfig, seed: int, weight_dtype: str = "default") ->
     """A MODEL with random weights in the latent space of SD 1.5, as a loader would make it."""
     weights = random_weights(config, seed)
     return internals("loading").build_unet_model(
-        weights, config, info=None, latent_format="sd15", source="benchmark", prediction_type="epsilon",
+        weights,
+        config,
+        info=None,
+        latent_format="sd15",
+        source="benchmark",
+        prediction_type="epsilon",
         weight_dtype=weight_dtype,
-    )  # fmt: skip
+    )
 
 
 def domain_model(prior: Any, config: UNetConfig, seed: int, weight_dtype: str = "default") -> Any:
@@ -118,9 +140,14 @@ def domain_model(prior: Any, config: UNetConfig, seed: int, weight_dtype: str = 
     loading = internals("loading")
     weights, text_free = constant_form(dict(prior.model.diffusion_model.state_dict()), config, seed)
     return loading.build_unet_model(
-        weights, text_free, info=loading.DomainInfo("benchmark", "benchmark.safetensors", "constant", None),
-        latent_format="sd15", source="benchmark", prediction_type="epsilon", weight_dtype=weight_dtype,
-    )  # fmt: skip
+        weights,
+        text_free,
+        info=loading.DomainInfo("benchmark", "benchmark.safetensors", "constant", None),
+        latent_format="sd15",
+        source="benchmark",
+        prediction_type="epsilon",
+        weight_dtype=weight_dtype,
+    )
 
 
 def bare_unet(weights: dict[str, Tensor], config: UNetConfig) -> torch.nn.Module:

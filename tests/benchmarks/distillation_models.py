@@ -14,9 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
 from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
@@ -27,6 +24,8 @@ from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.training.adapt_config import AdaptConfig
 from indomain_guidance.training.adapt_critic import make_objective
 from indomain_guidance.training.adapter import Adapter
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from .comfy_models import SD15, TINY, random_context, random_weights
 
@@ -47,10 +46,11 @@ class Shape:
 SHAPES = {
     "sd15_256px": Shape(SD15, AutoencoderConfig(), GeneratorConfig(256, (512, 512, 512, 512, 256, 128, 64))),
     "tiny": Shape(
-        TINY, AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
+        TINY,
+        AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1),
         GeneratorConfig(64, (16, 16, 16, 16, 16), z_dim=16, w_dim=16, mapping_layers=2),
     ),
-}  # fmt: skip
+}
 
 
 class Models:
@@ -88,9 +88,20 @@ class Models:
         """SDS with the directional regularizer, batch 1, as released but for the mode."""
         limits = {} if clamps else {"latent_clamp": 0.0, "image_quantile": 0.0, "way_back": 0.0}
         return AdaptConfig(
-            "benchmark", "benchmark", prompt="benchmark", method="sds", scale=SCALE, mode=mode, directional=1.0,
-            batch_size=1, ema=0.0, precision="fp32", device="cpu", seed=seed, **limits,
-        )  # fmt: skip
+            "benchmark",
+            "benchmark",
+            prompt="benchmark",
+            method="sds",
+            scale=SCALE,
+            mode=mode,
+            directional=1.0,
+            batch_size=1,
+            ema=0.0,
+            precision="fp32",
+            device="cpu",
+            seed=seed,
+            **limits,
+        )
 
 
 @torch.no_grad()

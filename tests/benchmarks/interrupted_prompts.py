@@ -15,7 +15,7 @@ import psutil
 from indomain_guidance.nodes.host.server import ComfyServer
 
 WORKFLOWS = Path(__file__).resolve().parents[2] / "workflows" / "api"
-IN_FLIGHT = 5      # prompts that wait or run at a time
+IN_FLIGHT = 5  # prompts that wait or run at a time
 LOST_AFTER_S = 10  # a prompt that is in neither queue nor history for so long is lost
 STUCK_AFTER_S = 600
 KINDS = {"sampling": 40, "terms": 15, "generator": 15, "training": 8, "adapting": 7, "mistake": 15}
@@ -60,21 +60,40 @@ def generator(dice: random.Random) -> dict[str, Any]:
 def training(dice: random.Random) -> dict[str, Any]:
     prompt = _workflow("train_mini_world", "2", "3", "4", "5", "6", "7")
     _set(prompt, "InDomainMiniWorldImages", count=12)
-    _set(prompt, "InDomainTrainingOptions", warmup=0, sample_count=1, sample_steps=1, sample_prompts="",
-         held_out_share=0.0,
-         validate_every=0)  # fmt: skip
-    _set(prompt, "InDomainTrainDomainUNet", name=f"run_{dice.getrandbits(60):x}", steps=dice.randint(1, 4),
-         batch_size=2,
-         sample_every=2, seed=dice.getrandbits(31))  # fmt: skip
+    _set(
+        prompt,
+        "InDomainTrainingOptions",
+        warmup=0,
+        sample_count=1,
+        sample_steps=1,
+        sample_prompts="",
+        held_out_share=0.0,
+        validate_every=0,
+    )
+    _set(
+        prompt,
+        "InDomainTrainDomainUNet",
+        name=f"run_{dice.getrandbits(60):x}",
+        steps=dice.randint(1, 4),
+        batch_size=2,
+        sample_every=2,
+        seed=dice.getrandbits(31),
+    )
     return prompt
 
 
 def adapting(dice: random.Random) -> dict[str, Any]:
     prompt = _workflow("adapt_generator", "2", "3", "4", "5", "6", "7", "8")
     _set(prompt, "InDomainAdaptOptions", sample_count=1)
-    _set(prompt, "InDomainAdaptGenerator", name=f"adapted_{dice.getrandbits(60):x}", steps=dice.randint(1, 3),
-         batch_size=1,
-         sample_every=2, seed=dice.getrandbits(31))  # fmt: skip
+    _set(
+        prompt,
+        "InDomainAdaptGenerator",
+        name=f"adapted_{dice.getrandbits(60):x}",
+        steps=dice.randint(1, 3),
+        batch_size=1,
+        sample_every=2,
+        seed=dice.getrandbits(31),
+    )
     return prompt
 
 
@@ -83,10 +102,20 @@ def mistake(dice: random.Random) -> dict[str, Any]:
     what = dice.randrange(9)
     if what < 3:
         prompt = training(dice)
-        _set(prompt, "InDomainTrainDomainUNet",
-             **dice.choice(({"name": "con"}, {"image_folder": "/nowhere/at/all"}, {"image_folder": "evil\ud800"},
-                            {"image_folder": "{0..99999999}"}, {"model": 5},
-                            {"checkpoint": "x\ud800.safetensors"})))  # fmt: skip
+        _set(
+            prompt,
+            "InDomainTrainDomainUNet",
+            **dice.choice(
+                (
+                    {"name": "con"},
+                    {"image_folder": "/nowhere/at/all"},
+                    {"image_folder": "evil\ud800"},
+                    {"image_folder": "{0..99999999}"},
+                    {"model": 5},
+                    {"checkpoint": "x\ud800.safetensors"},
+                )
+            ),
+        )
     elif what < 5:
         prompt = sampling(dice)
         for node in ("7", "8", "9"):  # core's own sampler, whose picture ComfyUI would make all the same
@@ -105,8 +134,14 @@ def mistake(dice: random.Random) -> dict[str, Any]:
     return prompt
 
 
-MAKERS = {"sampling": sampling, "terms": terms, "generator": generator, "training": training, "adapting": adapting,
-          "mistake": mistake}  # fmt: skip
+MAKERS = {
+    "sampling": sampling,
+    "terms": terms,
+    "generator": generator,
+    "training": training,
+    "adapting": adapting,
+    "mistake": mistake,
+}
 
 
 class Disturber:
@@ -203,7 +238,7 @@ class Disturber:
     def _finished(self, one: str, entry: dict[str, Any]) -> None:
         kind, prompt = self._open.pop(one)
         status = entry.get("status") or {}
-        messages = {name: data for name, data in status.get("messages", [])}
+        messages = dict(status.get("messages", []))
         self.client.post("/history", {"delete": [one]})
         if "execution_interrupted" in messages:
             if kind in ("training", "adapting"):

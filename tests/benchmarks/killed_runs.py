@@ -25,14 +25,48 @@ from .reporting import BOOTSTRAP
 INDOMAIN = [sys.executable, str(BOOTSTRAP), "indomain_guidance"]
 STEPS = 10
 COMMANDS = {
-    "train": ["train", "-b", "mini_world", "-d", "../digits", "--resolution", "64", "--batch-size", "2", "--flip",
-              "--learning-rate", "1e-3", "--warmup", "2", "--sample-every", "5", "--sample-count", "1",
-              "--sample-steps",
-              "2", "--validate-every", "5", "--held-out-share", "0.2", "--cache", "../latents"],
-    "adapt": ["adapt", "--config", "mini_world", "--prompt", "a yellow digit on a green background", "--batch-size",
-    "2",
-              "--sample-every", "5", "--sample-count", "1"],
-}  # fmt: skip
+    "train": [
+        "train",
+        "-b",
+        "mini_world",
+        "-d",
+        "../digits",
+        "--resolution",
+        "64",
+        "--batch-size",
+        "2",
+        "--flip",
+        "--learning-rate",
+        "1e-3",
+        "--warmup",
+        "2",
+        "--sample-every",
+        "5",
+        "--sample-count",
+        "1",
+        "--sample-steps",
+        "2",
+        "--validate-every",
+        "5",
+        "--held-out-share",
+        "0.2",
+        "--cache",
+        "../latents",
+    ],
+    "adapt": [
+        "adapt",
+        "--config",
+        "mini_world",
+        "--prompt",
+        "a yellow digit on a green background",
+        "--batch-size",
+        "2",
+        "--sample-every",
+        "5",
+        "--sample-count",
+        "1",
+    ],
+}
 # Of the state of a checkpoint, what may differ: paths.
 OTHERWISE = ("config", "facts")
 PATIENCE_S = 900.0
@@ -53,21 +87,42 @@ class Outcome:
 
 def environ() -> dict[str, str]:
     """One thread: the same bits, and fair to neighbours. No run of several processes around this one."""
-    kept = {key: value for key, value in os.environ.items()
-            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "INDOMAIN_COMMAND")}  # fmt: skip
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "INDOMAIN_COMMAND")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
 
 
 def draw_digits(folder: Path) -> None:
     """The images that trainings learn."""
-    subprocess.run([*INDOMAIN, "mini-data", "digits", "--count", "12"], cwd=folder, env=environ(), check=True,
-                   stdout=subprocess.DEVNULL)  # fmt: skip
+    subprocess.run(
+        [*INDOMAIN, "mini-data", "digits", "--count", "12"],
+        cwd=folder,
+        env=environ(),
+        check=True,
+        stdout=subprocess.DEVNULL,
+    )
 
 
 def command(kind: str) -> list[str]:
-    return [*INDOMAIN, *COMMANDS[kind], "-n", kind, "--steps", str(STEPS), "--checkpoint-every", "1", "--log-every",
-            "1",
-            "--device", "cpu", "--json", "--quiet"]  # fmt: skip
+    return [
+        *INDOMAIN,
+        *COMMANDS[kind],
+        "-n",
+        kind,
+        "--steps",
+        str(STEPS),
+        "--checkpoint-every",
+        "1",
+        "--log-every",
+        "1",
+        "--device",
+        "cpu",
+        "--json",
+        "--quiet",
+    ]
 
 
 class Process:
@@ -77,8 +132,8 @@ class Process:
         self.began, self.step, self.done = time.monotonic(), -1, ""
         self.stepped = self.began
         self.process = subprocess.Popen(
-            what, cwd=folder, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-        )  # fmt: skip
+            what, cwd=folder, env=environ(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8"
+        )
         self.errors: list[str] = []
         follow = (self._listen, lambda: self.errors.extend(self.process.stderr))
         self.threads = [threading.Thread(target=one, daemon=True) for one in follow]
@@ -191,7 +246,7 @@ def bits(run: Path) -> dict[str, object]:
         "pictures": {path.name: path.read_bytes() for path in sorted((run / "samples").glob("*.png"))},
         "checkpoints": sorted(path.name for path in (run / "checkpoints").iterdir()),
         "unfinished files": [path.name for path in _unfinished(run)],
-    }  # fmt: skip
+    }
 
 
 def compare(whole: dict[str, object], other: dict[str, object]) -> list[str]:

@@ -223,8 +223,14 @@ def storage_bytes(tensor: Tensor) -> bytes:
 
 def tensor(value: Tensor, *, parameter: bool = False, **changed: Any) -> Call:
     """A tensor as torch pickles it; `changed`: other claims (data, offset, size, stride, hooks) than true ones."""
-    true = {"data": storage_bytes(value), "offset": value.storage_offset(), "size": tuple(value.shape),
-            "stride": tuple(value.stride()), "requires_grad": False, "hooks": Call(ORDERED, ())}  # fmt: skip
+    true = {
+        "data": storage_bytes(value),
+        "offset": value.storage_offset(),
+        "size": tuple(value.shape),
+        "stride": tuple(value.stride()),
+        "requires_grad": False,
+        "hooks": Call(ORDERED, ()),
+    }
     data, *rest = (true | changed).values()
     made = Call(TENSOR, (Call(FROM_BYTES, (data,)), *rest))
     return Call(PARAMETER, (made, True, Call(ORDERED, ()))) if parameter else made
@@ -266,17 +272,30 @@ def network(generator: Generator, changed: dict[str, Call | None] | None = None,
             if made is not None:
                 groups["_parameters" if is_parameter else "_buffers"][name] = made
         state = {
-            "training": False, **groups, "_non_persistent_buffers_set": set(), "_forward_hooks": Call(ORDERED, ()),
-            "_modules": children, "_init_args": (), "_init_kwargs": {}, **public,
-        }  # fmt: skip
+            "training": False,
+            **groups,
+            "_non_persistent_buffers_set": set(),
+            "_forward_hooks": Call(ORDERED, ()),
+            "_modules": children,
+            "_init_args": (),
+            "_init_kwargs": {},
+            **public,
+        }
         return persistent(class_name, state | states.get(path.replace(".", "_") or "top", {}))
 
     def dense(path: str, owner: Any, activation: str = "linear") -> Call:
         multiplier = owner.lr_multiplier
         gain = scalar(multiplier / owner.weight.shape[1] ** 0.5)
-        return module(path, "FullyConnectedLayer", {}, {"weight": owner.weight, "bias": owner.bias},
-                      activation=activation, weight_gain=gain, bias_gain=multiplier,
-                      _init_kwargs={"activation": activation, "lr_multiplier": multiplier})  # fmt: skip
+        return module(
+            path,
+            "FullyConnectedLayer",
+            {},
+            {"weight": owner.weight, "bias": owner.bias},
+            activation=activation,
+            weight_gain=gain,
+            bias_gain=multiplier,
+            _init_kwargs={"activation": activation, "lr_multiplier": multiplier},
+        )
 
     row = torch.tensor(config.resample_filter)
     taps = torch.outer(row, row) / row.sum() ** 2
@@ -297,28 +316,59 @@ def network(generator: Generator, changed: dict[str, Call | None] | None = None,
             if config.use_noise:
                 own |= {"noise_strength": layer.noise_strength, "noise_const": layer.noise_const}
             children[name] = module(
-                f"{at}.{name}", "SynthesisLayer", affine, own | {"resample_filter": taps}, conv_clamp=clamp,
-                activation="lrelu", up=2 if name == "conv0" else 1, use_noise=config.use_noise, act_gain=scalar(2**0.5),
-            )  # fmt: skip
+                f"{at}.{name}",
+                "SynthesisLayer",
+                affine,
+                own | {"resample_filter": taps},
+                conv_clamp=clamp,
+                activation="lrelu",
+                up=2 if name == "conv0" else 1,
+                use_noise=config.use_noise,
+                act_gain=scalar(2**0.5),
+            )
         if hasattr(block, "skip"):
-            children["skip"] = module(f"{at}.skip", "Conv2dLayer", {}, {"weight": block.skip.weight,
-                                      "resample_filter": taps}, up=2, activation="linear", conv_clamp=None)  # fmt: skip
+            children["skip"] = module(
+                f"{at}.skip",
+                "Conv2dLayer",
+                {},
+                {"weight": block.skip.weight, "resample_filter": taps},
+                up=2,
+                activation="linear",
+                conv_clamp=None,
+            )
         own = {"const": block.const} if resolution == 4 else {}
-        blocks[f"b{resolution}"] = module(at, "SynthesisBlock", children, own | {"resample_filter": taps},
-                                          architecture=config.architecture, use_fp16=False)  # fmt: skip
-    mapping = {f"fc{index}": dense(f"mapping.fc{index}", getattr(generator.mapping, f"fc{index}"), "lrelu")
-               for index in range(config.mapping_layers)}  # fmt: skip
+        blocks[f"b{resolution}"] = module(
+            at,
+            "SynthesisBlock",
+            children,
+            own | {"resample_filter": taps},
+            architecture=config.architecture,
+            use_fp16=False,
+        )
+    mapping = {
+        f"fc{index}": dense(f"mapping.fc{index}", getattr(generator.mapping, f"fc{index}"), "lrelu")
+        for index in range(config.mapping_layers)
+    }
     if config.c_dim:
         mapping["embed"] = dense("mapping.embed", generator.mapping.embed)
     public = {"z_dim": config.z_dim, "c_dim": config.c_dim, "w_dim": config.w_dim, "num_ws": config.num_ws}
     parts = {
         "synthesis": module("synthesis", "SynthesisNetwork", blocks, {}, w_dim=config.w_dim),
-        "mapping": module("mapping", "MappingNetwork", mapping, {"w_avg": generator.mapping.w_avg},
-                          num_layers=config.mapping_layers),
-    }  # fmt: skip
+        "mapping": module(
+            "mapping", "MappingNetwork", mapping, {"w_avg": generator.mapping.w_avg}, num_layers=config.mapping_layers
+        ),
+    }
     told = easy({"class_name": "training.networks.Generator", "z_dim": config.z_dim})
-    return module("", "Generator", parts, {}, img_resolution=config.resolution, img_channels=config.img_channels,
-                  _init_kwargs=told, **public)  # fmt: skip
+    return module(
+        "",
+        "Generator",
+        parts,
+        {},
+        img_resolution=config.resolution,
+        img_channels=config.img_channels,
+        _init_kwargs=told,
+        **public,
+    )
 
 
 TINY = GeneratorConfig(resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2)
@@ -337,8 +387,14 @@ def filled(config: GeneratorConfig = TINY, seed: int = 0) -> Generator:
 
 def snapshot(generator: Generator | None = None, **more: Any) -> dict:
     """The dictionary at the top of such a file."""
-    return {"G": None, "D": None, "G_ema": network(generator or filled()), "augment_pipe": None,
-            "training_set_kwargs": easy({"path": "images.zip"}), **more}  # fmt: skip
+    return {
+        "G": None,
+        "D": None,
+        "G_ema": network(generator or filled()),
+        "augment_pipe": None,
+        "training_set_kwargs": easy({"path": "images.zip"}),
+        **more,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------------- attacks
@@ -385,7 +441,9 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "torch.load": (top(Call(Name("torch", "load"), ("x",))), "the name torch.load"),
         "torch.hub": (top(Call(Name("torch.hub", "load"), ("x",))), "the name torch.hub.load"),
         "numpy's import of a test runner": (
-            top(Call(Name("numpy.testing._private.utils", "runstring"), ("1", {}))), "the name numpy.testing"),
+            top(Call(Name("numpy.testing._private.utils", "runstring"), ("1", {}))),
+            "the name numpy.testing",
+        ),
         "dotted name": (top(Call(Name("torch.storage", "_load_from_bytes.__globals__"), ())), "the name torch.storage"),
         "dotted name of a module": (top(Name("collections.OrderedDict", "__init__")), "the name collections.Ordered"),
         "name that is no text": (raw(b"K\x01K\x02\x93"), "a name that is no text"),
@@ -412,45 +470,67 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "protocol 0 text": (raw(b"S'a'\n"), "instruction STRING"),
         "protocol 0 name": (raw(b"Vos\nVsystem\n\x93"), "instruction UNICODE"),
         "BUILD on a class": (
-            raw(b"ccollections\nOrderedDict\n}\x8c\x01aK\x01sb"), r"a state \(BUILD\) for collections"),
+            raw(b"ccollections\nOrderedDict\n}\x8c\x01aK\x01sb"),
+            r"a state \(BUILD\) for collections",
+        ),
         "BUILD on a function": (raw(b"ctorch._utils\n_rebuild_parameter\n}b"), r"a state \(BUILD\) for torch._utils"),
         "BUILD on a dictionary": (raw(b"}}b"), r"a state \(BUILD\) for a dict"),
         "BUILD on a network": (
-            top(Call(PERSISTENT, ({"type": "class", "version": 6, "module_src": "", "class_name": "Generator",
-                                   "state": {}},), state={"x": 1})), r"a state \(BUILD\) for a Network"),
+            top(
+                Call(
+                    PERSISTENT,
+                    ({"type": "class", "version": 6, "module_src": "", "class_name": "Generator", "state": {}},),
+                    state={"x": 1},
+                )
+            ),
+            r"a state \(BUILD\) for a Network",
+        ),
         "BUILD with a text": (top(Call(Name("numpy", "dtype"), ("f8",), state="x")), "that is a str"),
         "setattr by BUILD": (
-            top(Call(Name("numpy", "dtype"), ("f8",), state=(None, {"__reduce__": 1}))), "^$"),  # dropped, so harmless
-        "encode with another codec": (
-            top(Call(Name("_codecs", "encode"), ("a", "rot13")), 2), "the codec 'rot13'"),
-        "encode with a codec that packs": (
-            top(Call(Name("_codecs", "encode"), (b"a", "zlib")), 3), "the codec 'zlib'"),
+            top(Call(Name("numpy", "dtype"), ("f8",), state=(None, {"__reduce__": 1}))),
+            "^$",
+        ),  # dropped, so harmless
+        "encode with another codec": (top(Call(Name("_codecs", "encode"), ("a", "rot13")), 2), "the codec 'rot13'"),
+        "encode with a codec that packs": (top(Call(Name("_codecs", "encode"), (b"a", "zlib")), 3), "the codec 'zlib'"),
         "encode beyond latin1": (
-            top(Call(Name("_codecs", "encode"), ("\u0416", "latin1")), 2), r"characters beyond U\+00FF"),
+            top(Call(Name("_codecs", "encode"), ("\u0416", "latin1")), 2),
+            r"characters beyond U\+00FF",
+        ),
         "encode beyond latin1, long": (
-            top(Call(Name("_codecs", "encode"), ("\u0416" * 2**20, "latin1")), 2), r"characters beyond U\+00FF"),
+            top(Call(Name("_codecs", "encode"), ("\u0416" * 2**20, "latin1")), 2),
+            r"characters beyond U\+00FF",
+        ),
         "source text that would run": (dump(snapshot(tiny)), "^$"),  # every network's does; it is not run
         # Nested streams.
         "nested payload": (with_const(data=dump(evil, 2)), "the name os.system"),
         "nested payload in protocol 4": (with_const(data=dump(evil, 4)), "the name os.system"),
         "nested payload behind the numbers": (with_const(data=numbers + dump(evil, 2)), "claims 96 numbers"),
         "nested payload as the persistent id": (
-            with_const(data=numbers.replace(b"ctorch\nFloatStorage\n", b"cos\nsystem\n")), "the name os.system"),
+            with_const(data=numbers.replace(b"ctorch\nFloatStorage\n", b"cos\nsystem\n")),
+            "the name os.system",
+        ),
         "nested zip": (with_const(data=b"PK\x03\x04" + bytes(100)), "no protocol at the beginning"),
         "nested tar": (with_const(data=b"storages" + bytes(600)), "no protocol at the beginning"),
         "nested network": (with_const(data=dump(snapshot(tiny), 2)), "in a tensor's storage"),
         "nested storage of another magic": (with_const(data=b"\x80\x02K\x01." + numbers[15:]), "another magic number"),
         "nested storage of another version": (
-            with_const(data=numbers.replace(b"M\xe9\x03.", b"M\xea\x03.", 1)), "version 1002"),
-        "big-endian numbers": (with_const(data=numbers.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89")),
-                               "not little-endian"),
+            with_const(data=numbers.replace(b"M\xe9\x03.", b"M\xea\x03.", 1)),
+            "version 1002",
+        ),
+        "big-endian numbers": (
+            with_const(data=numbers.replace(b"little_endianq\x02\x88", b"little_endianq\x02\x89")),
+            "not little-endian",
+        ),
         "bytes that are a text": (
             dump({"G_ema": network(tiny, {"synthesis.b4.const": Call(TENSOR, (Call(FROM_BYTES, ("x",)),))})}),
-            "without bytes"),
+            "without bytes",
+        ),
         # Lies about numbers.
         "count of numbers too large": (with_const(data=lie), "counts 1099511627776"),
         "count of numbers negative": (
-            with_const(data=numbers[:huge] + struct.pack("<q", -1) + numbers[huge + 8 :]), "counts -1"),
+            with_const(data=numbers[:huge] + struct.pack("<q", -1) + numbers[huge + 8 :]),
+            "counts -1",
+        ),
         "size too large": (with_const(size=(6, 4, 5)), "a tensor that reaches|out of bounds"),
         "size of terabytes": (with_const(size=(2**40, 4, 4), stride=(0, 0, 0)), "in a storage of 96"),
         "size that is no number": (with_const(size=(6, 4, "4")), "impossible sizes"),
@@ -469,12 +549,14 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "hooks on a tensor": (with_const(hooks={"a": 1}), "other arguments than torch writes"),
         "whole numbers as weights": (
             dump({"G_ema": network(tiny, {"synthesis.b4.const": tensor(torch.ones(6, 4, 4, dtype=torch.int64))})}),
-            "numbers of the type int64"),
+            "numbers of the type int64",
+        ),
         "one storage for all": (_one_storage(), "tensors of .* bytes in a file of"),
         "numbers far apart": (_one_storage(step=500), "tensors of .* bytes in a file of"),
         "infinite weights": (
             dump({"G_ema": network(tiny, {"synthesis.b4.const": tensor(torch.full((6, 4, 4), float("inf")))})}),
-            "found NaN or infinity"),
+            "found NaN or infinity",
+        ),
         # Shapes of data.
         "cycle of modules": (_cycle(), "where StyleGAN2 has SynthesisNetwork|within itself"),
         "module in two places": (_shared(), "in two places"),
@@ -488,17 +570,25 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "doubling list": (top(_doubling(60)), "^$"),
         "doubling list as the modules": (state("synthesis", _modules=_doubling(60)), "without _modules"),
         "too many steps": (raw(b"N" + b"\x85" * 600_000), "more than 500000 steps"),
-        "keys that collide": (raw(b"}(" + b"".join(
-            b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(1, 50)) + b"u"),
-            "a key that is an int"),
+        "keys that collide": (
+            raw(
+                b"}("
+                + b"".join(b"\x8a\x0a" + ((2**61 - 1) * n).to_bytes(10, "little") + b"N" for n in range(1, 50))
+                + b"u"
+            ),
+            "a key that is an int",
+        ),
         "list as a key": (raw(b"}]Ns"), "a key that is a list"),
         "decoded again and again": (
             top([Call(Name("_codecs", "encode"), ("a" * 2**19, "latin1"))] * 3000, 2),
-            "more binary data written as text"),
+            "more binary data written as text",
+        ),
         "reference to nothing": (raw(b"j\xff\xff\xff\x7f"), "which was not kept"),
         "memo of 2 ** 31": (raw(b"Nr\xff\xff\xff\x7f"), r"kept under the number 2147483647 after \d+ others"),
-        "memo that collides": (raw(b"N" + b"".join(b"r" + struct.pack("<I", n) for n in colliding(10, 400))),
-                               "kept under the number"),
+        "memo that collides": (
+            raw(b"N" + b"".join(b"r" + struct.pack("<I", n) for n in colliding(10, 400))),
+            "kept under the number",
+        ),
         "one key again and again": (raw(b"}(" + b"K\x01N" * 3 + b"u"), "one key twice"),
         "set of one number": (raw(b"\x8f(" + b"K\x01" * 3 + b"\x90"), "one key twice"),
         "append to a tuple": (raw(b")Na"), "filling of a list on a tuple"),
@@ -516,11 +606,17 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "source that is a number": (meta(module_src=1), "other types than NVIDIA writes"),
         "unknown class": (meta(class_name="MyGenerator"), "the class MyGenerator"),
         "unknown class inside": (
-            state("synthesis", _modules={"b4": persistent("AttentionBlock", {})}), "the unknown class AttentionBlock"),
+            state("synthesis", _modules={"b4": persistent("AttentionBlock", {})}),
+            "the unknown class AttentionBlock",
+        ),
         "class in the wrong place": (
-            state("synthesis", _modules={"b4": persistent("Generator", {})}), "where StyleGAN2 has SynthesisBlock"),
+            state("synthesis", _modules={"b4": persistent("Generator", {})}),
+            "where StyleGAN2 has SynthesisBlock",
+        ),
         "module that is a tensor": (
-            state("synthesis", _modules={"b4": tensor(const)}), "something else than a network"),
+            state("synthesis", _modules={"b4": tensor(const)}),
+            "something else than a network",
+        ),
         "tensor that is a text": (state("mapping", _buffers={"w_avg": "abc"}), "something else than a tensor"),
         "no parameters": (state("mapping", _parameters=None), "without _parameters"),
         "another activation": (state("mapping_fc0", activation="relu"), "activation relu in mapping.fc0"),
@@ -531,24 +627,36 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "another latent": (state("top", z_dim=512), "z_dim was said to be 512"),
         "another architecture": (
             dump({"G_ema": network(tiny, **{f"synthesis_b{n}": {"architecture": "orig"} for n in (4, 8)})}),
-            "architecture was said to be 'orig'"),
+            "architecture was said to be 'orig'",
+        ),
         "architecture of 60 kB": (
-            dump({"G_ema": network(tiny, synthesis_b8={"architecture": "\x1b[31m" * 10_000})}), "no usable value"),
+            dump({"G_ema": network(tiny, synthesis_b8={"architecture": "\x1b[31m" * 10_000})}),
+            "no usable value",
+        ),
         "resolution of 600 digits": (
-            dump({"G_ema": network(tiny, top={"img_resolution": 2**2030})}), "no usable value as img_resolution"),
+            dump({"G_ema": network(tiny, top={"img_resolution": 2**2030})}),
+            "no usable value as img_resolution",
+        ),
         "missing tensor": (
-            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": None})}), "missing synthesis.b8.conv1.bias"),
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": None})}),
+            "missing synthesis.b8.conv1.bias",
+        ),
         "tensor of another shape": (
-            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": tensor(torch.ones(5))})}), r"found \[5\]"),
+            dump({"G_ema": network(tiny, {"synthesis.b8.conv1.bias": tensor(torch.ones(5))})}),
+            r"found \[5\]",
+        ),
         "filter of another shape": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv0.resample_filter": tensor(torch.ones(3, 4) / 12)})}),
-            "not separable"),
+            "not separable",
+        ),
         "filter of 20000 taps": (
             dump({"G_ema": network(tiny, {"synthesis.b8.conv0.resample_filter": tensor(torch.ones(20_000))})}),
-            "no resampling filter of at most 64 taps"),
+            "no resampling filter of at most 64 taps",
+        ),
         "another filter of 20000 taps": (
             dump({"G_ema": network(tiny, {"synthesis.b8.resample_filter": tensor(torch.ones(20_000))})}),
-            "no resampling filter of at most 64 taps"),
+            "no resampling filter of at most 64 taps",
+        ),
         "classes without a mean style": (_many_classes(), "at most 32768 features in all layers"),
         "nothing": (dump({}), "no generator"),
         "a number": (dump(1), "an int at the top"),
@@ -564,24 +672,39 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "text that is no UTF-8": (raw(b"\x8c\x02\xff\xfe"), "no UTF-8"),
         # Other families, as their files look where they differ.
         "StyleGAN3": (
-            state("synthesis", _modules={"input": persistent("SynthesisInput", {})}), "found a StyleGAN3 network"),
+            state("synthesis", _modules={"input": persistent("SynthesisInput", {})}),
+            "found a StyleGAN3 network",
+        ),
         "StyleGAN-XL": (
-            dump({"G_ema": persistent("SuperresGenerator", {"_parameters": {}})}), "found a StyleGAN-XL network"),
+            dump({"G_ema": persistent("SuperresGenerator", {"_parameters": {}})}),
+            "found a StyleGAN-XL network",
+        ),
         "StyleGAN-T": (top(Call(Name("networks.generator", "Generator"), (), new=True)), "found a StyleGAN-T network"),
         "another module": (
             dump({"G_ema": Call(Name("model", "Generator"), (), new=True, state={"_modules": {}})}),
-            "found a whole module"),
-        "Projected GAN": (top(Call(Name("pg_modules.discriminator", "ProjectedDiscriminator"), (), new=True)),
-                          "found a StyleGAN-XL or Projected GAN network"),
+            "found a whole module",
+        ),
+        "Projected GAN": (
+            top(Call(Name("pg_modules.discriminator", "ProjectedDiscriminator"), (), new=True)),
+            "found a StyleGAN-XL or Projected GAN network",
+        ),
         "EG3D": (
-            dump({"G_ema": persistent("TriPlaneGenerator", {
-                "renderer": Call(Name("training.volumetric_rendering.renderer", "Renderer"), (), new=True)})}),
-            "found an EG3D network"),
+            dump(
+                {
+                    "G_ema": persistent(
+                        "TriPlaneGenerator",
+                        {"renderer": Call(Name("training.volumetric_rendering.renderer", "Renderer"), (), new=True)},
+                    )
+                }
+            ),
+            "found an EG3D network",
+        ),
         "TensorFlow": (
             dump((Call(Name("dnnlib.tflib.network", "Network"), (), new=True, state={"version": 4}),) * 3),
-            "found a TensorFlow network .* legacy.py"),
+            "found a TensorFlow network .* legacy.py",
+        ),
         "Progressive GAN": (dump((Call(Name("tfutil", "Network"), (), new=True),) * 3), "found a TensorFlow network"),
-    }  # fmt: skip
+    }
     return found
 
 

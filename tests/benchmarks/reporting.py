@@ -45,9 +45,16 @@ class Report:
     written: int = 0
 
     def line(
-        self, name: str, value: float, unit: str, *, samples: int, target: float | None = None, better: str = "lower",
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        *,
+        samples: int,
+        target: float | None = None,
+        better: str = "lower",
         **more: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """One result. target: the value to reach, None where none is set. samples: how many measurements it stands on.
 
         Raises ValueError for a value that is not finite, which JSON could not say.
@@ -57,10 +64,15 @@ class Report:
         if not math.isfinite(value):
             raise ValueError(f"Expected a finite measurement for {name}, got {value}.")
         record = {
-            "name": self.prefix + name, "value": _rounded(value), "unit": unit, "target": target, "better": better,
-            "samples": samples, "seed": self.seed,
+            "name": self.prefix + name,
+            "value": _rounded(value),
+            "unit": unit,
+            "target": target,
+            "better": better,
+            "samples": samples,
+            "seed": self.seed,
             **{key: _rounded(item) for key, item in more.items()},
-        }  # fmt: skip
+        }
         print(json.dumps(record, allow_nan=False), file=self.stream, flush=True)
         self.written += 1
         verdict = ""
@@ -70,14 +82,26 @@ class Report:
         say(f"  {record['name']}: {record['value']:g} {unit}{verdict}")
 
     def median(
-        self, name: str, values: Sequence[float], unit: str, *, target: float | None = None, better: str = "lower",
+        self,
+        name: str,
+        values: Sequence[float],
+        unit: str,
+        *,
+        target: float | None = None,
+        better: str = "lower",
         **more: Any,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The median of `values`, with the 95 % interval of the median in an extra field "interval"."""
         self.line(
-            name, statistics.median(values), unit, samples=len(values), target=target, better=better,
-            interval=list(median_interval(values)), **more,
-        )  # fmt: skip
+            name,
+            statistics.median(values),
+            unit,
+            samples=len(values),
+            target=target,
+            better=better,
+            interval=list(median_interval(values)),
+            **more,
+        )
 
 
 def _rounded(value: Any) -> Any:
@@ -127,9 +151,15 @@ class Times:
 
 
 def interleave(
-    contestants: Mapping[str, Callable[[], Any]], rounds: int, *, budget_s: float = math.inf, least: int = 3,
-    finish: Callable[[], None] = lambda: None, what: str = "", warm_up: int = 1,
-) -> Times:  # fmt: skip
+    contestants: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    *,
+    budget_s: float = math.inf,
+    least: int = 3,
+    finish: Callable[[], None] = lambda: None,
+    what: str = "",
+    warm_up: int = 1,
+) -> Times:
     """Time all `contestants` in turns, `rounds` times, each round starting with another one.
 
     After `budget_s` seconds it stops early, with at least `least` rounds. `finish` waits for a device to end its work
@@ -217,13 +247,16 @@ class Benchmark:
 
     def parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
-            prog=f"run.py bench {self.name}", description=self.description, allow_abbrev=False,
+            prog=f"run.py bench {self.name}",
+            description=self.description,
+            allow_abbrev=False,
             formatter_class=argparse.RawDescriptionHelpFormatter,
-        )  # fmt: skip
+        )
         parser.add_argument("--quick", action="store_true", help=f"a smaller sample, in {self.quick} on two cores")
         parser.add_argument("--tiny", action="store_true", help="tiny inputs: shows that it runs, measures nothing")
-        parser.add_argument("--part", choices=self.parts, action="append",
-                            help="only this part; may be given several times")  # fmt: skip
+        parser.add_argument(
+            "--part", choices=self.parts, action="append", help="only this part; may be given several times"
+        )
         parser.add_argument("--seed", type=int, default=0, help="of random weights and inputs (default 0)")
         parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
         return parser

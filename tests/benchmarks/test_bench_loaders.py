@@ -14,8 +14,18 @@ import pytest
 
 HERE = Path(__file__).resolve().parent
 BOOTSTRAP = HERE.parents[1] / "training" / "bootstrap.py"
-READERS = ("generators", "domain_files", "bases", "run_checkpoints", "shards", "pictures", "settings",
-           "content_indices", "cached_latents", "logs")  # fmt: skip
+READERS = (
+    "generators",
+    "domain_files",
+    "bases",
+    "run_checkpoints",
+    "shards",
+    "pictures",
+    "settings",
+    "content_indices",
+    "cached_latents",
+    "logs",
+)
 FAULTS = ("ran_anything", "without_a_sentence", "over_10_s", "over_500_MB")
 
 
@@ -80,16 +90,19 @@ def test_an_input_that_is_read_or_refused_by_name_has_no_fault(judged, tmp_path)
     assert "faults" not in judged(refuse) and not (tmp_path / "kept").exists()
 
 
-@pytest.mark.parametrize("fault, read", [
-    ("ran", lambda path: exec("1")),
-    ("ran", lambda path: subprocess.run([sys.executable, "-c", ""]) and None),
-    ("ran", lambda path: Path(path.parent.parent, "elsewhere").write_text("x") and None),
-    ("said", lambda path: [][0]),
-    ("said", lambda path: ["expected more, found nothing in some file; make it again."]),
-    ("said", lambda path: [f"{path}: a \x1b[31mred\x1b[0m word that moves a terminal"]),
-    ("said", lambda path: [f"{path}: {'long ' * 200}"]),
-    ("said", lambda path: [f"{path}:"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "fault, read",
+    [
+        ("ran", lambda path: exec("1")),
+        ("ran", lambda path: subprocess.run([sys.executable, "-c", ""]) and None),
+        ("ran", lambda path: Path(path.parent.parent, "elsewhere").write_text("x") and None),
+        ("said", lambda path: [][0]),
+        ("said", lambda path: ["expected more, found nothing in some file; make it again."]),
+        ("said", lambda path: [f"{path}: a \x1b[31mred\x1b[0m word that moves a terminal"]),
+        ("said", lambda path: [f"{path}: {'long ' * 200}"]),
+        ("said", lambda path: [f"{path}:"]),
+    ],
+)
 def test_each_fault_is_told_and_its_input_kept(judged, tmp_path, fault, read):
     result = judged(read)
     assert list(result["faults"]) == [fault]
@@ -121,8 +134,11 @@ for number in range(int(sys.argv[1]), 6):
     print(json.dumps({"case": number, "outcome": "read", "seconds": 0, "over": 0}), flush=True)
 print(json.dumps({"done": True}), flush=True)
 """
-    monkeypatch.setattr(loaders.BENCHMARK.__class__, "child_command",
-                        lambda self, report, plan, what, reader, first, end: [sys.executable, "-c", code, first])
+    monkeypatch.setattr(
+        loaders.BENCHMARK.__class__,
+        "child_command",
+        lambda self, report, plan, what, reader, first, end: [sys.executable, "-c", code, first],
+    )
     tally = loaders.read_all(None, loaders.TINY, "logs")
     assert tally.outcomes == {"read": 4, "ended": 2} and tally.faults == {"said": 1, "slow": 1}
     told = capsys.readouterr().err

@@ -8,8 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
-
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_embedding
 from indomain_guidance.guidance.null_text import NullContext, build_cached, fold_constants, load_unet
@@ -17,6 +15,7 @@ from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.data.buckets import bucket_sizes
 from indomain_guidance.training.data.latent_dataset import Sample
 from indomain_guidance.training.learner import Learner
+from torch import Generator, Tensor, nn
 
 POOLED = 1280
 SIZES = (512.0, 512.0, 0.0, 0.0, 512.0, 512.0)  # of the image, its crop, the target: what SDXL is told
@@ -38,34 +37,63 @@ class Shape:
 SHAPES = {
     "sd15": Shape(
         UNetConfig(
-            model_channels=128, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
-            transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
-            transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0), context_dim=304, num_heads=8,
-        ), 31,
+            model_channels=128,
+            channel_mult=(1, 2, 4, 4),
+            num_res_blocks=(2, 2, 2, 2),
+            transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
+            transformer_depth_middle=1,
+            transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0),
+            context_dim=304,
+            num_heads=8,
+        ),
+        31,
     ),
     "sdxl": Shape(
         UNetConfig(
-            model_channels=96, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), transformer_depth=(0, 0, 2, 2, 10, 10),
-            transformer_depth_middle=10, transformer_depth_output=(0, 0, 0, 2, 2, 2, 10, 10, 10), context_dim=608,
-            num_head_channels=24, use_linear_in_transformer=True, adm_in_channels=2816,
-        ), 23,
+            model_channels=96,
+            channel_mult=(1, 2, 4),
+            num_res_blocks=(2, 2, 2),
+            transformer_depth=(0, 0, 2, 2, 10, 10),
+            transformer_depth_middle=10,
+            transformer_depth_output=(0, 0, 0, 2, 2, 2, 10, 10, 10),
+            context_dim=608,
+            num_head_channels=24,
+            use_linear_in_transformer=True,
+            adm_in_channels=2816,
+        ),
+        23,
     ),
-}  # fmt: skip
+}
 TINY_SHAPES = {
     "sd15": Shape(
         UNetConfig(
-            model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 0),
-            transformer_depth_middle=1, transformer_depth_output=(1, 1, 0, 0), context_dim=24, num_heads=4,
-        ), 7,
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=(1, 1),
+            transformer_depth=(1, 0),
+            transformer_depth_middle=1,
+            transformer_depth_output=(1, 1, 0, 0),
+            context_dim=24,
+            num_heads=4,
+        ),
+        7,
     ),
     "sdxl": Shape(
         UNetConfig(
-            model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 2),
-            transformer_depth_middle=2, transformer_depth_output=(0, 0, 2, 2), context_dim=32, num_head_channels=16,
-            use_linear_in_transformer=True, adm_in_channels=2816,
-        ), 7,
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=(1, 1),
+            transformer_depth=(0, 2),
+            transformer_depth_middle=2,
+            transformer_depth_output=(0, 0, 2, 2),
+            context_dim=32,
+            num_head_channels=16,
+            use_linear_in_transformer=True,
+            adm_in_channels=2816,
+        ),
+        7,
     ),
-}  # fmt: skip
+}
 
 
 def random_weights(config: UNetConfig, seed: int) -> dict[str, Tensor]:
@@ -157,9 +185,10 @@ class Contestant:
     def __init__(self, side: int, seed: int) -> None:
         generator = Generator().manual_seed(3000 + seed)
         self._fixed = (
-            torch.randn(2, 4, side, side, generator=generator), torch.randn(2, 4, side, side, generator=generator),
+            torch.randn(2, 4, side, side, generator=generator),
+            torch.randn(2, 4, side, side, generator=generator),
             torch.tensor([200, 700]),
-        )  # fmt: skip
+        )
 
     @torch.no_grad()
     def loss(self) -> float:
@@ -179,9 +208,18 @@ class Ours(Contestant):
         super().__init__(side, seed)
         sides = bucket_sides(side) if buckets else [(side, side)]
         config = TrainConfig(
-            base="benchmark", form=form, resolution=max(64, 8 * side), batch_size=batch, learning_rate=RATE, warmup=0,
-            ema=0.999 if ema else 0.0, min_snr_gamma=GAMMA, precision="fp32", device="cpu", seed=seed,
-        )  # fmt: skip
+            base="benchmark",
+            form=form,
+            resolution=max(64, 8 * side),
+            batch_size=batch,
+            learning_rate=RATE,
+            warmup=0,
+            ema=0.999 if ema else 0.0,
+            min_snr_gamma=GAMMA,
+            precision="fp32",
+            device="cpu",
+            seed=seed,
+        )
         self._arguments = {}
         if form == "full":
             self._arguments["context"] = null_context(shape, seed).tensor
@@ -190,9 +228,13 @@ class Ours(Contestant):
         unet = unet_of(shape, form, seed)
         self.parameters = sum(one.numel() for one in unet.parameters())
         self.learner = Learner(
-            config, unet, Latents.of(sides, max(4 * batch, 16) // len(sides) or 1, seed), NoiseSchedule.scaled_linear(),
-            "epsilon", lambda sizes: self._conditioning(len(sizes)),
-        )  # fmt: skip
+            config,
+            unet,
+            Latents.of(sides, max(4 * batch, 16) // len(sides) or 1, seed),
+            NoiseSchedule.scaled_linear(),
+            "epsilon",
+            lambda sizes: self._conditioning(len(sizes)),
+        )
 
     def _conditioning(self, count: int) -> dict[str, Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self._arguments.items()}
@@ -216,18 +258,24 @@ def diffusers_unet(shape: Shape, seed: int) -> nn.Module:
     options: dict[str, Any] = {}
     if ours.adm_in_channels:
         options = {
-            "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
             "projection_class_embeddings_input_dim": ours.adm_in_channels,
-        }  # fmt: skip
+        }
     unet = UNet2DConditionModel(
-        in_channels=4, out_channels=4, block_out_channels=widths, layers_per_block=ours.num_res_blocks[0],
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=widths,
+        layers_per_block=ours.num_res_blocks[0],
         down_block_types=["CrossAttnDownBlock2D" if depth else "DownBlock2D" for depth in depths],
         up_block_types=["CrossAttnUpBlock2D" if depth else "UpBlock2D" for depth in reversed(depths)],
-        transformer_layers_per_block=[max(depth, 1) for depth in depths], cross_attention_dim=ours.context_dim,
+        transformer_layers_per_block=[max(depth, 1) for depth in depths],
+        cross_attention_dim=ours.context_dim,
         # diffusers calls the number of heads a head's width here, in its own models' files too.
         attention_head_dim=[ours.heads_for(width) for width in widths],
-        use_linear_projection=ours.use_linear_in_transformer, **options,
-    )  # fmt: skip
+        use_linear_projection=ours.use_linear_in_transformer,
+        **options,
+    )
     weights = {f"model.diffusion_model.{key}": value for key, value in random_weights(ours, seed).items()}
     converted = convert_ldm_unet_checkpoint(weights, config=dict(unet.config))
     unet.load_state_dict(converted, strict=True)

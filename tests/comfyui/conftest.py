@@ -62,19 +62,38 @@ def comfyui() -> SimpleNamespace:
     cli_args = importlib.import_module("comfy.cli_args")
     cli_args.args.cpu = True
     names = (
-        "comfy.conds", "comfy.controlnet", "comfy.cldm.cldm", "comfy.hooks", "comfy.latent_formats", "comfy.lora",
-        "comfy.model_base", "comfy.model_management", "comfy.model_patcher", "comfy.model_sampling",
-        "comfy.nested_tensor", "comfy.ops", "comfy.patcher_extension", "comfy.sample", "comfy.samplers",
-        "comfy.sd", "comfy.supported_models", "comfy.utils", "comfy_extras.nodes_custom_sampler", "latent_preview",
+        "comfy.conds",
+        "comfy.controlnet",
+        "comfy.cldm.cldm",
+        "comfy.hooks",
+        "comfy.latent_formats",
+        "comfy.lora",
+        "comfy.model_base",
+        "comfy.model_management",
+        "comfy.model_patcher",
+        "comfy.model_sampling",
+        "comfy.nested_tensor",
+        "comfy.ops",
+        "comfy.patcher_extension",
+        "comfy.sample",
+        "comfy.samplers",
+        "comfy.sd",
+        "comfy.supported_models",
+        "comfy.utils",
+        "comfy_extras.nodes_custom_sampler",
+        "latent_preview",
         "nodes",
-    )  # fmt: skip
+    )
     modules = {name: importlib.import_module(name) for name in names}
     # A checkout on sys.path would put this project's package `nodes` in the place of ComfyUI's module.
     assert Path(modules["nodes"].__file__).resolve() == root / "nodes.py"
     assert modules["comfy.model_management"].get_torch_device() == torch.device("cpu")
-    return SimpleNamespace(root=root, comfy=sys.modules["comfy"], nodes=modules["nodes"], **{
-        name.rsplit(".", 1)[-1]: module for name, module in modules.items() if name != "nodes"
-    })  # fmt: skip
+    return SimpleNamespace(
+        root=root,
+        comfy=sys.modules["comfy"],
+        nodes=modules["nodes"],
+        **{name.rsplit(".", 1)[-1]: module for name, module in modules.items() if name != "nodes"},
+    )
 
 
 def randomize(module: torch.nn.Module, seed: int) -> torch.nn.Module:
@@ -159,9 +178,13 @@ class Tiny:
         """A core ControlNet of the tiny topology with a random hint."""
         config = {key: value for key, value in {**TINY_UNET, **unet}.items() if key != "out_channels"}
         network = self.comfy.cldm.cldm.ControlNet(
-            hint_channels=3, num_heads=8, dtype=torch.float32, device="cpu",
-            operations=self.comfy.ops.disable_weight_init, **config,
-        )  # fmt: skip
+            hint_channels=3,
+            num_heads=8,
+            dtype=torch.float32,
+            device="cpu",
+            operations=self.comfy.ops.disable_weight_init,
+            **config,
+        )
         randomize(network, 500 + seed)
         control = self.comfy.controlnet.ControlNet(network, load_device=torch.device("cpu"))
         hint = torch.rand(1, 3, size * 8, size * 8, generator=torch.Generator().manual_seed(seed))

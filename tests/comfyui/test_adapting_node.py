@@ -40,8 +40,11 @@ def world(comfyui, tmp_path, monkeypatch):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     return SimpleNamespace(
-        tmp=tmp_path, nodes=module("nodes.generators"), internals=module("nodes.comfy_internals.adapting"),
-        generators=generators, files=module("guidance.files"),
+        tmp=tmp_path,
+        nodes=module("nodes.generators"),
+        internals=module("nodes.comfy_internals.adapting"),
+        generators=generators,
+        files=module("guidance.files"),
     )
 
 
@@ -70,11 +73,27 @@ def adapt(world, mini, source):
     def run(**inputs):
         options = {"t_max": 600, "sample_count": 2, **inputs.pop("options", {})}
         values = {
-            "generator": source, "model": mini.model, "vae": mini.vae, "positive": mini.positive,
-            "negative": mini.negative, "name": "made", "method": "sds", "scale": 7.5, "directional": 0.5,
-            "reconstruction": 0.0, "steps": 2, "batch_size": 2, "learning_rate": 0.002, "layers": 0, "sample_every": 0,
-            "seed": 0, "resume": "auto", "isolated": False, "options": options, **inputs,
-        }  # fmt: skip
+            "generator": source,
+            "model": mini.model,
+            "vae": mini.vae,
+            "positive": mini.positive,
+            "negative": mini.negative,
+            "name": "made",
+            "method": "sds",
+            "scale": 7.5,
+            "directional": 0.5,
+            "reconstruction": 0.0,
+            "steps": 2,
+            "batch_size": 2,
+            "learning_rate": 0.002,
+            "layers": 0,
+            "sample_every": 0,
+            "seed": 0,
+            "resume": "auto",
+            "isolated": False,
+            "options": options,
+            **inputs,
+        }
         with torch.inference_mode():
             out = world.nodes.AdaptGenerator.execute(**values)
         generator, samples, loss, path = out.result
@@ -116,7 +135,9 @@ def test_default_options_are_the_adaptations_own(world):
     from indomain_guidance.training.adapt_config import AdaptConfig
 
     schema = world.nodes.GeneratorAdaptOptions.define_schema()
-    (options,) = world.nodes.GeneratorAdaptOptions.execute(**{entry.id: entry.default for entry in schema.inputs}).result
+    (options,) = world.nodes.GeneratorAdaptOptions.execute(
+        **{entry.id: entry.default for entry in schema.inputs}
+    ).result
     assert AdaptConfig(generator="x", base="y", **options) == AdaptConfig(generator="x", base="y")
 
 
@@ -138,8 +159,10 @@ def test_conditionings_are_told_apart_and_known_again(world, mini):
     same_prompt = module("training.adapt_config").same_prompt
 
     def same(one, other, texts=("", "")):
-        one, other = (f"{text or 'connected:'} [{world.internals.conditioning_signature(conditioning)}]"
-                      for text, conditioning in zip(texts, (one, other)))  # fmt: skip
+        one, other = (
+            f"{text or 'connected:'} [{world.internals.conditioning_signature(conditioning)}]"
+            for text, conditioning in zip(texts, (one, other))
+        )
         return same_prompt(one, other)
 
     with torch.inference_mode():
@@ -212,9 +235,10 @@ SDXL = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 
 
 
 @pytest.mark.parametrize("isolated", [False, True])
-@pytest.mark.parametrize("family, prediction, unet", [
-    ("SD15", "EPS", {}), ("SD20", "V_PREDICTION", {"model_channels": 64}), ("SDXL", "EPS", SDXL),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, prediction, unet",
+    [("SD15", "EPS", {}), ("SD20", "V_PREDICTION", {"model_channels": 64}), ("SDXL", "EPS", SDXL)],
+)
 def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet, isolated):
     with torch.inference_mode():
         model = tiny.lora(tiny.prior(family=family, prediction=prediction, **unet), seed=8)
@@ -223,14 +247,23 @@ def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet, iso
     inputs = {"model": model, "steps": 1, "options": {"resolution": 64, "t_max": 300}, "isolated": isolated}
     adapt(positive=positive, negative=negative, **inputs)
     if family == "SDXL":
-        with pytest.raises(ValueError, match="expected a positive conditioning with a pooled vector, as the SDXL model"):
+        with pytest.raises(
+            ValueError, match="expected a positive conditioning with a pooled vector, as the SDXL model"
+        ):
             adapt(positive=tiny.conditioning(1), negative=negative, **inputs)
 
 
-@pytest.mark.parametrize("family, prediction, context, side", [
-    ("SD15", "EPS", 768, 512), ("SD15", "V_PREDICTION", 768, 512), ("SD20", "EPS", 1024, 512),
-    ("SD20", "V_PREDICTION", 1024, 768), ("SDXL", "EPS", 2048, 1024), ("SDXL", "V_PREDICTION", 2048, 1024),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "family, prediction, context, side",
+    [
+        ("SD15", "EPS", 768, 512),
+        ("SD15", "V_PREDICTION", 768, 512),
+        ("SD20", "EPS", 1024, 512),
+        ("SD20", "V_PREDICTION", 1024, 768),
+        ("SDXL", "EPS", 2048, 1024),
+        ("SDXL", "V_PREDICTION", 2048, 1024),
+    ],
+)
 def test_a_family_is_judged_at_one_size_in_every_process(world, tiny, mini, family, prediction, context, side):
     critic, judge = module("nodes.comfy_internals.critic"), module("training.adapt_critic")
     adapt_config = module("training.adapt_config")
@@ -348,9 +381,11 @@ def test_the_texts_behind_conditionings_are_found(world, monkeypatch):
         "1": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["0", 1], "text": " a red\nseven "}},
         "2": {"class_type": "ConditioningCombine", "inputs": {"conditioning_1": ["1", 0]}},
         "3": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["0", 1], "text": ["9", 0]}},
-        "4": {"class_type": "InDomainAdaptGenerator",
-              "inputs": {"positive": ["1", 0], "negative": ["2", 0], "source": ["3", 0], "name": "x", "steps": 2}},
-    }  # fmt: skip
+        "4": {
+            "class_type": "InDomainAdaptGenerator",
+            "inputs": {"positive": ["1", 0], "negative": ["2", 0], "source": ["3", 0], "name": "x", "steps": 2},
+        },
+    }
     monkeypatch.setattr(world.internals, "get_executing_context", lambda: SimpleNamespace(node_id="4"))
     assert world.internals.prompt_texts(prompt) == {"positive": "a red seven"}
     monkeypatch.setattr(world.internals, "get_executing_context", lambda: None)
@@ -384,7 +419,9 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
         adapt(isolated=True, terms=(term,))
     shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
     for isolated in (False, True):
-        with pytest.raises(ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"):
+        with pytest.raises(
+            ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"
+        ):
             adapt(isolated=isolated, terms=(shaped,))
     assert not list(world.tmp.rglob("outside*"))
 
@@ -422,8 +459,10 @@ def test_other_terms_are_another_run_and_stand_in_the_finished_file(adapt, mini,
     domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
 
     def terms(weight, model=domain, start=0.5, name="hand"):
-        return (term_input(name, schedules.Interval(weight, start, 1.0), model),
-                term_input("blue", 0.5, conditioning=blue, reference=name))  # fmt: skip
+        return (
+            term_input(name, schedules.Interval(weight, start, 1.0), model),
+            term_input("blue", 0.5, conditioning=blue, reference=name),
+        )
 
     made = adapt(steps=1, terms=terms(1.5))
     hand, other, prompt = made.generator.metadata.history[-1]["terms"]

@@ -12,13 +12,32 @@ import pytest
 @pytest.mark.parametrize(
     ("listen", "others"),
     [
-        ("127.0.0.1", False), ("127.2.2.2", False), ("::1", False), ("0:0:0:0:0:0:0:1", False), ("localhost", False),
-        ("LOCALHOST", False), ("127.0.0.1,::1", False), ("::ffff:127.0.0.1", False), ("[::1]", False),
-        ("0.0.0.0", True), ("0.0.0.0,::", True), ("::", True), ("", True), ("127.0.0.1,", True), (",", True),
-        ("127.0.0.1,192.168.1.7", True), ("10.0.0.1", True), ("fe80::1", True), ("::ffff:10.0.0.1", True),
-        ("my-computer", True), ("127.0.0.1.example.org", True), ("127.1", True), ("0", True), (" 127.0.0.1", True),
+        ("127.0.0.1", False),
+        ("127.2.2.2", False),
+        ("::1", False),
+        ("0:0:0:0:0:0:0:1", False),
+        ("localhost", False),
+        ("LOCALHOST", False),
+        ("127.0.0.1,::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("[::1]", False),
+        ("0.0.0.0", True),
+        ("0.0.0.0,::", True),
+        ("::", True),
+        ("", True),
+        ("127.0.0.1,", True),
+        (",", True),
+        ("127.0.0.1,192.168.1.7", True),
+        ("10.0.0.1", True),
+        ("fe80::1", True),
+        ("::ffff:10.0.0.1", True),
+        ("my-computer", True),
+        ("127.0.0.1.example.org", True),
+        ("127.1", True),
+        ("0", True),
+        (" 127.0.0.1", True),
     ],
-)  # fmt: skip
+)
 def test_only_addresses_that_are_sure_to_be_the_machines_own_are_private(comfyui, listen, others):
     policy = importlib.import_module("indomain_guidance.nodes.comfy_internals.allowed_folders")
     assert policy.reached_by_others(listen) is others
@@ -39,7 +58,9 @@ def world(comfyui, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("USERPROFILE", str(tmp_path / "home"))
     return SimpleNamespace(
-        tmp=tmp_path, policy=policy, folder_paths=folder_paths,
+        tmp=tmp_path,
+        policy=policy,
+        folder_paths=folder_paths,
         training=importlib.import_module("indomain_guidance.nodes.comfy_internals.training"),
         node=importlib.import_module("indomain_guidance.nodes.training").TrainDomainUNet,
     )
@@ -90,12 +111,39 @@ def test_what_lies_outside_is_refused_in_one_sentence_whether_it_is_there_or_not
     link(world.tmp / "input" / "faces" / "up", "../..")
     secret = str(world.tmp / "secret")
     names = [
-        secret, f"{secret}/nothing", f"{secret}/one.png", "/", "/etc", "/etc/passwd", "/nowhere/at/all", "..", "../secret",
-        "faces/../../secret", "way", "way/pictures", "way/nothing", "file.png", "lost", "lost/x", "~",
-        "~/pictures", "faces/up/secret", "faces/up/nothing", str(world.tmp / "input") + "x", str(world.tmp / "inpu"),
-        "..\\secret", "faces\\..\\..\\secret", "faces\\..\\..\\nothing", "../secret/*.png", "../secret/{one,two}.png", "/etc/*",
-        "/{etc,nothing}", "way/*", "faces/*/../../../secret", "way/../../secret",
-    ]  # fmt: skip
+        secret,
+        f"{secret}/nothing",
+        f"{secret}/one.png",
+        "/",
+        "/etc",
+        "/etc/passwd",
+        "/nowhere/at/all",
+        "..",
+        "../secret",
+        "faces/../../secret",
+        "way",
+        "way/pictures",
+        "way/nothing",
+        "file.png",
+        "lost",
+        "lost/x",
+        "~",
+        "~/pictures",
+        "faces/up/secret",
+        "faces/up/nothing",
+        str(world.tmp / "input") + "x",
+        str(world.tmp / "inpu"),
+        "..\\secret",
+        "faces\\..\\..\\secret",
+        "faces\\..\\..\\nothing",
+        "../secret/*.png",
+        "../secret/{one,two}.png",
+        "/etc/*",
+        "/{etc,nothing}",
+        "way/*",
+        "faces/*/../../../secret",
+        "way/../../secret",
+    ]
     said = {name: refusal(world, name) for name in names}
     sentence = said[secret]
     assert {name: other for name, other in said.items() if other != sentence} == {}
@@ -107,7 +155,9 @@ def test_nothing_outside_is_looked_at(world, monkeypatch):
     looked = []
     for name in ("stat", "lstat", "scandir", "readlink", "listdir"):
         original = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda path=".", *a, o=original, **k: (looked.append(str(path)), o(path, *a, **k))[1])
+        monkeypatch.setattr(
+            os, name, lambda path=".", *a, o=original, **k: (looked.append(str(path)), o(path, *a, **k))[1]
+        )
     for name in ("/nowhere/x", "../secret/one.png", str(world.tmp / "secret" / "pictures"), "../secret/*"):
         refusal(world, name)
         assert world.node.fingerprint_inputs(image_folder=[name]) != world.node.fingerprint_inputs(image_folder=[name])
@@ -115,7 +165,15 @@ def test_nothing_outside_is_looked_at(world, monkeypatch):
 
 
 def test_homes_of_others_and_names_of_the_environment_are_plain_names(world):
-    for name in ("way/../secret", "faces/{a,..}/../secret", "~root", "~nobody-of-this-name", "$HOME/x", "%USERPROFILE%", "C:name"):
+    for name in (
+        "way/../secret",
+        "faces/{a,..}/../secret",
+        "~root",
+        "~nobody-of-this-name",
+        "$HOME/x",
+        "%USERPROFILE%",
+        "C:name",
+    ):
         assert "found nothing at" in refusal(world, name)
 
 

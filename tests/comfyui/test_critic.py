@@ -68,7 +68,7 @@ def core_eps(tiny, internals):
 
 @pytest.fixture
 def x(tiny):
-    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5)) 
+    return torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(5))
 
 
 @pytest.mark.parametrize("prediction", ["EPS", "V_PREDICTION"])
@@ -107,8 +107,10 @@ def test_what_acts_on_some_noise_levels_only_acts_for_each_image(tiny, ask, core
     model, positive, negative = tiny.prior(), tiny.conditioning(1), tiny.conditioning(2)
     # Two prompts that take turns halfway, between the two timesteps asked for.
     late = tiny.conditioning(3)
-    turns = [*tiny.with_options(positive, start_percent=0.0, end_percent=0.5),
-             *tiny.with_options(late, start_percent=0.5, end_percent=1.0)]  # fmt: skip
+    turns = [
+        *tiny.with_options(positive, start_percent=0.0, end_percent=0.5),
+        *tiny.with_options(late, start_percent=0.5, end_percent=1.0),
+    ]
     made, _ = ask(model, turns, negative, x, ("e_c",))
     assert error(made.e_c[:1], core_eps(model, positive, x)[:1]) < 1e-5
     assert error(made.e_c[1:], core_eps(model, late, x)[1:]) < 1e-5
@@ -218,9 +220,7 @@ def test_a_step_on_a_model_from_comfyuis_own_loaders(mini, inside, internals, na
     def body(critic, encode):
         method = guidance.make_method(name, critic)
         objective = guidance.Objective(critic, method, timesteps=guidance.Timesteps(100, 500))
-        return objective.backward(
-            leaf * 1.0, None, encode, step=0, steps=1, generator=torch.Generator().manual_seed(0)
-        )
+        return objective.backward(leaf * 1.0, None, encode, step=0, steps=1, generator=torch.Generator().manual_seed(0))
 
     with torch.inference_mode():
         report = inputs.run(64, 2, (100, 500), body, learns=name == "vsd")

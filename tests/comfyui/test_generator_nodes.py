@@ -40,8 +40,14 @@ def world(comfyui, tmp_path, monkeypatch):
     generator = tiny_generator()
     files.write_generator(shipped / "shipped.safetensors", generator, files.GeneratorMetadata(name="digits"))
     return SimpleNamespace(
-        tmp=tmp_path, folder=folder, shipped=shipped, generator=generator, files=files, internals=internals,
-        folder_paths=folder_paths, nodes=module("nodes.generators"),
+        tmp=tmp_path,
+        folder=folder,
+        shipped=shipped,
+        generator=generator,
+        files=files,
+        internals=internals,
+        folder_paths=folder_paths,
+        nodes=module("nodes.generators"),
     )
 
 
@@ -60,9 +66,7 @@ def call(world):
 def test_the_folder_lists_generators_only_and_what_is_shipped(world):
     for name in ("a.pkl", "b.pt", "c.safetensors", "e.pth", "readme.txt", "d.ckpt"):
         (world.folder / name).write_bytes(b"x")
-    assert set(world.internals.list_generators()) == {
-        "a.pkl", "b.pt", "c.safetensors", "e.pth", "shipped.safetensors",
-    }  # fmt: skip
+    assert set(world.internals.list_generators()) == {"a.pkl", "b.pt", "c.safetensors", "e.pth", "shipped.safetensors"}
     assert world.internals.generator_folder() == world.folder
     # An extra_model_paths.yaml that named the folder already keeps its place.
     world.folder_paths.folder_names_and_paths["generators"] = ([str(world.tmp / "mine")], set())
@@ -84,7 +88,9 @@ def test_a_loaded_generator_can_be_adapted_and_says_what_it_is(world, call):
 
 @pytest.mark.parametrize("name", ["absent.pkl", "", "../shipped/shipped.safetensors"])
 def test_names_that_are_not_listed_are_refused(call, name):
-    with pytest.raises(ValueError, match="Load Generator: expected a file named .*(pick a listed file|is listed, pick it)"):
+    with pytest.raises(
+        ValueError, match="Load Generator: expected a file named .*(pick a listed file|is listed, pick it)"
+    ):
         call("LoadGenerator", generator_name=name)
 
 
@@ -98,7 +104,7 @@ def test_other_files_are_refused_with_what_they_are(world, call):
 def test_images_are_the_generators_own_for_nvidias_seeds(world, call):
     one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
     images, _ = call("GeneratorSample", generator=one, seed=7, truncation=0.7, batch_size=3)
-    assert images.shape == (3, 16, 16, 3) and 0 <= float(images.min()) and float(images.max()) <= 1
+    assert images.shape == (3, 16, 16, 3) and float(images.min()) >= 0 and float(images.max()) <= 1
     z = torch.from_numpy(np.concatenate([np.random.RandomState(seed).randn(1, 8) for seed in (7, 8, 9)])).float()
     expected = world.generator(z, truncation=0.7).mul(0.5).add(0.5).clamp(0, 1).permute(0, 2, 3, 1)
     assert torch.allclose(images.clone(), expected, atol=1e-5)
@@ -285,11 +291,17 @@ def test_a_saved_generator_is_the_same_and_replaces_nothing_unasked(world, call)
             call("SaveGenerator", generator=one, filename=name, file_dtype="fp32")
     long = "x" * 190
     for name, words in (
-        ("x" * 201, "at most 200 bytes, found 201"), ("a/" + "y" * 300, "at most 200 bytes"), ("nul", "device on Windows"),
-        ("nothing\0", "plain file name"), ("two\nlines", "plain file name"), ("a:b", "plain file name"),
-        ("\ud800", "plain file name"), ("True", "a value of another kind"), ("/".join([long] * 30), "could not be written .*too long"),
+        ("x" * 201, "at most 200 bytes, found 201"),
+        ("a/" + "y" * 300, "at most 200 bytes"),
+        ("nul", "device on Windows"),
+        ("nothing\0", "plain file name"),
+        ("two\nlines", "plain file name"),
+        ("a:b", "plain file name"),
+        ("\ud800", "plain file name"),
+        ("True", "a value of another kind"),
+        ("/".join([long] * 30), "could not be written .*too long"),
         ("mine/blend.safetensors/x", "could not be written"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(world.files.FileProblem, match=words) as caught:
             call("SaveGenerator", generator=one, filename=name, file_dtype="fp32")
         assert "\n" not in str(caught.value)
@@ -301,8 +313,13 @@ def test_a_saved_generator_is_the_same_and_replaces_nothing_unasked(world, call)
 
 def as_rosinality(generator) -> dict:
     """The generator under the names of rosinality's checkpoints."""
-    names = {"weight": "conv.weight", "affine.weight": "conv.modulation.weight", "affine.bias": "conv.modulation.bias",
-             "noise_strength": "noise.weight", "bias": "activate.bias"}  # fmt: skip
+    names = {
+        "weight": "conv.weight",
+        "affine.weight": "conv.modulation.weight",
+        "affine.bias": "conv.modulation.bias",
+        "noise_strength": "noise.weight",
+        "bias": "activate.bias",
+    }
     made = {}
     for key, value in generator.state_dict().items():
         root, *rest = key.split(".")
@@ -329,7 +346,8 @@ def as_rosinality(generator) -> dict:
 
 # Compared as the reader does; what it says of an older torch is tested with it.
 reads_pickles = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10), reason="this torch reads no pickles safely"
+    tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10),
+    reason="this torch reads no pickles safely",
 )
 
 
@@ -390,8 +408,13 @@ def test_a_blend_says_what_it_is_made_of(world, call):
     assert again.metadata.licence == "CC0-1.0; Apache-2.0"
     more, _ = call("BlendGenerators", source=again, adapted=adapted, amount=1.0, split_resolution=8)
     assert more.metadata.licence == "CC0-1.0; Apache-2.0" and more.metadata.history[:-1] == (stage,)
-    assert more.metadata.history[-1] == {"blend": 1.0, "source": again.name, "adapted": "red", "split_resolution": 8,
-                                         "amount_below_split": 0.0}  # fmt: skip
+    assert more.metadata.history[-1] == {
+        "blend": 1.0,
+        "source": again.name,
+        "adapted": "red",
+        "split_resolution": 8,
+        "amount_below_split": 0.0,
+    }
     unknown = made(world.generator, described(name="any"), "x")
     assert call("BlendGenerators", **values | {"source": unknown})[0].metadata.licence == "Apache-2.0"
 

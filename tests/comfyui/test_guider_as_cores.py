@@ -82,9 +82,15 @@ def run(comfyui, guider, sampler=None, seed=3, sigmas=(10.0, 4.0, 1.0, 0.3, 0.0)
 
 @pytest.mark.parametrize(
     ("weights", "interval", "scale"),
-    [((0.0, 6.0), {}, 6.0), ((2.0, 6.0), {}, 8.0), ((2.0, 6.0), {"domain_start": 0.5}, 8.0),
-     ((0.0, 1.0), {}, 1.0), ((-1.5, 1.0), {}, -0.5), ((0.0, 0.0), {}, 0.0)],
-)  # fmt: skip
+    [
+        ((0.0, 6.0), {}, 6.0),
+        ((2.0, 6.0), {}, 8.0),
+        ((2.0, 6.0), {"domain_start": 0.5}, 8.0),
+        ((0.0, 1.0), {}, 1.0),
+        ((-1.5, 1.0), {}, -0.5),
+        ((0.0, 0.0), {}, 0.0),
+    ],
+)
 def test_the_scale_is_the_same_before_during_and_after_two_runs(comfyui, pair, weights, interval, scale):
     guider, _ = pair(*weights, **interval)
     seen: list[float] = [guider.cfg]
@@ -224,9 +230,7 @@ def without_constructor(guider, positive, negative):
     return made
 
 
-@pytest.mark.parametrize(
-    "replace", [replace_all, replace_on_a_copy, replace_in_the_dictionary, without_constructor]
-)
+@pytest.mark.parametrize("replace", [replace_all, replace_on_a_copy, replace_in_the_dictionary, without_constructor])
 @pytest.mark.parametrize("domain_weight", [0.0, 1.5])
 def test_conditionings_that_are_replaced_count(comfyui, tiny, pair, caplog, replace, domain_weight):
     ours, core = pair(domain_weight)
@@ -343,7 +347,9 @@ def test_a_foreign_model_in_the_priors_place_has_the_branches_loaded_too(comfyui
     ours.model_options = foreign.model_options
     loaded, load = [], comfyui.model_management.load_models_gpu
     monkeypatch.setattr(
-        comfyui.model_management, "load_models_gpu", lambda models, **k: (loaded.append(set(models)), load(models, **k))[1]
+        comfyui.model_management,
+        "load_models_gpu",
+        lambda models, **k: (loaded.append(set(models)), load(models, **k))[1],
     )
     result = tiny.predict(ours, noisy(), SIGMA)
     domain = ours.guidance.terms[0].model
@@ -452,5 +458,7 @@ def test_a_loop_of_somebody_elses_is_cores_or_is_refused(comfyui, tiny, pair):
     ours, core = pair()
     assert torch.equal(by_own_loop(comfyui, ours, noisy()), by_own_loop(comfyui, core, noisy()))
     beside, _ = pair(1.5)
-    with pytest.raises(ValueError, match="Term 'domain': expected a guider that prepares its models in its own sample()"):
+    with pytest.raises(
+        ValueError, match="Term 'domain': expected a guider that prepares its models in its own sample()"
+    ):
         by_own_loop(comfyui, beside, noisy())

@@ -93,7 +93,7 @@ def calc_cond_batch_wrapper(comfyui, model):
 def replaced_forward(comfyui, model):
     forward = model.model.diffusion_model.forward
 
-    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):
+    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):  # noqa: B006
         out = forward(x, timesteps, context, y, control, transformer_options, **more)
         return per_image(transformer_options, out)
 
@@ -104,7 +104,7 @@ def replaced_block(comfyui, model):
     block = "middle_block.1.transformer_blocks.0"
     forward = model.model.diffusion_model.get_submodule(block).forward
 
-    def wrapped(x, context=None, transformer_options={}):
+    def wrapped(x, context=None, transformer_options={}):  # noqa: B006
         return per_image(transformer_options, forward(x, context, transformer_options))
 
     model.add_object_patch(f"diffusion_model.{block}.forward", wrapped)
@@ -118,9 +118,17 @@ def attention_override(comfyui, model):
 
 
 STATELESS = [
-    attention_patch, attention_replacement, output_block_patch, function_wrapper, apply_model_wrapper,
-    diffusion_model_wrapper, calc_cond_batch_wrapper, replaced_forward, replaced_block, attention_override,
-]  # fmt: skip
+    attention_patch,
+    attention_replacement,
+    output_block_patch,
+    function_wrapper,
+    apply_model_wrapper,
+    diffusion_model_wrapper,
+    calc_cond_batch_wrapper,
+    replaced_forward,
+    replaced_block,
+    attention_override,
+]
 
 
 def cached_by_index(comfyui, model):
@@ -175,7 +183,11 @@ class Remembering:
         chunks = v.chunk(len(indices))
         for index, chunk in zip(indices, chunks):
             self.values.setdefault((index, tuple(chunk.shape), extra_options["block"]), 0.5 * chunk)
-        return q, k, torch.cat([self.values[i, tuple(c.shape), extra_options["block"]] for i, c in zip(indices, chunks)])
+        return (
+            q,
+            k,
+            torch.cat([self.values[i, tuple(c.shape), extra_options["block"]] for i, c in zip(indices, chunks)]),
+        )
 
 
 def remembered_by_an_object(comfyui, model):
@@ -251,9 +263,16 @@ def remembered_in_a_queue(comfyui, model):
 
 
 REMEMBERING = [
-    cached_by_index, cached_in_two_places, cached_as_a_whole, remembered_by_an_object, remembered_by_two_functions,
-    remembered_in_the_options, remembered_in_slots, remembered_by_a_module, remembered_in_a_queue,
-]  # fmt: skip
+    cached_by_index,
+    cached_in_two_places,
+    cached_as_a_whole,
+    remembered_by_an_object,
+    remembered_by_two_functions,
+    remembered_in_the_options,
+    remembered_in_slots,
+    remembered_by_a_module,
+    remembered_in_a_queue,
+]
 
 
 def patched(comfyui, tiny, kind, seed=0):
@@ -306,9 +325,7 @@ def multi(internals, model, base, conds, weights=WEIGHTS):
 def test_every_prompt_is_answered_as_core_answers_it_alone(comfyui, tiny: Tiny, internals, kind):
     base, conds = tiny.conditioning(9), {name: tiny.conditioning(i) for i, name in enumerate(WEIGHTS)}
     # A method of its own for each, as in three graphs of core's; cfg 2 so that base and prompt come in core's pair.
-    single = {
-        name: core_twice(comfyui, patched(comfyui, tiny, kind), cond, base, 2.0) for name, cond in conds.items()
-    }
+    single = {name: core_twice(comfyui, patched(comfyui, tiny, kind), cond, base, 2.0) for name, cond in conds.items()}
     u = core_twice(comfyui, patched(comfyui, tiny, kind), conds["a"], base, 0.0)
     alone = {name: [u[i] + 0.5 * (both[i] - u[i]) for i in range(2)] for name, both in single.items()}
     ours = multi(internals, patched(comfyui, tiny, kind), base, conds)
@@ -320,9 +337,11 @@ def test_every_prompt_is_answered_as_core_answers_it_alone(comfyui, tiny: Tiny, 
     assert relative(plain[1], found[1]) > 1e-3, "the method must do something for the comparison to mean anything"
 
 
-# Without `cached_as_a_whole`, which knows no call but that of the pair: a base that goes on alone is too much for it, on
+# Without `cached_as_a_whole`, which knows no call but the pair's: a base that goes on alone is too much for it, on
 # core too.
-@pytest.mark.parametrize("kind", [kind for kind in REMEMBERING if kind is not cached_as_a_whole], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [kind for kind in REMEMBERING if kind is not cached_as_a_whole], ids=lambda kind: kind.__name__
+)
 def test_a_prompt_that_joins_later_remembers_nothing_of_the_first(comfyui, tiny: Tiny, internals, kind):
     base, first, second = (tiny.conditioning(i) for i in (9, 1, 2))
     schedules = importlib.import_module("indomain_guidance.guidance.schedules")
@@ -338,13 +357,19 @@ def test_a_prompt_that_joins_later_remembers_nothing_of_the_first(comfyui, tiny:
                     seen.append(model_wrap(noisy(), torch.full((2,), sigma), **extra_args))
                 return torch.zeros_like(noisy())
 
-        guider.sample(torch.zeros_like(noisy()), torch.zeros_like(noisy()), Sampler(), torch.tensor([3.0, 1.0, 0.0]), seed=0)
+        guider.sample(
+            torch.zeros_like(noisy()), torch.zeros_like(noisy()), Sampler(), torch.tensor([3.0, 1.0, 0.0]), seed=0
+        )
         return seen
 
     guider = internals.MultiGuidanceGuider(
-        patched(comfyui, tiny, kind), base,
-        [internals.TermInput("early", early, conditioning=first), internals.TermInput("late", late, conditioning=second)],
-    )  # fmt: skip
+        patched(comfyui, tiny, kind),
+        base,
+        [
+            internals.TermInput("early", early, conditioning=first),
+            internals.TermInput("late", late, conditioning=second),
+        ],
+    )
     found = two_levels(guider)
     # What core makes of the second prompt alone, fresh at that level; the base is remembered from before.
     fresh = patched(comfyui, tiny, kind)
@@ -369,7 +394,9 @@ def test_a_method_that_remembers_on_the_model_is_refused_by_name(comfyui, tiny, 
     prior = tiny.prior(0)
     prior.add_wrapper_with_key(comfyui.patcher_extension.WrappersMP.DIFFUSION_MODEL, "teacache", wrapper)
     base, conds = tiny.conditioning(9), {name: tiny.conditioning(i) for i, name in enumerate(WEIGHTS)}
-    with pytest.raises(ValueError, match="found teacache on the prior, which would mix up its 4 conditionings") as problem:
+    with pytest.raises(
+        ValueError, match="found teacache on the prior, which would mix up its 4 conditionings"
+    ) as problem:
         tiny.predict(multi(internals, prior, base, conds), noisy(), SIGMA)
     assert "\n" not in str(problem.value)
     # Two are what it was made for; what they left behind is none of the next run's.
@@ -502,7 +529,7 @@ def on_the_network_by_a_patch(comfyui, model):
 def in_a_replaced_method(comfyui, model):
     forward, cache = model.model.diffusion_model.forward, {}
 
-    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):
+    def wrapped(x, timesteps=None, context=None, y=None, control=None, transformer_options={}, **more):  # noqa: B006
         run = lambda *_: forward(x, timesteps, context, y, control, transformer_options, **more)  # noqa: E731
         return answered_from(cache, {**transformer_options, "input": x, "timestep": timesteps, "c": {}}, run)
 
@@ -510,9 +537,16 @@ def in_a_replaced_method(comfyui, model):
 
 
 OUT_OF_REACH = [
-    in_a_class, in_a_global_variable, in_a_generator, in_a_list_of_nothing, in_a_tensor, on_the_model, on_a_block,
-    on_the_network_by_a_patch, in_a_replaced_method,
-]  # fmt: skip
+    in_a_class,
+    in_a_global_variable,
+    in_a_generator,
+    in_a_list_of_nothing,
+    in_a_tensor,
+    on_the_model,
+    on_a_block,
+    on_the_network_by_a_patch,
+    in_a_replaced_method,
+]
 
 
 @pytest.mark.parametrize("kind", OUT_OF_REACH, ids=lambda kind: kind.__name__)
@@ -526,7 +560,9 @@ def test_memories_that_prompts_would_share_are_refused_by_name(comfyui, tiny, in
     assert all(map(torch.equal, Twice(comfyui, noisy(1), noisy(2)).run(ours, noisy(1)), expected))
 
 
-@pytest.mark.parametrize("kind", [one for one in OUT_OF_REACH if one is not in_a_list_of_nothing], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    "kind", [one for one in OUT_OF_REACH if one is not in_a_list_of_nothing], ids=lambda kind: kind.__name__
+)
 def test_memories_that_models_would_share_are_refused_by_name(comfyui, tiny, internals, kind):
     checkpoint = patched(comfyui, tiny, kind)
     prior, domain = tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 2)
@@ -605,7 +641,9 @@ def test_easycache_knows_every_prompt_by_its_own_name(comfyui, tiny, internals, 
                     seen.append(model_wrap(noisy() + 1e-3 * step * noisy(2), torch.full((2,), SIGMA), **extra_args))
                 return torch.zeros_like(noisy())
 
-        guider.sample(torch.zeros_like(noisy()), torch.zeros_like(noisy()), Sampler(), torch.tensor([SIGMA] * 6 + [0.0]), seed=0)
+        guider.sample(
+            torch.zeros_like(noisy()), torch.zeros_like(noisy()), Sampler(), torch.tensor([SIGMA] * 6 + [0.0]), seed=0
+        )
         return seen
 
     plain, cached = build(tiny.prior(0).clone()), build(easycache(tiny.prior(0)))

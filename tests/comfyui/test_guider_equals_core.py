@@ -39,7 +39,7 @@ def test_domain_weight_zero_is_core_bit_for_bit(comfyui, tiny, guiders, sampler,
         (result,) = node.result
         assert torch.equal(result["samples"], expected["samples"])
         assert expected["samples"].abs().max() > 0.1
-        assert {key for key in result} == {key for key in expected}
+        assert set(result) == set(expected)
 
 
 def noisy(seed: int, batch: int = 2) -> torch.Tensor:
@@ -129,9 +129,12 @@ def sdxl(comfyui, tiny, monkeypatch):
 
     class TinySDXL(comfyui.supported_models.SDXL):
         unet_config = {
-            **comfyui.supported_models.SDXL.unet_config, "model_channels": 64, "context_dim": CONTEXT,
-            "use_linear_in_transformer": False, "transformer_depth": [1, 1],
-        }  # fmt: skip
+            **comfyui.supported_models.SDXL.unet_config,
+            "model_channels": 64,
+            "context_dim": CONTEXT,
+            "use_linear_in_transformer": False,
+            "transformer_depth": [1, 1],
+        }
 
     monkeypatch.setattr(comfyui.supported_models, "models", [TinySDXL, *comfyui.supported_models.models])
     prior = tiny.prior(family="SDXL", **SDXL_VECTOR)

@@ -59,10 +59,7 @@ def test_a_mask_confines_a_term(tiny, internals, parts, weights):
 def test_an_area_confines_a_term_of_the_prior(tiny, internals, parts):
     prior, domain, base, prompt, x, core = parts
     area = tiny.with_options(prompt, area=(8, 16, 8, 0), strength=0.8)
-    terms = [
-        internals.TermInput("domain", 1.5, model=domain),
-        internals.TermInput("control", 3.0, conditioning=area),
-    ]
+    terms = [internals.TermInput("domain", 1.5, model=domain), internals.TermInput("control", 3.0, conditioning=area)]
     result = tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA)
     # Core gives every conditioning a further entry of the area, which base and domain are averaged with.
     core_guider = tiny.comfy.samplers.CFGGuider(prior)

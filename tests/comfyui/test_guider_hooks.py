@@ -89,9 +89,24 @@ def nodes(tiny) -> dict:
 
 
 NAMES = [
-    "RescaleCFG", "APG", "APG momentum", "TCFG", "CFGZeroStar", "CFGNorm", "Mahiro", "FreSca", "RenormCFG",
-    "EpsilonScaling", "LatentApplyOperationCFG", "PAG", "SLG", "SLG DiT", "SLG DiT simple", "SAG", "PerpNeg",
-]  # fmt: skip
+    "RescaleCFG",
+    "APG",
+    "APG momentum",
+    "TCFG",
+    "CFGZeroStar",
+    "CFGNorm",
+    "Mahiro",
+    "FreSca",
+    "RenormCFG",
+    "EpsilonScaling",
+    "LatentApplyOperationCFG",
+    "PAG",
+    "SLG",
+    "SLG DiT",
+    "SLG DiT simple",
+    "SAG",
+    "PerpNeg",
+]
 
 # A UNet has no DiT layers to skip; what remains is that the hook is called with the pair that it expects.
 NO_EFFECT = {"SLG DiT simple"}

@@ -52,9 +52,10 @@ def test_references_and_third_models(tiny, internals):
         ],
     )
     x = noisy(2)
-    d = {name: tiny.denoised(m, c, x, 2.0) for name, m, c in (
-        ("u", prior, base), ("weak", weak, cond), ("strong", strong, cond), ("third", weak, own),
-    )}  # fmt: skip
+    d = {
+        name: tiny.denoised(m, c, x, 2.0)
+        for name, m, c in (("u", prior, base), ("weak", weak, cond), ("strong", strong, cond), ("third", weak, own))
+    }
     expected = d["u"] + 2.0 * (d["strong"] - d["weak"]) - 0.5 * (d["third"] - d["u"])
     assert relative(tiny.predict(guider, x, 2.0), expected) < 1e-5
     assert guider.evaluations == {"base": 1, "weak": 1, "strong": 1, "third": 1}

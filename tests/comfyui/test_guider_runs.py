@@ -460,7 +460,7 @@ def test_nested_latents(comfyui, tiny, internals):
         (torch.zeros(1, 4, 1, 8, 8), "4 channels and 2 dimensions a picture"),
         (torch.ones(1, 16, 8, 8), "4 channels and 2 dimensions a picture"),
     ],
-)  # fmt: skip
+)
 def test_a_latent_that_cannot_be_sampled_is_refused_in_a_sentence(tiny, internals, in_domain, samples, words):
     guider = in_domain()
     problem = importlib.import_module("indomain_guidance.guidance.errors").Problem

@@ -26,11 +26,23 @@ INPUTS = {
         ["domain_start_percent", "domain_end_percent"],
     ),
     "InDomainSampler": (
-        ["prior", "domain", "positive", "negative", "latent_image", "seed", "steps", "sampler_name", "scheduler",
-         "domain_weight", "control_weight", "denoise"],
+        [
+            "prior",
+            "domain",
+            "positive",
+            "negative",
+            "latent_image",
+            "seed",
+            "steps",
+            "sampler_name",
+            "scheduler",
+            "domain_weight",
+            "control_weight",
+            "denoise",
+        ],
         ["domain_start_percent", "domain_end_percent"],
     ),
-}  # fmt: skip
+}
 WIRED = {"prior", "domain", "positive", "negative", "latent_image", "base", "model", "conditioning", "terms", "name"}
 
 
@@ -69,13 +81,18 @@ def test_help_page_names_every_input(guiders, name):
 @pytest.mark.parametrize(
     ("ramp", "percent", "expected"),
     [
-        ("constant", 0.5, 3.0), ("constant", 0.1, 0.0), ("constant", 0.9, 0.0),
-        ("linear rise", 0.5, 1.5), ("linear rise", 0.7, 3.0 * 0.5 / 0.6),
-        ("linear rise", 0.1, 0.0), ("linear rise", 0.9, 0.0),
+        ("constant", 0.5, 3.0),
+        ("constant", 0.1, 0.0),
+        ("constant", 0.9, 0.0),
+        ("linear rise", 0.5, 1.5),
+        ("linear rise", 0.7, 3.0 * 0.5 / 0.6),
+        ("linear rise", 0.1, 0.0),
+        ("linear rise", 0.9, 0.0),
         ("linear fall", 0.35, 3.0 * 0.45 / 0.6),
-        ("cosine rise", 0.35, 3.0 * (0.5 - 0.5 * math.cos(math.pi * 0.25))), ("cosine fall", 0.5, 1.5),
+        ("cosine rise", 0.35, 3.0 * (0.5 - 0.5 * math.cos(math.pi * 0.25))),
+        ("cosine fall", 0.5, 1.5),
     ],
-)  # fmt: skip
+)
 def test_ramps(guiders, ramp, percent, expected):
     def percent_to_sigma(p):
         return 10.0 * (1.0 - p)
@@ -212,6 +229,12 @@ def test_unknown_samplers_and_schedulers_are_refused(guiders, tiny, inputs):
     # 0.3.75 does not check the lists of V3 nodes, and core's KSampler would silently take another sampler.
     with pytest.raises(ValueError, match="eulr|nrmal"):
         guiders.InDomainSampler.execute(
-            tiny.prior(0), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2), tiny.latent(), 1, 3,
+            tiny.prior(0),
+            tiny.prior(1),
+            tiny.conditioning(1),
+            tiny.conditioning(2),
+            tiny.latent(),
+            1,
+            3,
             **{"sampler_name": "euler", "scheduler": "normal", "domain_weight": 1.0, "control_weight": 1.0, **inputs},
-        )  # fmt: skip
+        )

@@ -18,7 +18,9 @@ def node(comfyui):
         @classmethod
         def define_schema(cls):
             return io.Schema(
-                node_id="Every", display_name="Every Kind", category="tests",
+                node_id="Every",
+                display_name="Every Kind",
+                category="tests",
                 inputs=[
                     io.Int.Input("count", default=1, min=1, max=8),
                     io.Float.Input("share", default=0.5, min=0.0, max=1.0),
@@ -29,7 +31,7 @@ def node(comfyui):
                     io.Model.Input("model", optional=True),
                 ],
                 outputs=[io.Int.Output()],
-            )  # fmt: skip
+            )
 
         @classmethod
         @checked("file")
@@ -43,7 +45,14 @@ GOOD = {"count": 4, "share": 0.5, "on": False, "name": "x", "kind": "b", "file":
 
 
 def test_what_the_schema_allows_comes_through(node):
-    for more in ({}, {"count": np.int64(8)}, {"share": 1}, {"share": np.float32(0.25)}, {"name": "\ud800"}, {"model": None}):
+    for more in (
+        {},
+        {"count": np.int64(8)},
+        {"share": 1},
+        {"share": np.float32(0.25)},
+        {"name": "\ud800"},
+        {"model": None},
+    ):
         assert node.execute(**{**GOOD, **more}).result == ({**GOOD, **more}["count"],)
 
 
@@ -76,9 +85,17 @@ def test_anything_else_is_refused_in_a_sentence(node, wrong, words):
 
 LITERALS = ["abc", "", 5, 0, 2.5, True, [], ["a", "b", "c"], {}, {"samples": 5}, [[1, 2]]]
 SOCKETS = {
-    "MODEL", "CONDITIONING", "VAE", "CLIP", "LATENT", "IMAGE", "INDOMAIN_GUIDANCE_TERMS", "INDOMAIN_GENERATOR",
-    "INDOMAIN_TRAINING_OPTIONS", "INDOMAIN_ADAPT_OPTIONS",
-}  # fmt: skip
+    "MODEL",
+    "CONDITIONING",
+    "VAE",
+    "CLIP",
+    "LATENT",
+    "IMAGE",
+    "INDOMAIN_GUIDANCE_TERMS",
+    "INDOMAIN_GENERATOR",
+    "INDOMAIN_TRAINING_OPTIONS",
+    "INDOMAIN_ADAPT_OPTIONS",
+}
 
 
 def sockets_of_the_pack():
@@ -110,10 +127,14 @@ def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(comfyui):
         files = tuple(each.id for each in node.GET_SCHEMA().inputs if each.id.endswith(("_name", "checkpoint")))
         for literal in LITERALS:
             kind = str(one.io_type)
-            right = (literal == [] and kind.endswith("TERMS")) or (isinstance(literal, dict) and kind.endswith("OPTIONS"))
+            right = (literal == [] and kind.endswith("TERMS")) or (
+                isinstance(literal, dict) and kind.endswith("OPTIONS")
+            )
             if right:
                 continue
-            with pytest.raises(problem, match=f": expected {one.id} to be .*, from another node's output, found") as refused:
+            with pytest.raises(
+                problem, match=f": expected {one.id} to be .*, from another node's output, found"
+            ) as refused:
                 check(node, given_without(node, {one.id: literal}), files)
             assert str(refused.value).startswith(node.GET_SCHEMA().display_name) and "\n" not in str(refused.value)
         if not one.optional:
@@ -124,8 +145,14 @@ def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(comfyui):
 def test_every_node_with_sockets_checks_them(comfyui):
     for node, one in sockets_of_the_pack():
         if not one.optional:
-            values = given_without(node, {each.id: "abc" for each in node.GET_SCHEMA().inputs
-                                          if str(each.io_type) in SOCKETS and not each.optional})  # fmt: skip
+            values = given_without(
+                node,
+                {
+                    each.id: "abc"
+                    for each in node.GET_SCHEMA().inputs
+                    if str(each.io_type) in SOCKETS and not each.optional
+                },
+            )
             with pytest.raises(ValueError, match=", from another node's output, found 'abc'"):
                 node.execute(**values)
 
@@ -136,7 +163,10 @@ def test_what_other_nodes_give_comes_through(comfyui, tiny):
     check = importlib.import_module("indomain_guidance.nodes.inputs").check_inputs
     guiders = importlib.import_module("indomain_guidance.nodes.guiders")
     term = guiders.GuidanceTerm.execute("a", 1.0, model=tiny.prior(0), conditioning=[[None, {}]]).result[0]
-    check(guiders.GuidanceTerm, {"terms": term, "model": tiny.lora(tiny.prior(0), 1), "conditioning": tiny.conditioning(1)})
+    check(
+        guiders.GuidanceTerm,
+        {"terms": term, "model": tiny.lora(tiny.prior(0), 1), "conditioning": tiny.conditioning(1)},
+    )
     check(guiders.InDomainSampler, {"latent_image": tiny.latent(1), "prior": tiny.prior(0)})
     training = importlib.import_module("indomain_guidance.nodes.training")
     check(training.TrainDomainUNet, {"images": [torch.zeros(1, 8, 8, 3), torch.zeros(2, 9, 8, 3)], "options": [{}]})

@@ -35,8 +35,14 @@ def library(comfyui):
     """A random tiny prior in the library's own network, and its two text-free forms on one random empty prompt."""
     unet, null_text, files = module("guidance.networks.unet"), module("guidance.null_text"), module("guidance.files")
     config = unet.UNetConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 2),
-        transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 2), context_dim=96, num_heads=4,
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=(1, 1),
+        transformer_depth=(1, 2),
+        transformer_depth_middle=1,
+        transformer_depth_output=(1, 1, 1, 2),
+        context_dim=96,
+        num_heads=4,
     )
     prior = randomised(unet.UNet(config), 0)
     generator = torch.Generator().manual_seed(1)
@@ -45,9 +51,16 @@ def library(comfyui):
     probes = null_text.Probes(torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([900.0, 500.0, 100.0, 10.0]))
     constant = null_text.build_constant(weights, config, context, probes)[:2]
     return SimpleNamespace(
-        config=config, prior=prior, context=context, probes=probes, unet=unet, files=files,
+        config=config,
+        prior=prior,
+        context=context,
+        probes=probes,
+        unet=unet,
+        files=files,
         forms={
-            "none": (weights, config), "cached": null_text.build_cached(weights, config, context), "constant": constant,
+            "none": (weights, config),
+            "cached": null_text.build_cached(weights, config, context),
+            "constant": constant,
         },
     )
 
@@ -173,27 +186,51 @@ def test_takes_the_memory_that_text_free_promises(library, write, load, form):
     assert held == sum(t.nbytes for t in library.forms[form][0].values())
 
 
-@pytest.mark.parametrize("family, form, millions, percent", [
-    ("SD15", "constant", 44.0, 5.1), ("SD15", "cached", 17.2, 2.0), ("SDXL", "constant", 545.8, 21.3),
-    ("SDXL", "cached", 328.0, 12.8),
-])
+@pytest.mark.parametrize(
+    "family, form, millions, percent",
+    [
+        ("SD15", "constant", 44.0, 5.1),
+        ("SD15", "cached", 17.2, 2.0),
+        ("SDXL", "constant", 545.8, 21.3),
+        ("SDXL", "cached", 328.0, 12.8),
+    ],
+)
 def test_published_families_shrink_by_what_the_documentation_says(comfyui, family, form, millions, percent):
     """Counted on core's own networks of full size, without memory for their weights."""
     openaimodel = importlib.import_module("comfy.ldm.modules.diffusionmodules.openaimodel")
     shapes = {
         "SD15": dict(
-            channel_mult=[1, 2, 4, 4], num_res_blocks=[2] * 4, transformer_depth=[1] * 6 + [0] * 2, context_dim=768,
-            transformer_depth_output=[1] * 9 + [0] * 3, transformer_depth_middle=1, num_heads=8,
+            channel_mult=[1, 2, 4, 4],
+            num_res_blocks=[2] * 4,
+            transformer_depth=[1] * 6 + [0] * 2,
+            context_dim=768,
+            transformer_depth_output=[1] * 9 + [0] * 3,
+            transformer_depth_middle=1,
+            num_heads=8,
         ),
         "SDXL": dict(
-            channel_mult=[1, 2, 4], num_res_blocks=[2] * 3, transformer_depth=[0, 0, 2, 2, 10, 10], context_dim=2048,
-            transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10], transformer_depth_middle=10, num_head_channels=64,
-            use_linear_in_transformer=True, num_classes="sequential", adm_in_channels=2816,
+            channel_mult=[1, 2, 4],
+            num_res_blocks=[2] * 3,
+            transformer_depth=[0, 0, 2, 2, 10, 10],
+            context_dim=2048,
+            transformer_depth_output=[0, 0, 0, 2, 2, 2, 10, 10, 10],
+            transformer_depth_middle=10,
+            num_head_channels=64,
+            use_linear_in_transformer=True,
+            num_classes="sequential",
+            adm_in_channels=2816,
         ),
     }
     network = openaimodel.UNetModel(
-        image_size=32, in_channels=4, out_channels=4, model_channels=320, use_spatial_transformer=True, legacy=False,
-        device="meta", operations=comfyui.ops.disable_weight_init, **shapes[family],
+        image_size=32,
+        in_channels=4,
+        out_channels=4,
+        model_channels=320,
+        use_spatial_transformer=True,
+        legacy=False,
+        device="meta",
+        operations=comfyui.ops.disable_weight_init,
+        **shapes[family],
     )
     before = sum(p.numel() for p in network.parameters())
     module("nodes.comfy_internals.text_free").remove_text(network, form, 77)
@@ -203,9 +240,10 @@ def test_published_families_shrink_by_what_the_documentation_says(comfyui, famil
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("dtype, bytes_a_weight, tolerance", [
-    ("bf16", 2, 0.03), ("fp16", 2, 0.005), ("fp8_e4m3fn", 1, 0.4), ("fp8_e4m3fn_fast", 1, 0.4), ("fp8_e5m2", 1, 0.7),
-])
+@pytest.mark.parametrize(
+    "dtype, bytes_a_weight, tolerance",
+    [("bf16", 2, 0.03), ("fp16", 2, 0.005), ("fp8_e4m3fn", 1, 0.4), ("fp8_e4m3fn_fast", 1, 0.4), ("fp8_e5m2", 1, 0.7)],
+)
 def test_weight_dtypes(library, write, load, form, dtype, bytes_a_weight, tolerance):
     model = load(write(form), dtype)
     assert all(p.element_size() == bytes_a_weight for p in model.model.diffusion_model.parameters())
@@ -241,9 +279,15 @@ def test_lora_reaches_what_is_left_and_skips_the_rest(comfyui, library, write, l
 
     x = noisy()
     weights, config = library.forms[form]
-    expected = SimpleNamespace(unet=library.unet, forms={form: (
-        {key: weight + 0.5 * deltas[key] if key in deltas else weight for key, weight in weights.items()}, config
-    )})
+    expected = SimpleNamespace(
+        unet=library.unet,
+        forms={
+            form: (
+                {key: weight + 0.5 * deltas[key] if key in deltas else weight for key, weight in weights.items()},
+                config,
+            )
+        },
+    )
     reference = library_eps(expected, form, x)
     assert error(core_eps(patched, x), reference) < 1e-4
     assert error(core_eps(model, x), reference) > 1e-3  # and the unpatched model is itself again
@@ -505,9 +549,16 @@ def test_sdxl_freezes_the_pooled_text_and_keeps_the_size_live(comfyui, library, 
     """Core's SDXL class on a UNet of two levels; the real one would not fit a test."""
     null_text = module("guidance.null_text")
     config = library.unet.UNetConfig(
-        model_channels=320, channel_mult=(1, 1), num_res_blocks=(1, 1), transformer_depth=(0, 1),
-        transformer_depth_middle=1, transformer_depth_output=(0, 0, 1, 1), context_dim=2048, num_head_channels=64,
-        use_linear_in_transformer=True, adm_in_channels=2816,
+        model_channels=320,
+        channel_mult=(1, 1),
+        num_res_blocks=(1, 1),
+        transformer_depth=(0, 1),
+        transformer_depth_middle=1,
+        transformer_depth_output=(0, 0, 1, 1),
+        context_dim=2048,
+        num_head_channels=64,
+        use_linear_in_transformer=True,
+        adm_in_channels=2816,
     )
     prior = randomised(library.unet.UNet(config), 2)
     generator = torch.Generator().manual_seed(4)

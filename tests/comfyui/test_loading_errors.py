@@ -26,9 +26,11 @@ def folders(comfyui, tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
     extensions = folder_paths.supported_pt_extensions
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
-        **folder_paths.folder_names_and_paths, "diffusion_models": ([str(diffusion)], extensions),
-    })
+    monkeypatch.setattr(
+        folder_paths,
+        "folder_names_and_paths",
+        {**folder_paths.folder_names_and_paths, "diffusion_models": ([str(diffusion)], extensions)},
+    )
     loading.register_domain_unet_folder()
     return own
 
@@ -43,8 +45,16 @@ def domain(comfyui):
     """(weights, config) of a random text-free UNet."""
     unet = module("guidance.networks.unet")
     config = unet.UNetConfig(
-        model_channels=32, channel_mult=(1,), num_res_blocks=(1,), transformer_depth=(1,), transformer_depth_middle=1,
-        transformer_depth_output=(1, 1), context_dim=16, num_heads=4, null_text="cached", null_tokens=3,
+        model_channels=32,
+        channel_mult=(1,),
+        num_res_blocks=(1,),
+        transformer_depth=(1,),
+        transformer_depth_middle=1,
+        transformer_depth_output=(1, 1),
+        context_dim=16,
+        num_heads=4,
+        null_text="cached",
+        null_tokens=3,
     )
     return unet.UNet(config).state_dict(), config
 
@@ -120,14 +130,17 @@ def test_not_finite_in_a_full_unet(comfyui, tiny, folders, node, monkeypatch):
     refusal(node, "full.safetensors", "full.safetensors", "out.2.bias")
 
 
-@pytest.mark.parametrize("keys, found", [
-    (("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"), "autoencoder"),
-    (("lora_unet_input_blocks_1.lora_up.weight", "lora_unet_input_blocks_1.lora_down.weight"), "LoRA"),
-    (("input_blocks.0.0.weight", "input_hint_block.0.weight", "zero_convs.0.0.weight"), "ControlNet"),
-    (("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"), "Flux"),
-    (("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"), "diffusers"),
-    (("text_model.embeddings.token_embedding.weight",), "text"),
-])
+@pytest.mark.parametrize(
+    "keys, found",
+    [
+        (("encoder.conv_in.weight", "encoder.down.0.block.0.conv1.weight", "quant_conv.weight"), "autoencoder"),
+        (("lora_unet_input_blocks_1.lora_up.weight", "lora_unet_input_blocks_1.lora_down.weight"), "LoRA"),
+        (("input_blocks.0.0.weight", "input_hint_block.0.weight", "zero_convs.0.0.weight"), "ControlNet"),
+        (("double_blocks.0.img_attn.qkv.weight", "single_blocks.0.linear1.weight"), "Flux"),
+        (("down_blocks.0.resnets.0.conv1.weight", "conv_in.weight"), "diffusers"),
+        (("text_model.embeddings.token_embedding.weight",), "text"),
+    ],
+)
 def test_files_of_other_kinds(folders, node, keys, found):
     files = module("guidance.files")
     files.write_safetensors(folders / "other.safetensors", {key: torch.zeros(4, 4, 3, 3) for key in keys})

@@ -40,8 +40,14 @@ def world(comfyui, request):
     """Random components in the format of training/mini_world/weights, and library networks of the same weights."""
     unet, text, auto = (module(f"guidance.networks.{name}") for name in ("unet", "text_encoder", "autoencoder"))
     unet_config = unet.UNetConfig(
-        model_channels=32, channel_mult=(2, 3), num_res_blocks=(1, 1), transformer_depth=(1, 0),
-        transformer_depth_middle=1, transformer_depth_output=(1, 1, 0, 0), context_dim=48, num_heads=4,
+        model_channels=32,
+        channel_mult=(2, 3),
+        num_res_blocks=(1, 1),
+        transformer_depth=(1, 0),
+        transformer_depth_middle=1,
+        transformer_depth_output=(1, 1, 0, 0),
+        context_dim=48,
+        num_heads=4,
     )
     text_config = text.TextEncoderConfig(width=48, layers=2, heads=4, mlp_width=96)
     auto_config = auto.AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 2), num_res_blocks=1, attention=request.param)
@@ -61,11 +67,15 @@ def world(comfyui, request):
             {**text_weights, table: rows},
             {"config": json.dumps(text_config.to_dict()), "token_ids": json.dumps(TOKEN_IDS)},
         ),
-        "autoencoder": (autoencoder.state_dict(), {
-            "config": json.dumps(auto_config.to_dict()), "scale_factor": str(SCALE),
-            "latent_rgb_factors": json.dumps([[0.1, 0.2, 0.3], [0.0, -0.1, 0.2], [0.3, 0.0, 0.0], [0.1, 0.1, 0.1]]),
-            "latent_rgb_bias": json.dumps([0.05, 0.0, -0.05]),
-        }),
+        "autoencoder": (
+            autoencoder.state_dict(),
+            {
+                "config": json.dumps(auto_config.to_dict()),
+                "scale_factor": str(SCALE),
+                "latent_rgb_factors": json.dumps([[0.1, 0.2, 0.3], [0.0, -0.1, 0.2], [0.3, 0.0, 0.0], [0.1, 0.1, 0.1]]),
+                "latent_rgb_bias": json.dumps([0.05, 0.0, -0.05]),
+            },
+        ),
     }
     return SimpleNamespace(
         components=components, prior=prior, encoder=encoder, autoencoder=autoencoder, unet_config=unet_config
@@ -172,9 +182,7 @@ def test_a_prompt_becomes_an_image(comfyui, world, loaded):
     latent = {"samples": torch.zeros(2, 4, 8, 8)}
     images = []
     for _ in range(2):
-        (out,) = comfyui.nodes.common_ksampler(
-            loaded.model, 3, 3, 1.5, "euler", "normal", positive, negative, latent
-        )
+        (out,) = comfyui.nodes.common_ksampler(loaded.model, 3, 3, 1.5, "euler", "normal", positive, negative, latent)
         images.append(loaded.vae.decode(out["samples"]))
     assert images[0].shape == (2, 64, 64, 3) and bool(images[0].isfinite().all())
     assert torch.equal(images[0], images[1])

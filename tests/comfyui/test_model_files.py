@@ -23,9 +23,11 @@ def files(comfyui, tmp_path, monkeypatch):
     first, second = tmp_path / "first", tmp_path / "second"
     first.mkdir(), second.mkdir()
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(folder_paths, "folder_names_and_paths", {
-        **folder_paths.folder_names_and_paths, "odd": ([str(first), str(second)], {".safetensors"}),
-    })
+    monkeypatch.setattr(
+        folder_paths,
+        "folder_names_and_paths",
+        {**folder_paths.folder_names_and_paths, "odd": ([str(first), str(second)], {".safetensors"})},
+    )
     internals = module("nodes.comfy_internals.model_files")
 
     def write(name, folder=second, text="x"):
@@ -53,14 +55,19 @@ def refusal(files, name) -> str:
 ACCENTED = "é/Zażółć Ünter.safetensors"
 
 
-@pytest.mark.parametrize("name, on_disk", [
-    ("sub\\file.safetensors", "sub/file.safetensors"), ("a\\b\\file.safetensors", "a/b/file.safetensors"),
-    ("Sub/FILE.SafeTensors", "sub/file.safetensors"), ("SUB\\File.safetensors", "sub/file.safetensors"),
-    ("sub//file.safetensors", "sub/file.safetensors"),
-    (unicodedata.normalize("NFD", ACCENTED), unicodedata.normalize("NFC", ACCENTED)),
-    (unicodedata.normalize("NFC", ACCENTED), unicodedata.normalize("NFD", ACCENTED)),
-    (unicodedata.normalize("NFD", ACCENTED).replace("/", "\\").upper(), ACCENTED),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, on_disk",
+    [
+        ("sub\\file.safetensors", "sub/file.safetensors"),
+        ("a\\b\\file.safetensors", "a/b/file.safetensors"),
+        ("Sub/FILE.SafeTensors", "sub/file.safetensors"),
+        ("SUB\\File.safetensors", "sub/file.safetensors"),
+        ("sub//file.safetensors", "sub/file.safetensors"),
+        (unicodedata.normalize("NFD", ACCENTED), unicodedata.normalize("NFC", ACCENTED)),
+        (unicodedata.normalize("NFC", ACCENTED), unicodedata.normalize("NFD", ACCENTED)),
+        (unicodedata.normalize("NFD", ACCENTED).replace("/", "\\").upper(), ACCENTED),
+    ],
+)
 def test_a_name_as_another_system_writes_it(files, name, on_disk):
     path = files.write(on_disk)
     assert files.find(on_disk) == path and files.find(name) == path

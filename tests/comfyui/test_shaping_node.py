@@ -136,9 +136,7 @@ def test_equal_strengths_are_a_weight(setting, strength):
 
 def test_two_terms_of_one_model_are_two_bands_with_intervals_of_their_own(setting):
     terms = setting.shape(term="", terms=setting.chain()[:1], low_strength=0.0)
-    terms = setting.guiders.GuidanceTerm.execute(
-        "coarse", 0.5, 0.5, 1.0, model=setting.domain, terms=terms
-    ).result[0]
+    terms = setting.guiders.GuidanceTerm.execute("coarse", 0.5, 0.5, 1.0, model=setting.domain, terms=terms).result[0]
     guider = setting.guider(setting.shape(terms, "coarse", low_strength=1.0, high_strength=0.0))
     setting.tiny.sample(guider, steps=4)
     assert guider.evaluations == {"base": 4, "domain and coarse": 4}
@@ -147,14 +145,20 @@ def test_two_terms_of_one_model_are_two_bands_with_intervals_of_their_own(settin
 # ----------------------------------------------------------------------------------------------------- as the library's
 
 SHAPINGS = {
-    "orthogonal": ({"mode": "orthogonal", "share": 0.75, "only_opposing": True, "per": "image"}, lambda: [
-        (1.0, library("orthogonal").Orthogonal("control", 0.75, True))]),
-    "per position": ({"mode": "orthogonal"}, lambda: [
-        (1.0, library("orthogonal").Orthogonal(("control",), per="position"))]),
-    "frequencies": ({"mode": "frequencies", "width": 1.5, "low_strength": 0.3, "high_strength": 1.2}, lambda: [
-        (0.3, library("frequency").LowPass(1.5)), (1.2, library("frequency").HighPass(1.5))]),
+    "orthogonal": (
+        {"mode": "orthogonal", "share": 0.75, "only_opposing": True, "per": "image"},
+        lambda: [(1.0, library("orthogonal").Orthogonal("control", 0.75, True))],
+    ),
+    "per position": (
+        {"mode": "orthogonal"},
+        lambda: [(1.0, library("orthogonal").Orthogonal(("control",), per="position"))],
+    ),
+    "frequencies": (
+        {"mode": "frequencies", "width": 1.5, "low_strength": 0.3, "high_strength": 1.2},
+        lambda: [(0.3, library("frequency").LowPass(1.5)), (1.2, library("frequency").HighPass(1.5))],
+    ),
     "mean": ({"mode": "mean", "low_strength": 0.0}, lambda: [(1.0, library("frequency").HighPass(math.inf))]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m"])
@@ -162,11 +166,18 @@ SHAPINGS = {
 def test_sampling_equals_the_librarys_own(comfyui, setting, name, sampler):
     widgets, shapings = SHAPINGS[name]
     model, (combination, terms, sampling) = setting.callables(), map(library, ("combination", "terms", "sampling"))
-    guided = combination.MultiGuidance(combination.Guidance(terms.Source(model["base"]), [
-        *(terms.Term(f"domain {i}", model["domain"], None, DOMAIN_WEIGHT * strength, shaping=shaping)
-          for i, (strength, shaping) in enumerate(shapings())),
-        terms.Term("control", model["control"], None, CONTROL_WEIGHT),
-    ]))  # fmt: skip
+    guided = combination.MultiGuidance(
+        combination.Guidance(
+            terms.Source(model["base"]),
+            [
+                *(
+                    terms.Term(f"domain {i}", model["domain"], None, DOMAIN_WEIGHT * strength, shaping=shaping)
+                    for i, (strength, shaping) in enumerate(shapings())
+                ),
+                terms.Term("control", model["control"], None, CONTROL_WEIGHT),
+            ],
+        )
+    )
     # Below the model's highest noise level, from where core would scale the noise in its own way.
     sigmas = torch.tensor([9.0, 3.0, 1.0, 0.3, 0.0])
     noise = noisy(4) / 3.0
@@ -240,8 +251,10 @@ def test_spaces_around_names_do_not_matter(setting):
         ("domain", {"mode": "sideways"}, "mode to be one of frequencies, mean, orthogonal, found 'sideways'"),
         ("domain", {"mode": "orthogonal", "orthogonal_to": " , "}, "Term 'domain': .* at least one term"),
         ("domain", {"mode": "orthogonal", "orthogonal_to": "control,control"}, "'control' twice"),
-        *(("domain", {"mode": "orthogonal", "orthogonal_to": name}, f"by '{name}', which is no other term: control")
-          for name in ("style", "domain", "base")),
+        *(
+            ("domain", {"mode": "orthogonal", "orthogonal_to": name}, f"by '{name}', which is no other term: control")
+            for name in ("style", "domain", "base")
+        ),
         ("domain", {"mode": "orthogonal", "share": float("nan")}, "share to be a finite number"),
         ("domain", {"mode": "orthogonal", "per": "row"}, "per to be one of image, position"),
         ("domain", {"width": 0.0}, "width to be a finite number from"),
@@ -249,7 +262,7 @@ def test_spaces_around_names_do_not_matter(setting):
         ("domain", {"low_strength": float("nan")}, "low_strength to be a finite number"),
         ("domain", {"mode": "mean", "high_strength": float("inf")}, "high_strength to be a finite number"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_refused_in_a_sentence(setting, term, widgets, words):
     with pytest.raises(ValueError, match=words) as problem:
         setting.guider(setting.shape(term=term, **widgets))

@@ -194,8 +194,13 @@ def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, to
     unet = module("guidance.networks.unet")
     weights = dict(tiny.prior().model.diffusion_model.state_dict())
     prior = loading.build_unet_model(
-        weights, unet.unet_config_from_state_dict(weights, num_heads=8), info=None, latent_format="sd15",
-        source="prior", prediction_type="epsilon", weight_dtype=dtype,
+        weights,
+        unet.unet_config_from_state_dict(weights, num_heads=8),
+        info=None,
+        latent_format="sd15",
+        source="prior",
+        prediction_type="epsilon",
+        weight_dtype=dtype,
     )
     x = noisy()
     made = make(prior, clip, "cached", file_dtype="fp16")
@@ -269,10 +274,30 @@ def test_inpainting_priors_have_a_cached_form_only(comfyui, tiny, clip, make):
 
 
 OUTSIDE = [
-    "", "  ", ".safetensors", "../outside", "a/../../outside", "/etc/outside", "folder/", "..", "con", "sub/NUL.txt",
-    "C:\\outside", "C:outside", "\\\\server\\share\\outside", "a\\..\\..\\outside", "outside\0", "out\nside", "out\ud800side",
-    "\u202eedistuo", "True", "None", "x" * 201, "trailing. ", "a//outside",
-]  # fmt: skip
+    "",
+    "  ",
+    ".safetensors",
+    "../outside",
+    "a/../../outside",
+    "/etc/outside",
+    "folder/",
+    "..",
+    "con",
+    "sub/NUL.txt",
+    "C:\\outside",
+    "C:outside",
+    "\\\\server\\share\\outside",
+    "a\\..\\..\\outside",
+    "outside\0",
+    "out\nside",
+    "out\ud800side",
+    "\u202eedistuo",
+    "True",
+    "None",
+    "x" * 201,
+    "trailing. ",
+    "a//outside",
+]
 
 
 @pytest.mark.parametrize("filename", OUTSIDE)

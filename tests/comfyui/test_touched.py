@@ -11,16 +11,21 @@ from pathlib import Path
 
 import pytest
 import torch
-
 from indomain_guidance.nodes.comfy_internals.touched import TOUCHED
 
 NODES = Path(__file__).resolve().parents[2] / "nodes"
 MODULES = sorted({name.split(".")[0] for name in TOUCHED})
 # What variables of these names hold, wherever they stand in this package.
 HELD = {
-    "patcher": "ModelPatcher", "model_patcher": "ModelPatcher", "current": "ModelPatcher", "model": "ModelPatcher",
-    "control": "ControlBase", "clip": "CLIP", "vae": "VAE", "model_config": "BASE",
-}  # fmt: skip
+    "patcher": "ModelPatcher",
+    "model_patcher": "ModelPatcher",
+    "current": "ModelPatcher",
+    "model": "ModelPatcher",
+    "control": "ControlBase",
+    "clip": "CLIP",
+    "vae": "VAE",
+    "model_config": "BASE",
+}
 # A variable called `model`, and the attribute of that name, may hold either.
 EITHER = {"ModelPatcher": ("ModelPatcher", "BaseModel"), "ControlBase": ("ControlBase", "T2IAdapter")}
 
@@ -43,7 +48,8 @@ def has(owner, name: str) -> bool:
     return any(
         name in getattr(base, "__annotations__", ())
         or re.search(rf"\bself\.{name}\b[^\n=(]*=(?!=)", inspect.getsource(base))  # it is set, not only used
-        for base in bases if base is not torch.nn.Module and base.__module__ != "builtins"
+        for base in bases
+        if base is not torch.nn.Module and base.__module__ != "builtins"
     )
 
 
@@ -68,7 +74,9 @@ def lacking(module, line: str) -> str | None:
     missing = [wanted for found, wanted in zip([*names, *[None] * len(first)], first) if found != wanted]
     missing += [keyword for keyword in keywords if keyword not in parameters and not takes_any]
     if missing:
-        return f"{module.__name__}.{name}: expected parameters {', '.join([*first, *keywords])}, found {', '.join(names)}"
+        return (
+            f"{module.__name__}.{name}: expected parameters {', '.join([*first, *keywords])}, found {', '.join(names)}"
+        )
     return None
 
 
@@ -112,7 +120,9 @@ def listed() -> set[str]:
 def attributes_of(class_name: str) -> set[str]:
     """The attributes listed of a class of core's, whichever module it is in."""
     return {
-        name.split(".")[-1] for lines in TOUCHED.values() for name in (parts(line)[0] for line in lines)
+        name.split(".")[-1]
+        for lines in TOUCHED.values()
+        for name in (parts(line)[0] for line in lines)
         if name.split(".")[-2:-1] == [class_name]
     }
 
@@ -196,7 +206,9 @@ def test_the_list_holds_every_name_that_the_code_uses_of_a_module():
         return name in known or is_method or words[-1].startswith("__")
 
     unlisted = {
-        f"{path.relative_to(NODES)}: {name}" for path, tree in trees() for name in used_of_modules(tree)
+        f"{path.relative_to(NODES)}: {name}"
+        for path, tree in trees()
+        for name in used_of_modules(tree)
         if not is_listed(name)
     }
     assert unlisted == set()

@@ -6,7 +6,6 @@ import importlib
 
 import pytest
 import torch
-
 from indomain_guidance.training import base as bases
 
 PROMPTS = ["", "a photo of a cat", "porcelain, 18th century; a very long description, longer than most " * 3]
@@ -66,7 +65,8 @@ def test_latents_are_cores(family, latent_format, comfyui, tiny_checkpoint):
     mean, std = base.encode(images)
     weights = {
         key.removeprefix("first_stage_model."): value.float()
-        for key, value in made.tensors.items() if key.startswith("first_stage_model.")
+        for key, value in made.tensors.items()
+        if key.startswith("first_stage_model.")
     }
     vae = comfyui.sd.VAE(sd=weights, config={"params": base.autoencoder.config.to_ldm_params()}, dtype=torch.float32)
     network, scaling = vae.first_stage_model, getattr(comfyui.latent_formats, latent_format)()

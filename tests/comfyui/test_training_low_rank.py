@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.files import read_metadata, read_state_dict
 from indomain_guidance.training import export, parts
 from indomain_guidance.training.base import open_checkpoint
@@ -28,9 +27,13 @@ def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, t
     export.write_low_rank(path, trainee, base, steps=7, dataset_size=3, file_dtype="fp32")
     config = base.config
     model = tiny.prior(
-        family=core_family, model_channels=config.model_channels, context_dim=config.context_dim,
-        transformer_depth=list(config.transformer_depth), transformer_depth_middle=config.transformer_depth_middle,
-        transformer_depth_output=list(config.transformer_depth_output), adm_in_channels=config.adm_in_channels,
+        family=core_family,
+        model_channels=config.model_channels,
+        context_dim=config.context_dim,
+        transformer_depth=list(config.transformer_depth),
+        transformer_depth_middle=config.transformer_depth_middle,
+        transformer_depth_output=list(config.transformer_depth_output),
+        adm_in_channels=config.adm_in_channels,
         use_linear_in_transformer=config.use_linear_in_transformer,
         **({} if config.adm_in_channels is None else {"num_classes": "sequential"}),
         **({"num_heads": 8} if config.num_heads > 0 else {"num_head_channels": 64}),

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.batching import Piece, call_together, in_few_calls
 from indomain_guidance.guidance.schedules import GuidanceError
 
@@ -23,11 +22,15 @@ def test_one_call_answers_as_several_do():
     one = torch.tensor([2.0])
     for left, right in (
         (piece(2, 1.5, context=torch.randn(2, 7, 5)), piece(3, 1.5, context=torch.randn(3, 7, 5))),
-        (piece(2, torch.tensor([1.0, 2.0]), context=torch.randn(2, 7, 5)),
-         piece(1, torch.tensor([3.0]), context=torch.randn(1, 7, 5))),
-        (piece(3, one, context=torch.randn(3, 7, 5), strength=0.5),
-         piece(3, one, context=torch.randn(3, 7, 5), strength=0.5)),
-    ):  # fmt: skip
+        (
+            piece(2, torch.tensor([1.0, 2.0]), context=torch.randn(2, 7, 5)),
+            piece(1, torch.tensor([3.0]), context=torch.randn(1, 7, 5)),
+        ),
+        (
+            piece(3, one, context=torch.randn(3, 7, 5), strength=0.5),
+            piece(3, one, context=torch.randn(3, 7, 5), strength=0.5),
+        ),
+    ):
         assert left.fits(right) and right.fits(left) and in_few_calls([left, right]) == [[left, right]]
         for own, together in zip((left, right), call_together(model, [left, right])):
             torch.testing.assert_close(together, model(own.x, own.sigma, **own.arguments))

@@ -7,7 +7,6 @@ import random
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.combination import Guidance, GuidanceError, MultiGuidance, combine
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
@@ -216,9 +215,7 @@ def test_eps_and_v_models_mix():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_low_precision_rounds_once(dtype):
     base = torch.randn(1000)
-    predictions = {
-        "u": base.to(dtype), "c": (base + 0.01 * torch.randn(1000)).to(dtype), "d": (base + 0.01).to(dtype),
-    }  # fmt: skip
+    predictions = {"u": base.to(dtype), "c": (base + 0.01 * torch.randn(1000)).to(dtype), "d": (base + 0.01).to(dtype)}
     coefficients = {"u": -4.0, "c": 2.5, "d": 2.5}
     result = combine(predictions, coefficients, pivot="u")
     exact = sum(c * predictions[key].double() for key, c in coefficients.items())
@@ -491,10 +488,17 @@ def test_the_library_networks_as_models():
     """A prior with text and a text-free domain model, batched, against the three separate predictions (fp32)."""
     torch.manual_seed(0)
     shape = dict(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1),
-        transformer_depth_middle=1, transformer_depth_output=(0, 0, 1, 1), context_dim=16, num_heads=2,
-        use_linear_in_transformer=False, adm_in_channels=None,
-    )  # fmt: skip
+        model_channels=32,
+        channel_mult=(1, 2),
+        num_res_blocks=(1, 1),
+        transformer_depth=(0, 1),
+        transformer_depth_middle=1,
+        transformer_depth_output=(0, 0, 1, 1),
+        context_dim=16,
+        num_heads=2,
+        use_linear_in_transformer=False,
+        adm_in_channels=None,
+    )
     unets = [UNet(UNetConfig(**shape, null_text=form)).eval() for form in ("none", "constant")]
     for unet in unets:
         for parameter in unet.parameters():

@@ -10,7 +10,9 @@ from indomain_guidance.guidance.errors import MOST_CHARACTERS, Problem, logger, 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("text", ["", "plain", "Grüße, 日本 😀", "two\nlines", "C:\\folder\\file", "x" * MOST_CHARACTERS])
+@pytest.mark.parametrize(
+    "text", ["", "plain", "Grüße, 日本 😀", "two\nlines", "C:\\folder\\file", "x" * MOST_CHARACTERS]
+)
 def test_safe_text_comes_back_as_it_is(text):
     assert printable(text) == text
 
@@ -72,7 +74,9 @@ def test_every_error_of_the_project_is_a_problem():
         f"{path.relative_to(ROOT)}:{node.lineno}"
         for path, tree in _sources()
         for node in ast.walk(tree)
-        if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call) and getattr(node.exc.func, "id", "") in builtin
+        if isinstance(node, ast.Raise)
+        and isinstance(node.exc, ast.Call)
+        and getattr(node.exc.func, "id", "") in builtin
     ]
     assert raised == []
 

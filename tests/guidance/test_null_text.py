@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, unet_config_from_state_dict
 from indomain_guidance.guidance.null_text import (
@@ -22,8 +21,14 @@ from indomain_guidance.guidance.null_text import (
 )
 
 SMALL = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 2), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=48, num_heads=4,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 2),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=48,
+    num_heads=4,
 )
 SDXL = replace(SMALL, use_linear_in_transformer=True, adm_in_channels=40)
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -10,10 +10,19 @@ import pytest
 from indomain_guidance.guidance.plain_json import MOST_NESTED, MOST_VALUES, parse_json
 
 
-@pytest.mark.parametrize("value", [
-    {"a": [1, 2.5, None, True, "x"], "b": {"c": -3e-7, "d": ""}}, [], "caf\udce9", 2**63 - 1, 1e300,
-    {"brackets in texts": "[" * 1000 + '\\"' + "{" * 1000}, [[[[]]]], ["[", '"', "\\", '\\"[', "]"] * 50,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value",
+    [
+        {"a": [1, 2.5, None, True, "x"], "b": {"c": -3e-7, "d": ""}},
+        [],
+        "caf\udce9",
+        2**63 - 1,
+        1e300,
+        {"brackets in texts": "[" * 1000 + '\\"' + "{" * 1000},
+        [[[[]]]],
+        ["[", '"', "\\", '\\"[', "]"] * 50,
+    ],
+)
 def test_what_python_writes_comes_back(value):
     assert parse_json(json.dumps(value)) == value
     if value != "caf\udce9":
@@ -22,22 +31,25 @@ def test_what_python_writes_comes_back(value):
             assert parse_json(data) == value
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("[" * 100_000 + "]" * 100_000, "more than 64 lists or objects in one another"),
-    ('{"a":' * 100_000, "more than 64 lists"),
-    ("9" * 310, r"a number of 310 digits \(99999999999999999999...\)"),
-    ("-1e999", r"no float holds \(-1e999\)"),
-    ("1." + "0" * 200, "no float holds"),
-    ("[NaN]", "NaN, which is no number in JSON"),
-    ("-Infinity", "-Infinity, which is no number"),
-    ('{"steps": 1, "steps": 2}', "'steps' stands twice; keep one"),
-    ("{", "in line 1, column 2"),
-    ('{"a": 1}\n]', "Extra data in line 2, column 1"),
-    (b"\xff\xfe\x00", "save it as UTF-8"),
-    ('{"a": "\udce9'.encode("latin-1", "replace") + b'\xe9"}', "save it as UTF-8"),
-    ('"' + "x" * 2**20 + '"', "more than 1048576 bytes"),
-    ("", "line 1, column 1"),
-])
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("[" * 100_000 + "]" * 100_000, "more than 64 lists or objects in one another"),
+        ('{"a":' * 100_000, "more than 64 lists"),
+        ("9" * 310, r"a number of 310 digits \(99999999999999999999...\)"),
+        ("-1e999", r"no float holds \(-1e999\)"),
+        ("1." + "0" * 200, "no float holds"),
+        ("[NaN]", "NaN, which is no number in JSON"),
+        ("-Infinity", "-Infinity, which is no number"),
+        ('{"steps": 1, "steps": 2}', "'steps' stands twice; keep one"),
+        ("{", "in line 1, column 2"),
+        ('{"a": 1}\n]', "Extra data in line 2, column 1"),
+        (b"\xff\xfe\x00", "save it as UTF-8"),
+        ('{"a": "\udce9'.encode("latin-1", "replace") + b'\xe9"}', "save it as UTF-8"),
+        ('"' + "x" * 2**20 + '"', "more than 1048576 bytes"),
+        ("", "line 1, column 1"),
+    ],
+)
 def test_what_is_refused_has_its_reason(text, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         parse_json(text)
@@ -50,13 +62,17 @@ def test_as_deep_as_allowed_and_one_deeper():
         parse_json("[" * (MOST_NESTED + 1) + "]" * (MOST_NESTED + 1))
 
 
-@pytest.mark.parametrize("text", [
-    b'{"a":[' + b",".join([b"[]"] * 2 * MOST_VALUES) + b"]}",
-    b"[" + b"1," * 2 * MOST_VALUES + b"1]",
-    b'"' * 2**23,
-    b'"' + b"\\\\" * 2**22,
-    "[\U0001f600".encode() + b"[],[]," * 2**20,
-], ids=["lists", "numbers", "quotes", "backslashes", "wide"])  # fmt: skip
+@pytest.mark.parametrize(
+    "text",
+    [
+        b'{"a":[' + b",".join([b"[]"] * 2 * MOST_VALUES) + b"]}",
+        b"[" + b"1," * 2 * MOST_VALUES + b"1]",
+        b'"' * 2**23,
+        b'"' + b"\\\\" * 2**22,
+        "[\U0001f600".encode() + b"[],[]," * 2**20,
+    ],
+    ids=["lists", "numbers", "quotes", "backslashes", "wide"],
+)
 def test_a_refusal_takes_no_more_than_some_copies_of_the_text(text):
     tracemalloc.start()
     try:

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.combination import Guidance, GuidanceError, MultiGuidance
 from indomain_guidance.guidance.schedules import Interval

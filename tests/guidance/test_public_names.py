@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from indomain_guidance import guidance
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,7 +21,7 @@ def test_every_public_name_resolves(name):
 
 def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="no attribute 'guide'"):
-        guidance.guide
+        guidance.guide  # noqa: B018
 
 
 def test_importing_the_package_does_not_import_torch():

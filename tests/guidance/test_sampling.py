@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.combination import GuidanceError, MultiGuidance
 from indomain_guidance.guidance.diffusion import NoiseSchedule
@@ -261,9 +260,13 @@ def test_ancestral_ddim_is_k_diffusions_euler_ancestral(k_diffusion):
 
     for eta in (0.5, 1.0):
         foreign = k_diffusion.sample_euler_ancestral(
-            Wrapped(), x * sigmas[0], sigmas, disable=True, eta=eta,
+            Wrapped(),
+            x * sigmas[0],
+            sigmas,
+            disable=True,
+            eta=eta,
             noise_sampler=lambda *_: torch.randn(2, 5, dtype=torch.float64, generator=foreign_generator),
-        )  # fmt: skip
+        )
         ours = sample(curved, x, sigmas, "ddim", eta=eta, generator=generator)
         torch.testing.assert_close(ours, foreign, rtol=1e-8, atol=1e-8)
 
@@ -284,8 +287,9 @@ def test_sigma_schedules_equal_comfyuis(k_diffusion, steps, zero_snr):
     torch.testing.assert_close(
         sigmas_karras(own, steps).float(),
         k_diffusion.get_sigmas_karras(steps, float(model_sampling.sigma_min), float(model_sampling.sigma_max)).float(),
-        rtol=1e-4, atol=1e-5,
-    )  # fmt: skip
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 @pytest.mark.comfy

@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.schedules import (
     Constant,
@@ -76,8 +75,14 @@ def test_sigma_interval_contains_its_start_and_not_its_end():
 def test_percent_interval_follows_percent_to_sigma():
     weight = Interval(3.0, 0.2, 0.7)
     assert [weight.at(s, straight) for s in (10.0, 8.01, straight(0.2), 5.0, 3.01, straight(0.7), 0.0)] == [
-        0, 0, 3, 3, 3, 0, 0,
-    ]  # fmt: skip
+        0,
+        0,
+        3,
+        3,
+        3,
+        0,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
@@ -98,8 +103,9 @@ def test_the_ends_of_the_percent_scale_need_no_model():
     assert not Interval(2.0, 9.0, 1.0, "sigma").needs_percent
 
 
-@pytest.mark.parametrize("weight", [Interval(2.0, 0.1, 1.0), Keyframes([(0.1, 1), (0.4, 2)]),
-                                    Keyframes([(0.1, 1), (0.4, 2)], ramp="step")])  # fmt: skip
+@pytest.mark.parametrize(
+    "weight", [Interval(2.0, 0.1, 1.0), Keyframes([(0.1, 1), (0.4, 2)]), Keyframes([(0.1, 1), (0.4, 2)], ramp="step")]
+)
 def test_percent_positions_without_a_model_are_refused(weight):
     assert weight.needs_percent
     with pytest.raises(GuidanceError, match="changes at (10|40) % of sampling needs the model's percent_to_sigma"):

@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.combination import Guidance, MultiGuidance
 from indomain_guidance.guidance.frequency import Bands, HighPass, LowPass
 from indomain_guidance.guidance.orthogonal import Orthogonal

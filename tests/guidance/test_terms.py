@@ -8,7 +8,6 @@ import math
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.schedules import Constant, GuidanceError, Interval
 from indomain_guidance.guidance.terms import Source, Term
 

@@ -48,7 +48,7 @@ def editor_inputs(graph: dict, node: dict) -> dict:
 
 def test_the_demo_workflow_and_its_siblings_are_there():
     assert "in_domain_text_to_image" in NAMES and len(NAMES) >= 3
-    assert NAMES == sorted(path.stem for path in WORKFLOWS.glob("*.json"))
+    assert sorted(path.stem for path in WORKFLOWS.glob("*.json")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -56,7 +56,8 @@ def test_both_formats_describe_one_graph(name):
     graph = editor(name)
     from_editor = {
         str(node["id"]): (node["type"], editor_inputs(graph, node))
-        for node in graph["nodes"] if node["type"] not in NOTES
+        for node in graph["nodes"]
+        if node["type"] not in NOTES
     }
     from_api = {node_id: (node["class_type"], node["inputs"]) for node_id, node in api(name).items()}
     assert from_editor == from_api
@@ -112,16 +113,22 @@ def test_titles_of_groups_can_be_read(name):
     graph = editor(name)
     for group in graph["groups"]:
         x, y, width, height = group["bounding"]
-        inside = [node["pos"] for node in graph["nodes"] if 0 <= node["pos"][0] - x < width
-                  and 0 <= node["pos"][1] - y < height]  # fmt: skip
+        inside = [
+            node["pos"]
+            for node in graph["nodes"]
+            if 0 <= node["pos"][0] - x < width and 0 <= node["pos"][1] - y < height
+        ]
         assert inside, group["title"]
         # The group's title, then the title of its first node.
         assert min(top for _, top in inside) >= y + group.get("font_size", 24) + 10 + 30, group["title"]
 
 
 def test_the_demo_saves_the_three_methods_under_their_names():
-    prefixes = [node["inputs"]["filename_prefix"] for node in api("in_domain_text_to_image").values()
-                if node["class_type"] == "SaveImage"]
+    prefixes = [
+        node["inputs"]["filename_prefix"]
+        for node in api("in_domain_text_to_image").values()
+        if node["class_type"] == "SaveImage"
+    ]
     assert prefixes == ["in_domain/prior", "in_domain/domain", "in_domain/multi_guidance"]
     graph = api("in_domain_text_to_image")
     samplers = [node for node in graph.values() if "sampler_name" in node["inputs"]]

@@ -54,11 +54,20 @@ def tiny_unet() -> Callable[..., UNet]:
     """A text-free UNet of 32 channels with two blocks of attention; the same weights for the same seed."""
 
     def make(seed: int = 0, **changes: object) -> UNet:
-        config = UNetConfig(**{
-            "model_channels": 32, "channel_mult": (1, 2), "num_res_blocks": (1, 1), "transformer_depth": (0, 1),
-            "transformer_depth_middle": 0, "transformer_depth_output": (1, 0, 0, 0), "num_heads": 2, "context_dim": 16,
-            "null_text": "constant", **changes,
-        })
+        config = UNetConfig(
+            **{
+                "model_channels": 32,
+                "channel_mult": (1, 2),
+                "num_res_blocks": (1, 1),
+                "transformer_depth": (0, 1),
+                "transformer_depth_middle": 0,
+                "transformer_depth_output": (1, 0, 0, 0),
+                "num_heads": 2,
+                "context_dim": 16,
+                "null_text": "constant",
+                **changes,
+            }
+        )
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             unet = UNet(config)
@@ -74,10 +83,20 @@ def configure() -> Callable[..., TrainConfig]:
     """A short fp32 run on the CPU; fields can be replaced."""
 
     def make(**changes: object) -> TrainConfig:
-        return TrainConfig(**{
-            "base": "mini_world", "device": "cpu", "precision": "fp32", "resolution": 64, "steps": 12, "batch_size": 4,
-            "learning_rate": 2e-3, "warmup": 3, "ema": 0.9, **changes,
-        })
+        return TrainConfig(
+            **{
+                "base": "mini_world",
+                "device": "cpu",
+                "precision": "fp32",
+                "resolution": 64,
+                "steps": 12,
+                "batch_size": 4,
+                "learning_rate": 2e-3,
+                "warmup": 3,
+                "ema": 0.9,
+                **changes,
+            }
+        )
 
     return make
 

@@ -54,8 +54,10 @@ def run(tiny_adaptation, tmp_path):
             listener(event)
 
         given = {
-            "generator": tiny_adaptation.tiny_generator(), "critic": tiny_adaptation.tiny_critic(),
-            "encode": tiny_adaptation.shrink, **(parts or {}),
+            "generator": tiny_adaptation.tiny_generator(),
+            "critic": tiny_adaptation.tiny_critic(),
+            "encode": tiny_adaptation.shrink,
+            **(parts or {}),
         }
         config = tiny_adaptation.tiny_config(tmp_path, **changes)
         result = adapt(config, resume=resume, listener=tell, should_stop=should_stop, dry_run=dry_run, **given)
@@ -75,9 +77,11 @@ def base(tiny_run):
 
     def encode(prompts):
         width = base.config.context_dim
-        return Text(torch.cat([
-            torch.randn(1, 7, width, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts
-        ]))
+        return Text(
+            torch.cat(
+                [torch.randn(1, 7, width, generator=torch.Generator().manual_seed(len(prompt))) for prompt in prompts]
+            )
+        )
 
     base.text = encode
     return base
@@ -107,15 +111,27 @@ def test_a_generator_becomes_another(run, tmp_path, tiny_adaptation):
     source = tiny_adaptation.tiny_generator()
     before = {name: value.clone() for name, value in source.state_dict().items()}
     result, events = run(
-        steps=6, sample_every=2, ema=0.5, directional=0.5, export_to=str(tmp_path / "models"), licence="CC0-1.0",
-        sample_count=3, parts={"generator": source},
+        steps=6,
+        sample_every=2,
+        ema=0.5,
+        directional=0.5,
+        export_to=str(tmp_path / "models"),
+        licence="CC0-1.0",
+        sample_count=3,
+        parts={"generator": source},
     )
     out = tmp_path / "run"
     assert (result.status, result.step, result.run) == ("finished", 6, out)
     assert result.path == tmp_path / "models" / "moved.safetensors"
     assert result.samples == out / "samples" / "step-000006.png" and result.plot == out / "loss.png"
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "log.jsonl", "loss.png", "samples", "checkpoints", "moved.safetensors", ".lock",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "samples",
+        "checkpoints",
+        "moved.safetensors",
+        ".lock",
     }
     with Image.open(result.samples) as image:
         assert image.width > 3 * 128 and image.height > 4 * 128  # the source and three stages
@@ -156,21 +172,26 @@ def test_it_goes_where_the_critic_wants_it(run, tiny_adaptation):
     assert before > 0.8 and after < 0.35 * before, (before, after)
 
 
-@pytest.mark.parametrize("train, expected", [
-    ("convolutions", lambda name: name == "synthesis.b4.const" or ".conv" in name),
-    ("released", lambda name: ".conv" in name and ".b4." not in name),
-    ("synthesis", lambda name: name.startswith("synthesis.")),
-    ("all", lambda name: True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "train, expected",
+    [
+        ("convolutions", lambda name: name == "synthesis.b4.const" or ".conv" in name),
+        ("released", lambda name: ".conv" in name and ".b4." not in name),
+        ("synthesis", lambda name: name.startswith("synthesis.")),
+        ("all", lambda name: True),
+    ],
+)
 @pytest.mark.parametrize("freeze_bias", [True, False])
 def test_the_report_names_exactly_what_trains(run, tiny_adaptation, train, expected, freeze_bias):
     source = tiny_adaptation.tiny_generator()
     result, events = run(steps=1, train=train, freeze_bias=freeze_bias, ema=0.0, checkpoint_every=0)
     names = {
-        name for name, _ in source.named_parameters()
-        if expected(name) and not (freeze_bias and name.endswith(".bias"))
+        name
+        for name, _ in source.named_parameters()
+        if expected(name)
+        and not (freeze_bias and name.endswith(".bias"))
         and not (train == "released" and name.endswith((".conv0.bias", ".conv1.bias")))
-    }  # fmt: skip
+    }
     moved = changed(source, read_generator(result.path).generator)
     if train == "all":
         moved.discard("mapping.w_avg")  # measured anew, since it is the mapping's
@@ -213,15 +234,18 @@ def test_layers_are_chosen_anew_in_every_step(run):
     _, events = run(steps=12, layers=1, checkpoint_every=0)
     chosen = [
         frozenset(name for name in event.parts if name.startswith("trained "))
-        for event in events if isinstance(event, Distilled)
-    ]  # fmt: skip
+        for event in events
+        if isinstance(event, Distilled)
+    ]
     assert len(set(chosen)) > 1
 
 
 VARIANTS = {
-    "sds": {}, "layers": {"layers": 1, "ema": 0.0}, "all": {"train": "all", "noise": "random", "schedule": "constant"},
+    "sds": {},
+    "layers": {"layers": 1, "ema": 0.0},
+    "all": {"train": "all", "noise": "random", "schedule": "constant"},
     "sgf": {"mode": "sgf", "directional": 1.0, "reconstruction": 1.0},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS.keys())
@@ -290,9 +314,21 @@ def test_two_processes_adapt_like_one(tiny_adaptation, tmp_path, monkeypatch):
         return [str(tiny_adaptation.ROOT / "training" / "bootstrap.py"), script, str(folder), changes]
 
     launch = [
-        "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "--num_cpu_threads_per_process", "1",
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_cpu_threads_per_process",
+        "1",
     ]
     subprocess.run([sys.executable, *command(tmp_path / "one")], check=True, stdout=subprocess.DEVNULL)
     ran = subprocess.run([sys.executable, *launch, *command(tmp_path / "two")], capture_output=True, text=True)
@@ -383,7 +419,9 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
     run(steps=2)
     with pytest.raises(ConfigProblem, match="same generator"):
         run(parts={"generator": tiny_adaptation.tiny_generator(1)})
-    with pytest.raises(ConfigProblem, match="same diffusion model, .* and terms, found one whose term 1 at timestep 10 "):
+    with pytest.raises(
+        ConfigProblem, match="same diffusion model, .* and terms, found one whose term 1 at timestep 10 "
+    ):
         run(parts={"critic": tiny_adaptation.tiny_critic((0.5, -0.6, 0.2))})
     with pytest.raises(ConfigProblem, match='terms, found that they were .*"weight": 1.0.* and are .*"weight": 2.0'):
         run(parts={"critic": tiny_adaptation.tiny_critic(scale=2.0)})
@@ -392,8 +430,10 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
     _, events = run(steps=3, parts={"encode": lambda images: (1 + 1e-6) * tiny_adaptation.shrink(images)})
     assert any("differs by" in event.text for event in events if isinstance(event, Warned))
     for changes, told in [
-        ({"seed": 1}, "seed was 0 and is 1"), ({"method": "csd"}, "method was 'sds'"), ({"prompt": "x"}, "prompt was"),
-    ]:  # fmt: skip
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"method": "csd"}, "method was 'sds'"),
+        ({"prompt": "x"}, "prompt was"),
+    ]:
         with pytest.raises(ConfigProblem, match=told):
             run(**changes)
     with pytest.raises(ConfigProblem, match="found its checkpoints"):
@@ -464,7 +504,11 @@ def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
 
 def test_prompts_that_cannot_be_encoded_are_refused_by_a_dry_run_too(run, base):
     base.text = None
-    for changes in ({}, {"negative": "a cat", "prompt": "", "domain": "x"}, {"source_prompt": "a cat", "method": "bridge"}):
+    for changes in (
+        {},
+        {"negative": "a cat", "prompt": "", "domain": "x"},
+        {"source_prompt": "a cat", "method": "bridge"},
+    ):
         fields = {"prompt": "a cat", **changes}
         with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
             run(dry_run=True, parts=by_base(base), **fields)
@@ -491,18 +535,23 @@ def test_a_domain_model_that_cannot_judge_is_refused_before_the_run_begins(run, 
 
 def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):
     for method, more in [
-        ("sds", {"negative": "grey"}), ("csd", {}), ("nfsd", {"negative": "blurry pictures"}), ("ism", {"t_max": 100}),
-        ("dds", {"source_prompt": "a picture of it"}), ("bridge", {"source_prompt": "a picture of it"}),
-    ]:  # fmt: skip
+        ("sds", {"negative": "grey"}),
+        ("csd", {}),
+        ("nfsd", {"negative": "blurry pictures"}),
+        ("ism", {"t_max": 100}),
+        ("dds", {"source_prompt": "a picture of it"}),
+        ("bridge", {"source_prompt": "a picture of it"}),
+    ]:
         parts, output = by_base(base), str(tmp_path / method)
         more |= {"scale": 5.0, "steps": 1, "output": output, "resolution": 32}
         result, events = run(method=method, parts=parts, **more)
         assert result.status == "finished" and math.isfinite(result.loss), method
         assert [event for event in events if isinstance(event, Distilled)][0].gradient_norm > 0
     for changes, told in [
-        ({"prompt": ""}, "prompt: expected"), ({"method": "bridge"}, "source_prompt: expected"),
+        ({"prompt": ""}, "prompt: expected"),
+        ({"method": "bridge"}, "source_prompt: expected"),
         ({"method": "nfsd"}, "negative: expected"),
-    ]:  # fmt: skip
+    ]:
         with pytest.raises(ConfigProblem, match=told):
             run(output=str(tmp_path / "none"), parts=by_base(base), **changes)
     assert not (tmp_path / "none" / "checkpoints").exists()
@@ -562,12 +611,17 @@ def test_memory_that_runs_out_is_no_misfit(run, tiny_adaptation):
 def test_conditional_and_grey_generators(run, tiny_adaptation, tmp_path):
     for label in (-1, 2):
         result, _ = run(
-            steps=1, label=label, sample_every=1, output=str(tmp_path / str(label)),
+            steps=1,
+            label=label,
+            sample_every=1,
+            output=str(tmp_path / str(label)),
             parts={"generator": tiny_adaptation.tiny_generator(c_dim=3)},
         )
         assert result.status == "finished" and result.samples.exists()
     result, _ = run(
-        steps=1, sample_every=1, output=str(tmp_path / "grey"),
+        steps=1,
+        sample_every=1,
+        output=str(tmp_path / "grey"),
         parts={"generator": tiny_adaptation.tiny_generator(img_channels=1)},
     )
     assert result.status == "finished"
@@ -587,12 +641,15 @@ def test_from_a_file_and_in_inference_mode(run, tiny_adaptation, tmp_path):
         run(steps=1, parts={"generator": None}, generator=missing, output=str(tmp_path / "c"))
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"label": 3}, "label: expected a generator with a class 3"),
-    ({"resume": True}, "expected a checkpoint to go on from"),
-    ({"parts": {"generator": None}, "generator": "nowhere.safetensors"}, "nowhere.safetensors"),
-    ({"batch_size": 4096, "method": "dds"}, "source"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"label": 3}, "label: expected a generator with a class 3"),
+        ({"resume": True}, "expected a checkpoint to go on from"),
+        ({"parts": {"generator": None}, "generator": "nowhere.safetensors"}, "nowhere.safetensors"),
+        ({"batch_size": 4096, "method": "dds"}, "source"),
+    ],
+)
 def test_a_refused_adaptation_leaves_no_folder(run, tmp_path, changes, message):
     with pytest.raises(Problem, match=message):
         run(output=str(tmp_path / "runs" / "new"), **changes)
@@ -603,12 +660,15 @@ def test_a_refused_adaptation_leaves_no_folder(run, tmp_path, changes, message):
     assert (tmp_path / "runs" / "new").is_dir()
 
 
-@pytest.mark.parametrize("t_schedule, schedule, moved", [
-    ("falling", "constant", ["the largest timestep was 10 and is 177"]),
-    ("annealed", "cosine", ["the learning rate was", "the largest timestep was 10 and is 177"]),
-    ("uniform", "linear", ["the learning rate was"]),
-    ("uniform", "constant", []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "t_schedule, schedule, moved",
+    [
+        ("falling", "constant", ["the largest timestep was 10 and is 177"]),
+        ("annealed", "cosine", ["the learning rate was", "the largest timestep was 10 and is 177"]),
+        ("uniform", "linear", ["the learning rate was"]),
+        ("uniform", "constant", []),
+    ],
+)
 def test_another_number_of_steps_is_told_before_the_first(run, t_schedule, schedule, moved):
     settings = {"t_schedule": t_schedule, "schedule": schedule, "t_min": 10, "t_max": 400, "directional": 0.0}
     run(steps=4, **settings)

@@ -36,15 +36,18 @@ def test_every_field_can_be_shown():
             assert one.default in about["choices"]
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"base": "m"}, "expected a field generator, the generator to adapt"),
-    ({**NEEDED, "generator": ""}, "generator: expected .* name the generator"),
-    ({**NEEDED, "t_min": 300, "t_max": 200}, "t_min: expected at most t_max, found 300 and 200"),
-    ({**NEEDED, "resolution": 100}, "the nearest is 96|the nearest is 104"),
-    ({**NEEDED, "method": "brige"}, r"did you mean bridge\?"),
-    ({**NEEDED, "form": "cached"}, "'form' is no field"),
-    ({**NEEDED, "name": "a/b"}, "name: expected a plain file name"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"base": "m"}, "expected a field generator, the generator to adapt"),
+        ({**NEEDED, "generator": ""}, "generator: expected .* name the generator"),
+        ({**NEEDED, "t_min": 300, "t_max": 200}, "t_min: expected at most t_max, found 300 and 200"),
+        ({**NEEDED, "resolution": 100}, "the nearest is 96|the nearest is 104"),
+        ({**NEEDED, "method": "brige"}, r"did you mean bridge\?"),
+        ({**NEEDED, "form": "cached"}, "'form' is no field"),
+        ({**NEEDED, "name": "a/b"}, "name: expected a plain file name"),
+    ],
+)
 def test_what_is_wrong_is_named(values, message):
     with pytest.raises(ConfigProblem, match=message):
         AdaptConfig.from_mapping(values)
@@ -72,14 +75,21 @@ def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
 SIGNATURE = "[0a1b2c-" + "003c" * 7 + "{}]"  # 1.0 seven times, and another number
 
 
-@pytest.mark.parametrize("one, other, same", [
-    ("a cat", "a cat", True), ("a cat", "a dog", False), ("", "a cat", False),
-    # Of connected conditionings the signatures count, and not what is known of their texts.
-    (f"a cat {SIGNATURE}", f"connected: {SIGNATURE}", True), (f"a cat {SIGNATURE}", f"A  Cat {SIGNATURE}", True),
-    (f"a cat {SIGNATURE}", f"a cat {SIGNATURE}".replace("a1b2c", "a1b2d"), False),
-    (f"{SIGNATURE}, unwanted {SIGNATURE}", f"{SIGNATURE}", False),
-    (f"a cat {SIGNATURE}", "a cat", False), (f"a cat {SIGNATURE}", "connected:", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "one, other, same",
+    [
+        ("a cat", "a cat", True),
+        ("a cat", "a dog", False),
+        ("", "a cat", False),
+        # Of connected conditionings the signatures count, and not what is known of their texts.
+        (f"a cat {SIGNATURE}", f"connected: {SIGNATURE}", True),
+        (f"a cat {SIGNATURE}", f"A  Cat {SIGNATURE}", True),
+        (f"a cat {SIGNATURE}", f"a cat {SIGNATURE}".replace("a1b2c", "a1b2d"), False),
+        (f"{SIGNATURE}, unwanted {SIGNATURE}", f"{SIGNATURE}", False),
+        (f"a cat {SIGNATURE}", "a cat", False),
+        (f"a cat {SIGNATURE}", "connected:", False),
+    ],
+)
 def test_prompts_are_known_again(one, other, same):
     one, other = (text.replace("{}", "003c") for text in (one, other))
     assert same_prompt(one, other) == same_prompt(other, one) == same

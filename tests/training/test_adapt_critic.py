@@ -109,10 +109,20 @@ def test_the_objective_is_what_the_configuration_says(mini, configure, tiny_adap
     assert objective.method.name == "sds" and not objective.regularizers and objective.perceptual is None
     assert (objective.latent_clamp, objective.image_quantile, objective.mode) == (1.0, 0.95, "shared")
     config = configure(
-        method="csd", directional=0.5, reconstruction=2.0, perceptual=0.3, features="latents", latent_clamp=0.0,
-        image_quantile=0.0, mode="sgf", t_min=20, t_max=400, t_schedule="falling", weighting="sigma",
+        method="csd",
+        directional=0.5,
+        reconstruction=2.0,
+        perceptual=0.3,
+        features="latents",
+        latent_clamp=0.0,
+        image_quantile=0.0,
+        mode="sgf",
+        t_min=20,
+        t_max=400,
+        t_schedule="falling",
+        weighting="sigma",
         normalize_sds=True,
-    )  # fmt: skip
+    )
     objective = make_objective(config, critic, tiny_adaptation.shrink, "cpu")
     assert [(one.name, one.weight) for one in objective.regularizers] == [("directional", 0.5), ("reconstruction", 2.0)]
     assert objective.perceptual.weight == 0.3

@@ -9,10 +9,17 @@ from indomain_guidance.training.adapt_previews import BeforeAfter, evenly
 from PIL import Image
 
 
-@pytest.mark.parametrize("steps, count, expected", [
-    ([], 3, []), ([2], 3, [2]), ([2, 4, 6], 3, [2, 4, 6]), ([2, 4, 6, 8], 1, [8]),
-    (list(range(10, 110, 10)), 4, [20, 50, 80, 100]), (list(range(1, 6)), 4, [1, 3, 4, 5]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "steps, count, expected",
+    [
+        ([], 3, []),
+        ([2], 3, [2]),
+        ([2, 4, 6], 3, [2, 4, 6]),
+        ([2, 4, 6, 8], 1, [8]),
+        (list(range(10, 110, 10)), 4, [20, 50, 80, 100]),
+        (list(range(1, 6)), 4, [1, 3, 4, 5]),
+    ],
+)
 def test_stages_are_spread_and_end_with_the_last(steps, count, expected):
     assert evenly(steps, count) == expected
 
@@ -25,8 +32,10 @@ def test_rows_are_the_source_and_the_stages(tiny_adaptation, tmp_path):
     for step in (2, 4, 6):
         last = grids.draw(other, step)
     assert first.shape[0] < last.height and sorted(path.name for path in (tmp_path / "rows").iterdir()) == [
-        "step-000002.png", "step-000004.png", "step-000006.png",
-    ]  # fmt: skip
+        "step-000002.png",
+        "step-000004.png",
+        "step-000006.png",
+    ]
     # Another process that goes on draws the same grid, and the seeds' own pictures.
     assert np.array_equal(np.asarray(BeforeAfter(config, source, tmp_path).draw(other, 6)), np.asarray(last))
     with Image.open(tmp_path / "rows" / "step-000006.png") as image:

@@ -123,11 +123,14 @@ def test_the_fixed_picture_is_one(tiny_adaptation):
     assert picture.shape == (1, 3, 16, 16) and float(picture.min()) == -1.0 and float(picture.max()) == 1.0
 
 
-@pytest.mark.parametrize("changes, world, told", [
-    ({"batch_size": 3}, 2, "a multiple of the 2 processes"),
-    ({"method": "vsd"}, 2, "without a state of its own for 2 processes"),
-    ({"label": 1}, 1, "an unconditional one"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, world, told",
+    [
+        ({"batch_size": 3}, 2, "a multiple of the 2 processes"),
+        ({"method": "vsd"}, 2, "without a state of its own for 2 processes"),
+        ({"label": 1}, 1, "an unconditional one"),
+    ],
+)
 def test_what_does_not_fit_is_refused(tiny_adaptation, tmp_path, changes, world, told):
     with pytest.raises(ConfigProblem, match=told):
         check_generator(tiny_adaptation.tiny_config(tmp_path, **changes), tiny_adaptation.tiny_generator(), world)

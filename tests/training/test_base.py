@@ -10,7 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.files import FileProblem, prior_content_hash, read_domain_file, read_generator, write_safetensors
+from indomain_guidance.guidance.files import (
+    FileProblem,
+    prior_content_hash,
+    read_domain_file,
+    read_generator,
+    write_safetensors,
+)
 from indomain_guidance.guidance.networks.unet import timestep_embedding
 from indomain_guidance.training import base as bases
 from indomain_guidance.training.mini_world.assets import load_mini_world
@@ -44,9 +50,9 @@ def test_mini_world_is_the_shipped_one(mini):
     assert mini.vector(64, 64) is None and mini.conditioning([bases.ImageSize((64, 64))]) == {}
 
 
-@pytest.mark.parametrize("family, latent_format, scale", [
-    ("sd1", "sd15", 0.18215), ("sd2", "sd15", 0.18215), ("sdxl", "sdxl", 0.13025),
-])
+@pytest.mark.parametrize(
+    "family, latent_format, scale", [("sd1", "sd15", 0.18215), ("sd2", "sd15", 0.18215), ("sdxl", "sdxl", 0.13025)]
+)
 def test_opens_every_family(family, latent_format, scale, tiny_checkpoint):
     made = tiny_checkpoint(family)
     base = bases.open_checkpoint(made.path, prediction="epsilon")
@@ -81,8 +87,11 @@ def test_sizes_of_any_number_of_images_take_no_memory(tiny_checkpoint):
 
 def test_every_part_is_read_from_the_file_it_lies_in(tiny_checkpoint, tmp_path):
     made = tiny_checkpoint("sd1")
-    other = {key.removeprefix("first_stage_model."): value + 0.001 if key.endswith("bias") else value
-             for key, value in made.tensors.items() if key.startswith("first_stage_model.")}
+    other = {
+        key.removeprefix("first_stage_model."): value + 0.001 if key.endswith("bias") else value
+        for key, value in made.tensors.items()
+        if key.startswith("first_stage_model.")
+    }
     # A file of its own, with the loss that old ones carry, and one attention layer written as a linear map.
     query = "encoder.mid.attn_1.q.weight"
     other |= {"loss.logvar": torch.zeros(1), query: other[query][:, :, 0, 0]}
@@ -103,16 +112,19 @@ def test_the_vae_id_depends_on_weights_formats_and_scale(mini):
     assert changed.vae_id != mini.vae_id
 
 
-@pytest.mark.parametrize("markers, prediction, expected", [
-    ({}, "auto", ("epsilon", False)),
-    ({"v_pred": torch.zeros(1)}, "auto", ("v_prediction", False)),
-    ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "auto", ("v_prediction", True)),
-    ({"v_pred": torch.zeros(1)}, "epsilon", ("epsilon", False)),
-    ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "v_prediction", ("v_prediction", False)),
-    ({"ztsnr": torch.zeros(1)}, "auto", ("epsilon", False)),
-    ({}, "v_prediction_zero_snr", ("v_prediction", True)),
-    ({}, "sample", ("sample", False)),
-])
+@pytest.mark.parametrize(
+    "markers, prediction, expected",
+    [
+        ({}, "auto", ("epsilon", False)),
+        ({"v_pred": torch.zeros(1)}, "auto", ("v_prediction", False)),
+        ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "auto", ("v_prediction", True)),
+        ({"v_pred": torch.zeros(1)}, "epsilon", ("epsilon", False)),
+        ({"v_pred": torch.zeros(1), "ztsnr": torch.zeros(1)}, "v_prediction", ("v_prediction", False)),
+        ({"ztsnr": torch.zeros(1)}, "auto", ("epsilon", False)),
+        ({}, "v_prediction_zero_snr", ("v_prediction", True)),
+        ({}, "sample", ("sample", False)),
+    ],
+)
 def test_prediction_type_comes_from_markers_or_the_user(markers, prediction, expected, tiny_checkpoint, tmp_path):
     path = write_safetensors(tmp_path / "prior.safetensors", tiny_checkpoint("sd1").tensors | markers)
     base = bases.open_checkpoint(path, prediction=prediction)
@@ -159,16 +171,26 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
         unet = {key: value.clone() for key, value in opened.unet.items()}
         vae = {key: value.clone() for key, value in opened.autoencoder.state_dict().items()}
         built = bases.Base.from_parts(
-            unet, opened.config, latent_format="sdxl", prediction_type="epsilon", zero_snr=False,
-            null_context=opened.null_context, autoencoder=vae,
+            unet,
+            opened.config,
+            latent_format="sdxl",
+            prediction_type="epsilon",
+            zero_snr=False,
+            null_context=opened.null_context,
+            autoencoder=vae,
         )
     assert built.latent_scale == opened.latent_scale
     assert (built.prior_hash, built.vae_id) == (opened.prior_hash, opened.vae_id)
     assert not any(tensor.is_inference() for tensor in [*built.unet.values(), *built.autoencoder.parameters()])
     with pytest.raises(ValueError, match="scale of the latent space 'mini_world'"):
         bases.Base.from_parts(
-            unet, opened.config, latent_format="mini_world", prediction_type="epsilon", zero_snr=False,
-            null_context=opened.null_context, autoencoder=vae,
+            unet,
+            opened.config,
+            latent_format="mini_world",
+            prediction_type="epsilon",
+            zero_snr=False,
+            null_context=opened.null_context,
+            autoencoder=vae,
         )
 
 
@@ -176,34 +198,60 @@ def only(tensors, prefix):
     return {key: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
 
 
-@pytest.mark.parametrize("change, says", [
-    (lambda t: without(t, "cond_stage_model."), "with its text encoder clip_l, found none"),
-    (lambda t: without(t, "first_stage_model."), "expected an autoencoder"),
-    (lambda t: without(t, "first_stage_model.decoder.up"), "its autoencoder cannot be read"),
-    (lambda t: without(t, "model.diffusion_model.output_blocks"), "found a part of a Stable Diffusion UNet"),
-    (lambda t: without(t, "model.diffusion_model.middle_block.0.out_layers"), "missing"),
-    (lambda t: t | {"edm_mean": torch.zeros(1)}, "found an EDM model"),
-    (lambda t: t | {"model.diffusion_model.out.2.bias": torch.full((4,), torch.nan).half()}, "finite weights"),
-    (lambda t: t | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "9 input channels"),
-    (lambda t: {k.replace("attn2.to_k.weight", "attn2.null_k"): v for k, v in t.items()}, "found a text-free UNet"),
-    (lambda t: only(t, "model.diffusion_model."), "found a Stable Diffusion UNet alone; a UNet alone lacks VAE"),
-    (lambda t: {k.removeprefix("model.diffusion_model."): v for k, v in only(t, "model.diff").items()}, "UNet alone"),
-    (lambda t: only(t, "first_stage_model."), "found an autoencoder .VAE.; a VAE alone lacks UNet"),
-    (lambda t: only(t, "cond_stage_model."), "found a text encoder .CLIP.; give one .safetensors"),
-    (lambda t: t | {"scaled_fp8": torch.zeros(2)}, "checkpoint, scaled fp8; give the same checkpoint in fp16"),
-    (lambda t: t | {"model.diffusion_model.out.2.weight_scale": torch.ones(())}, "scaled fp8; give the same"),
-    (lambda t: t | {"model.diffusion_model.out.2.comfy_quant": torch.ones(3)}, "quantised for ComfyUI; give the same"),
-    (lambda t: {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2)} | only(t, "first_stage"),
-     "found a Flux model; flow models cannot be trained here, give one .safetensors"),
-    (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA .kohya's names.; merge it into"),
-    (lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)}, "found a LoRA .PEFT's names.; merge it into"),
-    (lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)}, "found a LoRA .diffusers' names."),
-    (lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)}, "found a UNet in diffusers' layout; convert"),
-    (lambda t: {"controlnet_cond_embedding.conv_in.weight": torch.ones(2)}, "found a ControlNet; give one"),
-    (lambda t: {"synthesis.b4.const": torch.ones(2, 4, 4)}, "found a StyleGAN2 generator; it is what --generator"),
-    (lambda t: {"model.0.weight": torch.ones(2), "model.1.sub.0.RDB1.conv1.0.weight": torch.ones(2)}, "an upscaler"),
-    (lambda t: {"emb_params": torch.ones(2, 768)}, "found a textual inversion embedding; give one"),
-], ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda t: without(t, "cond_stage_model."), "with its text encoder clip_l, found none"),
+        (lambda t: without(t, "first_stage_model."), "expected an autoencoder"),
+        (lambda t: without(t, "first_stage_model.decoder.up"), "its autoencoder cannot be read"),
+        (lambda t: without(t, "model.diffusion_model.output_blocks"), "found a part of a Stable Diffusion UNet"),
+        (lambda t: without(t, "model.diffusion_model.middle_block.0.out_layers"), "missing"),
+        (lambda t: t | {"edm_mean": torch.zeros(1)}, "found an EDM model"),
+        (lambda t: t | {"model.diffusion_model.out.2.bias": torch.full((4,), torch.nan).half()}, "finite weights"),
+        (lambda t: t | {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(32, 9, 3, 3)}, "9 input channels"),
+        (lambda t: {k.replace("attn2.to_k.weight", "attn2.null_k"): v for k, v in t.items()}, "found a text-free UNet"),
+        (lambda t: only(t, "model.diffusion_model."), "found a Stable Diffusion UNet alone; a UNet alone lacks VAE"),
+        (
+            lambda t: {k.removeprefix("model.diffusion_model."): v for k, v in only(t, "model.diff").items()},
+            "UNet alone",
+        ),
+        (lambda t: only(t, "first_stage_model."), "found an autoencoder .VAE.; a VAE alone lacks UNet"),
+        (lambda t: only(t, "cond_stage_model."), "found a text encoder .CLIP.; give one .safetensors"),
+        (lambda t: t | {"scaled_fp8": torch.zeros(2)}, "checkpoint, scaled fp8; give the same checkpoint in fp16"),
+        (lambda t: t | {"model.diffusion_model.out.2.weight_scale": torch.ones(())}, "scaled fp8; give the same"),
+        (
+            lambda t: t | {"model.diffusion_model.out.2.comfy_quant": torch.ones(3)},
+            "quantised for ComfyUI; give the same",
+        ),
+        (
+            lambda t: (
+                {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2)} | only(t, "first_stage")
+            ),
+            "found a Flux model; flow models cannot be trained here, give one .safetensors",
+        ),
+        (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA .kohya's names.; merge it into"),
+        (
+            lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)},
+            "found a LoRA .PEFT's names.; merge it into",
+        ),
+        (
+            lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)},
+            "found a LoRA .diffusers' names.",
+        ),
+        (
+            lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)},
+            "found a UNet in diffusers' layout; convert",
+        ),
+        (lambda t: {"controlnet_cond_embedding.conv_in.weight": torch.ones(2)}, "found a ControlNet; give one"),
+        (lambda t: {"synthesis.b4.const": torch.ones(2, 4, 4)}, "found a StyleGAN2 generator; it is what --generator"),
+        (
+            lambda t: {"model.0.weight": torch.ones(2), "model.1.sub.0.RDB1.conv1.0.weight": torch.ones(2)},
+            "an upscaler",
+        ),
+        (lambda t: {"emb_params": torch.ones(2, 768)}, "found a textual inversion embedding; give one"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
 def test_refuses_what_it_cannot_train(change, says, tiny_checkpoint, tmp_path):
     path = write_safetensors(tmp_path / "prior.safetensors", change(tiny_checkpoint("sd1").tensors))
     with pytest.raises(FileProblem, match=says) as problem:
@@ -211,17 +259,25 @@ def test_refuses_what_it_cannot_train(change, says, tiny_checkpoint, tmp_path):
     assert str(path) in str(problem.value)
 
 
-@pytest.mark.parametrize("name, content, says", [
-    ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
-    ("a.safetensors", b"\n<!DOCTYPE html><title>Log in</title>", "a web page"),
-    ("a.safetensors", b'{"error": "Repository not found"}', "JSON text"),
-    ("a.safetensors", b"Access to model is restricted.", "text"), ("a.safetensors", bytes(4096), "nothing but zeros"),
-    ("a.gguf", b"GGUF\3\0\0\0" + bytes(40), "a GGUF file"), ("a.zip", None, "a zip archive"),
-    ("a.ckpt", None, "a zip archive"), ("a.safetensors.part", b"\x40\0\0\0\0\0\0\0{", "an unfinished download"),
-    ("a.safetensors.crdownload", bytes(9), "an unfinished download"), ("a.tar.gz", b"\x1f\x8b\x08\0", "a gzip archive"),
-    ("a.pt", b"<html>", "a web page"), ("a.png", b"\x89PNG\r\n\x1a\n", "a picture"),
-    ("a.onnx", b"\x08\x03\x12\x07pytorch", "an ONNX network"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, content, says",
+    [
+        ("a.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "a Git LFS pointer"),
+        ("a.safetensors", b"\n<!DOCTYPE html><title>Log in</title>", "a web page"),
+        ("a.safetensors", b'{"error": "Repository not found"}', "JSON text"),
+        ("a.safetensors", b"Access to model is restricted.", "text"),
+        ("a.safetensors", bytes(4096), "nothing but zeros"),
+        ("a.gguf", b"GGUF\3\0\0\0" + bytes(40), "a GGUF file"),
+        ("a.zip", None, "a zip archive"),
+        ("a.ckpt", None, "a zip archive"),
+        ("a.safetensors.part", b"\x40\0\0\0\0\0\0\0{", "an unfinished download"),
+        ("a.safetensors.crdownload", bytes(9), "an unfinished download"),
+        ("a.tar.gz", b"\x1f\x8b\x08\0", "a gzip archive"),
+        ("a.pt", b"<html>", "a web page"),
+        ("a.png", b"\x89PNG\r\n\x1a\n", "a picture"),
+        ("a.onnx", b"\x08\x03\x12\x07pytorch", "an ONNX network"),
+    ],
+)
 def test_files_that_are_no_models_are_called_what_they_are(name, content, says, tmp_path):
     path = tmp_path / name
     if content is None:
@@ -237,9 +293,11 @@ def test_files_that_are_no_models_are_called_what_they_are(name, content, says, 
 def test_folders_and_unfinished_files_beside_their_control_file(tiny_checkpoint, tmp_path):
     folder = tmp_path / "sd15"
     (folder / "unet").mkdir(parents=True)
-    for names, says in (((), "found a folder; name the .safetensors"),
-                        (("unet/diffusion_pytorch_model.safetensors",), "found a folder; name"),
-                        (("model_index.json",), "a folder in diffusers' layout; give the same model")):  # fmt: skip
+    for names, says in (
+        ((), "found a folder; name the .safetensors"),
+        (("unet/diffusion_pytorch_model.safetensors",), "found a folder; name"),
+        (("model_index.json",), "a folder in diffusers' layout; give the same model"),
+    ):
         for name in names:
             (folder / name).write_bytes(b"{}")
         with pytest.raises(FileProblem, match=says):
@@ -283,11 +341,16 @@ def test_it_says_what_images_it_was_made_for(mini, tiny_run):
     wide = replace(mini.config, context_dim=1024)
     second = replace(mini, latent_format="sd15", config=wide)
     sizes = [
-        one.native_resolution for one in (
-            mini, replace(mini, latent_format="sd15"), second, replace(second, prediction_type="v_prediction"),
-            replace(mini, latent_format="sdxl"), tiny_run.tiny_base(),
+        one.native_resolution
+        for one in (
+            mini,
+            replace(mini, latent_format="sd15"),
+            second,
+            replace(second, prediction_type="v_prediction"),
+            replace(mini, latent_format="sdxl"),
+            tiny_run.tiny_base(),
         )
-    ]  # fmt: skip
+    ]
     assert sizes == [64, 512, 512, 768, 1024, None]
 
 

@@ -31,8 +31,13 @@ from indomain_guidance.training.run_lock import locked
 
 def state(step=1):
     return {
-        "step": step, "config": {"base": "m"}, "prior": "p", "dataset": {"hash": "h", "images": 3}, "facts": {},
-        "weights": {"a": torch.arange(40000.0) + step, "b": torch.ones(3, dtype=torch.float16)}, "average": None,
+        "step": step,
+        "config": {"base": "m"},
+        "prior": "p",
+        "dataset": {"hash": "h", "images": 3},
+        "facts": {},
+        "weights": {"a": torch.arange(40000.0) + step, "b": torch.ones(3, dtype=torch.float16)},
+        "average": None,
         "optimizer": {"state": {0: {"step": torch.tensor(2.0)}}, "param_groups": [{"lr": 0.1, "betas": (0.9, 0.99)}]},
         "scaler": None,
     }
@@ -72,16 +77,19 @@ def torn(data):
 
 def altered(data):
     middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1:]
+    return data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
 
 
-@pytest.mark.parametrize("damage, message", [
-    (torn, "cut off while it was written"),
-    (altered, "damaged since"),
-    (lambda data: b"", "another file or one cut off"),
-    (lambda data: data[:-1], "cut off"),
-    (lambda data: b"PK" + b"x" * 5000, "another file"),
-])
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (torn, "cut off while it was written"),
+        (altered, "damaged since"),
+        (lambda data: b"", "another file or one cut off"),
+        (lambda data: data[:-1], "cut off"),
+        (lambda data: b"PK" + b"x" * 5000, "another file"),
+    ],
+)
 def test_the_one_before_a_damaged_checkpoint_is_used_and_both_are_named(tmp_path, damage, message):
     good, bad = save(tmp_path, 10, 20)
     bad.write_bytes(damage(bad.read_bytes()))
@@ -110,6 +118,7 @@ def test_none_is_passed_over_that_may_be_good(tmp_path, monkeypatch):
     _, last = save(tmp_path, 10, 20)
     real = torch.load
     for problem in (OSError(5, "Input/output error"), MemoryError(), RuntimeError("unable to mmap 99 bytes from file")):
+
         def broken(*args, problem=problem, **options):
             raise problem
 
@@ -155,7 +164,7 @@ def test_code_in_a_checkpoint_is_not_run(tmp_path, monkeypatch):
 def repacked(path, change):
     """The checkpoint with its instructions changed and its digest right, as anybody can make it."""
     records = {}
-    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[:-checkpoints.TRAILER])) as archive:
+    with zipfile.ZipFile(io.BytesIO(path.read_bytes()[: -checkpoints.TRAILER])) as archive:
         for name in archive.namelist():
             records[name] = archive.read(name)
     made = io.BytesIO()
@@ -167,11 +176,14 @@ def repacked(path, change):
     return path
 
 
-@pytest.mark.parametrize("pickle, reason", [
-    (b"\x80\x02cbuiltins\nbytearray\nI400000000\n\x85R.", "builtins.bytearray"),  # weights_only makes 400 MB of it
-    (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "posix.system"),
-    (b"\x80\x02" + b"]" * 2_000_000 + b".", "steps"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pickle, reason",
+    [
+        (b"\x80\x02cbuiltins\nbytearray\nI400000000\n\x85R.", "builtins.bytearray"),  # weights_only makes 400 MB of it
+        (b"\x80\x02cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", "posix.system"),
+        (b"\x80\x02" + b"]" * 2_000_000 + b".", "steps"),
+    ],
+)
 def test_a_checkpoint_passes_the_same_checks_as_other_torch_files(tmp_path, pickle, reason):
     (path,) = save(tmp_path, 1)
     assert load_checkpoint(repacked(path, lambda data: data))["step"] == 1
@@ -186,14 +198,30 @@ def test_a_torch_with_known_holes_reads_no_checkpoint_and_passes_none_over(tmp_p
         latest_checkpoint(tmp_path)
 
 
-@pytest.mark.parametrize("changes, name", [
-    ({"step": "1"}, "step"), ({"step": -1}, "step"), ({"step": True}, "step"), ({"config": ["base"]}, "config"),
-    ({"facts": None}, "facts"), ({"weights": 3}, "weights"), ({"average": "x"}, "average"), ({"dataset": 0}, "dataset"),
-    ({"optimizer": []}, "optimizer"), ({"prior": None}, "prior"), ({"weights": {"a": None}}, "weights"),
-    ({"weights": {"a": torch.ones(2), "b": "x"}}, "weights"), ({"facts": {"threads": 2}}, "facts"),
-    ({"start": 3}, "start"), ({"start": torch.zeros(3)}, "start"), ({"start": {"constants": 0.5}}, "start"), ({"start": {"constants": {"a": 1.0}}}, "start"),
-    ({"start": {"null_text_error": {"a": "x"}}}, "start"), ({"start": {"other": []}}, "start"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, name",
+    [
+        ({"step": "1"}, "step"),
+        ({"step": -1}, "step"),
+        ({"step": True}, "step"),
+        ({"config": ["base"]}, "config"),
+        ({"facts": None}, "facts"),
+        ({"weights": 3}, "weights"),
+        ({"average": "x"}, "average"),
+        ({"dataset": 0}, "dataset"),
+        ({"optimizer": []}, "optimizer"),
+        ({"prior": None}, "prior"),
+        ({"weights": {"a": None}}, "weights"),
+        ({"weights": {"a": torch.ones(2), "b": "x"}}, "weights"),
+        ({"facts": {"threads": 2}}, "facts"),
+        ({"start": 3}, "start"),
+        ({"start": torch.zeros(3)}, "start"),
+        ({"start": {"constants": 0.5}}, "start"),
+        ({"start": {"constants": {"a": 1.0}}}, "start"),
+        ({"start": {"null_text_error": {"a": "x"}}}, "start"),
+        ({"start": {"other": []}}, "start"),
+    ],
+)
 def test_a_state_of_other_types_is_no_checkpoint(tmp_path, changes, name):
     path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), **changes})
     with pytest.raises(checkpoints.DamagedCheckpoint, match=f"found another {name} than it writes"):

@@ -1,4 +1,4 @@
-"""The command line in this process: options, help, files, exit statuses. Whole runs are in test_command_line_runs.py."""
+"""The command line in this process: options, help, files, exit statuses. Whole runs:  test_command_line_runs.py."""
 
 from __future__ import annotations
 
@@ -64,8 +64,11 @@ def other_value(one: dataclasses.Field):
     if kind is bool:
         return not one.default
     if kind in (int, float):
-        return kind(about["min"] + 64) if one.default != about["min"] + 64 and about["min"] + 64 <= about["max"] else (
-            about["min"] if one.default != about["min"] else about["max"])
+        return (
+            kind(about["min"] + 64)
+            if one.default != about["min"] + 64 and about["min"] + 64 <= about["max"]
+            else (about["min"] if one.default != about["min"] else about["max"])
+        )
     return ("one", "two words") if kind is tuple else {"device": "cpu"}.get(one.name, "other")
 
 
@@ -102,9 +105,10 @@ def test_options_that_are_not_given_keep_the_defaults(started):
     config, keywords = started[0]
     assert config.base == "mini_world" and keywords["resume"] == "auto" and keywords["dry_run"] is False
     changed = [
-        one.name for one in dataclasses.fields(config)
+        one.name
+        for one in dataclasses.fields(config)
         if not one.metadata["path"] and getattr(config, one.name) != one.default
-    ]  # fmt: skip
+    ]
     assert changed == [] and config.output == str(Path("runs/domain").absolute())
 
 
@@ -203,21 +207,27 @@ def test_a_run_from_connected_models_says_what_it_needs(tmp_path):
     assert status == 2 and "--base FILE" in err and "'connected: SD15'" in err
 
 
-@pytest.mark.parametrize("folder, windows, expected", [
-    ("/runs/first", False, "indomain resume /runs/first"),
-    ("/my runs/first", False, "indomain resume '/my runs/first'"),
-    (r"C:\Users\me\runs\first", True, r"indomain resume C:\Users\me\runs\first"),
-    (r"C:\my runs\first", True, r'indomain resume "C:\my runs\first"'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "folder, windows, expected",
+    [
+        ("/runs/first", False, "indomain resume /runs/first"),
+        ("/my runs/first", False, "indomain resume '/my runs/first'"),
+        (r"C:\Users\me\runs\first", True, r"indomain resume C:\Users\me\runs\first"),
+        (r"C:\my runs\first", True, r'indomain resume "C:\my runs\first"'),
+    ],
+)
 def test_the_command_to_go_on_with_can_be_pasted(folder, windows, expected):
     assert console.pasted(["indomain", "resume", folder], windows) == expected
 
 
-@pytest.mark.parametrize("around, expected", [
-    ({}, "go on with: indomain resume "),
-    ({"INDOMAIN_COMMAND": "python run.py indomain"}, "go on with: python run.py indomain resume "),
-    ({"WORLD_SIZE": "2"}, "go on with the same command"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "around, expected",
+    [
+        ({}, "go on with: indomain resume "),
+        ({"INDOMAIN_COMMAND": "python run.py indomain"}, "go on with: python run.py indomain resume "),
+        ({"WORLD_SIZE": "2"}, "go on with the same command"),
+    ],
+)
 def test_advice_is_a_command_as_the_user_calls_it(monkeypatch, tmp_path, around, expected):
     for name in ("INDOMAIN_COMMAND", "WORLD_SIZE", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -266,11 +276,21 @@ def test_wrong_usage_is_status_2_and_one_sentence(arguments, words):
     assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("arguments", [
-    ["sample", SHIPPED, "-o", "{}"], ["sample", SHIPPED, "-p", "{}"], ["sample", SHIPPED, "--negative", "{}"],
-    ["convert", SHIPPED, "{}"], ["convert", SHIPPED, "x", "--name", "{}"], ["mini-data", "{}"], ["inspect", "{}"],
-    ["resume", "{}"], ["check-data", "{}"], ["train", "--config", "{}"],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["sample", SHIPPED, "-o", "{}"],
+        ["sample", SHIPPED, "-p", "{}"],
+        ["sample", SHIPPED, "--negative", "{}"],
+        ["convert", SHIPPED, "{}"],
+        ["convert", SHIPPED, "x", "--name", "{}"],
+        ["mini-data", "{}"],
+        ["inspect", "{}"],
+        ["resume", "{}"],
+        ["check-data", "{}"],
+        ["train", "--config", "{}"],
+    ],
+)
 def test_halves_of_characters_are_wrong_usage_in_every_option(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     status, out, err = run(*(str(one).replace("{}", "a\ud800") for one in arguments))
@@ -369,10 +389,14 @@ def test_check_data_reports_and_its_status_says_whether_all_is_well(tmp_path):
     assert status == 1 and "missing" in err
 
 
-@pytest.mark.parametrize("encoding, name, shown", [
-    ("cp1252", "\u78c1\u5668.png", "\\u78c1\\u5668.png"), ("utf-8", "caf\udce9.png", "caf\\udce9.png"),
-    ("utf-8", "\u78c1\u5668.png", "\u78c1\u5668.png"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "encoding, name, shown",
+    [
+        ("cp1252", "\u78c1\u5668.png", "\\u78c1\\u5668.png"),
+        ("utf-8", "caf\udce9.png", "caf\\udce9.png"),
+        ("utf-8", "\u78c1\u5668.png", "\u78c1\u5668.png"),
+    ],
+)
 def test_names_that_the_output_cannot_hold_end_no_command(monkeypatch, tmp_path, encoding, name, shown):
     Image.new("RGB", (64, 64)).save(tmp_path / "whole.png")
     try:
@@ -411,9 +435,16 @@ def test_inspect_takes_every_name_that_sample_convert_and_resume_take(tmp_path, 
     status, _, err = run("inspect", folder)
     assert status == 1 and "mine.safetensors: expected the run's finished domain model, found none; go on with" in err
     state = {
-        "step": 3, "config": {"name": "mine"}, "prior": "p", "dataset": {}, "facts": {}, "optimizer": {}, "scaler": None,
-        "weights": {"a": torch.ones(2)}, "average": None,
-    }  # fmt: skip
+        "step": 3,
+        "config": {"name": "mine"},
+        "prior": "p",
+        "dataset": {},
+        "facts": {},
+        "optimizer": {},
+        "scaler": None,
+        "weights": {"a": torch.ones(2)},
+        "average": None,
+    }
     save_checkpoint(checkpoint_path(folder, 3), state)
     status, out, _ = run("inspect", folder, "--json")
     assert status == 0 and (json.loads(out)["kind"], json.loads(out)["step"]) == ("training checkpoint", 3)
@@ -439,7 +470,12 @@ def test_check_data_judges_by_what_will_be_trained_or_says_by_what(tmp_path, mon
     for options, resolution, upscaled, words in (
         ((), 512, 3, "the default of train; --base or --config says what will be trained"),
         (("--base", "mini_world"), 64, 0, "64 px, which mini_world was made for"),
-        (("--base", domain_unets_dir().parent / "prior_unet.safetensors"), 64, 0, "which prior_unet.safetensors was made"),
+        (
+            ("--base", domain_unets_dir().parent / "prior_unet.safetensors"),
+            64,
+            0,
+            "which prior_unet.safetensors was made",
+        ),
         (("--config", "mini_world"), 64, 0, "judged at 64 px, as given"),
         (("--config", "settings.json", "--min-side", 0), 64, 0, "64 px, which mini_world was made for"),
         (("--base", "mini_world", "--resolution", 128), 128, 3, "judged at 128 px, as given"),
@@ -447,7 +483,9 @@ def test_check_data_judges_by_what_will_be_trained_or_says_by_what(tmp_path, mon
         status, out, err = run("check-data", "digits", *options)
         assert status == 0 and words in out.splitlines()[-1], (out, err)
         report = json.loads(run("check-data", "digits", *options, "--json")[1])
-        assert (report["resolution"], len(report["upscaled"])) == (resolution, upscaled) and words in report["resolution_from"]
+        assert (report["resolution"], len(report["upscaled"])) == (resolution, upscaled) and words in report[
+            "resolution_from"
+        ]
     assert run("check-data", "digits", "--config", "settings.json")[0] == 1  # min_side
     (tmp_path / "settings.json").write_text("{")
     assert run("check-data", "digits", "--config", "settings.json")[0] == 2
@@ -477,7 +515,12 @@ def test_sample_saves_pictures_that_say_how_they_were_made(tmp_path):
     status, out, err = run("sample", "mini-handwriting", *options, "--seed", 3, "--json")
     assert status == 0, err
     described = [json.loads(line) for line in out.splitlines()]
-    assert [(one["prompt"], one["seed"]) for one in described] == [("a red seven", 3), ("a red seven", 4), ("", 3), ("", 4)]
+    assert [(one["prompt"], one["seed"]) for one in described] == [
+        ("a red seven", 3),
+        ("a red seven", 4),
+        ("", 3),
+        ("", 4),
+    ]
     assert [Path(one["path"]).name for one in described][0] == "01-a-red-seven-3.png"
     assert described[0]["samples_per_step"] == 3 and described[2]["samples_per_step"] == 2
     for one in described:
@@ -485,18 +528,41 @@ def test_sample_saves_pictures_that_say_how_they_were_made(tmp_path):
             assert image.size == (64, 64)
             assert json.loads(image.text["indomain"]) == {key: value for key, value in one.items() if key != "path"}
     # The second picture alone is the same one.
-    status, out, _ = run("sample", SHIPPED, *options[:2], "--count", 1, "--seed", 4, "--prompt", "a red seven",
-                         "--output", tmp_path / "alone")  # fmt: skip
+    status, out, _ = run(
+        "sample",
+        SHIPPED,
+        *options[:2],
+        "--count",
+        1,
+        "--seed",
+        4,
+        "--prompt",
+        "a red seven",
+        "--output",
+        tmp_path / "alone",
+    )
     assert status == 0
     with Image.open(out.strip()) as one, Image.open(described[1]["path"]) as other:
         difference = [abs(a - b) for a, b in zip(one.tobytes(), other.tobytes())]
     assert max(difference) <= 2  # rounding of another batch size
 
 
-@pytest.mark.parametrize("option, value", [
-    ("--seed", "9" * 30), ("--seed", "-1"), ("--steps", "0"), ("--width", "8"), ("--width", "100000000000"), ("--height", "0"),
-    ("--batch-size", "0"), ("--count", "0"), ("--count", "9" * 5000), ("--device", "gpu"), ("--width", "x"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "option, value",
+    [
+        ("--seed", "9" * 30),
+        ("--seed", "-1"),
+        ("--steps", "0"),
+        ("--width", "8"),
+        ("--width", "100000000000"),
+        ("--height", "0"),
+        ("--batch-size", "0"),
+        ("--count", "0"),
+        ("--count", "9" * 5000),
+        ("--device", "gpu"),
+        ("--width", "x"),
+    ],
+)
 def test_numbers_and_devices_that_make_no_picture_are_wrong_usage(tmp_path, monkeypatch, option, value):
     monkeypatch.chdir(tmp_path)
     status, out, err = run("sample", "mini-handwriting", option, value, "--quiet")
@@ -509,8 +575,21 @@ def test_sample_never_replaces_a_picture(tmp_path):
     (tmp_path / "01-a-red-seven-0_00004.png").write_bytes(b"of long ago")
     names = []
     for weight in (1, 2, 3):
-        status, out, err = run("sample", "mini-handwriting", "-p", "a red seven", "--domain-weight", weight, "--steps", 1,
-                               "--count", 1, "-o", tmp_path, "--json")  # fmt: skip
+        status, out, err = run(
+            "sample",
+            "mini-handwriting",
+            "-p",
+            "a red seven",
+            "--domain-weight",
+            weight,
+            "--steps",
+            1,
+            "--count",
+            1,
+            "-o",
+            tmp_path,
+            "--json",
+        )
         about = json.loads(out)
         names.append(Path(about["path"]).name)
         with Image.open(about["path"]) as image:

@@ -110,13 +110,16 @@ def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     assert status == 2 and "'sample_truncation' is no field" in err
 
 
-@pytest.mark.parametrize("arguments, words", [
-    (["-b", "mini_world", "-p", "x"], ["--generator"]),
-    (["-g", "g.pkl", "-p", "x"], ["--base"]),
-    (["-g", "g.pkl", "-b", "mini_world"], ["prompt", "expected a description"]),
-    (["-g", "g.pkl", "-b", "mini_world", "-p", "x", "--method", "bridge"], ["source_prompt"]),
-    (["-g", "g.pkl", "-b", "mini_world", "-p", "x", "--methot", "sds"], ["--methot", "--method"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["-b", "mini_world", "-p", "x"], ["--generator"]),
+        (["-g", "g.pkl", "-p", "x"], ["--base"]),
+        (["-g", "g.pkl", "-b", "mini_world"], ["prompt", "expected a description"]),
+        (["-g", "g.pkl", "-b", "mini_world", "-p", "x", "--method", "bridge"], ["source_prompt"]),
+        (["-g", "g.pkl", "-b", "mini_world", "-p", "x", "--methot", "sds"], ["--methot", "--method"]),
+    ],
+)
 def test_what_makes_no_sense_is_told(arguments, words):
     status, _, err = run("adapt", *arguments)
     assert status == 2 and all(word in err for word in words), err
@@ -135,8 +138,26 @@ def test_adapted_resumed_and_sampled(tiny_adaptation, tmp_path):
     source = tmp_path / "source.safetensors"
     write_generator(source, tiny_adaptation.tiny_generator())
     out = tmp_path / "run"
-    common = ["-g", source, "-b", "mini_world", "-p", "a red digit on a yellow background", "-o", out, "-n", "red",
-              "--device", "cpu", "--scale", "7.5", "--batch-size", "1", "--sample-every", "0"]  # fmt: skip
+    common = [
+        "-g",
+        source,
+        "-b",
+        "mini_world",
+        "-p",
+        "a red digit on a yellow background",
+        "-o",
+        out,
+        "-n",
+        "red",
+        "--device",
+        "cpu",
+        "--scale",
+        "7.5",
+        "--batch-size",
+        "1",
+        "--sample-every",
+        "0",
+    ]
     status, text, err = run("adapt", *common, "--steps", "1", "--json")
     assert status == 0, err
     lines = [json.loads(line) for line in text.splitlines()]
@@ -150,8 +171,9 @@ def test_adapted_resumed_and_sampled(tiny_adaptation, tmp_path):
     assert status == 0, err
     pictures = [json.loads(line) for line in text.splitlines()]
     assert [(one["seed"], one["generator"], one["truncation"]) for one in pictures] == [
-        (0, "red.safetensors", 0.5), (1, "red.safetensors", 0.5),
-    ]  # fmt: skip
+        (0, "red.safetensors", 0.5),
+        (1, "red.safetensors", 0.5),
+    ]
     with Image.open(pictures[0]["path"]) as image:
         assert image.size == (16, 16) and json.loads(image.text["indomain"])["seed"] == 0
     run("sample", out, "-o", tmp_path / "pictures", "-c", "1", "--truncation", "1")

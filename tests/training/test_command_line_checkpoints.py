@@ -31,10 +31,20 @@ def test_train_inspect_sample_convert(family, form, tiny_checkpoint, tmp_path, m
     checkpoint = tiny_checkpoint(family).path
     export_pictures(Path("images"), count=6)
     settings = {
-        "base": str(checkpoint), "data": ["images"], "name": "porcelain", "form": form, "resolution": 64, "steps": 2,
-        "batch_size": 2, "sample_steps": 2, "sample_count": 1, "cache": "cache", "export_to": "models/domain_unets",
-        "licence": "CC0-1.0", "device": "cpu",
-    }  # fmt: skip
+        "base": str(checkpoint),
+        "data": ["images"],
+        "name": "porcelain",
+        "form": form,
+        "resolution": 64,
+        "steps": 2,
+        "batch_size": 2,
+        "sample_steps": 2,
+        "sample_count": 1,
+        "cache": "cache",
+        "export_to": "models/domain_unets",
+        "licence": "CC0-1.0",
+        "device": "cpu",
+    }
     Path("porcelain.json").write_text(json.dumps(settings), encoding="utf-8")
     *events, result = indomain("train", "--config", "porcelain.json", "--steps", 3)
     assert result["status"] == "finished" and result["step"] == 3

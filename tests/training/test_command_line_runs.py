@@ -21,19 +21,29 @@ posix = pytest.mark.skipif(os.name == "nt", reason="Windows cannot send a child 
 
 def environ(**more: str) -> dict[str, str]:
     # One thread: bit-identical and fair to neighbours. No run of several processes around this one.
-    kept = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK",
-                                                                              "INDOMAIN_COMMAND")}
+    kept = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "INDOMAIN_COMMAND")
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", **more}
 
 
 def start(*arguments: object, cwd: Path, command: list[str] = INDOMAIN) -> subprocess.Popen:
-    return subprocess.Popen([*command, *map(str, arguments)], cwd=cwd, env=environ(), stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True)  # fmt: skip
+    return subprocess.Popen(
+        [*command, *map(str, arguments)],
+        cwd=cwd,
+        env=environ(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def indomain(*arguments: object, cwd: Path, command: list[str] = INDOMAIN) -> tuple[int, str, str]:
-    done = subprocess.run([*command, *map(str, arguments)], cwd=cwd, env=environ(), capture_output=True, text=True,
-                          timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [*command, *map(str, arguments)], cwd=cwd, env=environ(), capture_output=True, text=True, timeout=300
+    )
     return done.returncode, done.stdout, done.stderr
 
 
@@ -48,10 +58,37 @@ def place(tmp_path_factory) -> Path:
 
 def training(name: str, steps: int = 12, *more: object) -> list[object]:
     return [
-        "train", "-b", "mini_world", "-d", "digits", "-n", name, "--resolution", 64, "-s", steps, "--batch-size", 2,
-        "--learning-rate", "1e-3", "--warmup", 0, "--sample-every", 0, "--validate-every", 0, "--held-out-share", 0,
-        "--checkpoint-every", 5, "--cache", "cache", "--device", "cpu", *more,
-    ]  # fmt: skip
+        "train",
+        "-b",
+        "mini_world",
+        "-d",
+        "digits",
+        "-n",
+        name,
+        "--resolution",
+        64,
+        "-s",
+        steps,
+        "--batch-size",
+        2,
+        "--learning-rate",
+        "1e-3",
+        "--warmup",
+        0,
+        "--sample-every",
+        0,
+        "--validate-every",
+        0,
+        "--held-out-share",
+        0,
+        "--checkpoint-every",
+        5,
+        "--cache",
+        "cache",
+        "--device",
+        "cpu",
+        *more,
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +102,7 @@ def uninterrupted(place) -> bytes:
 
 def weights(content: bytes) -> bytes:
     """The tensors of a safetensors file without its header, which holds the run's name."""
-    return content[8 + int.from_bytes(content[:8], "little"):]
+    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 def stop_at(
@@ -173,8 +210,11 @@ def test_module_and_checkout_of_any_name_are_the_same_command(place, tmp_path):
     assert wanted.startswith("usage: indomain")
     for name in ("a-name with spaces", "nodes"):
         checkout = tmp_path / name
-        shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(
-            ".git", "tests", "*.safetensors", "*.npz", "__pycache__", "workflows"))
+        shutil.copytree(
+            ROOT,
+            checkout,
+            ignore=shutil.ignore_patterns(".git", "tests", "*.safetensors", "*.npz", "__pycache__", "workflows"),
+        )
         assert indomain("--help", cwd=place, command=[sys.executable, str(checkout)])[:2] == (0, wanted)
         if " " not in name:
             assert indomain("--help", cwd=tmp_path, command=[sys.executable, "-m", name])[:2] == (0, wanted)

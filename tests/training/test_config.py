@@ -16,15 +16,18 @@ def test_it_comes_back_from_json_and_toml(tmp_path):
     config.write_json(tmp_path / "c.json")
     assert TrainConfig.read(tmp_path / "c.json") == config
     assert json.loads((tmp_path / "c.json").read_text()) == config.to_dict()
-    (tmp_path / "c.toml").write_text('base = "a.safetensors"\ndata = ["x", "y"]\nsteps = 7\nlearning_rate = 1\n'
-                                     'sample_prompts = "a cat"\n')
+    (tmp_path / "c.toml").write_text(
+        'base = "a.safetensors"\ndata = ["x", "y"]\nsteps = 7\nlearning_rate = 1\nsample_prompts = "a cat"\n'
+    )
     if sys.version_info < (3, 11):
         pytest.importorskip("tomli")
     assert TrainConfig.read(tmp_path / "c.toml") == config
     assert TrainConfig.read(tmp_path / "c.toml", steps=9).steps == 9
 
 
-@pytest.mark.parametrize("name, content", [("c.json", '{"base": "m", "steps": 7}'), ("c.toml", 'base = "m"\nsteps = 7\n')])
+@pytest.mark.parametrize(
+    "name, content", [("c.json", '{"base": "m", "steps": 7}'), ("c.toml", 'base = "m"\nsteps = 7\n')]
+)
 def test_files_of_windows_editors_can_be_read(tmp_path, name, content):
     """PowerShell 5 and older Notepads put a byte order mark before UTF-8."""
     if name.endswith("toml") and sys.version_info < (3, 11):
@@ -39,49 +42,55 @@ def test_paths_of_any_characters_come_back(tmp_path):
     assert TrainConfig.read(tmp_path / "c.json") == config
 
 
-@pytest.mark.parametrize("values, message", [
-    ({"base": "m", "learning_rat": 1e-4}, r"'learning_rat' is no field .* did you mean learning_rate\?"),
-    ({"base": "m", "batch-size": 2}, r"did you mean batch_size\?"),
-    ({"data": "x"}, "expected a field base"),
-    ({"base": ""}, "name the prior"),
-    ({"base": "m", "steps": 0}, "steps: expected a number from 1"),
-    ({"base": "m", "steps": 1.5}, "steps: expected a whole number, found 1.5"),
-    ({"base": "m", "steps": "7"}, "steps: expected a number, found '7'"),
-    ({"base": "m", "steps": True}, "steps: expected a number"),
-    ({"base": "m", "flip": 1}, "flip: expected true or false"),
-    ({"base": "m", "learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
-    ({"base": "m", "form": "constnt"}, r"form: expected one of cached, constant, full.*did you mean constant\?"),
-    ({"base": "m", "data": [1]}, "data: expected a list of strings"),
-    ({"base": "m", "resolution": 500}, "the nearest is 496"),
-    ({"base": "m", "bucket_step": 12}, "bucket_step: expected a multiple of 8"),
-    ({"base": "m", "name": "../x"}, "name: expected a plain file name"),
-    ({"base": "m", "name": "x."}, "name: expected a plain file name"),
-    ({"base": "m", "name": "CON"}, "name: expected a plain file name.*device on Windows"),
-    ({"base": "m", "name": "nul.v2"}, "name: expected a plain file name.*device on Windows"),
-    ({"base": "m", "sample_prompts": ["a"] * 65}, "sample_prompts: expected at most 64, found 65"),
-    ({"base": "m", "sample_prompts": ["\ud800"]}, "sample_prompts: expected text"),
-    ({"base": "m", "name": "None"}, "name: expected a plain file name, found None, a value of another kind"),
-    ({"base": "m", "name": "a\x7fb"}, "name: expected a plain file name"),
-    ({"base": "m", "name": "\u202egnp.safe"}, "name: expected a plain file name"),
-    ({"base": "m", "name": "\u753b" * 67}, "name: .* of at most 200 bytes, found 201"),
-    ({"base": "m", "name": "caf\udce9"}, r"name: expected text, found 'caf\\udce9', which UTF-8 cannot hold"),
-    ({"base": "m", "licence": "\ud800"}, "licence: expected text"),
-    ({"base": "m", "caption": "a cat"}, "choose form full"),
-    ({"base": "m", "device": "gpu"}, "device: expected auto, cpu"),
-    ([1], "expected fields with values"),
-])
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"base": "m", "learning_rat": 1e-4}, r"'learning_rat' is no field .* did you mean learning_rate\?"),
+        ({"base": "m", "batch-size": 2}, r"did you mean batch_size\?"),
+        ({"data": "x"}, "expected a field base"),
+        ({"base": ""}, "name the prior"),
+        ({"base": "m", "steps": 0}, "steps: expected a number from 1"),
+        ({"base": "m", "steps": 1.5}, "steps: expected a whole number, found 1.5"),
+        ({"base": "m", "steps": "7"}, "steps: expected a number, found '7'"),
+        ({"base": "m", "steps": True}, "steps: expected a number"),
+        ({"base": "m", "flip": 1}, "flip: expected true or false"),
+        ({"base": "m", "learning_rate": float("nan")}, "learning_rate: expected a number, found nan"),
+        ({"base": "m", "form": "constnt"}, r"form: expected one of cached, constant, full.*did you mean constant\?"),
+        ({"base": "m", "data": [1]}, "data: expected a list of strings"),
+        ({"base": "m", "resolution": 500}, "the nearest is 496"),
+        ({"base": "m", "bucket_step": 12}, "bucket_step: expected a multiple of 8"),
+        ({"base": "m", "name": "../x"}, "name: expected a plain file name"),
+        ({"base": "m", "name": "x."}, "name: expected a plain file name"),
+        ({"base": "m", "name": "CON"}, "name: expected a plain file name.*device on Windows"),
+        ({"base": "m", "name": "nul.v2"}, "name: expected a plain file name.*device on Windows"),
+        ({"base": "m", "sample_prompts": ["a"] * 65}, "sample_prompts: expected at most 64, found 65"),
+        ({"base": "m", "sample_prompts": ["\ud800"]}, "sample_prompts: expected text"),
+        ({"base": "m", "name": "None"}, "name: expected a plain file name, found None, a value of another kind"),
+        ({"base": "m", "name": "a\x7fb"}, "name: expected a plain file name"),
+        ({"base": "m", "name": "\u202egnp.safe"}, "name: expected a plain file name"),
+        ({"base": "m", "name": "\u753b" * 67}, "name: .* of at most 200 bytes, found 201"),
+        ({"base": "m", "name": "caf\udce9"}, r"name: expected text, found 'caf\\udce9', which UTF-8 cannot hold"),
+        ({"base": "m", "licence": "\ud800"}, "licence: expected text"),
+        ({"base": "m", "caption": "a cat"}, "choose form full"),
+        ({"base": "m", "device": "gpu"}, "device: expected auto, cpu"),
+        ([1], "expected fields with values"),
+    ],
+)
 def test_what_is_wrong_is_named(values, message):
     with pytest.raises(ConfigProblem, match=message):
         TrainConfig.from_mapping(values)
 
 
-@pytest.mark.parametrize("name, content, message", [
-    ("c.yaml", "a: 1", "expected a configuration in .toml or .json"),
-    ("c.json", "{", "expected JSON, found a mistake"),
-    ("c.json", "[]", "expected fields with values, found list"),
-    ("c.json", '{"base": "m", "stps": 1}', r"c\.json: 'stps' is no field"),
-    ("c.json", '{"base": "m", "steps": 0}', r"c\.json: steps: expected"),
-])
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("c.yaml", "a: 1", "expected a configuration in .toml or .json"),
+        ("c.json", "{", "expected JSON, found a mistake"),
+        ("c.json", "[]", "expected fields with values, found list"),
+        ("c.json", '{"base": "m", "stps": 1}', r"c\.json: 'stps' is no field"),
+        ("c.json", '{"base": "m", "steps": 0}', r"c\.json: steps: expected"),
+    ],
+)
 def test_files_that_cannot_be_used_are_named(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):

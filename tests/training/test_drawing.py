@@ -22,7 +22,7 @@ def artist() -> Artist:
 
 def by_hand(
     prompt: str, seed: int, domain_weight: float, control_weight: float, steps: int, interval=(0.0, 1.0), least=0
-):  # fmt: skip
+):
     """Euler in the sigma scale with D = D_u + w_d (D_domain - D_u) + w_c (D_c - D_u), on the shipped parts directly."""
     world = load_mini_world()
     domain, schedule = world.domain("mini-handwriting"), world.schedule
@@ -42,8 +42,9 @@ def by_hand(
 
 @pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.8)])
 def test_pictures_follow_the_formula(artist, interval):
-    prompt, settings = "a red seven on a yellow background", Settings(
-        1.2, 3.0, *interval, steps=6, method="euler", size=(64, 64)
+    prompt, settings = (
+        "a red seven on a yellow background",
+        Settings(1.2, 3.0, *interval, steps=6, method="euler", size=(64, 64)),
     )
     (drawn,) = artist.draw([prompt], [5], settings)
     expected = by_hand(prompt, 5, 1.2, 3.0, 6, interval)
@@ -68,7 +69,9 @@ def test_the_command_line_offers_every_spacing():
 def test_order_and_count_of_pictures(artist):
     counted = []
     settings = Settings(steps=2, size=(64, 64), batch=2)
-    drawn = list(artist.draw(["a", "b"], [0, 1, 2], settings, on_step=lambda done, total: counted.append((done, total))))
+    drawn = list(
+        artist.draw(["a", "b"], [0, 1, 2], settings, on_step=lambda done, total: counted.append((done, total)))
+    )
     assert [(one.prompt, one.seed) for one in drawn] == [(p, s) for p in "ab" for s in (0, 1, 2)]
     assert counted == [(i, 8) for i in range(1, 9)]
 

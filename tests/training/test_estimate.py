@@ -108,10 +108,14 @@ def test_says_what_to_change_when_it_does_not_fit(base, monkeypatch):
     assert "available: try gradient_checkpointing, batch_size 1 with accumulation 8, train self_attention" in text
 
 
-@pytest.mark.parametrize("changes, told", [
-    ({"train": "self_attention", "ema": 0.0}, "try train low_rank, optimizer adamw8bit."),
-    ({"train": "low_rank", "optimizer": "adamw8bit", "ema": 0.0}, "try another device."),
-], ids=["self_attention", "all done"])
+@pytest.mark.parametrize(
+    "changes, told",
+    [
+        ({"train": "self_attention", "ema": 0.0}, "try train low_rank, optimizer adamw8bit."),
+        ({"train": "low_rank", "optimizer": "adamw8bit", "ema": 0.0}, "try another device."),
+    ],
+    ids=["self_attention", "all done"],
+)
 def test_advice_names_only_what_is_left_to_lower(changes, told):
     assert module._advice(9, 8, 7, config(**changes)).endswith(told)
     assert module._advice(7, 7, 7, config(**changes)) == module._advice(9, 8, None, config(**changes)) == ""
@@ -120,9 +124,14 @@ def test_advice_names_only_what_is_left_to_lower(changes, told):
 def test_traces_stable_diffusion_without_its_memory():
     """SD 1.5 at 512 px: the published 859.5 M parameters, and FLOPs counted by hand elsewhere (678 G at 64x64)."""
     config = UNetConfig(
-        model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
-        transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
-        transformer_depth_output=(1,) * 9 + (0,) * 3, context_dim=768, num_heads=8,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=(2, 2, 2, 2),
+        transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
+        transformer_depth_middle=1,
+        transformer_depth_output=(1,) * 9 + (0,) * 3,
+        context_dim=768,
+        num_heads=8,
     )
     trace = trace_unet(lambda: UNet(config), 1, 64, 77, torch.float32, checkpointing=False)
     assert trace.parameters == trace.trainable == 859_520_964
@@ -138,9 +147,18 @@ def test_nothing_stays_in_memory_of_a_trace(checkpointing):
         gc.collect()
         return sum(type(one) is FakeTensor for one in gc.get_objects())
 
-    config, before = UNetConfig(
-        model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1), num_heads=2,
-        transformer_depth_middle=1, transformer_depth_output=(1, 0, 0, 0), context_dim=32,
-    ), alive()  # fmt: skip
+    config, before = (
+        UNetConfig(
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=(1, 1),
+            transformer_depth=(0, 1),
+            num_heads=2,
+            transformer_depth_middle=1,
+            transformer_depth_output=(1, 0, 0, 0),
+            context_dim=32,
+        ),
+        alive(),
+    )
     trace_unet(lambda: UNet(config), 1, 8, 7, torch.float32, checkpointing)
     assert alive() == before

@@ -34,10 +34,18 @@ from indomain_guidance.training.events import (
 from PIL import Image
 
 ALL = [
-    Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Caching(2, 3), Measuring(1, 56),
+    Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"),
+    Caching(2, 3),
+    Measuring(1, 56),
     step := Step(1, 9, 0.5, 1e-4, 2.0, 0.1, 0.8),
-    Distilled(2, 9, 0.4, 1e-4, None, 0.1, None, {"t": 300.5, "clamped sds": 0.1}), Validated(3, 0.4, {"50": 0.1}), Sampled(3, "s.png"), Saved(3, "c.ckpt"), Warned("careful"), Stopped(3, "c.ckpt"),
-    Finished(9, "a.safetensors"), Failed(3, "the disk is full"),
+    Distilled(2, 9, 0.4, 1e-4, None, 0.1, None, {"t": 300.5, "clamped sds": 0.1}),
+    Validated(3, 0.4, {"50": 0.1}),
+    Sampled(3, "s.png"),
+    Saved(3, "c.ckpt"),
+    Warned("careful"),
+    Stopped(3, "c.ckpt"),
+    Finished(9, "a.safetensors"),
+    Failed(3, "the disk is full"),
 ]
 
 
@@ -64,7 +72,10 @@ def test_the_log_averages_steps_and_survives_a_kill(tmp_path):
         log(event)
     log.close()
     assert [(type(e).__name__, getattr(e, "step", None)) for e in read_log(path)] == [
-        ("Caching", None), ("Step", 4), ("Step", 6), ("Saved", 6),
+        ("Caching", None),
+        ("Step", 4),
+        ("Step", 6),
+        ("Saved", 6),
     ]
     assert [read_log(path)[index].loss for index in (1, 2)] == [2.5, 5.5]
     assert "time" in json.loads(path.read_text().splitlines()[0])
@@ -168,10 +179,16 @@ def test_the_curve_falls_as_the_loss_falls():
     assert heights[columns[-1]] - heights[columns[0]] > 300
 
 
-@pytest.mark.parametrize("train, held_out", [
-    ({5: 0.25}, {}), ({}, {0: 0.3}), ({1: 0.5, 2: 0.5}, {0: 0.5}), ({1: 0.0, 2: 0.0}, {}),
-    ({1: -1.0, 2: 1e6}, {3: 1e-9}),
-])
+@pytest.mark.parametrize(
+    "train, held_out",
+    [
+        ({5: 0.25}, {}),
+        ({}, {0: 0.3}),
+        ({1: 0.5, 2: 0.5}, {0: 0.5}),
+        ({1: 0.0, 2: 0.0}, {}),
+        ({1: -1.0, 2: 1e6}, {3: 1e-9}),
+    ],
+)
 def test_degenerate_curves_can_be_drawn(train, held_out):
     assert draw_losses(train, held_out).size == (960, 480)
 

@@ -33,14 +33,28 @@ def trainee(base):
 
 
 def config(**changes):
-    return TrainConfig(base="/secret/place/prior.safetensors", data=("/secret/pictures",), name="porcelain",
-                       resolution=64, licence="CC0-1.0", **changes)  # fmt: skip
+    return TrainConfig(
+        base="/secret/place/prior.safetensors",
+        data=("/secret/pictures",),
+        name="porcelain",
+        resolution=64,
+        licence="CC0-1.0",
+        **changes,
+    )
 
 
 def test_a_domain_model_knows_everything_about_itself(base, trainee, tmp_path):
     path = export.write_domain_model(
-        tmp_path / "file.safetensors", trainee.weights(), trainee.config, base, config=config(), steps=12,
-        dataset_size=34, dataset_hash="abcd", ema=0.99, null_text_error={"block": 0.25},
+        tmp_path / "file.safetensors",
+        trainee.weights(),
+        trainee.config,
+        base,
+        config=config(),
+        steps=12,
+        dataset_size=34,
+        dataset_hash="abcd",
+        ema=0.99,
+        null_text_error={"block": 0.25},
     )
     weights, metadata = read_domain_file(path, latent_format="mini_world")
     assert all(torch.equal(weights[key], value.half()) for key, value in trainee.weights().items())
@@ -64,7 +78,9 @@ def test_a_domain_model_knows_everything_about_itself(base, trainee, tmp_path):
 def test_a_file_takes_the_settings_of_any_folder(base, trainee, tmp_path):
     """The name of an image folder that is not UTF-8 would be found out only after the last step."""
     settings = config().with_changes(data=("/secret/caf\udce9", "/secret/\u78c1\u5668"))
-    path = export.write_domain_model(tmp_path / "m.safetensors", trainee.weights(), trainee.config, base, config=settings)
+    path = export.write_domain_model(
+        tmp_path / "m.safetensors", trainee.weights(), trainee.config, base, config=settings
+    )
     assert json.loads(read_metadata(path)["training"]) == settings.public_dict()
     low_rank = parts.start_model(base, "full", "low_rank", rank=1)
     path = export.write_low_rank(tmp_path / "l.safetensors", low_rank, base, config=settings)
@@ -140,8 +156,15 @@ def test_inspects_the_shipped_files_and_checkpoints(tiny_checkpoint):
 
 def test_inspects_the_checkpoint_of_a_run(tmp_path):
     state = {
-        "step": 7, "config": config().to_dict(), "dataset": {"hash": "ab", "images": 3}, "prior": "cd",
-        "facts": {"torch": "2.6"}, "weights": {"a": torch.zeros(2, 3)}, "average": None, "optimizer": {}, "scaler": None,
+        "step": 7,
+        "config": config().to_dict(),
+        "dataset": {"hash": "ab", "images": 3},
+        "prior": "cd",
+        "facts": {"torch": "2.6"},
+        "weights": {"a": torch.zeros(2, 3)},
+        "average": None,
+        "optimizer": {},
+        "scaler": None,
     }
     path = save_checkpoint(tmp_path / "step-000007.ckpt", state)
     about = export.inspect(path)

@@ -20,9 +20,16 @@ def exported(mini):
     prompts = ["a red seven", "a blue three on a white background"]
     texts = {prompt: (mini.encode_text([prompt]).context, None) for prompt in prompts}
     return ExportedBase(
-        unet=mini.unet, config=mini.config, prediction_type="epsilon", zero_snr=False, latent_format="mini_world",
-        latent_scale=mini.latent_scale, autoencoder=mini.autoencoder.state_dict(), null_context=mini.null_context,
-        prompts=texts, name="the mini world",
+        unet=mini.unet,
+        config=mini.config,
+        prediction_type="epsilon",
+        zero_snr=False,
+        latent_format="mini_world",
+        latent_scale=mini.latent_scale,
+        autoencoder=mini.autoencoder.state_dict(),
+        null_context=mini.null_context,
+        prompts=texts,
+        name="the mini world",
     )
 
 

@@ -81,8 +81,13 @@ def test_noise_belongs_to_the_image_and_not_to_its_place(keyed):
 def test_conditioning_gets_the_sizes():
     told = []
     held_out_loss(
-        Knows("epsilon", 0.0, 0.0), SCHEDULE, "epsilon", [torch.zeros(4, 8, 8)] * 3,
-        lambda sizes: told.extend(sizes) or {"y": torch.zeros(len(sizes), 1)}, ["a", "b", "c"], batch=2,
+        Knows("epsilon", 0.0, 0.0),
+        SCHEDULE,
+        "epsilon",
+        [torch.zeros(4, 8, 8)] * 3,
+        lambda sizes: told.extend(sizes) or {"y": torch.zeros(len(sizes), 1)},
+        ["a", "b", "c"],
+        batch=2,
     )
     assert told == ["a", "b", "c"]
 

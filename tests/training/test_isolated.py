@@ -33,9 +33,23 @@ def pictures(tmp_path_factory):
 @pytest.fixture
 def config(pictures, tmp_path):
     return TrainConfig(
-        base="mini_world", data=(str(pictures),), name="made", output=str(tmp_path / "run"), resolution=64, steps=5,
-        batch_size=2, learning_rate=1e-3, warmup=0, sample_every=0, validate_every=0, held_out_share=0.0, log_every=1,
-        checkpoint_every=2, cache=str(pictures.parent / "latents"), device="cpu", file_dtype="fp32",
+        base="mini_world",
+        data=(str(pictures),),
+        name="made",
+        output=str(tmp_path / "run"),
+        resolution=64,
+        steps=5,
+        batch_size=2,
+        learning_rate=1e-3,
+        warmup=0,
+        sample_every=0,
+        validate_every=0,
+        held_out_share=0.0,
+        log_every=1,
+        checkpoint_every=2,
+        cache=str(pictures.parent / "latents"),
+        device="cpu",
+        file_dtype="fp32",
     )
 
 
@@ -66,7 +80,9 @@ def same_bits(a, b) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_stopped_and_continued_in_other_processes_it_ends_with_the_bits_of_one_run(config, job, children, tmp_path, monkeypatch):
+def test_stopped_and_continued_in_other_processes_it_ends_with_the_bits_of_one_run(
+    config, job, children, tmp_path, monkeypatch
+):
     # The order of a sum depends on how many threads share it.
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
     here = train(config.with_changes(output=str(tmp_path / "here")))
@@ -81,8 +97,14 @@ def test_stopped_and_continued_in_other_processes_it_ends_with_the_bits_of_one_r
     # The second half with the prior as a file, as for a prior that exists only in memory.
     mini = open_mini_world()
     exported = ExportedBase(
-        unet=mini.unet, config=mini.config, prediction_type="epsilon", zero_snr=False, latent_format="mini_world",
-        latent_scale=mini.latent_scale, autoencoder=mini.autoencoder.state_dict(), null_context=mini.null_context,
+        unet=mini.unet,
+        config=mini.config,
+        prediction_type="epsilon",
+        zero_snr=False,
+        latent_format="mini_world",
+        latent_scale=mini.latent_scale,
+        autoencoder=mini.autoencoder.state_dict(),
+        null_context=mini.null_context,
     )
     finished = isolated.run_isolated(config, folder=job, resume=True, base=exported.write(job / isolated.BASE))
     assert (finished.status, finished.step, finished.run) == ("finished", 5, Path(config.output).absolute())
@@ -95,7 +117,9 @@ def test_a_killed_process_is_told_with_the_step_to_continue_from(config, job, ch
         if isinstance(event, Step) and event.step == 4:
             children[0].kill()
 
-    with pytest.raises(isolated.IsolatedProblem, match=r"ended unexpectedly \(.*\); run again to continue from step [24]"):
+    with pytest.raises(
+        isolated.IsolatedProblem, match=r"ended unexpectedly \(.*\); run again to continue from step [24]"
+    ):
         isolated.run_isolated(config.with_changes(steps=500), folder=job, listener=kill)
 
 

@@ -21,10 +21,13 @@ KINDS = ("epsilon", "v_prediction", "sample")
 SCHEDULES = {"plain": NoiseSchedule.scaled_linear(), "zero_snr": NoiseSchedule.scaled_linear(zero_snr=True)}
 
 
-@pytest.mark.parametrize("name, kind", [
-    *(("plain", kind) for kind in KINDS),
-    *(("zero_snr", kind) for kind in KINDS if kind != "epsilon"),  # whose last step holds no trace of the image
-])
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *(("plain", kind) for kind in KINDS),
+        *(("zero_snr", kind) for kind in KINDS if kind != "epsilon"),  # whose last step holds no trace of the image
+    ],
+)
 def test_a_perfect_network_denoises_exactly(name, kind):
     """Noised and targeted here, undone by the sampler's `denoised_from_output` on the sigma scale."""
     schedule, generator = SCHEDULES[name], torch.Generator().manual_seed(0)

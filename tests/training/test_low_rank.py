@@ -7,8 +7,14 @@ from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.training import low_rank
 
 CONFIG = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=24, num_heads=4,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=24,
+    num_heads=4,
 )
 
 
@@ -49,9 +55,14 @@ def test_gradients_reach_the_additions_only():
 def test_names_of_stable_diffusion_1_are_those_of_its_published_loras():
     """Rows of the table that every LoRA of Stable Diffusion 1.x follows."""
     config = UNetConfig(
-        model_channels=320, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
-        transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
-        transformer_depth_output=(1,) * 9 + (0,) * 3, context_dim=768, num_heads=8,
+        model_channels=320,
+        channel_mult=(1, 2, 4, 4),
+        num_res_blocks=(2, 2, 2, 2),
+        transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
+        transformer_depth_middle=1,
+        transformer_depth_output=(1,) * 9 + (0,) * 3,
+        context_dim=768,
+        num_heads=8,
     )
     names = low_rank.diffusers_names(config)
     assert names["input_blocks.1.1"] == "down_blocks.0.attentions.0"

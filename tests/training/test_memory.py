@@ -9,12 +9,18 @@ from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.memory import available_memory, memory_problem
 
 
-@pytest.mark.parametrize("error, expected", [
-    (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
-    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), True),
-    (MemoryError(), True),
-    (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "error, expected",
+    [
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+            True,
+        ),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+    ],
+)
 def test_running_out_of_memory_is_recognised(error, expected):
     training = TrainConfig(base="m", data=("d",), batch_size=2, resolution=64)
     adapting = AdaptConfig(generator="g", base="m", batch_size=3, resolution=256)

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.metrics import (
-    frechet_distance, kernel_distance, share_inside, within_class_diversity,
-)
+from indomain_guidance.training.metrics import frechet_distance, kernel_distance, share_inside, within_class_diversity
 
 
 def test_frechet_distance_equals_the_formula_computed_with_scipy():
@@ -40,7 +38,10 @@ def test_kernel_distance_is_the_unbiased_estimate_and_about_zero_for_one_distrib
     within = sum(kernel(p, q) for s in (x, y) for i, p in enumerate(s) for j, q in enumerate(s) if i != j) / (60 * 59)
     across = sum(kernel(p, q) for p in x for q in y) / 3600
     assert kernel_distance(a, b, subsets=1, size=60) == pytest.approx(within - 2 * across, rel=1e-9)
-    assert abs(kernel_distance(torch.randn(2000, 5, generator=generator), torch.randn(2000, 5, generator=generator))) < 0.02
+    assert (
+        abs(kernel_distance(torch.randn(2000, 5, generator=generator), torch.randn(2000, 5, generator=generator)))
+        < 0.02
+    )
 
 
 def test_diversity_is_the_mean_distance_to_the_class_mean():

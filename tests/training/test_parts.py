@@ -76,7 +76,11 @@ def test_constant_is_measured_and_can_be_given_back(base, probe):
     assert set(trainee.constants) == set(trainee.null_text_error) == set(blocks(base))
     assert 0 < max(trainee.null_text_error.values()) < 1
     again = parts.start_model(
-        base, "constant", "low_rank", constants=trainee.constants, null_text_error=trainee.null_text_error,
+        base,
+        "constant",
+        "low_rank",
+        constants=trainee.constants,
+        null_text_error=trainee.null_text_error,
         on_probe=lambda *_: pytest.fail("probed although the constants are known"),
     )
     assert again.null_text_error == trainee.null_text_error
@@ -135,11 +139,15 @@ def test_sdxl_keeps_its_sizes(form, tiny_checkpoint):
             assert relative(outputs[0], expected) < 1e-3
 
 
-@pytest.mark.parametrize("wrong, says", [
-    (dict(form="none"), "form to be one of"), (dict(train="bias"), "train to be one of"),
-    (dict(caption="a cat"), "no caption with the text-free form cached"),
-    (dict(train="low_rank", rank=0), "rank of at least 1"),
-])
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        (dict(form="none"), "form to be one of"),
+        (dict(train="bias"), "train to be one of"),
+        (dict(caption="a cat"), "no caption with the text-free form cached"),
+        (dict(train="low_rank", rank=0), "rank of at least 1"),
+    ],
+)
 def test_refuses_nonsense(wrong, says, base):
     with pytest.raises(ValueError, match=says):
         parts.start_model(base, **wrong)

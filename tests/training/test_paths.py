@@ -25,16 +25,33 @@ def there(tmp_path, monkeypatch):
 
 
 @posix
-@pytest.mark.parametrize("written", [
-    "my pictures/caf\u00e9", "  my pictures/caf\u00e9 \n", '"my pictures/caf\u00e9"', "'my pictures/caf\u00e9'",
-    "\u201cmy pictures/caf\u00e9\u201d", ' "my pictures/caf\u00e9" ', "file://{0}/my%20pictures/caf%C3%A9",
-    "FILE://localhost{0}/my%20pictures/caf%c3%a9", "~/my pictures/caf\u00e9", "$PICTURES/caf\u00e9",
-    "${{PICTURES}}/caf\u00e9", "my pictures\\caf\u00e9", "~\\my pictures\\caf\u00e9", ".\\my pictures\\caf\u00e9",
-    "my pictures/cafe\u0301", "{0}/my pictures/cafe\u0301", "'my pictures\\cafe\u0301'",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "written",
+    [
+        "my pictures/caf\u00e9",
+        "  my pictures/caf\u00e9 \n",
+        '"my pictures/caf\u00e9"',
+        "'my pictures/caf\u00e9'",
+        "\u201cmy pictures/caf\u00e9\u201d",
+        ' "my pictures/caf\u00e9" ',
+        "file://{0}/my%20pictures/caf%C3%A9",
+        "FILE://localhost{0}/my%20pictures/caf%c3%a9",
+        "~/my pictures/caf\u00e9",
+        "$PICTURES/caf\u00e9",
+        "${{PICTURES}}/caf\u00e9",
+        "my pictures\\caf\u00e9",
+        "~\\my pictures\\caf\u00e9",
+        ".\\my pictures\\caf\u00e9",
+        "my pictures/cafe\u0301",
+        "{0}/my pictures/cafe\u0301",
+        "'my pictures\\cafe\u0301'",
+    ],
+)
 def test_a_path_is_found_however_it_is_written(there, tmp_path, written):
     assert os.path.samefile(meant_path(written.format(tmp_path)), there)
-    config = TrainConfig(base="mini_world ", data=(written.format(tmp_path),), export_to=written.format(tmp_path)).absolute()
+    config = TrainConfig(
+        base="mini_world ", data=(written.format(tmp_path),), export_to=written.format(tmp_path)
+    ).absolute()
     assert config.base == "mini_world"
     for path in (*config.data, config.export_to):
         assert os.path.isabs(path) and os.path.samefile(path, there)
@@ -92,5 +109,7 @@ def test_decomposed_letters_of_a_file_in_a_composed_folder(tmp_path):
     folder = tmp_path / unicodedata.normalize("NFD", "\u00fcbung")
     folder.mkdir()
     (folder / unicodedata.normalize("NFC", "th\u00e9i\u00e8re.png")).touch()
-    other = tmp_path / unicodedata.normalize("NFC", "\u00fcbung") / unicodedata.normalize("NFD", "th\u00e9i\u00e8re.png")
+    other = (
+        tmp_path / unicodedata.normalize("NFC", "\u00fcbung") / unicodedata.normalize("NFD", "th\u00e9i\u00e8re.png")
+    )
     assert not other.exists() and os.path.isfile(meant_path(str(other)))

@@ -26,7 +26,7 @@ def commands(text: str) -> list[list[str]]:
         for start in (["indomain"], ["-m", "indomain_guidance"]):
             at = next((i for i in range(len(words)) if words[i : i + len(start)] == start), None)
             if at is not None:
-                found.append(words[at + len(start):])
+                found.append(words[at + len(start) :])
     return found
 
 
@@ -69,8 +69,11 @@ def test_pictures_exist():
 def test_first_run_runs_as_printed(tmp_path):
     """With fewer images and steps; stopped early, its last step is what --steps writes."""
     (block,) = (one for one in BLOCKS if "mini-data" in one)
-    shorter = {"mini-data": ["--count", "40"], "train": ["--steps", "2", "--batch-size", "4", "--sample-steps", "2"],
-               "sample": ["--steps", "2", "--count", "1", "--json"]}  # fmt: skip
+    shorter = {
+        "mini-data": ["--count", "40"],
+        "train": ["--steps", "2", "--batch-size", "4", "--sample-steps", "2"],
+        "sample": ["--steps", "2", "--count", "1", "--json"],
+    }
     outputs = []
     for words in commands(block):
         command = [sys.executable, str(ROOT), *words, *shorter[words[0]]]
@@ -81,6 +84,8 @@ def test_first_run_runs_as_printed(tmp_path):
     assert Path(tmp_path, json.loads(outputs[2])["path"]).is_file()
     run = tmp_path / "runs" / "first"
     listed = {re.sub(r"\d{6}", "000250", path.relative_to(run).as_posix()) for path in run.rglob("*") if path.is_file()}
-    named = set(re.findall(r"^\| `([\w./-]+?/?)` \|", GUIDE.split("## What is in a run's folder")[1].split("##")[0], re.M))
+    named = set(
+        re.findall(r"^\| `([\w./-]+?/?)` \|", GUIDE.split("## What is in a run's folder")[1].split("##")[0], re.M)
+    )
     expected = {"first.safetensors" if name == "NAME.safetensors" else name for name in named} - {"tensorboard/"}
     assert listed - {".lock"} == expected

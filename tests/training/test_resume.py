@@ -54,10 +54,22 @@ def test_two_processes_train_like_one(tiny_run, tmp_path):
     two = tiny_run.command(tmp_path, output=str(tmp_path / "two"), **fields)
     launch = [
         # With --cpu it would start one process whatever the number; the run's own device says cpu.
-        sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
-        "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
-        "--num_cpu_threads_per_process", "1",
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+        "--mixed_precision",
+        "no",
+        "--dynamo_backend",
+        "no",
+        "--main_process_port",
+        "0",
+        "--num_cpu_threads_per_process",
+        "1",
     ]
     subprocess.run(one, check=True, stdout=subprocess.DEVNULL)
     ran = subprocess.run([*launch, *two[1:]], capture_output=True, text=True)

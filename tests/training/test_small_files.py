@@ -30,10 +30,61 @@ from indomain_guidance.training.small_files import MOST_TOML, read_lines, read_v
 
 TRAIN = TrainConfig(base="m", data=("a", "b"), caption="x", form="full", sample_prompts=("a cat",))
 ADAPT = AdaptConfig(base="m", generator="g", prompt="a cat", label=2)
-PIECES = ["[", "]", "{", "}", '"', "\\", "\\u12", "9" * 310, "1e999", "NaN", "null", "true", ",", ":", "\x00", "-", "'",
-          "\ud800", "\u00e9", "[" * 5000, "1e308", "-0", "\n", ".", "="]  # fmt: skip
-VALUES = [None, True, -1, 0, 1.5, 10**309, -(10**309), 10**5000, float("nan"), float("inf"), 1e308, "", "\ud800", "a\0b",
-          "x" * 10_000, [], [[]], {"a": 1}, [1], [""], ["\ud800"], ["a", None], b"x", [b"x"], (), "C:\new"]  # fmt: skip
+PIECES = [
+    "[",
+    "]",
+    "{",
+    "}",
+    '"',
+    "\\",
+    "\\u12",
+    "9" * 310,
+    "1e999",
+    "NaN",
+    "null",
+    "true",
+    ",",
+    ":",
+    "\x00",
+    "-",
+    "'",
+    "\ud800",
+    "\u00e9",
+    "[" * 5000,
+    "1e308",
+    "-0",
+    "\n",
+    ".",
+    "=",
+]
+VALUES = [
+    None,
+    True,
+    -1,
+    0,
+    1.5,
+    10**309,
+    -(10**309),
+    10**5000,
+    float("nan"),
+    float("inf"),
+    1e308,
+    "",
+    "\ud800",
+    "a\0b",
+    "x" * 10_000,
+    [],
+    [[]],
+    {"a": 1},
+    [1],
+    [""],
+    ["\ud800"],
+    ["a", None],
+    b"x",
+    [b"x"],
+    (),
+    "C:\new",
+]
 needs_toml = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 has no TOML of its own")
 
 
@@ -48,7 +99,9 @@ def damaged(text, dice):
     return text.encode("utf-8", "surrogatepass")
 
 
-@pytest.mark.parametrize("kind, ending", [(TRAIN, "json"), (ADAPT, "json"), pytest.param(TRAIN, "toml", marks=needs_toml)])
+@pytest.mark.parametrize(
+    "kind, ending", [(TRAIN, "json"), (ADAPT, "json"), pytest.param(TRAIN, "toml", marks=needs_toml)]
+)
 def test_a_damaged_configuration_is_read_or_refused_by_name(tmp_path, kind, ending):
     text = toml(kind) if ending == "toml" else json.dumps(kind.to_dict())
     path, dice, read = tmp_path / f"c.{ending}", random.Random(13), 0
@@ -85,18 +138,21 @@ def test_encodings_of_editors(tmp_path, name, encoding):
 
 
 @needs_toml
-@pytest.mark.parametrize("text, message", [
-    ('base = "C:\\Users\\me\\sd15.safetensors"', "write paths of Windows in single quotes, or with /"),
-    ('base = "m"\ndata = ["D:\\pictures"]', "in single quotes, or with /"),
-    ("a" + ".a" * 20_000 + " = 1", "of more than 16 parts"),
-    ("x = {a" + ".a" * 20_000 + " = 1}", "of more than 16 parts"),
-    ("[a" + ".a" * 20_000 + "]", "of more than 16 parts"),
-    ("x = " + "[" * 100_000, "more than 64 lists"),
-    ("x = 0x" + "f" * 1000, "300 characters"),
-    ("x = " + "9" * 310, "300 characters"),
-    ("a = 1\n" * (MOST_TOML // 6 + 1), "at most 262144 bytes, found more"),
-    ("x = [" + '"""', "found a mistake"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('base = "C:\\Users\\me\\sd15.safetensors"', "write paths of Windows in single quotes, or with /"),
+        ('base = "m"\ndata = ["D:\\pictures"]', "in single quotes, or with /"),
+        ("a" + ".a" * 20_000 + " = 1", "of more than 16 parts"),
+        ("x = {a" + ".a" * 20_000 + " = 1}", "of more than 16 parts"),
+        ("[a" + ".a" * 20_000 + "]", "of more than 16 parts"),
+        ("x = " + "[" * 100_000, "more than 64 lists"),
+        ("x = 0x" + "f" * 1000, "300 characters"),
+        ("x = " + "9" * 310, "300 characters"),
+        ("a = 1\n" * (MOST_TOML // 6 + 1), "at most 262144 bytes, found more"),
+        ("x = [" + '"""', "found a mistake"),
+    ],
+)
 def test_toml_is_bounded_before_it_is_read(tmp_path, text, message):
     (tmp_path / "c.toml").write_text(text)
     tracemalloc.start()
@@ -110,7 +166,16 @@ def test_toml_is_bounded_before_it_is_read(tmp_path, text, message):
 
 @needs_toml
 def test_what_looks_hostile_in_texts_of_toml_is_fine(tmp_path):
-    text = 'a = "' + "[." * 500 + '"\nb = \'\'\'\n' + "...\\" * 500 + "'''\nc = \"\"\"\\\"\"\" " + "{" * 99 + '"""\n# ' + "[." * 999
+    text = (
+        'a = "'
+        + "[." * 500
+        + "\"\nb = '''\n"
+        + "...\\" * 500
+        + '\'\'\'\nc = """\\""" '
+        + "{" * 99
+        + '"""\n# '
+        + "[." * 999
+    )
     (tmp_path / "c.toml").write_text(f"{text}\nd = [0.5, 0.25]\ne.f = 1\n")
     values = read_values(tmp_path / "c.toml")
     assert values["a"] == "[." * 500 and len(values["b"]) == 2000 and values["c"].endswith("{" * 99)
@@ -125,23 +190,28 @@ def test_json_says_how_to_write_paths_of_windows(tmp_path):
     with pytest.raises(FileProblem, match="Invalid"):
         TrainConfig.read(tmp_path / "c.json")
     (tmp_path / "c.json").write_text('{"base": "C:\\new.safetensors"}')
-    with pytest.raises(ConfigProblem, match=r"c\.json: base: expected a path, found 'C:\\new.safetensors' with a special"):
+    with pytest.raises(
+        ConfigProblem, match=r"c\.json: base: expected a path, found 'C:\\new.safetensors' with a special"
+    ):
         TrainConfig.read(tmp_path / "c.json")
 
 
-@pytest.mark.parametrize("text, message", [
-    ('{"base":"mini_world","seed":' + "9" * 310 + "}", "a number of 310 digits"),
-    ('{"base": "m", "learning_rate": 1e999}', "no float holds"),
-    ('{"base": "m", "learning_rate": NaN}', "NaN, which is no number"),
-    ('{"base": "m", "steps": 1, "steps": 2}', "'steps' stands twice"),
-    ("[" * 100_000, "more than 64 lists"),
-    ('{"base": "m", "caption": ' + "[" * 60 + "]" * 60 + "}", "caption: expected text"),
-    ('{"base": "m", "' + "x" * 900_000 + '": 1}', "is no field"),
-    ('{"base": "\\ud800"}', "base: expected a path, .*which no file is called"),
-    ('{"base": "m", "data": ["a\\u0000b"]}', "data: expected a path, .*special character"),
-    ('{"base": "m", "data": ["  "]}', "data: expected paths, found an empty one"),
-    (" " * 2**20 + "{}", "at most 1048576 bytes"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('{"base":"mini_world","seed":' + "9" * 310 + "}", "a number of 310 digits"),
+        ('{"base": "m", "learning_rate": 1e999}', "no float holds"),
+        ('{"base": "m", "learning_rate": NaN}', "NaN, which is no number"),
+        ('{"base": "m", "steps": 1, "steps": 2}', "'steps' stands twice"),
+        ("[" * 100_000, "more than 64 lists"),
+        ('{"base": "m", "caption": ' + "[" * 60 + "]" * 60 + "}", "caption: expected text"),
+        ('{"base": "m", "' + "x" * 900_000 + '": 1}', "is no field"),
+        ('{"base": "\\ud800"}', "base: expected a path, .*which no file is called"),
+        ('{"base": "m", "data": ["a\\u0000b"]}', "data: expected a path, .*special character"),
+        ('{"base": "m", "data": ["  "]}', "data: expected paths, found an empty one"),
+        (" " * 2**20 + "{}", "at most 1048576 bytes"),
+    ],
+)
 def test_json_is_bounded_before_it_is_read(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(Problem, match=message) as caught:
@@ -158,9 +228,12 @@ def test_other_things_in_the_place_of_a_small_file_are_told_and_never_waited_for
     with open(tmp_path / "huge.json", "wb") as file:
         file.truncate(2**40)
     for name, reason in (
-        ("pipe.json", "it is a pipe"), ("folder.json", "Is a directory"), ("zero.json", "it is a pipe, socket or device"),
-        ("gone.json", "No such file"), ("huge.json", "of at most 1048576 bytes"),
-    ):  # fmt: skip
+        ("pipe.json", "it is a pipe"),
+        ("folder.json", "Is a directory"),
+        ("zero.json", "it is a pipe, socket or device"),
+        ("gone.json", "No such file"),
+        ("huge.json", "of at most 1048576 bytes"),
+    ):
         with pytest.raises(FileProblem, match=f"{name}: .*{reason}"):
             read_values(tmp_path / name)
         if not name.startswith("huge"):
@@ -191,10 +264,26 @@ def test_an_entry_of_the_index_comes_back(tmp_path):
     assert ContentIndex(tmp_path / "index").look_up(_Entry(*LINE[:4])) == Known("0af1" * 16, 480, 640)
 
 
-@pytest.mark.parametrize("place, value", [
-    (0, 7), (1, 10**309), (1, 1.5), (1, True), (1, "1234"), (2, None), (3, 2**70), (4, "x" * 64), (4, "0af1" * 15), (4, 5),
-    (5, 0), (5, -480), (6, 1e308), (6, 2**64), (6, []),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "place, value",
+    [
+        (0, 7),
+        (1, 10**309),
+        (1, 1.5),
+        (1, True),
+        (1, "1234"),
+        (2, None),
+        (3, 2**70),
+        (4, "x" * 64),
+        (4, "0af1" * 15),
+        (4, 5),
+        (5, 0),
+        (5, -480),
+        (6, 1e308),
+        (6, 2**64),
+        (6, []),
+    ],
+)
 def test_a_wrong_entry_of_the_index_counts_as_none(tmp_path, place, value):
     line = list(LINE)
     line[place] = value
@@ -229,9 +318,12 @@ def test_long_lines_are_left_out_without_being_held(tmp_path):
 def test_a_damaged_log_gives_events_that_can_be_drawn(tmp_path):
     dice, path = random.Random(13), tmp_path / "log.jsonl"
     events = [
-        Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"), Step(1, 9, 0.5, 1e-4, None, 0.1, 0.8),
-        Distilled(2, 9, 0.4, 1e-4, 1.0, 0.1, None, {"t": 300.5}), Validated(3, 0.4, {"50": 0.1}), Saved(3, "c.ckpt"),
-    ]  # fmt: skip
+        Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"),
+        Step(1, 9, 0.5, 1e-4, None, 0.1, 0.8),
+        Distilled(2, 9, 0.4, 1e-4, 1.0, 0.1, None, {"t": 300.5}),
+        Validated(3, 0.4, {"50": 0.1}),
+        Saved(3, "c.ckpt"),
+    ]
     lines = [json.dumps(event.to_dict()) for event in events]
     path.write_bytes(b"\n".join(damaged(dice.choice(lines), dice) for _ in range(1500)) + b"\n" + lines[1].encode())
     found = read_log(path)
@@ -240,10 +332,22 @@ def test_a_damaged_log_gives_events_that_can_be_drawn(tmp_path):
     draw_losses(curve.train, curve.held_out)
 
 
-@pytest.mark.parametrize("changes", [
-    {"event": ["step"]}, {"event": None}, {"step": "1"}, {"step": 10**309}, {"step": True}, {"loss": [1]},
-    {"loss": 1e308}, {"loss": "x"}, {"eta_s": {}}, {"gradient_norm": False}, {"rate": None},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"event": ["step"]},
+        {"event": None},
+        {"step": "1"},
+        {"step": 10**309},
+        {"step": True},
+        {"loss": [1]},
+        {"loss": 1e308},
+        {"loss": "x"},
+        {"eta_s": {}},
+        {"gradient_norm": False},
+        {"rate": None},
+    ],
+)
 def test_a_line_of_other_types_is_no_event(tmp_path, changes):
     (tmp_path / "log.jsonl").write_text(json.dumps({**Step(1, 9, 0.5, 1e-4, 1.0, 0.1).to_dict(), **changes}))
     assert read_log(tmp_path / "log.jsonl") == []

@@ -62,8 +62,15 @@ def folder(tiny_run, tmp_path):
 def run(tiny_run, folder, base):
     """Trains quietly in the folder; (result, events)."""
 
-    def go(resume="auto", should_stop=lambda: False, listener=lambda event: None, base=base, images=None, dry_run=False,
-           **changes):
+    def go(
+        resume="auto",
+        should_stop=lambda: False,
+        listener=lambda event: None,
+        base=base,
+        images=None,
+        dry_run=False,
+        **changes,
+    ):
         events = []
 
         def tell(event):
@@ -72,8 +79,9 @@ def run(tiny_run, folder, base):
 
         fields = {"steps": 4, "sample_every": 0, "validate_every": 0, "warmup": 0, **changes}
         config = tiny_run.tiny_config(folder, **fields)
-        result = train(config, resume=resume, base=base, images=images, listener=tell, should_stop=should_stop,
-                       dry_run=dry_run)
+        result = train(
+            config, resume=resume, base=base, images=images, listener=tell, should_stop=should_stop, dry_run=dry_run
+        )
         return result, events
 
     return go
@@ -99,15 +107,27 @@ def same(left, right):
 
 def test_a_folder_of_images_becomes_a_domain_file(run, folder, base):
     result, events = run(
-        steps=6, sample_every=3, validate_every=3, checkpoint_every=2, export_to=str(folder / "models"), ema=0.5,
-        licence="CC0-1.0", tensorboard=False,
+        steps=6,
+        sample_every=3,
+        validate_every=3,
+        checkpoint_every=2,
+        export_to=str(folder / "models"),
+        ema=0.5,
+        licence="CC0-1.0",
+        tensorboard=False,
     )
     out = folder / "run"
     assert (result.status, result.step, result.run) == ("finished", 6, out)
     assert result.path == folder / "models" / "circles.safetensors" and result.path.exists()
     assert result.samples == out / "samples" / "step-000006.png" and result.plot == out / "loss.png"
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "log.jsonl", "loss.png", "samples", "checkpoints", "circles.safetensors", ".lock",
+        "config.json",
+        "log.jsonl",
+        "loss.png",
+        "samples",
+        "checkpoints",
+        "circles.safetensors",
+        ".lock",
     }
     for path in (result.samples, result.plot):
         with Image.open(path) as image:
@@ -250,8 +270,14 @@ def test_settings_in_a_checkpoint_that_make_no_sense_are_told_with_its_name(run,
     run(steps=2)
     path = checkpoint_path(folder / "run", 2)
     state = load_checkpoint(path)
-    save_checkpoint(path, {**state, "config": {**state["config"], "log_every": float("nan")},
-                           "weights": {name: one.clone() for name, one in state["weights"].items()}})  # fmt: skip
+    save_checkpoint(
+        path,
+        {
+            **state,
+            "config": {**state["config"], "log_every": float("nan")},
+            "weights": {name: one.clone() for name, one in state["weights"].items()},
+        },
+    )
     with pytest.raises(ConfigProblem, match="step-000002.ckpt: log_every: expected a number, found nan"):
         run(steps=2, precision="auto")
 
@@ -365,6 +391,7 @@ def test_a_vae_that_is_rounded_otherwise_is_the_same(run, tiny_run):
 @pytest.mark.parametrize("place", ["grid", "image"])
 def test_any_failure_leaves_the_last_step_and_says_what_it_was(run, folder, monkeypatch, place):
     if place == "grid":
+
         def broken(self, *args, **options):
             raise torch.OutOfMemoryError("no memory\nfor a grid")
 
@@ -538,9 +565,9 @@ def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
     assert sorted(folder.rglob("*")) == before
 
 
-@pytest.mark.parametrize("changes", [
-    {"sample_prompts": ("", "a cat"), "sample_every": 8}, {"form": "full", "caption": "a cat"},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"sample_prompts": ("", "a cat"), "sample_every": 8}, {"form": "full", "caption": "a cat"}]
+)
 def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, changes, monkeypatch):
     """In every process, so that none waits for one that has failed; and by a dry run."""
     told, processes = [], OneProcess("cpu")
@@ -552,11 +579,12 @@ def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, chang
     assert not any(isinstance(event, Caching) for event in told)
 
 
-@pytest.mark.parametrize("changes", [
-    {"validate_every": 1, "held_out_share": 0.5}, {"sample_every": 1, "sample_count": 4},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes", [{"validate_every": 1, "held_out_share": 0.5}, {"sample_every": 1, "sample_count": 4}]
+)
 def test_of_several_processes_none_holds_the_batch_of_all(run, monkeypatch, changes):
     """Validation and grids, which the first one makes alone, need no more memory than its share of a step."""
+
     class Two(OneProcess):
         world = 2
 
@@ -597,15 +625,17 @@ def test_a_dry_run_looks_at_the_run_that_it_would_go_on_with(run, folder):
 
 def test_a_warm_up_longer_than_the_run_is_named(run):
     def warned(**changes):
-        return any("lower warmup" in event.text for event in run(dry_run=True, **changes)[1]
-                   if isinstance(event, Warned))
+        return any(
+            "lower warmup" in event.text for event in run(dry_run=True, **changes)[1] if isinstance(event, Warned)
+        )
 
     assert warned(warmup=8) and warned(warmup=4) and not warned(warmup=3)
 
 
 def test_it_trains_on_a_zero_snr_schedule(run, base):
-    zero = replace(base, schedule=NoiseSchedule.scaled_linear(zero_snr=True), prediction_type="v_prediction",
-                   zero_snr=True)
+    zero = replace(
+        base, schedule=NoiseSchedule.scaled_linear(zero_snr=True), prediction_type="v_prediction", zero_snr=True
+    )
     result, events = run(base=zero, validate_every=2)
     assert result.status == "finished" and math.isfinite(result.loss)
     assert all(math.isfinite(event.loss) for event in events if isinstance(event, Validated))
@@ -618,8 +648,11 @@ def test_images_in_memory_and_bad_files(run, folder):
     picture = torch.rand(2, 80, 64, 3, generator=torch.Generator().manual_seed(0))
     _, events = run(images=[picture], steps=1)
     assert events[0].images == 15
-    assert any("1 images cannot be used" in event.text and "broken.png" in event.text
-               for event in events if isinstance(event, Warned))
+    assert any(
+        "1 images cannot be used" in event.text and "broken.png" in event.text
+        for event in events
+        if isinstance(event, Warned)
+    )
     result, events = run(data=(), images=picture, steps=1, output=str(folder / "memory"))
     assert result.status == "finished" and events[0].images == 2
     with pytest.raises(DataProblem):
@@ -635,7 +668,10 @@ def test_what_is_left_out_and_cut_away_is_told_at_the_start_in_the_words_of_chec
     said = [event.text for event in events if isinstance(event, Warned)]
     config = events[0].config
     report = check_data(
-        [images], resolution=config["resolution"], buckets=config["buckets"], bucket_step=config["bucket_step"],
+        [images],
+        resolution=config["resolution"],
+        buckets=config["buckets"],
+        bucket_step=config["bucket_step"],
         bucket_max_ratio=config["bucket_max_ratio"],
     )
     notes = remarks(report.ignored, report.cropped, report.ok)
@@ -645,6 +681,7 @@ def test_what_is_left_out_and_cut_away_is_told_at_the_start_in_the_words_of_chec
 
 def huge_png(width: int, height: int) -> bytes:
     """An RGB picture that would take 700 MiB, in 60 bytes."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -661,8 +698,7 @@ def test_a_shard_that_ends_early_is_reported(run, folder):
     _, events = run(steps=1)
     assert events[0].images == 15
     told = "1 folders, shards or links could not be read to their end"
-    assert any(told in event.text and "after 3 members" in event.text
-               for event in events if isinstance(event, Warned))
+    assert any(told in event.text and "after 3 members" in event.text for event in events if isinstance(event, Warned))
 
 
 def test_one_run_at_a_time(run, folder):
@@ -671,13 +707,17 @@ def test_one_run_at_a_time(run, folder):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("changes", [
-    {"form": "constant"},
-    {"form": "full", "caption": ""},
-    {"train": "self_attention", "form": "constant"},
-    {"train": "low_rank", "rank": 2, "ema": 0.0},
-    {"train": "low_rank", "rank": 2, "form": "full"},
-], ids=lambda changes: "-".join(map(str, changes.values())))
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"form": "constant"},
+        {"form": "full", "caption": ""},
+        {"train": "self_attention", "form": "constant"},
+        {"train": "low_rank", "rank": 2, "ema": 0.0},
+        {"train": "low_rank", "rank": 2, "form": "full"},
+    ],
+    ids=lambda changes: "-".join(map(str, changes.values())),
+)
 def test_every_form_and_part_trains_resumes_and_is_written(run, folder, changes):
     whole, _ = run(output=str(folder / "whole"), **changes)
     should_stop, listener = stop_after(1)
@@ -694,8 +734,9 @@ def test_v_prediction_and_tensorboard(run, folder, base):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    result, _ = run(base=replace(base, prediction_type="v_prediction"), tensorboard=True, steps=2, sample_every=2,
-                    validate_every=1)
+    result, _ = run(
+        base=replace(base, prediction_type="v_prediction"), tensorboard=True, steps=2, sample_every=2, validate_every=1
+    )
     _, metadata = read_domain_file(result.path)
     assert metadata.prediction_type == "v_prediction"
     written = EventAccumulator(str(folder / "run" / "tensorboard"))
@@ -749,17 +790,20 @@ def test_a_run_that_no_memory_holds_is_refused_by_what_is_to_blame(run, folder, 
         refused(run, folder, message, batch_size=batch)
 
 
-# ---- refusals, and other numbers of steps -----------------------------------------------------------------------------
+# ---- refusals, and other numbers of steps ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"data": ("nowhere",)}, "nowhere"),
-    ({"resume": True}, "expected a checkpoint to go on from"),
-    ({"form": "full", "caption": "a circle"}, "prompt"),
-    ({"base": None}, "tiny: expected"),
-    ({"export_to": os.path.join(__file__, "below")}, "export_to: expected a folder, found .*test_train.py"),
-    ({"min_side": 8000}, "image"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"data": ("nowhere",)}, "nowhere"),
+        ({"resume": True}, "expected a checkpoint to go on from"),
+        ({"form": "full", "caption": "a circle"}, "prompt"),
+        ({"base": None}, "tiny: expected"),
+        ({"export_to": os.path.join(__file__, "below")}, "export_to: expected a folder, found .*test_train.py"),
+        ({"min_side": 8000}, "image"),
+    ],
+)
 def test_a_refused_run_leaves_no_folder(run, folder, changes, message):
     before = sorted(path.name for path in folder.rglob("*") if "cache" not in path.parts)
     with pytest.raises(Problem, match=message):
@@ -815,7 +859,9 @@ def test_another_number_of_steps_is_told_with_both_rates_before_the_first(run, s
     if warned:
         assert kinds(events).index(Warned) < kinds(events).index(Step)
         assert "steps was 6 and is 12" in told[0]
-        assert f"the learning rate was {last:.3g} and is {rates[0]:.3g}" in told[0] and "from step 6 to step 7" in told[0]
+        assert (
+            f"the learning rate was {last:.3g} and is {rates[0]:.3g}" in told[0] and "from step 6 to step 7" in told[0]
+        )
 
 
 def test_a_torch_that_cannot_go_on_is_told_beforehand(run, monkeypatch):

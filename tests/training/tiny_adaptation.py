@@ -1,6 +1,6 @@
 """Adaptations of a generator of nothing, judged by critics of nothing; and a process of its own to kill.
 
-    python training/bootstrap.py tests/training/tiny_adaptation.py FOLDER '{"steps": 20}'
+python training/bootstrap.py tests/training/tiny_adaptation.py FOLDER '{"steps": 20}'
 """
 
 from __future__ import annotations
@@ -60,15 +60,29 @@ def shrink(images: Tensor) -> Tensor:
 
 def tiny_config(folder: Path, **changes: object) -> AdaptConfig:
     """A short adaptation on the CPU in FOLDER/run."""
-    return AdaptConfig(**{
-        "generator": "tiny", "base": "tiny", "prompt": "a colour", "output": str(folder / "run"), "name": "moved",
-        "steps": 4, "batch_size": 2, "scale": 1.0, "checkpoint_every": 2, "sample_every": 0, "log_every": 1,
-        "device": "cpu", "precision": "fp32", **changes,
-    })
+    return AdaptConfig(
+        **{
+            "generator": "tiny",
+            "base": "tiny",
+            "prompt": "a colour",
+            "output": str(folder / "run"),
+            "name": "moved",
+            "steps": 4,
+            "batch_size": 2,
+            "scale": 1.0,
+            "checkpoint_every": 2,
+            "sample_every": 0,
+            "log_every": 1,
+            "device": "cpu",
+            "precision": "fp32",
+            **changes,
+        }
+    )
 
 
 def main(folder: Path, changes: dict) -> int:
     """One adaptation; its events as JSON lines."""
+
     def tell(event) -> None:
         print(json.dumps(event.to_dict()), flush=True)
 

@@ -32,8 +32,14 @@ from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
 UNET = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 0, 0, 0), context_dim=32, num_heads=2,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(0, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 0, 0, 0),
+    context_dim=32,
+    num_heads=2,
 )
 AUTOENCODER = AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attention=False)
 
@@ -46,8 +52,15 @@ def tiny_base(prediction_type: str = "epsilon") -> Base:
         torch.nn.init.normal_(unet.out[2].weight, std=0.05)  # zero at first, as training would begin
         null = NullContext(torch.randn(1, 7, UNET.context_dim))
     return Base.from_parts(
-        unet.state_dict(), UNET, latent_format="tiny", prediction_type=prediction_type, zero_snr=False,
-        null_context=null, autoencoder=autoencoder.state_dict(), latent_scale=1.0, name="tiny",
+        unet.state_dict(),
+        UNET,
+        latent_format="tiny",
+        prediction_type=prediction_type,
+        zero_snr=False,
+        null_context=null,
+        autoencoder=autoencoder.state_dict(),
+        latent_scale=1.0,
+        name="tiny",
     )
 
 
@@ -67,14 +80,37 @@ def draw_images(folder: Path, count: int = 14, sizes: tuple[tuple[int, int], ...
 
 def tiny_config(folder: Path, **changes: object) -> TrainConfig:
     """A short run on the CPU in FOLDER/run, on the images in FOLDER/images."""
-    return TrainConfig(**{
-        "base": "tiny", "data": (str(folder / "images"),), "output": str(folder / "run"),
-        "cache": str(folder / "cache"), "name": "circles", "resolution": 64, "bucket_step": 8, "flip": True,
-        "steps": 16, "batch_size": 2, "learning_rate": 1e-3, "warmup": 4, "schedule": "cosine", "ema": 0.9, "noise_offset": 0.1,
-        "checkpoint_every": 2, "keep_checkpoints": 2, "sample_every": 8, "sample_count": 1, "sample_steps": 2,
-        "validate_every": 8, "held_out_share": 0.2, "log_every": 1, "file_dtype": "fp32", "device": "cpu",
-        "precision": "fp32", **changes,
-    })
+    return TrainConfig(
+        **{
+            "base": "tiny",
+            "data": (str(folder / "images"),),
+            "output": str(folder / "run"),
+            "cache": str(folder / "cache"),
+            "name": "circles",
+            "resolution": 64,
+            "bucket_step": 8,
+            "flip": True,
+            "steps": 16,
+            "batch_size": 2,
+            "learning_rate": 1e-3,
+            "warmup": 4,
+            "schedule": "cosine",
+            "ema": 0.9,
+            "noise_offset": 0.1,
+            "checkpoint_every": 2,
+            "keep_checkpoints": 2,
+            "sample_every": 8,
+            "sample_count": 1,
+            "sample_steps": 2,
+            "validate_every": 8,
+            "held_out_share": 0.2,
+            "log_every": 1,
+            "file_dtype": "fp32",
+            "device": "cpu",
+            "precision": "fp32",
+            **changes,
+        }
+    )
 
 
 def command(folder: Path, **changes: object) -> list[str]:
@@ -156,6 +192,7 @@ def main(arguments: list[str]) -> int:
     kill.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
     if options.command == "train":
+
         def tell(event) -> None:
             print(json.dumps(event.to_dict()), flush=True)
 

@@ -6,7 +6,7 @@ from .images import BadImage, DataProblem, crop_to, load_image, to_tensor
 from .latent_cache import LatentCache, default_cache_folder
 from .latent_dataset import CachingStopped, LatentDataset, Sample, open_dataset
 from .patterns import expanded
-from .sources import ImageEntry, MemoryEntry, fingerprint, find_images, image_entries
+from .sources import ImageEntry, MemoryEntry, find_images, fingerprint, image_entries
 from .walking import Cancelled, Watch
 
 __all__ = [

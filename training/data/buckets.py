@@ -28,8 +28,7 @@ def bucket_sizes(resolution: int, step: int = 64, max_ratio: float = 2.0) -> lis
         if width > height:
             wide.add((height, width))
     wide = {
-        (h, w) for h, w in wide
-        if w > resolution and not any(h <= H and w <= W and (h, w) != (H, W) for H, W in wide)
+        (h, w) for h, w in wide if w > resolution and not any(h <= H and w <= W and (h, w) != (H, W) for H, W in wide)
     }
     return sorted({(resolution, resolution)} | wide | {(w, h) for h, w in wide})
 

@@ -96,11 +96,7 @@ class DataReport:
         lines += _listed("with more than 8 bits per channel, reduced to 8", self.sixteen_bit)
         lines += _listed("CMYK, converted to sRGB", self.cmyk)
         lines += _listed("animated, first frame used", self.animated)
-        for title, counts in (
-            ("formats", self.formats),
-            ("shapes", self.buckets),
-            ("sizes", self.megapixels),
-        ):
+        for title, counts in (("formats", self.formats), ("shapes", self.buckets), ("sizes", self.megapixels)):
             if counts:
                 lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         return "\n".join([*lines, *remarks(self.ignored, self.cropped, self.ok)])

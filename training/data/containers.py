@@ -17,17 +17,17 @@ from dataclasses import dataclass
 from ...guidance.errors import Problem
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "AVIF", "PPM")  # the only ones that Pillow is let read
-MOST_PIECES = 250_000        # chunks or segments of one file
-MOST_NOTES = 32 * 2**20      # bytes that the entries of a TIFF or EXIF directory take once they are read
+MOST_PIECES = 250_000  # chunks or segments of one file
+MOST_NOTES = 32 * 2**20  # bytes that the entries of a TIFF or EXIF directory take once they are read
 MOST_SUB_BLOCKS = 2_200_000  # of a GIF, each of up to 255 bytes
-MOST_RLE = 4 * 2**20         # bytes of a run-length BMP, which Pillow unpacks in Python
-USUAL_SCANS = 16             # passes of a progressive JPEG; encoders make about 10
-MOST_SCANNED = 200_000_000   # pixels of a JPEG of more passes, times these
-MOST_PROFILE = 2**20         # bytes of a PNG's colour profile, as Pillow has it
-MOST_MARKS = 16              # places of an AVIF where an EXIF block may begin
+MOST_RLE = 4 * 2**20  # bytes of a run-length BMP, which Pillow unpacks in Python
+USUAL_SCANS = 16  # passes of a progressive JPEG; encoders make about 10
+MOST_SCANNED = 200_000_000  # pixels of a JPEG of more passes, times these
+MOST_PROFILE = 2**20  # bytes of a PNG's colour profile, as Pillow has it
+MOST_MARKS = 16  # places of an AVIF where an EXIF block may begin
 ORIENTATION, WIDTH, HEIGHT, BITS, COMPRESSION, ROWS_PER_STRIP = 274, 256, 257, 258, 259, 278  # TIFF and EXIF tags
 STRIPS, STRIP_BYTES, TILES, TILE_BYTES, TILE_WIDTH, TILE_HEIGHT = 273, 279, 324, 325, 322, 323
-BYTES_OF_A_NUMBER = 64       # in a tuple of Python's
+BYTES_OF_A_NUMBER = 64  # in a tuple of Python's
 SUB_DIRECTORIES = (34665, 34853, 40965)
 # None, CCITT, LZW, JPEG, Deflate, PackBits, Zstandard; others need memory that their header alone decides on.
 COMPRESSIONS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 50000)
@@ -41,13 +41,22 @@ SCAN, END, ALONE = b"\xda", b"\xd9", (b"\x01", b"\xd8", b"\xd9")
 FRAMES = [bytes([one]) for one in range(0xC0, 0xD0) if one not in (0xC4, 0xC8, 0xCC)]
 APPLICATIONS = [bytes([one]) for one in (*range(0xE1, 0xF0), 0xFE)]
 OTHERS = {
-    "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)", "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
+    "HEIC": rb"....ftyp(?:hei|hev|mif1|msf1)",
+    "JPEG XL": rb"\xff\n|\0\0\0\x0cJXL ",
     "JPEG 2000": rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51",
-    "Photoshop": rb"8BPS", "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6", "PDF": rb"%PDF",
-    "Windows icon": rb"\x00\x00[\x01\x02]\x00(?!\0\0)", "Targa": rb".[\0\1][\1-\3\x09-\x0b]\0\0[\0\1]\0",
-    "OpenEXR": rb"v/1\x01", "DDS": rb"DDS ", "XML or HTML": rb"\s*<", "portable": rb"P[1-7fF]\s", "QOI": rb"qoif",
-    "GIMP": rb"gimp xcf", "Git LFS pointer": rb"version https://git-lfs",
-}  # fmt: skip
+    "Photoshop": rb"8BPS",
+    "PostScript": rb"%!PS|\xc5\xd0\xd3\xc6",
+    "PDF": rb"%PDF",
+    "Windows icon": rb"\x00\x00[\x01\x02]\x00(?!\0\0)",
+    "Targa": rb".[\0\1][\1-\3\x09-\x0b]\0\0[\0\1]\0",
+    "OpenEXR": rb"v/1\x01",
+    "DDS": rb"DDS ",
+    "XML or HTML": rb"\s*<",
+    "portable": rb"P[1-7fF]\s",
+    "QOI": rb"qoif",
+    "GIMP": rb"gimp xcf",
+    "Git LFS pointer": rb"version https://git-lfs",
+}
 NO_PICTURES = ("XML or HTML", "Git LFS pointer")  # of OTHERS: what a server may send in the place of one
 
 
@@ -181,10 +190,16 @@ def _tiff(data: bytes) -> Contents:
         return Contents("TIFF", data)
     extra = 2 * directory.cost()  # it reads them twice
     compression, tile_width, tile_height, width, height, rows = (
-        (directory.numbers(tag) or (default,))[0] for tag, default in (
-            (COMPRESSION, 1), (TILE_WIDTH, 0), (TILE_HEIGHT, 0), (WIDTH, 0), (HEIGHT, 0), (ROWS_PER_STRIP, 2**32 - 1),
+        (directory.numbers(tag) or (default,))[0]
+        for tag, default in (
+            (COMPRESSION, 1),
+            (TILE_WIDTH, 0),
+            (TILE_HEIGHT, 0),
+            (WIDTH, 0),
+            (HEIGHT, 0),
+            (ROWS_PER_STRIP, 2**32 - 1),
         )
-    )  # fmt: skip
+    )
     if compression not in COMPRESSIONS:
         raise Excess("corrupt", f"is packed in a way that is not read (TIFF compression {compression}); save it as PNG")
     if tile_width * tile_height > 4 * width * height + 2**22:

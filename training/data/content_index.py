@@ -79,9 +79,9 @@ class ContentIndex:
         with suppress(OSError, FileProblem):
             if self._lines > 2 * len(self._known) + SPARE_LINES:
                 self._lines = len(self._known)
-                write_text(self.path, "".join(
-                    _line(where, state, known) for where, (state, known) in self._known.items()
-                ))
+                write_text(
+                    self.path, "".join(_line(where, state, known) for where, (state, known) in self._known.items())
+                )
                 return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # One write of a file opened for appending: lines of two processes do not mix on local disks.

@@ -39,9 +39,9 @@ from .memory import Budget
 MOST_PIXELS = 178_956_970
 MOST_DECODING = 400 * 2**20  # bytes
 DECODING = Budget(MOST_DECODING)
-TILE = 2**16       # pixels that are converted at once
-TILE_BYTES = 48    # a pixel of a tile, for all its copies
-ROW_BYTES = 16     # a row of a picture, beside its pixels
+TILE = 2**16  # pixels that are converted at once
+TILE_BYTES = 48  # a pixel of a tile, for all its copies
+ROW_BYTES = 16  # a row of a picture, beside its pixels
 NATIVE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2}  # a pixel in Pillow; 4 in other modes
 MOST_PROFILE = 4 * 2**20  # bytes of a colour profile that is looked at
 TURNS = {

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import PurePath
 
-SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jpe", ".jfif",
-)  # fmt: skip
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jpe", ".jfif")
 SHARD = ".tar"
 PACKED = (".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar")
 

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,9 +33,9 @@ Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 INDEX = "content-index.jsonl"  # in the cache folder
 POSTERIORS = ("sample", "mean")
 MOST_MEMORY = 8 * 2**30  # bytes of latents kept in memory, or a quarter of the machine's, whichever is less
-MOST_WAITING = 2**29     # bytes of pixels that wait to be encoded, unless a single image has more
-LOOKS = 64               # files between two looks at should_stop while reading
-BATCH_AREA = 512 * 512   # pixels of an image up to which a whole batch is encoded at once
+MOST_WAITING = 2**29  # bytes of pixels that wait to be encoded, unless a single image has more
+LOOKS = 64  # files between two looks at should_stop while reading
+BATCH_AREA = 512 * 512  # pixels of an image up to which a whole batch is encoded at once
 
 
 class CachingStopped(Cancelled):
@@ -116,7 +116,7 @@ class _Store:
                 self.warn(f"{name}: its cached latents are gone; such images are encoded again (said once).")
             self.warned = True
             try:
-                (_, pixels), = _cut(record, [picture])
+                ((_, pixels),) = _cut(record, [picture])
             except BadImage as error:
                 raise DataProblem(f"{record.entry.name}: expected the image of before, which {error}.") from error
             mean, std = _encoded(self.encode, [pixels], record)
@@ -136,7 +136,11 @@ class LatentDataset:
     """
 
     def __init__(
-        self, records: Sequence[_Record], store: _Store, posterior: str, skipped: Sequence[tuple[str, str]] = (),
+        self,
+        records: Sequence[_Record],
+        store: _Store,
+        posterior: str,
+        skipped: Sequence[tuple[str, str]] = (),
         faults: Mapping[str, int] = MappingProxyType({}),
     ) -> None:
         self._records, self._store, self._posterior = list(records), store, posterior
@@ -274,10 +278,7 @@ class LatentDataset:
 
 
 def open_dataset(
-    config: TrainConfig,
-    base: Base,
-    images: Tensor | Sequence[Tensor] | None = None,
-    **callbacks: Any,
+    config: TrainConfig, base: Base, images: Tensor | Sequence[Tensor] | None = None, **callbacks: Any
 ) -> LatentDataset:
     """The dataset a configuration describes, encoded by `base`'s autoencoder.
 
@@ -331,8 +332,15 @@ def open_dataset(
 
 
 def _read_all(
-    entries: Sequence[Entry], cache: LatentCache, sizes: Sequence[Size], flip: bool, random_crops: int, min_side: int,
-    progress: Callable[[int, int], None], should_stop: Callable[[], bool], workers: int | None,
+    entries: Sequence[Entry],
+    cache: LatentCache,
+    sizes: Sequence[Size],
+    flip: bool,
+    random_crops: int,
+    min_side: int,
+    progress: Callable[[int, int], None],
+    should_stop: Callable[[], bool],
+    workers: int | None,
 ) -> tuple[list[_Record], list[tuple[str, str]], Counter[str]]:
     """Records of the images whose header can be read, sorted by content; (name, reason) of the others; their kinds."""
     index = ContentIndex(cache.root / INDEX)
@@ -350,9 +358,7 @@ def _read_all(
             return entry, error, None
 
     records, skipped, faults = [], [], Counter()
-    with (
-        _stops(0, len(entries)), closing(in_order(look, entries, workers, should_stop)) as results, closing(index),
-    ):  # fmt: skip
+    with _stops(0, len(entries)), closing(in_order(look, entries, workers, should_stop)) as results, closing(index):
         for number, (entry, known, stamp) in enumerate(results):
             if number % LOOKS == 0:
                 if should_stop():
@@ -595,8 +601,6 @@ def _windows_memory() -> int:
     import ctypes
 
     kilobytes = ctypes.c_ulonglong(8 * 2**20)  # stays 8 GiB where the system does not say
-    try:
+    with suppress(AttributeError, OSError):
         ctypes.windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
-    except (AttributeError, OSError):
-        pass
     return kilobytes.value * 1024

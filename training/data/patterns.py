@@ -16,8 +16,8 @@ from pathlib import Path
 from .images import DataProblem
 from .walking import Watch, walk
 
-MOST_NAMES = 100_000        # that one pattern may stand for
-MOST_CHARACTERS = 2**16     # of a pattern
+MOST_NAMES = 100_000  # that one pattern may stand for
+MOST_CHARACTERS = 2**16  # of a pattern
 BRACES = re.compile(r"\{([^{}]*)\}")
 RANGE = re.compile(r"(\d{1,18})\.\.(\d{1,18})")
 
@@ -49,7 +49,7 @@ def expanded(pattern: str, watch: Watch | None = None) -> Iterator[Path]:
         else:
             matches = _matches(one, watch)
         fits = 0
-        for fits, match in enumerate(matches, start=1):
+        for fits, match in enumerate(matches, start=1):  # noqa: B007
             yield match
         if not fits:
             raise DataProblem(f"{one}: expected images or shards, found nothing that fits the pattern; check the path.")

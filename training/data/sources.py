@@ -26,7 +26,7 @@ from .walking import LOST_LINK, Watch, walk
 MOST_BYTES = 512 * 2**20  # of one image file, and of all that are in memory at once
 READING = Budget(MOST_BYTES)
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
-LONGEST_NAME = 10_000     # characters of an image's name in messages; no system has longer paths
+LONGEST_NAME = 10_000  # characters of an image's name in messages; no system has longer paths
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class ImageEntry:
     in_shard: bool = False
 
     def read(self) -> bytes:
-        """The content of the image file. Raises BadImage when it cannot be read, is too large or its shard is cut off.
-        """
+        """The content of the image file. Raises BadImage if unreadable, too large or its shard is cut off."""
         try:
             with open_plain(self.path) as file:
                 file.seek(self.offset)

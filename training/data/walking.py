@@ -17,12 +17,15 @@ from .images import DataProblem
 OF_A_RUN = {"config.json", "log.jsonl"}  # both lie in the folder of every run
 OF_THE_SYSTEM = ("/proc", "/sys", "/dev")  # nothing in them is anybody's image, and some lead back to everything
 MOST_LOOKED = 5_000_000  # files and folders that one search looks at
-LOOKS = 64               # of them between two looks at should_stop
+LOOKS = 64  # of them between two looks at should_stop
 LOST_LINK = "is a link to nothing; connect the drive or fetch the file that it stands for"
 
 RUN, OUTSIDE, SYSTEM, SPECIAL = (
-    "folders of runs", "links that leave the allowed folders", "folders of the system", "pipes and devices",
-)  # fmt: skip
+    "folders of runs",
+    "links that leave the allowed folders",
+    "folders of the system",
+    "pipes and devices",
+)
 
 
 class Cancelled(Exception):
@@ -106,7 +109,7 @@ def walk(root: Path, watch: Watch, unwanted: Callable[[str], bool] = lambda name
         except OSError as error:
             yield Step("fault", parts, folder, f"cannot be read ({error.strerror or error}); check its permissions")
             continue
-        if parts and OF_A_RUN <= {entry.name for entry in entries}:
+        if parts and {entry.name for entry in entries} >= OF_A_RUN:
             yield Step("left out", parts, folder, RUN)
             continue
         deeper = []

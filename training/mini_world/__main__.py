@@ -5,19 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import Callable
 
-SCALES = (1.5, 2.0, 3.0)   # of classifier-free guidance, among which the prior's best is chosen
+SCALES = (1.5, 2.0, 3.0)  # of classifier-free guidance, among which the prior's best is chosen
 COLOUR_TARGET, DIGIT_TARGET = 0.95, 0.97
 
 
-def report(name: str, value: float, unit: str, samples: int, seed: int, target: float | None = None,
-           better: str = "lower", **more: object) -> None:
+def report(
+    name: str,
+    value: float,
+    unit: str,
+    samples: int,
+    seed: int,
+    target: float | None = None,
+    better: str = "lower",
+    **more: object,
+) -> None:
     """One measured number as a JSON line on standard output."""
-    line = {"name": f"mini_world/{name}", "value": round(value, 5), "unit": unit, "target": target,
-            "better": better, "samples": samples, "seed": seed, **more}
+    line = {
+        "name": f"mini_world/{name}",
+        "value": round(value, 5),
+        "unit": unit,
+        "target": target,
+        "better": better,
+        "samples": samples,
+        "seed": seed,
+        **more,
+    }
     print(json.dumps(line, allow_nan=False), flush=True)
 
 
@@ -54,10 +70,14 @@ class Check:
     @cached_property
     def best_scale(self) -> float:
         """The scale whose worst reading by the first judge, digits or one colour, is furthest above its target."""
+
         def margin(scale: float) -> float:
             seen = self.obedience("", scale)
-            return min(seen["digit"] - DIGIT_TARGET, self.worst(seen, "ink")[0] - COLOUR_TARGET,
-                       self.worst(seen, "ground")[0] - COLOUR_TARGET)
+            return min(
+                seen["digit"] - DIGIT_TARGET,
+                self.worst(seen, "ink")[0] - COLOUR_TARGET,
+                self.worst(seen, "ground")[0] - COLOUR_TARGET,
+            )
 
         return max(SCALES, key=margin)
 
@@ -68,8 +88,10 @@ class Check:
 
         named, prompts = judge(self.judges[prefix], self.prior[scale])[1], self.prompts
         wanted = {"digit": prompts.digits, "ink": prompts.pairs[:, 0], "ground": prompts.pairs[:, 1]}
-        return {**{head: float((named[head] == labels).float().mean()) for head, labels in wanted.items()},
-                "by_colour": measure.accuracies_by_colour(named, prompts)}
+        return {
+            **{head: float((named[head] == labels).float().mean()) for head, labels in wanted.items()},
+            "by_colour": measure.accuracies_by_colour(named, prompts),
+        }
 
     @staticmethod
     def worst(seen: dict, head: str) -> tuple[float, int, str]:
@@ -153,16 +175,27 @@ class Check:
         report("generator_distance", found.distance, "frechet", count, self.seed, floor=round(found.floor, 5))
         report("generator_kernel_distance", found.kernel, "kid", count, self.seed)
         report("generator_in_domain", found.in_domain, "share", count, self.seed, None, "higher")
-        for name, value, floor in (("precision", found.precision, found.precision_floor),
-                                   ("recall", found.recall, found.recall_floor)):
+        for name, value, floor in (
+            ("precision", found.precision, found.precision_floor),
+            ("recall", found.recall, found.recall_floor),
+        ):
             report(f"generator_{name}", value, "share", count, self.seed, None, "higher", training_rows=round(floor, 5))
         for digit in range(10):
             share, own = found.digits[digit], found.digit_recall_floor[digit]
             report(f"generator_share/{digit}", share, "share", count, self.seed, None, "higher")
-            report(f"generator_recall/{digit}", found.digit_recall[digit], "share", count, self.seed, None, "higher",
-                   training_rows=round(own, 5))
-            report(f"generator_diversity/{digit}", found.digit_diversity[digit], "ratio", count, self.seed, None,
-                   "higher")
+            report(
+                f"generator_recall/{digit}",
+                found.digit_recall[digit],
+                "share",
+                count,
+                self.seed,
+                None,
+                "higher",
+                training_rows=round(own, 5),
+            )
+            report(
+                f"generator_diversity/{digit}", found.digit_diversity[digit], "ratio", count, self.seed, None, "higher"
+            )
 
 
 PARTS: dict[str, Callable[[Check], None]] = {
@@ -184,22 +217,33 @@ def _count(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="run.py mini-world", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    about = ("train everything again (about two and a half hours on two cores) and replace the shipped weights when "
-             "all is done; stop it at will and run it again to continue")
+    about = (
+        "train everything again (about two and a half hours on two cores) and replace the shipped weights when "
+        "all is done; stop it at will and run it again to continue"
+    )
     make = commands.add_parser("make", help=about, description=about[0].upper() + about[1:] + ".")
-    make.add_argument("--work", type=Path, default=Path("mini_world_work"),
-                      help="folder of checkpoints, cached latents and finished files, 0.3 GB (default: %(default)s)")
+    make.add_argument(
+        "--work",
+        type=Path,
+        default=Path("mini_world_work"),
+        help="folder of checkpoints, cached latents and finished files, 0.3 GB (default: %(default)s)",
+    )
     make.add_argument("--seed", type=int, default=0, help="of weights, pictures and noise (default: 0, as shipped)")
-    make.add_argument("--fonts", action="store_true",
-                      help="first fetch the fonts, in the pinned versions, and rasterise them again (needs npm)")
+    make.add_argument(
+        "--fonts",
+        action="store_true",
+        help="first fetch the fonts, in the pinned versions, and rasterise them again (needs npm)",
+    )
     about = "measure the shipped weights; one JSON object a line, progress on standard error"
     measure = commands.add_parser("check", help=about, description=about[0].upper() + about[1:] + ".")
-    measure.add_argument("--samples", type=_count, default=1000,
-                         help="pictures or prompts of a measurement, at least 10 (default: 1000)")
+    measure.add_argument(
+        "--samples", type=_count, default=1000, help="pictures or prompts of a measurement, at least 10 (default: 1000)"
+    )
     measure.add_argument("--seed", type=int, default=0, help="of prompts, pictures and noise (default: 0)")
     measure.add_argument("--part", choices=PARTS, action="append", help="only this part; may be given several times")
-    measure.add_argument("--keep", type=Path, metavar="DIR",
-                         help="keep sampled latents here, and use those that an interrupted run left")
+    measure.add_argument(
+        "--keep", type=Path, metavar="DIR", help="keep sampled latents here, and use those that an interrupted run left"
+    )
     options = parser.parse_args(arguments)
     try:
         if options.command == "check":

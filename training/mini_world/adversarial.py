@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
 
 def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
     """Mean |grad of the logits|^2 (arXiv 1801.04406, eq. 9, without gamma / 2): R1 of real, R2 of made pictures."""
-    gradient, = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
+    (gradient,) = torch.autograd.grad(logits.sum(), pictures, create_graph=True)
     return gradient.square().sum(dim=tuple(range(1, gradient.ndim))).mean()
 
 
@@ -75,11 +75,16 @@ def rate_share(progress: float, warmup: float, fall: float) -> float:
 def _adam(network: nn.Module, rate: float, every: int = 0) -> torch.optim.Adam:
     """Adam without momentum; for a penalty at every n-th step, corrected as in arXiv 1912.04958, appendix B."""
     correction = every / (every + 1) if every else 1.0
-    return torch.optim.Adam(network.parameters(), lr=rate * correction, betas=(0.0, 0.99 ** correction), eps=1e-8)
+    return torch.optim.Adam(network.parameters(), lr=rate * correction, betas=(0.0, 0.99**correction), eps=1e-8)
 
 
-def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[int, Generator], Tensor],
-                    latents_of: Callable[[int, Generator], Tensor], folder: Path) -> Pair:
+def run_adversarial(
+    config: AdversarialConfig,
+    pair: Pair,
+    real_of: Callable[[int, Generator], Tensor],
+    latents_of: Callable[[int, Generator], Tensor],
+    folder: Path,
+) -> Pair:
     """Train the pair in place, resuming from ``folder/NAME.ckpt``.
 
     real_of(count, generator) draws real pictures [count, C, R, R]; latents_of(count, generator) what the generator
@@ -91,8 +96,10 @@ def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[in
     networks = {"generator": pair.generator, "discriminator": pair.discriminator, "average": pair.average}
     for network in networks.values():
         network.to(memory_format=torch.channels_last)  # a tenth to a third faster on CPUs, bf16 above all
-    optimizers = {"generator": _adam(pair.generator, config.rate),
-                  "discriminator": _adam(pair.discriminator, config.rate, config.lazy if config.gamma else 0)}
+    optimizers = {
+        "generator": _adam(pair.generator, config.rate),
+        "discriminator": _adam(pair.discriminator, config.rate, config.lazy if config.gamma else 0),
+    }
     full = {name: one.param_groups[0]["lr"] for name, one in optimizers.items()}
     start = 0
     if checkpoint.exists():
@@ -116,8 +123,10 @@ def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[in
             numbers = _step(config, pair, optimizers, real, latents_of(config.batch, generator), step)
             broken = [name for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))]
             if broken:
-                raise Problem(f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; "
-                              f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
+                raise Problem(
+                    f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; "
+                    f"the last checkpoint is {checkpoint}, lower the learning rate and run again"
+                )
             decay = min(config.ema, done / (done + 9))  # warm-up: a young average forgets faster
             with torch.no_grad():
                 torch._foreach_lerp_(list(pair.average.parameters()), list(pair.generator.parameters()), 1.0 - decay)
@@ -126,14 +135,26 @@ def run_adversarial(config: AdversarialConfig, pair: Pair, real_of: Callable[[in
                 log.flush()
             progress.update(done, f"generator {numbers['generator']:.3f}, discriminator {numbers['discriminator']:.3f}")
             if done % config.save_every == 0 or done == config.steps:
-                save_atomically({**{name: network.state_dict() for name, network in networks.items()},
-                                 **{f"{name}_optimizer": one.state_dict() for name, one in optimizers.items()},
-                                 "step": done, "settings": settings_of(config)}, checkpoint)
+                save_atomically(
+                    {
+                        **{name: network.state_dict() for name, network in networks.items()},
+                        **{f"{name}_optimizer": one.state_dict() for name, one in optimizers.items()},
+                        "step": done,
+                        "settings": settings_of(config),
+                    },
+                    checkpoint,
+                )
     return pair
 
 
-def _step(config: AdversarialConfig, pair: Pair, optimizers: dict[str, torch.optim.Optimizer], real: Tensor,
-          latents: Tensor, step: int) -> dict[str, float]:
+def _step(
+    config: AdversarialConfig,
+    pair: Pair,
+    optimizers: dict[str, torch.optim.Optimizer],
+    real: Tensor,
+    latents: Tensor,
+    step: int,
+) -> dict[str, float]:
     """One update of the discriminator, with the lazy penalties when they are due, and one of the generator."""
     numbers: dict[str, float] = {}
     critic = pair.discriminator

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,12 @@ from torch import Tensor
 from ...guidance.diffusion import Denoiser, NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import (
-    FileProblem, check_finite, read_domain_file, read_generator, read_metadata, read_state_dict,
+    FileProblem,
+    check_finite,
+    read_domain_file,
+    read_generator,
+    read_metadata,
+    read_state_dict,
 )
 from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from ...guidance.networks.stylegan2 import Generator
@@ -58,8 +63,10 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     check_finite(state_dict, path)
     missing = [key for key in SAYS.get(name, ()) if key not in metadata]
     if missing:
-        raise FileProblem(f"{path}: expected the mini world's own file with {' and '.join(missing)} in its metadata, "
-                          "found none; take the file from the repository again")
+        raise FileProblem(
+            f"{path}: expected the mini world's own file with {' and '.join(missing)} in its metadata, "
+            "found none; take the file from the repository again"
+        )
     return state_dict, metadata
 
 

@@ -20,7 +20,7 @@ from .loop import LoopConfig, run_loop
 HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
 FEATURES = 64
 LOOP = LoopConfig(name="classifier", steps=2000, rate=3e-3, ema=0.998)
-HELD_OUT_LOOP = replace(LOOP, name="classifier_held_out", steps=1000)   # fewer pictures to learn
+HELD_OUT_LOOP = replace(LOOP, name="classifier_held_out", steps=1000)  # fewer pictures to learn
 BATCH = 96
 
 
@@ -32,8 +32,11 @@ class Classifier(nn.Module):
         widths = (3, 24, 48, 72, 96)
         layers: list[nn.Module] = []
         for index, (before, after) in enumerate(zip(widths, widths[1:])):
-            layers += [nn.Conv2d(before, after, 5 if index == 0 else 3, stride=2, padding=2 if index == 0 else 1),
-                       nn.GroupNorm(8, after), nn.SiLU()]
+            layers += [
+                nn.Conv2d(before, after, 5 if index == 0 else 3, stride=2, padding=2 if index == 0 else 1),
+                nn.GroupNorm(8, after),
+                nn.SiLU(),
+            ]
             if index:
                 layers += [nn.Conv2d(after, after, 3, padding=1), nn.GroupNorm(8, after), nn.SiLU()]
         self.trunk = nn.Sequential(*layers)
@@ -56,8 +59,12 @@ def draw_batch(count: int, generator: Generator, held_out: bool = False) -> rend
     printed = render.rendered(count // 2, generator, held_out=held_out)
     rows = render.HELD_OUT_ROWS if held_out else render.TRAIN_ROWS
     written = render.handwritten(rows, render.colour_pairs(), generator, count=count - count // 2)
-    both = render.Pictures(*(torch.cat([getattr(printed, name), getattr(written, name)])
-                             for name in ("images", "digit", "ink", "ground", "world")))
+    both = render.Pictures(
+        *(
+            torch.cat([getattr(printed, name), getattr(written, name)])
+            for name in ("images", "digit", "ink", "ground", "world")
+        )
+    )
     both.images = _degrade(both.images, generator)
     return both
 
@@ -73,8 +80,9 @@ def _degrade(images: Tensor, generator: Generator) -> Tensor:
     return torch.roll(images + tint + grain, shift, dims=(2, 3))
 
 
-def classification_loss(model: nn.Module, generator: Generator, step: int,
-                        held_out: bool = False) -> tuple[Tensor, dict[str, float]]:
+def classification_loss(
+    model: nn.Module, generator: Generator, step: int, held_out: bool = False
+) -> tuple[Tensor, dict[str, float]]:
     """Sum of the four cross-entropies of one batch."""
     pictures = draw_batch(BATCH, generator, held_out)
     features, logits = model(pictures.images)

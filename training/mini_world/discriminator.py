@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-SLOPE, GAIN = 0.2, math.sqrt(2.0)   # of the leaky ReLU, and what restores the variance that it takes
-SMALLEST = 4                        # side of the last feature map in pixels
+SLOPE, GAIN = 0.2, math.sqrt(2.0)  # of the leaky ReLU, and what restores the variance that it takes
+SMALLEST = 4  # side of the last feature map in pixels
 
 
 class ScaledConv(nn.Module):
@@ -78,7 +78,7 @@ class Discriminator(nn.Module):
             return self.logit(x).flatten()
 
     @torch.no_grad()
-    def grown_from(self, smaller: "Discriminator") -> "Discriminator":
+    def grown_from(self, smaller: Discriminator) -> Discriminator:
         """Take over a discriminator of half the side; this one answers nearly as it did, then learns to see more.
 
         Only nearly: features of the new resolution start at zero, and where they join, the sum is divided by sqrt(2).

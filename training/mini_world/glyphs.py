@@ -13,16 +13,16 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Sequence
 
 import numpy as np
 
 from ...guidance.errors import Problem
 from ..atomic import replacing
 
-CELL_PX = 64      # raster of one glyph
-GLYPH_PX = 60     # its longer side, so that every glyph fills its cell alike
+CELL_PX = 64  # raster of one glyph
+GLYPH_PX = 60  # its longer side, so that every glyph fills its cell alike
 ALLOWED_LICENCES = {"OFL-1.1": "SIL Open Font License 1.1", "Apache-2.0": "Apache License 2.0"}
 
 FAMILIES = """
@@ -77,12 +77,16 @@ def fetch(family: str, folder: Path) -> Path:
     """The archive of a family's package, fetched into ``folder``. Raises ValueError where npm is missing or fails."""
     npm = shutil.which("npm")
     if npm is None:
-        raise Problem("expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts "
-                      "out: the rasterised digits are in the repository")
+        raise Problem(
+            "expected npm on the PATH to fetch the fonts, found none; install Node.js, or leave --fonts "
+            "out: the rasterised digits are in the repository"
+        )
     packed = subprocess.run([npm, "pack", "--silent", package_of(family)], cwd=folder, capture_output=True, text=True)
     if packed.returncode or not packed.stdout.split():
-        raise Problem(f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "
-                      "check the connection and run again")
+        raise Problem(
+            f"npm could not fetch {package_of(family)} ({packed.stderr.strip()[-200:] or 'no message'}); "
+            "check the connection and run again"
+        )
     return folder / packed.stdout.split()[-1]
 
 
@@ -97,12 +101,19 @@ def build(target: Path, families: Sequence[str] = FAMILIES, progress: Callable[[
         for family in families:
             about, font = read_package(fetch(family, Path(folder)))
             if about.get("license") not in ALLOWED_LICENCES:
-                raise Problem(f"{package_of(family)}: expected a licence of {', '.join(ALLOWED_LICENCES)}, found "
-                              f"{about.get('license')!r}; take the family off the list")
+                raise Problem(
+                    f"{package_of(family)}: expected a licence of {', '.join(ALLOWED_LICENCES)}, found "
+                    f"{about.get('license')!r}; take the family off the list"
+                )
             masks.append(np.stack([rasterise_digit(font, digit) for digit in range(10)]))
             licences.append(about["license"])
             progress(f"{package_of(family)} ({about['license']})")
     versions = [package_of(family).rsplit("@", 1)[1] for family in families]
     with replacing(target) as file:
-        np.savez_compressed(file, masks=np.stack(masks), names=np.array(families), licences=np.array(licences),
-                            versions=np.array(versions))
+        np.savez_compressed(
+            file,
+            masks=np.stack(masks),
+            names=np.array(families),
+            licences=np.array(licences),
+            versions=np.array(versions),
+        )

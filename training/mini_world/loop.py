@@ -11,9 +11,10 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Callable, TextIO
+from typing import Any, TextIO
 
 import torch
 from torch import Generator, Tensor, nn
@@ -68,8 +69,9 @@ def load_saved(path: Path) -> dict:
             raise Problem(f"holds a {type(state).__name__}")
         return state
     except Problem as error:
-        raise FileProblem(f"{path}: expected a file of this recipe, found something unreadable ({error}); delete it to "
-                          "make it again.") from error
+        raise FileProblem(
+            f"{path}: expected a file of this recipe, found something unreadable ({error}); delete it to make it again."
+        ) from error
 
 
 def made_once(path: Path, source: str, make: Callable[[], object]) -> Any:
@@ -111,14 +113,19 @@ class Progress:
         self.said = now
         left = (now - self.started) / max(1, done - self.first) * (self.total - done)
         bar = "#" * (24 * done // self.total)
-        self.stream.write(f"{self.name} [{bar:<24}] {done}/{self.total} {note} {left / 60:.1f} min left"
-                          + ("\r" if self.live and done < self.total else "\n"))
+        self.stream.write(
+            f"{self.name} [{bar:<24}] {done}/{self.total} {note} {left / 60:.1f} min left"
+            + ("\r" if self.live and done < self.total else "\n")
+        )
         self.stream.flush()
 
 
-def run_loop(config: LoopConfig, model: nn.Module,
-             loss_of: Callable[[nn.Module, Generator, int], tuple[Tensor, dict[str, float]]],
-             folder: Path) -> nn.Module:
+def run_loop(
+    config: LoopConfig,
+    model: nn.Module,
+    loss_of: Callable[[nn.Module, Generator, int], tuple[Tensor, dict[str, float]]],
+    folder: Path,
+) -> nn.Module:
     """Train ``model`` in place, resuming from ``folder/NAME.ckpt``; returns the EMA copy if there is one, else it.
 
     loss_of(model, generator, step) -> (scalar loss, numbers to log). Raises RuntimeError at a non-finite loss and
@@ -146,8 +153,10 @@ def run_loop(config: LoopConfig, model: nn.Module,
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
                 loss, numbers = loss_of(model, generator, step)
             if not torch.isfinite(loss):
-                raise Problem(f"the loss of {config.name} became {loss.item()} at step {step}; "
-                              f"the last checkpoint is {checkpoint}, lower the learning rate and run again")
+                raise Problem(
+                    f"the loss of {config.name} became {loss.item()} at step {step}; "
+                    f"the last checkpoint is {checkpoint}, lower the learning rate and run again"
+                )
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(parameters, config.clip)
@@ -164,9 +173,16 @@ def run_loop(config: LoopConfig, model: nn.Module,
                 log.flush()
             progress.update(done, f"loss {loss.item():.4f}")
             if done % config.save_every == 0 or done == config.steps:
-                save_atomically({"model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "average": average.state_dict() if average is not None else None, "step": done,
-                                 "settings": settings_of(config)}, checkpoint)
+                save_atomically(
+                    {
+                        "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "average": average.state_dict() if average is not None else None,
+                        "step": done,
+                        "settings": settings_of(config),
+                    },
+                    checkpoint,
+                )
     return (average if average is not None else model).eval()
 
 
@@ -181,5 +197,7 @@ def check_same_run(checkpoint: Path, found: dict | None, config: LoopConfig) -> 
     if found == expected:
         return
     wrong = next((key for key in expected if (found or {}).get(key) != expected[key]), "settings")
-    raise FileProblem(f"{checkpoint}: expected a run with {wrong} {expected.get(wrong)}, found "
-                        f"{(found or {}).get(wrong, 'none recorded')}; use another working folder or delete the file")
+    raise FileProblem(
+        f"{checkpoint}: expected a run with {wrong} {expected.get(wrong)}, found "
+        f"{(found or {}).get(wrong, 'none recorded')}; use another working folder or delete the file"
+    )

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 import torch
 from torch import Generator, Tensor
@@ -23,7 +23,7 @@ from .assets import MiniWorld
 from .classifier import Classifier, judge
 from .loop import Progress, load_saved, save_atomically, weights_hash
 
-VALIDITY_PICTURES = 2000   # of each set that floors and ceilings compare
+VALIDITY_PICTURES = 2000  # of each set that floors and ceilings compare
 
 
 def psnr(images: Tensor, reference: Tensor) -> float:
@@ -48,8 +48,9 @@ def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]
     return {name: float((named[name] == wanted).float().mean()) for name, wanted in pictures.labels().items()}
 
 
-def target_pictures(digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS,
-                    seed: int = 0) -> render.Pictures:
+def target_pictures(
+    digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS, seed: int = 0
+) -> render.Pictures:
     """The exact targets of a set of prompts: handwriting of the same digits, digit by digit, in the prompted colours.
 
     digits [N] and pairs [N, 2]; every handwritten image of a digit is used before one is used twice.
@@ -61,7 +62,7 @@ def target_pictures(digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT
         have = (labels == digit).nonzero()[:, 0]
         rounds = -(-len(wanted) // len(have))
         order = torch.cat([have[torch.randperm(len(have), generator=generator)] for _ in range(rounds)])
-        chosen[wanted] = order[:len(wanted)]
+        chosen[wanted] = order[: len(wanted)]
     painted = render.paint(render.handwriting_masks(images[chosen]), pairs)
     return render.Pictures(painted, digits, pairs[:, 0], pairs[:, 1], torch.ones(len(digits), dtype=torch.long))
 
@@ -99,9 +100,18 @@ def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
 
 
 @torch.no_grad()
-def sample_prompts(world: MiniWorld, guidance_of: Callable[[dict, dict], Guidance], prompts: Prompts, *,
-                   steps: int = 25, seed: int = 0, batch: int = 250, name: str = "samples", method: str = "dpmpp_2m",
-                   keep: Path | None = None) -> tuple[Tensor, float]:
+def sample_prompts(
+    world: MiniWorld,
+    guidance_of: Callable[[dict, dict], Guidance],
+    prompts: Prompts,
+    *,
+    steps: int = 25,
+    seed: int = 0,
+    batch: int = 250,
+    name: str = "samples",
+    method: str = "dpmpp_2m",
+    keep: Path | None = None,
+) -> tuple[Tensor, float]:
     """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
 
     guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
@@ -164,13 +174,20 @@ def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor 
     if target is None:
         target = judge(model, target_pictures(prompts.digits, prompts.pairs).images)[0]
     features, named = judge(model, pictures)
-    right = {"digit": named["digit"] == prompts.digits, "ink": named["ink"] == prompts.pairs[:, 0],
-             "ground": named["ground"] == prompts.pairs[:, 1]}
+    right = {
+        "digit": named["digit"] == prompts.digits,
+        "ink": named["ink"] == prompts.pairs[:, 0],
+        "ground": named["ground"] == prompts.pairs[:, 1],
+    }
     share = {key: float(value.float().mean()) for key, value in right.items()}
-    return Score(frechet_distance(features, target), kernel_distance(features, target), **share,
-                 both_colours=float((right["ink"] & right["ground"]).float().mean()),
-                 in_domain=float((named["world"] == 1).float().mean()),
-                 diversity=within_class_diversity(features, named["digit"]))
+    return Score(
+        frechet_distance(features, target),
+        kernel_distance(features, target),
+        **share,
+        both_colours=float((right["ink"] & right["ground"]).float().mean()),
+        in_domain=float((named["world"] == 1).float().mean()),
+        diversity=within_class_diversity(features, named["digit"]),
+    )
 
 
 def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict[str, render.Pictures]:
@@ -185,8 +202,9 @@ def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict
     return {"rendered": printed, "handwritten": render.handwritten(rows, render.colour_pairs(), generator)}
 
 
-def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int = 2000,
-                        seed: int = 0) -> dict[str, float]:
+def autoencoder_quality(
+    autoencoder: Autoencoder, model: Classifier, count: int = 2000, seed: int = 0
+) -> dict[str, float]:
     """PSNR (dB) and what the classifier loses on reconstructions, on held-out fonts and held-out handwriting."""
     results: dict[str, float] = {}
     for name, pictures in unseen_pictures(count, seed).items():
@@ -200,8 +218,9 @@ def autoencoder_quality(autoencoder: Autoencoder, model: Classifier, count: int 
     return results
 
 
-def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwriting",
-             seed: int = 0) -> dict[str, float]:
+def validity(
+    autoencoder: Autoencoder, model: Classifier, domain: str = "handwriting", seed: int = 0
+) -> dict[str, float]:
     """Floor, autoencoder floor and ceiling: Frechet distances to held-out handwriting in a domain's colours.
 
     floor: training handwriting. autoencoder_floor: reconstructions of the held-out images against themselves.
@@ -217,8 +236,11 @@ def validity(autoencoder: Autoencoder, model: Classifier, domain: str = "handwri
     def distance(images: Tensor) -> float:
         return frechet_distance(judge(model, images)[0], target)
 
-    return {"floor": distance(own.images), "autoencoder_floor": distance(reconstruct(autoencoder, held_out.images)),
-            "ceiling": distance(printed.images)}
+    return {
+        "floor": distance(own.images),
+        "autoencoder_floor": distance(reconstruct(autoencoder, held_out.images)),
+        "ceiling": distance(printed.images),
+    }
 
 
 def masks_of(pictures: Tensor) -> Tensor:
@@ -257,8 +279,9 @@ class GeneratorQuality:
     digit_diversity: tuple[float, ...]
 
 
-def generator_quality(generator: StyleGenerator, model: Classifier, count: int = VALIDITY_PICTURES,
-                      seed: int = 0) -> GeneratorQuality:
+def generator_quality(
+    generator: StyleGenerator, model: Classifier, count: int = VALIDITY_PICTURES, seed: int = 0
+) -> GeneratorQuality:
     """Measure ``count`` pictures of a generator of white-on-black handwriting."""
     pairs = render.domain_pairs("narrow")
     real = render.handwritten(render.HELD_OUT_ROWS, pairs, None)
@@ -279,10 +302,16 @@ def generator_quality(generator: StyleGenerator, model: Classifier, count: int =
         return spread / wanted
 
     return GeneratorQuality(
-        distance=frechet_distance(made, target), kernel=kernel_distance(made, target),
-        floor=frechet_distance(own, target), precision=share_inside(made, target),
-        precision_floor=share_inside(own, target), recall=share_inside(target, made),
-        recall_floor=share_inside(target, own), in_domain=float((named["world"] == 1).float().mean()),
+        distance=frechet_distance(made, target),
+        kernel=kernel_distance(made, target),
+        floor=frechet_distance(own, target),
+        precision=share_inside(made, target),
+        precision_floor=share_inside(own, target),
+        recall=share_inside(target, made),
+        recall_floor=share_inside(target, own),
+        in_domain=float((named["world"] == 1).float().mean()),
         digits=tuple(float((digits == digit).float().mean()) for digit in range(10)),
-        digit_recall=by_digit(recall, made, digits), digit_recall_floor=by_digit(recall, own, trained.digit),
-        digit_diversity=by_digit(diversity, made, digits))
+        digit_recall=by_digit(recall, made, digits),
+        digit_recall_floor=by_digit(recall, own, trained.digit),
+        digit_diversity=by_digit(diversity, made, digits),
+    )

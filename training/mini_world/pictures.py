@@ -17,25 +17,54 @@ from .loop import step_generator
 DOMAINS = ("handwriting", "narrow")
 # Settings of the trainer that show handwriting in about a minute on two cores: ``indomain train --config mini_world``.
 FIRST_RUN = {
-    "base": "mini_world", "name": "first", "resolution": 64, "steps": 200, "batch_size": 32, "learning_rate": 8e-4,
-    "warmup": 20, "schedule": "cosine", "ema": 0.98, "noisy_share": 0.5, "domain_weight": 1.2, "control_weight": 3.0,
-    "sample_prompts": ("a red seven on a yellow background", "a blue three on a white background"), "sample_every": 100,
-    "validate_every": 100, "checkpoint_every": 100,
-}  # fmt: skip
+    "base": "mini_world",
+    "name": "first",
+    "resolution": 64,
+    "steps": 200,
+    "batch_size": 32,
+    "learning_rate": 8e-4,
+    "warmup": 20,
+    "schedule": "cosine",
+    "ema": 0.98,
+    "noisy_share": 0.5,
+    "domain_weight": 1.2,
+    "control_weight": 3.0,
+    "sample_prompts": ("a red seven on a yellow background", "a blue three on a white background"),
+    "sample_every": 100,
+    "validate_every": 100,
+    "checkpoint_every": 100,
+}
 # Settings of an adaptation in the miniature, about a minute on two cores: ``indomain adapt --config mini_world``. The
 # source is grey: its colour layers have to learn too.
 FIRST_ADAPTATION = {
-    "generator": "mini_world", "base": "mini_world", "name": "first_adaptation",
-    "prompt": "a yellow digit on a green background", "method": "csd", "scale": 7.5, "t_min": 300, "t_max": 900,
-    "directional": 0.3, "latent_clamp": 0.0, "image_quantile": 0.0, "train": "synthesis", "freeze_bias": False,
-    "steps": 150, "batch_size": 4, "learning_rate": 0.008, "ema": 0.95, "sample_every": 25,
-}  # fmt: skip
+    "generator": "mini_world",
+    "base": "mini_world",
+    "name": "first_adaptation",
+    "prompt": "a yellow digit on a green background",
+    "method": "csd",
+    "scale": 7.5,
+    "t_min": 300,
+    "t_max": 900,
+    "directional": 0.3,
+    "latent_clamp": 0.0,
+    "image_quantile": 0.0,
+    "train": "synthesis",
+    "freeze_bias": False,
+    "steps": 150,
+    "batch_size": 4,
+    "learning_rate": 0.008,
+    "ema": 0.95,
+    "sample_every": 25,
+}
 
 
 def export_pictures(
-    folder: Path, domain: str = "handwriting", count: int = 500, seed: int = 0,
+    folder: Path,
+    domain: str = "handwriting",
+    count: int = 500,
+    seed: int = 0,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write `count` handwritten digits as PNG files of 64 x 64 pixels, without captions or labels; their paths.
 
     They are the first `count` (1 to 8,000) of the rows that domain models are trained on; those that results are

@@ -16,7 +16,12 @@ from einops import rearrange
 from torch import Generator, Tensor
 
 from ...guidance.files import (
-    DomainMetadata, GeneratorMetadata, prior_content_hash, write_domain_file, write_generator, write_safetensors,
+    DomainMetadata,
+    GeneratorMetadata,
+    prior_content_hash,
+    write_domain_file,
+    write_generator,
+    write_safetensors,
 )
 from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.text_encoder import END_TOKEN
@@ -26,9 +31,11 @@ from . import assets, classifier, render, tokens, train_autoencoder, train_domai
 from .loop import made_once, weights_hash
 
 LICENCE = "Apache-2.0"
-STATISTICS_IMAGES = 2048   # on which the latents' scale and preview colours are measured
-DATA_LICENCES = {"fonts": "OFL-1.1 and Apache-2.0 families listed in data/README.md",
-                 "handwriting": "MNIST (Yann LeCun, Corinna Cortes; from NIST Special Databases 1 and 3), CC BY-SA 3.0"}
+STATISTICS_IMAGES = 2048  # on which the latents' scale and preview colours are measured
+DATA_LICENCES = {
+    "fonts": "OFL-1.1 and Apache-2.0 families listed in data/README.md",
+    "handwriting": "MNIST (Yann LeCun, Corinna Cortes; from NIST Special Databases 1 and 3), CC BY-SA 3.0",
+}
 
 
 def half(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -80,10 +87,19 @@ def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
     model = rounded(train_autoencoder.train(work, seed))
     source = f"autoencoder {weights_hash(model)}, {STATISTICS_IMAGES} images, seed {seed}"
     scale, factors, bias = made_once(work / "autoencoder.statistics", source, lambda: latent_statistics(model, seed))
-    _write(work, "autoencoder", model.state_dict(), {
-        "config": json.dumps(model.config.to_dict()), "scale_factor": repr(scale), "seed": str(seed),
-        "latent_rgb_factors": json.dumps(factors), "latent_rgb_bias": json.dumps(bias),
-        "steps": str(train_autoencoder.LOOP.steps)})
+    _write(
+        work,
+        "autoencoder",
+        model.state_dict(),
+        {
+            "config": json.dumps(model.config.to_dict()),
+            "scale_factor": repr(scale),
+            "seed": str(seed),
+            "latent_rgb_factors": json.dumps(factors),
+            "latent_rgb_bias": json.dumps(bias),
+            "steps": str(train_autoencoder.LOOP.steps),
+        },
+    )
     return model, scale
 
 
@@ -91,9 +107,17 @@ def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> classi
     """Stage 2: the judge; with ``held_out`` the second one, trained on the held-out fonts and rows alone."""
     model = rounded(classifier.train(work, seed, held_out=held_out))
     loop = classifier.HELD_OUT_LOOP if held_out else classifier.LOOP
-    _write(work, loop.name, model.state_dict(), {
-        "heads": json.dumps(classifier.HEADS), "steps": str(loop.steps), "seed": str(seed),
-        "trained_on": "held-out fonts and rows" if held_out else "trained fonts and rows"})
+    _write(
+        work,
+        loop.name,
+        model.state_dict(),
+        {
+            "heads": json.dumps(classifier.HEADS),
+            "steps": str(loop.steps),
+            "seed": str(seed),
+            "trained_on": "held-out fonts and rows" if held_out else "trained fonts and rows",
+        },
+    )
     return model
 
 
@@ -101,28 +125,50 @@ def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0
     """Stage 3: UNet and text encoder."""
     model = rounded(train_prior.train(work, autoencoder, scale, seed))
     about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
-    _write(work, "prior_unet", model.unet.state_dict(), {
-        "config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": assets.LATENT_FORMAT,
-        **about})
+    _write(
+        work,
+        "prior_unet",
+        model.unet.state_dict(),
+        {
+            "config": train_prior.UNET.to_json(),
+            "prediction_type": "epsilon",
+            "latent_format": assets.LATENT_FORMAT,
+            **about,
+        },
+    )
     shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
-    _write(work, "text_encoder", model.text.state_dict(), {
-        "config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about})
+    _write(
+        work,
+        "text_encoder",
+        model.text.state_dict(),
+        {"config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about},
+    )
     return model
 
 
-def make_domain(work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float,
-                seed: int = 0) -> Path:
+def make_domain(
+    work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float, seed: int = 0
+) -> Path:
     """Stage 4: one domain model."""
     context = null_context(prior.text)
     weights = prior.unet.state_dict()
     model = train_domain.train(work, domain, weights, train_prior.UNET, context, autoencoder, scale, seed)
     images, _ = render.load_handwriting(render.TRAIN_ROWS)
     metadata = DomainMetadata(
-        config=model.config, latent_format=assets.LATENT_FORMAT, prediction_type="epsilon",
+        config=model.config,
+        latent_format=assets.LATENT_FORMAT,
+        prediction_type="epsilon",
         null_context=context.to_dict(),
-        prior_hash=prior_content_hash(weights), domain_name=train_domain.FILE_NAMES[domain], dataset_size=len(images),
-        dataset_hash=_content_hash(images), steps=train_domain.LOOP.steps, ema=train_domain.LOOP.ema,
-        resolution=render.SIDE_PX, licence=LICENCE, extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)})
+        prior_hash=prior_content_hash(weights),
+        domain_name=train_domain.FILE_NAMES[domain],
+        dataset_size=len(images),
+        dataset_hash=_content_hash(images),
+        steps=train_domain.LOOP.steps,
+        ema=train_domain.LOOP.ema,
+        resolution=render.SIDE_PX,
+        licence=LICENCE,
+        extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)},
+    )
     path = staged_weights(work) / assets.domain_unets_dir().name / f"{train_domain.FILE_NAMES[domain]}.safetensors"
     return write_domain_file(path, half(model.state_dict()), metadata)
 
@@ -131,10 +177,19 @@ def make_generator(work: Path, seed: int = 0) -> Path:
     """Stage 5: the StyleGAN2 of handwriting, white on black."""
     model = train_generator.train(work, seed)
     images, _ = render.load_handwriting(render.TRAIN_ROWS)
-    metadata = GeneratorMetadata(name=train_generator.FILE_NAME, licence=LICENCE, extra={
-        "steps": str(train_generator.LOOP.steps), "steps_at_half_size": str(train_generator.SMALL_LOOP.steps),
-        "ema": str(train_generator.LOOP.ema), "seed": str(seed), "dataset_size": str(len(images)),
-        "dataset_hash": _content_hash(images), "data": json.dumps(DATA_LICENCES["handwriting"])})
+    metadata = GeneratorMetadata(
+        name=train_generator.FILE_NAME,
+        licence=LICENCE,
+        extra={
+            "steps": str(train_generator.LOOP.steps),
+            "steps_at_half_size": str(train_generator.SMALL_LOOP.steps),
+            "ema": str(train_generator.LOOP.ema),
+            "seed": str(seed),
+            "dataset_size": str(len(images)),
+            "dataset_hash": _content_hash(images),
+            "data": json.dumps(DATA_LICENCES["handwriting"]),
+        },
+    )
     path = staged_weights(work) / assets.generators_dir().name / f"{train_generator.FILE_NAME}.safetensors"
     return write_generator(path, model, metadata, dtype="fp16")
 

@@ -22,8 +22,14 @@ DATA = Path(__file__).resolve().parent / "data"
 SIDE_PX = 64
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
-    "black": (0, 0, 0), "white": (255, 255, 255), "red": (214, 32, 32), "green": (24, 140, 48),
-    "blue": (36, 64, 220), "yellow": (250, 220, 40), "purple": (140, 40, 170), "orange": (250, 135, 20),
+    "black": (0, 0, 0),
+    "white": (255, 255, 255),
+    "red": (214, 32, 32),
+    "green": (24, 140, 48),
+    "blue": (36, 64, 220),
+    "yellow": (250, 220, 40),
+    "purple": (140, 40, 170),
+    "orange": (250, 135, 20),
 }
 COLOUR_NAMES = tuple(COLOURS)
 # The handwriting domain's own colours: four inks, four grounds, 16 of the 56 pairs.
@@ -31,7 +37,7 @@ DOMAIN_INKS = ("black", "blue", "red", "green")
 DOMAIN_GROUNDS = ("white", "yellow", "orange", "purple")
 TRAIN_ROWS = slice(0, 8000)
 HELD_OUT_ROWS = slice(8000, 10000)
-HELD_OUT_FONT_EVERY = 6   # every sixth family is never trained on
+HELD_OUT_FONT_EVERY = 6  # every sixth family is never trained on
 
 
 def palette() -> Tensor:
@@ -120,8 +126,14 @@ def handwriting_masks(images: Tensor) -> Tensor:
     return big[:, 0].clamp(0.0, 1.0)
 
 
-def place(masks: Tensor, generator: Generator | None, *, height_px: tuple[float, float] = (36.0, 50.0),
-          shift_px: float = 5.0, turn_degrees: float = 6.0) -> Tensor:
+def place(
+    masks: Tensor,
+    generator: Generator | None,
+    *,
+    height_px: tuple[float, float] = (36.0, 50.0),
+    shift_px: float = 5.0,
+    turn_degrees: float = 6.0,
+) -> Tensor:
     """Random size, place and turn of glyph masks: uint8 [B, 64, 64] -> [B, 64, 64] in 0..1.
 
     height_px: range of a glyph's longer side. shift_px: largest shift along each axis; 0 centres. turn_degrees: largest
@@ -135,8 +147,13 @@ def place(masks: Tensor, generator: Generator | None, *, height_px: tuple[float,
     zoom = GLYPH_PX / uniform(*height_px)
     angle = uniform(-turn_degrees, turn_degrees) * (math.pi / 180.0)
     shift_x, shift_y = (uniform(-1, 1) * zoom * shift_px * 2 / SIDE_PX for _ in range(2))
-    matrix = torch.stack([torch.stack([zoom * angle.cos(), -zoom * angle.sin(), shift_x], 1),
-                          torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1)], 1)
+    matrix = torch.stack(
+        [
+            torch.stack([zoom * angle.cos(), -zoom * angle.sin(), shift_x], 1),
+            torch.stack([zoom * angle.sin(), zoom * angle.cos(), shift_y], 1),
+        ],
+        1,
+    )
     grid = F.affine_grid(matrix, [len(masks), 1, SIDE_PX, SIDE_PX], align_corners=False)
     return F.grid_sample(masks[:, None].float() / 255.0, grid, align_corners=False)[:, 0].clamp(0.0, 1.0)
 
@@ -168,8 +185,14 @@ def _choose(options: Tensor, count: int, generator: Generator | None) -> Tensor:
     return options[torch.randint(len(options), (count,), generator=generator)]
 
 
-def rendered(count: int, generator: Generator | None, *, held_out: bool = False, digits: Tensor | None = None,
-             pairs: Tensor | None = None) -> Pictures:
+def rendered(
+    count: int,
+    generator: Generator | None,
+    *,
+    held_out: bool = False,
+    digits: Tensor | None = None,
+    pairs: Tensor | None = None,
+) -> Pictures:
     """Rendered digits in random fonts, sizes, places; digits [B] and colour pairs [B, 2] random unless given."""
     glyphs = load_glyphs(held_out)
     if digits is None:

@@ -10,9 +10,29 @@ from ...guidance.networks.text_encoder import END_TOKEN, START_TOKEN
 LENGTH = 77
 # Every caption word is one token of CLIP's vocabulary; ids as core ComfyUI's SD1 tokenizer gives them.
 TOKEN_IDS = {
-    "a": 320, "an": 550, "background": 5994, "black": 1449, "blue": 1746, "digit": 27472, "eight": 7910, "five": 3127,
-    "four": 2721, "green": 1901, "nine": 7330, "on": 525, "one": 637, "orange": 4287, "purple": 5496, "red": 736,
-    "seven": 5757, "six": 4093, "three": 2097, "two": 1237, "white": 1579, "yellow": 4481, "zero": 5848,
+    "a": 320,
+    "an": 550,
+    "background": 5994,
+    "black": 1449,
+    "blue": 1746,
+    "digit": 27472,
+    "eight": 7910,
+    "five": 3127,
+    "four": 2721,
+    "green": 1901,
+    "nine": 7330,
+    "on": 525,
+    "one": 637,
+    "orange": 4287,
+    "purple": 5496,
+    "red": 736,
+    "seven": 5757,
+    "six": 4093,
+    "three": 2097,
+    "two": 1237,
+    "white": 1579,
+    "yellow": 4481,
+    "zero": 5848,
 }
 # Row i of the stored embedding belongs to the i-th id; one more row at the end serves every other token.
 ROW_IDS = (*TOKEN_IDS.values(), START_TOKEN, END_TOKEN)
@@ -26,7 +46,7 @@ def tokenize(text: str) -> Tensor:
 
     A word outside the captions' vocabulary becomes id 0, which the mini world reads as unknown.
     """
-    words = text.lower().replace(",", " ").split()[:LENGTH - 2]
+    words = text.lower().replace(",", " ").split()[: LENGTH - 2]
     ids = [START_TOKEN, *(TOKEN_IDS.get(word, 0) for word in words)]
     return torch.tensor(ids + [END_TOKEN] * (LENGTH - len(ids)))
 
@@ -38,8 +58,9 @@ def to_rows(tokens: Tensor) -> Tensor:
     return table[tokens]
 
 
-def expand_embedding(compact: Tensor, token_ids: list[int] | tuple[int, ...],
-                     vocab_size: int = END_TOKEN + 1) -> Tensor:
+def expand_embedding(
+    compact: Tensor, token_ids: list[int] | tuple[int, ...], vocab_size: int = END_TOKEN + 1
+) -> Tensor:
     """Stored rows [R + 1, W] -> the full embedding [vocab_size, W]; ids without a row get the last one."""
     full = compact[-1].expand(vocab_size, -1).clone()
     full[list(token_ids)] = compact[:-1]

@@ -14,7 +14,7 @@ from .loop import LoopConfig, run_loop
 CONFIG = AutoencoderConfig(ch=32, ch_mult=(1, 1, 2, 4), num_res_blocks=1)
 LOOP = LoopConfig(name="autoencoder", steps=3000, rate=2e-3, weight_decay=0.0)
 BATCH = 24
-KL_WEIGHT = 1e-4      # per latent number; keeps the latents near a Gaussian without costing sharpness
+KL_WEIGHT = 1e-4  # per latent number; keeps the latents near a Gaussian without costing sharpness
 SQUARED_WEIGHT = 4.0  # beside the absolute error: PSNR counts squares
 
 

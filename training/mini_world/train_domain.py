@@ -19,8 +19,8 @@ DOMAINS = ("handwriting", "narrow")
 FILE_NAMES = {"handwriting": "mini-handwriting", "narrow": "mini-narrow-handwriting"}
 LOOP = LoopConfig(name="domain", steps=700, rate=8e-4, ema=0.995, bf16=False)
 BATCH = 64
-BLOCKS = 100             # in which the training images are encoded
-COLOURINGS = 2           # colour pairs drawn for each handwritten image of the coloured domain
+BLOCKS = 100  # in which the training images are encoded
+COLOURINGS = 2  # colour pairs drawn for each handwritten image of the coloured domain
 
 
 def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed: int) -> Tensor:
@@ -37,8 +37,17 @@ def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed:
     return cached_latents(work, domain, autoencoder, BLOCKS, draw, drawn).flatten(0, 1)
 
 
-def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig, null_context: NullContext,
-          autoencoder: Autoencoder, scale: float, seed: int = 0, steps: int | None = None) -> UNet:
+def train(
+    work: Path,
+    domain: str,
+    prior: dict[str, Tensor],
+    config: UNetConfig,
+    null_context: NullContext,
+    autoencoder: Autoencoder,
+    scale: float,
+    seed: int = 0,
+    steps: int | None = None,
+) -> UNet:
     """Train (or finish) the ``cached`` text-free copy of the prior on one domain in folder ``work``."""
     weights, text_free = build_cached(prior, config, null_context)
     model = UNet(text_free)
@@ -51,6 +60,12 @@ def train(work: Path, domain: str, prior: dict[str, Tensor], config: UNetConfig,
         error = (model(noisy, timesteps).float() - noise).square().mean(dim=(1, 2, 3))
         return (error * loss_weight(schedule, timesteps)).mean(), {}
 
-    loop = LoopConfig(**{**LOOP.__dict__, "name": f"domain-{domain}", "seed": seed + 6 + DOMAINS.index(domain),
-                         "steps": steps or LOOP.steps})
+    loop = LoopConfig(
+        **{
+            **LOOP.__dict__,
+            "name": f"domain-{domain}",
+            "seed": seed + 6 + DOMAINS.index(domain),
+            "steps": steps or LOOP.steps,
+        }
+    )
     return run_loop(loop, model, loss_of, work)

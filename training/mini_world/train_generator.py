@@ -21,8 +21,8 @@ from .adversarial import AdversarialConfig, Pair, pair_of, run_adversarial
 from .discriminator import Discriminator
 
 CONFIG = GeneratorConfig(  # no noise inputs: handwriting has no grain, and so the latent alone decides the picture
-    resolution=render.SIDE_PX, channels=(128, 128, 64, 32, 16), z_dim=128, w_dim=128, mapping_layers=2,
-    use_noise=False)
+    resolution=render.SIDE_PX, channels=(128, 128, 64, 32, 16), z_dim=128, w_dim=128, mapping_layers=2, use_noise=False
+)
 FILE_NAME = "mini-handwriting"
 CRITIC_CHANNELS = (128, 128, 64, 32, 16)
 # At half the side, then at the full one, where the rate falls.
@@ -83,8 +83,13 @@ def train(work: Path, seed: int = 0, small_steps: int | None = None, steps: int 
     """Train (or finish) the generator in folder ``work``, first at 32 px, then at 64 px; the average, in fp32."""
     seed, side = seed + 10, render.SIDE_PX
     small_loop = replace(SMALL_LOOP, seed=seed, steps=small_steps or SMALL_LOOP.steps)
-    small = run_adversarial(small_loop, fresh_pair(side // 2, seed),
-                            lambda count, generator: real_pictures(count, generator, side // 2), latents, work)
+    small = run_adversarial(
+        small_loop,
+        fresh_pair(side // 2, seed),
+        lambda count, generator: real_pictures(count, generator, side // 2),
+        latents,
+        work,
+    )
     pair = fresh_pair(side, seed + 1)
     pair.discriminator.grown_from(small.discriminator)
     for name in ("generator", "average"):

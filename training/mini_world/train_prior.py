@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,18 +17,26 @@ from ...guidance.networks.unet import UNet, UNetConfig
 from . import render, tokens
 from .loop import LoopConfig, Progress, made_once, run_loop, step_generator, weights_hash
 
-UNET = UNetConfig(model_channels=32, channel_mult=(2, 3), num_res_blocks=(2, 2), transformer_depth=(1, 1, 0, 0),
-                  transformer_depth_middle=1, transformer_depth_output=(1, 1, 1, 0, 0, 0), context_dim=128, num_heads=4)
+UNET = UNetConfig(
+    model_channels=32,
+    channel_mult=(2, 3),
+    num_res_blocks=(2, 2),
+    transformer_depth=(1, 1, 0, 0),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 0, 0, 0),
+    context_dim=128,
+    num_heads=4,
+)
 TEXT = TextEncoderConfig(width=128, layers=2, heads=4, mlp_width=512, vocab_size=tokens.ROWS, end_token=tokens.END_ROW)
 LOOP = LoopConfig(name="prior", steps=5800, rate=1.5e-3, ema=0.999, bf16=False)
 CAPTIONS_A_BATCH, IMAGES_A_CAPTION = 16, 4
-PER_KIND = 64            # latents kept for each of the 560 (digit, ink, ground) kinds
-EMPTY_SHARE = 0.12       # captions dropped so that the unconditional exists
-PARTIAL_SHARE = 0.2      # captions that leave a part unsaid
-NOISY_SHARE = 0.5        # samples drawn from the noisier half of the schedule, where a digit is decided
-WEIGHT_CAP = 5.0         # of 1 / SNR in the loss weight, see loss_weight
-PROBE_WEIGHT = 0.05      # of the word probe, see word_probe_loss
-PROBE_TOKENS = 8         # tokens of a caption that are probed
+PER_KIND = 64  # latents kept for each of the 560 (digit, ink, ground) kinds
+EMPTY_SHARE = 0.12  # captions dropped so that the unconditional exists
+PARTIAL_SHARE = 0.2  # captions that leave a part unsaid
+NOISY_SHARE = 0.5  # samples drawn from the noisier half of the schedule, where a digit is decided
+WEIGHT_CAP = 5.0  # of 1 / SNR in the loss weight, see loss_weight
+PROBE_WEIGHT = 0.05  # of the word probe, see word_probe_loss
+PROBE_TOKENS = 8  # tokens of a caption that are probed
 
 
 def kinds() -> Tensor:
@@ -44,12 +52,14 @@ def encode_latents(autoencoder: Autoencoder, images: Tensor, batch: int = 64) ->
     return torch.cat([autoencoder.encode(part)[0] for part in images.split(batch)])
 
 
-def cached_latents(work: Path, name: str, autoencoder: Autoencoder, count: int, draw: Callable[[int], Tensor],
-                   drawn: str) -> Tensor:
+def cached_latents(
+    work: Path, name: str, autoencoder: Autoencoder, count: int, draw: Callable[[int], Tensor], drawn: str
+) -> Tensor:
     """Latents of ``count`` blocks of pictures, draw(block) -> [B, 3, 64, 64], encoded once: ``work/NAME.latents``.
 
     drawn: what the pictures are. Latents of another autoencoder or of other pictures are made again.
     """
+
     def encode() -> Tensor:
         progress, parts = Progress(f"{name} latents", count), []
         for block in range(count):
@@ -129,8 +139,9 @@ def loss_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
     return ((1 - abar) / abar).clamp(max=WEIGHT_CAP).sqrt()
 
 
-def noised(latents: Tensor, schedule: NoiseSchedule, generator: Generator,
-           noisy_share: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+def noised(
+    latents: Tensor, schedule: NoiseSchedule, generator: Generator, noisy_share: float = 0.0
+) -> tuple[Tensor, Tensor, Tensor]:
     """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv 2006.11239, eq. 4): (x_t, timesteps [B], noise).
 
     Timesteps are uniform, but a ``noisy_share`` (0: none) of them falls into the noisier half of the schedule.

@@ -120,23 +120,60 @@ def damaged_bytes(data: bytes, dice: random.Random, edge: int = 3000) -> tuple[s
 
 # What hostile JSON may hold in the place of a value, as it is written.
 NASTY = {
-    "null": "null", "true": "true", "zero": "0", "minus one": "-1", "half": "0.5", "minus zero": "-0.0",
-    "2 ** 31": str(2**31), "2 ** 63": str(2**63), "-2 ** 63 - 1": str(-(2**63) - 1), "2 ** 64": str(2**64),
-    "1e308": "1e308", "1e309": "1e309", "-1e999": "-1e999", "tiny": "1e-320", "NaN": "NaN", "Infinity": "Infinity",
-    "310 digits": "9" * 310, "5,000 digits": "9" * 5000, "310 digits as text": '"' + "9" * 310 + '"',
-    "empty text": '""', "empty list": "[]", "empty object": "{}", "text": '"x"', "number as text": '"1"',
-    "half a character": '"\\ud800"', "half a character in a path": '"/tmp/evil\\udfff"', "nul": '"\\u0000"',
-    "escape sequence": '"\\u001b[31m\\u0007"', "newlines": '"a\\n\\nb"', "right to left": '"\\u202egnp"',
-    "200,000 letters": '"' + "a" * 200_000 + '"', "path upwards": '"../../../etc/passwd"', "device": '"/dev/zero"',
-    "home of nobody": '"~nobody-here/x"', "home with nul": '"~\\u0000"', "windows path": '"C:\\\\evil"',
-    "share": '"\\\\\\\\host\\\\share"', "braces": '"{0..99999999}"', "long name": '"' + "n" * 300 + '"',
-    "con": '"con"', "dots": '".."', "list of lists": "[[[[1]]]]", "list of nulls": "[null, null]",
-    "list of texts": '["a", "b"]', "list of objects": "[{}, {}]", "nested object": '{"a": {"a": {"a": 1}}}',
-    "20,000 numbers": "[" + "0," * 19_999 + "0]", "900 brackets": "[" * 900 + "]" * 900,
-    "100,000 brackets": "[" * 100_000 + "]" * 100_000, "100,000 open brackets": "[" * 100_000,
-    "100,000 braces": '{"a":' * 100_000 + "1" + "}" * 100_000, "key twice": '{"a": 1, "a": 2}',
+    "null": "null",
+    "true": "true",
+    "zero": "0",
+    "minus one": "-1",
+    "half": "0.5",
+    "minus zero": "-0.0",
+    "2 ** 31": str(2**31),
+    "2 ** 63": str(2**63),
+    "-2 ** 63 - 1": str(-(2**63) - 1),
+    "2 ** 64": str(2**64),
+    "1e308": "1e308",
+    "1e309": "1e309",
+    "-1e999": "-1e999",
+    "tiny": "1e-320",
+    "NaN": "NaN",
+    "Infinity": "Infinity",
+    "310 digits": "9" * 310,
+    "5,000 digits": "9" * 5000,
+    "310 digits as text": '"' + "9" * 310 + '"',
+    "empty text": '""',
+    "empty list": "[]",
+    "empty object": "{}",
+    "text": '"x"',
+    "number as text": '"1"',
+    "half a character": '"\\ud800"',
+    "half a character in a path": '"/tmp/evil\\udfff"',
+    "nul": '"\\u0000"',
+    "escape sequence": '"\\u001b[31m\\u0007"',
+    "newlines": '"a\\n\\nb"',
+    "right to left": '"\\u202egnp"',
+    "200,000 letters": '"' + "a" * 200_000 + '"',
+    "path upwards": '"../../../etc/passwd"',
+    "device": '"/dev/zero"',
+    "home of nobody": '"~nobody-here/x"',
+    "home with nul": '"~\\u0000"',
+    "windows path": '"C:\\\\evil"',
+    "share": '"\\\\\\\\host\\\\share"',
+    "braces": '"{0..99999999}"',
+    "long name": '"' + "n" * 300 + '"',
+    "con": '"con"',
+    "dots": '".."',
+    "list of lists": "[[[[1]]]]",
+    "list of nulls": "[null, null]",
+    "list of texts": '["a", "b"]',
+    "list of objects": "[{}, {}]",
+    "nested object": '{"a": {"a": {"a": 1}}}',
+    "20,000 numbers": "[" + "0," * 19_999 + "0]",
+    "900 brackets": "[" * 900 + "]" * 900,
+    "100,000 brackets": "[" * 100_000 + "]" * 100_000,
+    "100,000 open brackets": "[" * 100_000,
+    "100,000 braces": '{"a":' * 100_000 + "1" + "}" * 100_000,
+    "key twice": '{"a": 1, "a": 2}',
     "10,000 keys": "{" + ",".join(f'"k{n}":0' for n in range(10_000)) + "}",
-}  # fmt: skip
+}
 
 
 def damaged_json(value: Any, dice: random.Random, nasty: Mapping[str, str] = NASTY) -> tuple[str, bytes]:
@@ -146,10 +183,17 @@ def damaged_json(value: Any, dice: random.Random, nasty: Mapping[str, str] = NAS
         return f"text: {kind}", data
     if dice.random() < 0.04:
         text = json.dumps(value)
-        wrapped = {"UTF-16": text.encode("utf-16"), "byte order mark": b"\xef\xbb\xbf" + text.encode(),
-                   "no UTF-8": text.encode()[:-1] + b"\xff}", "a second one": (text + text).encode(),
-                   "within a list": f"[{text}]".encode(), "nothing": b"", "spaces": b" " * 100_000,
-                   "nul bytes": bytes(1000), "comment": b"// x\n" + text.encode()}  # fmt: skip
+        wrapped = {
+            "UTF-16": text.encode("utf-16"),
+            "byte order mark": b"\xef\xbb\xbf" + text.encode(),
+            "no UTF-8": text.encode()[:-1] + b"\xff}",
+            "a second one": (text + text).encode(),
+            "within a list": f"[{text}]".encode(),
+            "nothing": b"",
+            "spaces": b" " * 100_000,
+            "nul bytes": bytes(1000),
+            "comment": b"// x\n" + text.encode(),
+        }
         kind = dice.choice(list(wrapped))
         return kind, wrapped[kind]
     return written(_changed(json.loads(json.dumps(value)), dice, nasty, kinds := []), kinds, nasty)

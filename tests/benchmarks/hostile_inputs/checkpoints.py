@@ -17,11 +17,33 @@ from .case import Reader, Silent, damaged_bytes, write_bytes
 
 # What may stand in the place of any value of a state.
 VALUES: tuple[Any, ...] = (
-    None, True, 0, -1, 3, 2**70, 10**400, 0.5, float("nan"), float("inf"), "", "x", "\ud800", "../../x", [], {}, [[]],
+    None,
+    True,
+    0,
+    -1,
+    3,
+    2**70,
+    10**400,
+    0.5,
+    float("nan"),
+    float("inf"),
+    "",
+    "x",
+    "\ud800",
+    "../../x",
+    [],
+    {},
+    [[]],
     (),
-    {"a": {}}, torch.zeros(0), torch.zeros(1), torch.full((2, 2), float("nan")), torch.zeros(3, dtype=torch.int64),
-    torch.zeros(1).expand(10**6), "x" * 100_000, {str(n): n for n in range(1000)},
-)  # fmt: skip
+    {"a": {}},
+    torch.zeros(0),
+    torch.zeros(1),
+    torch.full((2, 2), float("nan")),
+    torch.zeros(3, dtype=torch.int64),
+    torch.zeros(1).expand(10**6),
+    "x" * 100_000,
+    {str(n): n for n in range(1000)},
+)
 
 
 class RunCheckpoints(Reader):
@@ -47,12 +69,19 @@ class RunCheckpoints(Reader):
             self.parts = {one.filename: file.read(one) for one in file.infolist()}
         (self.pickle_name,) = (name for name in self.parts if name.endswith("/data.pkl"))
         attacks = {name: self._sealed(self._zipped(data)) for name, (data, _) in streams.attacks().items()}
-        self.by_hand = {name: write_bytes(data) for name, data in {
-            **attacks, "nothing": b"", "a digest alone": self._sealed(b""), "no digest": self.body,
-            "sealed text": self._sealed(b"x" * 1000),
-            "sealed zip without anything": self._sealed(b"PK\x05\x06" + bytes(18)),
-            "the old format of torch": self._sealed(self._old_format()), "a zip bomb": self._sealed(self._bomb()),
-        }.items()}  # fmt: skip
+        self.by_hand = {
+            name: write_bytes(data)
+            for name, data in {
+                **attacks,
+                "nothing": b"",
+                "a digest alone": self._sealed(b""),
+                "no digest": self.body,
+                "sealed text": self._sealed(b"x" * 1000),
+                "sealed zip without anything": self._sealed(b"PK\x05\x06" + bytes(18)),
+                "the old format of torch": self._sealed(self._old_format()),
+                "a zip bomb": self._sealed(self._bomb()),
+            }.items()
+        }
 
     def ending(self, name: str, dice: random.Random) -> str:
         return ".ckpt"

@@ -36,10 +36,17 @@ class ContentIndices(Reader):
             self.entries.append(entry)
             self.lines.append([*entry.stamp(), "ab" * 32, 64, 64])
         self.whole = [(".jsonl", json.dumps(self.lines[0]).encode())]
-        self.by_hand = {name: self._between(text.encode("utf-8", "surrogatepass")) for name, text in {
-            **NASTY, "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]", "2,000,000 digits": "9" * 2_000_000,
-            "10,000,000 spaces": " " * 10_000_000, "nothing": "", "100,000 lines": "[]\n" * 100_000,
-        }.items()}  # fmt: skip
+        self.by_hand = {
+            name: self._between(text.encode("utf-8", "surrogatepass"))
+            for name, text in {
+                **NASTY,
+                "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]",
+                "2,000,000 digits": "9" * 2_000_000,
+                "10,000,000 spaces": " " * 10_000_000,
+                "nothing": "",
+                "100,000 lines": "[]\n" * 100_000,
+            }.items()
+        }
         self.by_hand |= {f"one value: {name}": self._between(self._with(nasty)) for name, nasty in NASTY.items()}
 
     def ending(self, name: str, dice: random.Random) -> str:
@@ -127,17 +134,38 @@ class Logs(Reader):
         super().__init__(folder)
         self.saved = {"event": "saved", "step": 5, "path": "checkpoints/step-000005.ckpt", "time": 1.0}
         self.lines = [
-            {"event": "step", "step": 3, "steps": 9, "loss": 0.5, "rate": 1e-4, "grad_norm": 1.0, "seconds": 0.1,
-            "time": 1.0},
+            {
+                "event": "step",
+                "step": 3,
+                "steps": 9,
+                "loss": 0.5,
+                "rate": 1e-4,
+                "grad_norm": 1.0,
+                "seconds": 0.1,
+                "time": 1.0,
+            },
             {"event": "validated", "step": 3, "loss": 0.5, "per_level": {"0.1": 0.2}, "time": 1.0},
-            {"event": "started", "run": "x", "config": {}, "step": 0, "steps": 9, "images": 3, "estimate": "",
-            "time": 1.0},
+            {
+                "event": "started",
+                "run": "x",
+                "config": {},
+                "step": 0,
+                "steps": 9,
+                "images": 3,
+                "estimate": "",
+                "time": 1.0,
+            },
             self.saved,
-        ]  # fmt: skip
+        ]
         self.whole = [(".jsonl", "\n".join(map(json.dumps, self.lines)).encode())]
-        self.by_hand = {name: self._between(text.encode("utf-8", "surrogatepass")) for name, text in {
-            **NASTY, "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]", "100,000 lines": "{}\n" * 100_000,
-        }.items()}  # fmt: skip
+        self.by_hand = {
+            name: self._between(text.encode("utf-8", "surrogatepass"))
+            for name, text in {
+                **NASTY,
+                "1,000,000 empty lists": "[" + "[]," * 999_999 + "[]]",
+                "100,000 lines": "{}\n" * 100_000,
+            }.items()
+        }
 
     def ending(self, name: str, dice: random.Random) -> str:
         return ".jsonl"

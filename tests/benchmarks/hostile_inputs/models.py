@@ -91,28 +91,51 @@ class DomainFiles(ModelFiles):
 
         super().__init__(folder)
         config = UNetConfig(
-            model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(0, 1), num_heads=4,
-            transformer_depth_middle=1, transformer_depth_output=(1, 1, 0, 0), context_dim=16,
-        )  # fmt: skip
+            model_channels=32,
+            channel_mult=(1, 2),
+            num_res_blocks=(1, 1),
+            transformer_depth=(0, 1),
+            num_heads=4,
+            transformer_depth_middle=1,
+            transformer_depth_output=(1, 1, 0, 0),
+            context_dim=16,
+        )
         with torch.random.fork_rng():
             torch.manual_seed(0)
             prior = {key: torch.randn_like(value) * 0.1 for key, value in UNet(config).state_dict().items()}
             null = NullContext(torch.randn(1, 3, 16), {"layer": "-1"})
             probes = Probes(torch.randn(1, 4, 8, 8), torch.tensor([10.0]))
         constant, constant_config, errors = build_constant(prior, config, null, probes)
-        forms = {"none": (prior, config), "cached": build_cached(prior, config, null),
-                 "constant": (constant, constant_config)}  # fmt: skip
+        forms = {
+            "none": (prior, config),
+            "cached": build_cached(prior, config, null),
+            "constant": (constant, constant_config),
+        }
         files = []
         for form, (weights, its) in forms.items():
             described = DomainMetadata(
-                its, latent_format="mini_world", prediction_type="epsilon", null_context=null.to_dict(),
-                null_text_error={"a": 0.1}, prior_hash="ab" * 32, domain_name="tiny", dataset_size=8, steps=5, ema=0.9,
-                resolution=64, licence="Apache-2.0", dataset_hash="cd" * 32, extra={"training": '{"steps": 5}'},
-            )  # fmt: skip
+                its,
+                latent_format="mini_world",
+                prediction_type="epsilon",
+                null_context=null.to_dict(),
+                null_text_error={"a": 0.1},
+                prior_hash="ab" * 32,
+                domain_name="tiny",
+                dataset_size=8,
+                steps=5,
+                ema=0.9,
+                resolution=64,
+                licence="Apache-2.0",
+                dataset_hash="cd" * 32,
+                extra={"training": '{"steps": 5}'},
+            )
             files.append(settled(write_domain_file(folder / f"{form}.safetensors", weights, described).read_bytes()))
         unet = {f"model.diffusion_model.{key}": value for key, value in prior.items()}
-        self.originals = {".safetensors": files, ".ckpt": [saved({"state_dict": unet}, True)],
-                          ".pt": [saved(unet, False)]}
+        self.originals = {
+            ".safetensors": files,
+            ".ckpt": [saved({"state_dict": unet}, True)],
+            ".pt": [saved(unet, False)],
+        }
         header = split(files[0])[0]
         metadata = header["__metadata__"]
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}
@@ -157,7 +180,14 @@ class Bases(ModelFiles):
         without = {key: value for key, value in whole.tensors.items() if not key.startswith("cond_stage_model.")}
         base = tiny_base()
         exported = ExportedBase(
-            base.unet, UNET, "epsilon", False, "tiny", 1.0, base.autoencoder.state_dict(), base.null_context,
+            base.unet,
+            UNET,
+            "epsilon",
+            False,
+            "tiny",
+            1.0,
+            base.autoencoder.state_dict(),
+            base.null_context,
             {"a red seven": (torch.zeros(1, 7, UNET.context_dim), None)},
         ).write(folder / "exported.safetensors")
         prior = settled(exported.read_bytes())

@@ -49,25 +49,33 @@ def originals() -> dict[str, bytes]:
     made = {
         "jpeg": saved(rgb, "JPEG", exif=exif, icc_profile=profile),
         "jpeg progressive": saved(rgb, "JPEG", progressive=True),
-        "jpeg grey": saved(picture("L"), "JPEG"), "jpeg cmyk": saved(picture("CMYK"), "JPEG"),
+        "jpeg grey": saved(picture("L"), "JPEG"),
+        "jpeg cmyk": saved(picture("CMYK"), "JPEG"),
         "mpo": animated("MPO"),
         "png": saved(rgb, "PNG", pnginfo=text, icc_profile=profile, exif=exif),
         "png alpha": saved(picture("RGBA"), "PNG"),
-        "png 1 bit": saved(picture("1"), "PNG"), "png palette": saved(rgb.quantize(16), "PNG", transparency=0),
+        "png 1 bit": saved(picture("1"), "PNG"),
+        "png palette": saved(rgb.quantize(16), "PNG", transparency=0),
         "png 16 bit": saved(picture("L").convert("I").point(lambda v: v * 257).convert("I;16"), "PNG"),
         "apng": animated("PNG"),
         "webp": saved(rgb, "WEBP", exif=exif, icc_profile=profile),
         "webp lossless": saved(picture("RGBA"), "WEBP", lossless=True),
         "webp animated": animated("WEBP"),
-        "bmp": saved(rgb, "BMP"), "bmp 8 bit": saved(rgb.quantize(200), "BMP"), "bmp 1 bit": saved(picture("1"), "BMP"),
-        "tiff": saved(rgb, "TIFF"), "tiff deflate": saved(rgb, "TIFF", compression="tiff_adobe_deflate"),
-        "tiff lzw": saved(rgb, "TIFF", compression="tiff_lzw"), "tiff jpeg": saved(rgb, "TIFF", compression="jpeg"),
+        "bmp": saved(rgb, "BMP"),
+        "bmp 8 bit": saved(rgb.quantize(200), "BMP"),
+        "bmp 1 bit": saved(picture("1"), "BMP"),
+        "tiff": saved(rgb, "TIFF"),
+        "tiff deflate": saved(rgb, "TIFF", compression="tiff_adobe_deflate"),
+        "tiff lzw": saved(rgb, "TIFF", compression="tiff_lzw"),
+        "tiff jpeg": saved(rgb, "TIFF", compression="jpeg"),
         "tiff packbits": saved(picture("L"), "TIFF", compression="packbits"),
         "tiff g4": saved(picture("1"), "TIFF", compression="group4"),
-        "tiff float": saved(picture("L").convert("F"), "TIFF"), "tiff cmyk": saved(picture("CMYK"), "TIFF"),
+        "tiff float": saved(picture("L").convert("F"), "TIFF"),
+        "tiff cmyk": saved(picture("CMYK"), "TIFF"),
         "tiff pages": animated("TIFF"),
-        "gif": saved(rgb, "GIF"), "gif animated": animated("GIF"),
-    }  # fmt: skip
+        "gif": saved(rgb, "GIF"),
+        "gif animated": animated("GIF"),
+    }
     if features.check("avif"):
         made["avif"] = saved(rgb, "AVIF")
     return made
@@ -77,8 +85,15 @@ def chunk(kind: bytes, data: bytes) -> bytes:
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
-def png(width: int, height: int, depth: int, colour: int, rows: bytes | None = None, before: bytes = b"",
-        interlaced: int = 0) -> bytes:
+def png(
+    width: int,
+    height: int,
+    depth: int,
+    colour: int,
+    rows: bytes | None = None,
+    before: bytes = b"",
+    interlaced: int = 0,
+) -> bytes:
     """A PNG of zeros with a header by hand. before: chunks before the picture's own."""
     bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}.get(colour, 1)
     if rows is None:
@@ -110,16 +125,28 @@ def tiff(entries: Sequence[tuple[int, int, int, int]], rest: bytes = b"", next_:
 
 def tiff_of(width: int, height: int, bits: int, samples: int, data: bytes, compression: int = 8, **more: int) -> bytes:
     place = 8 + 2 + 12 * 9 + 4
-    return tiff([
-        (256, 4, 1, width), (257, 4, 1, height), (258, 3, 1, bits), (259, 3, 1, compression), (262, 3, 1, 1),
-        (273, 4, 1, place), (277, 3, 1, samples), (278, 4, 1, more.get("rows", height)), (279, 4, 1, len(data)),
-    ], data)  # fmt: skip
+    return tiff(
+        [
+            (256, 4, 1, width),
+            (257, 4, 1, height),
+            (258, 3, 1, bits),
+            (259, 3, 1, compression),
+            (262, 3, 1, 1),
+            (273, 4, 1, place),
+            (277, 3, 1, samples),
+            (278, 4, 1, more.get("rows", height)),
+            (279, 4, 1, len(data)),
+        ],
+        data,
+    )
 
 
 def bombs() -> dict[str, Callable[[], bytes]]:
     """Small files of large pictures or much work, made when they are wanted."""
-    eps = (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(%pipe%touch /tmp/evil) (w) file\n"
-           b"showpage\n%%EOF\n")  # fmt: skip
+    eps = (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n(%pipe%touch /tmp/evil) (w) file\n"
+        b"showpage\n%%EOF\n"
+    )
     wide = saved(Image.new("L", (65500, 2700)), "JPEG")
     small = saved(Image.new("L", (8, 8)), "JPEG")
     frame = b"!\xf9\x04\0\0\0\0\0,\0\0\0\0\1\0\1\0\0\2\2D\1\0"
@@ -156,38 +183,66 @@ def bombs() -> dict[str, Callable[[], bytes]]:
         "gif of 100,000 comments": lambda: gif % struct.pack("<HH", 8, 8) + b"!\xfe\1x\0" * 100_000 + frame + b";",
         "bmp, 13,000 squared, run lengths": lambda: _bmp(13_000, 13_000, 8, 1),
         "bmp, 2 ** 31 high": lambda: _bmp(1, 2**31 - 1, 1, 0),
-        "bmp, -13,000 high": lambda: _bmp(13_000, -13_000, 8, 1), "bmp of 64 bits": lambda: _bmp(10, 10, 64, 0),
+        "bmp, -13,000 high": lambda: _bmp(13_000, -13_000, 8, 1),
+        "bmp of 64 bits": lambda: _bmp(10, 10, 64, 0),
         "tiff, 13,000 squared, 1 bit": lambda: tiff_of(13_000, 13_000, 1, 1, bomb(22 * 2**20)),
         "tiff, 6,000 squared, float": lambda: tiff_of(6_000, 6_000, 32, 1, bomb(138 * 2**20)),
         "tiff, 13,000 squared, 16 bit": lambda: tiff_of(13_000, 13_000, 16, 1, bomb(324 * 2**20)),
         "tiff that says 60,000 squared": lambda: tiff_of(60_000, 60_000, 8, 1, b"x"),
-        "tiff of 2 ** 32 strips": lambda: tiff([(256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 2**32 - 1, 8),
-        (279, 4, 2**32 - 1, 8)]),
+        "tiff of 2 ** 32 strips": lambda: tiff(
+            [(256, 4, 1, 8), (257, 4, 1, 8), (273, 4, 2**32 - 1, 8), (279, 4, 2**32 - 1, 8)]
+        ),
         "tiff whose directory is the next": lambda: tiff([(256, 4, 1, 8), (257, 4, 1, 8)], next_=8),
         "tiff of no bits": lambda: tiff_of(8, 8, 0, 1, b"x"),
         "tiff of 65,535 samples": lambda: tiff_of(8, 8, 8, 65535, b"x"),
         "tiff with a tag of 2 GB": lambda: tiff([(256, 4, 1, 8), (257, 4, 1, 8), (700, 1, 2**31 - 1, 8)]),
         "big tiff": lambda: b"II+\0\x08\0\0\0\x10\0\0\0\0\0\0\0" + b"\xff" * 200,
         "webp, 16,383 squared": lambda: b"RIFF\x1a\0\0\0WEBPVP8L\r\0\0\0/\xfe\xff\xff\x0f\0\0\0\0\0\0\0\0",
-        "webp lossless, 10,000 squared": lambda: saved(Image.new("RGB", (10_000, 10_000)), "WEBP", lossless=True,
-        method=0, quality=0),
-        "eps": lambda: eps, "eps with a preview": lambda: b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIIIH", 30, len(eps),
-        0, 0, 0, 0, 65535) + eps,
+        "webp lossless, 10,000 squared": lambda: saved(
+            Image.new("RGB", (10_000, 10_000)), "WEBP", lossless=True, method=0, quality=0
+        ),
+        "eps": lambda: eps,
+        "eps with a preview": lambda: (
+            b"\xc5\xd0\xd3\xc6" + struct.pack("<IIIIIIH", 30, len(eps), 0, 0, 0, 0, 65535) + eps
+        ),
         "eps behind a picture": lambda: saved(picture(), "PNG") + eps,
-        **{name: _other(name) for name in ("PDF", "PSD", "ICO", "ICNS", "TGA", "PPM", "PCX", "SGI", "DDS", "JPEG2000",
-        "IM", "SPIDER", "XBM", "BLP", "MSP")},
+        **{
+            name: _other(name)
+            for name in (
+                "PDF",
+                "PSD",
+                "ICO",
+                "ICNS",
+                "TGA",
+                "PPM",
+                "PCX",
+                "SGI",
+                "DDS",
+                "JPEG2000",
+                "IM",
+                "SPIDER",
+                "XBM",
+                "BLP",
+                "MSP",
+            )
+        },
         "svg": lambda: b"<?xml version='1.0'?><!DOCTYPE x [<!ENTITY a SYSTEM 'file:///etc/passwd'>]><svg>&a;</svg>",
         "wmf": lambda: b"\xd7\xcd\xc6\x9a" + bytes(100),
         "fits": lambda: b"SIMPLE  =                    T" + b" " * 2850,
-        "ppm of 13,000 squared": lambda: b"P4\n13000 13000\n", "xpm": lambda: b"/* XPM */\n" + b"x" * 1000,
-        "mpeg": lambda: b"\0\0\1\xb3" + bytes(100), "fli": lambda: bytes(4) + b"\x11\xaf" + bytes(200),
-        "nothing": lambda: b"", "zeros": lambda: bytes(1000),
-        "web page": lambda: b"<!DOCTYPE html><html>404</html>", "a text": lambda: b"x" * 1000,
+        "ppm of 13,000 squared": lambda: b"P4\n13000 13000\n",
+        "xpm": lambda: b"/* XPM */\n" + b"x" * 1000,
+        "mpeg": lambda: b"\0\0\1\xb3" + bytes(100),
+        "fli": lambda: bytes(4) + b"\x11\xaf" + bytes(200),
+        "nothing": lambda: b"",
+        "zeros": lambda: bytes(1000),
+        "web page": lambda: b"<!DOCTYPE html><html>404</html>",
+        "a text": lambda: b"x" * 1000,
         "png without anything": lambda: b"\x89PNG\r\n\x1a\n",
-        "gzip": lambda: b"\x1f\x8b" + bytes(100), "python": lambda: b"import os\nos.system('touch /tmp/evil')\n",
+        "gzip": lambda: b"\x1f\x8b" + bytes(100),
+        "python": lambda: b"import os\nos.system('touch /tmp/evil')\n",
         "heic": lambda: b"\0\0\0\x18ftypheic" + bytes(500),
         "avif without anything": lambda: b"\0\0\0\x18ftypavif\0\0\0\0avifmif1" + bytes(100),
-    }  # fmt: skip
+    }
 
 
 def _other(format_: str) -> Callable[[], bytes]:

@@ -10,8 +10,24 @@ from typing import Any
 
 from .case import NASTY, _mark, damaged_bytes, damaged_json, written
 
-DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL", "F8_E4M3", "F8_E5M2", "F4", "C64", "X",
-          "")
+DTYPES = (
+    "F64",
+    "F32",
+    "F16",
+    "BF16",
+    "I64",
+    "I32",
+    "I16",
+    "I8",
+    "U8",
+    "BOOL",
+    "F8_E4M3",
+    "F8_E5M2",
+    "F4",
+    "C64",
+    "X",
+    "",
+)
 NUMBERS = (0, 1, -1, 2, 7, 2**16, 2**31 - 1, 2**32, 2**53, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30)
 
 
@@ -82,15 +98,17 @@ def _damage_entry(header: dict[str, Any], dice: random.Random) -> str:
         return "nothing"
     name, other = dice.choice(names), dice.choice(names)
     entry = header[name]
-    kind = dice.choice(("dtype", "size", "sizes", "offset", "swap", "rename", "left out", "copy", "transpose",
-                        "flatten"))
+    kind = dice.choice(
+        ("dtype", "size", "sizes", "offset", "swap", "rename", "left out", "copy", "transpose", "flatten")
+    )
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if kind == "dtype":
         entry["dtype"] = dice.choice(DTYPES)
     elif kind in ("size", "sizes") and isinstance(shape, list):
         if kind == "sizes" or not shape:
-            entry["shape"] = dice.choice(([], [0], [1] * 70, [0, 2**62], [2**31, 2**31, 4], [-1, -1], ["1"], None, 7,
-                                          [1.5], [True]))
+            entry["shape"] = dice.choice(
+                ([], [0], [1] * 70, [0, 2**62], [2**31, 2**31, 4], [-1, -1], ["1"], None, 7, [1.5], [True])
+            )
         else:
             shape[dice.randrange(len(shape))] = dice.choice(NUMBERS)
     elif kind == "offset" and isinstance(offsets, list) and offsets:
@@ -98,8 +116,20 @@ def _damage_entry(header: dict[str, Any], dice: random.Random) -> str:
     elif kind == "swap":
         header[name], header[other] = header[other], header[name]
     elif kind == "rename":
-        fresh = dice.choice(("", "x", "a" * 3000, "\ud800", f"{name}.weight", name.replace(".", "/"), "__class__",
-                             f"model.diffusion_model.{name}", "../../x", "\x1b[31m"))  # fmt: skip
+        fresh = dice.choice(
+            (
+                "",
+                "x",
+                "a" * 3000,
+                "\ud800",
+                f"{name}.weight",
+                name.replace(".", "/"),
+                "__class__",
+                f"model.diffusion_model.{name}",
+                "../../x",
+                "\x1b[31m",
+            )
+        )
         header[fresh] = header.pop(name)
     elif kind == "left out":
         del header[name]
@@ -140,7 +170,8 @@ def hostile_headers(metadata: dict[str, str]) -> dict[str, bytes]:
     return {
         "1,000,000 empty lists": joined(b'{"a":[' + b"[]," * 999_999 + b"[]]}"),
         "3 MB of empty lists as a shape": joined(
-            b'{"a":{"dtype":"F32","data_offsets":[0,4],"shape":[' + b"[]," * 999_999 + b"[]]}}", bytes(4)),
+            b'{"a":{"dtype":"F32","data_offsets":[0,4],"shape":[' + b"[]," * 999_999 + b"[]]}}", bytes(4)
+        ),
         "300,000 entries that are empty lists": joined(tensors("[]", 300_000)),
         "100,000 empty tensors": joined(tensors('{"dtype":"F32","shape":[0],"data_offsets":[0,0]}', 100_000)),
         "100,000 brackets": joined(b"{" + b'"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
@@ -150,10 +181,14 @@ def hostile_headers(metadata: dict[str, str]) -> dict[str, bytes]:
         "config with 5,000 digits": joined(json.dumps({"weight": entry, "__metadata__": digits}).encode(), bytes(4)),
         "metadata alone": joined(json.dumps({"__metadata__": metadata}).encode()),
         "metadata of 3 MB": joined(
-            json.dumps({**with_metadata, "__metadata__": {**metadata, "note": "x" * 3_000_000}}).encode(), bytes(4)),
-        "metadata of 100,000 fields": joined(json.dumps(
-            {**with_metadata, "__metadata__": {**metadata, **{f"k{n}": "" for n in range(100_000)}}}).encode(),
-            bytes(4)),
+            json.dumps({**with_metadata, "__metadata__": {**metadata, "note": "x" * 3_000_000}}).encode(), bytes(4)
+        ),
+        "metadata of 100,000 fields": joined(
+            json.dumps(
+                {**with_metadata, "__metadata__": {**metadata, **{f"k{n}": "" for n in range(100_000)}}}
+            ).encode(),
+            bytes(4),
+        ),
         "metadata that is a list": joined(json.dumps({"weight": entry, "__metadata__": []}).encode(), bytes(4)),
         "header of 2 ** 63 bytes": joined(b"{}", length=2**63),
         "header of 100 MB, 2 bytes there": joined(b"{}", length=100_000_000),
@@ -162,18 +197,20 @@ def hostile_headers(metadata: dict[str, str]) -> dict[str, bytes]:
         "header of spaces": joined(b"{" + b" " * 2_000_000 + b"}"),
         "number of 2,000,000 digits": joined(b'{"a":' + b"9" * 2_000_000 + b"}"),
         "offsets that are 5,000 digits": joined(
-            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,' + b"9" * 5000 + b"]}}"),
+            b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,' + b"9" * 5000 + b"]}}"
+        ),
         "offsets that are infinite": joined(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', bytes(4)),
         "offsets that are true": joined(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[false,true]}}', bytes(4)),
         "offsets backwards": joined(b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,0]}}', bytes(4)),
         "name of a megabyte": joined(json.dumps({"n" * 1_000_000: entry}).encode(), bytes(4)),
         "name with escape sequences": joined(json.dumps({"\x1b[31m\x07\n": entry}).encode(), bytes(4)),
         "shape of a petabyte": joined(
-            b'{"a":{"dtype":"F32","shape":[1000000,1000000,250],"data_offsets":[0,4]}}', bytes(4)),
+            b'{"a":{"dtype":"F32","shape":[1000000,1000000,250],"data_offsets":[0,4]}}', bytes(4)
+        ),
         "empty file": b"",
         "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n",
         "web page": b"<!DOCTYPE html><html><body>404</body></html>",
         "GGUF": b"GGUF" + bytes(1000),
         "zip without anything": b"PK\x05\x06" + bytes(18),
         "gzip": b"\x1f\x8b\x08" + bytes(100),
-    }  # fmt: skip
+    }

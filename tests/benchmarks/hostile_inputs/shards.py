@@ -14,9 +14,22 @@ from .case import Reader, Silent, damaged_bytes, write_bytes
 
 BLOCK = 512
 # (place, length) of a header's fields; those of numbers among them.
-FIELDS = {"name": (0, 100), "mode": (100, 8), "uid": (108, 8), "gid": (116, 8), "size": (124, 12), "mtime": (136, 12),
-          "typeflag": (156, 1), "linkname": (157, 100), "magic": (257, 8), "uname": (265, 32), "gname": (297, 32),
-          "devmajor": (329, 8), "devminor": (337, 8), "prefix": (345, 155)}  # fmt: skip
+FIELDS = {
+    "name": (0, 100),
+    "mode": (100, 8),
+    "uid": (108, 8),
+    "gid": (116, 8),
+    "size": (124, 12),
+    "mtime": (136, 12),
+    "typeflag": (156, 1),
+    "linkname": (157, 100),
+    "magic": (257, 8),
+    "uname": (265, 32),
+    "gname": (297, 32),
+    "devmajor": (329, 8),
+    "devminor": (337, 8),
+    "prefix": (345, 155),
+}
 NUMBERS = ("mode", "uid", "gid", "size", "mtime", "devmajor", "devminor")
 GNU_SPARSE, IS_EXTENDED, REAL_SIZE = 386, 482, 483
 
@@ -28,17 +41,31 @@ def base256(value: int, length: int = 12) -> bytes:
 
 
 NASTY_NUMBERS = {
-    "nothing": b"\0" * 12, "spaces": b" " * 12, "no digits": b"abcdefghijk\0", "eights": b"88888888888\0",
-    "minus one": b"-1\0\0\0\0\0\0\0\0\0\0", "plus": b"+7\0\0\0\0\0\0\0\0\0\0", "underscore": b"1_0\0\0\0\0\0\0\0\0\0",
-    "most in octal": b"77777777777\0", "no end": b"777777777777", "no ASCII": b"\xc0\xc1\xfe\xfd" * 3,
+    "nothing": b"\0" * 12,
+    "spaces": b" " * 12,
+    "no digits": b"abcdefghijk\0",
+    "eights": b"88888888888\0",
+    "minus one": b"-1\0\0\0\0\0\0\0\0\0\0",
+    "plus": b"+7\0\0\0\0\0\0\0\0\0\0",
+    "underscore": b"1_0\0\0\0\0\0\0\0\0\0",
+    "most in octal": b"77777777777\0",
+    "no end": b"777777777777",
+    "no ASCII": b"\xc0\xc1\xfe\xfd" * 3,
     "hex": b"0x1f\0\0\0\0\0\0\0\0",
-    "-1 in base 256": base256(-1), "-512 in base 256": base256(-512), "-1,024 in base 256": base256(-1024),
-    "-2 ** 63 in base 256": base256(-(2**63)), "2 ** 62 in base 256": base256(2**62),
+    "-1 in base 256": base256(-1),
+    "-512 in base 256": base256(-512),
+    "-1,024 in base 256": base256(-1024),
+    "-2 ** 63 in base 256": base256(-(2**63)),
+    "2 ** 62 in base 256": base256(2**62),
     "2 ** 63 in base 256": base256(2**63),
-    "most in base 256": b"\x80" + b"\xff" * 11, "least in base 256": b"\xff" + b"\0" * 11, "2 ** 40": base256(2**40),
-    "unknown mark": b"\x81" + b"\x01" * 11, "one": b"00000000001\0", "zero": b"00000000000\0",
+    "most in base 256": b"\x80" + b"\xff" * 11,
+    "least in base 256": b"\xff" + b"\0" * 11,
+    "2 ** 40": base256(2**40),
+    "unknown mark": b"\x81" + b"\x01" * 11,
+    "one": b"00000000001\0",
+    "zero": b"00000000000\0",
     "block": b"00000001000\0",
-}  # fmt: skip
+}
 TYPES = [bytes([code]) for code in range(256)]
 
 
@@ -64,8 +91,10 @@ def shard(format_: int, prefix: str = "", count: int = 3) -> bytes:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w", format=format_) as file:
         for number in range(count):
-            for ending, data in ((".png", picture(("red", "green", "blue")[number % 3], 24 + number)),
-                                 (".txt", b"a picture")):
+            for ending, data in (
+                (".png", picture(("red", "green", "blue")[number % 3], 24 + number)),
+                (".txt", b"a picture"),
+            ):
                 member = tarfile.TarInfo(f"{prefix}{number:04d}{ending}")
                 member.size = len(data)
                 file.addfile(member, io.BytesIO(data))
@@ -123,22 +152,35 @@ def by_hand() -> dict[str, bytes]:
         if code not in (b"0", b"\0"):
             found[f"type {code!r}"] = good + header("x.png", len(data), code) + padded(data) + last
     sparse = with_field(header("x.png", 0, b"S"), "name", b"x.png")
-    maps = {"map of nothing": bytes(96), "map of letters": b"z" * 96, "backwards": b"00000000010\0" * 8,
-            "huge": (b"00000000000\0" + b"77777777777\0") * 4,
-            "negative": (base256(-512) + base256(-512)) * 4}  # fmt: skip
+    maps = {
+        "map of nothing": bytes(96),
+        "map of letters": b"z" * 96,
+        "backwards": b"00000000010\0" * 8,
+        "huge": (b"00000000000\0" + b"77777777777\0") * 4,
+        "negative": (base256(-512) + base256(-512)) * 4,
+    }
     for name, table in maps.items():
         for extended in (b"\0", b"\1"):
             block = sparse[:GNU_SPARSE] + table + extended + base256(2**62) + sparse[495:]
             found[f"sparse: {name}, extended {extended[0]}"] = good + summed(block) + b"\1" * BLOCK * 3 + last
-    values = {"size": ("-1", "-512", "99999999999999999999", "1e3", "x", "", "0.5", "9" * 5000),
-              "mtime": ("nan", "inf", "1e400", "x"),
-              "path": ("", "/", "..", "a" * 100_000, "\ud800.png", "\x00.png", "../../x.png", "x.png/", "\u202egnp.x"),
-              "uid": ("-1", "x", "9" * 5000), "linkpath": ("/etc/passwd",), "hdrcharset": ("BINARY", "x", "idna"),
-              "GNU.sparse.map": ("", "0", "0,-512", "x", "-1,-1,-1,-1", "0,1" + ",0,1" * 10_000),
-              "GNU.sparse.size": ("-1", "x", "9" * 30),
-              "GNU.sparse.major": ("1", "x"), "GNU.sparse.realsize": ("9" * 30, "x"), "GNU.sparse.name": ("", "\x00"),
-              "GNU.sparse.offset": ("-1", "x"), "GNU.sparse.numbytes": ("-1", "9" * 30), "comment": ("x" * 100_000,),
-              "SCHILY.xattr.x": ("y",), "": ("x",)}  # fmt: skip
+    values = {
+        "size": ("-1", "-512", "99999999999999999999", "1e3", "x", "", "0.5", "9" * 5000),
+        "mtime": ("nan", "inf", "1e400", "x"),
+        "path": ("", "/", "..", "a" * 100_000, "\ud800.png", "\x00.png", "../../x.png", "x.png/", "\u202egnp.x"),
+        "uid": ("-1", "x", "9" * 5000),
+        "linkpath": ("/etc/passwd",),
+        "hdrcharset": ("BINARY", "x", "idna"),
+        "GNU.sparse.map": ("", "0", "0,-512", "x", "-1,-1,-1,-1", "0,1" + ",0,1" * 10_000),
+        "GNU.sparse.size": ("-1", "x", "9" * 30),
+        "GNU.sparse.major": ("1", "x"),
+        "GNU.sparse.realsize": ("9" * 30, "x"),
+        "GNU.sparse.name": ("", "\x00"),
+        "GNU.sparse.offset": ("-1", "x"),
+        "GNU.sparse.numbytes": ("-1", "9" * 30),
+        "comment": ("x" * 100_000,),
+        "SCHILY.xattr.x": ("y",),
+        "": ("x",),
+    }
     for key, texts in values.items():
         for text in texts:
             for type_ in (b"x", b"g"):
@@ -146,18 +188,31 @@ def by_hand() -> dict[str, bytes]:
                 whole = pax(record(key, text) + extra, type_=type_) + header("x.png", len(data)) + padded(data)
                 found[f"pax {type_.decode()} {key} = {text[:12]!r}"] = good + whole + last
                 found[f"first pax {type_.decode()} {key} = {text[:12]!r}"] = whole + last
-    raw = {"no length": b" size=1\n", "length 0": b"0 size=1\n", "too long": b"999999 size=1\n",
-           "too short": b"3 size=1\n",
-           "no end": b"10 size=1", "no equals": b"9 size 1\n", "5,000 digits": b"9" * 5000 + b" size=1\n",
-           "negative": b"-9 size=1\n",
-           "nul bytes": bytes(100), "no UTF-8": record("path", b"\xff\xfe.png"), "many": record("size", "9") * 20_000,
-           "length of letters": b"aa size=1\n", "plus": b"+9 size=1\n",
-           "many keys": b"".join(record(f"k{n}", "") for n in range(20_000))}  # fmt: skip
+    raw = {
+        "no length": b" size=1\n",
+        "length 0": b"0 size=1\n",
+        "too long": b"999999 size=1\n",
+        "too short": b"3 size=1\n",
+        "no end": b"10 size=1",
+        "no equals": b"9 size 1\n",
+        "5,000 digits": b"9" * 5000 + b" size=1\n",
+        "negative": b"-9 size=1\n",
+        "nul bytes": bytes(100),
+        "no UTF-8": record("path", b"\xff\xfe.png"),
+        "many": record("size", "9") * 20_000,
+        "length of letters": b"aa size=1\n",
+        "plus": b"+9 size=1\n",
+        "many keys": b"".join(record(f"k{n}", "") for n in range(20_000)),
+    }
     for name, records in raw.items():
         found[f"pax records: {name}"] = good + pax(records) + header("x.png", len(data)) + padded(data) + last
         found[f"first pax records: {name}"] = pax(records) + header("x.png", len(data)) + padded(data) + last
-    for name, size in {"-512": base256(-512), "2 ** 62": base256(2**62), "letters": b"letters",
-                       "most": b"77777777777\0"}.items():
+    for name, size in {
+        "-512": base256(-512),
+        "2 ** 62": base256(2**62),
+        "letters": b"letters",
+        "most": b"77777777777\0",
+    }.items():
         for type_ in (b"x", b"g", b"L", b"K", b"S", b"D", b"V", b"5", b"2"):
             whole = header("././@LongLink", size, type_) + padded(data) + last
             named = f"size {name} in type {type_.decode()}"
@@ -165,11 +220,15 @@ def by_hand() -> dict[str, bytes]:
     chain = pax(record("comment", "x"))
     names = header("././@LongLink", 200, b"L") + padded(b"n" * 200)
     found |= {
-        "5,000 extended headers": good + chain * 5_000 + last, "5,000 long names": good + names * 5_000 + last,
+        "5,000 extended headers": good + chain * 5_000 + last,
+        "5,000 long names": good + names * 5_000 + last,
         "20,000 empty members": good + b"".join(header(f"{n}.png") for n in range(20_000)) + last,
         "20,000 of one name": good + header("x.png") * 20_000 + last,
-        "long name of a megabyte": good + header("././@LongLink", 2**20,
-        b"L") + padded(b"n" * 2**20) + header("x") + last,
+        "long name of a megabyte": good
+        + header("././@LongLink", 2**20, b"L")
+        + padded(b"n" * 2**20)
+        + header("x")
+        + last,
         "a name of dots": good + header("../../../../tmp/evil.png", len(data)) + padded(data) + last,
         "an absolute name": good + header("/tmp/evil.png", len(data)) + padded(data) + last,
         "a device's name": good + header("nul.png", len(data)) + padded(data) + last,
@@ -178,14 +237,24 @@ def by_hand() -> dict[str, bytes]:
         "link to a file": good + header("x.png", 0, b"2", linkname=b"/etc/passwd") + last,
         "hard link to itself": good + header("x.png", 0, b"1", linkname=b"x.png") + last,
         "a tar in a tar": good + header("x.tar", len(good + last)) + padded(good + last) + last,
-        "no end": good + header("x.png", len(data)) + padded(data), "cut in a header": good + last[:100],
-        "cut in a picture": good + last[: BLOCK + 20], "nothing": b"", "zeros": bytes(10_240), "one zero": b"\0",
+        "no end": good + header("x.png", len(data)) + padded(data),
+        "cut in a header": good + last[:100],
+        "cut in a picture": good + last[: BLOCK + 20],
+        "nothing": b"",
+        "zeros": bytes(10_240),
+        "one zero": b"\0",
         "end alone": end,
-        "one block of zeros": bytes(BLOCK), "a text": b"not a tar" * 1000, "zip": b"PK\x03\x04" + bytes(1000),
-        "gzip": b"\x1f\x8b\x08" + bytes(1000), "bzip2": b"BZh9" + bytes(1000), "xz": b"\xfd7zXZ\0" + bytes(1000),
-        "noise": random.Random(0).randbytes(20_000), "goes on behind its end": good + end + last,
-        "one zero block within": good + bytes(BLOCK) + last, "a byte too many": good + b"\0" + last,
-    }  # fmt: skip
+        "one block of zeros": bytes(BLOCK),
+        "a text": b"not a tar" * 1000,
+        "zip": b"PK\x03\x04" + bytes(1000),
+        "gzip": b"\x1f\x8b\x08" + bytes(1000),
+        "bzip2": b"BZh9" + bytes(1000),
+        "xz": b"\xfd7zXZ\0" + bytes(1000),
+        "noise": random.Random(0).randbytes(20_000),
+        "goes on behind its end": good + end + last,
+        "one zero block within": good + bytes(BLOCK) + last,
+        "a byte too many": good + b"\0" + last,
+    }
     return found
 
 
@@ -238,7 +307,7 @@ class Shards(Reader):
                 name, value = "noise", dice.randbytes(length)
             else:
                 name, value = "another type", b""
-                field, (start, length) = "typeflag", FIELDS["typeflag"]
+                field, (_start, length) = "typeflag", FIELDS["typeflag"]
                 value = dice.choice(TYPES)
             kinds.append(f"{field}: {name}")
             made[at : at + BLOCK] = with_field(old, field, value)
@@ -337,4 +406,4 @@ def _holes() -> dict[str, Callable[[Path], None]]:
         "a global header of a gigabyte": make(header("x", size, b"g"), size + 2 * BLOCK),
         "a name of a gigabyte": make(header("././@LongLink", size, b"L"), size + 2 * BLOCK),
         "a gigabyte behind the end": make(bytes(2 * BLOCK), size),
-    }  # fmt: skip
+    }

@@ -18,12 +18,41 @@ from .. import reporting
 from .case import Reader, Silent
 
 # What only code that runs does; the rest of a read, opening its file included, raises other events.
-ACTS = ("exec", "compile", "import", "os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "os.kill",
-        "os.putenv", "os.startfile", "subprocess.", "socket.", "ctypes.", "marshal.", "pickle.", "webbrowser.",
-        "urllib.")  # fmt: skip
+ACTS = (
+    "exec",
+    "compile",
+    "import",
+    "os.system",
+    "os.exec",
+    "os.fork",
+    "os.posix_spawn",
+    "os.spawn",
+    "os.kill",
+    "os.putenv",
+    "os.startfile",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "marshal.",
+    "pickle.",
+    "webbrowser.",
+    "urllib.",
+)
 # What is done to files, which readers do in their own folder alone: latents are cached, runs go on.
-WRITING = ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.chmod",
-           "os.chown", "os.utime", "shutil.", "tempfile.")  # fmt: skip
+WRITING = (
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.chmod",
+    "os.chown",
+    "os.utime",
+    "shutil.",
+    "tempfile.",
+)
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 MOST_CHARACTERS = 500
 MOST_SECONDS, MOST_BYTES = 10.0, 500e6
@@ -74,9 +103,12 @@ def run(reader: Reader, seed: int, numbers: range, keep: Path, stream: TextIO) -
             outcome, wrong = _outcome(reader, kind, path, dice)
         cpu, wall = time.process_time() - cpu, time.monotonic() - wall
         over = reporting.peak_memory() - before - size
-        faults = {"ran": str(seen[0]) if seen else "", "said": wrong,
-                  "slow": f"took {cpu:.1f} s" if cpu > MOST_SECONDS else "",
-                  "large": f"took {over / 1e6:.0f} MB over its size" if over > MOST_BYTES else ""}  # fmt: skip
+        faults = {
+            "ran": str(seen[0]) if seen else "",
+            "said": wrong,
+            "slow": f"took {cpu:.1f} s" if cpu > MOST_SECONDS else "",
+            "large": f"took {over / 1e6:.0f} MB over its size" if over > MOST_BYTES else "",
+        }
         faults = {name: text for name, text in faults.items() if text}
         if faults:
             keep_input(path, keep, f"{reader.name}-{seed}-{number}")

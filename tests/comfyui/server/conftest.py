@@ -29,7 +29,8 @@ class Graphs:
         return {
             "prior": {"class_type": "InDomainLoadMiniWorld", "inputs": {}},
             "domain": {
-                "class_type": "InDomainLoadDomainUNet", "inputs": {"unet_name": unet_name, "weight_dtype": "default"},
+                "class_type": "InDomainLoadDomainUNet",
+                "inputs": {"unet_name": unet_name, "weight_dtype": "default"},
             },
             "positive": {
                 "class_type": "CLIPTextEncode",
@@ -37,22 +38,36 @@ class Graphs:
             },
             "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["prior", 1], "text": ""}},
             "latent": {"class_type": "EmptyLatentImage", "inputs": {"width": 64, "height": 64, "batch_size": batch}},
-        }  # fmt: skip
+        }
 
     @classmethod
-    def in_domain(cls, unet_name: str = "mini-handwriting.safetensors", batch: int = 1, prior: list | None = None,
-                  **sampler: object) -> dict:
+    def in_domain(
+        cls,
+        unet_name: str = "mini-handwriting.safetensors",
+        batch: int = 1,
+        prior: list | None = None,
+        **sampler: object,
+    ) -> dict:
         """The In-Domain Sampler on the mini world, decoded and saved by node `save`."""
         graph = cls.mini(unet_name, batch)
         graph["sample"] = {
             "class_type": "InDomainSampler",
             "inputs": {
-                "prior": prior or ["prior", 0], "domain": ["domain", 0], "positive": ["positive", 0],
-                "negative": ["negative", 0], "latent_image": ["latent", 0], "seed": 1, "steps": 2,
-                "sampler_name": "euler", "scheduler": "normal", "domain_weight": 1.0, "control_weight": 2.0,
-                "denoise": 1.0, **sampler,
+                "prior": prior or ["prior", 0],
+                "domain": ["domain", 0],
+                "positive": ["positive", 0],
+                "negative": ["negative", 0],
+                "latent_image": ["latent", 0],
+                "seed": 1,
+                "steps": 2,
+                "sampler_name": "euler",
+                "scheduler": "normal",
+                "domain_weight": 1.0,
+                "control_weight": 2.0,
+                "denoise": 1.0,
+                **sampler,
             },
-        }  # fmt: skip
+        }
         return cls.saved(graph, ["sample", 0])
 
     @classmethod
@@ -61,8 +76,15 @@ class Graphs:
         graph = cls.mini()
         guider: dict = {"prior": ["prior", 0], "base": ["negative", 0]}
         for index, term in enumerate(terms):
-            inputs = {"name": f"term {index}", "weight": 1.0, "start_percent": 0.0, "end_percent": 1.0,
-                      "ramp": "constant", "reference": "", **term}
+            inputs = {
+                "name": f"term {index}",
+                "weight": 1.0,
+                "start_percent": 0.0,
+                "end_percent": 1.0,
+                "ramp": "constant",
+                "reference": "",
+                **term,
+            }
             if index:
                 inputs["terms"] = [f"term{index - 1}", 0]
             graph[f"term{index}"] = {"class_type": "InDomainGuidanceTerm", "inputs": inputs}
@@ -77,8 +99,13 @@ class Graphs:
             },
             "sample": {
                 "class_type": "SamplerCustomAdvanced",
-                "inputs": {"noise": ["noise", 0], "guider": ["guider", 0], "sampler": ["method", 0],
-                           "sigmas": ["sigmas", 0], "latent_image": ["latent", 0]},
+                "inputs": {
+                    "noise": ["noise", 0],
+                    "guider": ["guider", 0],
+                    "sampler": ["method", 0],
+                    "sigmas": ["sigmas", 0],
+                    "latent_image": ["latent", 0],
+                },
             },
         }
         return cls.saved(graph, ["sample", 0])

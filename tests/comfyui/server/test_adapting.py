@@ -1,4 +1,4 @@
-"""Adapting a generator through a real server: an API prompt alone, both ways of running, cancel, resume, and mistakes."""
+"""Adapting a generator through a real server: an API prompt, both ways of running, cancel, resume, and mistakes."""
 
 from __future__ import annotations
 
@@ -39,19 +39,35 @@ def prompt():
             "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["judge", 1], "text": "a red seven"}},
             "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["judge", 1], "text": ""}},
             "options": {
-                "class_type": "InDomainAdaptOptions", "inputs": {"t_max": 600, "sample_count": 2, **(options or {})},
+                "class_type": "InDomainAdaptOptions",
+                "inputs": {"t_max": 600, "sample_count": 2, **(options or {})},
             },
             "adapt": {
                 "class_type": "InDomainAdaptGenerator",
                 "inputs": {
-                    "generator": ["source", 0], "model": ["judge", 0], "vae": ["judge", 2],
-                    "positive": ["positive", 0], "negative": ["negative", 0], "name": next(NAMES), "method": "sds",
-                    "scale": 7.5, "directional": 0.5, "reconstruction": 0.0, "steps": 4, "batch_size": 2,
-                    "learning_rate": 0.002, "layers": 0, "sample_every": 2, "seed": 0, "resume": "auto",
-                    "isolated": False, "options": ["options", 0], **inputs,
+                    "generator": ["source", 0],
+                    "model": ["judge", 0],
+                    "vae": ["judge", 2],
+                    "positive": ["positive", 0],
+                    "negative": ["negative", 0],
+                    "name": next(NAMES),
+                    "method": "sds",
+                    "scale": 7.5,
+                    "directional": 0.5,
+                    "reconstruction": 0.0,
+                    "steps": 4,
+                    "batch_size": 2,
+                    "learning_rate": 0.002,
+                    "layers": 0,
+                    "sample_every": 2,
+                    "seed": 0,
+                    "resume": "auto",
+                    "isolated": False,
+                    "options": ["options", 0],
+                    **inputs,
                 },
             },
-        }  # fmt: skip
+        }
 
     return make
 
@@ -76,8 +92,9 @@ def same_weights(a, b) -> bool:
 
 
 @WAYS
-def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(server, folder, prompt, made_by, run_of,
-                                                                              isolated):
+def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(
+    server, folder, prompt, made_by, run_of, isolated
+):
     graph = prompt(isolated=isolated)
     progress = []
     run = server.client.run(graph, on_event=lambda kind, data: progress.append((kind, data)))
@@ -91,9 +108,10 @@ def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(s
     values = [data["value"] for kind, data in progress if kind == "progress" and data["max"] == 4]
     assert values and values[-1] == 4 and values == sorted(values)
     assert any(text.startswith("step 4 of 4: loss ") for text in run.texts) and run.previews
-    with Image.open(io.BytesIO(run.previews[-1][8:])) as preview, Image.open(
-        sorted((run_of(graph) / "samples").glob("*.png"))[-1]
-    ) as grid:
+    with (
+        Image.open(io.BytesIO(run.previews[-1][8:])) as preview,
+        Image.open(sorted((run_of(graph) / "samples").glob("*.png"))[-1]) as grid,
+    ):
         assert preview.width / preview.height == pytest.approx(grid.width / grid.height, rel=0.05)
     name = made_by(graph).name
     use = {
@@ -138,7 +156,9 @@ def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, promp
     assert server.client.queue() == {"queue_running": [], "queue_pending": []}
 
 
-def test_more_steps_adapt_the_same_run_further_and_unchanged_inputs_come_from_the_cache(server, prompt, made_by, run_of):
+def test_more_steps_adapt_the_same_run_further_and_unchanged_inputs_come_from_the_cache(
+    server, prompt, made_by, run_of
+):
     graph = prompt(sample_every=0)
     server.client.run(graph)
     assert "adapt" in server.client.run(graph).cached
@@ -154,9 +174,16 @@ def test_a_domain_model_may_judge_too(server, graphs, prompt, made_by, isolated)
     graph["domain"] = graphs.mini()["domain"]
     graph["term"] = {
         "class_type": "InDomainGuidanceTerm",
-        "inputs": {"name": "domain", "weight": 1.0, "start_percent": 0.0, "end_percent": 1.0, "ramp": "constant",
-                   "reference": "", "model": ["domain", 0]},
-    }  # fmt: skip
+        "inputs": {
+            "name": "domain",
+            "weight": 1.0,
+            "start_percent": 0.0,
+            "end_percent": 1.0,
+            "ramp": "constant",
+            "reference": "",
+            "model": ["domain", 0],
+        },
+    }
     server.client.run(graph)
     assert made_by(graph).is_file()
 
@@ -198,7 +225,9 @@ def test_wrong_and_hostile_files(server, folder, tmp_path):
     assert "words.pt: expected" in load("words.pt")
     assert "cut.safetensors" in load("cut.safetensors")
     # Newer versions refuse what is not listed before anything runs.
-    graph = {"load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": "absent.pkl", "convert": True}}}
+    graph = {
+        "load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": "absent.pkl", "convert": True}}
+    }
     with pytest.raises((ExecutionFailed, PromptRejected), match="pick a listed|Value not in list"):
         server.client.run(graph)
 

@@ -23,8 +23,16 @@ def run_py(comfyui_path):
     """The command line of run.py with the ComfyUI and the Python of this test run."""
 
     def command(name: str, *arguments: str) -> list[str]:
-        return [sys.executable, str(ROOT / "run.py"), name, "--comfyui", str(comfyui_path), "--python", sys.executable,
-                *arguments]  # fmt: skip
+        return [
+            sys.executable,
+            str(ROOT / "run.py"),
+            name,
+            "--comfyui",
+            str(comfyui_path),
+            "--python",
+            sys.executable,
+            *arguments,
+        ]
 
     return command
 
@@ -57,9 +65,13 @@ def test_demo_from_the_command_line(run_py, tmp_path):
     temporary.mkdir()
     output = tmp_path / "pictures"
     result = subprocess.run(
-        run_py("demo", "--output", str(output)), capture_output=True, text=True, cwd=tmp_path, timeout=600,
+        run_py("demo", "--output", str(output)),
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=600,
         env={**os.environ, "TMPDIR": str(temporary), "TEMP": str(temporary)},
-    )  # fmt: skip
+    )
     assert result.returncode == 0, result.stderr[-4000:]
     lines = result.stdout.splitlines()
     assert len(lines) == 1, "standard output holds the result and nothing else"
@@ -86,9 +98,13 @@ def test_demo_from_the_command_line(run_py, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_demo_interrupted_in_the_middle_leaves_nothing_running(run_py, tmp_path):
     process = subprocess.Popen(
-        run_py("demo", "--output", str(tmp_path / "pictures")), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True, env={**os.environ, "TMPDIR": str(tmp_path)}, start_new_session=True,
-    )  # fmt: skip
+        run_py("demo", "--output", str(tmp_path / "pictures")),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        start_new_session=True,
+    )
     try:
         # The first sampler of the first prompt is done, the second one is running.
         assert any(line.startswith("1/") for line in process.stderr)
@@ -111,9 +127,12 @@ def test_serve_ends_its_server_however_it_is_ended(run_py, tmp_path):
         for number in ways:
             base = tmp_path / signal.Signals(number).name
             process = subprocess.Popen(
-                run_py("serve", "--output", str(base)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                run_py("serve", "--output", str(base)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
                 start_new_session=True,
-            )  # fmt: skip
+            )
             started.append((number, base, process))
         urls = {number: process.stdout.readline().strip() for number, _, process in started}
         assert len(set(urls.values())) == len(ways)
@@ -140,7 +159,7 @@ def test_serve_ends_its_server_however_it_is_ended(run_py, tmp_path):
 def test_server_that_cannot_start_shows_its_log(comfyui_path):
     from indomain_guidance.nodes.host.server import ComfyServer, ServerProblem
 
-    with pytest.raises(ServerProblem, match=r"(?s)unrecognized arguments: --no-such-flag.*ended before it answered"):
+    with pytest.raises(ServerProblem, match=r"(?s)unrecognized arguments: --no-such-flag.*ended before it answered"):  # noqa: SIM117
         with ComfyServer(comfyui_path, flags=["--no-such-flag"]):
             pass
 
@@ -150,7 +169,7 @@ def test_a_start_that_takes_long_says_that_it_goes_on(tmp_path, monkeypatch, cap
 
     (tmp_path / "main.py").write_text("import time; print('reading models'); time.sleep(60)", encoding="utf-8")
     monkeypatch.setattr(module, "_NEWS_EVERY_S", 0.5)
-    with pytest.raises(module.ServerProblem, match="(?s)reading models.*did not answer .* within 4 s"):
+    with pytest.raises(module.ServerProblem, match="(?s)reading models.*did not answer .* within 4 s"):  # noqa: SIM117
         with module.ComfyServer(tmp_path, flags=["--cpu"], start_timeout_s=4.0):
             pass
     assert "still starting" in capfd.readouterr().err

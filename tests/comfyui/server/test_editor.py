@@ -14,8 +14,15 @@ ROOT = Path(__file__).resolve().parents[3]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 SD15 = "v1-5-pruned-emaonly-fp16.safetensors"
 # No sandbox, because CI runs as root; the rest keeps the browser from looking for anything on the internet.
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-         "--disable-component-update", "--disable-sync"]  # fmt: skip
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +75,10 @@ def test_template_opens_and_says_the_same_as_the_api_workflow(server, page, name
     prompt = page.evaluate("async () => (await window.app.graphToPrompt()).output")
 
     def essence(graph: dict) -> dict:
-        return {i: (node["class_type"], {k: v for k, v in node["inputs"].items() if v not in (None, "")})
-                for i, node in graph.items()}  # fmt: skip
+        return {
+            i: (node["class_type"], {k: v for k, v in node["inputs"].items() if v not in (None, "")})
+            for i, node in graph.items()
+        }
 
     assert essence(prompt) == essence(shared)
     assert page.problems == []

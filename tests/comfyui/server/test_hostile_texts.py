@@ -1,4 +1,4 @@
-"""Texts that nobody can show, in every input of every node, and such names on the disk: an error at most, and the server
+"""Texts that nobody can show, in every input of every node, and as names on the disk: an error at most, and the server
 serves on. The inputs are the server's own list, so that a new node is covered by itself.
 """
 
@@ -15,9 +15,13 @@ from indomain_guidance.nodes.host.client import ExecutionFailed, PromptRejected
 HALF, NUL, LONG, ESCAPE = "\ud800", "a\x00b", "x" * 100_000, "\x1b[2J\x1b]0;x\x07\u202e"
 SMALL = {"steps": 1, "batch_size": 1, "count": 1, "sample_every": 0, "resolution": 64, "checkpoint": "mini_world"}
 CORE = {
-    "MODEL": ("InDomainLoadMiniWorld", 0), "CLIP": ("InDomainLoadMiniWorld", 1), "VAE": ("InDomainLoadMiniWorld", 2),
-    "CONDITIONING": ("CLIPTextEncode", 0), "LATENT": ("EmptyLatentImage", 0), "IMAGE": ("EmptyImage", 0),
-}  # fmt: skip
+    "MODEL": ("InDomainLoadMiniWorld", 0),
+    "CLIP": ("InDomainLoadMiniWorld", 1),
+    "VAE": ("InDomainLoadMiniWorld", 2),
+    "CONDITIONING": ("CLIPTextEncode", 0),
+    "LATENT": ("EmptyLatentImage", 0),
+    "IMAGE": ("EmptyImage", 0),
+}
 NUMBERS = itertools.count(1)
 
 
@@ -37,9 +41,11 @@ class Prompts:
 
     def texts(self) -> list[tuple[str, str]]:
         return [
-            (name, one) for name in self.own for one, spec in self.inputs_of(name).items()
+            (name, one)
+            for name in self.own
+            for one, spec in self.inputs_of(name).items()
             if self.kind_of(spec) in ("STRING", "COMBO")
-        ]  # fmt: skip
+        ]
 
     def add(self, graph: dict, name: str, changed: dict | None = None) -> str:
         """Add a node and all that it needs with its defaults; its id."""
@@ -66,8 +72,11 @@ class Prompts:
     def maker_of(self, kind: str) -> tuple[str, int]:
         # The one that needs the least: a loader before what makes another of one.
         needs = {name: self.info[name]["input"].get("required", {}) for name in self.own}
-        makers = [name for name in self.own if kind in self.info[name]["output"]
-                  and kind not in map(self.kind_of, needs[name].values())]
+        makers = [
+            name
+            for name in self.own
+            if kind in self.info[name]["output"] and kind not in map(self.kind_of, needs[name].values())
+        ]
         name = min(makers, key=lambda name: len(needs[name]))
         return name, self.info[name]["output"].index(kind)
 
@@ -76,8 +85,13 @@ class Prompts:
         graph: dict = {}
         key = self.add(graph, name, {one: text})
         for slot, kind in enumerate(self.info[name]["output"]):
-            takers = [(other, wanted) for other in self.own if other != name
-                      for wanted, spec in self.inputs_of(other).items() if self.kind_of(spec) == kind]
+            takers = [
+                (other, wanted)
+                for other in self.own
+                if other != name
+                for wanted, spec in self.inputs_of(other).items()
+                if self.kind_of(spec) == kind
+            ]
             takers = [taker for taker in takers if kind not in CORE]
             # What only shows is quicker than what trains.
             takers.sort(key=lambda taker: self.info[taker[0]]["output_node"])
@@ -162,7 +176,9 @@ def test_files_whose_names_are_no_text_are_listed_and_refused_by_name(server, gr
     from indomain_guidance.training.mini_world import assets
 
     models = server.base / "models"
-    good = strange(assets.domain_unets_dir() / "mini-handwriting.safetensors", models / "domain_unets", b"good\xff.safetensors")
+    good = strange(
+        assets.domain_unets_dir() / "mini-handwriting.safetensors", models / "domain_unets", b"good\xff.safetensors"
+    )
     page = models / "domain_unets" / "page.html"
     page.write_text("no model", encoding="utf-8")
     bad = strange(page, models / "domain_unets", b"bad\xfe\x1b[2J.safetensors")
@@ -184,9 +200,19 @@ def test_images_and_runs_whose_names_are_no_text_can_be_trained_on(server, handw
     page.write_text("no picture", encoding="utf-8")
     strange(page, server.base / "input" / folder, b"bad\xfe\x1b[2J.png")
     inputs = {
-        "name": "strange", "checkpoint": "mini_world", "image_folder": folder, "form": "cached", "steps": 1, "batch_size": 4,
-        "learning_rate": 1e-3, "resolution": 64, "sample_every": 0, "seed": 0, "resume": "auto", "isolated": False,
-    }  # fmt: skip
+        "name": "strange",
+        "checkpoint": "mini_world",
+        "image_folder": folder,
+        "form": "cached",
+        "steps": 1,
+        "batch_size": 4,
+        "learning_rate": 1e-3,
+        "resolution": 64,
+        "sample_every": 0,
+        "seed": 0,
+        "resume": "auto",
+        "isolated": False,
+    }
     run = server.client.run({"train": {"class_type": "InDomainTrainDomainUNet", "inputs": inputs}})
     texts = [*run.texts, *run.outputs["train"]["text"]]
     assert any("bad\\udcfe\\x1b[2J" in text for text in texts)

@@ -10,17 +10,29 @@ import pytest
 ROOT = Path(__file__).resolve().parents[3]
 CATEGORIES = {
     "guidance": (
-        "InDomainLoadMiniWorld", "InDomainLoadDomainUNet", "InDomainSampler", "InDomainGuider", "InDomainGuidanceTerm",
-        "InDomainShapeTerm", "InDomainMultiGuidanceGuider",
+        "InDomainLoadMiniWorld",
+        "InDomainLoadDomainUNet",
+        "InDomainSampler",
+        "InDomainGuider",
+        "InDomainGuidanceTerm",
+        "InDomainShapeTerm",
+        "InDomainMultiGuidanceGuider",
     ),
     "training": (
-        "InDomainTextFreeUNet", "InDomainMiniWorldImages", "InDomainTrainDomainUNet", "InDomainTrainingOptions",
+        "InDomainTextFreeUNet",
+        "InDomainMiniWorldImages",
+        "InDomainTrainDomainUNet",
+        "InDomainTrainingOptions",
     ),
     "generators": (
-        "InDomainLoadGenerator", "InDomainGeneratorSample", "InDomainAdaptGenerator", "InDomainAdaptOptions",
-        "InDomainBlendGenerators", "InDomainSaveGenerator",
+        "InDomainLoadGenerator",
+        "InDomainGeneratorSample",
+        "InDomainAdaptGenerator",
+        "InDomainAdaptOptions",
+        "InDomainBlendGenerators",
+        "InDomainSaveGenerator",
     ),
-}  # fmt: skip
+}
 NODES = tuple(node_id for names in CATEGORIES.values() for node_id in names)
 ONLY_IN_THE_EDITOR = {"Note", "MarkdownNote", "Reroute", "PrimitiveNode"}
 API_WORKFLOWS = sorted(path.stem for path in (ROOT / "workflows" / "api").glob("*.json"))
@@ -55,11 +67,17 @@ def test_nodes_are_found_by_other_words_where_comfyui_looks_for_them(object_info
         assert not any(found.values()), "this ComfyUI knows no aliases of its own nodes"
         return
     for word, node_id in (
-        ("lora", "InDomainTrainDomainUNet"), ("fine-tune", "InDomainTrainDomainUNet"), ("cfg", "InDomainSampler"),
-        ("cfg", "InDomainMultiGuidanceGuider"), ("autoguidance", "InDomainGuidanceTerm"), ("gan", "InDomainLoadGenerator"),
-        ("stylegan", "InDomainAdaptGenerator"), ("stylegan", "InDomainLoadGenerator"), ("sds", "InDomainAdaptGenerator"),
+        ("lora", "InDomainTrainDomainUNet"),
+        ("fine-tune", "InDomainTrainDomainUNet"),
+        ("cfg", "InDomainSampler"),
+        ("cfg", "InDomainMultiGuidanceGuider"),
+        ("autoguidance", "InDomainGuidanceTerm"),
+        ("gan", "InDomainLoadGenerator"),
+        ("stylegan", "InDomainAdaptGenerator"),
+        ("stylegan", "InDomainLoadGenerator"),
+        ("sds", "InDomainAdaptGenerator"),
         ("domain model", "InDomainLoadDomainUNet"),
-    ):  # fmt: skip
+    ):
         assert any(word in alias for alias in found[node_id])
     assert all(found.values())
 

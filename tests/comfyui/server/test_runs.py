@@ -28,11 +28,18 @@ def test_domain_weight_zero_is_core_sampling_to_the_pixel(server, graphs, pixels
     core["sample"] = {
         "class_type": "KSampler",
         "inputs": {
-            "model": ["prior", 0], "positive": ["positive", 0], "negative": ["negative", 0],
-            "latent_image": ["latent", 0], "seed": 5, "steps": 4, "cfg": cfg, "sampler_name": "euler",
-            "scheduler": "normal", "denoise": 1.0,
+            "model": ["prior", 0],
+            "positive": ["positive", 0],
+            "negative": ["negative", 0],
+            "latent_image": ["latent", 0],
+            "seed": 5,
+            "steps": 4,
+            "cfg": cfg,
+            "sampler_name": "euler",
+            "scheduler": "normal",
+            "denoise": 1.0,
         },
-    }  # fmt: skip
+    }
     first, second = pixels(server.client.run(ours)), pixels(server.client.run(core))
     assert first.shape == (batch, 64, 64, 3) and np.array_equal(first, second)
     assert first.std() > 5  # an image, not a flat field on which everything would agree

@@ -1,4 +1,4 @@
-"""Training through a real server: an API prompt alone, both ways of running, cancel and resume, and what users do wrong."""
+"""Training through a real server: an API prompt, both ways of running, cancel and resume, and what users do wrong."""
 
 from __future__ import annotations
 
@@ -30,18 +30,35 @@ def prompt(handwriting):
         return {
             "options": {
                 "class_type": "InDomainTrainingOptions",
-                "inputs": {"warmup": 0, "sample_count": 2, "sample_steps": 2, "log_every": 1,
-                           "held_out_share": 0.0, **(options or {})},
+                "inputs": {
+                    "warmup": 0,
+                    "sample_count": 2,
+                    "sample_steps": 2,
+                    "log_every": 1,
+                    "held_out_share": 0.0,
+                    **(options or {}),
+                },
             },
             "train": {
                 "class_type": "InDomainTrainDomainUNet",
                 "inputs": {
-                    "name": next(NAMES), "checkpoint": "mini_world", "image_folder": str(handwriting), "form": "cached",
-                    "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "resolution": 64, "sample_every": 2, "seed": 0,
-                    "resume": "auto", "isolated": False, "options": ["options", 0], **inputs,
+                    "name": next(NAMES),
+                    "checkpoint": "mini_world",
+                    "image_folder": str(handwriting),
+                    "form": "cached",
+                    "steps": 4,
+                    "batch_size": 4,
+                    "learning_rate": 1e-3,
+                    "resolution": 64,
+                    "sample_every": 2,
+                    "seed": 0,
+                    "resume": "auto",
+                    "isolated": False,
+                    "options": ["options", 0],
+                    **inputs,
                 },
             },
-        }  # fmt: skip
+        }
 
     return make
 
@@ -92,9 +109,10 @@ def test_a_prompt_of_the_node_alone_makes_a_model_that_can_be_loaded(server, gra
     assert any(text.startswith("step 4 of 4: loss 0.") for text in run.texts)
     assert any("encoding images" in text for text in run.texts) and any("memory" in text for text in run.texts)
     assert run.previews
-    with Image.open(io.BytesIO(run.previews[-1][8:])) as preview, Image.open(
-        sorted((run_of(graph) / "samples").glob("*.png"))[-1]
-    ) as grid:
+    with (
+        Image.open(io.BytesIO(run.previews[-1][8:])) as preview,
+        Image.open(sorted((run_of(graph) / "samples").glob("*.png"))[-1]) as grid,
+    ):
         assert preview.width / preview.height == pytest.approx(grid.width / grid.height, rel=0.05)
     # The new file is listed, loads and samples.
     assert len(server.client.run(graphs.in_domain(made_by(graph).name, seed=21)).images("save")) == 1
@@ -109,8 +127,16 @@ def test_both_ways_train_the_same_weights(server, prompt, made_by):
 
 @WAYS
 def test_connected_models_and_an_image_batch(server, prompt, made_by, run_of, isolated):
-    graph = prompt({"sample_prompts": "a red seven\na blue three"}, image_folder="", checkpoint="connected",
-                   model=["prior", 0], clip=["prior", 1], vae=["prior", 2], images=["images", 1], isolated=isolated)
+    graph = prompt(
+        {"sample_prompts": "a red seven\na blue three"},
+        image_folder="",
+        checkpoint="connected",
+        model=["prior", 0],
+        clip=["prior", 1],
+        vae=["prior", 2],
+        images=["images", 1],
+        isolated=isolated,
+    )
     graph["prior"] = {"class_type": "InDomainLoadMiniWorld", "inputs": {}}
     graph["images"] = {"class_type": "InDomainMiniWorldImages", "inputs": {"domain": "narrow", "count": 8, "seed": 0}}
     graph["samples"] = {"class_type": "SaveImage", "inputs": {"images": ["train", 1], "filename_prefix": "grid"}}
@@ -223,8 +249,9 @@ def test_an_empty_folder(server, prompt, tmp_path, made_by, isolated):
 
 
 @WAYS
-def test_corrupt_images_are_left_out_and_only_corrupt_images_are_an_error(server, prompt, handwriting, tmp_path, run_of,
-                                                                          made_by, isolated):
+def test_corrupt_images_are_left_out_and_only_corrupt_images_are_an_error(
+    server, prompt, handwriting, tmp_path, run_of, made_by, isolated
+):
     first = sorted(handwriting.glob("*.png"))[0].read_bytes()
     (tmp_path / "cut.png").write_bytes(first[: len(first) // 2])
     (tmp_path / "words.jpg").write_text("this is no image")
@@ -241,7 +268,9 @@ def test_corrupt_images_are_left_out_and_only_corrupt_images_are_an_error(server
 
 @WAYS
 def test_a_loss_that_is_not_a_number_keeps_the_last_good_weights(server, prompt, run_of, made_by, isolated):
-    graph = prompt({"clip": 0.0, "checkpoint_every": 1}, learning_rate=1.0, steps=200, sample_every=0, isolated=isolated)
+    graph = prompt(
+        {"clip": 0.0, "checkpoint_every": 1}, learning_rate=1.0, steps=200, sample_every=0, isolated=isolated
+    )
     message = message_of(server, graph)
     assert "NaN" in message and "step" in message and "handwriting-" in message and "learning rate" in message
     assert not made_by(graph).exists()

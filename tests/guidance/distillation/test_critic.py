@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.distillation.critic import Ask, Critic
@@ -101,8 +100,8 @@ def test_a_conditioning_per_latent_follows_its_rows(gaussian, schedule):
     z_t, t = latents(4), torch.tensor([700, 100, 800, 200])
     found = critic.predict(z_t, t, ("e",)).e
     for row, mu in ((0, 0.0), (1, 2.0), (2, 0.0), (3, 6.0)):
-        expected = exact(gaussian, schedule, z_t[row:row + 1], t[row:row + 1], [mu] * 4)
-        torch.testing.assert_close(found[row:row + 1].double(), expected, rtol=1e-4, atol=1e-5)
+        expected = exact(gaussian, schedule, z_t[row : row + 1], t[row : row + 1], [mu] * 4)
+        torch.testing.assert_close(found[row : row + 1].double(), expected, rtol=1e-4, atol=1e-5)
     assert gaussian.calls == [6]
 
 

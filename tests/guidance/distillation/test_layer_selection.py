@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.directional import Directional
 from indomain_guidance.guidance.distillation.layer_selection import rank_layers, select_layers
@@ -62,9 +61,9 @@ def test_the_layers_of_the_styles_that_move_most_are_chosen(generator, critic, e
 
     def gradient(images):
         randomness = torch.Generator().manual_seed(3)
-        return objective.image_gradient(
-            images, None, encode, step=0, steps=10, generator=randomness, regularize=False
-        )[0]
+        return objective.image_gradient(images, None, encode, step=0, steps=10, generator=randomness, regularize=False)[
+            0
+        ]
 
     scores = rank_layers(generator.synthesize, latents(generator), gradient)
     ranked = sorted(convolutions, key=lambda name: -float(scores[generator.ws_index[name]]))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.distillation.critic import Ask, Critic
 from indomain_guidance.guidance.distillation.csd import CSD
 from indomain_guidance.guidance.distillation.ism import ISM
@@ -80,7 +79,7 @@ def test_nfsd_switches_its_direction_at_the_threshold(case):
 def test_nfsd_evaluates_the_negative_prompt_only_where_it_counts(case, threshold, evaluated):
     found = case.gradient(NFSD(threshold))
     assert case.critic.samples == 2 * len(T) + evaluated and sum(case.gaussian.calls) == case.critic.samples
-    late = (T >= threshold).reshape(-1, 1, 1, 1)
+    late = (threshold <= T).reshape(-1, 1, 1, 1)
     guidance = SCALE * (case.e(C) - case.e(U))
     close(found, case.e(U) - torch.where(late, case.e(NEGATIVE), 0.0) + guidance)
 

@@ -8,8 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
-
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.distillation.bridge import SDSBridge
 from indomain_guidance.guidance.distillation.clamps import clamp_image_gradient
@@ -24,6 +22,7 @@ from indomain_guidance.guidance.distillation.reconstruction import Reconstructio
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.schedules import GuidanceError
+from torch.nn import functional as F
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "sgf_update.npz"))
 CLAMPED = dict(np.load(Path(__file__).parent / "goldens" / "sgf_clamped.npz"))
@@ -98,11 +97,18 @@ def clamped_case(number: int, schedule, **changes) -> tuple[torch.Tensor, torch.
     size, _, t, kind, of_direction, of_noise, weight, scale, perceptual = CLAMPED["cases"][number].tolist()
     raw, frozen = (torch.from_numpy(CLAMPED[f"{name}{number}"]).float() for name in ("raw", "frozen"))
     assert raw.shape[-1] == size
-    objective = Objective(**{
-        "critic": golden_critic(schedule, scale), "method": SDS(normalize=bool(of_noise)),
-        "regularizers": regularizer(int(kind), bool(of_direction), weight), "latent_clamp": 1.0, "image_quantile": 0.95,
-        "mode": "sgf", "perceptual": Perceptual(golden_distance, perceptual) if perceptual else None, **changes,
-    })  # fmt: skip
+    objective = Objective(
+        **{
+            "critic": golden_critic(schedule, scale),
+            "method": SDS(normalize=bool(of_noise)),
+            "regularizers": regularizer(int(kind), bool(of_direction), weight),
+            "latent_clamp": 1.0,
+            "image_quantile": 0.95,
+            "mode": "sgf",
+            "perceptual": Perceptual(golden_distance, perceptual) if perceptual else None,
+            **changes,
+        }
+    )
     noise = torch.from_numpy(CLAMPED[f"noise{number}"]).split(1)
     draws = Draws(torch.tensor([int(t)]), dict(zip(["sds", *(one.name for one in objective.regularizers)], noise)))
     encode = ImageEncoder(golden_encode, JUDGED_PX)
@@ -180,6 +186,7 @@ def test_beyond_the_bound_only_what_leads_back_remains(schedule):
 
 def test_an_image_that_is_black_throughout_learns_again(gaussian, mean, schedule):
     """A critic that wants grey, and pixels far below black: the encoder's own clamp never lets them go."""
+
     def encode(images):
         return F.avg_pool2d(images.clamp(-1, 1), 4)
 
@@ -258,9 +265,13 @@ def test_a_weight_of_zero_switches_a_regularizer_off(schedule):
 
 def test_the_gradient_is_the_mean_over_the_batch(schedule):
     objective = Objective(
-        golden_critic(schedule, 7.5), SDS(normalize=True), [Directional(normalize=True), Reconstruction()],
-        latent_clamp=1.0, image_quantile=0.9, perceptual=Perceptual(FeatureDistance(golden_encode), 1e-3),
-    )  # fmt: skip
+        golden_critic(schedule, 7.5),
+        SDS(normalize=True),
+        [Directional(normalize=True), Reconstruction()],
+        latent_clamp=1.0,
+        image_quantile=0.9,
+        perceptual=Perceptual(FeatureDistance(golden_encode), 1e-3),
+    )
     images, frozen = golden("images")[:, 0], golden("frozen")[:, 0]
     t, noise = torch.tensor([20, 300, 450]), golden("noise3")[:1].repeat(3, 1, 1, 1) * torch.randn(3, 4, 1, 1)
     names = ("sds", "directional", "reconstruction")
@@ -278,9 +289,13 @@ def test_the_gradient_is_the_mean_over_the_batch(schedule):
 def test_gradients_reach_the_generator_and_the_report_says_what_happened(schedule):
     weights = torch.nn.Parameter(golden("images")[:2, 0].clone())
     objective = Objective(
-        golden_critic(schedule, 100.0), SDS(), [Reconstruction()], latent_clamp=1.0, image_quantile=0.95,
+        golden_critic(schedule, 100.0),
+        SDS(),
+        [Reconstruction()],
+        latent_clamp=1.0,
+        image_quantile=0.95,
         timesteps=Timesteps(100, 400),
-    )  # fmt: skip
+    )
     generator = torch.Generator().manual_seed(0)
     frozen = golden("frozen")[:2, 0]
     report = objective.backward(weights * 0.5, frozen, golden_encode, step=3, steps=10, generator=generator)
@@ -326,9 +341,13 @@ def test_the_encoders_graph_is_gone_before_the_perceptual_network_runs(schedule)
     for mode in ("shared", "sgf"):
         alive, seen = [], []
         objective = Objective(
-            golden_critic(schedule, 7.5), SDS(), [Reconstruction()], mode=mode, image_quantile=0.95,
+            golden_critic(schedule, 7.5),
+            SDS(),
+            [Reconstruction()],
+            mode=mode,
+            image_quantile=0.95,
             perceptual=Perceptual(distance),
-        )  # fmt: skip
+        )
         objective.image_gradient(
             golden("images")[0], golden("frozen")[0], lambda x: Keep.apply(golden_encode(x.half())), step=0, steps=1
         )

@@ -6,7 +6,6 @@ import sys
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.distillation.critic import Critic, Prediction
 from indomain_guidance.guidance.distillation.directional import Directional
 from indomain_guidance.guidance.distillation.method import Context
@@ -22,9 +21,17 @@ def context(schedule, gaussian, mean, seed: int = 0) -> Context:
     t = torch.tensor([3, 100, 500, 990])
     z_t, frozen_t = critic.noisy(z, noise, t), critic.noisy(frozen, noise, t)
     return Context(
-        critic, z, t, critic.alphas_cumprod(t, z), noise, z_t, critic.predict(z_t, t, ("e",)), frozen, frozen_t,
+        critic,
+        z,
+        t,
+        critic.alphas_cumprod(t, z),
+        noise,
+        z_t,
+        critic.predict(z_t, t, ("e",)),
+        frozen,
+        frozen_t,
         critic.predict(frozen_t, t, ("e",)),
-    )  # fmt: skip
+    )
 
 
 def test_reconstruction_equals_the_derivative_of_the_reconstruction_error(schedule, gaussian, mean):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
-
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.low_rank import LowRankAddition
@@ -13,6 +11,7 @@ from indomain_guidance.guidance.distillation.methods import make_method
 from indomain_guidance.guidance.distillation.objective import Objective
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.schedules import GuidanceError
+from torch import nn
 
 
 class Small(nn.Module):
@@ -30,8 +29,13 @@ class Small(nn.Module):
     def forward(self, x, timesteps, mu):
         abar = self.abar[timesteps.long()].reshape(-1, 1, 1, 1).to(x.dtype)
         variance = abar * self.spread**2 + 1 - abar
-        values = torch.cat([(1 - abar).sqrt() / variance * (x - abar.sqrt() * mu), ((1 - abar) * abar).sqrt() / variance
-                            * torch.ones_like(x[:, :1])], 1)
+        values = torch.cat(
+            [
+                (1 - abar).sqrt() / variance * (x - abar.sqrt() * mu),
+                ((1 - abar) * abar).sqrt() / variance * torch.ones_like(x[:, :1]),
+            ],
+            1,
+        )
         return self.attn1.to_q(values.to(x.dtype).movedim(1, -1)).movedim(-1, 1)
 
 
@@ -94,9 +98,7 @@ def test_the_second_critic_can_wait_until_the_generators_gradients_are_looked_at
     waits = Objective(critic, make_method("vsd", critic, learning_rate=0.01))
     before = waits.state_dict()["state"]
     leaf, generator = z.clone().requires_grad_(), torch.Generator().manual_seed(0)
-    report = waits.backward(
-        leaf * 1.0, None, lambda x: x * 1.0, step=0, steps=1, generator=generator, wait=True
-    )
+    report = waits.backward(leaf * 1.0, None, lambda x: x * 1.0, step=0, steps=1, generator=generator, wait=True)
     state = waits.state_dict()["state"]
     assert leaf.grad is not None and "vsd_critic" not in report.loss
     assert state.keys() == before.keys() and all(torch.equal(state[name], before[name]) for name in state)

@@ -11,8 +11,24 @@ import pytest
 
 STREAMS = Path(__file__).resolve().parents[2] / "benchmarks" / "pickle_streams.py"
 # What only running code does. Opening is part of reading, and watched apart.
-ACTS = ("exec", "compile", "import", "os.", "subprocess.", "socket.", "ctypes.", "marshal.", "pickle.", "shutil.",
-        "code.", "object.__setattr__", "sys._", "webbrowser.", "urllib.", "ftplib.")  # fmt: skip
+ACTS = (
+    "exec",
+    "compile",
+    "import",
+    "os.",
+    "subprocess.",
+    "socket.",
+    "ctypes.",
+    "marshal.",
+    "pickle.",
+    "shutil.",
+    "code.",
+    "object.__setattr__",
+    "sys._",
+    "webbrowser.",
+    "urllib.",
+    "ftplib.",
+)
 _HARMLESS = ("os.stat", "os.listdir", "os.scandir", "os.fspath")
 
 
@@ -36,7 +52,7 @@ class _Watch:
     def hook(self, event: str, arguments: tuple) -> None:
         if self.on and event.startswith(ACTS) and event not in _HARMLESS:
             self.seen.append((event, str(arguments)[:200]))
-        elif self.on and event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):
+        elif self.on and event == "open" and isinstance(arguments[1], str) and set(arguments[1]) & set("wax+"):  # noqa: SIM102
             if not str(arguments[0]).endswith("network.pkl"):  # the test's own
                 self.seen.append((event, str(arguments)[:200]))
 

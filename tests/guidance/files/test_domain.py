@@ -8,23 +8,28 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.files import (
     DomainMetadata,
     FileProblem,
     prior_content_hash,
     read_domain_file,
     read_metadata,
+    tensors,
     write_domain_file,
     write_safetensors,
 )
-from indomain_guidance.guidance.files import tensors
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.guidance.null_text import NullContext, Probes, build_cached, build_constant
 
 SMALL = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=768, num_heads=8,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=768,
+    num_heads=8,
 )
 CONTEXT = NullContext(torch.ones(1, 3, 768), {"layer": "-1"})
 
@@ -36,9 +41,20 @@ def prior(randomise):
 
 def described(config, **changes):
     values = dict(
-        latent_format="mini_world", prediction_type="v_prediction", zero_snr=True, null_text_error={"a.b": 0.125},
-        null_context=CONTEXT.to_dict(), prior_hash="ab" * 32, domain_name="porcelain", dataset_size=8000,
-        dataset_hash="cd" * 32, steps=5000, ema=0.999, resolution=64, licence="Apache-2.0", extra={"note": "x"},
+        latent_format="mini_world",
+        prediction_type="v_prediction",
+        zero_snr=True,
+        null_text_error={"a.b": 0.125},
+        null_context=CONTEXT.to_dict(),
+        prior_hash="ab" * 32,
+        domain_name="porcelain",
+        dataset_size=8000,
+        dataset_hash="cd" * 32,
+        steps=5000,
+        ema=0.999,
+        resolution=64,
+        licence="Apache-2.0",
+        extra={"note": "x"},
     )
     return DomainMetadata(config, **values | changes)
 
@@ -100,8 +116,16 @@ def test_full_unets_without_metadata(prefix, suffix, prior, tmp_path):
     ],
 )
 def test_published_families_name_their_latent_space(config, latent_format, tmp_path):
-    config = replace(SMALL, model_channels=320, channel_mult=(1,), num_res_blocks=(1,), transformer_depth=(1,),
-                     transformer_depth_output=(1, 1), transformer_depth_middle=-1, **config)
+    config = replace(
+        SMALL,
+        model_channels=320,
+        channel_mult=(1,),
+        num_res_blocks=(1,),
+        transformer_depth=(1,),
+        transformer_depth_output=(1, 1),
+        transformer_depth_middle=-1,
+        **config,
+    )
     path = write_safetensors(tmp_path / "a.safetensors", UNet(config).half().state_dict())
     _, found = read_domain_file(path, latent_format=latent_format)
     assert (found.config, found.latent_format, found.prediction_type) == (config, latent_format, None)
@@ -129,7 +153,11 @@ def test_refusals_when_reading(prior, tmp_path):
         (prior, {**metadata, "zero_snr": "perhaps"}, "the metadata field zero_snr cannot be read"),
         (prior, {**metadata, "null_text_error": '{"a": null}'}, "the metadata field null_text_error cannot be read"),
         (prior, {**metadata, "null_text_error": '{"a": NaN}'}, "null_text_error cannot be read .NaN"),
-        (prior, {**metadata, "null_text_error": '{"a": 1e999}'}, "null_text_error cannot be read .a number that no float"),
+        (
+            prior,
+            {**metadata, "null_text_error": '{"a": 1e999}'},
+            "null_text_error cannot be read .a number that no float",
+        ),
         (prior, {**metadata, "null_text_error": '{"a": [1]}'}, "null_text_error cannot be read"),
         (prior, {**metadata, "null_text_error": '["a"]'}, "null_text_error cannot be read"),
         (prior, {**metadata, "null_context": '[["a", 1]]'}, "null_context cannot be read .expected texts"),
@@ -148,15 +176,24 @@ def test_refusals_when_reading(prior, tmp_path):
         (prior, {**metadata, "prediction_type": "flow"}, "expected a prediction type out of"),
         (prior, described(cached_config).to_strings(), "says text-free form 'cached', its weights are of form 'none'"),
         (
-            cached, described(replace(cached_config, null_tokens=5)).to_strings(),
+            cached,
+            described(replace(cached_config, null_tokens=5)).to_strings(),
             r"null_k of shape \[5, 32\], found \[3, 32\]",
         ),
         (prior, {**metadata, "config": hostile(model_channels=33)}, "cannot be built"),
         (prior, {**metadata, "config": hostile(model_channels=0)}, "model_channels must be positive"),
         (prior, {**metadata, "config": hostile(transformer_depth_middle=10**12)}, "cannot be built"),
         (
-            prior, {**metadata, "config": hostile(channel_mult=[1] * 9999, num_res_blocks=[0] * 9999,
-                                                  transformer_depth=[], transformer_depth_output=[0] * 9999)},
+            prior,
+            {
+                **metadata,
+                "config": hostile(
+                    channel_mult=[1] * 9999,
+                    num_res_blocks=[0] * 9999,
+                    transformer_depth=[],
+                    transformer_depth_output=[0] * 9999,
+                ),
+            },
             "cannot be built .it has 10000 blocks, in a file of ",
         ),
         ({**prior, "scaled_fp8": torch.zeros(2)}, {}, "UNet alone, scaled fp8; use the same model in fp16"),
@@ -192,7 +229,8 @@ def test_what_does_not_fit_is_refused_before_its_tensors_are_made(prior, tmp_pat
     many = {f"input_blocks.{number}.x": torch.empty(0) for number in range(1500)}
     deep = json.dumps(SMALL.to_dict() | {"transformer_depth_middle": 1400})
     for change, message in (
-        ({}, "found 0 missing and 1500 unknown"), ({"config": deep}, "it has 1410 blocks, in a file of 1"),
+        ({}, "found 0 missing and 1500 unknown"),
+        ({"config": deep}, "it has 1410 blocks, in a file of 1"),
         ({"format": "other"}, "expected at most 1000 tensors, as models have"),
     ):
         write_safetensors(path, {**prior, **many}, {**metadata, **change})

@@ -66,10 +66,16 @@ def test_rosinalitys_weights_give_rosinalitys_images(golden, tmp_path, relative_
     forms = {
         "nada.pt": {"g_ema": weights, "latent_avg": expected["latent_avg"]},
         "nada_row.pt": {"g_ema": weights, "latent_avg": expected["latent_avg"][None]},
-        "trained.pt": {"g": {**weights, "conv1.activate.bias": torch.zeros(5)}, "d": {}, "g_ema": weights,
-                       "g_optim": optimizer, "args": options, "ada_aug_p": 0.25},
+        "trained.pt": {
+            "g": {**weights, "conv1.activate.bias": torch.zeros(5)},
+            "d": {},
+            "g_ema": weights,
+            "g_optim": optimizer,
+            "args": options,
+            "ada_aug_p": 0.25,
+        },
         "alone.pt": weights,
-    }  # fmt: skip
+    }
     for name, content in forms.items():
         for new in (True, False):
             path = tmp_path / name
@@ -126,8 +132,19 @@ def test_every_name_of_rosinality_has_its_place(golden):
     assert torch.equal(made["mapping.fc2.bias"], weights["style.3.bias"])
 
 
-@pytest.mark.parametrize("key", ["noises.3", "noises.noise_03", "noises.noise_3.weight", "convs.noise_3.noise.weight",
-                                 "convs.03.noise.weight", "to_rgbs.00.bias", "style.noise_1.bias", "style.0.bias"])  # fmt: skip
+@pytest.mark.parametrize(
+    "key",
+    [
+        "noises.3",
+        "noises.noise_03",
+        "noises.noise_3.weight",
+        "convs.noise_3.noise.weight",
+        "convs.03.noise.weight",
+        "to_rgbs.00.bias",
+        "style.noise_1.bias",
+        "style.0.bias",
+    ],
+)
 def test_every_place_has_one_name(golden, key, monkeypatch):
     weights, _ = golden
     with pytest.raises(ValueError, match="has no place"):
@@ -202,7 +219,7 @@ def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path, monkey
     assert "1000000000 numbers in a storage of 1" in with_(**{"conv1.activate.bias": torch.ones(1).expand(10**9)})
     row = weights["conv1.activate.bias"]
     many = {f"convs.{n}.activate.bias": row.new_ones(50_000) for n in range(2)} | {"style.9.bias": row.new_ones(50_000)}
-    shared = {key: many["style.9.bias"] for key in many} | {"style.8.bias": many["style.9.bias"].clone()[:1]}
+    shared = dict.fromkeys(many, many["style.9.bias"]) | {"style.8.bias": many["style.9.bias"].clone()[:1]}
     assert "claim" in with_(**shared)
     torch.save({"g_ema": weights, "latent_avg": torch.ones(2, 3, 6)}, path)
     assert "latent_avg has the shape [2, 3, 6]" in problem(path)
@@ -257,11 +274,13 @@ def test_checkpoints_cannot_ask_torch_for_memory(golden, tmp_path):
         assert re.search(reason, problem(path))
     network = torch.nn.Linear(3, 3)
     content = {
-        "g_ema": golden[0], "g": network.state_dict(), "ada_aug_p": torch.tensor(0.5),
+        "g_ema": golden[0],
+        "g": network.state_dict(),
+        "ada_aug_p": torch.tensor(0.5),
         "args": argparse.Namespace(size=16, betas=[0.0, 0.99], path=None),
         "g_optim": torch.optim.Adam(network.parameters()).state_dict(),
         "more": (network.weight, torch.device("cpu"), torch.float16, network.weight[:, :1].half()),
-    }  # fmt: skip
+    }
     for new in (True, False):
         torch.save(content, path, _use_new_zipfile_serialization=new)
         assert read_generator(path).generator.config.resolution == 16
@@ -286,15 +305,27 @@ def test_checkpoints_that_grow_or_break_are_refused(golden, tmp_path):
 # ------------------------------------------------------------------------------------------------------- safetensors
 
 
-@pytest.mark.parametrize("more", [{}, {"architecture": "resnet", "c_dim": 2, "conv_clamp": 256.0},
-                                  {"use_noise": False, "mapping_lr_multiplier": 0.5}], ids=str)  # fmt: skip
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"architecture": "resnet", "c_dim": 2, "conv_clamp": 256.0},
+        {"use_noise": False, "mapping_lr_multiplier": 0.5},
+    ],
+    ids=str,
+)
 def test_round_trip_with_everything_the_file_knows(streams, tmp_path, more):
     generator = streams.filled(replace(CONFIG, **more))
     metadata = GeneratorMetadata(
-        name="faces", licence="CC0-1.0", class_name="Generator", source_format="NVIDIA pickle", source_sha256="ab" * 32,
-        source_code_sha256="cd" * 32, history=({"prompt": "a red d\u00eegit", "steps": 300, "parent": "caf\udce9"},),
+        name="faces",
+        licence="CC0-1.0",
+        class_name="Generator",
+        source_format="NVIDIA pickle",
+        source_sha256="ab" * 32,
+        source_code_sha256="cd" * 32,
+        history=({"prompt": "a red d\u00eegit", "steps": 300, "parent": "caf\udce9"},),
         extra={"note": "mine"},
-    )  # fmt: skip
+    )
     loaded = read_generator(write_generator(tmp_path / "g.safetensors", generator, metadata))
     assert same(loaded.generator, generator) and loaded.generator.config == generator.config
     assert loaded.metadata == metadata and loaded.notes == ()

@@ -6,14 +6,19 @@ import re
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.files import FileProblem, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
 from indomain_guidance.guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 
 SMALL = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=48, num_heads=4,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=48,
+    num_heads=4,
 )
 VAE = {"encoder.conv_in.weight": torch.zeros(1), "decoder.conv_in.weight": torch.ones(1)}
 
@@ -49,10 +54,12 @@ def equal(one, other):
 def test_splits_sd15():
     own, vae, text = unet(), VAE, clip()
     checkpoint = {
-        **under("model.diffusion_model.", own), **under("first_stage_model.", vae),
+        **under("model.diffusion_model.", own),
+        **under("first_stage_model.", vae),
         **under("cond_stage_model.transformer.", text),
         "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None],
-        "model_ema.decay": torch.zeros(()), "alphas_cumprod": torch.ones(5),
+        "model_ema.decay": torch.zeros(()),
+        "alphas_cumprod": torch.ones(5),
     }
     parts = split_checkpoint(checkpoint)
     assert equal(parts.unet, own) and equal(parts.autoencoder, vae)
@@ -74,8 +81,10 @@ def test_splits_sd2(prefix):
 def test_splits_sdxl():
     text, tower = clip(), openclip(1280)
     checkpoint = {
-        **under("model.diffusion_model.", unet()), **under("conditioner.embedders.0.transformer.", text),
-        **under("conditioner.embedders.1.model.", tower), "v_pred": torch.zeros(0),
+        **under("model.diffusion_model.", unet()),
+        **under("conditioner.embedders.0.transformer.", text),
+        **under("conditioner.embedders.1.model.", tower),
+        "v_pred": torch.zeros(0),
     }
     parts = split_checkpoint(checkpoint)
     assert parts.text_encoders.keys() == {"clip_l", "clip_g"} and equal(parts.text_encoders["clip_l"], text)

@@ -1,4 +1,4 @@
-"""Generators inside other tools' files: wherever they lie, the same weights come out, or the file says what it holds."""
+"""Generators inside other tools' files: wherever they lie, the same weights come out or the file says what it holds."""
 
 from __future__ import annotations
 
@@ -64,11 +64,17 @@ def test_the_same_weights_come_out_of_every_wrapping(weights, mean, tmp_path):
         "model": {"model": {"g_ema": under("module.", weights)}, "latent_avg": mean, "args": options},
         "encoder": {"state_dict": {**other, **under("decoder.", weights)}, "latent_avg": rows, "opts": {"size": 16}},
         "own mean": {"state_dict": {**other, **under("decoder.", weights), "latent_avg": rows}},
-        "DualStyleGAN": {"g_ema": {**under("generator.", weights), "style.1.weight": torch.ones(6, 6),
-                                   "res.0.conv.0.weight": torch.ones(3)}, "latent_avg": mean},
+        "DualStyleGAN": {
+            "g_ema": {
+                **under("generator.", weights),
+                "style.1.weight": torch.ones(6, 6),
+                "res.0.conv.0.weight": torch.ones(3),
+            },
+            "latent_avg": mean,
+        },
         "two averages of one": {"g": rough, "g_ema": weights, "latent_avg": mean, "d": {"conv.weight": torch.ones(1)}},
         "flat": {**under("generator_ema.", weights), **under("generator.", rough), "latent_avg": mean},
-    }  # fmt: skip
+    }
     for name, content in forms.items():
         torch.save(content, path)
         loaded = read_generator(path)
@@ -84,8 +90,11 @@ def test_the_same_weights_come_out_of_every_wrapping(weights, mean, tmp_path):
 
 def test_nvidias_names_in_torchs_files(tmp_path):
     wanted, rough, path = random_generator(CONFIG, 1), random_generator(CONFIG, 2), tmp_path / "a.pt"
-    for content in (wanted.state_dict(), {"G_ema": wanted.state_dict(), "G": rough.state_dict(), "D": None},
-                    {"state_dict": under("module.", wanted.state_dict())}):  # fmt: skip
+    for content in (
+        wanted.state_dict(),
+        {"G_ema": wanted.state_dict(), "G": rough.state_dict(), "D": None},
+        {"state_dict": under("module.", wanted.state_dict())},
+    ):
         torch.save(content, path)
         loaded = read_generator(path)
         assert same(loaded.generator, wanted) and loaded.metadata.source_format == "NVIDIA checkpoint"
@@ -110,26 +119,38 @@ def test_what_is_inside_instead_is_said(weights, tmp_path):
     path = tmp_path / "a.pt"
     ones = torch.ones(2)
     for names, found in (
-        (["generator.module.from_rgb.weight", "generator.module.decode.0.conv1.weight", "mapping_network.module.a"],
-         "found a StarGAN v2"),
+        (
+            ["generator.module.from_rgb.weight", "generator.module.decode.0.conv1.weight", "mapping_network.module.a"],
+            "found a StarGAN v2",
+        ),
         (["g_ema.synthesis.input.freqs", "g_ema.synthesis.L0_36_512.weight"], "found a StyleGAN3 generator"),
         (["G_ema.backbone.synthesis.b4.const", "G_ema.superresolution.block0.conv0.weight"], "found an EG3D generator"),
         (["generator.progression.0.conv1.conv.weight_orig"], "rosinality's first repositories"),
         (["stylegan_decoder.style_convs.0.modulated_conv.weight", "conv_body_first.weight"], "found GFPGAN"),
-        (["stylegan_decoder.style_conv1.modulated_conv.modulation.weight", "stylegan_decoder.style_conv1.bias"],
-         "found GFPGAN, whose generator is rewritten"),
+        (
+            ["stylegan_decoder.style_conv1.modulated_conv.modulation.weight", "stylegan_decoder.style_conv1.bias"],
+            "found GFPGAN, whose generator is rewritten",
+        ),
         (["state_dict.generator_ema.style_mapping.1.weight"], "MMGeneration"),
         (["GAN.G.initial_block", "GAN.G.blocks.0.to_style1.weight"], "lucidrains"),
         (["conv1.conv.modulation.bias.x", "iwt.ll", "to_rgb1.iwt.ll"], "found a SWAGAN"),
         (["d.b16.conv0.weight", "d.b4.fc.weight"], "found a file with tensors such as d.b16"),
         (["b16.conv0.weight", "b4.fc.weight"], "found part of a GAN that is no generator"),
-        (["model.diffusion_model.input_blocks.0.0.weight", "model.diffusion_model.output_blocks.0.0.x",
-          "first_stage_model.x"], "found a Stable Diffusion checkpoint; choose a generator's file"),
+        (
+            [
+                "model.diffusion_model.input_blocks.0.0.weight",
+                "model.diffusion_model.output_blocks.0.0.x",
+                "first_stage_model.x",
+            ],
+            "found a Stable Diffusion checkpoint; choose a generator's file",
+        ),
         (["lora_unet_down.lora_up.weight"], "found a LoRA"),
-    ):  # fmt: skip
+    ):
         content: dict = {}
         for name in names:
-            level, *rest = name.split(".", 1) if name.split(".")[0] in ("state_dict", "g_ema", "G_ema") else (None, name)
+            level, *rest = (
+                name.split(".", 1) if name.split(".")[0] in ("state_dict", "g_ema", "G_ema") else (None, name)
+            )
             (content if level is None else content.setdefault(level, {}))[rest[0]] = ones
         assert found in refusal(path, content), names
         safetensors.torch.save_file({name: ones.clone() for name in names}, tmp_path / "a.safetensors")
@@ -163,7 +184,7 @@ def test_whole_modules_are_called_so(tmp_path, monkeypatch):
 
 
 def test_basicsr_files_give_basicsrs_images(tmp_path, relative_error, monkeypatch):
-    """Against the network that GFPGAN brings along in spandrel, which ComfyUI ships, without its compiled activation."""
+    """Against the network that GFPGAN brings in spandrel, which ComfyUI ships, without its compiled activation."""
     original = pytest.importorskip("spandrel.architectures.GFPGAN.__arch.stylegan2_arch")
 
     def activated(x, bias, negative_slope=0.2, scale=2**0.5):
@@ -172,7 +193,9 @@ def test_basicsr_files_give_basicsrs_images(tmp_path, relative_error, monkeypatc
     for module in (original, importlib.import_module("spandrel.architectures.GFPGAN.__arch.fused_act")):
         monkeypatch.setattr(module, "fused_leaky_relu", activated)
     torch.manual_seed(3)
-    network = original.StyleGAN2Generator(out_size=16, num_style_feat=8, num_mlp=2, channel_multiplier=1, narrow=1 / 64).eval()
+    network = original.StyleGAN2Generator(
+        out_size=16, num_style_feat=8, num_mlp=2, channel_multiplier=1, narrow=1 / 64
+    ).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))

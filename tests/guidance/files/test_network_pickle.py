@@ -69,11 +69,15 @@ def test_pickles_of_the_original_writer_give_the_originals_images(name, relative
 @pytest.mark.parametrize(
     "more",
     [
-        {}, {"architecture": "resnet"}, {"architecture": "orig", "img_channels": 1}, {"c_dim": 3},
-        {"conv_clamp": 256.0, "mapping_lr_multiplier": 0.1}, {"use_noise": False, "resample_filter": (1.0, 2.0, 1.0)},
+        {},
+        {"architecture": "resnet"},
+        {"architecture": "orig", "img_channels": 1},
+        {"c_dim": 3},
+        {"conv_clamp": 256.0, "mapping_lr_multiplier": 0.1},
+        {"use_noise": False, "resample_filter": (1.0, 2.0, 1.0)},
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_every_architecture_in_every_protocol(streams, read, protocol, more):
     generator = streams.filled(GeneratorConfig(**SMALL | more), seed=protocol)
     loaded = read(streams.dump(streams.snapshot(generator), protocol))
@@ -87,9 +91,11 @@ def test_strides_and_number_formats_of_weights(streams, read):
     wide = torch.zeros(4, 9, 3, 3)
     wide[:, 2:6] = weight
     forms = {
-        "channels last": weight.contiguous(memory_format=torch.channels_last), "a slice": wide[:, 2:6],
-        "turned": weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0), "double": weight.double(),
-    }  # fmt: skip
+        "channels last": weight.contiguous(memory_format=torch.channels_last),
+        "a slice": wide[:, 2:6],
+        "turned": weight.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+        "double": weight.double(),
+    }
     for name, form in forms.items():
         changed = {key: streams.tensor(form, parameter=True)}
         assert torch.equal(form.float(), weight), name
@@ -156,9 +162,17 @@ def test_nothing_of_an_attack_stays_for_the_next_file(attacks, streams, read):
 
 
 HUNGRY = (
-    "count of numbers too large", "size of terabytes", "stride that repeats", "bytes of exabytes", "memo of 2 ** 31",
-    "decoded again and again", "doubling list", "one storage for all", "text beyond the end", "open marks",
-)  # fmt: skip
+    "count of numbers too large",
+    "size of terabytes",
+    "stride that repeats",
+    "bytes of exabytes",
+    "memo of 2 ** 31",
+    "decoded again and again",
+    "doubling list",
+    "one storage for all",
+    "text beyond the end",
+    "open marks",
+)
 
 
 @pytest.mark.parametrize("name", HUNGRY)
@@ -199,9 +213,12 @@ def test_damaged_streams_are_read_or_refused_and_run_nothing(streams, read, watc
 
 def test_files_that_are_no_pickles(tmp_path, read):
     for content, found in {
-        b"": "found an empty one", b"<!doctype html>": "a web page", b"version https://git-lfs": "a Git LFS pointer",
-        b"(dp0\nS'a'\n": "a pickle of protocol 0 or 1", b"hello, here is text": "found text",
-    }.items():  # fmt: skip
+        b"": "found an empty one",
+        b"<!doctype html>": "a web page",
+        b"version https://git-lfs": "a Git LFS pointer",
+        b"(dp0\nS'a'\n": "a pickle of protocol 0 or 1",
+        b"hello, here is text": "found text",
+    }.items():
         with pytest.raises(FileProblem, match=found):
             read(content)
     with pytest.raises(FileProblem, match="found nothing at this path"):
@@ -210,7 +227,7 @@ def test_files_that_are_no_pickles(tmp_path, read):
         read_generator(GOLDEN / "stylegan2_ada.pkl", limit_bytes=100)
 
 
-# ------------------------------------------------------------------------------------------------- the machine by itself
+# ------------------------------------------------------------------------------------------------ the machine by itself
 
 
 def plain(data: bytes):
@@ -221,10 +238,37 @@ def plain(data: bytes):
 def test_plain_data_is_read_as_pickle_reads_it(protocol):
     shared = ["a", 1]
     values = [
-        None, True, False, 0, 255, 256, 65535, 65536, -1, 2**31 - 1, -(2**31), 2**63, -(2**200), 1.5, float("inf"), "",
-        "\u00e9\u4e2d\U0001f600", "long " * 100, (), (1,), (1, 2), (1, 2, 3), (1, 2, 3, 4), [], [1], list(range(2000)),
-        {}, {"a": {"b": [1, (2,)]}, 3: None}, {str(n): n for n in range(1500)}, [shared, shared, (shared,)],
-    ]  # fmt: skip
+        None,
+        True,
+        False,
+        0,
+        255,
+        256,
+        65535,
+        65536,
+        -1,
+        2**31 - 1,
+        -(2**31),
+        2**63,
+        -(2**200),
+        1.5,
+        float("inf"),
+        "",
+        "\u00e9\u4e2d\U0001f600",
+        "long " * 100,
+        (),
+        (1,),
+        (1, 2),
+        (1, 2, 3),
+        (1, 2, 3, 4),
+        [],
+        [1],
+        list(range(2000)),
+        {},
+        {"a": {"b": [1, (2,)]}, 3: None},
+        {str(n): n for n in range(1500)},
+        [shared, shared, (shared,)],
+    ]
     for value in values:
         assert plain(pickle.dumps(value, protocol)) == value
     data = plain(pickle.dumps([b"", b"x" * 300, b"\x00\xff"], protocol))

@@ -9,7 +9,6 @@ import struct
 import pytest
 import safetensors.torch
 import torch
-
 from indomain_guidance.guidance.files import (
     FileProblem,
     ModelFile,
@@ -108,8 +107,12 @@ def test_each_fault_has_its_sentence(tmp_path):
         header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
         header({"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}): "not described by dtype, shape",
-        header({"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}): "65 dimensions, more than torch takes",
-        header({"a": {"dtype": "F32", "shape": [2**31, 2**31, 4], "data_offsets": [0, 8]}}): "more numbers than its bytes",
+        header(
+            {"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}
+        ): "65 dimensions, more than torch takes",
+        header(
+            {"a": {"dtype": "F32", "shape": [2**31, 2**31, 4], "data_offsets": [0, 8]}}
+        ): "more numbers than its bytes",
         header({"a": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}}): "more numbers than its bytes",
         header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}): "more numbers than its bytes",
         header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
@@ -190,7 +193,9 @@ def test_finiteness(dtype, bad):
     tensors["broken"] = tensors["broken"].to(dtype)
     if dtype == torch.float8_e4m3fn and not bool(tensors["broken"].float().isnan().any()):
         pytest.skip("this type has no infinity")
-    with pytest.raises(FileProblem, match="model.safetensors: expected finite weights.* in 1 of the 6 numbers of broken"):
+    with pytest.raises(
+        FileProblem, match="model.safetensors: expected finite weights.* in 1 of the 6 numbers of broken"
+    ):
         check_finite(tensors, "model.safetensors")
     tensors["broken"] = torch.ones(2, 3).to(dtype)
     check_finite(tensors, "model.safetensors")

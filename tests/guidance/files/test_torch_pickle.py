@@ -39,14 +39,30 @@ def trained():
     optimizer.step()
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 7])
     return {
-        "epoch": 3, "global_step": 470_000, "pytorch-lightning_version": "1.4.2", "state_dict": net.state_dict(),
-        "callbacks": {"ModelCheckpoint{'monitor': None}": {
-            "best_model_score": torch.tensor(0.25), "best_model_path": "", "dirpath": "a/b", "best_k_models": {}}},
-        "optimizer_states": [optimizer.state_dict()], "lr_schedulers": [schedule.state_dict()],
-        "hparams_name": "kwargs", "hyper_parameters": {"size": torch.Size([1, 4]), "device": torch.device("cuda", 1),
-                                                       "dtype": torch.float16, "names": {"a", "b"}, "raw": b"\xff\0"},
+        "epoch": 3,
+        "global_step": 470_000,
+        "pytorch-lightning_version": "1.4.2",
+        "state_dict": net.state_dict(),
+        "callbacks": {
+            "ModelCheckpoint{'monitor': None}": {
+                "best_model_score": torch.tensor(0.25),
+                "best_model_path": "",
+                "dirpath": "a/b",
+                "best_k_models": {},
+            }
+        },
+        "optimizer_states": [optimizer.state_dict()],
+        "lr_schedulers": [schedule.state_dict()],
+        "hparams_name": "kwargs",
+        "hyper_parameters": {
+            "size": torch.Size([1, 4]),
+            "device": torch.device("cuda", 1),
+            "dtype": torch.float16,
+            "names": {"a", "b"},
+            "raw": b"\xff\0",
+        },
         "loops": {"fit_loop": {"state_dict": {}, "total": {"ready": 3, "done": None, "last": False}}},
-    }  # fmt: skip
+    }
 
 
 def tensors():
@@ -54,12 +70,20 @@ def tensors():
     tagged, parameter = torch.ones(3), torch.nn.Parameter(torch.rand(4, requires_grad=True))
     tagged.note, parameter.sharded = "mine", True
     made = {
-        "whole": base, "rows": base[1:4], "turned": base.t(), "every": base[:, ::2], "again": base,
-        "last": torch.rand(2, 4, 3, 3).to(memory_format=torch.channels_last), "number": torch.tensor(2.5),
-        "none": torch.zeros(0, 5), "trained": torch.nn.Parameter(torch.rand(2, 3)), "tagged": tagged,
-        "parameter": parameter, "frozen": torch.nn.Parameter(torch.rand(2), requires_grad=False),
+        "whole": base,
+        "rows": base[1:4],
+        "turned": base.t(),
+        "every": base[:, ::2],
+        "again": base,
+        "last": torch.rand(2, 4, 3, 3).to(memory_format=torch.channels_last),
+        "number": torch.tensor(2.5),
+        "none": torch.zeros(0, 5),
+        "trained": torch.nn.Parameter(torch.rand(2, 3)),
+        "tagged": tagged,
+        "parameter": parameter,
+        "frozen": torch.nn.Parameter(torch.rand(2), requires_grad=False),
         "flags": torch.tensor([True, False]),
-    }  # fmt: skip
+    }
     for name in ("float64", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "complex64"):
         made[name] = torch.arange(5).to(getattr(torch, name))
     return made
@@ -74,8 +98,10 @@ def same(read, wanted):
     assert read.keys() == wanted.keys()
     for key, value in wanted.items():
         assert read[key].dtype == value.dtype and read[key].stride() == value.stride(), key
-        left, right = (one.detach().contiguous().view(torch.uint8) if value.numel() and value.ndim else one.detach()
-                       for one in (read[key], value))  # fmt: skip
+        left, right = (
+            one.detach().contiguous().view(torch.uint8) if value.numel() and value.ndim else one.detach()
+            for one in (read[key], value)
+        )
         assert torch.equal(left, right) and not read[key].requires_grad, key
 
 
@@ -115,8 +141,15 @@ def storage(numel: int, key="0", kind=b"ctorch\nFloatStorage\n") -> bytes:
 
 
 def tensor(numel: int, shape: int, stride=1, offset=0) -> bytes:
-    return (b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage(numel) + number(offset) + number(shape) + b"\x85"
-            + number(stride) + b"\x85\x89ccollections\nOrderedDict\n)RtR")  # fmt: skip
+    return (
+        b"ctorch._utils\n_rebuild_tensor_v2\n("
+        + storage(numel)
+        + number(offset)
+        + number(shape)
+        + b"\x85"
+        + number(stride)
+        + b"\x85\x89ccollections\nOrderedDict\n)RtR"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ what is read
@@ -195,7 +228,7 @@ def test_large_checkpoints_stay_far_from_the_bounds(tmp_path, new):
     content = {f"model.diffusion_model.input_blocks.{n}.weight": torch.zeros(1) for n in range(5_000)}
     torch.save({"state_dict": content}, path, _use_new_zipfile_serialization=new)
     module.check_torch_pickle(path)
-    assert 10 * 38 * 5_000 < module.MAX_STEPS
+    assert module.MAX_STEPS > 10 * 38 * 5_000
 
 
 @BOTH
@@ -203,10 +236,16 @@ def test_tensors_that_repeat_numbers_and_ones_without(tmp_path, new):
     path, base = tmp_path / "a.pt", torch.arange(30.0).reshape(5, 6)
     long = torch.zeros(2**20 + 30, dtype=torch.int8)
     content = {
-        "one": torch.zeros(1).expand(1000), "rows": torch.arange(3.0)[:, None].expand(3, 50), "base": base,
-        "windows": torch.arange(20.0).unfold(0, 5, 1), "none": base[5:], "beyond": base.flatten()[::7][5:],
-        "last": long[-9:][9:], "tall": long[:, None][:, :0], "wide": base[:, 6:].expand(5, 0),
-    }  # fmt: skip
+        "one": torch.zeros(1).expand(1000),
+        "rows": torch.arange(3.0)[:, None].expand(3, 50),
+        "base": base,
+        "windows": torch.arange(20.0).unfold(0, 5, 1),
+        "none": base[5:],
+        "beyond": base.flatten()[::7][5:],
+        "last": long[-9:][9:],
+        "tall": long[:, None][:, :0],
+        "wide": base[:, 6:].expand(5, 0),
+    }
     assert content["beyond"].storage_offset() > base.numel()
     torch.save(content, path, _use_new_zipfile_serialization=new)
     same(read_state_dict(path), expected(path))
@@ -228,11 +267,19 @@ def test_keys_that_are_neither_texts_nor_whole_numbers(tmp_path, new):
     assert read["more"] == expected(path)["more"] == content["more"] and read["some"] == content["some"]
     torch.save({"\udc80": torch.ones(1)}, path, _use_new_zipfile_serialization=new)
     assert read_state_dict(path).keys() == {"\udc80"} and read_keys(path) == ["\udc80"]
-    for key, kind in ((float("nan"), "float"), (tuple(range(9)), "tuple"), ((1, (2,)), "tuple"), (b"a", "memoryview"),
-                      ((1, float("nan")), "float"), ((2**57,), "int")):  # fmt: skip
+    for key, kind in (
+        (float("nan"), "float"),
+        (tuple(range(9)), "tuple"),
+        ((1, (2,)), "tuple"),
+        (b"a", "memoryview"),
+        ((1, float("nan")), "float"),
+        ((2**57,), "int"),
+    ):
         torch.save({"a": torch.ones(2), "more": {key: 1}}, path, _use_new_zipfile_serialization=new)
         assert re.search(f"a key that is an? {kind}", refused(path))
-    torch.save({"a": torch.ones(2), "more": {(n, -1): 1 for n in range(1001)}}, path, _use_new_zipfile_serialization=new)
+    torch.save(
+        {"a": torch.ones(2), "more": {(n, -1): 1 for n in range(1001)}}, path, _use_new_zipfile_serialization=new
+    )
     assert "more than 10000 numbers as keys" in refused(path)
 
 
@@ -312,49 +359,91 @@ ATTACKS = {
     "tensor with a far offset": (tensor(4, 2, offset=2**40), "out of bounds"),
     "tensor that repeats": (tensor(4, 10**12, stride=0), "numbers in a storage of 4"),
     "tensor with a negative stride": (tensor(4, 2, stride=-1), "negative"),
-    "one tensor again and again": (b"(" + tensor(4, 4).replace(b"tR", b"tq\1R")
-                                   + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R" + b"h\2h\1R" * 500 + b"t",
-                                   "claim more than 4 times"),
-    "tensors without numbers": (b"(" + tensor(4, 0).replace(b"tR", b"tq\1R")
-                                + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R" + b"h\2h\1R" * 500 + b"t",
-                                "claim more than 4 times"),
-    "empty of exabytes": (tensor(4, 0).replace(number(0) + b"\x85", number(0) + number(2**60) + b"\x86")
-                          .replace(number(1) + b"\x85", number(1) + number(1) + b"\x86"), "impossible sizes"),
-    "attributes copied again": (_FULL + b"(" + (_DICT + b"h\0b") * 3 + b"t\x86",
-                                "a dict that is copied more than once"),
-    "counts copied again": (_FULL.replace(b"N", b"K\1") + b"(" + b"ccollections\nCounter\nh\0\x85R" * 2 + b"t\x86",
-                            "a dict that is copied more than once"),
+    "one tensor again and again": (
+        b"("
+        + tensor(4, 4).replace(b"tR", b"tq\1R")
+        + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R"
+        + b"h\2h\1R" * 500
+        + b"t",
+        "claim more than 4 times",
+    ),
+    "tensors without numbers": (
+        b"("
+        + tensor(4, 0).replace(b"tR", b"tq\1R")
+        + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R"
+        + b"h\2h\1R" * 500
+        + b"t",
+        "claim more than 4 times",
+    ),
+    "empty of exabytes": (
+        tensor(4, 0)
+        .replace(number(0) + b"\x85", number(0) + number(2**60) + b"\x86")
+        .replace(number(1) + b"\x85", number(1) + number(1) + b"\x86"),
+        "impossible sizes",
+    ),
+    "attributes copied again": (
+        _FULL + b"(" + (_DICT + b"h\0b") * 3 + b"t\x86",
+        "a dict that is copied more than once",
+    ),
+    "counts copied again": (
+        _FULL.replace(b"N", b"K\1") + b"(" + b"ccollections\nCounter\nh\0\x85R" * 2 + b"t\x86",
+        "a dict that is copied more than once",
+    ),
     "counts of a text": (b"ccollections\nCounter\n" + text("abc") + b"\x85R", "other arguments than counts"),
     "set copied again": (_LIST + b"(" + b"cbuiltins\nset\nh\0\x85R" * 2 + b"t\x86", "a list that is copied more"),
     "set of a text": (b"cbuiltins\nset\n" + text("abc") + b"\x85R", "other arguments than a list"),
-    "set that collides": (b"cbuiltins\nset\n](" + number(2**61 - 1) + number(2**62 - 2) + b"e\x85R",
-                          "a key that is an int"),
+    "set that collides": (
+        b"cbuiltins\nset\n](" + number(2**61 - 1) + number(2**62 - 2) + b"e\x85R",
+        "a key that is an int",
+    ),
     "dictionary of a list": (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict with arguments"),
     "methods as attributes": (_DICT + b"}" + text("items") + b"Nsb", "the attribute items"),
     "hidden attributes": (_DICT + b"}" + text("__setstate__") + b"Nsb", "the attribute __setstate__"),
     "options with a method": (b"cargparse\nNamespace\n)\x81}" + text("__class__") + b"Nsb", "the attribute __class__"),
     "state of slots": (b"cargparse\nNamespace\n)\x81N}\x86b", "attributes that are a tuple"),
     "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\nK\1\x88" + _DICT + b"\x87R", "other arguments"),
-    "parameter's own attributes": (b"ctorch._utils\n_rebuild_parameter_with_state\n(" + tensor(4, 4) + b"\x88" + _DICT
-                                   + b"}" + text("data") + b"NstR", "the attribute data, which Parameter has"),
-    "tensor by another function": (b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\ndevice\nctorch\nTensor\n"
-                                   + text("cpu") + b"\x85NtR", "another function than torch writes"),
+    "parameter's own attributes": (
+        b"ctorch._utils\n_rebuild_parameter_with_state\n("
+        + tensor(4, 4)
+        + b"\x88"
+        + _DICT
+        + b"}"
+        + text("data")
+        + b"NstR",
+        "the attribute data, which Parameter has",
+    ),
+    "tensor by another function": (
+        b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\ndevice\nctorch\nTensor\n" + text("cpu") + b"\x85NtR",
+        "another function than torch writes",
+    ),
     "tensor of another type": (b"ctorch._tensor\n_rebuild_from_type_v2\n(Nctorch\nSize\n)NtR", "other arguments than"),
     "size of a list": (b"ctorch\nSize\n]\x85R", "a call of torch.Size with"),
     "long size": (b"ctorch\nSize\n(" + b"K\1" * 50 + b"t\x85R", "a call of torch.Size with"),
     "device of a number": (b"ctorch\ndevice\nK\1\x85R", "a call of torch.device with"),
     "layout": (b"ctorch.serialization\n_get_layout\n" + text("torch.strided") + b"\x85R", "_get_layout"),
-    "numbers of numpy without end": (b"cnumpy\ndtype\n" + text("V400000000") + b"\x89\x88\x87R",
-                                     "other things than numbers"),
+    "numbers of numpy without end": (
+        b"cnumpy\ndtype\n" + text("V400000000") + b"\x89\x88\x87R",
+        "other things than numbers",
+    ),
     "objects of numpy": (b"cnumpy\ndtype\n" + text("O8") + b"\x89\x88\x87R", "other things than numbers"),
     "numpy's shared type": (b"cnumpy\ndtype\n" + text("f8") + b"\x89\x89\x87R", "other things than numbers"),
     "numpy type of a made-up state": (_DTYPE + _STATE.replace(b"K\0tb", b"K\1tb"), "another description than numpy"),
     "number without bytes": (_SCALAR + _DTYPE + b"N\x86R", "other arguments than numpy writes"),
-    "number of other bytes": (_SCALAR + _DTYPE + _BYTES.replace(text("abcdefgh"), text("abc")) + b"\x86R",
-                              "a number of 8 bytes in 3"),
+    "number of other bytes": (
+        _SCALAR + _DTYPE + _BYTES.replace(text("abcdefgh"), text("abc")) + b"\x86R",
+        "a number of 8 bytes in 3",
+    ),
     "another codec": (b"c_codecs\nencode\n" + text("ab") + text("zip") + b"\x86R", "the codec 'zip'"),
-    "decoded again and again": (b"(" + text("a" * 250) + b"q\0c_codecs\nencode\nq\1" + text("latin1")
-                                + b"q\2h\1h\0h\2\x86R" + b"h\1h\0h\2\x86R" * 200 + b"t", "more binary data"),
+    "decoded again and again": (
+        b"("
+        + text("a" * 250)
+        + b"q\0c_codecs\nencode\nq\1"
+        + text("latin1")
+        + b"q\2h\1h\0h\2\x86R"
+        + b"h\1h\0h\2\x86R" * 200
+        + b"t",
+        "more binary data",
+    ),
     "deep tuples": (b"N" + b"\x85" * 400_000, "nested more than 100 deep"),
     "deep lists": (b"]" * 9000 + b"a" * 8999, "nested more than 100 deep"),
     "deep dictionaries": ((b"}" + text("a")) * 900 + b"N" + b"s" * 900, "nested more than 100"),
@@ -367,7 +456,7 @@ ATTACKS = {
     "defaultdict": (b"ccollections\ndefaultdict\n)R", "collections.defaultdict"),
     "sparse": (b"ctorch._utils\n_rebuild_sparse_tensor\n)R", "_rebuild_sparse_tensor"),
     "no tensor storage": (b"torch" + b"Q", "BINPERSID|instruction|mark"),
-}  # fmt: skip
+}
 
 
 @pytest.fixture
@@ -410,8 +499,10 @@ def test_keys_that_collide_take_no_time(tmp_path, without_torch, streams):
     keys = {"chosen": streams.colliding(15, 10_500), "multiples": [n << 40 for n in range(1, 2**17)]}
     for name, values in keys.items():
         code = b"}(" + b"".join(b"\x8a\x08" + value.to_bytes(8, "little") + b"N" for value in values) + b"u"
-        for path in (zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s."),
-                     legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s.")):  # fmt: skip
+        for path in (
+            zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s."),
+            legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s."),
+        ):
             begin = time.process_time()
             assert re.search(r"more than (10000 numbers as keys|\d+ steps)", refused(path)), name
             assert time.process_time() - begin < 3, name
@@ -424,10 +515,18 @@ def test_one_key_again_and_again_takes_no_time(tmp_path, without_torch):
         fillers.append(slot)
         slot = (5 * slot + 1) % 2**15
     filled = b"}(" + b"".join(b"J" + struct.pack("<i", value) + b"N" for value in fillers)
-    for code in (filled + b"K\1N" * 60_000 + b"u", b"}(" + b"NN" * 9 + b"u", b"}(K\1N\x88Nu", b"}K\1NsK\1Ns",
-                 b"cbuiltins\nset\n](K\1K\1e\x85R", b"cbuiltins\nset\n](NNe\x85R"):  # fmt: skip
-        for path in (zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s."),
-                     legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s.")):  # fmt: skip
+    for code in (
+        filled + b"K\1N" * 60_000 + b"u",
+        b"}(" + b"NN" * 9 + b"u",
+        b"}(K\1N\x88Nu",
+        b"}K\1NsK\1Ns",
+        b"cbuiltins\nset\n](K\1K\1e\x85R",
+        b"cbuiltins\nset\n](NNe\x85R",
+    ):
+        for path in (
+            zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s."),
+            legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + code + b"s."),
+        ):
             begin = time.process_time()
             assert "one key twice" in refused(path) and time.process_time() - begin < 1
 
@@ -436,8 +535,10 @@ def test_numbers_of_kept_values_do_not_collide(tmp_path, without_torch, streams)
     numbers = streams.colliding(15, 10_500)
     put, get = (b"".join(code + struct.pack("<I", one) for one in numbers) for code in (b"r", b"j"))
     for code in (put, put[: 5 * 10_500] + b"(" + get[5 * 10_500 :] + b"t", b"r\xff\xff\xff\xff"):
-        for path in (zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + b"N" + code + b"s."),
-                     legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + b"N" + code + b"s.")):  # fmt: skip
+        for path in (
+            zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + b"N" + code + b"s."),
+            legacy(tmp_path / "b.ckpt", PLAIN_STATE[2:] + b"N" + code + b"s."),
+        ):
             assert re.search(r"a value kept under the number \d+ after \d+ others", refused(path))
 
 
@@ -507,7 +608,7 @@ def test_what_is_read_takes_memory_by_the_size_of_its_file(tmp_path):
         "dictionaries": b"(ccollections\nOrderedDict\nq\0)R" + b"h\0)R" * 25_000 + b"t",
         "lists": b"(" + b"]" * 90_000 + b"t",
         "tensors": b"(" + one + b"h\2h\1R" * 5_000 + b"t" + text("a" * 60_000) + b"\x86",
-    }  # fmt: skip
+    }
     path = tmp_path / "a.ckpt"
     torch.save({"a": torch.ones(2)}, path)
     read_state_dict(path)

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.networks.autoencoder import (
     Autoencoder,
     AutoencoderConfig,

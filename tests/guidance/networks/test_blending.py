@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.networks.blending import blend_generators, blend_parts, resolution_split
 from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
 
@@ -112,9 +111,12 @@ def test_the_ends_keep_their_own_clamp():
     z, c = torch.randn(2, 5, generator=torch.Generator().manual_seed(0)), torch.eye(2)
     every = dict.fromkeys(blend_parts(tight), 1.0)
     for a, b, amount, end in (
-        (tight, loose, 0.0, tight), (loose, tight, 1, tight), (tight, loose, 1.0, loose), (loose, tight, {}, loose),
+        (tight, loose, 0.0, tight),
+        (loose, tight, 1, tight),
+        (tight, loose, 1.0, loose),
+        (loose, tight, {}, loose),
         (loose, tight, every, tight),
-    ):  # fmt: skip
+    ):
         blend = blend_generators(a, b, amount)
         assert blend.config.conv_clamp == end.config.conv_clamp
         with torch.no_grad():

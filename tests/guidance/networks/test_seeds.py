@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
 from indomain_guidance.guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 
 

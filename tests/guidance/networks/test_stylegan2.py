@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from indomain_guidance.guidance.networks import stylegan2
 from indomain_guidance.guidance.networks.stylegan2 import (
     Generator,
@@ -25,28 +23,44 @@ from indomain_guidance.guidance.networks.stylegan2 import (
     standard_channels,
     upsample,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDENS = Path(__file__).parent / "goldens" / "stylegan2.npz"
 WIDTHS = {32: (24, 20, 16, 12), 64: (24, 24, 20, 16, 12), 256: (24, 24, 20, 20, 16, 12, 8)}
 # What goldens/make_stylegan2.py ran in the original code, and how: case -> (configuration, noise, truncation, cutoff).
 CASES = {
     f"nvidia {architecture} {size}": (
-        GeneratorConfig(size, WIDTHS[size], z_dim=16, w_dim=24, mapping_layers=4, architecture=architecture,
-                        conv_clamp=None if size == 64 else 256),
-        "const", 1.0, None,
+        GeneratorConfig(
+            size,
+            WIDTHS[size],
+            z_dim=16,
+            w_dim=24,
+            mapping_layers=4,
+            architecture=architecture,
+            conv_clamp=None if size == 64 else 256,
+        ),
+        "const",
+        1.0,
+        None,
     )
-    for size in WIDTHS for architecture in ("skip", "resnet", "orig")
+    for size in WIDTHS
+    for architecture in ("skip", "resnet", "orig")
 }
 CASES |= {
     f"nvidia {architecture} 32 labels": (
         replace(CASES[f"nvidia {architecture} 32"][0], c_dim=5, img_channels=4, mapping_layers=2, conv_clamp=0.5),
-        "none", 0.6, 3,
+        "none",
+        0.6,
+        3,
     )
     for architecture in ("skip", "resnet", "orig")
 }
 CASES |= {
     f"rosinality {size}": (
-        GeneratorConfig(size, WIDTHS[size], z_dim=24, w_dim=24, mapping_layers=4), "const", 0.7, None
+        GeneratorConfig(size, WIDTHS[size], z_dim=24, w_dim=24, mapping_layers=4),
+        "const",
+        0.7,
+        None,
     )
     for size in WIDTHS
 }
@@ -232,8 +246,13 @@ def test_demodulation_leaves_nothing_of_the_styles_scale():
     x, weight, style = (torch.randn(shape, generator=random) for shape in ((2, 4, 6, 6), (5, 4, 3, 3), (2, 4)))
     once = modulated_convolution(x, weight, style)
     assert error(modulated_convolution(x, weight * 50, style * 300), once) < 1e-6
-    assert error(modulated_convolution(x, weight, style, demodulate=False) * 3,
-                 modulated_convolution(x, weight, style * 3, demodulate=False)) < 1e-6
+    assert (
+        error(
+            modulated_convolution(x, weight, style, demodulate=False) * 3,
+            modulated_convolution(x, weight, style * 3, demodulate=False),
+        )
+        < 1e-6
+    )
 
 
 TINY = GeneratorConfig(16, (6, 5, 4), z_dim=5, w_dim=7, mapping_layers=2)
@@ -274,9 +293,11 @@ def test_each_layer_reads_the_style_that_ws_index_names(architecture):
     ws = torch.randn(2, generator.num_ws, 7, generator=torch.Generator().manual_seed(0))
     order, read = [], {}
     for name in generator.style_layers:
+
         def note(module, args, output, name=name):
             order.append(name)
             read[name] = args[0]
+
         generator.get_submodule(f"synthesis.{name}.affine").register_forward_hook(note)
     with torch.no_grad():
         generator.synthesize(ws)
@@ -352,8 +373,13 @@ def test_clamp_bounds_every_convolution():
 def test_first_and_second_derivatives_are_those_of_finite_differences(architecture):
     config = GeneratorConfig(8, (3, 2), z_dim=2, w_dim=2, mapping_layers=1, img_channels=1, architecture=architecture)
     generator = loaded(config).double()
-    names = ["synthesis.b4.const", "synthesis.b8.conv0.weight", "synthesis.b8.conv1.noise_strength",
-             "synthesis.b8.torgb.affine.weight", "mapping.fc0.bias"]
+    names = [
+        "synthesis.b4.const",
+        "synthesis.b8.conv0.weight",
+        "synthesis.b8.conv1.noise_strength",
+        "synthesis.b8.torgb.affine.weight",
+        "mapping.fc0.bias",
+    ]
     names += ["synthesis.b8.skip.weight"] if architecture == "resnet" else []
     parameters = dict(generator.named_parameters())
     values = [parameters[name].detach().clone().requires_grad_() for name in names]
@@ -398,9 +424,7 @@ def test_checkpointing_changes_no_number(noise):
         generator.zero_grad()
         images = generator.synthesize(w, noise, torch.Generator().manual_seed(1))
         (images * probe(images.shape)).sum().backward()
-        return images.detach(), {
-            name: parameter.grad for name, parameter in generator.synthesis.named_parameters()
-        }
+        return images.detach(), {name: parameter.grad for name, parameter in generator.synthesis.named_parameters()}
 
     images, gradients = run()
     generator.gradient_checkpointing = True
@@ -600,8 +624,10 @@ def test_images_that_are_not_square(size, architecture):
     """Height and width have the same part in every formula: a network with both exchanged makes the image so."""
     config = replace(TINY, first_size=size, architecture=architecture, resample_filter=(1, 2, 4, 3, 1))
     generator, flipped = loaded(config), Generator(replace(config, first_size=size[::-1])).eval()
-    state = {key: value.mT if value.ndim in (3, 4) or "noise_const" in key else value
-             for key, value in generator.state_dict().items()}  # fmt: skip
+    state = {
+        key: value.mT if value.ndim in (3, 4) or "noise_const" in key else value
+        for key, value in generator.state_dict().items()
+    }
     flipped.load_state_dict(state)
     assert generator_config_from_state_dict(generator.state_dict(), resample_filter=(1, 2, 4, 3, 1)) == config
     z = torch.randn(2, TINY.z_dim, generator=torch.Generator().manual_seed(5))
@@ -614,15 +640,17 @@ def test_images_that_are_not_square(size, architecture):
 
 def test_each_kind_of_filter_is_read_where_it_is_used():
     """conv1 keeps the default in NVIDIA's files; rosinality's image layers keep it, too."""
+
     def outer(*taps):
         row = torch.tensor(taps, dtype=torch.float32)
         return torch.outer(row, row) / row.sum() ** 2
 
-    def stored(features, images, unused=outer(1, 3, 3, 1)):
+    def stored(features, images, unused=outer(1, 3, 3, 1)):  # noqa: B008
         return weights(TINY) | {
             f"synthesis.b{size}.{layer}resample_filter": kernel
-            for size in (8, 16) for layer, kernel in (("", images), ("conv0.", features), ("conv1.", unused))
-        }  # fmt: skip
+            for size in (8, 16)
+            for layer, kernel in (("", images), ("conv0.", features), ("conv1.", unused))
+        }
 
     for taps in ((1, 4, 6, 4, 1), (1, 2, 3), (3, 1), (1,), (0, 1, 1), (-1, 5, 5, -1), (1, 2, 3, 4, 5, 4, 3, 2, 9)):
         kernel = outer(*taps)
@@ -660,13 +688,16 @@ def test_filters_are_dropped_without_the_hook_that_torch_2_4_lacks(monkeypatch):
     assert all(torch.equal(value, state[key]) for key, value in holder.state_dict().items())
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"synthesis.b4.const": None}, "synthesis.b4.const is missing"),
-    ({"mapping.fc0.weight": None}, "mapping.fc0.weight is missing"),
-    ({"synthesis.b16.torgb.weight": None}, "synthesis.b16.torgb.weight is missing"),
-    ({"synthesis.b4.const": torch.zeros(3)}, "should have 3 dimensions"),
-    ({"synthesis.input.freqs": torch.zeros(3, 2)}, "StyleGAN3"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"synthesis.b4.const": None}, "synthesis.b4.const is missing"),
+        ({"mapping.fc0.weight": None}, "mapping.fc0.weight is missing"),
+        ({"synthesis.b16.torgb.weight": None}, "synthesis.b16.torgb.weight is missing"),
+        ({"synthesis.b4.const": torch.zeros(3)}, "should have 3 dimensions"),
+        ({"synthesis.input.freqs": torch.zeros(3, 2)}, "StyleGAN3"),
+    ],
+)
 def test_foreign_weights_are_refused(change, message):
     state = {key: value for key, value in {**weights(TINY), **change}.items() if value is not None}
     with pytest.raises(ValueError, match=message):
@@ -680,15 +711,25 @@ def test_hints_that_contradict_the_weights_are_refused():
         generator_config_from_state_dict(weights(TINY), truncation=1)
 
 
-@pytest.mark.parametrize("change, message", [
-    ({"resolution": 48}, "power of two"), ({"resolution": 32}, "channels lists 3"),
-    ({"channels": (4, 0, 4)}, "channels"), ({"resample_filter": (1, -1)}, "resample_filter"),
-    ({"resample_filter": [1.0] * 65}, "at most 64 taps, got 65"),
-    ({"z_dim": 0}, "z_dim"), ({"c_dim": -1}, "c_dim"), ({"mapping_layers": 0}, "mapping_layers"),
-    ({"mapping_dim": 0}, "mapping_dim"), ({"architecture": "progressive"}, "architecture"),
-    ({"conv_clamp": 0}, "conv_clamp"), ({"mapping_lr_multiplier": float("nan")}, "mapping_lr_multiplier"),
-    ({"use_noise": 1}, "use_noise"), ({"depth": 3}, "unknown fields"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"resolution": 48}, "power of two"),
+        ({"resolution": 32}, "channels lists 3"),
+        ({"channels": (4, 0, 4)}, "channels"),
+        ({"resample_filter": (1, -1)}, "resample_filter"),
+        ({"resample_filter": [1.0] * 65}, "at most 64 taps, got 65"),
+        ({"z_dim": 0}, "z_dim"),
+        ({"c_dim": -1}, "c_dim"),
+        ({"mapping_layers": 0}, "mapping_layers"),
+        ({"mapping_dim": 0}, "mapping_dim"),
+        ({"architecture": "progressive"}, "architecture"),
+        ({"conv_clamp": 0}, "conv_clamp"),
+        ({"mapping_lr_multiplier": float("nan")}, "mapping_lr_multiplier"),
+        ({"use_noise": 1}, "use_noise"),
+        ({"depth": 3}, "unknown fields"),
+    ],
+)
 def test_impossible_configurations_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         GeneratorConfig.from_dict({**TINY.to_dict(), **change})

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.networks.text_encoder import (
     END_TOKEN,
     START_TOKEN,
@@ -29,11 +28,17 @@ def core_encoder(core, encoder):
     config = encoder.config
     oracle = core("comfy.clip_model").CLIPTextModel(
         {
-            "num_hidden_layers": config.layers, "hidden_size": config.width, "num_attention_heads": config.heads,
-            "intermediate_size": config.mlp_width, "hidden_act": config.activation,
-            "max_position_embeddings": config.max_length, "eos_token_id": END_TOKEN,
+            "num_hidden_layers": config.layers,
+            "hidden_size": config.width,
+            "num_attention_heads": config.heads,
+            "intermediate_size": config.mlp_width,
+            "hidden_act": config.activation,
+            "max_position_embeddings": config.max_length,
+            "eos_token_id": END_TOKEN,
         },
-        torch.float32, "cpu", core("comfy.ops").disable_weight_init,
+        torch.float32,
+        "cpu",
+        core("comfy.ops").disable_weight_init,
     )
     oracle.load_state_dict(encoder.state_dict(), strict=True)
     return oracle.eval()

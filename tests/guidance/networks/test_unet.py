@@ -7,32 +7,51 @@ from dataclasses import replace
 
 import pytest
 import torch
-
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_embedding, unet_config_from_state_dict
 
 # The published topologies at reduced width (and SDXL's transformers at reduced depth).
 SD15 = UNetConfig(
-    model_channels=32, channel_mult=(1, 2, 4, 4), num_res_blocks=(2, 2, 2, 2),
-    transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0), context_dim=768, num_heads=8,
+    model_channels=32,
+    channel_mult=(1, 2, 4, 4),
+    num_res_blocks=(2, 2, 2, 2),
+    transformer_depth=(1, 1, 1, 1, 1, 1, 0, 0),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0),
+    context_dim=768,
+    num_heads=8,
 )
 SD21 = replace(
     SD15, model_channels=64, context_dim=1024, num_heads=-1, num_head_channels=64, use_linear_in_transformer=True
 )
 SDXL = UNetConfig(
-    model_channels=64, channel_mult=(1, 2, 4), num_res_blocks=(2, 2, 2), transformer_depth=(0, 0, 1, 1, 3, 3),
-    transformer_depth_middle=3, transformer_depth_output=(0, 0, 0, 1, 1, 1, 3, 3, 3), context_dim=2048,
-    num_head_channels=64, use_linear_in_transformer=True, adm_in_channels=192,
+    model_channels=64,
+    channel_mult=(1, 2, 4),
+    num_res_blocks=(2, 2, 2),
+    transformer_depth=(0, 0, 1, 1, 3, 3),
+    transformer_depth_middle=3,
+    transformer_depth_output=(0, 0, 0, 1, 1, 1, 3, 3, 3),
+    context_dim=2048,
+    num_head_channels=64,
+    use_linear_in_transformer=True,
+    adm_in_channels=192,
 )
 DISTILLED = replace(
-    SDXL, transformer_depth=(0, 0, 1, 1, 2, 1), transformer_depth_middle=-1,
+    SDXL,
+    transformer_depth=(0, 0, 1, 1, 2, 1),
+    transformer_depth_middle=-1,
     transformer_depth_output=(0, 0, 0, 1, 1, 1, 1, 2, 3),
 )
 INPAINT = replace(SD15, in_channels=9)
 TOPOLOGIES = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL, "distilled": DISTILLED, "inpaint": INPAINT}
 SMALL = UNetConfig(
-    model_channels=32, channel_mult=(1, 2), num_res_blocks=(1, 1), transformer_depth=(1, 1), transformer_depth_middle=1,
-    transformer_depth_output=(1, 1, 1, 1), context_dim=48, num_heads=4,
+    model_channels=32,
+    channel_mult=(1, 2),
+    num_res_blocks=(1, 1),
+    transformer_depth=(1, 1),
+    transformer_depth_middle=1,
+    transformer_depth_output=(1, 1, 1, 1),
+    context_dim=48,
+    num_heads=4,
 )
 FULL_SD15 = replace(SD15, model_channels=320)
 
@@ -124,7 +143,8 @@ def test_config_is_read_from_weights(name, core):
 
 @pytest.mark.parametrize("null_text", ["constant", "cached"])
 @pytest.mark.parametrize(
-    "config", [FULL_SD15, replace(SD21, model_channels=320), replace(SDXL, model_channels=320, adm_in_channels=2816)],
+    "config",
+    [FULL_SD15, replace(SD21, model_channels=320), replace(SDXL, model_channels=320, adm_in_channels=2816)],
     ids=["sd15", "sd21", "sdxl"],
 )
 def test_config_of_text_free_weights(config, null_text):
@@ -159,8 +179,12 @@ def test_text_parameters_of_sd15(config):
 def test_text_parameters_of_sdxl():
     """545.8 M, 21 % of SDXL, in 70 blocks."""
     config = replace(
-        SDXL, model_channels=320, transformer_depth=(0, 0, 2, 2, 10, 10), transformer_depth_middle=10,
-        transformer_depth_output=(0, 0, 0, 2, 2, 2, 10, 10, 10), adm_in_channels=2816,
+        SDXL,
+        model_channels=320,
+        transformer_depth=(0, 0, 2, 2, 10, 10),
+        transformer_depth_middle=10,
+        transformer_depth_output=(0, 0, 0, 2, 2, 2, 10, 10, 10),
+        adm_in_channels=2816,
     )
     with torch.device("meta"):
         full, constant = UNet(config), UNet(replace(config, null_text="constant"))

@@ -44,9 +44,7 @@ def test_the_whole_suite_is_shared_out_file_by_file(monkeypatch):
     commands.test({"rest": [], "tools": None})
     monkeypatch.setattr(commands, "_cores", lambda: 1)
     commands.test({"rest": [], "tools": None})
-    assert started == [
-        ["-n", "2", "--dist", "loadfile"], ["tests/nodes"], ["-n", "4", "--dist", "loadfile"], [],
-    ]  # fmt: skip
+    assert started == [["-n", "2", "--dist", "loadfile"], ["tests/nodes"], ["-n", "4", "--dist", "loadfile"], []]
 
 
 def test_a_python_that_reads_no_variables_tests_alone():

@@ -43,9 +43,11 @@ def test_demo_prompts_use_only_words_that_the_mini_world_knows():
 
 def test_upstream_lists_each_node_once_and_survives_a_cycle():
     graph = {
-        "a": {"inputs": {"x": ["b", 0], "y": ["c", 0]}}, "b": {"inputs": {"x": ["c", 1]}},
-        "c": {"inputs": {"x": ["a", 0]}}, "unrelated": {"inputs": {}},
-    }  # fmt: skip
+        "a": {"inputs": {"x": ["b", 0], "y": ["c", 0]}},
+        "b": {"inputs": {"x": ["c", 1]}},
+        "c": {"inputs": {"x": ["a", 0]}},
+        "unrelated": {"inputs": {}},
+    }
     assert list(demo.upstream(graph, "a")) == ["a", "b", "c"]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import pytest
-
 from indomain_guidance.training.data import assign, bucket_sizes
 
 
@@ -47,6 +46,7 @@ def test_images_go_where_least_is_cut_off():
     assert assign(10, 1000, sizes) == (384, 640) and assign(1000, 10, sizes) == (640, 384)
     for height in range(100, 1000, 37):
         for width in range(100, 1000, 41):
+
             def kept(size):
                 return min(height / width, size[0] / size[1]) / max(height / width, size[0] / size[1])
 

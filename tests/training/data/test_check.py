@@ -9,10 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, PngImagePlugin
-
 from indomain_guidance.training.data import DataProblem, check_data, sources
 from indomain_guidance.training.data.remarks import MASK, remarks
+from PIL import Image, PngImagePlugin
 
 
 def picture(seed: int, height: int = 80, width: int = 80) -> Image.Image:
@@ -52,8 +51,14 @@ def folder(tmp_path) -> Path:
 def test_everything_is_found_and_nothing_is_touched(folder):
     before = {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()}
     calls = []
-    report = check_data([str(folder)], resolution=64, bucket_step=8, min_side=40, workers=2,
-                        progress=lambda done, total: calls.append((done, total)))
+    report = check_data(
+        [str(folder)],
+        resolution=64,
+        bucket_step=8,
+        min_side=40,
+        workers=2,
+        progress=lambda done, total: calls.append((done, total)),
+    )
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()} == before
     assert (report.total, report.ok, report.bad) == (14, 10, 4)
     assert calls == [(number, 14) for number in range(1, 15)]
@@ -130,8 +135,10 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
     assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}
     said = remarks(report.ignored, report.cropped, report.ok)
     assert all(text in report.to_text() for text in said) and [text.partition(":")[0] for text in said] == [
-        "pictures of kinds that are not read, left out", "files beside the pictures, without effect here",
-        "packed archives, of which nothing is read", "also left out",
+        "pictures of kinds that are not read, left out",
+        "files beside the pictures, without effect here",
+        "packed archives, of which nothing is read",
+        "also left out",
         "1 of 2 images lose more than a third to cropping",
     ]
     assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."

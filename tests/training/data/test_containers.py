@@ -8,13 +8,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
-
-from indomain_guidance.training.data import BadImage
+from indomain_guidance.training.data import BadImage, images
 from indomain_guidance.training.data import containers as module
-from indomain_guidance.training.data import images
 from indomain_guidance.training.data.containers import FORMATS, Excess, contents, orientation
 from indomain_guidance.training.data.images import decode, probe
+from PIL import Image, features
 
 
 def encoded(kind: str, image: Image.Image | None = None, **options) -> bytes:
@@ -47,19 +45,37 @@ def directory(entries, tail: bytes = b"", order: str = "<") -> bytes:
 
 
 BOMB = directory([(1000 + number, 7, 2**16, 8) for number in range(2000)], bytes(2**16))  # 131 MB from 90 kB
-GRAY_8 = [(256, 4, 1, 8), (257, 4, 1, 8), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8),
-          (277, 3, 1, 1), (278, 4, 1, 8), (279, 4, 1, 64)]  # fmt: skip
+GRAY_8 = [
+    (256, 4, 1, 8),
+    (257, 4, 1, 8),
+    (258, 3, 1, 8),
+    (259, 3, 1, 1),
+    (262, 3, 1, 1),
+    (273, 4, 1, 8),
+    (277, 3, 1, 1),
+    (278, 4, 1, 8),
+    (279, 4, 1, 64),
+]
 
 POSTSCRIPT = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n0 0 moveto showpage\n%%EOF\n"
 FOREIGN = {
     "PostScript": POSTSCRIPT,
-    "PostScript with a preview": b"\xc5\xd0\xd3\xc6" + struct.pack("<7I", 32, len(POSTSCRIPT), 0, 0, 0, 0, 0) + POSTSCRIPT,
-    "PDF": b"%PDF-1.4\n", "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>', "XPM": b"/* XPM */\nstatic char *x[] = {",
-    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic", "JPEG XL": b"\xff\x0a" + bytes(40),
-    "Photoshop": b"8BPS\0\1" + bytes(40), "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(40), "GRIB": b"GRIB\0\0\0\1" + bytes(40),
-    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(60), "MPEG": b"\0\0\1\xb3" + bytes(60),
-    "FITS": b"SIMPLE  =                    T" + b" " * 2880, "script": b"#!/bin/sh\ntouch x\n",
-}  # fmt: skip
+    "PostScript with a preview": b"\xc5\xd0\xd3\xc6"
+    + struct.pack("<7I", 32, len(POSTSCRIPT), 0, 0, 0, 0, 0)
+    + POSTSCRIPT,
+    "PDF": b"%PDF-1.4\n",
+    "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "XPM": b"/* XPM */\nstatic char *x[] = {",
+    "HEIC": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+    "JPEG XL": b"\xff\x0a" + bytes(40),
+    "Photoshop": b"8BPS\0\1" + bytes(40),
+    "HDF5": b"\x89HDF\r\n\x1a\n" + bytes(40),
+    "GRIB": b"GRIB\0\0\0\1" + bytes(40),
+    "WMF": b"\xd7\xcd\xc6\x9a" + bytes(60),
+    "MPEG": b"\0\0\1\xb3" + bytes(60),
+    "FITS": b"SIMPLE  =                    T" + b" " * 2880,
+    "script": b"#!/bin/sh\ntouch x\n",
+}
 
 
 @pytest.mark.parametrize("name", FOREIGN)
@@ -139,17 +155,28 @@ def test_what_a_file_carries_beside_its_picture_is_cut_away(name):
     assert probe(data).animated is (name.startswith("frames"))
 
 
-@pytest.mark.parametrize("data, reason", [
-    (directory([*GRAY_8, *((1000 + number, 7, 2**16, 8) for number in range(2000))], bytes(2**16)), "notes beside"),
-    (directory([*GRAY_8, *((1000 + number, 3, 2**15, 8) for number in range(20))], bytes(2**16)), "notes beside"),
-    (directory([*GRAY_8, (34665, 4, 1, 8), *((1000 + number, 5, 2**13, 8) for number in range(80))], bytes(2**16)),
-     "notes beside"),
-    (directory([(tag, kind, count, 34925 if tag == 259 else value) for tag, kind, count, value in GRAY_8], bytes(64)),
-     "TIFF compression 34925"),
-    (directory([*GRAY_8, (322, 4, 1, 65536), (323, 4, 1, 65536)], bytes(64)), "tiles of 65536 x 65536"),
-    (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + BOMB, "notes beside"),
-    (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + b"II*\0" * 100, "EXIF blocks"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (directory([*GRAY_8, *((1000 + number, 7, 2**16, 8) for number in range(2000))], bytes(2**16)), "notes beside"),
+        (directory([*GRAY_8, *((1000 + number, 3, 2**15, 8) for number in range(20))], bytes(2**16)), "notes beside"),
+        (
+            directory(
+                [*GRAY_8, (34665, 4, 1, 8), *((1000 + number, 5, 2**13, 8) for number in range(80))], bytes(2**16)
+            ),
+            "notes beside",
+        ),
+        (
+            directory(
+                [(tag, kind, count, 34925 if tag == 259 else value) for tag, kind, count, value in GRAY_8], bytes(64)
+            ),
+            "TIFF compression 34925",
+        ),
+        (directory([*GRAY_8, (322, 4, 1, 65536), (323, 4, 1, 65536)], bytes(64)), "tiles of 65536 x 65536"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + BOMB, "notes beside"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1" + b"II*\0" * 100, "EXIF blocks"),
+    ],
+)
 def test_directories_that_stand_for_more_than_there_is_are_refused_before_they_are_read(monkeypatch, data, reason):
     monkeypatch.setattr(images, "_plugin", lambda *args: pytest.fail("Pillow was asked"))
     with pytest.raises(BadImage, match=reason):
@@ -180,8 +207,9 @@ def test_files_of_countless_pieces_are_refused(monkeypatch):
         monkeypatch.setattr(module, name, 50)
     for data in (
         with_chunks(encoded("PNG"), *[chunk(b"aaAa", b"")] * 60),
-        encoded("JPEG")[:2] + b"\xff\xfe\0\2" * 60 + encoded("JPEG")[2:], gif(b"!\xfe" + b"\1c" * 60 + b"\0"),
-    ):  # fmt: skip
+        encoded("JPEG")[:2] + b"\xff\xfe\0\2" * 60 + encoded("JPEG")[2:],
+        gif(b"!\xfe" + b"\1c" * 60 + b"\0"),
+    ):
         with pytest.raises(Excess, match="more than 50"):
             contents(data)
     monkeypatch.setattr(module, "MOST_RLE", 1000)
@@ -195,8 +223,10 @@ def test_files_of_countless_pieces_are_refused(monkeypatch):
 @pytest.mark.parametrize("kind", [3, 4])
 def test_orientation_is_read_from_exif_and_else_from_xmp(order, kind):
     for value in range(1, 9):
-        entry = struct.pack(f"{order}HHIHH", 274, 3, 1, value, 0) if kind == 3 else struct.pack(
-            f"{order}HHII", 274, 4, 1, value
+        entry = (
+            struct.pack(f"{order}HHIHH", 274, 3, 1, value, 0)
+            if kind == 3
+            else struct.pack(f"{order}HHII", 274, 4, 1, value)
         )
         exif = directory([], order=order)[:8] + struct.pack(f"{order}H", 1) + entry + bytes(4)
         assert orientation(exif, b"") == orientation(b"Exif\0\0" + exif, b'tiff:Orientation="3"') == value
@@ -212,7 +242,8 @@ def test_orientation_of_a_png_from_every_place_it_may_stand_in():
     block = exif.tobytes()[6:]
     text = b"\nexif\n%8d\n" % len(block) + block.hex().encode() + b"\n"
     for one in (
-        chunk(b"eXIf", block), chunk(b"tEXt", b"Raw profile type exif\0" + text),
+        chunk(b"eXIf", block),
+        chunk(b"tEXt", b"Raw profile type exif\0" + text),
         chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(text)),
         chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
         chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b'<x tiff:Orientation="6"/>')),

@@ -13,11 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageCms, ImageFile, ImageOps
-
 from indomain_guidance.training.data import BadImage, load_image, to_tensor
 from indomain_guidance.training.data import images as module
 from indomain_guidance.training.data.images import cover, crop_to, decode, probe
+from PIL import Image, ImageCms, ImageFile, ImageOps
 
 
 def encoded(image: Image.Image, kind: str, **options) -> bytes:
@@ -30,8 +29,8 @@ def pattern(height: int = 24, width: int = 40) -> Image.Image:
     """A picture without any symmetry, in blocks so that JPEG keeps it."""
     pixels = np.zeros((height, width, 3), np.uint8)
     pixels[:, : width // 2] = (200, 30, 30)
-    pixels[: height // 2, width // 2:] = (30, 200, 30)
-    pixels[height // 2:, width // 2:] = (30, 30, 200)
+    pixels[: height // 2, width // 2 :] = (30, 200, 30)
+    pixels[height // 2 :, width // 2 :] = (30, 30, 200)
     pixels[: height // 4, : width // 4] = (250, 250, 120)
     return Image.fromarray(pixels)
 
@@ -76,7 +75,7 @@ def test_damaged_exif_does_not_lose_the_picture():
     exif[274] = 6
     data = encoded(pattern(), "JPEG", exif=exif)
     start = data.index(b"Exif\0\0") + 6
-    broken = data[:start] + b"XX" + data[start + 2:]
+    broken = data[:start] + b"XX" + data[start + 2 :]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert decode(broken).size == (40, 24)
@@ -128,11 +127,11 @@ def test_sixteen_bit_grey_keeps_its_whole_range():
         decode(encoded(Image.fromarray(bad), "TIFF"))
 
 
-@pytest.mark.parametrize("full, brightest", [
-    (1.0, 1.002), (1.0, 1.4), (255.0, 255.0), (255.0, 260.0), (65535.0, 65600.0), (255.0, 3.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "full, brightest", [(1.0, 1.002), (1.0, 1.4), (255.0, 255.0), (255.0, 260.0), (65535.0, 65600.0), (255.0, 3.0)]
+)
 def test_floats_a_little_above_their_range_do_not_widen_it(full, brightest):
-    """As interpolation leaves them; one such pixel would make the others black. The last is a dark picture of 0..255."""
+    """As interpolation leaves them; one such pixel makes the others black. The last is a dark picture of 0..255."""
     ramp = np.linspace(0, min(full, brightest), 256).reshape(16, 16).astype(np.float32)
     ramp[-1, -1] = brightest
     pixels = np.asarray(decode(encoded(Image.fromarray(ramp), "TIFF")), float)[..., 0]
@@ -141,6 +140,7 @@ def test_floats_a_little_above_their_range_do_not_widen_it(full, brightest):
 
 def png(depth: int, colour: int, height: int, width: int, rows: bytes, extra: bytes = b"") -> bytes:
     """A PNG of raw rows, for kinds that Pillow reads but does not write."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -202,7 +202,13 @@ def test_other_modes_and_first_frames():
 
 
 KINDS = [
-    ("JPEG", {}), ("JPEG", {"progressive": True}), ("PNG", {}), ("WEBP", {}), ("BMP", {}), ("GIF", {}), ("TIFF", {}),
+    ("JPEG", {}),
+    ("JPEG", {"progressive": True}),
+    ("PNG", {}),
+    ("WEBP", {}),
+    ("BMP", {}),
+    ("GIF", {}),
+    ("TIFF", {}),
     ("TIFF", {"compression": "tiff_lzw"}),
 ]
 
@@ -246,9 +252,12 @@ def test_the_switch_for_truncated_files_comes_back_after_many_threads(monkeypatc
 def test_files_that_are_no_images():
     whole = encoded(pattern(96, 96), "PNG")
     middle = len(whole) // 2
-    damaged = whole[:middle] + b"\xff" * 8 + whole[middle + 8:]
+    damaged = whole[:middle] + b"\xff" * 8 + whole[middle + 8 :]
     for data, kind in (
-        (b"", "empty"), (b"hello", "corrupt"), (b"<html></html>", "corrupt"), (whole[:20], "truncated"),
+        (b"", "empty"),
+        (b"hello", "corrupt"),
+        (b"<html></html>", "corrupt"),
+        (whole[:20], "truncated"),
         (damaged, "corrupt"),
     ):
         with pytest.raises(BadImage) as caught:
@@ -293,10 +302,12 @@ def test_no_picture_is_opened_in_any_format_that_pillow_happens_to_know():
     """Some of its formats start other programs, so each call says which it means."""
     root = Path(__file__).resolve().parents[3]
     calls = [
-        (path, node) for folder in ("guidance", "training", "nodes") for path in (root / folder).rglob("*.py")
+        (path, node)
+        for folder in ("guidance", "training", "nodes")
+        for path in (root / folder).rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "Image.open"
-    ]  # fmt: skip
+    ]
     assert len(calls) > 3
     assert [path for path, node in calls if "formats" not in [one.arg for one in node.keywords]] == []
 

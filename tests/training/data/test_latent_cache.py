@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.data import LatentCache, default_cache_folder
+from safetensors.torch import load_file, save_file
 
 CONTENT = hashlib.sha256(b"an image").hexdigest()
 
@@ -42,9 +41,13 @@ def test_round_trip_is_exact_and_other_caches_see_it(tmp_path):
 def test_key_tells_everything_apart(tmp_path):
     cache = LatentCache(tmp_path, "vae")
     keys = {
-        cache.key(CONTENT, (48, 64)), cache.key(CONTENT[::-1], (48, 64)), cache.key(CONTENT, (64, 48)),
-        cache.key(CONTENT, (48, 64), (0, 1)), cache.key(CONTENT, (48, 64), (1, 0)),
-        cache.key(CONTENT, (48, 64), (0, 0), True), LatentCache(tmp_path, "other").key(CONTENT, (48, 64)),
+        cache.key(CONTENT, (48, 64)),
+        cache.key(CONTENT[::-1], (48, 64)),
+        cache.key(CONTENT, (64, 48)),
+        cache.key(CONTENT, (48, 64), (0, 1)),
+        cache.key(CONTENT, (48, 64), (1, 0)),
+        cache.key(CONTENT, (48, 64), (0, 0), True),
+        LatentCache(tmp_path, "other").key(CONTENT, (48, 64)),
         LatentCache(tmp_path, "vae", torch.float16).key(CONTENT, (48, 64)),
     }
     assert len(keys) == 8
@@ -112,6 +115,7 @@ def test_the_first_entry_stays(tmp_path, monkeypatch, links):
     if links:
         assert same(cache.put(key, *latents(2)), latents(1))
     else:
+
         def no_links(*_):
             raise OSError(95, "Operation not supported")
 
@@ -201,7 +205,9 @@ def test_two_processes_write_the_same_entries_at_once(tmp_path):
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(bootstrap), str(tmp_path), str(who)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for who in (1, 2)
     ]

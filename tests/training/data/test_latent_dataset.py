@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
-
 from indomain_guidance.training.base import open_base
 from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.data import (
@@ -28,14 +26,15 @@ from indomain_guidance.training.data import (
     crop_to,
     find_images,
     image_entries,
+    latent_dataset,
     load_image,
     open_dataset,
     to_tensor,
 )
-from indomain_guidance.training.data import latent_dataset
 from indomain_guidance.training.data.content_index import ContentIndex, Known
 from indomain_guidance.training.data.images import cover
 from indomain_guidance.training.data.latent_dataset import at_once_of
+from PIL import Image, ImageOps
 
 SIZES = bucket_sizes(32, 8, 2.0)
 SPREAD = 0.25
@@ -462,7 +461,9 @@ def test_two_processes_prepare_the_same_images_at_once(tmp_path):
     runs = [
         subprocess.Popen(
             [sys.executable, "-c", RUN, str(bootstrap), str(tmp_path / "images"), str(tmp_path / "cache"), str(who)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for who in (0, 1)
     ]

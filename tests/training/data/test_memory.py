@@ -11,11 +11,10 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
-
 from indomain_guidance.training.data import BadImage, LatentCache, LatentDataset, check_data, find_images, images
 from indomain_guidance.training.data.images import _Reading, cover, crop_to, decode, decoded, pixel_digest
 from indomain_guidance.training.data.memory import Budget
+from PIL import Image
 
 
 def test_all_threads_together_hold_no_more_than_there_is():
@@ -44,6 +43,7 @@ def test_all_threads_together_hold_no_more_than_there_is():
 
 def png(depth: int, colour: int, height: int, width: int) -> bytes:
     """The beginning of a PNG of any size, from which what it will take is known."""
+
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -59,10 +59,15 @@ def encoded(kind: str, height: int = 90, width: int = 160, mode: str = "RGB", **
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name, data, at_most", [
-    ("1 bit", png(1, 0, 13377, 13377), 190e6), ("16 bits", png(16, 0, 6000, 6000), 90e6),
-    ("RGBA", png(8, 6, 6000, 6000), 160e6), ("16 bits RGBA", png(16, 6, 6000, 6000), 160e6),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, data, at_most",
+    [
+        ("1 bit", png(1, 0, 13377, 13377), 190e6),
+        ("16 bits", png(16, 0, 6000, 6000), 90e6),
+        ("RGBA", png(8, 6, 6000, 6000), 160e6),
+        ("16 bits RGBA", png(16, 6, 6000, 6000), 160e6),
+    ],
+)
 def test_what_bombs_of_usual_sizes_will_take(name, data, at_most):
     assert at_most / 1.2 < _Reading(data, (512, 512)).need < at_most <= images.MOST_DECODING
 
@@ -96,10 +101,20 @@ def test_memory_is_given_back_whatever_happens():
     assert images.DECODING.held == 0
 
 
-@pytest.mark.parametrize("kind, options", [
-    ("PNG", {}), ("WEBP", {"lossless": True}), ("JPEG", {"progressive": True}), ("TIFF", {"compression": "tiff_lzw"}),
-    ("BMP", {}), ("GIF", {"mode": "P"}), ("PNG", {"mode": "RGBA"}), ("PNG", {"mode": "LA"}), ("PNG", {"mode": "1"}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("PNG", {}),
+        ("WEBP", {"lossless": True}),
+        ("JPEG", {"progressive": True}),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        ("BMP", {}),
+        ("GIF", {"mode": "P"}),
+        ("PNG", {"mode": "RGBA"}),
+        ("PNG", {"mode": "LA"}),
+        ("PNG", {"mode": "1"}),
+    ],
+)
 def test_tiles_make_the_same_picture_whatever_their_size(monkeypatch, kind, options):
     exif = Image.Exif()
     results = []

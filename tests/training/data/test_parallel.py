@@ -6,7 +6,6 @@ import threading
 import time
 
 import pytest
-
 from indomain_guidance.training.data.parallel import in_order
 from indomain_guidance.training.data.walking import Cancelled
 

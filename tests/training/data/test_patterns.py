@@ -9,7 +9,6 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-
 from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.data import patterns as module
 from indomain_guidance.training.data.patterns import expanded
@@ -23,10 +22,24 @@ def touch(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("pattern", [
-    "*", "a*", "*/*.png", "**/*.png", "**", "a/**/*.png", "?/[0-9].png", "*/../*.png", "b/2.*", "*.png", "**/c/*", ".*",
-    "a/*/x.png",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "*",
+        "a*",
+        "*/*.png",
+        "**/*.png",
+        "**",
+        "a/**/*.png",
+        "?/[0-9].png",
+        "*/../*.png",
+        "b/2.*",
+        "*.png",
+        "**/c/*",
+        ".*",
+        "a/*/x.png",
+    ],
+)
 def test_wildcards_are_read_as_by_glob(tmp_path, pattern):
     for name in ("1.png", "a/1.png", "a/c/x.png", "a/c/d/y.png", "b/2.png", ".hidden/3.png", ".dot.png", "b/.z.png"):
         touch(tmp_path / name)
@@ -34,9 +47,9 @@ def test_wildcards_are_read_as_by_glob(tmp_path, pattern):
     assert {os.path.normpath(one) for one in expanded(str(tmp_path / pattern))} == expected and expected
 
 
-@pytest.mark.parametrize("pattern", [
-    "x{0..9999999}.tar", "x{0..999999999999999999}.tar", "{0..999}{0..999}", "{1..9}" * 40, "{a,b}" * 2000,
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "pattern", ["x{0..9999999}.tar", "x{0..999999999999999999}.tar", "{0..999}{0..999}", "{1..9}" * 40, "{a,b}" * 2000]
+)
 def test_too_many_names_are_refused_before_any_is_made(tmp_path, pattern):
     with pytest.raises(DataProblem, match=r"expected a pattern of at most 100,000 names, found one of"):
         next(expanded(str(tmp_path / pattern)))
@@ -64,12 +77,20 @@ def test_patterns_that_go_round_in_circles_end(tmp_path, monkeypatch):
         list(expanded(str(tmp_path / "*")))
 
 
-@pytest.mark.parametrize("text, reason", [
-    ("", "an empty path"), ("x" * 70_000, "at most 65,536 characters"), ("\0", "found nothing there"),
-    ("~\0/x", "found nothing there"), ("~\ud800", "found nothing there"), ("a\ud800b/{1,2}*", "fits the pattern"),
-    ("y" * 300, "found nothing there"), ("{0..99999999999999999999999}", "found nothing there"),
-    ("C:\\Users\\me\\pictures", "as Windows writes it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, reason",
+    [
+        ("", "an empty path"),
+        ("x" * 70_000, "at most 65,536 characters"),
+        ("\0", "found nothing there"),
+        ("~\0/x", "found nothing there"),
+        ("~\ud800", "found nothing there"),
+        ("a\ud800b/{1,2}*", "fits the pattern"),
+        ("y" * 300, "found nothing there"),
+        ("{0..99999999999999999999999}", "found nothing there"),
+        ("C:\\Users\\me\\pictures", "as Windows writes it"),
+    ],
+)
 def test_texts_that_are_no_paths_are_refused_in_a_sentence(tmp_path, monkeypatch, text, reason):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataProblem, match=reason) as caught:

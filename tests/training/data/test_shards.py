@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from indomain_guidance.training.data.shards import NoShard, members
 from indomain_guidance.training.data.sources import search
 from indomain_guidance.training.data.walking import Cancelled, Watch
@@ -52,8 +51,13 @@ def written(path: Path, kind: int) -> Path:
             info = tarfile.TarInfo("longer" * 50 + "/d.png")
             info.size = 9
             archive.addfile(info, io.BytesIO(random.bytes(9)))
-        for name, of in (("folder", tarfile.DIRTYPE), ("link", tarfile.SYMTYPE), ("hard", tarfile.LNKTYPE),
-                         ("pipe", tarfile.FIFOTYPE), ("device", tarfile.CHRTYPE)):  # fmt: skip
+        for name, of in (
+            ("folder", tarfile.DIRTYPE),
+            ("link", tarfile.SYMTYPE),
+            ("hard", tarfile.LNKTYPE),
+            ("pipe", tarfile.FIFOTYPE),
+            ("device", tarfile.CHRTYPE),
+        ):
             info = tarfile.TarInfo(name)
             info.type, info.linkname = of, "a.png"
             archive.addfile(info)
@@ -95,7 +99,7 @@ def test_damaged_headers_never_give_what_python_would_not(tmp_path, kind):
         except NoShard:
             damaged += 1
             continue
-        assert all(0 <= one.offset and one.size >= 0 and one.offset + one.size <= len(data) for one in found)
+        assert all(one.offset >= 0 and one.size >= 0 and one.offset + one.size <= len(data) for one in found)
         damaged += bool(fault)
         if not fault:
             sound += 1
@@ -109,28 +113,31 @@ def pax(records: bytes) -> bytes:
     return header(b"x", b"%011o\0" % len(records), b"x") + padded(records)
 
 
-@pytest.mark.parametrize("data, count, reason", [
-    (header(size=base256(-512)) + END, 1, "size"),
-    (header(size=base256(-(2**80))) + END, 1, "size"),
-    (header(size=base256(2**80)) + END, 2, "cut off within the last of its 2"),
-    (header(size=base256(2**62)) + END, 2, "cut off within the last"),
-    (header(size=b"-0000000012\0") + END, 1, "size"),
-    (header(size=b"twelve bytes") + END, 1, "size"),
-    (header(size=b"99999999999\0") + END, 1, "size"),
-    (header(b"././@LongLink", b"77777777777\0", b"L") + END, 1, "impossible length"),
-    (header(b"././@LongLink", base256(2**15), b"L") + END, 1, "cut off"),
-    (header(b"././@LongLink", b"00000000005\0", b"L") + padded(b"x.png") + END, 1, "damaged or cut off"),
-    (header(b"x", b"77777777777\0", b"x") + END, 1, "impossible length"),
-    (header(b"x", b"77777777777\0", b"g") + END, 1, "impossible length"),
-    (pax(b"nonsense") + header() + END, 1, "pax header"),
-    (pax(b"0 a=b\n") + header() + END, 1, "pax header"),
-    (pax(b"99999 path=b\n") + header() + END, 1, "pax header"),
-    (pax(b"18446744073709551616999999999 a=b\n") + header() + END, 1, "pax header"),
-    (pax(b"14 size=-5120\n") + header() + END, 1, "size"),
-    (pax(b"12 size=1e9\n") + header() + END, 1, "size"),
-    (pax(b"29 size=99999999999999999999\n") + header() + END, 2, "cut off within the last of its 2"),
-    (header(kind=b"S")[:482] + b"\1" + bytes(29) + END, 1, "damaged or cut off"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, count, reason",
+    [
+        (header(size=base256(-512)) + END, 1, "size"),
+        (header(size=base256(-(2**80))) + END, 1, "size"),
+        (header(size=base256(2**80)) + END, 2, "cut off within the last of its 2"),
+        (header(size=base256(2**62)) + END, 2, "cut off within the last"),
+        (header(size=b"-0000000012\0") + END, 1, "size"),
+        (header(size=b"twelve bytes") + END, 1, "size"),
+        (header(size=b"99999999999\0") + END, 1, "size"),
+        (header(b"././@LongLink", b"77777777777\0", b"L") + END, 1, "impossible length"),
+        (header(b"././@LongLink", base256(2**15), b"L") + END, 1, "cut off"),
+        (header(b"././@LongLink", b"00000000005\0", b"L") + padded(b"x.png") + END, 1, "damaged or cut off"),
+        (header(b"x", b"77777777777\0", b"x") + END, 1, "impossible length"),
+        (header(b"x", b"77777777777\0", b"g") + END, 1, "impossible length"),
+        (pax(b"nonsense") + header() + END, 1, "pax header"),
+        (pax(b"0 a=b\n") + header() + END, 1, "pax header"),
+        (pax(b"99999 path=b\n") + header() + END, 1, "pax header"),
+        (pax(b"18446744073709551616999999999 a=b\n") + header() + END, 1, "pax header"),
+        (pax(b"14 size=-5120\n") + header() + END, 1, "size"),
+        (pax(b"12 size=1e9\n") + header() + END, 1, "size"),
+        (pax(b"29 size=99999999999999999999\n") + header() + END, 2, "cut off within the last of its 2"),
+        (header(kind=b"S")[:482] + b"\1" + bytes(29) + END, 1, "damaged or cut off"),
+    ],
+)
 def test_every_kind_of_damage_names_the_shard_and_the_rest_is_used(tmp_path, data, count, reason):
     (tmp_path / "bad.tar").write_bytes(FIRST + data)
     (tmp_path / "good.tar").write_bytes(FIRST + END)
@@ -165,7 +172,10 @@ def test_what_is_no_plain_file_is_not_read_but_counted(tmp_path):
     found = search([tmp_path])
     assert [entry.name for entry in found.entries] == ["a.tar!first.png"] and not found.skipped
     assert found.ignored == {
-        "sparse files in shards": 3, "links in shards": 2, "files of an unknown kind in shards": 1, ".txt": 1
+        "sparse files in shards": 3,
+        "links in shards": 2,
+        "files of an unknown kind in shards": 1,
+        ".txt": 1,
     }
 
 
@@ -188,11 +198,16 @@ def test_names_and_sizes_in_pax_headers_and_names_that_are_no_utf8(tmp_path):
     assert entries[1].name.endswith("!\\udcff.png") and entries[1].name.isprintable()
 
 
-@pytest.mark.parametrize("data, reason", [
-    (b"", "an empty file"), (b"\x1f\x8b" + bytes(range(200)) * 9, "a file packed with gzip"),
-    (b"PK\x03\x04" + b"x" * 600, "a file packed with zip"), (b"this is no tar" * 100, "another file"),
-    (b"short", "another file"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "an empty file"),
+        (b"\x1f\x8b" + bytes(range(200)) * 9, "a file packed with gzip"),
+        (b"PK\x03\x04" + b"x" * 600, "a file packed with zip"),
+        (b"this is no tar" * 100, "another file"),
+        (b"short", "another file"),
+    ],
+)
 def test_what_is_no_shard(tmp_path, data, reason):
     (tmp_path / "a.tar").write_bytes(data)
     (tmp_path / "b.tar").write_bytes(FIRST + END)

@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-
 from indomain_guidance.training.data import BadImage, DataProblem, find_images, image_entries, load_image
 from indomain_guidance.training.data.sources import search
+from PIL import Image
 
 
 def picture(seed: int = 0, height: int = 6, width: int = 8) -> Image.Image:
@@ -127,11 +126,18 @@ def test_folders_that_cannot_be_read_are_reported(tmp_path, monkeypatch):
 
 def test_shards(tmp_path):
     members = {
-        "0001.jpg": content(1, "JPEG"), "0001.json": b"{}", "0001.txt": b"a caption",
-        "0002.png": content(2), "0002.mask.png": content(3), "0002.jpg": content(4, "JPEG"),
+        "0001.jpg": content(1, "JPEG"),
+        "0001.json": b"{}",
+        "0001.txt": b"a caption",
+        "0002.png": content(2),
+        "0002.mask.png": content(3),
+        "0002.jpg": content(4, "JPEG"),
         "sub/0001.webp": content(5, "WEBP"),
-        "trip.day1.png": content(6), "trip.day2.png": content(7),
-        "__MACOSX/0009.png": content(), ".hidden.png": content(), "empty.png": b"",
+        "trip.day1.png": content(6),
+        "trip.day2.png": content(7),
+        "__MACOSX/0009.png": content(),
+        ".hidden.png": content(),
+        "empty.png": b"",
     }
     path = shard(tmp_path / "data" / "one.tar", members)
     put(tmp_path / "data" / "a.png")

@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.data.sources import fingerprint, search
 from indomain_guidance.training.data.walking import Cancelled, Watch, walk

@@ -10,7 +10,13 @@ from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.mini_world import adversarial
 from indomain_guidance.training.mini_world.adversarial import (
-    AdversarialConfig, discriminator_loss, generator_loss, gradient_penalty, pair_of, rate_share, run_adversarial,
+    AdversarialConfig,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+    pair_of,
+    rate_share,
+    run_adversarial,
 )
 from torch import nn
 
@@ -53,8 +59,11 @@ def latents(count, generator):
 
 
 def weights(pair):
-    return {f"{part}.{key}": value for part in ("generator", "discriminator", "average")
-            for key, value in getattr(pair, part).state_dict().items()}
+    return {
+        f"{part}.{key}": value
+        for part in ("generator", "discriminator", "average")
+        for key, value in getattr(pair, part).state_dict().items()
+    }
 
 
 def test_the_losses_are_cross_entropies_of_the_paired_logits():

@@ -1,4 +1,4 @@
-"""``mini-world check`` on a few pictures: what it prints is consistent, comes in parts, and goes on where it stopped."""
+"""``mini-world check`` on a few pictures: what it prints is consistent, in parts, and goes on where it stopped."""
 
 import json
 
@@ -20,7 +20,7 @@ def check(monkeypatch, capsys):
     def run(*arguments: str) -> dict[str, dict]:
         assert command.main(["check", "--samples", "20", "--seed", "3", *arguments]) == 0
         lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-        assert all(FIELDS <= line.keys() and line["seed"] == 3 and line["samples"] >= 1 for line in lines)
+        assert all(line.keys() >= FIELDS and line["seed"] == 3 and line["samples"] >= 1 for line in lines)
         named = {line["name"].removeprefix("mini_world/"): line for line in lines}
         assert len(named) == len(lines)
         return named
@@ -52,22 +52,29 @@ def test_kept_samples_are_those_of_the_same_guidance_and_prompts(tmp_path):
     world = command.Check(10, 0).world
     prompts = measure.draw_prompts(10, render.colour_pairs())
     draw = lambda scale, **more: measure.sample_prompts(  # noqa: E731
-        world, measure.cfg_of(world, scale), prompts, steps=2, name=f"cfg {scale}", batch=4, keep=tmp_path, **more)
+        world, measure.cfg_of(world, scale), prompts, steps=2, name=f"cfg {scale}", batch=4, keep=tmp_path, **more
+    )
     first, count = draw(2.0)
     assert len(list(tmp_path.iterdir())) == 3 and count == 2.0
     again, count = draw(2.0)
     assert torch.equal(first, again) and count == 2.0
     assert not torch.equal(first, draw(3.0)[0]) and not torch.equal(first, draw(2.0, seed=1)[0])
     assert len(list(tmp_path.iterdir())) == 9
-    assert torch.allclose(first, measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, steps=2, batch=4)[0])
+    assert torch.allclose(
+        first, measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, steps=2, batch=4)[0]
+    )
 
 
 def test_parts_say_how_many_pictures_they_measured(check):
     found = check("--part", "judges", "--part", "autoencoder")
     assert found["psnr_rendered"]["target"] == 26.0 and found["accuracy_lost_handwritten_digit"]["target"] == 0.01
     assert {line["samples"] for line in found.values()} == {20}
-    assert all(f"{judge}accuracy_{kind}_{head}" in found for judge in ("", "held_out_judge/")
-               for kind in ("rendered", "handwritten") for head in ("digit", "ink", "ground", "world"))
+    assert all(
+        f"{judge}accuracy_{kind}_{head}" in found
+        for judge in ("", "held_out_judge/")
+        for kind in ("rendered", "handwritten")
+        for head in ("digit", "ink", "ground", "world")
+    )
     pictures = measure.unseen_pictures(100, trained=False)
     assert (len(pictures["rendered"]), len(pictures["handwritten"])) == (100, 70)  # there are no more rows
 
@@ -96,10 +103,13 @@ def test_colours_are_counted_by_what_was_asked_for():
     names = render.COLOUR_NAMES
     assert measure.accuracies_by_colour(named, prompts) == {
         "ink": {names[0]: (0.5, 2), names[3]: (1.0, 2)},
-        "ground": {names[1]: (pytest.approx(1 / 3), 3), names[2]: (1.0, 1)}}
+        "ground": {names[1]: (pytest.approx(1 / 3), 3), names[2]: (1.0, 1)},
+    }
 
 
-@pytest.mark.parametrize("arguments", [["check", "--samples", "9"], ["check", "--part", "colours"], ["make", "--steps", "9"]])
+@pytest.mark.parametrize(
+    "arguments", [["check", "--samples", "9"], ["check", "--part", "colours"], ["make", "--steps", "9"]]
+)
 def test_impossible_arguments_are_refused_before_anything_runs(arguments, capsys):
     with pytest.raises(SystemExit) as ended:
         command.main(arguments)
@@ -121,4 +131,6 @@ def test_the_best_scale_is_the_one_whose_worst_reading_is_best_and_the_others_ar
     assert found["prior_best_scale"]["value"] == 2.0 and found["prior_digit_accuracy"]["value"] == 0.98
     assert found["prior_ink_accuracy/worst"]["value"] == 0.96 and found["prior_ink_accuracy/worst"]["colour"] == "red"
     other = found["held_out_judge/prior_at_cfg_3.0_ink_accuracy/worst"]
-    assert other["value"] == 0.9 and other["target"] is None and found["prior_at_cfg_1.5_digit_accuracy"]["value"] == 0.9
+    assert (
+        other["value"] == 0.9 and other["target"] is None and found["prior_at_cfg_1.5_digit_accuracy"]["value"] == 0.9
+    )

@@ -21,7 +21,7 @@ def test_narrow_pictures_are_the_training_rows_enlarged(tmp_path):
     assert [path.name for path in paths] == [f"narrow-{i:04d}.png" for i in range(5)]
     digits, _ = render.load_handwriting(slice(0, 5))
     for path, digit in zip(paths, digits):
-        # An oracle of its own: Pillow's bicubic enlargement of the same strokes, within rounding and filter differences.
+        # Oracle: Pillow's bicubic enlargement of the same strokes, within rounding and filter differences.
         wanted = np.asarray(Image.fromarray(digit.numpy()).resize((64, 64), Image.Resampling.BICUBIC)).astype(float)
         found = read(path)
         assert found.shape == (64, 64, 3) and np.ptp(found, axis=2).max() == 0

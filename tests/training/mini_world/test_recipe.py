@@ -7,11 +7,24 @@ from types import SimpleNamespace
 import pytest
 import torch
 from indomain_guidance.guidance.files import (
-    FileProblem, prior_content_hash, read_domain_file, read_metadata, read_state_dict,
+    FileProblem,
+    prior_content_hash,
+    read_domain_file,
+    read_metadata,
+    read_state_dict,
 )
 from indomain_guidance.training.mini_world import __main__ as command
 from indomain_guidance.training.mini_world import (
-    assets, classifier, loop, measure, recipe, render, train_autoencoder, train_domain, train_generator, train_prior,
+    assets,
+    classifier,
+    loop,
+    measure,
+    recipe,
+    render,
+    train_autoencoder,
+    train_domain,
+    train_generator,
+    train_prior,
 )
 
 
@@ -37,8 +50,10 @@ def tiny(monkeypatch, tmp_path):
 
 
 def contents(folder):
-    return {path.relative_to(folder).as_posix(): (read_metadata(path), read_state_dict(path))
-            for path in folder.rglob("*.safetensors")}
+    return {
+        path.relative_to(folder).as_posix(): (read_metadata(path), read_state_dict(path))
+        for path in folder.rglob("*.safetensors")
+    }
 
 
 def test_one_command_makes_the_world_from_nothing_and_again_without_training(tiny, monkeypatch, capsys):
@@ -46,9 +61,15 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     assert command.main(arguments) == 0
     first = contents(tiny / "shipped")
     assert first.keys() == {
-        "autoencoder.safetensors", "classifier.safetensors", "classifier_held_out.safetensors",
-        "prior_unet.safetensors", "text_encoder.safetensors", "domain_unets/mini-handwriting.safetensors",
-        "domain_unets/mini-narrow-handwriting.safetensors", "generators/mini-handwriting.safetensors"}
+        "autoencoder.safetensors",
+        "classifier.safetensors",
+        "classifier_held_out.safetensors",
+        "prior_unet.safetensors",
+        "text_encoder.safetensors",
+        "domain_unets/mini-handwriting.safetensors",
+        "domain_unets/mini-narrow-handwriting.safetensors",
+        "generators/mini-handwriting.safetensors",
+    }
     assert len(capsys.readouterr().out.splitlines()) == len(first)
     assert all(metadata.get("steps", "2") == "2" for metadata, _ in first.values())
 

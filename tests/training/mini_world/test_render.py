@@ -47,8 +47,13 @@ def test_captions_are_english_and_can_leave_parts_out():
     assert render.caption(8, orange, None) == "an orange eight"
     assert render.caption(8, None, orange) == "an eight on an orange background"
     assert render.caption(None, red, None) == "a red digit"
-    words = {word for d in (None, *range(10)) for i in (None, *range(8)) for g in (None, *range(8))
-             for word in render.caption(d, i, g).split()}
+    words = {
+        word
+        for d in (None, *range(10))
+        for i in (None, *range(8))
+        for g in (None, *range(8))
+        for word in render.caption(d, i, g).split()
+    }
     assert words == set(render.vocabulary())
 
 

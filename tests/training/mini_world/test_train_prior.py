@@ -38,7 +38,7 @@ def test_the_loss_weight_lies_between_eps_and_x0_loss():
     weight = train_prior.loss_weight(schedule, torch.arange(1000))
     snr = abar / (1 - abar)
     assert torch.allclose(weight[snr > 0.2], snr[snr > 0.2].rsqrt(), rtol=1e-4)
-    assert torch.allclose(weight[snr < 0.2], torch.full_like(weight[snr < 0.2], 5.0 ** 0.5))
+    assert torch.allclose(weight[snr < 0.2], torch.full_like(weight[snr < 0.2], 5.0**0.5))
 
 
 def test_the_word_probe_is_small_only_where_the_text_says_what_was_said():

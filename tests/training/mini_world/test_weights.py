@@ -4,7 +4,12 @@ import pytest
 import torch
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.files import (
-    FileProblem, prior_content_hash, read_domain_file, read_metadata, read_state_dict, write_safetensors,
+    FileProblem,
+    prior_content_hash,
+    read_domain_file,
+    read_metadata,
+    read_state_dict,
+    write_safetensors,
 )
 from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.training.mini_world import assets, measure, render
@@ -25,8 +30,14 @@ def judge_model():
 
 def test_the_files_are_half_precision_and_30_mb_together():
     assert {file.stem for file in FILES} == {
-        "autoencoder", "classifier", "classifier_held_out", "prior_unet", "text_encoder", "mini-handwriting",
-        "mini-narrow-handwriting"}
+        "autoencoder",
+        "classifier",
+        "classifier_held_out",
+        "prior_unet",
+        "text_encoder",
+        "mini-handwriting",
+        "mini-narrow-handwriting",
+    }
     assert assets.generators_dir().joinpath("mini-handwriting.safetensors").stat().st_size <= 6_000_000
     assert sum(file.stat().st_size for file in FILES) <= 30_000_000
     for file in FILES:
@@ -72,13 +83,15 @@ def test_the_prior_draws_what_the_prompt_says(world, judge_model):
 
 
 def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
-    """The claim of arXiv 2312.08195 in small: nearer to the domain than the prior, and it obeys, unlike the domain model."""
+    """The claim of arXiv 2312.08195 in small: nearer to it than the prior, and it obeys, unlike the domain model."""
     prompts = measure.draw_prompts(40, render.domain_pairs("handwriting"), seed=2)
     domain = world.domain("mini-handwriting")
     guided = measure.in_domain_of(world, domain, Interval(1.5, 0.0, 1.0), 3.0)
     alone = lambda uncond, cond: presets.domain_guidance(world.prior, domain, uncond, scale=1.0)  # noqa: E731
-    scores = {name: measure.score(judge_model, measure.sample_prompts(world, of, prompts, seed=2)[0], prompts)
-              for name, of in (("prior", measure.cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))}
+    scores = {
+        name: measure.score(judge_model, measure.sample_prompts(world, of, prompts, seed=2)[0], prompts)
+        for name, of in (("prior", measure.cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))
+    }
     assert scores["guided"].distance < 0.5 * scores["prior"].distance
     assert scores["guided"].in_domain > scores["prior"].in_domain + 0.4
     assert scores["guided"].digit > scores["domain"].digit + 0.4

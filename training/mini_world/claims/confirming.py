@@ -39,7 +39,11 @@ def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
     )
     sampling = replace(plan.sampling, samples=SAMPLES, seed=SEED)
     return replace(
-        plan, name="confirm", sampling=sampling, points=(*chosen, *seeds), options=f" --confirm{plan.options}",
+        plan,
+        name="confirm",
+        sampling=sampling,
+        points=(*chosen, *seeds),
+        options=f" --confirm{plan.options}",
         note=note,
     )
 

@@ -53,9 +53,17 @@ def decision_line(paper: str, name: str, decision: Decision, samples: int, seed:
         if key not in ("claim", "value", "unit", "target", "better", "low", "high")
     }
     return json_line(
-        paper, f"claim/{name}", decision.value, decision.unit, samples, seed, decision.target, decision.better,
-        interval=[decision.low, decision.high], **more,
-    )  # fmt: skip
+        paper,
+        f"claim/{name}",
+        decision.value,
+        decision.unit,
+        samples,
+        seed,
+        decision.target,
+        decision.better,
+        interval=[decision.low, decision.high],
+        **more,
+    )
 
 
 def say_lines(lines: Iterable[str]) -> None:

@@ -75,12 +75,7 @@ class Models:
     """
 
     def __init__(
-        self,
-        folder: Path,
-        world: MiniWorld,
-        images: int = IMAGES,
-        batch: int = BATCH,
-        wanted: Iterable[ModelSpec] = (),
+        self, folder: Path, world: MiniWorld, images: int = IMAGES, batch: int = BATCH, wanted: Iterable[ModelSpec] = ()
     ) -> None:
         self.folder, self.world, self.images, self.batch = folder, world, images, batch
         self.wanted = sorted({spec for spec in wanted if spec.kind != "shipped"}, key=lambda spec: spec.steps)

@@ -13,9 +13,19 @@ from .statistics import is_on_front
 
 # Distinguishable also without red and green: Okabe and Ito's, then some of Tol's muted ones.
 COLOURS = (
-    "#000000", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f7f7f", "#882255", "#999933",
-    "#332288", "#44aa99",
-)  # fmt: skip
+    "#000000",
+    "#0072b2",
+    "#d55e00",
+    "#009e73",
+    "#cc79a7",
+    "#e69f00",
+    "#56b4e9",
+    "#7f7f7f",
+    "#882255",
+    "#999933",
+    "#332288",
+    "#44aa99",
+)
 SHAPES = ("circle", "square", "triangle", "diamond")
 OVERSAMPLING = 3  # drawn larger and reduced, which smooths the lines
 

@@ -14,16 +14,7 @@ from .plot import Panel, Series, draw_panels
 from .questions import QUESTIONS
 from .statistics import is_on_front
 from .sweep import PLANS, Plan
-from .verdicts import (
-    BEYOND,
-    FINE_TUNES,
-    LEAST_CEILING,
-    MOST_AUTOENCODER,
-    SHIPPED,
-    Validity,
-    Verdict,
-    validities,
-)
+from .verdicts import BEYOND, FINE_TUNES, LEAST_CEILING, MOST_AUTOENCODER, SHIPPED, Validity, Verdict, validities
 
 TITLES = {
     "prior": "prior",
@@ -264,14 +255,20 @@ def front_lines(rows: Sequence[Row], floors: Floors, plan: Plan) -> list[str]:
     """`fronts_of` every question; a line's value is the hypervolume, of ratios there is none."""
     return [
         json_line(
-            f"{question}/nearest/{one.name}", one.hypervolume[0] if one.hypervolume else None, "share",
-            plan.sampling.samples, plan.sampling.seed, better="higher",
-            interval=one.hypervolume[1:] if one.hypervolume else None, points=one.points,
-            over=share_of(question), at=fronts.facts(one),
+            f"{question}/nearest/{one.name}",
+            one.hypervolume[0] if one.hypervolume else None,
+            "share",
+            plan.sampling.samples,
+            plan.sampling.seed,
+            better="higher",
+            interval=one.hypervolume[1:] if one.hypervolume else None,
+            points=one.points,
+            over=share_of(question),
+            at=fronts.facts(one),
         )
         for question, values in floors.items()
         for one in fronts_of(question, _of(question, rows), values["ceiling"])
-    ]  # fmt: skip
+    ]
 
 
 def _of(question: str, rows: Sequence[Row]) -> list[Row]:

@@ -46,9 +46,7 @@ class TargetSet:
 
     def __init__(self, features: Tensor) -> None:
         if features.ndim != 2 or len(features) < 2:
-            raise Problem(
-                f"expected the target's features [M, F] of at least two images, found {list(features.shape)}"
-            )
+            raise Problem(f"expected the target's features [M, F] of at least two images, found {list(features.shape)}")
         features = features.detach().double().cpu()
         self.mean, self.covariance = features.mean(0), features.T.cov()
         values, vectors = torch.linalg.eigh(self.covariance)

@@ -15,7 +15,6 @@ from .report import floor_lines, row_line, verdict_line, write_report
 from .sweep import PLANS, Plan
 from .verdicts import all_verdicts
 
-
 CONFIRM = "confirm"
 
 

@@ -294,11 +294,20 @@ def tiny_points() -> Iterator[Point]:
 PLANS = {
     "full": lambda: Plan("full", Sampling(2000, steps=15, precision="bf16"), _once(full_points())),
     "quick": lambda: Plan(
-        "quick", Sampling(200, steps=15, replicates=200), _once(quick_points()), images=2000, coarse=True,
+        "quick",
+        Sampling(200, steps=15, replicates=200),
+        _once(quick_points()),
+        images=2000,
+        coarse=True,
         options=" --quick",
     ),
     "tiny": lambda: Plan(
-        "tiny", Sampling(20, steps=2, replicates=20, targets=40), _once(tiny_points()), 16, batch=4, coarse=True,
+        "tiny",
+        Sampling(20, steps=2, replicates=20, targets=40),
+        _once(tiny_points()),
+        16,
+        batch=4,
+        coarse=True,
         options=" --tiny",
     ),
 }

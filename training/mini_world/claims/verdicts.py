@@ -70,9 +70,7 @@ class Validity:
 
     @property
     def holds(self) -> bool:
-        return (
-            self.ceiling >= LEAST_CEILING and self.autoencoder is not None and self.autoencoder <= MOST_AUTOENCODER
-        )
+        return self.ceiling >= LEAST_CEILING and self.autoencoder is not None and self.autoencoder <= MOST_AUTOENCODER
 
     def __str__(self) -> str:
         share = "not known without the prior" if self.autoencoder is None else f"{self.autoencoder:.2%}"
@@ -216,7 +214,7 @@ def claim_c(evidence: Evidence, methods: str = "paper", kind: str = "full") -> V
     differences = {}
     for model in dict.fromkeys(row.point.model for row in evidence.of(True, ("fine_tune",))):
         own, theirs = (
-            {row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}
+            {row.point.settings: row for row in evidence.of(True, (method,), lambda row: row.point.model == model)}  # noqa: B023
             for method in FINE_TUNES
         )
         both = [settings for settings in own if settings in theirs]
@@ -403,9 +401,22 @@ def _decided(
         outcome += " so far"
     measured, planned = evidence.progress(*(part for parts in settled.values() for part in parts))
     return Verdict(
-        statement, unit, value, low, high, target, better, outcome, details, measured, planned,
-        claim=claim, domain=evidence.domain, methods=methods, models=evidence.models,
-    )  # fmt: skip
+        statement,
+        unit,
+        value,
+        low,
+        high,
+        target,
+        better,
+        outcome,
+        details,
+        measured,
+        planned,
+        claim=claim,
+        domain=evidence.domain,
+        methods=methods,
+        models=evidence.models,
+    )
 
 
 def _missing(
@@ -419,6 +430,17 @@ def _missing(
     reason: str = "points not measured yet",
 ) -> Verdict:
     return Verdict(
-        statement, unit, None, None, None, target, better, "undecided", {"reason": reason},
-        claim=claim, domain=evidence.domain, methods=methods, models=evidence.models,
-    )  # fmt: skip
+        statement,
+        unit,
+        None,
+        None,
+        None,
+        target,
+        better,
+        "undecided",
+        {"reason": reason},
+        claim=claim,
+        domain=evidence.domain,
+        methods=methods,
+        models=evidence.models,
+    )

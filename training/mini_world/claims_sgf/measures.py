@@ -63,15 +63,15 @@ class Answers:
     source: Mapping[str, Tensor]
 
 
-def answers_of(
-    task: Task, judge_model: Classifier, pictures: Tensor, samples: int, rendered: Tensor | None
-) -> Answers:
+def answers_of(task: Task, judge_model: Classifier, pictures: Tensor, samples: int, rendered: Tensor | None) -> Answers:
     """pictures: the source's [K, 3, 64, 64], whose first `samples` latents are measured; rendered: the prior's."""
     seen = judge(judge_model, pictures)[1]
     images, paired = task.answers(pictures, seen["digit"])
     if len(images) < 2:
-        raise Problem(f"expected the source to draw some answers to {task.title!r}, found {len(images)} in "
-                      f"{len(pictures)} pictures; draw more")  # fmt: skip
+        raise Problem(
+            f"expected the source to draw some answers to {task.title!r}, found {len(images)} in "
+            f"{len(pictures)} pictures; draw more"
+        )
     features, named = judge(judge_model, images)
     target, some = TargetSet(features), slice(0, samples)
     other = target if rendered is None else TargetSet(judge(judge_model, rendered)[0])
@@ -114,9 +114,7 @@ def examine(
     return measured, numbers
 
 
-def diversity(
-    features: Tensor, digits: Tensor, right: Tensor, answers: Answers, counts: Tensor, seed: int
-) -> Measured:
+def diversity(features: Tensor, digits: Tensor, right: Tensor, answers: Answers, counts: Tensor, seed: int) -> Measured:
     """Spread within digit classes of the samples that obey, as a share of the answers'; 0 where hardly any obeys."""
     both = torch.cat([torch.ones(1, counts.shape[1], dtype=torch.float64), counts])
     if int(right.sum()) < LEAST_OBEYING:

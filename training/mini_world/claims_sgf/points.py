@@ -172,10 +172,14 @@ class Bench:
         unsaid = torch.zeros(count, dtype=torch.long)
         prompts = Prompts(unsaid, torch.stack([unsaid, unsaid], 1), (task.prompt,) * count)
         return measure.sample_prompts(
-            self.world, measure.cfg_of(self.world, sampling.rendered_scale), prompts, steps=sampling.rendered_steps,
-            seed=sampling.seed, name=f"the prior's {task.name}, scale {sampling.rendered_scale:g}",
+            self.world,
+            measure.cfg_of(self.world, sampling.rendered_scale),
+            prompts,
+            steps=sampling.rendered_steps,
+            seed=sampling.seed,
+            name=f"the prior's {task.name}, scale {sampling.rendered_scale:g}",
             keep=self.folder / "rendered",
-        )[0]  # fmt: skip
+        )[0]
 
     def answers(self, task: Task) -> Answers:
         if task.name not in self._answers:

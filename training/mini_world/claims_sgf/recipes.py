@@ -31,9 +31,7 @@ RELEASED_SCALE = 100.0
 SCALE = 5.0
 # The released update: each gradient on latents clamped to 1, the image gradient at its 95th percentile. Its scale of
 # 100 drives this prior's guided predictions out of what it learned; rows with it stand beside those with SCALE.
-RELEASED: dict[str, Any] = {
-    "method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95,
-}  # fmt: skip
+RELEASED: dict[str, Any] = {"method": "sds", "scale": SCALE, "mode": "sgf", "latent_clamp": 1.0, "image_quantile": 0.95}
 # Pixels beyond white and black keep a hundredth of the gradient that leads back; the released update gives them none.
 BACK: dict[str, Any] = {"way_back": SHARE_BACK}
 # One noise for all terms, one pass back through the encoder, no clamps of gradients.
@@ -105,22 +103,23 @@ RECIPES = {
         ),
         # The same terms in this project's update.
         Recipe(
-            "shared_directional", "SDS + directional 1, shared noise",
+            "shared_directional",
+            "SDS + directional 1, shared noise",
             {**RELEASED, **BACK, "mode": "shared", "directional": 1.0},
         ),
         Recipe(
-            "shared_reconstruction", "SDS + reconstruction 1, shared noise",
+            "shared_reconstruction",
+            "SDS + reconstruction 1, shared noise",
             {**RELEASED, **BACK, "mode": "shared", "reconstruction": 1.0},
         ),
         Recipe(
-            "shared_directional_weak", "SDS + directional 0.2, shared noise",
+            "shared_directional_weak",
+            "SDS + directional 0.2, shared noise",
             {**RELEASED, **BACK, "mode": "shared", "directional": 0.2},
         ),
         _ours("csd", "CSD", method="csd"),
         _ours("csd_directional", "CSD + directional 0.2", method="csd", directional=0.2),
-        _ours(
-            "csd_directional_noisy", "CSD + directional 0.2, t 300 to 900", method="csd", directional=0.2, **NOISY
-        ),
+        _ours("csd_directional_noisy", "CSD + directional 0.2, t 300 to 900", method="csd", directional=0.2, **NOISY),
         _ours("first", "`adapt --config mini_world`", **FIRST),
         _ours("nfsd", "NFSD", method="nfsd"),
         _ours("bridge", "SDS-Bridge", method="bridge"),
@@ -142,7 +141,9 @@ RECIPES = {
                 ("domain_mild", "SDS, domain model at weight 1.5", "domain", {"domain_weight": 1.5}),
                 ("fine_tune", "SDS, fine-tuned critic", "fine_tune", {}),
                 (
-                    "domain_directional", "SDS + directional 1, domain model", "domain",
+                    "domain_directional",
+                    "SDS + directional 1, domain model",
+                    "domain",
                     {"domain_weight": SCALE, "directional": 1.0},
                 ),
             )
@@ -152,8 +153,11 @@ RECIPES = {
 # What stands behind each claim.
 DIRECTIONAL = ("sds_directional", "sds_directional_weak", "sds_directional_faint", "sds_directional_noisy")
 RECONSTRUCTION = (
-    "sds_reconstruction", "sds_reconstruction_weak", "sds_reconstruction_faint", "sds_reconstruction_noisy",
-)  # fmt: skip
+    "sds_reconstruction",
+    "sds_reconstruction_weak",
+    "sds_reconstruction_faint",
+    "sds_reconstruction_noisy",
+)
 LAYERS = ("sds_layers_6", "sds_layers_3", "sds_layers_1")
 SGF = ("sds", "sds_directional", "sds_reconstruction")
 WEAK = ("sds_directional_weak", "sds_reconstruction_weak")
@@ -162,8 +166,19 @@ NOISIER = ("sds_directional_noisy", "sds_reconstruction_noisy")
 WAY_BACK = ("sds_back", "sds_directional_weak_back", "sds_reconstruction_weak_back")
 BEYOND = (
     *WAY_BACK,
-    "shared_directional", "shared_reconstruction", "shared_directional_weak", "csd", "csd_directional",
-    "csd_directional_noisy", "first", "nfsd", "bridge", "dds", "ism", "vsd", "sds_unclamped",
-)  # fmt: skip
+    "shared_directional",
+    "shared_reconstruction",
+    "shared_directional_weak",
+    "csd",
+    "csd_directional",
+    "csd_directional_noisy",
+    "first",
+    "nfsd",
+    "bridge",
+    "dds",
+    "ism",
+    "vsd",
+    "sds_unclamped",
+)
 GUIDED = ("domain", "domain_mild", "fine_tune", "domain_directional")
 GUIDED_BACK = ("domain_back", "domain_mild_back", "fine_tune_back", "domain_directional_back")

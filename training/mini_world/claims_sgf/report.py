@@ -50,10 +50,18 @@ def row_line(row: Row) -> str:
     numbers = {key: value for key, value in row.numbers.items() if key != "distance"}
     point = row.point
     return lines.json_line(
-        "sgf", f"{point.task}/{point.recipe}", row.numbers["distance"], "frechet", row.sampling.samples,
-        row.sampling.seed, step=point.step, training_seed=point.seed, prompt=TASKS[point.task].prompt, **numbers,
+        "sgf",
+        f"{point.task}/{point.recipe}",
+        row.numbers["distance"],
+        "frechet",
+        row.sampling.samples,
+        row.sampling.seed,
+        step=point.step,
+        training_seed=point.seed,
+        prompt=TASKS[point.task].prompt,
+        **numbers,
         intervals=row.intervals,
-    )  # fmt: skip
+    )
 
 
 def verdict_line(verdict: Verdict, plan: Plan) -> str:
@@ -222,15 +230,36 @@ def _table(task: Task, rows: Sequence[Row]) -> list[str]:
     if not rows:
         return []
     names = [f"{head} right" for head, _ in task.named] or ["ink right", "ground right", "world right"]
-    head = ["recipe", "steps", "seeds", "distance", "to the prior's pictures", "accuracy", *names, "second judge",
-            "correspondence", "diversity", "recall", "handwritten", "changed", "moved", "GFLOPs a step"]  # fmt: skip
+    head = [
+        "recipe",
+        "steps",
+        "seeds",
+        "distance",
+        "to the prior's pictures",
+        "accuracy",
+        *names,
+        "second judge",
+        "correspondence",
+        "diversity",
+        "recall",
+        "handwritten",
+        "changed",
+        "moved",
+        "GFLOPs a step",
+    ]
     exact = [row.numbers["accuracy"] for row in rows if row.point.recipe == "exact"]
     judged = f" The judge accepts {exact[0]:.1%} of the exact answers (at least {LEAST_EXACT:.0%})." if exact else ""
     prior = [row.numbers["accuracy"] for row in rows if row.point.recipe == "prior"]
     if prior and task.kind != "domain":
         judged += f" Of the prior's own pictures {prior[0]:.1%} obey (at least {LEAST_PRIOR:.0%})."
-    parts = [f"## {task.title[0].upper()}{task.title[1:]}", "", f"Prompt: {task.prompt!r}.{judged}", "",
-             f"| {' | '.join(head)} |", "|" + "---|" * len(head)]  # fmt: skip
+    parts = [
+        f"## {task.title[0].upper()}{task.title[1:]}",
+        "",
+        f"Prompt: {task.prompt!r}.{judged}",
+        "",
+        f"| {' | '.join(head)} |",
+        "|" + "---|" * len(head),
+    ]
     last = last_rows(rows)
     for recipe in dict.fromkeys(row.point.recipe for row in last):
         own = [row for row in last if row.point.recipe == recipe]
@@ -239,14 +268,22 @@ def _table(task: Task, rows: Sequence[Row]) -> list[str]:
         trained, moving = recipe in RECIPES, recipe not in ("exact", "prior")
         cells = [
             f"**{title_of(recipe)}**" if recipe in SGF else title_of(recipe),
-            str(step) if trained else "", str(len(own)) if trained else "",
-            _cell(own, "distance", ".1f"), _cell(own, "distance_rendered", ".1f"), _cell(own, "accuracy", ".1%"),
-            *(_cell(own, name.replace(" ", "_"), ".1%") for name in names), _cell(own, "accuracy_second_judge", ".1%"),
-            _cell(own, "correspondence", ".1%") if moving or recipe == "exact" else "", _cell(own, "diversity", ".2f"),
-            _cell(own, "recall", ".2f"), _cell(own, "handwritten", ".1%"),
-            *(_cell(own, name, form) if trained else "" for name, form in
-              (("changed", ".1%"), ("moved", ".3f"), ("gflops", ".2f"))),
-        ]  # fmt: skip
+            str(step) if trained else "",
+            str(len(own)) if trained else "",
+            _cell(own, "distance", ".1f"),
+            _cell(own, "distance_rendered", ".1f"),
+            _cell(own, "accuracy", ".1%"),
+            *(_cell(own, name.replace(" ", "_"), ".1%") for name in names),
+            _cell(own, "accuracy_second_judge", ".1%"),
+            _cell(own, "correspondence", ".1%") if moving or recipe == "exact" else "",
+            _cell(own, "diversity", ".2f"),
+            _cell(own, "recall", ".2f"),
+            _cell(own, "handwritten", ".1%"),
+            *(
+                _cell(own, name, form) if trained else ""
+                for name, form in (("changed", ".1%"), ("moved", ".3f"), ("gflops", ".2f"))
+            ),
+        ]
         parts.append(f"| {' | '.join(cells)} |")
     return [*parts, ""]
 

@@ -130,10 +130,17 @@ class Runs:
             place = place.with_name(f"{place.name}-to-{step}")  # the run has gone past this stop; go there once more
         config = AdaptConfig.from_mapping(
             {
-                **self.settings(run), **self._places(run), "name": run.name, "output": str(place), "steps": step,
-                "sample_every": 0, "checkpoint_every": 100, "keep_checkpoints": 1, "file_dtype": "fp32",
+                **self.settings(run),
+                **self._places(run),
+                "name": run.name,
+                "output": str(place),
+                "steps": step,
+                "sample_every": 0,
+                "checkpoint_every": 100,
+                "keep_checkpoints": 1,
+                "file_dtype": "fp32",
             }
-        )  # fmt: skip
+        )
         print(f"adapting {run.name} to step {step}", file=sys.stderr, flush=True)
         critic, encode = self.critic(run)
         result = adapt(config, resume="auto", generator=self.source, critic=critic, encode=encode)

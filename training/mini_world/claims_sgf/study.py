@@ -29,9 +29,14 @@ class SgfStudy:
         path = generators_dir() / f"{GENERATOR}.safetensors"
         runs = Runs(self.folder / "generators", source, path, models, plan.fine_tune, plan.stops)
         self.bench = Bench(
-            self.folder / "points", runs, world, source, load_classifier(), plan.sampling,
+            self.folder / "points",
+            runs,
+            world,
+            source,
+            load_classifier(),
+            plan.sampling,
             load_classifier(held_out=True),
-        )  # fmt: skip
+        )
         self.find, self.measure, self.line = self.bench.find, self.bench.measure, row_line
 
     def conclude(self, rows: Sequence[Row]) -> tuple[list[str], Callable[[Path], list[Path]]]:

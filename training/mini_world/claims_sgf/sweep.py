@@ -112,11 +112,21 @@ STOPS, TINY_STOPS = (75, 150, 300), (1, 2)
 PLANS = {
     "full": lambda: Plan("full", Sampling(1000), STOPS, _once(full_points(STOPS))),
     "quick": lambda: Plan(
-        "quick", Sampling(300, answers=1500, rendered=200, rendered_steps=12, replicates=200), STOPS,
-        _once(quick_points(STOPS)), images=2000, coarse=True,
+        "quick",
+        Sampling(300, answers=1500, rendered=200, rendered_steps=12, replicates=200),
+        STOPS,
+        _once(quick_points(STOPS)),
+        images=2000,
+        coarse=True,
     ),
     "tiny": lambda: Plan(
-        "tiny", Sampling(30, answers=120, rendered=8, rendered_steps=2, replicates=20), TINY_STOPS,
-        _once(tiny_points(TINY_STOPS)), images=16, batch=4, fine_tune=1, coarse=True,
+        "tiny",
+        Sampling(30, answers=120, rendered=8, rendered_steps=2, replicates=20),
+        TINY_STOPS,
+        _once(tiny_points(TINY_STOPS)),
+        images=16,
+        batch=4,
+        fine_tune=1,
+        coarse=True,
     ),
-}  # fmt: skip
+}

@@ -100,9 +100,11 @@ INK = COLOURS[2]  # only the ink has to change
 DARK = COLOURS[3]
 # Longer than any caption the prior was trained on, with words that it does not know.
 LONG = colour_task(
-    "yellow", "red", "long",
+    "yellow",
+    "red",
+    "long",
     "a yellow digit on a red background, drawn by hand with one even colour, and nothing else in the picture",
-)  # fmt: skip
+)
 SEVEN = shape_task(7)
 # The 16 colour pairs of the coloured handwriting, of which "a digit" says nothing.
 DOMAIN = Task("handwriting", "domain", "a digit", "coloured handwriting", t_max=900)

@@ -36,9 +36,12 @@ OTHERS = tuple(name for name in (*DIRECTIONAL, *RECONSTRUCTION) if name not in S
 # that keeps the source's ground is decided among the colours and by itself: it alone is reached by most recipes (a
 # group made after that had been seen).
 GROUPS = {
-    "colours": tuple(task.name for task in COLOURS if task != DARK), "ink alone": (INK.name,),
-    "long prompt": (LONG.name,), "shape": (SEVEN.name,), "domain": (DOMAIN.name,),
-}  # fmt: skip
+    "colours": tuple(task.name for task in COLOURS if task != DARK),
+    "ink alone": (INK.name,),
+    "long prompt": (LONG.name,),
+    "shape": (SEVEN.name,),
+    "domain": (DOMAIN.name,),
+}
 
 Key = tuple[str, int]  # task, seed
 Values = dict[Key, Tensor]  # one number of each run with its replicates, [1 + R]
@@ -209,12 +212,13 @@ def claim_b(evidence: Evidence) -> list[Verdict]:
         runs = evidence.complete(recipe)
         reached = [float(columns(rows, "accuracy")[:, 0].max()) >= ACCURATE for rows in runs.values()]
         details = {
-            **_runs(runs), "setting": RECIPES[recipe].title,
+            **_runs(runs),
+            "setting": RECIPES[recipe].title,
             "runs that reach 90 %": f"{sum(reached)} of {len(reached)}",
             "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
             "accuracy at the end": _mean(runs, lambda rows: rows[-1].numbers["accuracy"]),
             "correspondence at the end": _mean(runs, lambda rows: rows[-1].numbers["correspondence"]),
-        }  # fmt: skip
+        }
         found.append(_decided("b", part, evidence, statement, values, DIVERSE, "higher", details, recipes))
     return found
 
@@ -241,11 +245,12 @@ def claim_c(evidence: Evidence) -> list[Verdict]:
         best = min(ratios, key=lambda one: float(ratios[one][0]))
         runs = evidence.complete(best)
         details = {
-            **_runs(runs), "setting": RECIPES[best].title,
+            **_runs(runs),
+            "setting": RECIPES[best].title,
             "accuracy at the end": _mean(runs, lambda rows: rows[-1].numbers["accuracy"]),
             "share changed at the end": _mean(runs, lambda rows: rows[-1].numbers["changed"]),
             "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
-        }  # fmt: skip
+        }
         found.append(
             _decided(
                 "c", part, evidence, statement, stacked.amin(0), FEWER, "lower", details, ("sds", *LAYERS), "ratio"
@@ -266,9 +271,7 @@ def claim_d(evidence: Evidence) -> list[Verdict]:
     for part, (prompt_alone, recipes) in critics.items():
         assert set(recipes) <= {*GUIDED, *GUIDED_BACK}
         alone = evidence.complete(prompt_alone)
-        statement = (
-            f"{part} as critic: samples judged to be of the domain at the end, less those of the prompt alone"
-        )
+        statement = f"{part} as critic: samples judged to be of the domain at the end, less those of the prompt alone"
         differences = {}
         for recipe in recipes:
             runs = {key: rows for key, rows in evidence.complete(recipe).items() if key in alone}
@@ -282,12 +285,13 @@ def claim_d(evidence: Evidence) -> list[Verdict]:
         best = max(differences, key=lambda one: float(differences[one][0]))
         runs = evidence.complete(best)
         details = {
-            **_runs(runs), "setting": RECIPES[best].title,
+            **_runs(runs),
+            "setting": RECIPES[best].title,
             "in the domain": _mean(runs, lambda rows: rows[-1].numbers["accuracy"]),
             "in the domain with the prompt alone": _mean(alone, lambda rows: rows[-1].numbers["accuracy"]),
             "distance": _mean(runs, lambda rows: rows[-1].numbers["distance"]),
             "distance with the prompt alone": _mean(alone, lambda rows: rows[-1].numbers["distance"]),
-        }  # fmt: skip
+        }
         values = torch.stack(list(differences.values())).amax(0)
         rows = (prompt_alone, *recipes)
         found.append(_decided("d", part, evidence, statement, values, PULLED, "higher", details, rows))
@@ -332,13 +336,17 @@ def claim_e(evidence: Evidence) -> list[Verdict]:
     best = min(compared, key=lambda one: float(ratios[one][0]))
     runs = evidence.complete(best)
     details = {
-        **_runs(runs), "best": f"{RECIPES[best].title}, of {len(compared)} methods by these same numbers",
-        **{f"ratio of {RECIPES[name].title}{'' if name in compared else ', on fewer tasks'}": float(one[0])
-           for name, one in ratios.items() if name != best},
+        **_runs(runs),
+        "best": f"{RECIPES[best].title}, of {len(compared)} methods by these same numbers",
+        **{
+            f"ratio of {RECIPES[name].title}{'' if name in compared else ', on fewer tasks'}": float(one[0])
+            for name, one in ratios.items()
+            if name != best
+        },
         "GFLOPs a step": _mean(runs, lambda rows: rows[-1].numbers["gflops"]),
         "GFLOPs a step of SGF's": _mean(budget_runs, lambda rows: rows[-1].numbers["gflops"]),
         "diversity at the end": _mean(runs, lambda rows: rows[-1].numbers["diversity"]),
-    }  # fmt: skip
+    }
     values = torch.stack([ratios[name] for name in compared]).amin(0)
     recipes = (*SGF, *OTHERS, *BEYOND)
     return [_decided("e", part, evidence, statement, values, 1.0, "lower", details, recipes, "ratio", words[best])]
@@ -384,9 +392,19 @@ def _decided(
         details[f"left out: {task}"] = why
     numbers = (None, None, None) if words else (value, low, high)
     return Verdict(
-        statement, unit, *numbers, target, better, outcome, details, *evidence.progress(recipes), words,
-        claim=claim, group=evidence.group, part=part,
-    )  # fmt: skip
+        statement,
+        unit,
+        *numbers,
+        target,
+        better,
+        outcome,
+        details,
+        *evidence.progress(recipes),
+        words,
+        claim=claim,
+        group=evidence.group,
+        part=part,
+    )
 
 
 def _missing(
@@ -394,9 +412,19 @@ def _missing(
 ) -> Verdict:
     reason = reason or "; ".join(f"{task}: {why}" for task, why in evidence.invalid.items())
     return Verdict(
-        statement, "share", None, None, None, target, better, "undecided",
-        {"reason": reason or "points not measured yet"}, claim=claim, group=evidence.group, part=part,
-    )  # fmt: skip
+        statement,
+        "share",
+        None,
+        None,
+        None,
+        target,
+        better,
+        "undecided",
+        {"reason": reason or "points not measured yet"},
+        claim=claim,
+        group=evidence.group,
+        part=part,
+    )
 
 
 assert {name for names in GROUPS.values() for name in names} == set(TASKS) - {DARK.name}

@@ -33,16 +33,31 @@ def nvidia(config, state):
     from training import networks_stylegan2 as original
 
     generator = original.Generator(
-        z_dim=config.z_dim, c_dim=config.c_dim, w_dim=config.w_dim, img_resolution=config.resolution,
-        img_channels=config.img_channels, mapping_kwargs={"num_layers": config.mapping_layers},
-        channel_base=config.resolution, architecture=config.architecture, conv_clamp=config.conv_clamp,
+        z_dim=config.z_dim,
+        c_dim=config.c_dim,
+        w_dim=config.w_dim,
+        img_resolution=config.resolution,
+        img_channels=config.img_channels,
+        mapping_kwargs={"num_layers": config.mapping_layers},
+        channel_base=config.resolution,
+        architecture=config.architecture,
+        conv_clamp=config.conv_clamp,
     )
     for index, (size, width) in enumerate(zip(config.block_resolutions, config.channels)):
-        setattr(generator.synthesis, f"b{size}", original.SynthesisBlock(
-            config.channels[index - 1] if index else 0, width, w_dim=config.w_dim, resolution=size,
-            img_channels=config.img_channels, is_last=size == config.resolution, architecture=config.architecture,
-            conv_clamp=config.conv_clamp,
-        ))
+        setattr(
+            generator.synthesis,
+            f"b{size}",
+            original.SynthesisBlock(
+                config.channels[index - 1] if index else 0,
+                width,
+                w_dim=config.w_dim,
+                resolution=size,
+                img_channels=config.img_channels,
+                is_last=size == config.resolution,
+                architecture=config.architecture,
+                conv_clamp=config.conv_clamp,
+            ),
+        )
     missing, unexpected = generator.load_state_dict(state, strict=False)
     assert not unexpected and all(key.endswith("resample_filter") for key in missing), (missing, unexpected)
     return generator.eval()
@@ -125,8 +140,10 @@ def main(stylegan3: str, rosinality: str) -> None:
             float((a.double() - b.double()).norm() / b.double().norm())
             for a, b in ((own_ws, ws), (own_images, images), (own_gradient, gradient))
         ]
-        print(f"{name:28s} images rms {float(images.square().mean().sqrt()):7.3f}  relative errors: "
-              f"ws {errors[0]:.1e}, images {errors[1]:.1e}, gradient {errors[2]:.1e}")
+        print(
+            f"{name:28s} images rms {float(images.square().mean().sqrt()):7.3f}  relative errors: "
+            f"ws {errors[0]:.1e}, images {errors[1]:.1e}, gradient {errors[2]:.1e}"
+        )
         arrays |= {f"{name}/{part}": value for part, value in cases.digest(images).items()}
         arrays[f"{name}/ws"] = ws.detach().numpy()[:, ::3]
         arrays[f"{name}/gradient"] = gradient.numpy()[:, ::3]

@@ -26,9 +26,7 @@ def test_the_nearest_are_drawn_anew_with_every_training_seed():
         for distance, share in ((20, 0.6), (30, 0.5), (5, 0.2), (90, 0.95))
     )
     nearer = row("multi_guidance", 80, 0.96, SHORTER, w_d=1.0, w_c=2.0)  # but not of the schedules' model
-    cheap, dear = (
-        row("scheduled", 15 + cost, 0.7, DOMAIN, cost=cost, w_d=cost, w_c=2.0) for cost in (2.0, 1.5)
-    )
+    cheap, dear = (row("scheduled", 15 + cost, 0.7, DOMAIN, cost=cost, w_d=cost, w_c=2.0) for cost in (2.0, 1.5))
     costly = row("scheduled", 10, 0.8, DOMAIN, cost=2.5, w_d=9.0, w_c=2.0)
     prior = [row("prior", 200.0, 0.98), row("prior", 250.0, 0.9)]
     shipped = row("multi_guidance", 1, 1.0, ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=1.0)
@@ -42,7 +40,10 @@ def test_the_nearest_are_drawn_anew_with_every_training_seed():
     expected = [*prior, near, nearer, costly, tuned, dear, exact]
     assert list(found.points[:-1]) == [*dict.fromkeys(one.point for one in expected)] and found.points[-1] == other_seed
     assert (found.sampling.samples, found.sampling.seed) == (2000, 1) and found.sampling.precision == "bf16"
-    assert found.options == " --confirm" and "These are 8 of the 13 points that the sweep had measured (of 15, 2,000" in found.note
+    assert (
+        found.options == " --confirm"
+        and "These are 8 of the 13 points that the sweep had measured (of 15, 2,000" in found.note
+    )
 
 
 def test_the_study_takes_the_sweep_as_far_as_it_is_measured(tmp_path):

@@ -43,10 +43,13 @@ def test_ratios_pair_the_replicates():
 def test_the_table_is_empty_where_nobody_is():
     ours, theirs = [row(20, 0.6), row(120, 0.92)], [row(40, 0.82)]
     lines = fronts.table(
-        [fronts.front("ours", ours, "digit", 200.0), fronts.ratios("ours / theirs", ours, theirs, "digit"),
-         fronts.ratios("theirs / ours", theirs, ours, "digit")],
+        [
+            fronts.front("ours", ours, "digit", 200.0),
+            fronts.ratios("ours / theirs", ours, theirs, "digit"),
+            fronts.ratios("theirs / ours", theirs, ours, "digit"),
+        ],
         "digit",
-    )  # fmt: skip
+    )
     assert lines[0].startswith("| digit at least | points | 30% | 50% |")
     assert len({line.count("|") for line in lines}) == 1
     assert "| ours | 2 | 20.0 (18.1 to 21.9) |" in lines[2] and "| 120 (108 to 132) |  | " in lines[2]

@@ -25,7 +25,7 @@ FLOORS = {
 
 
 def row(method: str, distance: float, digit: float, model: ModelSpec | None = None, **settings) -> Row:
-    shares = {name: digit for name in ("digit", "both_colours", "in_domain", "ink", "ground")}
+    shares = dict.fromkeys(("digit", "both_colours", "in_domain", "ink", "ground"), digit)
     numbers = {
         "distance": distance,
         **shares,
@@ -123,8 +123,6 @@ def test_families_tell_fine_tunes_apart():
 
 
 def test_the_report_is_written_whole(tmp_path):
-    paths = report.write_report(
-        tmp_path / "new", PLANS["full"](), ROWS, FLOORS, VERDICTS
-    )
+    paths = report.write_report(tmp_path / "new", PLANS["full"](), ROWS, FLOORS, VERDICTS)
     assert [path.name for path in paths] == ["idg.jsonl", "idg.png", "idg.md"]
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)

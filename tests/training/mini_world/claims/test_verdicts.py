@@ -149,8 +149,9 @@ def test_c_compares_the_same_scales_of_the_same_model():
     # Adapters and full fine-tunes are decided apart: they need not agree.
     apart = evidence(*rows, *opposed[0])
     assert (verdicts.claim_c(apart).outcome, verdicts.claim_c(apart, kind="low_rank").outcome) == (
-        "confirmed", "refuted",
-    )  # fmt: skip
+        "confirmed",
+        "refuted",
+    )
     both = verdicts.claim_c(evidence(*rows, *opposed[1]))
     assert both.details[str(longer)].startswith("-0.22 (") and both.claim == "c, full fine-tunes"
     assert both.value == pytest.approx(0.0) and both.outcome == "undecided"
@@ -338,6 +339,8 @@ def test_numbers_in_words():
 def test_an_interval_on_the_other_side_than_its_value_decides_nothing():
     """Replicates of a maximum overstate it."""
     draws = torch.linspace(1.01, 1.3, REPLICATES).double()
-    outcome = {value: deciding.decide(torch.cat([torch.tensor([value]).double(), draws]), 1.0, "lower")[3]
-               for value in (0.99, 1.02)}  # fmt: skip
+    outcome = {
+        value: deciding.decide(torch.cat([torch.tensor([value]).double(), draws]), 1.0, "lower")[3]
+        for value in (0.99, 1.02)
+    }
     assert outcome == {0.99: "undecided", 1.02: "refuted"}

@@ -47,9 +47,14 @@ def make_bench(world, source, tmp_path):
             write_generator(path, source, GeneratorMetadata(name="source"), "fp32")
         runs = Runs(tmp_path / "generators", source, path, Models(tmp_path / "models", world), 1)
         return Bench(
-            tmp_path / "points", runs, world, source, assets.load_classifier(), sampling,
+            tmp_path / "points",
+            runs,
+            world,
+            source,
+            assets.load_classifier(),
+            sampling,
             assets.load_classifier(held_out=True),
-        )  # fmt: skip
+        )
 
     return make
 
@@ -127,15 +132,26 @@ def test_another_released_update_makes_its_points_anew_and_no_others(make_bench,
 def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
     bench = make_bench()
     points = [
-        POINT, replace(POINT, step=2), replace(POINT, seed=1), replace(POINT, recipe="sds"),
-        replace(POINT, task="orange_on_green"), Point("yellow_on_blue", "source"), Point("yellow_on_blue", "exact"),
-        Point("handwriting", "domain", 1), Point("handwriting", "fine_tune", 1),
-    ]  # fmt: skip
+        POINT,
+        replace(POINT, step=2),
+        replace(POINT, seed=1),
+        replace(POINT, recipe="sds"),
+        replace(POINT, task="orange_on_green"),
+        Point("yellow_on_blue", "source"),
+        Point("yellow_on_blue", "exact"),
+        Point("handwriting", "domain", 1),
+        Point("handwriting", "fine_tune", 1),
+    ]
     keys = [bench.key(point) for point in points]
     changes = (
-        {"samples": 25}, {"answers": 81}, {"rendered": 5}, {"rendered_steps": 3}, {"rendered_scale": 3.0},
-        {"replicates": 21}, {"seed": 1},
-    )  # fmt: skip
+        {"samples": 25},
+        {"answers": 81},
+        {"rendered": 5},
+        {"rendered_steps": 3},
+        {"rendered_scale": 3.0},
+        {"replicates": 21},
+        {"seed": 1},
+    )
     keys += [make_bench(replace(TINY, **change)).key(POINT) for change in changes]
     assert len(set(keys)) == len(keys)
 
@@ -152,16 +168,25 @@ def test_the_source_and_the_exact_answers_need_no_adaptation(make_bench, monkeyp
 
 def test_regularizers_cost_operations_and_layer_selection_too(make_bench):
     runs = make_bench().runs
-    cost = {name: runs.cost(Run("yellow_on_blue", name))["gflops"]
-            for name in ("sds", "sds_directional", "shared_directional", "sds_layers_3")}  # fmt: skip
+    cost = {
+        name: runs.cost(Run("yellow_on_blue", name))["gflops"]
+        for name in ("sds", "sds_directional", "shared_directional", "sds_layers_3")
+    }
     assert cost["sds"] < cost["shared_directional"] < cost["sds_directional"]
     assert cost["sds"] < cost["sds_layers_3"]
 
 
 @pytest.mark.slow
 def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, capsys):
-    command = [sys.executable, bootstrap.__file__, "indomain_guidance.training.mini_world.claims", "sgf", "--tiny",
-               "--work", str(tmp_path)]  # fmt: skip
+    command = [
+        sys.executable,
+        bootstrap.__file__,
+        "indomain_guidance.training.mini_world.claims",
+        "sgf",
+        "--tiny",
+        "--work",
+        str(tmp_path),
+    ]
     folder = tmp_path / "tiny" / "sgf" / "points"
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}

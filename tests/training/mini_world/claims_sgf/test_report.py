@@ -18,7 +18,7 @@ SHARES = ("accuracy", "correspondence", "handwritten", "diversity", "recall")
 
 
 def row(recipe: str, step: int = 0, seed: int = 0, value: float = 0.95, distance: float = 20.0) -> Row:
-    numbers = {name: value for name in (*SHARES, "ink_right", "ground_right", "accuracy_second_judge", "precision")}
+    numbers = dict.fromkeys((*SHARES, "ink_right", "ground_right", "accuracy_second_judge", "precision"), value)
     numbers |= {"distance": distance, "distance_rendered": 99.0, "seconds": 60.0}
     if step:
         numbers |= {"changed": 0.5, "moved": 0.123, "gflops": 6.0}
@@ -28,10 +28,12 @@ def row(recipe: str, step: int = 0, seed: int = 0, value: float = 0.95, distance
 
 
 ROWS = [
-    row("source", value=0.0), row("exact"), row("prior"),
+    row("source", value=0.0),
+    row("exact"),
+    row("prior"),
     *(row("sds", step, seed, 0.99 - step / 1500, 10.0 + seed) for seed in range(3) for step in PLAN.stops),
     *(row("sds_directional", step) for step in PLAN.stops),
-]  # fmt: skip
+]
 VERDICTS = verdicts.all_verdicts(ROWS, PLAN)
 
 
@@ -44,7 +46,10 @@ def test_the_page_has_verdicts_tables_and_what_is_missing():
     assert "0.79 (0.79 to 0.79) | at most 0.8 |" in line and line.endswith("**confirmed so far** |")
     assert "| **SDS alone** | 300 | 3 | 11.0 (10.0 to 12.0) | 99.0 | 79.0% (79.0% to 79.0%) |" in page
     assert "| source, not adapted |  |  | 20.0 (20.0 to 20.0) |" in page
-    assert "Prompt: 'a yellow digit on a blue background'. The judge accepts 95.0% of the exact answers (at least 95%)" in page
+    assert (
+        "Prompt: 'a yellow digit on a blue background'. The judge accepts 95.0% of the exact answers (at least 95%)"
+        in page
+    )
     assert "(sgf.png)" in page and "(sgf_samples.png)" not in page and "## Every latent a seven" not in page
     for one in page.splitlines():  # tables have one width each
         assert not one.startswith("|") or one.endswith("|")
@@ -85,6 +90,11 @@ def test_the_report_is_written_whole(tmp_path):
 def test_the_last_step_of_every_run_stands_in_the_tables():
     found = report.last_rows(ROWS)
     assert [(one.point.recipe, one.point.step, one.point.seed) for one in found] == [
-        ("source", 0, 0), ("exact", 0, 0), ("prior", 0, 0), ("sds", 300, 0), ("sds", 300, 1), ("sds", 300, 2),
+        ("source", 0, 0),
+        ("exact", 0, 0),
+        ("prior", 0, 0),
+        ("sds", 300, 0),
+        ("sds", 300, 1),
+        ("sds", 300, 2),
         ("sds_directional", 300, 0),
-    ]  # fmt: skip
+    ]

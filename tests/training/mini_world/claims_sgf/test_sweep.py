@@ -26,8 +26,10 @@ def test_no_point_is_measured_twice_and_runs_are_whole(name):
     # One after the other, so that every stop goes on from the one before.
     assert all(tuple(found) == PLANS[name].stops for found in stops.values())
     runs = [point.run for point in TRAINED[name]]
-    assert all(len({runs[i] for i in range(start, start + len(PLANS[name].stops))}) == 1
-               for start in range(0, len(runs), len(PLANS[name].stops)))  # fmt: skip
+    assert all(
+        len({runs[i] for i in range(start, start + len(PLANS[name].stops))}) == 1
+        for start in range(0, len(runs), len(PLANS[name].stops))
+    )
 
 
 def test_the_full_sweep_asks_the_claims_of_every_task():
@@ -86,9 +88,10 @@ def test_what_the_command_line_ships_is_a_row():
     shipped = {**FIRST_ADAPTATION, "prompt": "p"}
     mine = AdaptConfig.from_mapping(recipes.RECIPES["first"].settings(replace(tasks.COLOURS[0], prompt="p")))
     different = {
-        field.name for field in fields(AdaptConfig)
+        field.name
+        for field in fields(AdaptConfig)
         if getattr(AdaptConfig.from_mapping(shipped), field.name) != getattr(mine, field.name)
-    }  # fmt: skip
+    }
     assert different <= {"name", "steps", "sample_every", "device", "precision", "truncation", "way_back"}
     # What the command line leaves to the mode, the row says itself.
     assert (AdaptConfig.from_mapping(shipped).way_back, mine.mode, mine.way_back) == (-1.0, "shared", WAY_BACK)

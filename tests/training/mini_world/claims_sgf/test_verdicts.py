@@ -15,9 +15,17 @@ FIRST, SECOND = COLOURS[0].name, COLOURS[1].name
 
 
 def row(
-    recipe: str, step: int, accuracy: float, diversity: float, distance: float = 10.0, seed: int = 0, task: str = FIRST,
-    changed: float = 1.0, gflops: float = 1.0, spread: float = 0.01,
-) -> Row:  # fmt: skip
+    recipe: str,
+    step: int,
+    accuracy: float,
+    diversity: float,
+    distance: float = 10.0,
+    seed: int = 0,
+    task: str = FIRST,
+    changed: float = 1.0,
+    gflops: float = 1.0,
+    spread: float = 0.01,
+) -> Row:
     """A point whose replicates spread evenly by +-spread, as a share of its numbers."""
     steps = torch.linspace(-1, 1, REPLICATES, dtype=torch.float64)
     numbers = {"accuracy": accuracy, "diversity": diversity, "distance": distance, "recall": 0.5, "correspondence": 0.9}
