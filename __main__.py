@@ -12,8 +12,8 @@ import sys
 
 def _start() -> int:
     if __package__:
-        from .training.command_line import main
-        from .training.console import pasted
+        from .training.command_line.console import pasted
+        from .training.command_line.main import main
 
         typed = sys.orig_argv[: len(sys.orig_argv) - len(sys.argv) + 1]
         os.environ.setdefault("INDOMAIN_COMMAND", pasted(typed))

@@ -52,7 +52,7 @@ USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", 
 
 def option_fields() -> list[dataclasses.Field]:
     """The fields of `AdaptConfig` that the options node offers."""
-    from ..training.adapt_config import AdaptConfig
+    from ..training.adaptation.config import AdaptConfig
 
     elsewhere = (*ON_THE_NODE, *DECIDED_HERE)
     return [field for field in dataclasses.fields(AdaptConfig) if field.name not in elsewhere]
@@ -205,7 +205,7 @@ class AdaptGenerator(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from ..training.adapt_config import AdaptConfig
+        from ..training.adaptation.config import AdaptConfig
 
         fields = {field.name: field for field in dataclasses.fields(AdaptConfig)}
 
@@ -313,7 +313,7 @@ class AdaptGenerator(io.ComfyNode):
         options: dict | None = None,
         **values: Any,
     ) -> io.NodeOutput:
-        from ..training.adapt_config import NEEDS_SOURCE, AdaptConfig
+        from ..training.adaptation.config import NEEDS_SOURCE, AdaptConfig
         from .comfy_internals.critic import CriticInputs
 
         names = {field.name for field in option_fields()}
@@ -340,7 +340,7 @@ class GeneratorAdaptOptions(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from ..training.adapt_config import AdaptConfig
+        from ..training.adaptation.config import AdaptConfig
 
         return schema(
             node_id="InDomainAdaptOptions",

@@ -16,7 +16,7 @@ from .inputs import checked, found
 from .schema import TRAINING, schema
 
 if TYPE_CHECKING:
-    from ..training.engine import Result
+    from ..training.engine.engine import Result
 
 TrainingOptions = io.Custom("INDOMAIN_TRAINING_OPTIONS")
 
@@ -42,7 +42,7 @@ LARGEST_SEED = 2**53 - 1
 
 def option_fields() -> list[dataclasses.Field]:
     """The fields of `TrainConfig` that the options node offers."""
-    from ..training.config import TrainConfig
+    from ..training.domain.config import TrainConfig
 
     elsewhere = (*ON_THE_NODE, *DECIDED_HERE)
     return [field for field in dataclasses.fields(TrainConfig) if field.name not in elsewhere]
@@ -53,8 +53,8 @@ def config_input(field: dataclasses.Field, settings: type | None = None, **chang
 
     settings: the configuration's class, `TrainConfig` unless given.
     """
-    from ..training.config import TrainConfig
-    from ..training.settings import kinds_of
+    from ..training.domain.config import TrainConfig
+    from ..training.engine.settings import kinds_of
 
     kind, about = kinds_of(settings or TrainConfig)[field.name], field.metadata
     tooltip = about["help"] + "."
@@ -112,7 +112,7 @@ class TrainDomainUNet(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        from ..training.config import TrainConfig
+        from ..training.domain.config import TrainConfig
 
         fields = {field.name: field for field in dataclasses.fields(TrainConfig)}
         return schema(
@@ -210,7 +210,7 @@ class TrainDomainUNet(io.ComfyNode):
     @classmethod
     @checked("checkpoint")
     def execute(cls, image_folder: list[str], images: list | None = None, **lists: list) -> io.NodeOutput:
-        from ..training.config import TrainConfig
+        from ..training.domain.config import TrainConfig
 
         given = {name: values[0] if values else None for name, values in lists.items()}
         names = {field.name for field in option_fields()}
@@ -250,7 +250,7 @@ class DomainTrainingOptions(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, **values: Any) -> io.NodeOutput:
-        from ..training.config import field_kinds
+        from ..training.domain.config import field_kinds
 
         kinds = field_kinds()
         lines = {

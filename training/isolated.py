@@ -24,16 +24,16 @@ from typing import TYPE_CHECKING, Any
 
 from ..guidance.errors import Problem
 from ..guidance.files import FileProblem
+from ..guidance.files.atomic import write_text
 from ..guidance.plain_json import parse_json
-from .adapt_config import AdaptConfig
-from .atomic import write_text
-from .config import TrainConfig
-from .events import Event, event_from_dict
-from .small_files import read_small
+from .adaptation.config import AdaptConfig
+from .domain.config import TrainConfig
+from .engine.events import Event, event_from_dict
+from .engine.small_files import read_small
 
 if TYPE_CHECKING:
-    from .engine import Result
-    from .exported_base import ExportedBase
+    from .engine.engine import Result
+    from .prior.exported_base import ExportedBase
 
 JOB, BASE, GENERATOR, LOG = "job.json", "base.safetensors", "generator.safetensors", "worker.log"
 KINDS: dict[str, type[TrainConfig] | type[AdaptConfig]] = {"train": TrainConfig, "adapt": AdaptConfig}
@@ -210,7 +210,7 @@ def _ask_to_stop(process: subprocess.Popen) -> None:
 
 
 def _result(message: dict[str, Any]) -> Result:
-    from .engine import Result
+    from .engine.engine import Result
 
     names = ("path", "run", "samples", "plot")
     paths = {name: None if message[name] is None else Path(message[name]) for name in names}

@@ -10,13 +10,13 @@ import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .adapt_config import AdaptConfig
+from .adaptation.config import AdaptConfig
+from .engine.memory import memory_problem
+from .engine.signals import StopRequest
 from .isolated import FAILURE, RESULT, STOP, Job
-from .memory import memory_problem
-from .signals import StopRequest
 
 if TYPE_CHECKING:
-    from .engine import Result
+    from .engine.engine import Result
 
 
 class Channel:
@@ -58,16 +58,16 @@ def watch_for_stop() -> threading.Event:
 
 def run(job: Job, **reports: Any) -> Result:
     """What the job asks for, with the files it brings."""
-    from .exported_base import ExportedBase
+    from .prior.exported_base import ExportedBase
 
     base = None if job.base is None else ExportedBase.read(job.base).open()
     if isinstance(job.config, AdaptConfig):
         from ..guidance.files import read_generator
-        from .adapt import adapt
+        from .adaptation.adapt import adapt
 
         generator = None if job.generator is None else read_generator(job.generator)
         return adapt(job.config, resume=job.resume, generator=generator, base=base, **reports)
-    from .train import train
+    from .domain.train import train
 
     return train(job.config, resume=job.resume, base=base, **reports)
 

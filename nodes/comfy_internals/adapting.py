@@ -31,15 +31,15 @@ from .training import Progress, check_claim, export_autoencoder, exported_dtype,
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ...training.adapt_config import AdaptConfig
-    from ...training.engine import Result
-    from ...training.exported_base import ExportedBase
+    from ...training.adaptation.config import AdaptConfig
+    from ...training.engine.engine import Result
+    from ...training.prior.exported_base import ExportedBase
 
 RUNS = "generator_adaptation"
 
 
 def conditioning_signature(conditioning: list) -> str:
-    """What a CONDITIONING is known again by (`training.adapt_config.same_prompt`), in hex: WHAT-WHERE.
+    """What a CONDITIONING is known again by (`training.adaptation.config.same_prompt`), in hex: WHAT-WHERE.
 
     WHAT: digest of its numbers, texts and shapes. WHERE: 8 random projections of its tensors, whose distance says how
     far two conditionings lie apart, so that the last bits of another driver or torch do not make it another one.
@@ -95,7 +95,7 @@ def places(
     Prompts are conditionings here, and stand in it by a signature, behind their text where that is known
     (`prompt_texts`): a run goes on only with the same ones, wherever in the graph their texts stand.
     """
-    from ...training.config import CONNECTED_BASE
+    from ...training.domain.config import CONNECTED_BASE
 
     def connected(what: str) -> str:
         conditioning, text = getattr(critic, what), (texts or {}).get(what)
@@ -144,7 +144,7 @@ def run(
     there. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises
     ValueError in one sentence for everything a user can do something about.
     """
-    from ...training.adapt_config import NEEDS_SOURCE
+    from ...training.adaptation.config import NEEDS_SOURCE
 
     if config.method in NEEDS_SOURCE and critic.source is None:
         raise Problem(
@@ -177,7 +177,7 @@ def run(
 def _in_this_process(
     config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, progress: Progress
 ) -> Result:
-    from ...training.adapt import adapt
+    from ...training.adaptation.adapt import adapt
 
     # Each image may be judged beside the source's.
     latents = config.batch_size * (2 if config.directional or config.reconstruction or config.method == "dds" else 1)
@@ -255,7 +255,7 @@ def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
 
     Raises ValueError for what cannot leave this process.
     """
-    from ...training.exported_base import ExportedBase
+    from ...training.prior.exported_base import ExportedBase
 
     if critic.terms and domain_of(critic.terms) is None:
         names = ", ".join(term.name for term in critic.terms)

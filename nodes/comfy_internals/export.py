@@ -217,7 +217,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         )
     context = encode_empty_prompt(clip, has_pooled=config.adm_in_channels in POOLED_TEXT_ADM)
     if not probe_side_px:
-        from ...training.base import native_resolution
+        from ...training.prior.base import native_resolution
 
         is_v = prediction_type == "v_prediction"
         probe_side_px = native_resolution(latent_format, config.context_dim, is_v)

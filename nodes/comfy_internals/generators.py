@@ -232,7 +232,7 @@ def draw(
     """
     if noise not in NOISE:
         raise Problem(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
-    from ...training.memory import is_memory_problem
+    from ...training.engine.memory import is_memory_problem
 
     generator, config = one.generator, one.generator.config
     _check_room(count, config)
@@ -278,8 +278,8 @@ def draw(
 
 def _check_room(count: int, config: GeneratorConfig) -> None:
     """Raise Problem for images that do not fit into memory together: the system would end ComfyUI without a word."""
-    from ...training.estimate import size_text
-    from ...training.memory import available_memory
+    from ...training.domain.estimate import size_text
+    from ...training.engine.memory import available_memory
 
     needed = 4 * count * (3 * config.height * config.width + config.c_dim + config.z_dim)
     room = available_memory() or comfy.model_management.get_free_memory(torch.device("cpu"))

@@ -43,7 +43,7 @@ def model_path(filename: str, folder: Path, node: str) -> Path:
 
     Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
     """
-    from ...training.settings import ConfigProblem, check_name
+    from ...training.engine.settings import ConfigProblem, check_name
 
     name = filename.strip().removesuffix(".safetensors")
     parts = name.split("/")

@@ -46,11 +46,11 @@ from .model_files import find_model, fingerprint, list_models
 from .progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ...training.adapt_config import AdaptConfig
-    from ...training.config import TrainConfig
-    from ...training.events import Event
-    from ...training.exported_base import ExportedBase
-    from ...training.train import Result
+    from ...training.adaptation.config import AdaptConfig
+    from ...training.domain.config import TrainConfig
+    from ...training.domain.train import Result
+    from ...training.engine.events import Event
+    from ...training.prior.exported_base import ExportedBase
 
 NODE = "Train Domain UNet"
 CONNECTED, MINI_WORLD = "connected", "mini_world"
@@ -90,7 +90,7 @@ def export_base(model, clip, vae, prompts: Sequence[str]) -> ExportedBase:
 
     prompts: the prompts that the run will need. Raises ValueError for models that cannot be trained from.
     """
-    from ...training.exported_base import ExportedBase
+    from ...training.prior.exported_base import ExportedBase
 
     config = exported_config(model, NODE)
     prediction_type, zero_snr = exported_prediction(model, NODE)
@@ -172,7 +172,7 @@ def _paths(text: str, allowed: Sequence[str] | None) -> list[str]:
 
 def _path(text: str, allowed: Sequence[str] | None) -> str:
     """The path of one part: as it stands where something lies there, else without quotes, or that of a file:// URL."""
-    from ...training.paths import is_of_windows, meant_path, plain_path
+    from ...training.engine.paths import is_of_windows, meant_path, plain_path
 
     plain = plain_path(text)
     if plain != text:
@@ -315,7 +315,7 @@ def check_claim(
     A run has a claim once it has checkpoints, or when the weights are those it finished with. replaceable: whether a
     file may go whoever made it.
     """
-    from ...training.checkpoints import find_checkpoints
+    from ...training.engine.checkpoints import find_checkpoints
 
     own = config.run_folder / f"{config.name}.safetensors"
     if not path.exists() or find_checkpoints(config.run_folder):
@@ -362,7 +362,7 @@ class Progress:
         self.warnings: list[str] = []
 
     def __call__(self, event: Event) -> None:
-        from ...training import events
+        from ...training.engine import events
 
         if isinstance(event, (events.Step, events.Caching)):
             done, total = (event.step, event.steps) if isinstance(event, events.Step) else (event.done, event.total)
@@ -427,7 +427,7 @@ class Progress:
 
 def describe(event: Event) -> str:
     """An event in the few words that fit on a node."""
-    from ...training import events
+    from ...training.engine import events
 
     if isinstance(event, events.Step):
         left = "" if event.eta_s is None else f", {events.duration(event.eta_s)} left"
@@ -464,8 +464,8 @@ def job_folder(isolated: bool) -> Iterator[Path | None]:
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
     """Around a run and what is written into its folder for it: a run that is refused leaves no folder of its own."""
-    from ...training.engine import has_learned
-    from ...training.run_lock import locked
+    from ...training.engine.engine import has_learned
+    from ...training.engine.lock import locked
 
     new = not folder.exists()
     try:
@@ -496,8 +496,8 @@ def run(
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
     one sentence for everything a user can do something about.
     """
+    from ...training.domain.train import train
     from ...training.isolated import run_isolated
-    from ...training.train import train
 
     progress = Progress()
 
@@ -526,7 +526,7 @@ def finish_run(
     last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that
     does not suffice, and for a run that somebody else stopped.
     """
-    from ...training.memory import memory_problem
+    from ...training.engine.memory import memory_problem
 
     free_memory()
     try:
@@ -563,7 +563,7 @@ def base_name(model, clip, vae, checkpoint: str) -> str:
                 "disconnect them."
             )
         return find_checkpoint(checkpoint)
-    from ...training.config import CONNECTED_BASE
+    from ...training.domain.config import CONNECTED_BASE
 
     if missing:
         raise Problem(

@@ -105,7 +105,7 @@ def bench(order: dict) -> int:
 
 
 def mini_world(order: dict) -> int:
-    return _child([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world", *order["rest"]])
+    return _child([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world.recipe", *order["rest"]])
 
 
 def indomain(order: dict) -> int:
@@ -113,7 +113,7 @@ def indomain(order: dict) -> int:
 
 
 def claims(order: dict) -> int:
-    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world.claims", *order["rest"]])
+    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.claims", *order["rest"]])
 
 
 def _become(command: list[str]) -> int:

@@ -157,7 +157,7 @@ def child_race(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
 
 def _checkpoints(contestant: Any, count: int) -> dict[str, Any]:
     """Seconds of each of `count` checkpoints, and the size of one in bytes."""
-    from indomain_guidance.training.checkpoints import save_checkpoint
+    from indomain_guidance.training.engine.checkpoints import save_checkpoint
 
     seconds, size = [], 0
     with tempfile.TemporaryDirectory() as folder:

@@ -21,9 +21,9 @@ from indomain_guidance.guidance.distillation.objective import Draws
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
-from indomain_guidance.training.adapt_config import AdaptConfig
-from indomain_guidance.training.adapt_critic import make_objective
-from indomain_guidance.training.adapter import Adapter
+from indomain_guidance.training.adaptation.adapter import Adapter
+from indomain_guidance.training.adaptation.config import AdaptConfig
+from indomain_guidance.training.adaptation.critic import make_objective
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from indomain_guidance.tests.training.tiny_run import fingerprint
-from indomain_guidance.training.checkpoints import latest_checkpoint
-from indomain_guidance.training.events import Step, Validated, read_log
+from indomain_guidance.training.engine.checkpoints import latest_checkpoint
+from indomain_guidance.training.engine.events import Step, Validated, read_log
 
 from .reporting import BOOTSTRAP
 

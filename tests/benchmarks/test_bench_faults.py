@@ -53,7 +53,7 @@ def bench():
 
 def test_a_run_that_ended_otherwise_or_left_something_is_told(bench, tmp_path):
     from indomain_guidance.tests.training import tiny_run
-    from indomain_guidance.training.train import train
+    from indomain_guidance.training.domain.train import train
 
     runs = bench("killed_runs")
     tiny_run.draw_images(tmp_path / "images", count=3, sizes=((64, 64),))

@@ -11,10 +11,10 @@ import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_embedding
 from indomain_guidance.guidance.null_text import NullContext, build_cached, fold_constants, load_unet
-from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.data.buckets import bucket_sizes
 from indomain_guidance.training.data.latent_dataset import Sample
-from indomain_guidance.training.learner import Learner
+from indomain_guidance.training.domain.config import TrainConfig
+from indomain_guidance.training.domain.learner import Learner
 from torch import Generator, Tensor, nn
 
 POOLED = 1280

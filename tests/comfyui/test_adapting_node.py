@@ -111,14 +111,14 @@ def same_bits(a: dict, b: dict) -> bool:
 
 
 def log_of(world, name: str) -> list:
-    return module("training.events").read_log(world.tmp / "output" / "generator_adaptation" / name / "log.jsonl")
+    return module("training.engine.events").read_log(world.tmp / "output" / "generator_adaptation" / name / "log.jsonl")
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------------
 
 
 def test_every_field_of_the_configuration_has_one_place(world):
-    from indomain_guidance.training.adapt_config import AdaptConfig
+    from indomain_guidance.training.adaptation.config import AdaptConfig
 
     main = {entry.id: entry for entry in world.nodes.AdaptGenerator.define_schema().inputs}
     options = {entry.id: entry for entry in world.nodes.GeneratorAdaptOptions.define_schema().inputs}
@@ -132,7 +132,7 @@ def test_every_field_of_the_configuration_has_one_place(world):
 
 
 def test_default_options_are_the_adaptations_own(world):
-    from indomain_guidance.training.adapt_config import AdaptConfig
+    from indomain_guidance.training.adaptation.config import AdaptConfig
 
     schema = world.nodes.GeneratorAdaptOptions.define_schema()
     (options,) = world.nodes.GeneratorAdaptOptions.execute(
@@ -156,7 +156,7 @@ def test_a_prompt_cannot_put_paths_where_the_options_node_is_connected(world, ad
 
 
 def test_conditionings_are_told_apart_and_known_again(world, mini):
-    same_prompt = module("training.adapt_config").same_prompt
+    same_prompt = module("training.adaptation.config").same_prompt
 
     def same(one, other, texts=("", "")):
         one, other = (
@@ -265,8 +265,8 @@ def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet, iso
     ],
 )
 def test_a_family_is_judged_at_one_size_in_every_process(world, tiny, mini, family, prediction, context, side):
-    critic, judge = module("nodes.comfy_internals.critic"), module("training.adapt_critic")
-    adapt_config = module("training.adapt_config")
+    critic, judge = module("nodes.comfy_internals.critic"), module("training.adaptation.critic")
+    adapt_config = module("training.adaptation.config")
     config = adapt_config.AdaptConfig(generator="x", base="y", prompt="a red seven")
     unet = {"context_dim": context, "model_channels": 64, **(SDXL if family == "SDXL" else {})}
     model = tiny.prior(family=family, prediction=prediction, **unet)

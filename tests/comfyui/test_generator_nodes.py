@@ -131,9 +131,9 @@ def test_pictures_that_are_not_square(world, call):
 
 def test_a_seed_is_one_picture_in_the_node_the_grid_and_the_command(world, call):
     """With everybody's own defaults."""
-    from indomain_guidance.training.adapt_config import AdaptConfig
-    from indomain_guidance.training.adapt_previews import BeforeAfter
-    from indomain_guidance.training.command_line import main
+    from indomain_guidance.training.adaptation.config import AdaptConfig
+    from indomain_guidance.training.adaptation.previews import BeforeAfter
+    from indomain_guidance.training.command_line.main import main
 
     one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
     entries = {entry.id: entry for entry in world.nodes.GeneratorSample.define_schema().inputs}
@@ -163,7 +163,7 @@ def test_images_that_do_not_fit_into_memory_together_are_refused_before_any_is_d
     one, _ = call("LoadGenerator", generator_name="shipped.safetensors")
     config = one.generator.config
     needed = 4 * 64 * (3 * config.height * config.width + config.z_dim)
-    memory = module("training.memory")
+    memory = module("training.engine.memory")
     monkeypatch.setattr(memory, "available_memory", lambda: int(needed / 0.8) + 1)
     call("GeneratorSample", generator=one, seed=0, truncation=1.0, batch_size=64)
     monkeypatch.setattr(memory, "available_memory", lambda: int(needed / 0.8) - 1)

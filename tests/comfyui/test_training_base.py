@@ -6,7 +6,7 @@ import importlib
 
 import pytest
 import torch
-from indomain_guidance.training import base as bases
+from indomain_guidance.training.prior import base as bases
 
 PROMPTS = ["", "a photo of a cat", "porcelain, 18th century; a very long description, longer than most " * 3]
 

@@ -175,7 +175,7 @@ def test_exported_vae_encodes_as_cores(mini, world):
     mean, _ = base.encode(images.permute(0, 3, 1, 2) * 2 - 1)
     assert error(mean, expected * base.latent_scale) < 1e-4
     # The same autoencoder as the mini world's own file: cached latents are shared with runs from there.
-    own = module("training.base").open_mini_world()
+    own = module("training.prior.base").open_mini_world()
     assert base.latent_scale == own.latent_scale and base.autoencoder.config == own.autoencoder.config
     assert base.vae_id == own.vae_id
 
@@ -207,7 +207,7 @@ def test_errors_of_the_export_name_this_node(tiny, clip, mini, world):
 
 
 def test_every_field_of_the_configuration_has_one_place(world):
-    from indomain_guidance.training.config import TrainConfig
+    from indomain_guidance.training.domain.config import TrainConfig
 
     main = {entry.id: entry for entry in world.nodes.TrainDomainUNet.define_schema().inputs}
     options = {entry.id: entry for entry in world.nodes.DomainTrainingOptions.define_schema().inputs}
@@ -221,7 +221,7 @@ def test_every_field_of_the_configuration_has_one_place(world):
 
 
 def test_default_options_are_the_trainers_own(world):
-    from indomain_guidance.training.config import TrainConfig
+    from indomain_guidance.training.domain.config import TrainConfig
 
     schema = world.nodes.DomainTrainingOptions.define_schema()
     (options,) = world.nodes.DomainTrainingOptions.execute(
@@ -281,7 +281,7 @@ def test_the_cache_of_node_outputs_looks_behind_links_as_training_does(world):
 
 
 def test_what_is_shown_of_a_cancelled_run_says_what_was_saved_and_where(world):
-    from indomain_guidance.training.events import Stopped
+    from indomain_guidance.training.engine.events import Stopped
 
     describe = world.internals.describe
     assert describe(Stopped(0, "")) == "stopped before the first step; nothing was trained"
@@ -380,7 +380,7 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, p
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             train(images=[pictures], name="parts", steps=6)
         assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
-    events = module("training.events").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
+    events = module("training.engine.events").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
     assert [event.step for event in events if type(event).__name__ == "Stopped"] == [seen[-1]]
     assert not (world.tmp / "models" / "domain_unets" / "parts.safetensors").exists()
     parts = train(images=[pictures], name="parts", steps=6, resume="continue")
@@ -396,7 +396,7 @@ def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_run(comfyui, train
 
 def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monkeypatch):
     older = train(images=[pictures])
-    stopped = module("training.train").Result("stopped", 4, None, world.tmp / "run")
+    stopped = module("training.domain.train").Result("stopped", 4, None, world.tmp / "run")
     monkeypatch.setattr(module("training.isolated"), "run_isolated", lambda *args, **more: stopped)
     with pytest.raises(ValueError, match="stopped at step 4 and saved in .*run; run again"):
         train(images=[pictures], steps=9, isolated=True)
@@ -408,7 +408,7 @@ def test_a_process_of_its_own_gets_the_prior_as_a_file_only(mini, train, picture
 
     def run_isolated(config, *, folder, base, **more):
         given.append((base, base.parent == folder, config.base))
-        assert module("training.exported_base").ExportedBase.read(base).prediction_type == "epsilon"
+        assert module("training.prior.exported_base").ExportedBase.read(base).prediction_type == "epsilon"
         raise ValueError("seen")
 
     monkeypatch.setattr(module("training.isolated"), "run_isolated", run_isolated)
@@ -492,7 +492,7 @@ def test_another_runs_model_is_not_replaced(train, pictures, world):
 
 
 def test_running_out_of_memory_is_one_sentence(train, pictures, monkeypatch):
-    learner = module("training.learner")
+    learner = module("training.domain.learner")
 
     def step(*args, **kwargs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")

@@ -12,13 +12,13 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.training import isolated
-from indomain_guidance.training.adapt_config import AdaptConfig
-from indomain_guidance.training.base import open_mini_world
-from indomain_guidance.training.config import TrainConfig
-from indomain_guidance.training.events import Step, read_log
-from indomain_guidance.training.exported_base import ExportedBase
+from indomain_guidance.training.adaptation.config import AdaptConfig
+from indomain_guidance.training.domain.config import TrainConfig
+from indomain_guidance.training.domain.train import train
+from indomain_guidance.training.engine.events import Step, read_log
 from indomain_guidance.training.mini_world.pictures import export_pictures
-from indomain_guidance.training.train import train
+from indomain_guidance.training.prior.base import open_mini_world
+from indomain_guidance.training.prior.exported_base import ExportedBase
 
 BOOTSTRAP = Path(isolated.__file__).with_name("bootstrap.py")
 

@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from indomain_guidance.training import command_line
-from indomain_guidance.training.config import TrainConfig
+from indomain_guidance.training.command_line import main as command_line
+from indomain_guidance.training.domain.config import TrainConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 GUIDE = (ROOT / "training" / "README.md").read_text(encoding="utf-8")

@@ -16,8 +16,8 @@ from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
 from indomain_guidance.guidance.terms import Source, Term
-from indomain_guidance.training.adapt import adapt
-from indomain_guidance.training.adapt_config import AdaptConfig
+from indomain_guidance.training.adaptation.adapt import adapt
+from indomain_guidance.training.adaptation.config import AdaptConfig
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -24,10 +24,10 @@ from indomain_guidance.guidance.files import read_metadata, read_state_dict
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.guidance.null_text import NullContext
-from indomain_guidance.training.base import Base
-from indomain_guidance.training.checkpoints import find_checkpoints, latest_checkpoint
-from indomain_guidance.training.config import TrainConfig
-from indomain_guidance.training.train import train
+from indomain_guidance.training.domain.config import TrainConfig
+from indomain_guidance.training.domain.train import train
+from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
+from indomain_guidance.training.prior.base import Base
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from ...guidance.files import FileProblem
+from ...guidance.files.atomic import write_text
 from ...guidance.plain_json import parse_json
-from ..atomic import write_text
-from ..small_files import read_lines
+from ..engine.small_files import read_lines
 from .sources import Entry
 
 # A file changed this recently may change again without its time of change moving on.

@@ -26,8 +26,8 @@ from .sources import Entry, content, image_entries, nothing_found, search
 from .walking import Cancelled, Watch
 
 if TYPE_CHECKING:
-    from ..base import Base
-    from ..config import TrainConfig
+    from ..domain.config import TrainConfig
+    from ..prior.base import Base
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 INDEX = "content-index.jsonl"  # in the cache folder

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
 from . import render
-from .loop import LoopConfig, run_loop
+from .recipe.loop import LoopConfig, run_loop
 
 HEADS = {"digit": 10, "ink": 8, "ground": 8, "world": 2}
 FEATURES = 64

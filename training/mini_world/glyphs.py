@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ...guidance.errors import Problem
-from ..atomic import replacing
+from ...guidance.files.atomic import replacing
 
 CELL_PX = 64  # raster of one glyph
 GLYPH_PX = 60  # its longer side, so that every glyph fills its cell alike

@@ -17,11 +17,11 @@ from ...guidance.diffusion import Denoiser
 from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.stylegan2 import Generator as StyleGenerator
 from ...guidance.sampling import sample, sigmas_uniform
-from ..metrics import frechet_distance, kernel_distance, share_inside, within_class_diversity
 from . import render
 from .assets import MiniWorld
 from .classifier import Classifier, judge
-from .loop import Progress, load_saved, save_atomically, weights_hash
+from .distances import frechet_distance, kernel_distance, share_inside, within_class_diversity
+from .recipe.loop import Progress, load_saved, save_atomically, weights_hash
 
 VALIDITY_PICTURES = 2000  # of each set that floors and ceilings compare
 

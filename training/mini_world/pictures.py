@@ -10,9 +10,9 @@ from PIL import Image
 
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
-from ..atomic import replacing
+from ...guidance.files.atomic import replacing
 from . import render
-from .loop import step_generator
+from .recipe.loop import step_generator
 
 DOMAINS = ("handwriting", "narrow")
 # Settings of the trainer that show handwriting in about a minute on two cores: ``indomain train --config mini_world``.

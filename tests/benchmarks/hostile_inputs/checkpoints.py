@@ -53,8 +53,8 @@ class RunCheckpoints(Reader):
 
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.tests.training.tiny_run import draw_images, tiny_base, tiny_config
-        from indomain_guidance.training.checkpoints import MARK, TRAILER, checkpoint_path
-        from indomain_guidance.training.train import train
+        from indomain_guidance.training.domain.train import train
+        from indomain_guidance.training.engine.checkpoints import MARK, TRAILER, checkpoint_path
 
         super().__init__(folder)
         self.mark, self.base = MARK, tiny_base()
@@ -107,8 +107,8 @@ class RunCheckpoints(Reader):
         return kind, path
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
-        from indomain_guidance.training.checkpoints import latest_checkpoint
-        from indomain_guidance.training.export import inspect_text
+        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.engine.checkpoints import latest_checkpoint
 
         way, said = dice.random(), []
         if way < 0.15:
@@ -124,8 +124,8 @@ class RunCheckpoints(Reader):
     def _resumed(self, path: Path) -> Sequence[str]:
         """Go on from it in earnest: what was said of the file, or all that was said where it was not named."""
         from indomain_guidance.guidance.errors import Problem
-        from indomain_guidance.training.events import Warned
-        from indomain_guidance.training.train import train
+        from indomain_guidance.training.domain.train import train
+        from indomain_guidance.training.engine.events import Warned
 
         said: list[str] = []
 

@@ -75,7 +75,7 @@ class Generators(ModelFiles):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.files import read_generator
-        from indomain_guidance.training.export import inspect_text
+        from indomain_guidance.training.domain.export import inspect_text
 
         (inspect_text if dice.random() < 0.2 else read_generator)(path)
         return []
@@ -143,7 +143,7 @@ class DomainFiles(ModelFiles):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.files import read_domain_file
-        from indomain_guidance.training.export import inspect_text
+        from indomain_guidance.training.domain.export import inspect_text
 
         (inspect_text if dice.random() < 0.2 else read_domain_file)(path)
         return []
@@ -173,7 +173,7 @@ class Bases(ModelFiles):
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.tests import tiny_checkpoints
         from indomain_guidance.tests.training.tiny_run import UNET, tiny_base
-        from indomain_guidance.training.exported_base import ExportedBase
+        from indomain_guidance.training.prior.exported_base import ExportedBase
 
         super().__init__(folder)
         whole = tiny_checkpoints.make(folder, "sd1")
@@ -200,7 +200,7 @@ class Bases(ModelFiles):
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}
 
     def warm(self) -> None:
-        from indomain_guidance.training.base import open_checkpoint
+        from indomain_guidance.training.prior.base import open_checkpoint
 
         open_checkpoint(self.folder / "sd1.safetensors")
         super().warm()
@@ -214,9 +214,9 @@ class Bases(ModelFiles):
         return f"whole: {kind}", path
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
-        from indomain_guidance.training.base import open_checkpoint
-        from indomain_guidance.training.export import inspect_text
-        from indomain_guidance.training.exported_base import ExportedBase
+        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.prior.base import open_checkpoint
+        from indomain_guidance.training.prior.exported_base import ExportedBase
 
         way = dice.random()
         if way < 0.15:

@@ -65,8 +65,8 @@ class Settings(Reader):
     name = "settings"
 
     def __init__(self, folder: Path) -> None:
-        from indomain_guidance.training.adapt_config import AdaptConfig
-        from indomain_guidance.training.config import TrainConfig
+        from indomain_guidance.training.adaptation.config import AdaptConfig
+        from indomain_guidance.training.domain.config import TrainConfig
 
         super().__init__(folder)
         self.originals = [
@@ -128,9 +128,9 @@ class Settings(Reader):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.errors import Problem
-        from indomain_guidance.training.adapt_config import AdaptConfig, configuration_kind
-        from indomain_guidance.training.config import TrainConfig
-        from indomain_guidance.training.settings import read_values
+        from indomain_guidance.training.adaptation.config import AdaptConfig, configuration_kind
+        from indomain_guidance.training.domain.config import TrainConfig
+        from indomain_guidance.training.engine.settings import read_values
 
         kinds = (TrainConfig, AdaptConfig, None)
         config = (dice.choice(kinds) or configuration_kind(read_values(path))).read(path)

@@ -364,8 +364,8 @@ def opened(folder: Path, data: list[str], said: list[str]):
     from types import SimpleNamespace
 
     import torch
-    from indomain_guidance.training.config import TrainConfig
     from indomain_guidance.training.data.latent_dataset import open_dataset
+    from indomain_guidance.training.domain.config import TrainConfig
 
     def encode(images):
         small = torch.nn.functional.avg_pool2d(images, 8)

@@ -11,7 +11,7 @@ import torch
 from indomain_guidance.guidance.files import read_generator, write_generator
 from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
 from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterrupted, PromptRejected
-from indomain_guidance.training.events import read_log
+from indomain_guidance.training.engine.events import read_log
 from PIL import Image
 
 WAYS = pytest.mark.parametrize("isolated", [False, True], ids=["in_process", "isolated"])

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from indomain_guidance.training.base import open_base
-from indomain_guidance.training.config import TrainConfig
 from indomain_guidance.training.data import (
     CachingStopped,
     DataProblem,
@@ -34,6 +32,8 @@ from indomain_guidance.training.data import (
 from indomain_guidance.training.data.content_index import ContentIndex, Known
 from indomain_guidance.training.data.images import cover
 from indomain_guidance.training.data.latent_dataset import at_once_of
+from indomain_guidance.training.domain.config import TrainConfig
+from indomain_guidance.training.prior.base import open_base
 from PIL import Image, ImageOps
 
 SIZES = bucket_sizes(32, 8, 2.0)

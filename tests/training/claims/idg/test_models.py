@@ -1,0 +1,103 @@
+"""Models: names, stops of one run, adapters, and the production trainer behind them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from indomain_guidance.guidance.files import FileProblem, read_state_dict
+from indomain_guidance.training.claims.idg.models import Models, ModelSpec, with_additions
+from indomain_guidance.training.engine.lock import Busy, locked
+from indomain_guidance.training.mini_world import assets
+
+
+@pytest.fixture(scope="module")
+def world():
+    return assets.load_mini_world()
+
+
+def test_lengths_of_one_run_share_it_and_everything_else_does_not(world, tmp_path):
+    models = Models(tmp_path, world)
+    specs = [
+        ModelSpec("full", "handwriting", 100),
+        ModelSpec("full", "handwriting", 300),
+        ModelSpec("full", "handwriting", 100, "a digit"),
+        ModelSpec("full", "narrow", 100),
+        ModelSpec("full", "handwriting", 100, seed=1),
+        ModelSpec("low_rank", "handwriting", 100),
+        ModelSpec("domain", "handwriting", 100),
+        ModelSpec("domain", "handwriting", 100, form="constant"),
+    ]
+    assert len({spec.run_name for spec in specs}) == len(specs) - 1 and specs[0].run_name == specs[1].run_name
+    assert len({models.path(spec) for spec in specs}) == len(specs)
+    assert models.path(ModelSpec("shipped", "narrow")).is_file()
+    assert Models(tmp_path, world, batch=8).path(specs[0]) != models.path(specs[0])
+
+
+@pytest.mark.parametrize("make", [lambda: ModelSpec("big", "handwriting", 1), lambda: ModelSpec("full", "handwriting")])
+def test_models_that_cannot_be(make):
+    with pytest.raises(ValueError, match="expected"):
+        make()
+
+
+def test_additions_are_merged_as_their_formula_says():
+    generator = torch.Generator().manual_seed(0)
+    weights = {
+        "middle_block.1.attn1.to_q.weight": torch.randn(6, 5, generator=generator),
+        "out.weight": torch.randn(3, generator=generator),
+    }
+    down, up = torch.randn(2, 5, generator=generator), torch.randn(6, 2, generator=generator)
+    name = "lora_unet_middle_block_1_attn1_to_q"
+    additions = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
+    merged = with_additions(weights, additions)
+    torch.testing.assert_close(
+        merged["middle_block.1.attn1.to_q.weight"], weights["middle_block.1.attn1.to_q.weight"] + 2 * up @ down
+    )
+    assert torch.equal(merged["out.weight"], weights["out.weight"])
+    with pytest.raises(FileProblem, match="lora_unet_other"):
+        with_additions(weights, {**additions, "lora_unet_other.alpha": torch.tensor(1.0)})
+
+
+def test_a_stop_of_a_longer_run_is_the_shorter_run(world, tmp_path):
+    """Trained to 1 and on to 2 steps, and to 2 at once: the same bits; and back to 1 after 2 as well."""
+    stops, straight = (Models(tmp_path / name, world, images=8, batch=2) for name in ("stops", "straight"))
+    short, long = ModelSpec("low_rank", "narrow", 1, "a digit"), ModelSpec("low_rank", "narrow", 2, "a digit")
+    assert not stops.exists(short)
+    first, second = (read_state_dict(stops.train(spec)) for spec in (short, long))
+    at_once, back = (read_state_dict(straight.train(spec)) for spec in (long, short))
+    assert first.keys() == second.keys() == at_once.keys()
+    assert all(torch.equal(second[key], at_once[key]) for key in second)
+    assert all(torch.equal(first[key], back[key]) for key in first)
+    assert any(not torch.equal(first[key], second[key]) for key in first)
+    x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    context = world.encode_text(["a digit"])
+    with torch.no_grad():
+        before, after = world.prior(x, 5.0, context=context), stops.denoiser(long)(x, 5.0, context=context)
+    assert not torch.equal(before, after)
+    assert float((before - after).abs().max()) < 0.5  # two steps of an adapter move the prior a little
+
+
+def test_wanted_stops_are_kept_in_passing(world, tmp_path):
+    one, two = (ModelSpec("low_rank", "narrow", steps, "a digit") for steps in (1, 2))
+    others = [
+        ModelSpec("shipped", "narrow"),
+        ModelSpec("low_rank", "narrow", 1),
+        ModelSpec("full", "narrow", 1, "a digit"),
+    ]
+    models = Models(tmp_path, world, images=8, batch=2, wanted=[two, one, two, *others])
+    models.train(two)
+    assert models.exists(one) and models.exists(two) and not any(map(models.exists, others[1:]))
+    assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.endswith("-to-1")] == []
+
+
+def test_a_run_that_another_process_trains_is_left_to_it(world, tmp_path):
+    models, spec = Models(tmp_path, world, images=8, batch=4), ModelSpec("domain", "narrow", 1)
+    with locked(tmp_path, f".{spec.run_name}-{models._setting_hash(spec)}.lock"), pytest.raises(Busy):
+        models.train(spec)
+    assert not models.exists(spec) and not (tmp_path / "runs").exists()
+
+
+def test_an_interrupted_training_says_so_and_leaves_no_model(world, tmp_path):
+    models, spec = Models(tmp_path, world, images=4, batch=2), ModelSpec("full", "narrow", 3)
+    with pytest.raises(KeyboardInterrupt, match="stopped at step"):
+        models.train(spec, should_stop=lambda: True)
+    assert not models.exists(spec)

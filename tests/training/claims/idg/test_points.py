@@ -1,0 +1,245 @@
+"""Points are measured once: found again by what decides them, whole or not at all, also after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from indomain_guidance.training import bootstrap
+from indomain_guidance.training.claims import command_line
+from indomain_guidance.training.claims.idg import points, sweep
+from indomain_guidance.training.claims.idg.models import Models, ModelSpec
+from indomain_guidance.training.claims.idg.points import Bench, Point, Sampling
+from indomain_guidance.training.claims.idg.questions import QUESTIONS, Examiner
+from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.statistics import TargetSet
+from indomain_guidance.training.engine.lock import Busy
+from indomain_guidance.training.mini_world import assets, measure, render
+from indomain_guidance.training.mini_world.distances import frechet_distance
+
+TINY = Sampling(20, steps=2, replicates=20, targets=40)
+PRIOR = Point.of("handwriting", "prior", scale=2.0)
+
+
+@pytest.fixture(scope="module")
+def world():
+    return assets.load_mini_world()
+
+
+@pytest.fixture(scope="module")
+def judge_model():
+    return assets.load_classifier()
+
+
+@pytest.fixture
+def make_bench(world, judge_model, tmp_path):
+    def make(sampling: Sampling = TINY) -> Bench:
+        return Bench(
+            tmp_path / "points",
+            Models(tmp_path / "models", world),
+            world,
+            judge_model,
+            sampling,
+            assets.load_classifier(held_out=True),
+        )
+
+    return make
+
+
+def refuse_to_sample(monkeypatch):
+    def sample(*arguments, **options):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(points.measure, "sample_prompts", sample)
+
+
+def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, monkeypatch):
+    first = make_bench().measure(PRIOR)
+    assert first.numbers["samples_per_step"] == 2.0 and 0 <= first.numbers["digit_second_judge"] <= 1
+    assert first.draws["distance"].shape == (20,) and first.column("digit").shape == (21,)
+    low, high = first.intervals["distance"]
+    assert low < first.numbers["distance"] < high < 400
+    refuse_to_sample(monkeypatch)
+    again = make_bench().measure(PRIOR)
+    assert again.numbers == first.numbers and again.intervals == first.intervals
+    assert all(torch.equal(again.draws[name], first.draws[name]) for name in first.draws)
+    assert list(make_bench().folder.iterdir()) == [make_bench().folder / f"{make_bench().key(PRIOR)}.json"]
+
+
+def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
+    bench = make_bench()
+    keys = [
+        bench.key(PRIOR),
+        bench.key(Point.of("handwriting", "prior", scale=2.5)),
+        bench.key(Point.of("narrow", "prior", scale=2.0)),
+        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
+        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0)),
+    ]
+    for change in (
+        {"samples": 21},
+        {"steps": 3},
+        {"seed": 1},
+        {"replicates": 21},
+        {"targets": 41},
+        {"sampler": "euler"},
+        {"precision": "bf16"},
+    ):
+        keys.append(make_bench(replace(TINY, **change)).key(PRIOR))
+    assert len(set(keys)) == len(keys)
+
+
+def test_half_precision_networks_hardly_move_a_point(make_bench):
+    full, half = (make_bench(replace(TINY, steps=4, precision=one)).measure(PRIOR).numbers for one in ("fp32", "bf16"))
+    assert half["kernel"] != full["kernel"]
+    assert half["kernel"] == pytest.approx(full["kernel"], rel=0.01) and half["ink"] == full["ink"]
+    with pytest.raises(ValueError, match="a precision of fp32, bf16, found 'int8'"):
+        Sampling(20, precision="int8")
+
+
+def test_a_point_that_another_process_measures_is_left_to_it(make_bench, monkeypatch):
+    bench = make_bench()
+    refuse_to_sample(monkeypatch)
+    with make_bench().shelf.making(bench.key(PRIOR)), pytest.raises(Busy):
+        bench.measure(PRIOR)
+    assert not list(bench.folder.glob("*"))  # not even the folder, where the other process made none
+
+
+def test_two_processes_share_the_points(capsys, monkeypatch):
+    """What is busy is skipped, looked at again after the rest and then until it is there or time is up."""
+    waited = []
+    monkeypatch.setattr(command_line.time, "sleep", waited.append)
+
+    class Shared:
+        points = ("here", "there", "long", "also here")
+        kept: dict[str, Row] = {}
+        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3 + [Row]}
+
+        def find(self, point):
+            return self.kept.get(point)
+
+        def measure(self, point):
+            answer = self.answers.get(point, [Row]).pop(0)
+            if isinstance(answer, Busy):
+                raise answer
+            self.kept[point] = Row(point, None, {}, {}, {})
+            return self.kept[point]
+
+        def line(self, row):
+            return "{}"
+
+    options = command_line.parser().parse_args(["idg"])
+    rows, stopped = command_line.gather(Shared(), options)
+    assert [row.point for row in rows] == ["here", "there", "long", "also here"] and not stopped
+    assert capsys.readouterr().err.count("left to another process") == 4
+    assert waited == [command_line.WAIT_S]
+
+    Shared.answers["never"] = [Busy("at it")] * 9
+    monkeypatch.setattr(Shared, "points", ("here", "never"))
+    options.limit = 0
+    assert [row.point for row in command_line.gather(Shared(), options)[0]] == ["here"]
+    options.limit = None
+    monkeypatch.setattr(command_line.time, "sleep", interrupted)
+    rows, stopped = command_line.gather(Shared(), options)
+    assert [row.point for row in rows] == ["here"] and stopped
+
+
+def interrupted(seconds):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("damage", ["", "{", "[]", '{"numbers": {}}'])
+def test_a_damaged_file_counts_as_not_there(make_bench, damage):
+    bench = make_bench()
+    bench.folder.mkdir(parents=True)
+    (bench.folder / f"{bench.key(PRIOR)}.json").write_text(damage)
+    assert bench.find(PRIOR) is None
+
+
+def test_a_point_of_a_model_that_does_not_exist_is_not_found_and_trains_nothing(make_bench, tmp_path):
+    point = Point.of("handwriting", "multi_guidance", ModelSpec("domain", "handwriting", 5), w_d=1.0, w_c=2.0)
+    assert make_bench().find(point) is None and not (tmp_path / "models").exists()
+
+
+def test_the_measures_are_those_of_the_mini_world(world, judge_model):
+    question = QUESTIONS["handwriting_foreign"]
+    examiner, prompts = Examiner(question, judge_model, target_size=200), question.prompts(60, 0)
+    pictures = measure.target_pictures(prompts.digits, prompts.pairs, render.TRAIN_ROWS).images
+    measured, numbers = points.examine(examiner, pictures, prompts, Sampling(60, replicates=50))
+    expected = measure.score(judge_model, pictures, prompts, examiner.features)
+    assert numbers["distance_uncorrected"] == pytest.approx(expected.distance, rel=1e-6)
+    for ours, theirs in (
+        ("kernel", "kernel"),
+        ("digit", "digit"),
+        ("ink", "ink"),
+        ("both_colours", "both_colours"),
+        ("in_domain", "in_domain"),
+        ("diversity", "diversity"),
+    ):
+        assert numbers[ours] == pytest.approx(getattr(expected, theirs), rel=1e-6), ours
+    # Training handwriting in the asked colours is nearly right: few samples make it seem far, the correction less.
+    assert numbers["distance"] < 0.7 * numbers["distance_uncorrected"]
+    assert numbers["digit"] > 0.9 and numbers["both_colours"] == 1.0
+    second = points.second_opinion(assets.load_classifier(held_out=True), pictures, prompts)
+    assert second["digit_second_judge"] > 0.8 and second["in_domain_second_judge"] > 0.8
+
+
+def test_targets_wear_the_asked_colours_and_floors_are_in_order(world, judge_model):
+    for question in QUESTIONS.values():
+        pairs, own = question.pairs.tolist(), render.domain_pairs(question.domain).tolist()
+        assert all(ink != ground for ink, ground in pairs)
+        assert (pairs == own) if question.own_colours else not any(pair in own for pair in pairs)
+    assert len(QUESTIONS["narrow_foreign"].pairs) == 43
+    floors = Examiner(QUESTIONS["narrow"], judge_model, target_size=120).floors(world.autoencoder)
+    assert floors["autoencoder_floor"] < floors["floor_uncorrected"] < 0.2 * floors["ceiling"]
+
+
+def test_the_target_set_gives_the_distance_of_the_metrics():
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(100, 6, generator=generator) * 2 + 1, torch.randn(90, 6, generator=generator)
+    ones = torch.ones(1, 100, dtype=torch.float64)
+    assert float(TargetSet(b).distances(a, ones)[0]) == pytest.approx(frechet_distance(a, b), rel=1e-9)
+
+
+def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, monkeypatch, capsys):
+    command = [
+        sys.executable,
+        bootstrap.__file__,
+        "indomain_guidance.training.claims",
+        "idg",
+        "--tiny",
+        "--work",
+        str(tmp_path),
+    ]
+    folder = tmp_path / "tiny" / "points"
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        deadline = time.monotonic() + 300
+        while not list(folder.glob("*.json")) and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL if os.name == "posix" else signal.SIGTERM)
+    kept = sorted(folder.glob("*.json"))
+    assert kept and all(json.loads(path.read_text())["numbers"] for path in kept)
+    before = {path: path.stat().st_mtime_ns for path in kept}
+
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--limit", "1"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert all({"name", "value", "unit", "target", "better", "samples", "seed"} <= line.keys() for line in lines)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    assert len([path for path in folder.glob("*.json") if not path.name.startswith("floors")]) == len(kept) + 1
+    report = tmp_path / "tiny" / "tiny"
+    assert "| (a) | handwriting |" in (report / "idg.md").read_text() and (report / "idg.png").stat().st_size > 1000
+    assert len((report / "idg.jsonl").read_text().splitlines()) >= len(lines) - 1
+
+    refuse_to_sample(monkeypatch)
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--report-only"]) == 0
+    assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--list"]) == 0
+    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"]().points) :]
+    assert sum(line.startswith("measured ") for line in listed) == len(kept) + 1

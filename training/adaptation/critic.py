@@ -1,0 +1,210 @@
+"""The critic of an adaptation: a base's models as a guidance, its VAE as a differentiable encoder, the objective."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from ...guidance.combination import Guidance
+from ...guidance.diffusion import Denoiser
+from ...guidance.distillation.critic import Critic
+from ...guidance.distillation.directional import Directional
+from ...guidance.distillation.image_encoder import ImageEncoder
+from ...guidance.distillation.methods import make_method
+from ...guidance.distillation.objective import Objective
+from ...guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
+from ...guidance.distillation.reconstruction import Reconstruction
+from ...guidance.distillation.timesteps import Timesteps
+from ...guidance.files import DomainMetadata, read_domain_file
+from ...guidance.networks.stylegan2 import Generator
+from ...guidance.null_text import load_unet
+from ...guidance.terms import Source, Term
+from ..command_line.drawing import trained_caption
+from ..domain.learner import DTYPES
+from ..engine.memory import is_memory_problem
+from ..engine.settings import ConfigProblem
+from ..prior.base import Base, ImageSize
+from .adapter import Encode, fixed_picture, opinion
+from .config import AdaptConfig
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+Domain = tuple[dict[str, Tensor], DomainMetadata]
+
+
+def judged_resolution(config: AdaptConfig, base: Base | None, generator: Generator) -> int:
+    """The side in pixels at which images are judged: as configured, the base's own, else the generator's."""
+    if base is None:
+        return config.resolution or generator.config.resolution
+    return max(config.resolution or base.native_resolution or generator.config.resolution, base.factor)
+
+
+def open_domain(config: AdaptConfig, base: Base) -> Domain | None:
+    """Weights and metadata of the domain model that judges too, None where there is none or its weight is 0.
+
+    Raises FileProblem, and ValueError where `base` could not encode the caption that the model was trained with.
+    """
+    if not config.domain or not config.domain_weight:
+        return None
+    weights, metadata = read_domain_file(config.domain, latent_format=base.latent_format)
+    base.check_prompts([trained_caption(metadata) or ""])
+    return weights, metadata
+
+
+def open_critic(
+    config: AdaptConfig, base: Base, resolution: int, device: torch.device | str, domain: Domain | None = None
+) -> Critic:
+    """The guidance that a configuration describes, with the base's models on `device` in the run's precision.
+
+    The base prediction is on the negative prompt (with the method nfsd, which compares with it, on the empty one); the
+    terms are the domain model, where there is one, and the prompt. domain: from `open_domain`, which is asked
+    otherwise. Raises ConfigProblem, FileProblem and ValueError.
+    """
+    config.check_prompts()
+    dtype = DTYPES.get(config.precision, torch.float32)
+    size = ImageSize((resolution, resolution))
+    prior = Denoiser(base.load_prior(dtype).to(device), base.schedule, base.prediction_type)
+
+    def cond(prompt: str) -> dict[str, Tensor]:
+        named = base.conditioning([size], base.encode_text([prompt]))
+        return {name: value.to(device) for name, value in named.items()}
+
+    uncond = cond("" if config.method == "nfsd" else config.negative)
+    terms = []
+    domain = domain or open_domain(config, base)
+    if domain is not None:
+        weights, metadata = domain
+        judge = Denoiser(
+            load_unet(weights, metadata.config, dtype).to(device),
+            base.schedule,
+            metadata.prediction_type or base.prediction_type,
+        )
+        caption = trained_caption(metadata)
+        own = uncond if caption is None else cond(caption)
+        terms.append(Term("domain", judge, own, config.domain_weight))
+    if config.prompt:
+        terms.append(Term("control", prior, cond(config.prompt), config.scale))
+    source = None
+    if config.source_prompt:
+        source = Guidance(Source(prior, uncond), [Term("control", prior, cond(config.source_prompt), config.scale)])
+    negative = Source(prior, cond(config.negative)) if config.method == "nfsd" else None
+    return Critic(Guidance(Source(prior, uncond), terms), base.schedule, negative=negative, source=source)
+
+
+def latent_encoder(base: Base, resolution: int, precision: str = "fp32") -> ImageEncoder:
+    """Images judged at `resolution` -> scaled posterior means [B, C, h, w], where the VAE is.
+
+    The VAE runs in bf16 when that is the precision, else in fp32 (SDXL's overflows in fp16). Raises ConfigProblem for a
+    resolution that the VAE cannot encode.
+    """
+    if resolution % base.factor:
+        raise ConfigProblem(
+            f"resolution: expected a multiple of {base.factor} px for {base.name}, found {resolution}; give another."
+        )
+
+    def encode(images: Tensor) -> Tensor:
+        half = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+        with half:
+            mean, _ = base.autoencoder.encode(images)
+        return mean.float() * base.latent_scale
+
+    return ImageEncoder(encode, resolution)
+
+
+def make_objective(
+    config: AdaptConfig, critic: Critic, encode: Encode, device: torch.device | str, distance: Distance | None = None
+) -> Objective:
+    """What the configuration wants of a critic. distance: of the perceptual regularizer, instead of `config.features`.
+
+    Raises ValueError where the method needs what the critic lacks.
+    """
+    options: dict[str, object] = {}
+    if config.method == "vsd":
+        options = {"rank": config.critic_rank, "learning_rate": config.critic_rate, "seed": config.seed % 2**31}
+    elif config.method == "sds":
+        options = {"normalize": config.normalize_sds}
+    regularizers = []
+    if config.directional:
+        regularizers.append(Directional(config.directional, config.normalize_directional))
+    if config.reconstruction:
+        regularizers.append(Reconstruction(config.reconstruction))
+    perceptual = None
+    if config.perceptual:
+        if distance is None:
+            latents = config.features == "latents"
+            distance = FeatureDistance(encode) if latents else lpips_distance(config.features, device)
+        perceptual = Perceptual(distance, config.perceptual)
+    return Objective(
+        critic,
+        make_method(config.method, critic, **options),
+        regularizers,
+        Timesteps(config.t_min, config.t_max, config.t_schedule),
+        config.weighting,
+        config.latent_clamp or None,
+        config.image_quantile or None,
+        config.mode,
+        perceptual,
+        way_back=config.way_back if config.way_back >= 0 else None,
+    )
+
+
+def first_opinion(
+    objective: Objective, encode: Encode, generator: Generator, device: torch.device | str
+) -> Mapping[str, Tensor]:
+    """`opinion` of a picture of the generator's size, before anything is trained.
+
+    Raises ConfigProblem, in one sentence, where VAE, diffusion model and conditioning do not fit each other.
+    """
+    picture = fixed_picture(generator, device)
+    try:
+        with torch.no_grad():
+            latents = encode(picture)
+    except (RuntimeError, ValueError) as problem:
+        if isinstance(problem, RuntimeError) and is_memory_problem(problem):
+            raise
+        raise ConfigProblem(
+            f"resolution: expected images of {generator.config.resolution} px that the VAE can encode, found that it "
+            f"cannot ({_first_line(problem)}); set another resolution, or connect another VAE."
+        ) from problem
+    if latents.ndim != 4 or not bool(latents.isfinite().all()):
+        found = f"latents of shape {list(latents.shape)}" if latents.ndim != 4 else "NaN or infinity in its latents"
+        raise ConfigProblem(f"vae: expected finite latents [B, C, h, w] of an image, found {found}; use another VAE.")
+    try:
+        return opinion(objective, encode, picture)
+    except (RuntimeError, ValueError) as problem:
+        if isinstance(problem, RuntimeError) and is_memory_problem(problem):
+            raise
+        raise ConfigProblem(_misfit(problem, latents)) from problem
+
+
+# How this project's networks, and torch's convolutions and linear layers, tell of too few or too many channels.
+_LATENT = re.compile(r"expected a latent \[B, (\d+), H, W\], got \[\d+, (\d+),")
+_CHANNELS = re.compile(r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels")
+_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
+_TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
+
+
+def _misfit(problem: Exception, latents: Tensor) -> str:
+    told = str(problem)
+    if channels := _LATENT.search(told) or _CHANNELS.search(told):
+        return (
+            f"vae: expected a VAE of the diffusion model's latent space, of {channels[1]} channels, found one with "
+            f"{channels[2]}; use the VAE that belongs to the model."
+        )
+    if widths := _TEXT.search(told) or _WIDTHS.search(told):
+        wanted, found = (widths[1], widths[2]) if widths.re is _TEXT else (widths[2], widths[1])
+        return (
+            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode "
+            "the prompts with the text encoder (CLIP) that belongs to the model."
+        )
+    return (
+        f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
+        f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
+    )
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")

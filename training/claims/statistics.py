@@ -1,0 +1,178 @@
+"""Uncertainty and comparison of measured points: bootstrap over samples, Pareto fronts, hypervolume.
+
+A Frechet distance of N samples on F features is too large by about C / N, since sampling noise in mean and covariance
+only ever adds distance. A bootstrap repeats that error once more: its replicates lie above the estimate by about as
+much as the estimate lies above the truth, so that plain percentile intervals miss it almost always. Both errors are
+removed here (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 10): with b = mean of the replicates - the
+estimate, the value reported is estimate - b, and every replicate is moved down by 2 b, once for its own error and once
+for the estimate's. The target set is a fixed, exact set and is not resampled. Shares (accuracies) have no such error.
+
+All points of a question are resampled by the same counts, so replicates of two points are paired and any function of
+several points (a ratio, a front, a hypervolume) has its own replicates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Generator, Tensor
+
+from ...guidance.errors import Problem
+
+REPLICATES = 400
+LEVEL = 0.95
+# Shares count samples, of which there are far fewer than a million, and replicates are kept in single precision.
+ROUNDING = 1e-6
+
+
+def resampling_counts(groups: Tensor, replicates: int = REPLICATES, seed: int = 0) -> Tensor:
+    """How often each sample is drawn in each bootstrap replicate: [R, N] in float64, for groups long [N].
+
+    Samples are drawn with replacement within their group (the digit), whose sizes were chosen and not sampled.
+    """
+    generator = Generator().manual_seed(seed)
+    counts = torch.zeros(replicates, len(groups), dtype=torch.float64)
+    for group in groups.unique():
+        members = (groups == group).nonzero()[:, 0]
+        drawn = torch.randint(len(members), (replicates, len(members)), generator=generator)
+        own = torch.zeros(replicates, len(members), dtype=torch.float64)
+        counts[:, members] = own.scatter_add_(1, drawn, torch.ones_like(drawn, dtype=torch.float64))
+    return counts
+
+
+class TargetSet:
+    """A fixed set of features [M, F], M above F, to measure Frechet distances to (arXiv 1706.08500, eq. 6)."""
+
+    def __init__(self, features: Tensor) -> None:
+        if features.ndim != 2 or len(features) < 2:
+            raise Problem(f"expected the target's features [M, F] of at least two images, found {list(features.shape)}")
+        features = features.detach().double().cpu()
+        self.mean, self.covariance = features.mean(0), features.T.cov()
+        values, vectors = torch.linalg.eigh(self.covariance)
+        self._root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+
+    def distance(self, mean: Tensor, covariance: Tensor) -> Tensor:
+        """Distances [...] of Gaussians with means [..., F] and covariances [..., F, F], in float64."""
+        cross = torch.linalg.eigvalsh(self._root @ covariance @ self._root).clamp(min=0).sqrt().sum(-1)
+        traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self.covariance.trace()
+        return ((mean - self.mean).square().sum(-1) + traces - 2 * cross).clamp(min=0)
+
+    def distances(self, features: Tensor, counts: Tensor) -> Tensor:
+        """Distances [R] of the features [N, F] with sample n counted counts[r, n] times; counts [R, N]."""
+        features = features.detach().double().cpu()
+        center = features.mean(0)  # squares of centred numbers lose no digits
+        centred, totals = features - center, counts.sum(1, keepdim=True)
+        means = counts @ centred / totals
+        covariances = torch.stack([(centred * row[:, None]).T @ centred for row in counts])
+        covariances = (covariances - totals[:, :, None] * means[:, :, None] * means[:, None, :]) / (totals - 1)[
+            :, :, None
+        ]
+        return self.distance(means + center, covariances)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A number with its bootstrap replicates [R]; `uncorrected` is the plain estimate before its bias was removed."""
+
+    value: float
+    uncorrected: float
+    draws: Tensor
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float]:
+        return interval(self.draws, level)
+
+
+def interval(draws: Tensor, level: float = LEVEL) -> tuple[float, float]:
+    """The middle `level` of bootstrap replicates [R]; infinities may take part and may be an end of the interval."""
+    ordered = draws.double().sort().values
+    last = len(ordered) - 1
+    rank = (1 - level) / 2 * last
+    return float(ordered[int(rank)]), float(ordered[min(last, int(last - rank + 0.999999))])
+
+
+def measure_distance(features: Tensor, target: TargetSet, counts: Tensor) -> Measured:
+    """The Frechet distance of features [N, F] to the target, freed of the bias that the bootstrap estimates."""
+    plain = float(target.distances(features, torch.ones(1, len(features), dtype=torch.float64))[0])
+    replicates = target.distances(features, counts)
+    bias = float(replicates.mean()) - plain
+    return Measured(max(0.0, plain - bias), plain, (replicates - 2 * bias).clamp(min=0))
+
+
+def measure_share(right: Tensor, counts: Tensor) -> Measured:
+    """The share of samples that are right, bool [N]."""
+    right = right.double().cpu()
+    value = float(right.mean())
+    return Measured(value, value, counts @ right / counts.sum(1))
+
+
+# ------------------------------------------------------------------------------- sets of points, column by column
+
+
+def reaches(share: Tensor | float, at_least: Tensor | float) -> Tensor | bool:
+    """Whether a share is at least `at_least`; equal but for the rounding of single precision is equal."""
+    return share > at_least - ROUNDING
+
+
+def lowest(distances: Tensor, shares: Tensor, at_least: Tensor | float) -> Tensor:
+    """The lowest distance among the points [P, R] whose share is at least `at_least`, [R] or a number: [R] or inf."""
+    return distances.where(reaches(shares, at_least), torch.inf).amin(0)
+
+
+def ratio_of_lowest(
+    distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor, at_least: Tensor | float
+) -> Tensor:
+    """The lowest distance of points [P, R] over that of others [Q, R] at a share: [R]; 0 where only the first set
+    reaches it, infinite where only the other one does, 1 where neither."""
+    ours, theirs = lowest(distances, shares, at_least), lowest(other_distances, other_shares, at_least).clamp(min=1e-9)
+    return torch.where(theirs.isinf(), ours.isinf().to(ours), ours / theirs)
+
+
+def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> Tensor:
+    """The largest ratio, over the shares that both sets reach, of the first's lowest distance to the second's: [R].
+
+    Points [P, R] and [Q, R]. Below 1, the first set is nearer at every share that both reach. Both lowest distances
+    change only at shares that occur, so those are all that has to be looked at.
+    """
+    both = torch.minimum(shares.amax(0), other_shares.amax(0))
+    largest = torch.zeros_like(both)
+    for level in [*shares, *other_shares]:
+        ratio = ratio_of_lowest(distances, shares, other_distances, other_shares, level)
+        largest = torch.where(level <= both, torch.maximum(largest, ratio), largest)
+    return largest
+
+
+def worst_share(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> float:
+    """The largest share at which `worst_ratio` is reached. Points [P, 1] and [Q, 1]."""
+    worst = worst_ratio(distances, shares, other_distances, other_shares)
+    both = min(float(shares.max()), float(other_shares.max()))
+    levels = [float(share) for share in (*shares[:, 0], *other_shares[:, 0]) if share <= both]
+    return max(
+        (at for at in levels if ratio_of_lowest(distances, shares, other_distances, other_shares, at) >= worst),
+        default=0.0,
+    )
+
+
+def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Tensor:
+    """The share of the rectangle 0..worst_distance by 0..1 that points [P, R] dominate: [R] in 0..1, higher is better.
+
+    A point dominates everything of larger distance and smaller share (Zitzler and Thiele 1998, two objectives).
+    """
+    if not worst_distance > 0:
+        raise Problem(f"expected the worst distance of a hypervolume to be above 0, found {worst_distance}")
+    if not len(distances):
+        return torch.zeros(distances.shape[1:], dtype=torch.float64)
+    order = distances.argsort(0)
+    near = distances.gather(0, order).clamp(0, worst_distance)
+    best_share = shares.gather(0, order).clamp(0, 1).cummax(0).values  # of all points at least as near
+    following = torch.cat([near[1:], torch.full_like(near[:1], worst_distance)])
+    return ((following - near) * best_share).sum(0) / worst_distance
+
+
+def is_on_front(distances: list[float], shares: list[float]) -> list[bool]:
+    """Whether no other point is at least as near and at least as right, and better in one."""
+    pairs = list(zip(distances, shares))
+    return [
+        not any(d <= distance and s >= share and (d, s) != (distance, share) for d, s in pairs)
+        for distance, share in pairs
+    ]

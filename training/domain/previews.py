@@ -1,0 +1,220 @@
+"""Sample grids of a model in training: fixed seeds, multi-guidance against the prior (arXiv 2312.08195), labelled."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ...guidance.combination import Guidance, MultiGuidance
+from ...guidance.diffusion import Denoiser
+from ...guidance.files.atomic import replacing
+from ...guidance.presets import cfg, domain_guidance, in_domain
+from ...guidance.sampling import sample, sigmas_uniform
+from ..engine.lettering import default_font, write
+from ..engine.processes import computes_in_bf16
+from ..prior.base import Base, ImageSize, Text
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from .config import TrainConfig
+
+METHOD = "dpmpp_2m"  # as the paper samples
+SMALLEST_TILE, LARGEST_TILE = 128, 512  # px; small pictures are enlarged by a whole factor, large ones reduced
+MARGIN, LABEL_WIDTH = 6, 150  # px
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a grid: what stands beside it, and the guidance it is sampled with."""
+
+    label: str
+    guidance: Guidance
+
+
+class Preview:
+    """Draws the grid of a run: a row per prompt, a column per seed, always from the same noise.
+
+    Rows follow `config.sample_prompts`: multi-guidance of prior, domain model and prompt with the configured weights.
+    Without prompts there are two rows, the domain model alone, and the domain model against the prior. A model that
+    takes text (form full) is sampled with its own classifier-free guidance instead, since that is how it is used.
+    Seeds are config.seed, config.seed + 1, ...; the noise is drawn on the CPU as ComfyUI draws it. batch: how many are
+    drawn at once, None for the configuration's.
+
+    The prior is built for a drawing and let go again, so that training keeps the memory. Raises ValueError for prompts
+    that the base cannot encode, when it is made and not in the middle of a run.
+    """
+
+    def __init__(
+        self, base: Base, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
+    ) -> None:
+        self.base = base
+        self.config = config
+        self.batch = config.batch_size if batch is None else batch
+        self.device = torch.device(device)
+        self.prompts = tuple(config.sample_prompts)
+        self.texts = [base.encode_text([prompt]) for prompt in self.prompts]
+        self.dtype = preview_dtype(self.device)
+
+    @torch.no_grad()
+    def draw(
+        self,
+        unet: nn.Module,
+        text: Text | None = None,
+        *,
+        title: str = "",
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Image:
+        """The grid of `unet` as a picture. text: what a model of form full was trained on, None for a text-free one.
+
+        The UNet is used where and as it is. should_stop() ends the drawing after a row; the rest stays grey.
+        """
+        config, base = self.config, self.base
+        size = ImageSize((config.resolution, config.resolution))
+        prior = None if text is not None else self._prior()
+        rows = self._rows(unet, prior, size, text)
+        side = config.resolution // base.factor
+        noise = torch.cat(
+            [
+                torch.randn((1, base.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
+                for seed in self.seeds
+            ]
+        )
+        sigmas = sigmas_uniform(base.schedule, config.sample_steps).float()
+        drawn: list[Tensor] = []
+        for row in rows:
+            if should_stop():
+                break
+            denoiser = MultiGuidance(row.guidance)
+            latents = [
+                sample(denoiser, part.to(self.device), sigmas, METHOD).float() for part in noise.split(self.batch)
+            ]
+            drawn.append(torch.cat(latents))
+        del prior
+        with base.on(self.device):
+            pictures = [base.decode(latents).cpu() for latents in drawn]
+        grey = torch.zeros(len(noise), 3, config.resolution, config.resolution)
+        pictures += [grey] * (len(rows) - len(pictures))
+        return grid(pictures, [row.label for row in rows], [f"seed {seed}" for seed in self.seeds], title)
+
+    def save(
+        self,
+        unet: nn.Module,
+        path: str | os.PathLike,
+        text: Text | None = None,
+        *,
+        title: str = "",
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> Path:
+        """`draw` into a PNG file that is there completely or not at all."""
+        return save_png(self.draw(unet, text, title=title, should_stop=should_stop), path)
+
+    @property
+    def seeds(self) -> range:
+        return range(self.config.seed, self.config.seed + self.config.sample_count)
+
+    def _prior(self) -> nn.Module:
+        return self.base.load_prior(self.dtype).to(self.device)
+
+    def _rows(self, unet: nn.Module, prior: nn.Module | None, size: ImageSize, text: Text | None) -> list[Row]:
+        base, config = self.base, self.config
+        null = self._cond(size, base.null_text)
+        conds = [self._cond(size, one) for one in self.texts]
+        trained = Denoiser(_Autocast(unet, self.dtype), base.schedule, base.prediction_type)
+        if prior is None:
+            assert text is not None
+            if not self.prompts:
+                return [Row("the model alone", cfg(trained, null, self._cond(size, text), 1.0))]
+            return [
+                Row(
+                    f"{prompt or 'empty prompt'} (guidance {config.control_weight:g})",
+                    cfg(trained, null, cond, config.control_weight),
+                )
+                for prompt, cond in zip(self.prompts, conds)
+            ]
+        untrained = Denoiser(prior, base.schedule, base.prediction_type)
+        if not self.prompts:
+            return [
+                Row("domain model alone", domain_guidance(untrained, trained, null, scale=1.0)),
+                Row(
+                    f"domain {config.domain_weight:g} against the prior",
+                    domain_guidance(untrained, trained, null, scale=config.domain_weight),
+                ),
+            ]
+        return [
+            Row(
+                f"{prompt or 'empty prompt'} (domain {config.domain_weight:g}, control {config.control_weight:g})",
+                in_domain(untrained, trained, null, cond, config.domain_weight, config.control_weight),
+            )
+            for prompt, cond in zip(self.prompts, conds)
+        ]
+
+    def _cond(self, size: ImageSize, text: Text) -> Mapping[str, Tensor]:
+        return {name: value.to(self.device) for name, value in self.base.conditioning([size], text).items()}
+
+
+class _Autocast(nn.Module):
+    """A UNet in training, run in the precision of previews; its own fp32 weights stay as they are."""
+
+    def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.unet, self.dtype = unet, dtype
+
+    def forward(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, self.dtype, enabled=self.dtype is not torch.float32):
+            return self.unet(x, timesteps, **cond).float()
+
+
+def preview_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on GPUs that have it, fp16 on those that do not, else fp32."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if computes_in_bf16(device) else torch.float16
+
+
+def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image:
+    """Pictures [B, 3, H, W] in -1..1, one tensor a row, as a labelled table."""
+    from PIL import Image, ImageDraw
+
+    count = max(len(row) for row in pictures)
+    height, width = pictures[0].shape[-2:]
+    scale = max(1, -(-SMALLEST_TILE // max(height, width)))
+    if max(height, width) > LARGEST_TILE:
+        scale = LARGEST_TILE / max(height, width)
+    tile = (round(width * scale), round(height * scale))
+    font = default_font(13)
+    line = 17
+    heading = MARGIN + (line if title else 0) + line
+    size = (LABEL_WIDTH + count * (tile[0] + MARGIN), heading + len(pictures) * (tile[1] + MARGIN))
+    sheet = Image.new("RGB", size, (250, 250, 250))
+    draw = ImageDraw.Draw(sheet)
+    if title:
+        write(draw, (MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
+    for index, label in enumerate(columns):
+        write(draw, (LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
+    for at, (row, label) in enumerate(zip(pictures, rows)):
+        top = heading + at * (tile[1] + MARGIN)
+        wrapped = textwrap.wrap(label, width=20)[: max(1, tile[1] // line)]
+        for number, part in enumerate(wrapped):
+            write(draw, (MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
+        for index, picture in enumerate(row):
+            values = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
+            if scale != 1:
+                image = image.resize(tile, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
+            sheet.paste(image, (LABEL_WIDTH + index * (tile[0] + MARGIN), top))
+    return sheet
+
+
+def save_png(image: Image, path: str | os.PathLike) -> Path:
+    """Write a picture as PNG, completely or not at all."""
+    with replacing(path) as file:
+        image.save(file, format="PNG")
+    return Path(path)

@@ -1,0 +1,199 @@
+"""What of a base is trained: its text-free or full UNet, and which of the weights learn.
+
+"Image is All You Need to Empower Large-scale Diffusion Models for In-Domain Generation" (arXiv 2312.08195), section
+3.2, for the text-free forms; `full` keeps the text and is what fine-tuning baselines train.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ...guidance.diffusion import Denoiser
+from ...guidance.errors import Problem
+from ...guidance.networks.unet import UNet, UNetConfig
+from ...guidance.null_text import (
+    AttentionStatistics,
+    Probes,
+    build_cached,
+    collect_probes,
+    fold_constants,
+    measure_cross_attention,
+)
+from ..prior.base import Base, Text
+from .low_rank import DOWN, UP, add_low_rank, merged_weights
+
+FORMS = ("cached", "constant", "full")
+TRAINS = ("all", "self_attention", "low_rank")
+SELF_ATTENTION = re.compile(r"\.attn1\.")
+LOW_RANK = re.compile(rf"\.({DOWN}|{UP})$")
+PROBE_STEPS = 20  # of the prior's own trajectory, 8 of them used (design: section 3.2)
+PROBE_USE = 8
+
+
+@dataclass(eq=False)
+class Trainee:
+    """A UNet about to be trained.
+
+    unet: fp32, in training mode; only what learns requires gradients. text: what it is conditioned on, None when it is
+    text-free. constants and null_text_error, by block: what `constant` folded in, and RMS(attention - constant) /
+    RMS(attention) on another trajectory; both empty for the other forms.
+    """
+
+    unet: UNet
+    form: str
+    train: str
+    text: Text | None = None
+    constants: dict[str, Tensor] = field(default_factory=dict)
+    null_text_error: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def config(self) -> UNetConfig:
+        return self.unet.config
+
+    def named_trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters that learn, by name, always in the same order."""
+        return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The parameters that learn."""
+        return list(self.named_trainable().values())
+
+    def weights(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """All weights of the finished UNet under LDM keys, low-rank additions merged.
+
+        values: what the parameters that learn are to be, by name, such as their average; None is what they are.
+        """
+        self._check(values)
+        return {key: tensor.detach() for key, tensor in merged_weights(self.unet, values).items()}
+
+    @contextmanager
+    def using(self, values: Mapping[str, Tensor] | None) -> Iterator[UNet]:
+        """The UNet in evaluation mode with other values of what learns (None: its own), and back again exactly."""
+        self._check(values)
+        parameters, training = self.named_trainable(), self.unet.training
+        before = {name: parameters[name].data for name in values or {}}
+        for name, value in (values or {}).items():
+            parameters[name].data = value.to(parameters[name])
+        self.unet.eval()
+        try:
+            yield self.unet
+        finally:
+            for name, value in before.items():
+                parameters[name].data = value
+            self.unet.train(training)
+
+    def _check(self, values: Mapping[str, Tensor] | None) -> None:
+        unknown = sorted(set(values or {}) - set(self.named_trainable()))
+        if unknown:
+            raise Problem(f"Trainee: expected values of parameters that learn, found {unknown[0]}.")
+
+
+def start_model(
+    base: Base,
+    form: str = "cached",
+    train: str = "all",
+    *,
+    caption: str = "",
+    rank: int = 16,
+    alpha: float = 0.0,
+    gradient_checkpointing: bool = False,
+    resolution: int = 512,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    constants: Mapping[str, Tensor] | None = None,
+    null_text_error: Mapping[str, float] | None = None,
+    on_probe: Callable[[int, int], None] | None = None,
+) -> Trainee:
+    """The UNet that learns, made from a base.
+
+    form: "cached" and "constant" are text-free (`guidance.null_text`); "full" takes the text of `caption`, one prompt
+    for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.6 M of SD 1.5's
+    860 M, so a seventeenth of the memory for gradients, optimizer and average); "low_rank" additions of `rank` to all
+    attention projections, scaled by alpha / rank (alpha 0 is rank, a scale of 1), drawn from `seed`.
+
+    `constant` runs the prior for 56 passes at `resolution` pixels on `device`; give the `constants` (and
+    `null_text_error`) of an earlier start to skip them. on_probe(done, of) reports these passes. Raises ValueError.
+    """
+    for name, value, known in (("form", form, FORMS), ("train", train, TRAINS)):
+        if value not in known:
+            raise Problem(f"Expected {name} to be one of {', '.join(known)}, got {value!r}.")
+    if caption and form != "full":
+        raise Problem(f"Expected no caption with the text-free form {form}, got {caption!r}; use form full.")
+    with torch.inference_mode(False), torch.enable_grad():
+        text, folded, errors = None, {}, dict(null_text_error or {})
+        # Copies: training must never reach the prior, whose tensors the base shares.
+        weights = {key: tensor.detach().to(torch.float32, copy=True) for key, tensor in base.unet.items()}
+        config = base.config
+        if form == "cached":
+            weights, config = build_cached(weights, config, base.null_context)
+        elif form == "constant":
+            if constants is None:
+                folded, errors = measured_constants(base, resolution, device, on_probe)
+            else:
+                folded = dict(constants)
+            weights, config = fold_constants(weights, config, base.null_context, folded)
+        else:
+            text = base.encode_text([caption])
+        with torch.device("meta"):
+            unet = UNet(config)
+        unet.load_state_dict(weights, strict=True, assign=True)
+        unet.gradient_checkpointing = gradient_checkpointing
+        choose_trainable(unet.train(), train, rank, alpha, seed)
+        return Trainee(unet, form, train, text, folded, errors)
+
+
+def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0, seed: int = 0) -> None:
+    """Let exactly the parameters that `train` names require gradients, in place; see `start_model`."""
+    unet.requires_grad_(train == "all")
+    if train == "low_rank":
+        add_low_rank(unet, rank, alpha or float(rank), seed)
+    learns = {"self_attention": SELF_ATTENTION, "low_rank": LOW_RANK}.get(train)
+    if learns is not None:
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(learns.search(name) is not None)
+    if not any(parameter.requires_grad for parameter in unet.parameters()):
+        raise Problem(f"Expected a UNet with attention to train {train}, found none; train all weights.")
+
+
+def measured_constants(
+    base: Base, resolution: int, device: torch.device | str = "cpu", on_probe: Callable[[int, int], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Each block's mean cross-attention output on the prior's own unconditional trajectory, and its error on another.
+
+    The trajectories are those of the design (8 of 20 DDIM steps, seeds 0 and 1) at square latents of `resolution`.
+    """
+    prior = base.load_prior().to(device)
+    side = resolution // base.factor
+    y = base.vector(resolution, resolution, pooled=base.null_context.pooled)
+    denoiser = Denoiser(prior, base.schedule, base.prediction_type)
+    total, done = 2 * (PROBE_STEPS + PROBE_USE), 0
+
+    def progress(*_: int) -> None:
+        nonlocal done
+        done += 1
+        if on_probe is not None:
+            on_probe(done, total)
+
+    def statistics(seed: int) -> dict[str, AttentionStatistics]:
+        probes: Probes = collect_probes(
+            denoiser,
+            base.null_context.tensor,
+            (1, base.config.in_channels, side, side),
+            y=y,
+            steps=PROBE_STEPS,
+            use=PROBE_USE,
+            seed=seed,
+            device=device,
+            on_step=progress,
+        )
+        return measure_cross_attention(prior, base.null_context.tensor, probes, on_probe=progress)
+
+    constants = {block: seen.mean for block, seen in statistics(0).items()}
+    unseen = statistics(1)
+    return constants, {block: unseen[block].relative_error(constant) for block, constant in constants.items()}

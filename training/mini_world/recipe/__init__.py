@@ -1,0 +1,1 @@
+"""How the mini world was made: every network trained again from a seed."""

@@ -1,0 +1,222 @@
+"""The whole recipe, stage after stage: autoencoder, judges, prior, domain models, generator. Each resumes by itself.
+
+Stages write their files below ``work/weights``; only when all are there do they replace the shipped ones, so that a run
+that is stopped half-way leaves no world whose parts do not belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from einops import rearrange
+from torch import Generator, Tensor
+
+from ....guidance.files import (
+    DomainMetadata,
+    GeneratorMetadata,
+    prior_content_hash,
+    write_domain_file,
+    write_generator,
+    write_safetensors,
+)
+from ....guidance.files.atomic import replacing
+from ....guidance.networks.autoencoder import Autoencoder
+from ....guidance.networks.text_encoder import END_TOKEN
+from ....guidance.null_text import NullContext
+from .. import assets, classifier, render, tokens
+from . import train_autoencoder, train_domain, train_generator, train_prior
+from .loop import made_once, weights_hash
+
+LICENCE = "Apache-2.0"
+STATISTICS_IMAGES = 2048  # on which the latents' scale and preview colours are measured
+DATA_LICENCES = {
+    "fonts": "OFL-1.1 and Apache-2.0 families listed in data/README.md",
+    "handwriting": "MNIST (Yann LeCun, Corinna Cortes; from NIST Special Databases 1 and 3), CC BY-SA 3.0",
+}
+
+
+def half(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights as the files hold them, fp16."""
+    return {key: value.detach().to(torch.float16) for key, value in state_dict.items()}
+
+
+def rounded(module: torch.nn.Module) -> torch.nn.Module:
+    """The module with its weights rounded to fp16, so that later stages train against what ships."""
+    module.load_state_dict({key: value.float() for key, value in half(module.state_dict()).items()})
+    return module.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, list[list[float]], list[float]]:
+    """(scale, rgb factors [4][3], rgb bias [3]): scale makes the latents' deviation 1.
+
+    Factors and bias preview latents: the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its
+    8 x 8 image pixels.
+    """
+    images = train_autoencoder.both_worlds(STATISTICS_IMAGES, Generator().manual_seed(seed + 99))
+    latents = train_prior.encode_latents(autoencoder, images)
+    scale = 1.0 / float(latents.std())
+    rows = rearrange(latents * scale, "b c h w -> (b h w) c")
+    colours = rearrange(torch.nn.functional.avg_pool2d(images, 8), "b c h w -> (b h w) c")
+    solution = torch.linalg.lstsq(torch.cat([rows, torch.ones(len(rows), 1)], 1), colours).solution
+    return scale, solution[:4].tolist(), solution[4].tolist()
+
+
+def null_context(text_encoder: torch.nn.Module) -> NullContext:
+    """The mini world's empty prompt as its UNet sees it."""
+    with torch.no_grad():
+        hidden, _ = text_encoder(tokens.to_rows(tokens.tokenize("")[None]))
+    return NullContext(hidden, {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded"})
+
+
+def staged_weights(work: Path) -> Path:
+    """Where the stages leave their files until the world is complete."""
+    return work / "weights"
+
+
+def _write(work: Path, name: str, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> Path:
+    common = {"format": "indomain_guidance.mini_world", "licence": LICENCE, "data": json.dumps(DATA_LICENCES)}
+    return write_safetensors(staged_weights(work) / f"{name}.safetensors", half(state_dict), {**common, **metadata})
+
+
+def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
+    """Stage 1: train, write, and return the autoencoder as shipped with its latent scale."""
+    model = rounded(train_autoencoder.train(work, seed))
+    source = f"autoencoder {weights_hash(model)}, {STATISTICS_IMAGES} images, seed {seed}"
+    scale, factors, bias = made_once(work / "autoencoder.statistics", source, lambda: latent_statistics(model, seed))
+    _write(
+        work,
+        "autoencoder",
+        model.state_dict(),
+        {
+            "config": json.dumps(model.config.to_dict()),
+            "scale_factor": repr(scale),
+            "seed": str(seed),
+            "latent_rgb_factors": json.dumps(factors),
+            "latent_rgb_bias": json.dumps(bias),
+            "steps": str(train_autoencoder.LOOP.steps),
+        },
+    )
+    return model, scale
+
+
+def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> classifier.Classifier:
+    """Stage 2: the judge; with ``held_out`` the second one, trained on the held-out fonts and rows alone."""
+    model = rounded(classifier.train(work, seed, held_out=held_out))
+    loop = classifier.HELD_OUT_LOOP if held_out else classifier.LOOP
+    _write(
+        work,
+        loop.name,
+        model.state_dict(),
+        {
+            "heads": json.dumps(classifier.HEADS),
+            "steps": str(loop.steps),
+            "seed": str(seed),
+            "trained_on": "held-out fonts and rows" if held_out else "trained fonts and rows",
+        },
+    )
+    return model
+
+
+def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> train_prior.Prior:
+    """Stage 3: UNet and text encoder."""
+    model = rounded(train_prior.train(work, autoencoder, scale, seed))
+    about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
+    _write(
+        work,
+        "prior_unet",
+        model.unet.state_dict(),
+        {
+            "config": train_prior.UNET.to_json(),
+            "prediction_type": "epsilon",
+            "latent_format": assets.LATENT_FORMAT,
+            **about,
+        },
+    )
+    shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
+    _write(
+        work,
+        "text_encoder",
+        model.text.state_dict(),
+        {"config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about},
+    )
+    return model
+
+
+def make_domain(
+    work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float, seed: int = 0
+) -> Path:
+    """Stage 4: one domain model."""
+    context = null_context(prior.text)
+    weights = prior.unet.state_dict()
+    model = train_domain.train(work, domain, weights, train_prior.UNET, context, autoencoder, scale, seed)
+    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    metadata = DomainMetadata(
+        config=model.config,
+        latent_format=assets.LATENT_FORMAT,
+        prediction_type="epsilon",
+        null_context=context.to_dict(),
+        prior_hash=prior_content_hash(weights),
+        domain_name=train_domain.FILE_NAMES[domain],
+        dataset_size=len(images),
+        dataset_hash=_content_hash(images),
+        steps=train_domain.LOOP.steps,
+        ema=train_domain.LOOP.ema,
+        resolution=render.SIDE_PX,
+        licence=LICENCE,
+        extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)},
+    )
+    path = staged_weights(work) / assets.domain_unets_dir().name / f"{train_domain.FILE_NAMES[domain]}.safetensors"
+    return write_domain_file(path, half(model.state_dict()), metadata)
+
+
+def make_generator(work: Path, seed: int = 0) -> Path:
+    """Stage 5: the StyleGAN2 of handwriting, white on black."""
+    model = train_generator.train(work, seed)
+    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    metadata = GeneratorMetadata(
+        name=train_generator.FILE_NAME,
+        licence=LICENCE,
+        extra={
+            "steps": str(train_generator.LOOP.steps),
+            "steps_at_half_size": str(train_generator.SMALL_LOOP.steps),
+            "ema": str(train_generator.LOOP.ema),
+            "seed": str(seed),
+            "dataset_size": str(len(images)),
+            "dataset_hash": _content_hash(images),
+            "data": json.dumps(DATA_LICENCES["handwriting"]),
+        },
+    )
+    path = staged_weights(work) / assets.generators_dir().name / f"{train_generator.FILE_NAME}.safetensors"
+    return write_generator(path, model, metadata, dtype="fp16")
+
+
+def _content_hash(images: Tensor) -> str:
+    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+
+
+def install(work: Path, weights: Path) -> list[Path]:
+    """Put the finished files of ``work`` into the folder ``weights``, each replaced at once; the paths there."""
+    source, placed = staged_weights(work), []
+    for path in sorted(source.rglob("*.safetensors")):
+        target = weights / path.relative_to(source)
+        with open(path, "rb") as finished, replacing(target) as file:
+            shutil.copyfileobj(finished, file)
+        placed.append(target)
+    return placed
+
+
+def make_everything(work: Path, seed: int = 0) -> list[Path]:
+    """All stages in order, then the shipped weights are replaced; what is finished in ``work`` is not trained again."""
+    autoencoder, scale = make_autoencoder(work, seed)
+    make_classifier(work, seed)
+    make_classifier(work, seed, held_out=True)
+    prior = make_prior(work, autoencoder, scale, seed)
+    for domain in train_domain.DOMAINS:
+        make_domain(work, domain, prior, autoencoder, scale, seed)
+    make_generator(work, seed)
+    return install(work, assets.weights_dir())

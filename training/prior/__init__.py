@@ -1,0 +1,1 @@
+"""The checkpoint that training starts from: opening it, its text encoders, its noise."""
