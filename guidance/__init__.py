@@ -62,7 +62,7 @@ _MODULE_OF_NAME = {
         ),
         "networks.autoencoder": ("Autoencoder", "AutoencoderConfig", "autoencoder_config_from_state_dict"),
         "networks.stylegan2": (
-            "Generator",
+            "StyleGAN2",
             "GeneratorConfig",
             "generator_config_from_state_dict",
             "random_generator",

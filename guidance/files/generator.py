@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
-from ..networks.stylegan2 import Generator, GeneratorConfig, generator_config_from_state_dict
+from ..networks.stylegan2 import GeneratorConfig, StyleGAN2, generator_config_from_state_dict
 from ..plain_json import parse_json
 from . import rosinality
 from .inert_pickle import Refused, shown
@@ -129,7 +129,7 @@ class GeneratorMetadata:
 class LoadedGenerator:
     """A generator on the CPU (float32, evaluation mode, no gradients), its metadata, and remarks worth showing."""
 
-    generator: Generator
+    generator: StyleGAN2
     metadata: GeneratorMetadata
     notes: tuple[str, ...] = ()
 
@@ -170,7 +170,7 @@ def read_generator(
 
 
 def write_generator(
-    path: str | os.PathLike, generator: Generator, metadata: GeneratorMetadata | None = None, dtype: str = "fp32"
+    path: str | os.PathLike, generator: StyleGAN2, metadata: GeneratorMetadata | None = None, dtype: str = "fp32"
 ) -> Path:
     """Write a generator atomically as safetensors, in "fp32", "fp16" or "bf16". Returns the path.
 
@@ -409,7 +409,7 @@ def _finish(
         if config.resolution > MAX_RESOLUTION or config.mapping_layers > len(tensors):
             raise Problem(f"{config.mapping_layers} mapping layers, {len(config.channels)} resolutions")
         with torch.device("meta"):
-            generator = Generator(config)
+            generator = StyleGAN2(config)
     except (ValueError, TypeError, RuntimeError) as problem:
         raise FileProblem(
             f"{path}: expected a StyleGAN2 generator, found another network ({_first_line(problem)}); use a file of "

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
-from .stylegan2 import Generator, GeneratorConfig
+from .stylegan2 import GeneratorConfig, StyleGAN2
 
 MAPPING = "mapping"
 CONSTANT = "b4.const"
 
 
-def blend_parts(generator: Generator) -> tuple[str, ...]:
+def blend_parts(generator: StyleGAN2) -> tuple[str, ...]:
     """The parts that take an amount of their own: "mapping", "b4.const", the style layers, the residual shortcuts."""
     blocks = generator.synthesis.named_children()
     skips = tuple(f"{name}.skip" for name, block in blocks if "skip" in dict(block.named_children()))
@@ -29,7 +29,7 @@ def blend_parts(generator: Generator) -> tuple[str, ...]:
 
 
 def resolution_split(
-    generator: Generator, resolution: int, below: float = 0.0, above: float = 1.0, *, mapping: float | None = None
+    generator: StyleGAN2, resolution: int, below: float = 0.0, above: float = 1.0, *, mapping: float | None = None
 ) -> dict[str, float]:
     """Amounts for `blend_generators` that change with resolution, eq. 2 of arXiv 2010.05334.
 
@@ -52,8 +52,8 @@ def resolution_split(
 
 @torch.no_grad()
 def blend_generators(
-    a: Generator, b: Generator, amount: float | Mapping[str, float], layers: Iterable[str] | None = None
-) -> Generator:
+    a: StyleGAN2, b: StyleGAN2, amount: float | Mapping[str, float], layers: Iterable[str] | None = None
+) -> StyleGAN2:
     """A new generator with weights a + amount * (b - a), eq. 1 of arXiv 1811.10515; 0 is a and 1 is b, bit for bit.
 
     `amount`: one number (outside 0..1 extrapolates), or one per part of `blend_parts` (`resolution_split` makes such;
@@ -89,7 +89,7 @@ def blend_generators(
     else:
         clamp = _wider(a.config.conv_clamp, b.config.conv_clamp)
     with torch.device("meta"):
-        result = Generator(replace(a.config, conv_clamp=clamp))
+        result = StyleGAN2(replace(a.config, conv_clamp=clamp))
     result.load_state_dict(blended, assign=True)
     return result.eval().requires_grad_(False)
 

@@ -436,7 +436,7 @@ class Synthesis(nn.Module):
             self.add_module(f"b{resolution}", SynthesisBlock(index, config))
 
 
-class Generator(nn.Module):
+class StyleGAN2(nn.Module):
     """The StyleGAN2 generator (arXiv 1912.04958), parameters named as in NVIDIA's PyTorch releases.
 
     `map` leads from latents z to styles, `synthesize` from styles to images, `forward` does both. Weights may be
@@ -599,9 +599,9 @@ class Generator(nn.Module):
         return (total / samples).to(weight.device, _scale_dtype(weight))
 
 
-def random_generator(config: GeneratorConfig, seed: int) -> Generator:
+def random_generator(config: GeneratorConfig, seed: int) -> StyleGAN2:
     """A generator with the published initialisation, the same for the same seed; torch's global state is untouched."""
-    return Generator(config, torch.Generator().manual_seed(seed))
+    return StyleGAN2(config, torch.Generator().manual_seed(seed))
 
 
 def _scale_dtype(weight: Tensor) -> torch.dtype:

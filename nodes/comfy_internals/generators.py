@@ -26,7 +26,7 @@ from .progress import ProgressBar
 
 if TYPE_CHECKING:
     from ...guidance.files import GeneratorMetadata, LoadedGenerator
-    from ...guidance.networks.stylegan2 import Generator, GeneratorConfig
+    from ...guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2
 
 NODE = "Load Generator"
 FOLDER = "generators"
@@ -46,7 +46,7 @@ class GraphGenerator:
     source: the file it came from, or how it was made, for messages.
     """
 
-    generator: Generator
+    generator: StyleGAN2
     metadata: GeneratorMetadata
     source: str
 
@@ -207,7 +207,7 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
 
 
 @contextlib.contextmanager
-def on_device(generator: Generator) -> Iterator[torch.device]:
+def on_device(generator: StyleGAN2) -> Iterator[torch.device]:
     """A generator on ComfyUI's device, and back on the CPU whatever happens. Makes room for it first."""
     device = comfy.model_management.get_torch_device()
     size = sum(one.numel() * one.element_size() for one in [*generator.parameters(), *generator.buffers()])

@@ -19,7 +19,7 @@ from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
 from indomain_guidance.guidance.distillation.objective import Draws
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
-from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
 from indomain_guidance.training.adaptation.adapter import Adapter
 from indomain_guidance.training.adaptation.config import AdaptConfig
@@ -69,7 +69,7 @@ class Models:
         self.unet = unet.eval().requires_grad_(False)
         self.autoencoder.eval().requires_grad_(False)
         self.schedule = NoiseSchedule.scaled_linear()
-        self.generator: Generator = random_generator(shape.generator, seed)
+        self.generator: StyleGAN2 = random_generator(shape.generator, seed)
         self.side_px = side_px or shape.generator.resolution
         with torch.no_grad():
             for name, one in self.generator.named_parameters():

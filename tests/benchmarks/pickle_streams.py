@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
 from torch import Tensor
 
 
@@ -254,7 +254,7 @@ def easy(values: dict) -> Call:
     return Call(EASY, (), new=True, items=tuple(values.items()))
 
 
-def network(generator: Generator, changed: dict[str, Call | None] | None = None, **states: dict) -> Call:
+def network(generator: StyleGAN2, changed: dict[str, Call | None] | None = None, **states: dict) -> Call:
     """The generator as NVIDIA's `persistence` pickles it. changed: other tensors by name (None: left out).
 
     states: what to change in the states of modules, by path with _ for the dots ("" is the generator's, as `top`).
@@ -374,7 +374,7 @@ def network(generator: Generator, changed: dict[str, Call | None] | None = None,
 TINY = GeneratorConfig(resolution=8, channels=(6, 4), z_dim=5, w_dim=7, mapping_layers=2)
 
 
-def filled(config: GeneratorConfig = TINY, seed: int = 0) -> Generator:
+def filled(config: GeneratorConfig = TINY, seed: int = 0) -> StyleGAN2:
     """A generator none of whose tensors is constant, so that a mistaken one shows."""
     generator = random_generator(config, seed)
     random_ = torch.Generator().manual_seed(seed + 1)
@@ -385,7 +385,7 @@ def filled(config: GeneratorConfig = TINY, seed: int = 0) -> Generator:
     return generator.eval().requires_grad_(False)
 
 
-def snapshot(generator: Generator | None = None, **more: Any) -> dict:
+def snapshot(generator: StyleGAN2 | None = None, **more: Any) -> dict:
     """The dictionary at the top of such a file."""
     return {
         "G": None,
@@ -755,7 +755,7 @@ def _many_classes() -> bytes:
 def _one_storage(step: int = 1) -> bytes:
     """Every tensor of a network a view of one storage: little to read, much to copy. step: between a bias's numbers."""
     config = GeneratorConfig(resolution=8, channels=(64, 64), z_dim=64, w_dim=64, mapping_layers=8)
-    generator = Generator(config)
+    generator = StyleGAN2(config)
     weights = {**dict(generator.named_parameters()), **dict(generator.named_buffers())}
     storage = torch.zeros(max(value.numel() for value in weights.values()), dtype=torch.float16)
     if step > 1:

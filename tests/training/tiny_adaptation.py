@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.distillation.critic import Critic
-from indomain_guidance.guidance.networks.stylegan2 import Generator, GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
 from indomain_guidance.guidance.terms import Source, Term
 from indomain_guidance.training.adaptation.adapt import adapt
 from indomain_guidance.training.adaptation.config import AdaptConfig
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 TARGET = (0.8, -0.6, 0.2)  # the colour that the critic of nothing wants, in -1..1
 
 
-def tiny_generator(seed: int = 0, **changes: object) -> Generator:
+def tiny_generator(seed: int = 0, **changes: object) -> StyleGAN2:
     """16 px, a few thousand weights, with a mean style."""
     fields = {"resolution": 16, "channels": (8, 8, 8), "z_dim": 8, "w_dim": 8, "mapping_layers": 2, **changes}
     generator = random_generator(GeneratorConfig(**fields), seed)

@@ -27,7 +27,7 @@ from indomain_guidance.guidance.null_text import NullContext
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.domain.train import train
 from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
-from indomain_guidance.training.prior.base import Base
+from indomain_guidance.training.prior.base import Prior
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -44,14 +44,14 @@ UNET = UNetConfig(
 AUTOENCODER = AutoencoderConfig(ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=1, attention=False)
 
 
-def tiny_base(prediction_type: str = "epsilon") -> Base:
+def tiny_base(prediction_type: str = "epsilon") -> Prior:
     """A prior with random weights: the real topology, 64 channels at most."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
         unet, autoencoder = UNet(UNET), Autoencoder(AUTOENCODER)
         torch.nn.init.normal_(unet.out[2].weight, std=0.05)  # zero at first, as training would begin
         null = NullContext(torch.randn(1, 7, UNET.context_dim))
-    return Base.from_parts(
+    return Prior.from_parts(
         unet.state_dict(),
         UNET,
         latent_format="tiny",

@@ -16,12 +16,12 @@ from ...guidance.distillation.objective import Objective
 from ...guidance.distillation.timesteps import Timesteps
 from ...guidance.errors import Problem
 from ...guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ..domain.previews import save_png
 from ..engine.engine import Engine, Result, check_resume, due
 from ..engine.events import Listener, Sampled, Started, Warned
 from ..engine.processes import OneProcess, open_processes
-from ..prior.base import MINI_WORLD, Base, open_base
+from ..prior.base import MINI_WORLD, Prior, open_base
 from .adapter import Adapter, Encode, check_generator, describe_terms, describe_trained, learning_names, trained_names
 from .config import AdaptConfig, prompt_text
 from .critic import (
@@ -46,10 +46,10 @@ def adapt(
     config: AdaptConfig,
     *,
     resume: bool | str = "auto",
-    generator: Generator | LoadedGenerator | None = None,
+    generator: StyleGAN2 | LoadedGenerator | None = None,
     critic: Critic | None = None,
     encode: Encode | None = None,
-    base: Base | None = None,
+    base: Prior | None = None,
     distance: Distance | None = None,
     listener: Listener = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -89,10 +89,10 @@ def open_generator(name: str) -> LoadedGenerator:
 class _Parts:
     """What the caller brings, and what is opened in its place."""
 
-    generator: Generator | LoadedGenerator | None
+    generator: StyleGAN2 | LoadedGenerator | None
     critic: Critic | None
     encode: Encode | None
-    base: Base | None
+    base: Prior | None
     distance: Distance | None
     domain: Domain | None = None
 
@@ -103,7 +103,7 @@ class _Parts:
             self.base = self.base or open_base(config)
             self.base.check_prompts((config.prompt, config.negative, config.source_prompt))
             self.domain = open_domain(config, self.base)
-        if isinstance(self.generator, Generator):
+        if isinstance(self.generator, StyleGAN2):
             return LoadedGenerator(self.generator, GeneratorMetadata(name="generator"), ())
         return self.generator or open_generator(config.generator)
 

@@ -22,7 +22,7 @@ from ...guidance.combination import Guidance
 from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.layer_selection import select_layers
 from ...guidance.distillation.objective import Draws, NotFinite, Objective, Report
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.terms import BASE, Source
 from ..engine.average import WeightAverage
 from ..engine.checkpoints import machine_facts
@@ -66,7 +66,7 @@ class Adapter:
     def __init__(
         self,
         config: AdaptConfig,
-        source: Generator,
+        source: StyleGAN2,
         objective: Objective,
         encode: Encode,
         *,
@@ -196,7 +196,7 @@ class Adapter:
         for name, one in self.parameters.items():
             one.requires_grad_(layers is None or _layer_of(name) in layers)
 
-    def _images(self, generator: Generator, ws: Tensor, index: int) -> Tensor:
+    def _images(self, generator: StyleGAN2, ws: Tensor, index: int) -> Tensor:
         # The trained and the frozen generator see the same noise inputs.
         images = generator.synthesize(ws, self.config.noise, self._randomness("inputs", index))
         return images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images
@@ -240,7 +240,7 @@ class Adapter:
         return {name: one.detach() for name, one in self.parameters.items()}
 
     @contextmanager
-    def shown(self) -> Iterator[Generator]:
+    def shown(self) -> Iterator[StyleGAN2]:
         """The generator as it would be finished now, and back again exactly."""
         before = {name: one.data for name, one in self.parameters.items()}
         centre = self.generator.mapping.w_avg.clone()
@@ -350,7 +350,7 @@ class Adapter:
 class _Chooses:
     """A generator as layer selection sees it: with the step's noise inputs."""
 
-    def __init__(self, adapter: Adapter, generator: Generator) -> None:
+    def __init__(self, adapter: Adapter, generator: StyleGAN2) -> None:
         self._adapter, self._generator = adapter, generator
         self.style_layers, self.ws_index = generator.style_layers, generator.ws_index
         self.synthesis = generator.synthesis
@@ -359,7 +359,7 @@ class _Chooses:
         return self._adapter._images(self._generator, ws, 0)
 
 
-def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -> None:
+def check_generator(config: AdaptConfig, generator: StyleGAN2, world: int = 1) -> None:
     """Raise ConfigProblem where a configuration does not fit a generator or the number of processes."""
     about = generator.config
     if about.img_channels not in (1, 3):
@@ -386,7 +386,7 @@ def check_generator(config: AdaptConfig, generator: Generator, world: int = 1) -
         )
 
 
-def trained_names(generator: Generator, train: str, freeze_bias: bool) -> tuple[str, ...]:
+def trained_names(generator: StyleGAN2, train: str, freeze_bias: bool) -> tuple[str, ...]:
     """The parameters that learn, by their names in files, in order; `train` as in `AdaptConfig`."""
     return tuple(
         name
@@ -400,12 +400,12 @@ def _layer_of(name: str) -> str:
     return ".".join(name.removeprefix("synthesis.").split(".")[:2])
 
 
-def learning_names(generator: Generator, names: Sequence[str], layers: int = 0) -> tuple[str, ...]:
+def learning_names(generator: StyleGAN2, names: Sequence[str], layers: int = 0) -> tuple[str, ...]:
     """Those of `names` that a step can change: with layer selection only what belongs to a style layer."""
     return tuple(name for name in names if not layers or _layer_of(name) in generator.style_layers)
 
 
-def describe_trained(generator: Generator, names: Sequence[str], layers: int = 0) -> str:
+def describe_trained(generator: StyleGAN2, names: Sequence[str], layers: int = 0) -> str:
     """Exactly which tensors learn, and how many numbers they hold, for people."""
     names = learning_names(generator, names, layers)
     sizes = {name: one.numel() for name, one in generator.named_parameters()}
@@ -432,7 +432,7 @@ def _grouped(names: Sequence[str]) -> list[str]:
     ]
 
 
-def generator_hash(generator: Generator) -> str:
+def generator_hash(generator: StyleGAN2) -> str:
     """SHA-256 over architecture and weights in fp32, which names a generator."""
     digest = hashlib.sha256(generator.config.to_json().encode())
     for key, tensor in sorted(generator.state_dict().items()):
@@ -441,7 +441,7 @@ def generator_hash(generator: Generator) -> str:
     return digest.hexdigest()
 
 
-def fixed_picture(generator: Generator, device: torch.device | str) -> Tensor:
+def fixed_picture(generator: StyleGAN2, device: torch.device | str) -> Tensor:
     """A picture [1, 3, H, W] of colour ramps in -1..1, of the generator's size."""
     sides = (generator.config.width, generator.config.height)
     across, down = torch.meshgrid(*(torch.linspace(-1, 1, side, device=device) for side in sides), indexing="xy")

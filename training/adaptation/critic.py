@@ -20,14 +20,14 @@ from ...guidance.distillation.perceptual import FeatureDistance, Perceptual, lpi
 from ...guidance.distillation.reconstruction import Reconstruction
 from ...guidance.distillation.timesteps import Timesteps
 from ...guidance.files import DomainMetadata, read_domain_file
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.null_text import load_unet
 from ...guidance.terms import Source, Term
 from ..command_line.drawing import trained_caption
 from ..domain.learner import DTYPES
 from ..engine.memory import is_memory_problem
 from ..engine.settings import ConfigProblem
-from ..prior.base import Base, ImageSize
+from ..prior.base import ImageSize, Prior
 from .adapter import Encode, fixed_picture, opinion
 from .config import AdaptConfig
 
@@ -35,14 +35,14 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 Domain = tuple[dict[str, Tensor], DomainMetadata]
 
 
-def judged_resolution(config: AdaptConfig, base: Base | None, generator: Generator) -> int:
+def judged_resolution(config: AdaptConfig, base: Prior | None, generator: StyleGAN2) -> int:
     """The side in pixels at which images are judged: as configured, the base's own, else the generator's."""
     if base is None:
         return config.resolution or generator.config.resolution
     return max(config.resolution or base.native_resolution or generator.config.resolution, base.factor)
 
 
-def open_domain(config: AdaptConfig, base: Base) -> Domain | None:
+def open_domain(config: AdaptConfig, base: Prior) -> Domain | None:
     """Weights and metadata of the domain model that judges too, None where there is none or its weight is 0.
 
     Raises FileProblem, and ValueError where `base` could not encode the caption that the model was trained with.
@@ -55,7 +55,7 @@ def open_domain(config: AdaptConfig, base: Base) -> Domain | None:
 
 
 def open_critic(
-    config: AdaptConfig, base: Base, resolution: int, device: torch.device | str, domain: Domain | None = None
+    config: AdaptConfig, base: Prior, resolution: int, device: torch.device | str, domain: Domain | None = None
 ) -> Critic:
     """The guidance that a configuration describes, with the base's models on `device` in the run's precision.
 
@@ -94,7 +94,7 @@ def open_critic(
     return Critic(Guidance(Source(prior, uncond), terms), base.schedule, negative=negative, source=source)
 
 
-def latent_encoder(base: Base, resolution: int, precision: str = "fp32") -> ImageEncoder:
+def latent_encoder(base: Prior, resolution: int, precision: str = "fp32") -> ImageEncoder:
     """Images judged at `resolution` -> scaled posterior means [B, C, h, w], where the VAE is.
 
     The VAE runs in bf16 when that is the precision, else in fp32 (SDXL's overflows in fp16). Raises ConfigProblem for a
@@ -152,7 +152,7 @@ def make_objective(
 
 
 def first_opinion(
-    objective: Objective, encode: Encode, generator: Generator, device: torch.device | str
+    objective: Objective, encode: Encode, generator: StyleGAN2, device: torch.device | str
 ) -> Mapping[str, Tensor]:
     """`opinion` of a picture of the generator's size, before anything is trained.
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from ...guidance.networks.autoencoder import Autoencoder
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ..domain.estimate import CUDA_CONTEXT, _available, size_text
 from .config import AdaptConfig
 
 if TYPE_CHECKING:
-    from ..prior.base import Base
+    from ..prior.base import Prior
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class AdaptEstimate:
 
 def estimate_adaptation(
     config: AdaptConfig,
-    generator: Generator,
+    generator: StyleGAN2,
     trained: int,
-    base: Base,
+    base: Prior,
     resolution: int,
     device: torch.device | str = "cpu",
     processes: int = 1,
@@ -76,7 +76,7 @@ def estimate_adaptation(
     extra = CUDA_CONTEXT if device.type == "cuda" else 0
 
     def generates() -> tuple[nn.Module, Tensor]:
-        traced = Generator(generator.config)
+        traced = StyleGAN2(generator.config)
         traced.gradient_checkpointing = config.gradient_checkpointing
         return traced, traced.synthesize(torch.empty(batch, traced.num_ws, generator.config.w_dim))
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...guidance.files.atomic import replacing
 from ...guidance.networks.seeds import latents_of_seeds
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ..domain.previews import grid
 from .config import AdaptConfig
 
@@ -35,14 +35,14 @@ class BeforeAfter:
     anew: whether the run begins, and stages that an earlier try left in the folder are none of its own.
     """
 
-    def __init__(self, config: AdaptConfig, source: Generator, folder: Path, *, anew: bool = False) -> None:
+    def __init__(self, config: AdaptConfig, source: StyleGAN2, folder: Path, *, anew: bool = False) -> None:
         self.config, self.folder = config, folder / ROWS
         if anew:
             for path in self._strips():
                 path.unlink(missing_ok=True)
         self.before = self._strip(source)
 
-    def draw(self, generator: Generator, step: int) -> Image:
+    def draw(self, generator: StyleGAN2, step: int) -> Image:
         """The grid after `step`, whose stage is kept."""
         config = self.config
         if step > 0:
@@ -59,7 +59,7 @@ class BeforeAfter:
         return range(self.config.seed, self.config.seed + self.config.sample_count)
 
     @torch.no_grad()
-    def _strip(self, generator: Generator) -> np.ndarray:
+    def _strip(self, generator: StyleGAN2) -> np.ndarray:
         """The images of all seeds side by side, [h, w, 3] in 8 bits."""
         from PIL import Image
 

@@ -18,7 +18,7 @@ from ...guidance.plain_json import parse_json
 from ...guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
-from ..prior.base import Base, ImageSize, Text
+from ..prior.base import ImageSize, Prior, Text
 
 SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
 METHOD = "dpmpp_2m"
@@ -83,7 +83,7 @@ class Artist:
 
     def __init__(
         self,
-        base: Base,
+        base: Prior,
         weights: Mapping[str, Tensor],
         metadata: DomainMetadata,
         *,

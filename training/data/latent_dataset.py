@@ -27,7 +27,7 @@ from .walking import Cancelled, Watch
 
 if TYPE_CHECKING:
     from ..domain.config import TrainConfig
-    from ..prior.base import Base
+    from ..prior.base import Prior
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 INDEX = "content-index.jsonl"  # in the cache folder
@@ -278,7 +278,7 @@ class LatentDataset:
 
 
 def open_dataset(
-    config: TrainConfig, base: Base, images: Tensor | Sequence[Tensor] | None = None, **callbacks: Any
+    config: TrainConfig, base: Prior, images: Tensor | Sequence[Tensor] | None = None, **callbacks: Any
 ) -> LatentDataset:
     """The dataset a configuration describes, encoded by `base`'s autoencoder.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...guidance.networks.unet import ResBlock, TransformerBlock, UNet, UNetConfig
 from ..engine.memory import available_memory
 from ..engine.processes import pick_precision
-from ..prior.base import Base
+from ..prior.base import Prior
 from .previews import preview_dtype
 from .trainee import choose_trainable
 
@@ -110,7 +110,7 @@ class Trace:
 
 
 def estimate(
-    base: Base,
+    base: Prior,
     config: TrainConfig,
     dataset_size: int | None = None,
     *,
@@ -352,7 +352,7 @@ def _timed(run: Callable[[], None], device: torch.device) -> float:
             return best
 
 
-def _encoding_seconds(base: Base, resolution: int, device: torch.device) -> float:
+def _encoding_seconds(base: Prior, resolution: int, device: torch.device) -> float:
     """Seconds to encode one image, timed on a smaller one and scaled by area."""
     side = min(resolution, 512 if device.type == "cuda" else 64)
     image = torch.zeros(1, base.autoencoder.config.in_channels, side, side, device=device)

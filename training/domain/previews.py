@@ -19,7 +19,7 @@ from ...guidance.presets import cfg, domain_guidance, in_domain
 from ...guidance.sampling import sample, sigmas_uniform
 from ..engine.lettering import default_font, write
 from ..engine.processes import computes_in_bf16
-from ..prior.base import Base, ImageSize, Text
+from ..prior.base import ImageSize, Prior, Text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -53,7 +53,7 @@ class Preview:
     """
 
     def __init__(
-        self, base: Base, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
+        self, base: Prior, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
     ) -> None:
         self.base = base
         self.config = config

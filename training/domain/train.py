@@ -19,7 +19,7 @@ from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
 from ..engine.processes import OneProcess, check_batch, open_processes
 from ..engine.settings import ConfigProblem
-from ..prior.base import Base, ImageSize, open_base
+from ..prior.base import ImageSize, Prior, open_base
 from ..prior.origin import origin_of
 from .config import TrainConfig
 from .estimate import estimate, size_text
@@ -39,7 +39,7 @@ def train(
     config: TrainConfig,
     *,
     resume: bool | str = "auto",
-    base: Base | None = None,
+    base: Prior | None = None,
     images: Sequence[Tensor] | Tensor | None = None,
     listener: Listener = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -84,7 +84,7 @@ class _Run(Engine):
 
     # ---- beginning
 
-    def dry(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
+    def dry(self, resume: bool | str, base: Prior | None, images: Sequence[Tensor] | Tensor | None) -> Result:
         """Everything that can be known before the first image is read, also of the run that it would go on with."""
         self._check_beforehand()
         start, _ = self.begin(resume)
@@ -94,7 +94,7 @@ class _Run(Engine):
         self._announce(start, base, images)
         return Result("dry_run", 0, None, self.folder)
 
-    def train(self, resume: bool | str, base: Base | None, images: Sequence[Tensor] | Tensor | None) -> Result:
+    def train(self, resume: bool | str, base: Prior | None, images: Sequence[Tensor] | Tensor | None) -> Result:
         self._check_beforehand()
         with ExitStack() as stack:
             self.take_place(stack)
@@ -159,7 +159,7 @@ class _Run(Engine):
     def begun(self) -> dict[str, Any]:
         return {"constants": dict(self.trainee.constants), "null_text_error": dict(self.trainee.null_text_error)}
 
-    def _dataset(self, base: Base, images: Sequence[Tensor] | Tensor | None) -> LatentDataset | None:
+    def _dataset(self, base: Prior, images: Sequence[Tensor] | Tensor | None) -> LatentDataset | None:
         """The images as latents; None when somebody asked to stop meanwhile."""
         dataset, stopped = None, 0.0
         try:
@@ -198,7 +198,7 @@ class _Run(Engine):
             )
         return dataset
 
-    def _trainee(self, base: Base, state: Mapping[str, Any] | None) -> Trainee | None:
+    def _trainee(self, base: Prior, state: Mapping[str, Any] | None) -> Trainee | None:
         """The UNet that learns; None when somebody asked to stop meanwhile.
 
         The prior is measured for form constant only when a run begins.
@@ -231,7 +231,7 @@ class _Run(Engine):
             )
         return None if self.anywhere(float(trainee is None)) else trainee
 
-    def _announce(self, step: int, base: Base, images: Sequence[Tensor] | Tensor | None) -> None:
+    def _announce(self, step: int, base: Prior, images: Sequence[Tensor] | Tensor | None) -> None:
         """Say what begins and what it will need, before anything takes long."""
         # In every process: one that failed alone would let the others wait.
         base.check_prompts((self.config.caption, *(self.config.sample_prompts if self.config.sample_every else ())))
@@ -304,7 +304,7 @@ class _Run(Engine):
 class _Reports:
     """Held-out loss and sample grids where they are due, with the averaged weights; the first process makes them."""
 
-    def __init__(self, run: _Run, base: Base, held_out: LatentDataset) -> None:
+    def __init__(self, run: _Run, base: Prior, held_out: LatentDataset) -> None:
         config, main = run.config, run.processes.is_main
         self.run, self.base, self.trainee = run, base, run.trainee
         self.batch = max(1, config.batch_size // run.processes.world)  # what this process has memory for

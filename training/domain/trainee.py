@@ -25,7 +25,7 @@ from ...guidance.null_text import (
     fold_constants,
     measure_cross_attention,
 )
-from ..prior.base import Base, Text
+from ..prior.base import Prior, Text
 from .low_rank import DOWN, UP, add_low_rank, merged_weights
 
 FORMS = ("cached", "constant", "full")
@@ -95,7 +95,7 @@ class Trainee:
 
 
 def start_model(
-    base: Base,
+    base: Prior,
     form: str = "cached",
     train: str = "all",
     *,
@@ -162,7 +162,7 @@ def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0,
 
 
 def measured_constants(
-    base: Base, resolution: int, device: torch.device | str = "cpu", on_probe: Callable[[int, int], None] | None = None
+    base: Prior, resolution: int, device: torch.device | str = "cpu", on_probe: Callable[[int, int], None] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Each block's mean cross-attention output on the prior's own unconditional trajectory, and its error on another.
 

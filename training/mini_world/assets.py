@@ -21,7 +21,7 @@ from ...guidance.files import (
     read_state_dict,
 )
 from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
-from ...guidance.networks.stylegan2 import Generator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ...guidance.networks.unet import UNet, UNetConfig
 from .classifier import Classifier
@@ -114,7 +114,7 @@ def load_domain(name: str = "mini-handwriting") -> UNet:
     return model.eval().requires_grad_(False)
 
 
-def load_generator(name: str = "mini-handwriting") -> Generator:
+def load_generator(name: str = "mini-handwriting") -> StyleGAN2:
     """The shipped StyleGAN2 of handwriting in fp32: latents [B, 128] -> pictures [B, 3, 64, 64] around -1..1.
 
     White on black and exactly grey, so that recoloured samples are exact: ``render.paint`` of ``measure.masks_of``.

@@ -15,7 +15,7 @@ from ...guidance import presets
 from ...guidance.combination import Guidance, MultiGuidance
 from ...guidance.diffusion import Denoiser
 from ...guidance.networks.autoencoder import Autoencoder
-from ...guidance.networks.stylegan2 import Generator as StyleGenerator
+from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.sampling import sample, sigmas_uniform
 from . import render
 from .assets import MiniWorld
@@ -249,7 +249,7 @@ def masks_of(pictures: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generated(generator: StyleGenerator, count: int, seed: int = 0, batch: int = 100) -> Tensor:
+def generated(generator: StyleGAN2, count: int, seed: int = 0, batch: int = 100) -> Tensor:
     """Pictures [count, 3, 64, 64] in -1..1 of random latents, the same for the same seed."""
     latents = torch.randn(count, generator.config.z_dim, generator=Generator().manual_seed(seed))
     return torch.cat([generator(part).clamp(-1, 1) for part in latents.split(batch)])
@@ -280,7 +280,7 @@ class GeneratorQuality:
 
 
 def generator_quality(
-    generator: StyleGenerator, model: Classifier, count: int = VALIDITY_PICTURES, seed: int = 0
+    generator: StyleGAN2, model: Classifier, count: int = VALIDITY_PICTURES, seed: int = 0
 ) -> GeneratorQuality:
     """Measure ``count`` pictures of a generator of white-on-black handwriting."""
     pairs = render.domain_pairs("narrow")

@@ -93,7 +93,7 @@ class ImageSize:
 
 
 @dataclass(eq=False)
-class Base:
+class Prior:
     """A prior and everything around it that training, previews and the finished file need.
 
     unet: its weights, LDM keys without prefix, in the number format of their file (fp8 as fp16); config: their
@@ -131,7 +131,7 @@ class Base:
         latent_scale: float | None = None,
         text: Callable[[Sequence[str]], Text] | None = None,
         name: str = "prior",
-    ) -> Base:
+    ) -> Prior:
         """A base from parts that are already in memory, for instance those of ComfyUI's MODEL, CLIP and VAE.
 
         unet and autoencoder: LDM keys without prefix. latent_scale: None is the factor of the published family that
@@ -198,7 +198,7 @@ class Base:
         return Text(self.null_context.tensor, self.null_context.pooled)
 
     @contextmanager
-    def on(self, device: torch.device | str) -> Iterator[Base]:
+    def on(self, device: torch.device | str) -> Iterator[Prior]:
         """The autoencoder on `device` for a while, then back where it was, so that training has the memory."""
         before = next(self.autoencoder.parameters()).device
         self.autoencoder.to(device)
@@ -307,7 +307,7 @@ def native_resolution(latent_format: str, context_dim: int | None, is_v: bool) -
     return NATIVE_RESOLUTION.get(latent_format)
 
 
-def open_base(config: TrainConfig) -> Base:
+def open_base(config: TrainConfig) -> Prior:
     """The base that a configuration names: `config.base`, with `config.vae`, `config.tokenizer`, `config.prediction`.
 
     Raises FileProblem for a file that cannot be trained from, ValueError for options that do not fit it.
@@ -326,7 +326,7 @@ def open_base(config: TrainConfig) -> Base:
         return open_checkpoint(config.base, vae=config.vae, tokenizer=config.tokenizer, prediction=prediction)
 
 
-def open_mini_world(prediction: str = "auto") -> Base:
+def open_mini_world(prediction: str = "auto") -> Prior:
     """The shipped miniature as a base; it is an epsilon model and has its own words."""
     from ..mini_world.assets import LATENT_FORMAT, load_autoencoder, load_prior, load_text_encoder
     from ..mini_world.tokens import tokenize
@@ -343,7 +343,7 @@ def open_mini_world(prediction: str = "auto") -> Base:
 
     description = {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded empty prompt"}
     null = NullContext(encode([""]).context, description)
-    return Base(
+    return Prior(
         "the mini world",
         weights,
         config,
@@ -358,7 +358,7 @@ def open_mini_world(prediction: str = "auto") -> Base:
     )
 
 
-def open_checkpoint(path: str | os.PathLike, *, vae: str = "", tokenizer: str = "", prediction: str = "auto") -> Base:
+def open_checkpoint(path: str | os.PathLike, *, vae: str = "", tokenizer: str = "", prediction: str = "auto") -> Prior:
     """A full checkpoint of Stable Diffusion 1.x, 2.x or XL (`.safetensors`, LDM layout) as a base.
 
     vae: another file to take the autoencoder from ("" keeps the checkpoint's). tokenizer: folder with vocab.json and
@@ -421,7 +421,7 @@ def open_checkpoint(path: str | os.PathLike, *, vae: str = "", tokenizer: str = 
             f"{path.name} has the marker of zero SNR (ztsnr) but not that of v-prediction (v_pred): it is taken for an "
             "epsilon model on the plain schedule. Set prediction to v_prediction_zero_snr if it is a v-model."
         )
-    return Base(
+    return Prior(
         path.name,
         weights,
         config,

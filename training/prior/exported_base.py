@@ -25,7 +25,7 @@ from ...guidance.null_text import NullContext
 from ...guidance.plain_json import parse_json
 
 if TYPE_CHECKING:
-    from .base import Base, Text
+    from .base import Prior, Text
 
 FORMAT = "indomain_exported_base"
 UNET, AUTOENCODER, TEXT = "unet.", "autoencoder.", "text."
@@ -52,11 +52,11 @@ class ExportedBase:
     prompts: Mapping[str, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
     name: str = "prior"
 
-    def open(self) -> Base:
+    def open(self) -> Prior:
         """The base to train from."""
-        from .base import Base
+        from .base import Prior
 
-        return Base.from_parts(
+        return Prior.from_parts(
             self.unet,
             self.config,
             latent_format=self.latent_format,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..engine.settings import ConfigProblem
-from .base import Base, Text
+from .base import Prior, Text
 
 # Encoded on another device or in half precision, the same text differs by about a thousandth of its norm.
 SAME_TEXT = 0.01
@@ -19,7 +19,7 @@ SAME_LATENTS = 0.02
 PICTURE_SIDE, PICTURE_SEED = 64, 21
 
 
-def origin_of(base: Base, text: Text | None) -> dict[str, Any]:
+def origin_of(base: Prior, text: Text | None) -> dict[str, Any]:
     """The autoencoder, the noise and the text of a run, as a checkpoint keeps them.
 
     text: what the UNet is conditioned on; None is a text-free one, into which the empty prompt went.

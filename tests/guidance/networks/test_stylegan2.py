@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from indomain_guidance.guidance.networks import stylegan2
 from indomain_guidance.guidance.networks.stylegan2 import (
-    Generator,
     GeneratorConfig,
+    StyleGAN2,
     fir_kernel,
     generator_config_from_state_dict,
     modulated_convolution,
@@ -69,7 +69,7 @@ CASES |= {
 def weights(config: GeneratorConfig, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random weights by name, from numpy's frozen generator: every tensor counts, activations stay near 1."""
     with torch.device("meta"):
-        shapes = {key: value.shape for key, value in Generator(config).state_dict().items()}
+        shapes = {key: value.shape for key, value in StyleGAN2(config).state_dict().items()}
     filled = {}
     for key, shape in shapes.items():
         random = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
@@ -105,8 +105,8 @@ def probe(shape: torch.Size) -> torch.Tensor:
     return torch.tensor(np.random.RandomState(3).standard_normal(tuple(shape)).astype(np.float32))
 
 
-def loaded(config: GeneratorConfig, seed: int = 0) -> Generator:
-    generator = Generator(config)
+def loaded(config: GeneratorConfig, seed: int = 0) -> StyleGAN2:
+    generator = StyleGAN2(config)
     generator.load_state_dict(weights(config, seed))
     return generator.eval()
 
@@ -152,7 +152,7 @@ def test_published_sizes():
     # Parameters without buffers, as counted in NVIDIA's own code: config F at 1024 pixels, config E at 256.
     for resolution, base, count in ((1024, 32768, 30370060), (256, 16384, 24767458)):
         with torch.device("meta"):
-            generator = Generator(GeneratorConfig(resolution, standard_channels(resolution, base)))
+            generator = StyleGAN2(GeneratorConfig(resolution, standard_channels(resolution, base)))
         assert sum(parameter.numel() for parameter in generator.parameters()) == count
         assert generator.num_ws == 2 * int(math.log2(resolution)) - 2
 
@@ -344,7 +344,7 @@ def test_noise_modes():
             if name.endswith("noise_strength"):
                 parameter.zero_()
     assert torch.equal(images("const"), images("none")) and torch.equal(images("random"), images("none"))
-    silent = Generator(replace(TINY, use_noise=False))
+    silent = StyleGAN2(replace(TINY, use_noise=False))
     assert not [key for key in silent.state_dict() if "noise" in key]
     with torch.no_grad():
         assert torch.equal(silent.synthesize(w, "const"), silent.synthesize(w, "random"))
@@ -558,7 +558,7 @@ def test_mean_style_of_wide_layers_takes_little_memory(monkeypatch):
 def test_no_hidden_state_outside_the_state_dict():
     # Loaders build on the meta device and assign: nothing may be left there.
     with torch.device("meta"):
-        generator = Generator(TINY)
+        generator = StyleGAN2(TINY)
     generator.load_state_dict(weights(TINY), assign=True)
     z = torch.randn(1, 5, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -576,7 +576,7 @@ def test_no_hidden_state_outside_the_state_dict():
 def test_config_is_read_from_weights(case):
     config = CASES[case][0]
     with torch.device("meta"):
-        state = Generator(config).state_dict()
+        state = StyleGAN2(config).state_dict()
     assert generator_config_from_state_dict(state, conv_clamp=config.conv_clamp) == config
     assert generator_config_from_state_dict(state, **config.to_dict()) == config
     assert GeneratorConfig.from_json(config.to_json()) == config
@@ -584,7 +584,7 @@ def test_config_is_read_from_weights(case):
 
 def test_unusual_widths_are_read_from_weights():
     config = replace(TINY, mapping_dim=9, embed_dim=4, c_dim=3, z_dim=11, mapping_layers=3, use_noise=False)
-    assert generator_config_from_state_dict(Generator(config).state_dict()) == config
+    assert generator_config_from_state_dict(StyleGAN2(config).state_dict()) == config
     smallest = GeneratorConfig(4, (3,), z_dim=5, w_dim=7, mapping_layers=1)
     generator = random_generator(smallest, 0)
     assert generator_config_from_state_dict(generator.state_dict()) == smallest
@@ -593,13 +593,13 @@ def test_unusual_widths_are_read_from_weights():
 
 def test_filters_in_files_are_read_and_checked():
     def with_filter(kernel):
-        layers = [name for name, module in Generator(TINY).named_modules() if hasattr(module, "initialise")]
+        layers = [name for name, module in StyleGAN2(TINY).named_modules() if hasattr(module, "initialise")]
         return weights(TINY) | {f"{layer}.resample_filter": kernel for layer in layers if "synthesis" in layer}
 
     row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
     state = with_filter(torch.outer(row, row))
     assert generator_config_from_state_dict(state) == TINY
-    generator = Generator(TINY)
+    generator = StyleGAN2(TINY)
     generator.load_state_dict(state)
     assert all("resample_filter" not in key for key in generator.state_dict())
     narrow = with_filter(torch.full((2, 2), 0.25))
@@ -623,7 +623,7 @@ def test_filters_in_files_are_read_and_checked():
 def test_images_that_are_not_square(size, architecture):
     """Height and width have the same part in every formula: a network with both exchanged makes the image so."""
     config = replace(TINY, first_size=size, architecture=architecture, resample_filter=(1, 2, 4, 3, 1))
-    generator, flipped = loaded(config), Generator(replace(config, first_size=size[::-1])).eval()
+    generator, flipped = loaded(config), StyleGAN2(replace(config, first_size=size[::-1])).eval()
     state = {
         key: value.mT if value.ndim in (3, 4) or "noise_const" in key else value
         for key, value in generator.state_dict().items()
@@ -658,13 +658,13 @@ def test_each_kind_of_filter_is_read_where_it_is_used():
         assert config.image_filter is None and torch.allclose(
             fir_kernel(config.resample_filter, dtype=torch.float32), 4 * kernel[None, None], atol=1e-6
         )
-        Generator(config).load_state_dict(stored(kernel.half(), kernel))
+        StyleGAN2(config).load_state_dict(stored(kernel.half(), kernel))
     two = generator_config_from_state_dict(stored(outer(1, 2, 3), outer(1, 3, 3, 1)))
     assert (two.resample_filter, two.image_filter) == ((1.0, 2.0, 3.0), (1.0, 3.0, 3.0, 1.0))
     z, state = torch.randn(2, TINY.z_dim), weights(TINY)
     drawn = {}
     for config in (two, replace(two, image_filter=None), replace(two, resample_filter=(1, 3, 3, 1))):
-        generator = Generator(config).eval()
+        generator = StyleGAN2(config).eval()
         generator.load_state_dict(state)
         drawn[config] = generator(z)
         assert GeneratorConfig.from_json(config.to_json()) == config
@@ -681,7 +681,7 @@ def test_each_kind_of_filter_is_read_where_it_is_used():
 def test_filters_are_dropped_without_the_hook_that_torch_2_4_lacks(monkeypatch):
     monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
     filters = {"synthesis.b8.conv1.resample_filter": torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8}
-    holder = torch.nn.ModuleDict({"ema": Generator(TINY)})  # a part of something larger has a prefix
+    holder = torch.nn.ModuleDict({"ema": StyleGAN2(TINY)})  # a part of something larger has a prefix
     state = {f"ema.{key}": value for key, value in (weights(TINY) | filters).items()}
     holder.load_state_dict(state)
     assert len(state) > len(holder.state_dict())

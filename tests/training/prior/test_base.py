@@ -170,7 +170,7 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
     with torch.inference_mode():  # as a ComfyUI node runs
         unet = {key: value.clone() for key, value in opened.unet.items()}
         vae = {key: value.clone() for key, value in opened.autoencoder.state_dict().items()}
-        built = bases.Base.from_parts(
+        built = bases.Prior.from_parts(
             unet,
             opened.config,
             latent_format="sdxl",
@@ -183,7 +183,7 @@ def test_from_parts_equals_the_file(tiny_checkpoint):
     assert (built.prior_hash, built.vae_id) == (opened.prior_hash, opened.vae_id)
     assert not any(tensor.is_inference() for tensor in [*built.unet.values(), *built.autoencoder.parameters()])
     with pytest.raises(ValueError, match="scale of the latent space 'mini_world'"):
-        bases.Base.from_parts(
+        bases.Prior.from_parts(
             unet,
             opened.config,
             latent_format="mini_world",

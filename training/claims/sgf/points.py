@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.errors import Problem
-from ....guidance.networks.stylegan2 import Generator
+from ....guidance.networks.stylegan2 import StyleGAN2
 from ...mini_world import measure
 from ...mini_world.assets import MiniWorld
 from ...mini_world.classifier import Classifier, judge
@@ -82,7 +82,7 @@ class Bench:
         folder: Path,
         runs: Runs,
         world: MiniWorld,
-        source: Generator,
+        source: StyleGAN2,
         judge_model: Classifier,
         sampling: Sampling,
         second_judge: Classifier,
@@ -149,7 +149,7 @@ class Bench:
             return None
 
     @torch.no_grad()
-    def pictures(self, generator: Generator, count: int | None = None) -> Tensor:
+    def pictures(self, generator: StyleGAN2, count: int | None = None) -> Tensor:
         """What a generator makes of the first `count` latents (the measured ones), [N, 3, 64, 64] in -1..1."""
         z = latents(generator.config.z_dim, count or self.sampling.samples)
         return torch.cat([generator(part).clamp(-1, 1) for part in z.split(BATCH)])

@@ -18,14 +18,14 @@ from ....guidance.diffusion import Denoiser
 from ....guidance.distillation.critic import Critic
 from ....guidance.files.atomic import replacing
 from ....guidance.files.generator import read_generator
-from ....guidance.networks.stylegan2 import Generator
+from ....guidance.networks.stylegan2 import StyleGAN2
 from ...adaptation.adapt import adapt
 from ...adaptation.adapter import Adapter, Encode
 from ...adaptation.config import AdaptConfig
 from ...adaptation.critic import latent_encoder, make_objective, open_critic
 from ...engine.lock import locked
 from ...mini_world import assets
-from ...prior.base import Base, open_mini_world
+from ...prior.base import Prior, open_mini_world
 from ..idg.models import FIXED_CAPTION, Models, ModelSpec, file_hash
 from ..keeping import Shelf, key_of
 from .recipes import RECIPES
@@ -62,7 +62,7 @@ class Runs:
     def __init__(
         self,
         folder: Path,
-        source: Generator,
+        source: StyleGAN2,
         source_path: Path,
         models: Models,
         fine_tune: int = FINE_TUNE_STEPS,
@@ -79,7 +79,7 @@ class Runs:
         return hashlib.sha256((self.models.world_hash + file_hash(self.source_path)).encode()).hexdigest()
 
     @cached_property
-    def base(self) -> Base:
+    def base(self) -> Prior:
         return open_mini_world()
 
     def settings(self, run: Run) -> dict[str, Any]:
@@ -108,7 +108,7 @@ class Runs:
         names = [path.name[len(run.name) + 1 : -len(ending)] for path in self.folder.glob(f"{run.name}-*{ending}")]
         return sorted(int(name) for name in names if name.isdigit())
 
-    def generator(self, run: Run, step: int) -> Generator:
+    def generator(self, run: Run, step: int) -> StyleGAN2:
         """The generator after some steps, adapted now where it does not exist."""
         return read_generator(self.adapted(run, step)).generator
 

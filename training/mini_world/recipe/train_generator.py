@@ -14,8 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ....guidance.networks.stylegan2 import Generator as StyleGenerator
-from ....guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from ....guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
 from .. import render
 from .adversarial import AdversarialConfig, Pair, pair_of, run_adversarial
 from .discriminator import Discriminator
@@ -51,7 +50,7 @@ def fresh_pair(side: int, seed: int) -> Pair:
 
 
 @torch.no_grad()
-def grown(generator: StyleGenerator, smaller: StyleGenerator) -> StyleGenerator:
+def grown(generator: StyleGAN2, smaller: StyleGAN2) -> StyleGAN2:
     """``generator`` with the weights of one of half the side, whose picture, enlarged, it makes at first.
 
     Skip architecture (arXiv 1912.04958, section 4.1): the picture is a sum over resolutions, and the newest part of the
@@ -67,19 +66,19 @@ def grown(generator: StyleGenerator, smaller: StyleGenerator) -> StyleGenerator:
 
 
 @torch.no_grad()
-def shipped_form(grey: StyleGenerator, seed: int) -> StyleGenerator:
+def shipped_form(grey: StyleGAN2, seed: int) -> StyleGAN2:
     """The three-channel generator whose every channel is ``grey``'s one, its mean style measured."""
     weights = dict(grey.state_dict())
     for key, value in weights.items():
         if key.endswith((".torgb.weight", ".torgb.bias")):
             weights[key] = value.repeat_interleave(CONFIG.img_channels, 0)
-    model = StyleGenerator(CONFIG)
+    model = StyleGAN2(CONFIG)
     model.load_state_dict(weights)
     model.mapping.w_avg.copy_(model.mean_style(seed=seed))
     return model.eval().requires_grad_(False)
 
 
-def train(work: Path, seed: int = 0, small_steps: int | None = None, steps: int | None = None) -> StyleGenerator:
+def train(work: Path, seed: int = 0, small_steps: int | None = None, steps: int | None = None) -> StyleGAN2:
     """Train (or finish) the generator in folder ``work``, first at 32 px, then at 64 px; the average, in fp32."""
     seed, side = seed + 10, render.SIDE_PX
     small_loop = replace(SMALL_LOOP, seed=seed, steps=small_steps or SMALL_LOOP.steps)

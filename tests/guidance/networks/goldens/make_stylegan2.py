@@ -32,7 +32,7 @@ def nvidia(config, state):
     """NVIDIA's constructor knows only widths of min(base / resolution, max): its blocks are built one by one."""
     from training import networks_stylegan2 as original
 
-    generator = original.Generator(
+    generator = original.StyleGAN2(
         z_dim=config.z_dim,
         c_dim=config.c_dim,
         w_dim=config.w_dim,
