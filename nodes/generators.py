@@ -44,6 +44,7 @@ DECIDED_HERE = (
     "vae",
     "tokenizer",
     "device",
+    "precision",  # the connected model and VAE have their own
 )
 
 # What the options node shows at once, where the editor folds the rest away.
@@ -217,7 +218,6 @@ class AdaptGenerator(io.ComfyNode):
             display_name="Adapt Generator (SDS)",
             category=GENERATORS,
             search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
-            advanced=["isolated"],
             description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion "
             "model as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
             "continues. The finished file lands in models/generators.",
@@ -255,13 +255,6 @@ class AdaptGenerator(io.ComfyNode):
                     default="auto",
                     tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
                     "be one. new: there must be none.",
-                ),
-                io.Boolean.Input(
-                    "isolated",
-                    default=False,
-                    tooltip="Adapt in a process of its own: all of its memory comes back afterwards, and a crash ends "
-                    "the run instead of the server; for plain prompts, LoRAs and one domain model as a term. off (the "
-                    "default): in the server's process, which takes everything a graph can connect.",
                 ),
                 GuidanceTerms.Input(
                     "terms",
@@ -306,7 +299,6 @@ class AdaptGenerator(io.ComfyNode):
         positive,
         negative,
         resume: str,
-        isolated: bool,
         terms=(),
         source=None,
         unwanted=None,
@@ -325,12 +317,11 @@ class AdaptGenerator(io.ComfyNode):
             model, vae, positive, negative, values["scale"], tuple(terms or ()), source=source, unwanted=unwanted
         )
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
-        with training.job_folder(isolated) as job:
-            config = AdaptConfig.from_mapping(
-                {**options, **values, **adapting.places(values["name"], generator, critic, texts)}
-            )
-            adapting.check_name(config)
-            result, warnings = adapting.run(config, generator, critic, RESUME[resume], job)
+        config = AdaptConfig.from_mapping(
+            {**options, **values, **adapting.places(values["name"], generator, critic, texts)}
+        )
+        adapting.check_name(config)
+        result, warnings = adapting.run(config, generator, critic, RESUME[resume])
         adapted, _ = generators.load_generator(f"{config.name}.safetensors")
         return run_outputs(cls, adapted, result, adapting.finished_file(config), warnings)
 

@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 
 from ..guidance.errors import printable
 from .comfy_internals import training
+from .comfy_internals.loading import ordinary_tensors
 from .inputs import checked, found
 from .schema import TRAINING, schema
 
@@ -120,7 +121,6 @@ class TrainDomainUNet(io.ComfyNode):
             display_name="Train Domain UNet",
             category=TRAINING,
             search_aliases=["LoRA", "fine-tune", "finetune", "DreamBooth", "trainer", "domain model"],
-            advanced=["isolated"],
             description="Trains a domain model on your images: no captions, the prior stays untouched. Cancel saves; "
             "running again continues. The finished file lands in models/domain_unets.",
             is_output_node=True,
@@ -158,13 +158,6 @@ class TrainDomainUNet(io.ComfyNode):
                     default="auto",
                     tooltip="auto: continue the run of this name if there is one, else start it. continue: there must "
                     "be one. new: there must be none.",
-                ),
-                io.Boolean.Input(
-                    "isolated",
-                    default=False,
-                    tooltip="Train in a process of its own: all of its memory comes back afterwards, and a crash ends "
-                    "the run instead of the server. off: in the server's process, which needs no copy of connected "
-                    "models.",
                 ),
                 io.Model.Input(
                     "model",
@@ -221,11 +214,11 @@ class TrainDomainUNet(io.ComfyNode):
         config = TrainConfig.from_mapping({**values, **training.places(given["name"], values)}).absolute()
         training.check_name(config)
         folders = training.check_data(";".join(image_folder), images)
-        with training.ordinary_tensors(), training.job_folder(given["isolated"]) as job:
-            exported = training.prepare(*connected, config, job)
+        with ordinary_tensors():
+            prior = training.prepare(*connected, config)
             with training.run_folder(config.run_folder):
                 config = config.with_changes(**training.data_of(folders, images, config.run_folder))
-                result, warnings = training.run(config, exported, RESUME[given["resume"]], job)
+                result, warnings = training.run(config, prior, RESUME[given["resume"]])
             model = training.load_trained(config, given.get("model"))
         return run_outputs(cls, model, result, training.finished_file(config), warnings)
 

@@ -18,22 +18,17 @@ from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
 from ...guidance.errors import Problem
-from ...guidance.files import write_generator
-from ...guidance.null_text import NullContext
 from . import domain_info
 from .critic import NODE, CriticInputs, ignored_hooks, native_side
-from .export import exported_config, exported_latent_format, exported_prediction, exported_state_dict
 from .generators import GraphGenerator, generator_folder
 from .guider import TermInput
-from .loading import ordinary_tensors
-from .training import Progress, check_claim, export_autoencoder, exported_dtype, finish_run
+from .training import Progress, check_claim, finish_run
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
     from ...training.adaptation.config import AdaptConfig
     from ...training.engine.engine import Result
-    from ...training.prior.exported_base import ExportedBase
 
 RUNS = "generator_adaptation"
 
@@ -136,14 +131,14 @@ def check_name(config: AdaptConfig) -> None:
 
 
 def run(
-    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, job: Path | None
+    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str
 ) -> tuple[Result, list[str]]:
     """Adapt; (result, warnings) when the run is finished.
 
-    job: None adapts in this process, a folder (`training.job_folder`) in a process of its own that finds its files
-    there. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises
-    ValueError in one sentence for everything a user can do something about.
+    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
+    one sentence for everything a user can do something about.
     """
+    from ...training.adaptation.adapt import adapt
     from ...training.adaptation.config import NEEDS_SOURCE
 
     if config.method in NEEDS_SOURCE and critic.source is None:
@@ -160,71 +155,28 @@ def run(
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
-    if job is None and config.precision != "auto":
-        progress.warnings.append(
-            f"precision {config.precision} is for a process of its own (isolated): ignored. Here the model and the VAE "
-            "compute as they were loaded."
-        )
-
-    def learn() -> Result:
-        if job is not None:
-            return _in_a_process(config, generator, critic, resume, job, progress)
-        return _in_this_process(config, generator, critic, resume, progress)
-
-    return finish_run(NODE, config, progress, learn)
-
-
-def _in_this_process(
-    config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str, progress: Progress
-) -> Result:
-    from ...training.adaptation.adapt import adapt
-
     # Each image may be judged beside the source's.
     latents = config.batch_size * (2 if config.directional or config.reconstruction or config.method == "dds" else 1)
-    return critic.run(
-        config.resolution or native_side(critic.model),
-        latents,
-        (config.t_min, config.t_max),
-        lambda judge, encode: adapt(
-            config,
-            resume=resume,
-            generator=generator.loaded(),
-            critic=judge,
-            encode=encode,
-            listener=progress,
-            should_stop=progress.should_stop,
-        ),
-        learns=config.method == "vsd",
-        cancelled=progress.cancel,
-    )
 
+    def learn() -> Result:
+        return critic.run(
+            config.resolution or native_side(critic.model),
+            latents,
+            (config.t_min, config.t_max),
+            lambda judge, encode: adapt(
+                config,
+                resume=resume,
+                generator=generator.loaded(),
+                critic=judge,
+                encode=encode,
+                listener=progress,
+                should_stop=progress.should_stop,
+            ),
+            learns=config.method == "vsd",
+            cancelled=progress.cancel,
+        )
 
-# ---- a process of its own ---------------------------------------------------------------------------------------
-
-
-def _in_a_process(
-    config: AdaptConfig,
-    generator: GraphGenerator,
-    critic: CriticInputs,
-    resume: bool | str,
-    job: Path,
-    progress: Progress,
-) -> Result:
-    from ...training.isolated import BASE, GENERATOR, run_isolated
-
-    with ordinary_tensors():
-        critic.check()
-        base = export_judge(critic, config).write(job / BASE)
-        source = write_generator(job / GENERATOR, generator.generator, generator.metadata)
-    return run_isolated(
-        config,
-        folder=job,
-        resume=resume,
-        base=base,
-        generator=source,
-        listener=progress,
-        should_stop=progress.should_stop,
-    )
+    return finish_run(NODE, config, progress, learn)
 
 
 def model_name(model: ModelPatcher) -> str:
@@ -235,9 +187,8 @@ def model_name(model: ModelPatcher) -> str:
 
 
 def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
-    """(file, weight) of the one domain model that these terms consist of; None for other terms.
-
-    A configuration can name such a one, so that another process can open it too.
+    """(file, weight) of the one domain model that these terms consist of, which a configuration has words for; None for
+    other terms.
     """
     if len(terms) != 1:
         return None
@@ -247,57 +198,3 @@ def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
     is_plain = is_plain and term.conditioning is None and term.shaping is None
     is_file = info is not None and info.form != "full" and Path(info.path).is_file() and not term.model.patches
     return (info.path, float(term.weight)) if is_plain and is_file else None
-
-
-@torch.no_grad()
-def export_judge(critic: CriticInputs, config: AdaptConfig) -> ExportedBase:
-    """What another process needs of the critic, as plain tensors: weights with LoRAs baked in, encoded prompts.
-
-    Raises ValueError for what cannot leave this process.
-    """
-    from ...training.prior.exported_base import ExportedBase
-
-    if critic.terms and domain_of(critic.terms) is None:
-        names = ", ".join(term.name for term in critic.terms)
-        raise Problem(
-            f"{NODE}: expected, in a process of its own, one text-free domain model from a file as the only term, "
-            f"found {names}; switch isolated off."
-        )
-    model = critic.model
-    unet = exported_config(model, NODE)
-    prediction_type, zero_snr = exported_prediction(model, NODE)
-    latent_format = exported_latent_format(model, NODE)
-    base, pooled = _plain(critic.negative, "negative")
-    prompts = {config.prompt: _plain(critic.positive, "positive")}
-    others = {config.source_prompt: ("source", critic.source)}
-    others[config.negative] = ("unwanted", critic.unwanted) if config.method == "nfsd" else ("negative", None)
-    for name, (what, conditioning) in others.items():
-        if name:
-            prompts[name] = (base, pooled) if conditioning is None else _plain(conditioning, what)
-    return ExportedBase(
-        unet=exported_state_dict(model, exported_dtype(model)),
-        config=unet,
-        prediction_type=prediction_type,
-        zero_snr=zero_snr,
-        latent_format=latent_format,
-        latent_scale=float(model.model.latent_format.scale_factor),
-        autoencoder=export_autoencoder(critic.vae, unet.out_channels, NODE),
-        null_context=NullContext(base, {"empty": "the negative conditioning of a graph"}, pooled),
-        prompts=prompts,
-        name=f"the connected {type(model.model.model_config).__name__} model",
-    )
-
-
-def _plain(conditioning: list, what: str) -> tuple[Tensor, Tensor | None]:
-    """(context, pooled vector) of a CONDITIONING that is one encoded text and nothing else."""
-    more = {key for _, options in conditioning for key, value in options.items() if value is not None}
-    more -= {"pooled_output"}
-    if len(conditioning) != 1 or more:
-        found = ", ".join(sorted(more)) or f"{len(conditioning)} parts"
-        raise Problem(
-            f"{NODE}: expected, in a process of its own, a {what} conditioning that is one encoded text, found "
-            f"{found}; switch isolated off."
-        )
-    ((context, options),) = conditioning
-    pooled = options.get("pooled_output")
-    return tuple(None if one is None else one.detach().float().cpu().clone() for one in (context, pooled))

@@ -9,7 +9,6 @@ import gc
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -50,7 +49,7 @@ if TYPE_CHECKING:
     from ...training.domain.config import TrainConfig
     from ...training.domain.train import Result
     from ...training.engine.events import Event
-    from ...training.prior.exported_base import ExportedBase
+    from ...training.prior.base import Prior
 
 NODE = "Train Domain UNet"
 CONNECTED, MINI_WORLD = "connected", "mini_world"
@@ -85,28 +84,32 @@ def checkpoint_fingerprint(name: str | None) -> str:
 
 
 @torch.no_grad()
-def export_base(model, clip, vae, prompts: Sequence[str]) -> ExportedBase:
-    """MODEL, CLIP and VAE as plain tensors, weight patches (LoRA) baked in; call it outside inference mode.
+def connected_prior(model, clip, vae, prompts: Sequence[str]) -> Prior:
+    """MODEL, CLIP and VAE as a prior to train from, weight patches (LoRA) baked in; call it outside inference mode.
 
-    prompts: the prompts that the run will need. Raises ValueError for models that cannot be trained from.
+    prompts: those that the run will need, encoded here. Raises ValueError for models that cannot be trained from.
     """
-    from ...training.prior.exported_base import ExportedBase
+    from ...training.prior.base import Prior
+    from ...training.prior.encoded_prompts import EncodedPrompts
 
     config = exported_config(model, NODE)
     prediction_type, zero_snr = exported_prediction(model, NODE)
     has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
-    latent_format = exported_latent_format(model, NODE)
-    return ExportedBase(
-        unet=exported_state_dict(model, exported_dtype(model)),
-        config=config,
+    name = f"the connected {type(model.model.model_config).__name__} model"
+    null_context = encode_empty_prompt(clip, has_pooled)
+    encoded = {prompt: _encode(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt}
+    encoded[""] = (null_context.tensor, null_context.pooled)
+    return Prior.from_parts(
+        exported_state_dict(model, exported_dtype(model)),
+        config,
+        latent_format=exported_latent_format(model, NODE),
+        latent_scale=float(model.model.latent_format.scale_factor),
         prediction_type=prediction_type,
         zero_snr=zero_snr,
-        latent_format=latent_format,
-        latent_scale=float(model.model.latent_format.scale_factor),
+        null_context=null_context,
         autoencoder=export_autoencoder(vae, config.out_channels),
-        null_context=encode_empty_prompt(clip, has_pooled),
-        prompts={prompt: _encode(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt},
-        name=f"the connected {type(model.model.model_config).__name__} model",
+        text=EncodedPrompts(encoded, name),
+        name=name,
     )
 
 
@@ -207,7 +210,7 @@ def data_fingerprint(text: str) -> str | float:
 def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
     """Write IMAGE batches ([B, H, W, C] in 0..1) as PNG files named by their content, into a folder named likewise.
 
-    Files make the same run continue from a terminal and in a process of its own. Returns the folder.
+    Files let the same run continue from a terminal. Returns the folder.
     """
     pictures, names = [], []
     for batch in batches:
@@ -447,21 +450,6 @@ def describe(event: Event) -> str:
 
 
 @contextmanager
-def job_folder(isolated: bool) -> Iterator[Path | None]:
-    """A folder for a training process's files in ComfyUI's temporary folder, gone afterwards; None if not isolated."""
-    if not isolated:
-        yield None
-        return
-    temporary = folder_paths.get_temp_directory()
-    os.makedirs(temporary, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix="domain_training_", dir=temporary)
-    try:
-        yield Path(folder)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
     """Around a run and what is written into its folder for it: a run that is refused leaves no folder of its own."""
     from ...training.engine.engine import has_learned
@@ -487,32 +475,18 @@ def free_memory() -> None:
     comfy.model_management.soft_empty_cache()
 
 
-def run(
-    config: TrainConfig, base: ExportedBase | Path | None, resume: bool | str, job: Path | None
-) -> tuple[Result, list[str]]:
+def run(config: TrainConfig, prior: Prior | None, resume: bool | str) -> tuple[Result, list[str]]:
     """Train; (result, warnings) when the run is finished. Call it outside inference mode.
 
-    job: None trains in this process, a folder (`job_folder`) in a process of its own that finds its files there.
-    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
-    one sentence for everything a user can do something about.
+    prior: None opens `config.base`. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are
+    cancelled. Raises ValueError in one sentence for everything a user can do something about.
     """
     from ...training.domain.train import train
-    from ...training.isolated import run_isolated
 
     progress = Progress()
 
     def learn() -> Result:
-        if job is not None:
-            return run_isolated(
-                config, folder=job, resume=resume, base=base, listener=progress, should_stop=progress.should_stop
-            )
-        return train(
-            config,
-            resume=resume,
-            base=None if base is None else base.open(),
-            listener=progress,
-            should_stop=progress.should_stop,
-        )
+        return train(config, resume=resume, base=prior, listener=progress, should_stop=progress.should_stop)
 
     return finish_run(NODE, config, progress, learn)
 
@@ -541,7 +515,7 @@ def finish_run(
         free_memory()
     if result.status == "stopped":
         progress.raise_if_cancelled()
-        # Somebody else ended it, such as the system the training process; an older run's file is not its result.
+        # Somebody else ended it, such as the system; an older run's file is not its result.
         where = f"at step {result.step} and saved in {result.run}" if result.step else "before its first step"
         raise Problem(f"{node}: was stopped {where}; run again to continue.")
     progress.pass_on()
@@ -573,24 +547,21 @@ def base_name(model, clip, vae, checkpoint: str) -> str:
     return f"{CONNECTED_BASE} {type(model.model.model_config).__name__}"
 
 
-def prepare(model, clip, vae, config: TrainConfig, job: Path | None = None) -> ExportedBase | Path | None:
-    """The connected prior, exported; None where the base is opened from its file.
+def prepare(model, clip, vae, config: TrainConfig) -> Prior | None:
+    """The connected prior; None where it is opened from `config.base`.
 
-    job: folder of a training process, into which the prior is written at once, so that no copy of it stays in this
-    process's memory. Raises Problem for a prediction that is not the connected MODEL's.
+    Raises Problem for a prediction that is not the connected MODEL's.
     """
-    from ...training.isolated import BASE
-
     if model is None:
         return None
-    base = export_base(model, clip, vae, [*config.sample_prompts, config.caption])
-    said = f"{base.prediction_type}_zero_snr" if base.zero_snr else base.prediction_type
+    prior = connected_prior(model, clip, vae, [*config.sample_prompts, config.caption])
+    said = f"{prior.prediction_type}_zero_snr" if prior.zero_snr else prior.prediction_type
     if config.prediction not in ("auto", said):
         raise Problem(
             f"{NODE}: expected prediction auto or {said}, as the connected model predicts, found {config.prediction}; "
             "set it on the model with ModelSamplingDiscrete, or choose the checkpoint by its name."
         )
-    return base if job is None else base.write(job / BASE)
+    return prior
 
 
 def load_trained(config: TrainConfig, model):

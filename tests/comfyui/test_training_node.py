@@ -75,7 +75,6 @@ def train(world):
             "sample_every": 0,
             "seed": 0,
             "resume": "auto",
-            "isolated": False,
             "options": options,
             **inputs,
         }
@@ -140,9 +139,7 @@ def core_eps(comfyui, model, x, context):
 def test_an_exported_model_predicts_what_core_predicts(comfyui, tiny, clip, mini, world, lora):
     prior = tiny.lora(tiny.prior(), seed=8, contains="attn") if lora else tiny.prior()
     with torch.inference_mode(), world.loading.ordinary_tensors():
-        exported = world.internals.export_base(prior, clip, mini[2], ["a cat", "a cat", ""])
-    assert list(exported.prompts) == ["a cat"]
-    base = exported.open()
+        base = world.internals.connected_prior(prior, clip, mini[2], ["a cat", "a cat", ""])
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 4
     t = base.schedule.timestep(SIGMAS, nearest=True)
     scaled = x / (SIGMAS.square() + 1).sqrt()[:, None, None, None]
@@ -159,7 +156,7 @@ def test_exported_weights_can_be_trained(tiny, clip, mini, world):
     with torch.inference_mode():
         inside = tiny.prior()
         with world.loading.ordinary_tensors():
-            base = world.internals.export_base(inside, clip, mini[2], []).open()
+            base = world.internals.connected_prior(inside, clip, mini[2], [])
     unet = base.load_prior().requires_grad_(True)
     unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), context=base.null_context.tensor).square().mean().backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
@@ -168,7 +165,7 @@ def test_exported_weights_can_be_trained(tiny, clip, mini, world):
 def test_exported_vae_encodes_as_cores(mini, world):
     prior, clip, vae = mini
     with torch.inference_mode(), world.loading.ordinary_tensors():
-        base = world.internals.export_base(prior, clip, vae, []).open()
+        base = world.internals.connected_prior(prior, clip, vae, [])
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = vae.encode(images)
@@ -183,7 +180,7 @@ def test_exported_vae_encodes_as_cores(mini, world):
 def test_prediction_and_patches_are_the_models(tiny, clip, mini, world):
     prior = tiny.prior(prediction="V_PREDICTION", zero_snr=True)
     with world.loading.ordinary_tensors():
-        base = world.internals.export_base(prior, clip, mini[2], []).open()
+        base = world.internals.connected_prior(prior, clip, mini[2], [])
     assert (base.prediction_type, base.zero_snr, base.latent_format) == ("v_prediction", True, "sd15")
 
 
@@ -191,16 +188,16 @@ def test_a_vae_of_another_kind_is_refused(tiny, clip, mini, world):
     other = copy.copy(mini[2])
     other.first_stage_model = None
     with pytest.raises(ValueError, match="Train Domain UNet: expected the VAE.*found no VAE"):
-        world.internals.export_base(tiny.prior(), clip, other, [])
+        world.internals.connected_prior(tiny.prior(), clip, other, [])
     other.first_stage_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="expected the VAE.*found Linear"):
-        world.internals.export_base(tiny.prior(), clip, other, [])
+        world.internals.connected_prior(tiny.prior(), clip, other, [])
 
 
 def test_errors_of_the_export_name_this_node(tiny, clip, mini, world):
     domain = tiny.cached_domain(tiny.prior(), torch.randn(1, 77, CONTEXT))
     with pytest.raises(ValueError, match="Train Domain UNet: expected a model that takes text"):
-        world.internals.export_base(domain, clip, mini[2], [])
+        world.internals.connected_prior(domain, clip, mini[2], [])
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------------
@@ -397,26 +394,10 @@ def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_run(comfyui, train
 def test_a_stop_that_nobody_cancelled_is_no_success(train, pictures, world, monkeypatch):
     older = train(images=[pictures])
     stopped = module("training.domain.train").Result("stopped", 4, None, world.tmp / "run")
-    monkeypatch.setattr(module("training.isolated"), "run_isolated", lambda *args, **more: stopped)
+    monkeypatch.setattr(module("training.domain.train"), "train", lambda *args, **more: stopped)
     with pytest.raises(ValueError, match="stopped at step 4 and saved in .*run; run again"):
-        train(images=[pictures], steps=9, isolated=True)
+        train(images=[pictures], steps=9)
     assert module("guidance.files").read_domain_file(older.path)[1].steps == 3
-
-
-def test_a_process_of_its_own_gets_the_prior_as_a_file_only(mini, train, pictures, monkeypatch):
-    given = []
-
-    def run_isolated(config, *, folder, base, **more):
-        given.append((base, base.parent == folder, config.base))
-        assert module("training.prior.exported_base").ExportedBase.read(base).prediction_type == "epsilon"
-        raise ValueError("seen")
-
-    monkeypatch.setattr(module("training.isolated"), "run_isolated", run_isolated)
-    prior, clip, vae = mini
-    with pytest.raises(ValueError, match="seen"):
-        train(checkpoint="connected", model=prior, clip=clip, vae=vae, images=[pictures], isolated=True)
-    ((path, in_the_jobs_folder, base),) = given
-    assert in_the_jobs_folder and base.startswith("connected: ") and not path.parent.exists()
 
 
 def test_samples_are_skipped_downstream_when_there_are_none(comfyui, train, pictures):

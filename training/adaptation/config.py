@@ -270,9 +270,7 @@ class AdaptConfig(Settings):
     precision: str = option(
         "auto",
         "optimisation",
-        "of the diffusion model and its VAE (the generator stays fp32); "
-        "auto: bf16 on GPUs that have it, else fp32. In ComfyUI only with isolated: else the model "
-        "and the VAE stay as they were loaded",
+        "of the diffusion model and its VAE (the generator stays fp32); auto: bf16 on GPUs that have it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)

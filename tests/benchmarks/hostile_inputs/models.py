@@ -166,38 +166,19 @@ def _holes(header: dict) -> dict:
 
 class Bases(ModelFiles):
     """Checkpoints to train from, with their text encoders (most of whose numbers are a hole) and without, which is
-    found out when all else has been read; and priors that ComfyUI hands to a process of its own."""
+    found out when all else has been read."""
 
     name = "bases"
 
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.tests import tiny_checkpoints
-        from indomain_guidance.tests.training.tiny_run import UNET, tiny_base
-        from indomain_guidance.training.prior.exported_base import ExportedBase
 
         super().__init__(folder)
         whole = tiny_checkpoints.make(folder, "sd1")
         without = {key: value for key, value in whole.tensors.items() if not key.startswith("cond_stage_model.")}
-        base = tiny_base()
-        exported = ExportedBase(
-            base.unet,
-            UNET,
-            "epsilon",
-            False,
-            "tiny",
-            1.0,
-            base.autoencoder.state_dict(),
-            base.null_context,
-            {"a red seven": (torch.zeros(1, 7, UNET.context_dim), None)},
-        ).write(folder / "exported.safetensors")
-        prior = settled(exported.read_bytes())
-        self.originals = {
-            ".safetensors": [_safetensors(without), prior],
-            ".ckpt": [saved({"state_dict": without}, True)],
-        }
+        self.originals = {".safetensors": [_safetensors(without)], ".ckpt": [saved({"state_dict": without}, True)]}
         self.checkpoint = whole.path.read_bytes()
-        metadata = split(prior)[0]["__metadata__"]
-        self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(metadata).items()}
+        self.by_hand = {name: write_bytes(data) for name, data in hostile_headers({}).items()}
 
     def warm(self) -> None:
         from indomain_guidance.training.prior.base import open_checkpoint
@@ -216,13 +197,9 @@ class Bases(ModelFiles):
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.training.domain.export import inspect_text
         from indomain_guidance.training.prior.base import open_checkpoint
-        from indomain_guidance.training.prior.exported_base import ExportedBase
 
-        way = dice.random()
-        if way < 0.15:
+        if dice.random() < 0.15:
             inspect_text(path)
-        elif way < 0.4:
-            ExportedBase.read(path)
         else:
             open_checkpoint(path)
         return []

@@ -1,4 +1,4 @@
-"""Adapting a generator through a real server: an API prompt, both ways of running, cancel, resume, and mistakes."""
+"""Adapting a generator through a real server: an API prompt, cancel, resume, and mistakes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterr
 from indomain_guidance.training.engine.events import read_log
 from PIL import Image
 
-WAYS = pytest.mark.parametrize("isolated", [False, True], ids=["in_process", "isolated"])
 NAMES = (f"adapted_{number}" for number in itertools.count())
 SOURCE = "tiny_source.safetensors"
 
@@ -62,7 +61,6 @@ def prompt():
                     "sample_every": 2,
                     "seed": 0,
                     "resume": "auto",
-                    "isolated": False,
                     "options": ["options", 0],
                     **inputs,
                 },
@@ -91,11 +89,8 @@ def same_weights(a, b) -> bool:
     return all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-@WAYS
-def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(
-    server, folder, prompt, made_by, run_of, isolated
-):
-    graph = prompt(isolated=isolated)
+def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(server, folder, prompt, made_by, run_of):
+    graph = prompt()
     progress = []
     run = server.client.run(graph, on_event=lambda kind, data: progress.append((kind, data)))
     assert run.outputs["adapt"]["text"] == [str(made_by(graph))]
@@ -136,9 +131,8 @@ def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(
     assert any("16 px" in text for text in run.outputs["adapted"]["text"])
 
 
-@WAYS
-def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, prompt, made_by, run_of, isolated):
-    whole, parts = (prompt(steps=12, sample_every=0, isolated=isolated) for _ in range(2))
+def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, prompt, made_by, run_of):
+    whole, parts = (prompt(steps=12, sample_every=0) for _ in range(2))
     server.client.run(whole)
 
     def interrupt(kind: str, data: dict) -> None:
@@ -168,9 +162,8 @@ def test_more_steps_adapt_the_same_run_further_and_unchanged_inputs_come_from_th
     assert read_generator(made_by(graph)).metadata.history[-1]["steps"] == 6
 
 
-@WAYS
-def test_a_domain_model_may_judge_too(server, graphs, prompt, made_by, isolated):
-    graph = prompt(sample_every=0, terms=["term", 0], isolated=isolated)
+def test_a_domain_model_may_judge_too(server, graphs, prompt, made_by):
+    graph = prompt(sample_every=0, terms=["term", 0])
     graph["domain"] = graphs.mini()["domain"]
     graph["term"] = {
         "class_type": "InDomainGuidanceTerm",

@@ -211,7 +211,6 @@ def test_images_and_runs_whose_names_are_no_text_can_be_trained_on(server, handw
         "sample_every": 0,
         "seed": 0,
         "resume": "auto",
-        "isolated": False,
     }
     run = server.client.run({"train": {"class_type": "InDomainTrainDomainUNet", "inputs": inputs}})
     texts = [*run.texts, *run.outputs["train"]["text"]]

@@ -1,14 +1,10 @@
-"""Training through a real server: an API prompt, both ways of running, cancel and resume, and what users do wrong."""
+"""Training through a real server: an API prompt, cancel and resume, and what users do wrong."""
 
 from __future__ import annotations
 
 import io
 import itertools
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 
 import numpy as np
@@ -18,7 +14,6 @@ from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterr
 from indomain_guidance.training.engine.events import read_log
 from PIL import Image
 
-WAYS = pytest.mark.parametrize("isolated", [False, True], ids=["in_process", "isolated"])
 NAMES = (f"run_{number}" for number in itertools.count())
 
 
@@ -53,7 +48,6 @@ def prompt(handwriting):
                     "sample_every": 2,
                     "seed": 0,
                     "resume": "auto",
-                    "isolated": False,
                     "options": ["options", 0],
                     **inputs,
                 },
@@ -92,9 +86,8 @@ def same_weights(a, b) -> bool:
     return ours.keys() == theirs.keys() and all(bool((ours[key] == theirs[key]).all()) for key in ours)
 
 
-@WAYS
-def test_a_prompt_of_the_node_alone_makes_a_model_that_can_be_loaded(server, graphs, prompt, made_by, run_of, isolated):
-    graph = prompt({"sample_prompts": "a red seven"}, isolated=isolated)
+def test_a_prompt_of_the_node_alone_makes_a_model_that_can_be_loaded(server, graphs, prompt, made_by, run_of):
+    graph = prompt({"sample_prompts": "a red seven"})
     progress = []
     run = server.client.run(graph, on_event=lambda kind, data: progress.append((kind, data)))
     assert made_by(graph).is_file()
@@ -118,15 +111,7 @@ def test_a_prompt_of_the_node_alone_makes_a_model_that_can_be_loaded(server, gra
     assert len(server.client.run(graphs.in_domain(made_by(graph).name, seed=21)).images("save")) == 1
 
 
-def test_both_ways_train_the_same_weights(server, prompt, made_by):
-    here, apart = prompt(sample_every=0), prompt(sample_every=0, isolated=True)
-    server.client.run(here)
-    server.client.run(apart)
-    assert same_weights(made_by(here), made_by(apart))
-
-
-@WAYS
-def test_connected_models_and_an_image_batch(server, prompt, made_by, run_of, isolated):
+def test_connected_models_and_an_image_batch(server, prompt, made_by, run_of):
     graph = prompt(
         {"sample_prompts": "a red seven\na blue three"},
         image_folder="",
@@ -135,7 +120,6 @@ def test_connected_models_and_an_image_batch(server, prompt, made_by, run_of, is
         clip=["prior", 1],
         vae=["prior", 2],
         images=["images", 1],
-        isolated=isolated,
     )
     graph["prior"] = {"class_type": "InDomainLoadMiniWorld", "inputs": {}}
     graph["images"] = {"class_type": "InDomainMiniWorldImages", "inputs": {"domain": "narrow", "count": 8, "seed": 0}}
@@ -149,9 +133,8 @@ def test_connected_models_and_an_image_batch(server, prompt, made_by, run_of, is
     assert grid.std() > 5
 
 
-@WAYS
-def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, prompt, made_by, run_of, isolated):
-    whole, parts = prompt(steps=12, sample_every=0), prompt(steps=12, sample_every=0, isolated=isolated)
+def test_cancel_saves_and_running_again_continues_to_the_same_bits(server, prompt, made_by, run_of):
+    whole, parts = prompt(steps=12, sample_every=0), prompt(steps=12, sample_every=0)
     server.client.run(whole)
 
     def interrupt(kind: str, data: dict) -> None:
@@ -202,29 +185,8 @@ def test_the_server_answers_while_it_trains(server, prompt):
             server.client.get("/system_stats")
             answered.append(time.monotonic() - began)
 
-    server.client.run(prompt(steps=8, sample_every=0, isolated=True), on_event=ask)
+    server.client.run(prompt(steps=8, sample_every=0), on_event=ask)
     assert len(answered) == 3 and max(answered) < 10
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="finds the process through /proc")
-def test_the_death_of_the_training_process_is_an_error_in_the_node(server, prompt, run_of):
-    graph = prompt({"checkpoint_every": 2}, steps=5000, sample_every=0, isolated=True)
-    killed = []
-
-    def kill(kind: str, data: dict) -> None:
-        if kind == "progress" and data["max"] == 5000 and data["value"] >= 4 and not killed:
-            found = subprocess.run(["pgrep", "-f", "indomain_guidance.training.worker"], capture_output=True, text=True)
-            for pid in map(int, found.stdout.split()):
-                with open(f"/proc/{pid}/cmdline", "rb") as command:
-                    if str(server.base).encode() in command.read():
-                        killed.append(pid)
-                        os.kill(pid, signal.SIGKILL)
-
-    message = message_of(server, graph, on_event=kill)
-    assert killed and "ended unexpectedly" in message and "run again to continue from step" in message
-    # And so it does.
-    graph["train"]["inputs"]["steps"] = events_of(run_of(graph), "Saved")[-1].step + 2
-    server.client.run(graph)
 
 
 # ---- what users do wrong ----------------------------------------------------------------------------------------
@@ -240,37 +202,32 @@ def message_of(server, graph, **following) -> str:
     return message
 
 
-@WAYS
-def test_an_empty_folder(server, prompt, tmp_path, made_by, isolated):
-    graph = prompt(image_folder=str(tmp_path), isolated=isolated)
+def test_an_empty_folder(server, prompt, tmp_path, made_by):
+    graph = prompt(image_folder=str(tmp_path))
     message = message_of(server, graph)
     assert str(tmp_path) in message or "no image" in message.lower()
     assert not made_by(graph).exists()
 
 
-@WAYS
 def test_corrupt_images_are_left_out_and_only_corrupt_images_are_an_error(
-    server, prompt, handwriting, tmp_path, run_of, made_by, isolated
+    server, prompt, handwriting, tmp_path, run_of, made_by
 ):
     first = sorted(handwriting.glob("*.png"))[0].read_bytes()
     (tmp_path / "cut.png").write_bytes(first[: len(first) // 2])
     (tmp_path / "words.jpg").write_text("this is no image")
-    graph = prompt(image_folder=str(tmp_path), isolated=isolated, sample_every=0)
+    graph = prompt(image_folder=str(tmp_path), sample_every=0)
     message = message_of(server, graph)
     assert "none usable among 2" in message and "cut.png" in message
     for path in sorted(handwriting.glob("*.png"))[:5]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    graph = prompt(image_folder=str(tmp_path), isolated=isolated, sample_every=0)
+    graph = prompt(image_folder=str(tmp_path), sample_every=0)
     server.client.run(graph)
     assert read_domain_file(made_by(graph))[1].dataset_size == 5
     assert any("cut.png" in event.text for event in events_of(run_of(graph), "Warned"))
 
 
-@WAYS
-def test_a_loss_that_is_not_a_number_keeps_the_last_good_weights(server, prompt, run_of, made_by, isolated):
-    graph = prompt(
-        {"clip": 0.0, "checkpoint_every": 1}, learning_rate=1.0, steps=200, sample_every=0, isolated=isolated
-    )
+def test_a_loss_that_is_not_a_number_keeps_the_last_good_weights(server, prompt, run_of, made_by):
+    graph = prompt({"clip": 0.0, "checkpoint_every": 1}, learning_rate=1.0, steps=200, sample_every=0)
     message = message_of(server, graph)
     assert "NaN" in message and "step" in message and "handwriting-" in message and "learning rate" in message
     assert not made_by(graph).exists()
@@ -292,9 +249,8 @@ def test_values_out_of_range_are_refused_before_anything_runs(server, prompt):
     assert "learning_rate" in message_of(server, prompt(learning_rate=learning_rate))
 
 
-@WAYS
-def test_a_batch_that_no_memory_holds_is_refused_before_it_takes_any(server, prompt, run_of, made_by, isolated):
-    graph = prompt(batch_size=65536, sample_every=0, isolated=isolated)
+def test_a_batch_that_no_memory_holds_is_refused_before_it_takes_any(server, prompt, run_of, made_by):
+    graph = prompt(batch_size=65536, sample_every=0)
     message = message_of(server, graph)
     assert "batch_size 65536 at resolution 64" in message and "GiB available" in message and "accumulation" in message
     assert not made_by(graph).exists() and "Step" not in kinds(run_of(graph))
