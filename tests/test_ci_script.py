@@ -55,7 +55,7 @@ def machine(tmp_path):
 def test_chromium_is_installed_where_it_is_missing(machine):
     machine.add("apt-get")
     status, _, calls = machine.run("-k", "a b")
-    assert status == 7, "the status is the tests' own"
+    assert status == 7, "the status of what failed first"
     assert [call.split()[-1] for call in calls if call.startswith("apt-get")] == ["update", PACKAGES.split()[-1]]
     assert any(PACKAGES in call and " -y " in call for call in calls)
     assert calls[-1] == "python3 run.py test -k a b"
@@ -66,7 +66,7 @@ def test_a_browser_that_is_there_is_enough(machine, browser):
     machine.add("apt-get")
     machine.add(browser)
     _, _, calls = machine.run()
-    assert calls == ["python3 run.py test"]
+    assert calls == ["python3 run.py lint", "python3 run.py test"]
 
 
 def test_without_the_rights_nothing_is_installed(machine):

@@ -370,3 +370,8 @@ def test_a_wrong_comfyui_path_ends_with_one_sentence(tmp_path):
     )
     assert result.returncode == 2 and result.stdout == ""
     assert result.stderr.startswith("run.py: Expected a ComfyUI") and len(result.stderr.splitlines()) == 1
+
+
+def test_tools_that_look_at_the_code_are_fetched_by_lint_alone():
+    assert run.parse(["lint"]).command == "lint"
+    assert all("==" in tool for tool in run.LINT_TOOLS)

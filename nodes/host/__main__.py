@@ -73,6 +73,16 @@ def test(order: dict) -> int:
     return _child([sys.executable, "-c", start, order.get("tools") or "", *wanted], cwd=CHECKOUT)
 
 
+def lint(order: dict) -> int:
+    """Everything that is wrong with the code's style, format and types; 0 where nothing is."""
+    checks = (
+        ["ruff", "check", "."],
+        ["ruff", "format", "--check", "."],
+        ["pyright", "--pythonpath", sys.executable, "--warnings"],
+    )
+    return max([_child([sys.executable, "-m", *check], cwd=CHECKOUT) for check in checks])
+
+
 def _cores() -> int:
     """How many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -155,6 +165,7 @@ COMMANDS = {
     "demo": demo,
     "serve": serve,
     "test": test,
+    "lint": lint,
     "bench": bench,
     "mini-world": mini_world,
     "indomain": indomain,
