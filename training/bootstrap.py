@@ -4,7 +4,7 @@ Inside ComfyUI the package is loaded under its path, and a checkout folder can h
 ``import indomain_guidance`` would find nothing. Tests, benchmarks, the mini world's recipe and training processes go
 through here:
 
-    python training/bootstrap.py indomain_guidance.training.mini_world --help
+    python training/bootstrap.py indomain_guidance.training.mini_world.recipe --help
     python training/bootstrap.py tests/benchmarks/bench_sampling.py --quick
 
 Only the standard library is needed, and nothing but the package's own (light) ``__init__.py`` is executed.

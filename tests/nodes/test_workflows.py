@@ -139,7 +139,7 @@ def test_the_demo_saves_the_three_methods_under_their_names():
 
 
 def test_the_adapting_workflow_is_the_guides_first_adaptation():
-    from indomain_guidance.training.mini_world.pictures import FIRST_ADAPTATION
+    from indomain_guidance.training.mini_world.first_runs import FIRST_ADAPTATION
 
     graph = api("adapt_generator")
     (node,) = (one for one in graph.values() if one["class_type"] == "InDomainAdaptGenerator")

@@ -275,7 +275,7 @@ def _add_run_options(command: argparse.ArgumentParser) -> None:
 def _train(options: argparse.Namespace) -> int:
     values = _given(options)
     if options.config == MINI_WORLD:
-        from ..mini_world.pictures import FIRST_RUN
+        from ..mini_world.first_runs import FIRST_RUN
 
         config = _usage(lambda: TrainConfig.from_mapping({**FIRST_RUN, **values}, source="options"))
     elif options.config is not None:
@@ -292,7 +292,7 @@ def _train(options: argparse.Namespace) -> int:
 def _adapt(options: argparse.Namespace) -> int:
     values = _given(options, kinds_of(AdaptConfig))
     if options.config == MINI_WORLD:
-        from ..mini_world.pictures import FIRST_ADAPTATION
+        from ..mini_world.first_runs import FIRST_ADAPTATION
 
         config = _usage(lambda: AdaptConfig.from_mapping({**FIRST_ADAPTATION, **values}, source="options"))
     elif options.config is not None:
@@ -449,7 +449,7 @@ def _settings_of(config: str) -> dict[str, Any]:
     """The unchecked settings of a file, or those of the first run on the miniature."""
     if config != MINI_WORLD:
         return read_values(config)
-    from ..mini_world.pictures import FIRST_RUN
+    from ..mini_world.first_runs import FIRST_RUN
 
     return dict(FIRST_RUN)
 

@@ -82,6 +82,13 @@ def load_autoencoder() -> tuple[Autoencoder, float]:
     return model.eval().requires_grad_(False), float(metadata["scale_factor"])
 
 
+@torch.no_grad()
+def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 100) -> Tensor:
+    """Pictures [N, 3, 64, 64] in -1..1 encoded (the posterior's mean) and decoded again."""
+    parts = images.split(batch)
+    return torch.cat([autoencoder.decode(autoencoder.encode(part)[0]).clamp(-1, 1) for part in parts])
+
+
 def load_text_encoder() -> tuple[TextEncoder, TextEncoderConfig]:
     """The text encoder in fp32, its embedding expanded to CLIP's 49,408 token ids."""
     state_dict, metadata = read_component("text_encoder")
@@ -117,7 +124,8 @@ def load_domain(name: str = "mini-handwriting") -> UNet:
 def load_generator(name: str = "mini-handwriting") -> StyleGAN2:
     """The shipped StyleGAN2 of handwriting in fp32: latents [B, 128] -> pictures [B, 3, 64, 64] around -1..1.
 
-    White on black and exactly grey, so that recoloured samples are exact: ``render.paint`` of ``measure.masks_of``.
+    White on black and exactly grey, so that recoloured samples are exact:
+    ``render.paint(render.ink_of(pictures), pairs)``.
     """
     return read_generator(generators_dir() / f"{name}.safetensors").generator
 

@@ -20,6 +20,7 @@ from ...guidance.errors import Problem
 
 DATA = Path(__file__).resolve().parent / "data"
 SIDE_PX = 64
+GLYPH_PX = 60  # longer side of a glyph in its 64 px cell in data/glyphs.npz
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
     "black": (0, 0, 0),
@@ -38,6 +39,11 @@ DOMAIN_GROUNDS = ("white", "yellow", "orange", "purple")
 TRAIN_ROWS = slice(0, 8000)
 HELD_OUT_ROWS = slice(8000, 10000)
 HELD_OUT_FONT_EVERY = 6  # every sixth family is never trained on
+
+
+def step_generator(seed: int, step: int) -> Generator:
+    """The randomness of one step, a function of (seed, step) alone: a resumed run draws what the first would have."""
+    return Generator().manual_seed((seed * 1_000_003 + step) & 0x7FFF_FFFF_FFFF)
 
 
 def palette() -> Tensor:
@@ -139,7 +145,6 @@ def place(
     height_px: range of a glyph's longer side. shift_px: largest shift along each axis; 0 centres. turn_degrees: largest
     turn; 0 keeps upright.
     """
-    from .glyphs import GLYPH_PX
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(masks), generator=generator)
@@ -211,6 +216,11 @@ def handwritten(rows: slice, pairs: Tensor, generator: Generator | None, *, coun
     colours = _choose(pairs, len(chosen), generator)
     pictures = paint(handwriting_masks(images[chosen]), colours)
     return Pictures(pictures, labels[chosen], colours[:, 0], colours[:, 1], torch.ones(len(chosen), dtype=torch.long))
+
+
+def ink_of(pictures: Tensor) -> Tensor:
+    """The masks of white-on-black pictures [B, 3, H, W] in -1..1: [B, H, W] in 0..1, as `paint` takes them."""
+    return (pictures.clamp(-1, 1).mean(1) + 1) / 2
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from indomain_guidance.training.mini_world import measure, render
+from indomain_guidance.training.mini_world import render
+from indomain_guidance.training.mini_world.prompts import draw_prompts, target_pictures
 
 
 def test_pictures_have_the_colours_of_their_labels():
@@ -58,8 +59,8 @@ def test_captions_are_english_and_can_leave_parts_out():
 
 
 def test_targets_are_held_out_handwriting_of_the_same_digits_in_the_same_colours():
-    prompts = measure.draw_prompts(40, render.foreign_pairs(), seed=3)
-    target = measure.target_pictures(prompts.digits, prompts.pairs)
+    prompts = draw_prompts(40, render.foreign_pairs(), seed=3)
+    target = target_pictures(prompts.digits, prompts.pairs)
     images, labels = render.load_handwriting(render.HELD_OUT_ROWS)
     masks = render.handwriting_masks(images)
     for picture, digit, pair in zip(target.images, prompts.digits, prompts.pairs):
@@ -69,5 +70,5 @@ def test_targets_are_held_out_handwriting_of_the_same_digits_in_the_same_colours
 
 def test_no_target_is_used_twice_before_every_one_was_used_once():
     digits = torch.zeros(150, dtype=torch.long)
-    target = measure.target_pictures(digits, render.domain_pairs("narrow").expand(150, 2))
+    target = target_pictures(digits, render.domain_pairs("narrow").expand(150, 2))
     assert len(target.images.flatten(1).unique(dim=0)) == 150

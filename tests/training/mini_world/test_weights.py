@@ -12,7 +12,9 @@ from indomain_guidance.guidance.files import (
     write_safetensors,
 )
 from indomain_guidance.guidance.schedules import Interval
-from indomain_guidance.training.mini_world import assets, measure, render
+from indomain_guidance.training.mini_world import assets, render
+from indomain_guidance.training.mini_world.prompts import cfg_of, draw_prompts, sample_prompts
+from indomain_guidance.training.mini_world.recipe import quality
 
 # The generator is called as the domain model of the same pictures, in another folder.
 FILES = sorted(assets.weights_dir().rglob("*.safetensors"))
@@ -58,7 +60,7 @@ def test_domain_files_say_where_they_come_from(name):
 
 def test_the_autoencoder_keeps_digits_of_both_worlds(judge_model):
     autoencoder, _ = assets.load_autoencoder()
-    found = measure.autoencoder_quality(autoencoder, judge_model, count=100)
+    found = quality.autoencoder_quality(autoencoder, judge_model, count=100)
     assert min(found["psnr_rendered"], found["psnr_handwritten"]) >= 26.0
     for world_name in ("rendered", "handwritten"):
         assert found[f"accuracy_{world_name}_digit"] >= 0.95
@@ -70,13 +72,13 @@ def test_latents_have_unit_deviation_and_decode_to_their_image(world):
     images = render.rendered(64, torch.Generator().manual_seed(0), held_out=True).images
     latents = world.autoencoder.encode(images)[0] * world.scale
     assert float(latents.std()) == pytest.approx(1.0, abs=0.1)
-    assert measure.psnr(world.decode(latents), images) > 26.0
+    assert quality.psnr(world.decode(latents), images) > 26.0
 
 
 def test_the_prior_draws_what_the_prompt_says(world, judge_model):
-    prompts = measure.draw_prompts(60, render.colour_pairs(), seed=1)
-    pictures, samples = measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, seed=1)
-    score = measure.score(judge_model, pictures, prompts)
+    prompts = draw_prompts(60, render.colour_pairs(), seed=1)
+    pictures, samples = sample_prompts(world, cfg_of(world, 2.0), prompts, seed=1)
+    score = quality.score(judge_model, pictures, prompts)
     assert samples == 2.0
     assert score.digit >= 0.9 and score.ink >= 0.9 and score.ground >= 0.9
     assert score.in_domain <= 0.15
@@ -84,13 +86,14 @@ def test_the_prior_draws_what_the_prompt_says(world, judge_model):
 
 def test_multi_guidance_writes_by_hand_what_the_prompt_says(world, judge_model):
     """The claim of arXiv 2312.08195 in small: nearer to it than the prior, and it obeys, unlike the domain model."""
-    prompts = measure.draw_prompts(40, render.domain_pairs("handwriting"), seed=2)
+    prompts = draw_prompts(40, render.domain_pairs("handwriting"), seed=2)
     domain = world.domain("mini-handwriting")
-    guided = measure.in_domain_of(world, domain, Interval(1.5, 0.0, 1.0), 3.0)
+    weights = Interval(1.5, 0.0, 1.0), 3.0
+    guided = lambda uncond, cond: presets.in_domain(world.prior, domain, uncond, cond, *weights)  # noqa: E731
     alone = lambda uncond, cond: presets.domain_guidance(world.prior, domain, uncond, scale=1.0)  # noqa: E731
     scores = {
-        name: measure.score(judge_model, measure.sample_prompts(world, of, prompts, seed=2)[0], prompts)
-        for name, of in (("prior", measure.cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))
+        name: quality.score(judge_model, sample_prompts(world, of, prompts, seed=2)[0], prompts)
+        for name, of in (("prior", cfg_of(world, 2.0)), ("domain", alone), ("guided", guided))
     }
     assert scores["guided"].distance < 0.5 * scores["prior"].distance
     assert scores["guided"].in_domain > scores["prior"].in_domain + 0.4
@@ -105,8 +108,8 @@ def test_a_domain_model_takes_no_text(world):
 
 
 def test_the_generator_draws_every_digit_by_hand_in_grey(judge_model):
-    found = measure.generator_quality(assets.load_generator(), judge_model, count=600)
-    pictures = measure.generated(assets.load_generator(), 10)
+    found = quality.generator_quality(assets.load_generator(), judge_model, count=600)
+    pictures = quality.generated(assets.load_generator(), 10)
     assert torch.equal(pictures, pictures[:, :1].expand(-1, 3, -1, -1))
     assert found.in_domain >= 0.95 and min(found.digits) >= 0.04 and max(found.digits) <= 0.2
     assert found.distance <= 15 and min(found.digit_diversity) >= 0.7

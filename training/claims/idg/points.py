@@ -16,10 +16,11 @@ from torch import Tensor
 from ....guidance.diffusion import Denoiser
 from ....guidance.errors import Problem
 from ....guidance.networks.autoencoder import Autoencoder
-from ...mini_world import measure
 from ...mini_world.assets import MiniWorld
 from ...mini_world.classifier import Classifier, judge
 from ...mini_world.distances import kernel_distance, within_class_diversity
+from ...mini_world.prompts import Prompts, sample_prompts
+from ...mini_world.recipe.status_line import StatusLine
 from ..keeping import Row, Shelf, key_of
 from ..statistics import Measured, measure_distance, measure_share, resampling_counts
 from .methods import METHODS
@@ -176,15 +177,15 @@ class Bench:
         guidance_of, settings = METHODS[point.method], point.values
         examiner = self.examiner(point.question)
         prompts = examiner.question.prompts(self.sampling.samples, self.sampling.seed)
-        pictures, cost = measure.sample_prompts(
+        pictures, cost = sample_prompts(
             self.world,
             lambda uncond, cond: guidance_of(prior, model, settings, uncond, cond),
             prompts,
             steps=self.sampling.steps,
             seed=self.sampling.seed,
             batch=125,  # larger ones are slower on a processor; decides rounding alone
-            name=str(point),
             method=self.sampling.sampler,
+            progress=StatusLine(str(point)).update,
         )
         measured, numbers = examine(examiner, pictures, prompts, self.sampling)
         if self.second_judge is not None:
@@ -210,7 +211,7 @@ def cast(denoiser: Denoiser, dtype: torch.dtype) -> Denoiser:
 
 
 def examine(
-    examiner: Examiner, pictures: Tensor, prompts: measure.Prompts, sampling: Sampling
+    examiner: Examiner, pictures: Tensor, prompts: Prompts, sampling: Sampling
 ) -> tuple[dict[str, Measured], dict[str, float]]:
     """(measures with bootstrap replicates, all numbers) of pictures [N, 3, 64, 64] that answer the prompts."""
     features, named = judge(examiner.judge_model, pictures)
@@ -233,7 +234,7 @@ def examine(
     return measured, numbers
 
 
-def second_opinion(judge_model: Classifier, pictures: Tensor, prompts: measure.Prompts) -> dict[str, float]:
+def second_opinion(judge_model: Classifier, pictures: Tensor, prompts: Prompts) -> dict[str, float]:
     """What a judge that never saw the generative models' training images says: shares only, its features are others."""
     named = judge(judge_model, pictures)[1]
     colours = (named["ink"] == prompts.pairs[:, 0]) & (named["ground"] == prompts.pairs[:, 1])

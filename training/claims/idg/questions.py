@@ -9,8 +9,10 @@ import torch
 from torch import Generator, Tensor
 
 from ....guidance.networks.autoencoder import Autoencoder
-from ...mini_world import measure, render
+from ...mini_world import render
+from ...mini_world.assets import reconstruct
 from ...mini_world.classifier import Classifier, judge
+from ...mini_world.prompts import Prompts, draw_prompts, target_pictures
 from ..statistics import TargetSet, measure_distance, resampling_counts
 
 AUTOENCODED = 500
@@ -41,8 +43,8 @@ class Question:
         domain = {"handwriting": "handwriting", "narrow": "narrow handwriting (white on black)"}[self.domain]
         return f"{domain}, {'its own colours' if self.own_colours else 'colours it never had'}"
 
-    def prompts(self, count: int, seed: int) -> measure.Prompts:
-        return measure.draw_prompts(count, self.pairs, seed)
+    def prompts(self, count: int, seed: int) -> Prompts:
+        return draw_prompts(count, self.pairs, seed)
 
 
 QUESTIONS = {
@@ -67,12 +69,12 @@ class Examiner:
         self.question, self.judge_model, self.seed, self.target_size = question, judge_model, seed, target_size
 
     @cached_property
-    def _asked(self) -> measure.Prompts:
+    def _asked(self) -> Prompts:
         return self.question.prompts(self.target_size, self.seed)
 
     @cached_property
     def _answers(self) -> Tensor:
-        return measure.target_pictures(self._asked.digits, self._asked.pairs, seed=self.seed).images
+        return target_pictures(self._asked.digits, self._asked.pairs, seed=self.seed).images
 
     @cached_property
     def features(self) -> Tensor:
@@ -90,7 +92,7 @@ class Examiner:
         autoencoder_floor: of the first `AUTOENCODED` targets through the autoencoder to those targets themselves.
         """
         asked = self._asked
-        own = measure.target_pictures(asked.digits, asked.pairs, render.TRAIN_ROWS, self.seed).images
+        own = target_pictures(asked.digits, asked.pairs, render.TRAIN_ROWS, self.seed).images
         printed = render.rendered(
             self.target_size, Generator().manual_seed(self.seed), held_out=True, digits=asked.digits, pairs=asked.pairs
         ).images
@@ -98,7 +100,7 @@ class Examiner:
         pairs = {
             "floor": (own, self.target),
             "ceiling": (printed, self.target),
-            "autoencoder_floor": (measure.reconstruct(autoencoder, some), TargetSet(self.features[:AUTOENCODED])),
+            "autoencoder_floor": (reconstruct(autoencoder, some), TargetSet(self.features[:AUTOENCODED])),
         }
         results = {}
         for name, (images, target) in pairs.items():

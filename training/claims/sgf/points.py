@@ -12,11 +12,11 @@ from torch import Tensor
 
 from ....guidance.errors import Problem
 from ....guidance.networks.stylegan2 import StyleGAN2
-from ...mini_world import measure
 from ...mini_world.assets import MiniWorld
 from ...mini_world.classifier import Classifier, judge
-from ...mini_world.measure import Prompts
-from ...mini_world.recipe.loop import load_saved, save_atomically
+from ...mini_world.prompts import Prompts, cfg_of, sample_prompts
+from ...mini_world.recipe.kept_files import load_saved, made_once, save_atomically
+from ...mini_world.recipe.status_line import StatusLine
 from ..keeping import Row, Shelf, key_of
 from .measures import Answers, answers_of, changes, examine, second_opinion
 from .recipes import RECIPES
@@ -171,15 +171,21 @@ class Bench:
         count, sampling = self.sampling.rendered, self.sampling
         unsaid = torch.zeros(count, dtype=torch.long)
         prompts = Prompts(unsaid, torch.stack([unsaid, unsaid], 1), (task.prompt,) * count)
-        return measure.sample_prompts(
-            self.world,
-            measure.cfg_of(self.world, sampling.rendered_scale),
-            prompts,
-            steps=sampling.rendered_steps,
-            seed=sampling.seed,
-            name=f"the prior's {task.name}, scale {sampling.rendered_scale:g}",
-            keep=self.folder / "rendered",
-        )[0]
+        name = f"the prior's {task.name}, scale {sampling.rendered_scale:g}"
+        drawn = f"{task.prompt}, {count} at {sampling.rendered_steps} steps, seed {sampling.seed}"
+        source = f"{drawn}, world {self.runs.world_hash}"
+
+        def draw() -> Tensor:
+            return sample_prompts(
+                self.world,
+                cfg_of(self.world, sampling.rendered_scale),
+                prompts,
+                steps=sampling.rendered_steps,
+                seed=sampling.seed,
+                progress=StatusLine(name).update,
+            )[0]
+
+        return made_once(self.folder / "rendered" / f"{task.name}-{sampling.rendered_scale:g}.pictures", source, draw)
 
     def answers(self, task: Task) -> Answers:
         if task.name not in self._answers:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ....guidance.distillation.objective import WAY_BACK as SHARE_BACK
-from ...mini_world.pictures import FIRST_ADAPTATION
+from ...mini_world.first_runs import FIRST_ADAPTATION
 from .tasks import SOURCE_PROMPT, Task
 
 # What all have in common. The released code trains the convolutions from 8 px on; the source draws grey with colour

@@ -64,12 +64,7 @@ class Task:
             pairs = render.domain_pairs("handwriting")
             return render.handwritten(render.HELD_OUT_ROWS, pairs, Generator().manual_seed(0)).images, False
         pair = torch.tensor([[dict(self.named)["ink"], dict(self.named)["ground"]]]).expand(len(pictures), 2)
-        return render.paint(ink_of(pictures), pair), True
-
-
-def ink_of(pictures: Tensor) -> Tensor:
-    """How much ink, [N, 64, 64] in 0..1, of white on black pictures [N, 3, 64, 64] in -1..1."""
-    return (pictures.clamp(-1, 1).mean(1) + 1) / 2
+        return render.paint(render.ink_of(pictures), pair), True
 
 
 def colour_task(ink: str, ground: str, name: str = "", prompt: str = "") -> Task:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
-from ....guidance.errors import Problem
-from .loop import LoopConfig, Progress, check_same_run, load_saved, save_atomically, settings_of, step_generator
+from ....guidance.networks.stylegan2 import StyleGAN2
+from .discriminator import Discriminator
+from .loop import LoopConfig, run_steps, update_average
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,12 @@ class AdversarialConfig(LoopConfig):
 class Pair:
     """Two networks in training and the average of the generator's weights, which is what ships."""
 
-    generator: nn.Module
-    discriminator: nn.Module
-    average: nn.Module
+    generator: StyleGAN2
+    discriminator: Discriminator
+    average: StyleGAN2
 
 
-def pair_of(generator: nn.Module, discriminator: nn.Module) -> Pair:
+def pair_of(generator: StyleGAN2, discriminator: Discriminator) -> Pair:
     """A fresh pair, whose average starts at the generator."""
     return Pair(generator, discriminator, copy.deepcopy(generator).requires_grad_(False).eval())
 
@@ -85,75 +86,39 @@ def run_adversarial(
     latents_of: Callable[[int, Generator], Tensor],
     folder: Path,
 ) -> Pair:
-    """Train the pair in place, resuming from ``folder/NAME.ckpt``.
+    """Train the pair in place, see `run_steps`.
 
     real_of(count, generator) draws real pictures [count, C, R, R]; latents_of(count, generator) what the generator
-    takes. One step: made pictures once, the discriminator learns from them, then the generator from its new mind.
-    Raises RuntimeError at a loss that is not finite and FileProblem for a checkpoint that is damaged or of another run.
+    takes. One step: pictures are made once, the discriminator learns from them, then the generator from the updated
+    discriminator.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    checkpoint = folder / f"{config.name}.ckpt"
     networks = {"generator": pair.generator, "discriminator": pair.discriminator, "average": pair.average}
     for network in networks.values():
-        network.to(memory_format=torch.channels_last)  # a tenth to a third faster on CPUs, bf16 above all
+        # A tenth to a third faster on CPUs, bf16 above all; torch's stub does not list the argument.
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
     optimizers = {
-        "generator": _adam(pair.generator, config.rate),
-        "discriminator": _adam(pair.discriminator, config.rate, config.lazy if config.gamma else 0),
+        "generator_optimizer": _adam(pair.generator, config.rate),
+        "discriminator_optimizer": _adam(pair.discriminator, config.rate, config.lazy if config.gamma else 0),
     }
-    full = {name: one.param_groups[0]["lr"] for name, one in optimizers.items()}
-    start = 0
-    if checkpoint.exists():
-        state = load_saved(checkpoint)
-        check_same_run(checkpoint, state.get("settings"), config)
-        for name, network in networks.items():
-            network.load_state_dict(state[name])
-        for name, optimizer in optimizers.items():
-            optimizer.load_state_dict(state[f"{name}_optimizer"])
-        start = state["step"]
-    progress = Progress(config.name, config.steps, first=start)
+    full = {name: optimizer.param_groups[0]["lr"] for name, optimizer in optimizers.items()}
     pair.generator.train()
     pair.discriminator.train()
-    with open(folder / f"{config.name}.jsonl", "a", encoding="utf-8") as log:
-        for step in range(start, config.steps):
-            generator, done = step_generator(config.seed, step), step + 1
-            share = rate_share(step / config.steps, config.warmup, config.fall)
-            for name, optimizer in optimizers.items():
-                optimizer.param_groups[0]["lr"] = full[name] * share
-            real = real_of(config.batch, generator).contiguous(memory_format=torch.channels_last)
-            numbers = _step(config, pair, optimizers, real, latents_of(config.batch, generator), step)
-            broken = [name for name, value in numbers.items() if not torch.isfinite(torch.tensor(value))]
-            if broken:
-                raise Problem(
-                    f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; "
-                    f"the last checkpoint is {checkpoint}, lower the learning rate and run again"
-                )
-            decay = min(config.ema, done / (done + 9))  # warm-up: a young average forgets faster
-            with torch.no_grad():
-                torch._foreach_lerp_(list(pair.average.parameters()), list(pair.generator.parameters()), 1.0 - decay)
-            if done % 25 == 0 or "r1" in numbers:
-                log.write(json.dumps({"step": done, **numbers}) + "\n")
-                log.flush()
-            progress.update(done, f"generator {numbers['generator']:.3f}, discriminator {numbers['discriminator']:.3f}")
-            if done % config.save_every == 0 or done == config.steps:
-                save_atomically(
-                    {
-                        **{name: network.state_dict() for name, network in networks.items()},
-                        **{f"{name}_optimizer": one.state_dict() for name, one in optimizers.items()},
-                        "step": done,
-                        "settings": settings_of(config),
-                    },
-                    checkpoint,
-                )
+
+    def take_step(generator: Generator, step: int) -> dict[str, float]:
+        share = rate_share(step / config.steps, config.warmup, config.fall)
+        for name, optimizer in optimizers.items():
+            optimizer.param_groups[0]["lr"] = full[name] * share
+        real = real_of(config.batch, generator).contiguous(memory_format=torch.channels_last)
+        numbers = _step(config, pair, optimizers, real, latents_of(config.batch, generator), step)
+        update_average(pair.average, pair.generator, config.ema, step)
+        return numbers
+
+    run_steps(config, {**networks, **optimizers}, take_step, folder)
     return pair
 
 
 def _step(
-    config: AdversarialConfig,
-    pair: Pair,
-    optimizers: dict[str, torch.optim.Optimizer],
-    real: Tensor,
-    latents: Tensor,
-    step: int,
+    config: AdversarialConfig, pair: Pair, optimizers: Mapping[str, Optimizer], real: Tensor, latents: Tensor, step: int
 ) -> dict[str, float]:
     """One update of the discriminator, with the lazy penalties when they are due, and one of the generator."""
     numbers: dict[str, float] = {}
@@ -168,18 +133,18 @@ def _step(
             penalty = gradient_penalty(critic(pictures.requires_grad_()), pictures)
             numbers[name] = penalty.item()
             loss = loss + 0.5 * config.gamma * config.lazy * penalty
-    _update(optimizers["discriminator"], loss)
+    _update(optimizers["discriminator_optimizer"], loss)
 
     critic.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
         loss = generator_loss(critic(real.detach()), critic(made))
     numbers["generator"] = loss.item()
-    _update(optimizers["generator"], loss)
+    _update(optimizers["generator_optimizer"], loss)
     critic.requires_grad_(True)
     return numbers
 
 
-def _update(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+def _update(optimizer: Optimizer, loss: Tensor) -> None:
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()

@@ -64,10 +64,10 @@ class Discriminator(nn.Module):
         self.logit = ScaledConv(channels[0], 1, 1)
 
     def forward(self, pictures: Tensor) -> Tensor:
-        x, seen = None, pictures
+        x, seen = pictures, pictures
         for side in reversed(self.sides):
             enters = activate(getattr(self, f"from_grey{side}")(seen))
-            x = enters if x is None else (x + enters) / GAIN
+            x = enters if side == self.sides[-1] else (x + enters) / GAIN
             if side > SMALLEST:
                 x = activate(getattr(self, f"keep{side}")(x))
                 # Average before the convolution rather than blur after it: the same response at a quarter of the cost.

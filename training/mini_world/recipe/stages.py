@@ -25,11 +25,13 @@ from ....guidance.files import (
 )
 from ....guidance.files.atomic import replacing
 from ....guidance.networks.autoencoder import Autoencoder
-from ....guidance.networks.text_encoder import END_TOKEN
+from ....guidance.networks.text_encoder import END_TOKEN, TextEncoder
 from ....guidance.null_text import NullContext
-from .. import assets, classifier, render, tokens
-from . import train_autoencoder, train_domain, train_generator, train_prior
-from .loop import made_once, weights_hash
+from .. import assets, render, tokens
+from ..classifier import HEADS, Classifier
+from . import train_autoencoder, train_classifier, train_domain, train_generator, train_prior
+from .kept_files import made_once, weights_hash
+from .loop import Model
 
 LICENCE = "Apache-2.0"
 STATISTICS_IMAGES = 2048  # on which the latents' scale and preview colours are measured
@@ -44,7 +46,7 @@ def half(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: value.detach().to(torch.float16) for key, value in state_dict.items()}
 
 
-def rounded(module: torch.nn.Module) -> torch.nn.Module:
+def rounded(module: Model) -> Model:
     """The module with its weights rounded to fp16, so that later stages train against what ships."""
     module.load_state_dict({key: value.float() for key, value in half(module.state_dict()).items()})
     return module.eval().requires_grad_(False)
@@ -57,7 +59,7 @@ def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, l
     Factors and bias preview latents: the least-squares map from a scaled latent pixel to the mean colour, -1..1, of its
     8 x 8 image pixels.
     """
-    images = train_autoencoder.both_worlds(STATISTICS_IMAGES, Generator().manual_seed(seed + 99))
+    images = train_autoencoder.both_worlds(STATISTICS_IMAGES, Generator().manual_seed(seed + 99)).images
     latents = train_prior.encode_latents(autoencoder, images)
     scale = 1.0 / float(latents.std())
     rows = rearrange(latents * scale, "b c h w -> (b h w) c")
@@ -66,7 +68,7 @@ def latent_statistics(autoencoder: Autoencoder, seed: int = 0) -> tuple[float, l
     return scale, solution[:4].tolist(), solution[4].tolist()
 
 
-def null_context(text_encoder: torch.nn.Module) -> NullContext:
+def null_context(text_encoder: TextEncoder) -> NullContext:
     """The mini world's empty prompt as its UNet sees it."""
     with torch.no_grad():
         hidden, _ = text_encoder(tokens.to_rows(tokens.tokenize("")[None]))
@@ -104,16 +106,16 @@ def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
     return model, scale
 
 
-def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> classifier.Classifier:
+def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> Classifier:
     """Stage 2: the judge; with ``held_out`` the second one, trained on the held-out fonts and rows alone."""
-    model = rounded(classifier.train(work, seed, held_out=held_out))
-    loop = classifier.HELD_OUT_LOOP if held_out else classifier.LOOP
+    model = rounded(train_classifier.train(work, seed, held_out=held_out))
+    loop = train_classifier.HELD_OUT_LOOP if held_out else train_classifier.LOOP
     _write(
         work,
         loop.name,
         model.state_dict(),
         {
-            "heads": json.dumps(classifier.HEADS),
+            "heads": json.dumps(HEADS),
             "steps": str(loop.steps),
             "seed": str(seed),
             "trained_on": "held-out fonts and rows" if held_out else "trained fonts and rows",
@@ -122,7 +124,7 @@ def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> classi
     return model
 
 
-def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> train_prior.Prior:
+def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> train_prior.PriorNetworks:
     """Stage 3: UNet and text encoder."""
     model = rounded(train_prior.train(work, autoencoder, scale, seed))
     about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
@@ -148,7 +150,7 @@ def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0
 
 
 def make_domain(
-    work: Path, domain: str, prior: train_prior.Prior, autoencoder: Autoencoder, scale: float, seed: int = 0
+    work: Path, domain: str, prior: train_prior.PriorNetworks, autoencoder: Autoencoder, scale: float, seed: int = 0
 ) -> Path:
     """Stage 4: one domain model."""
     context = null_context(prior.text)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ....guidance.networks.autoencoder import Autoencoder, AutoencoderConfig, kl_divergence
 from .. import render
@@ -18,17 +19,20 @@ KL_WEIGHT = 1e-4  # per latent number; keeps the latents near a Gaussian without
 SQUARED_WEIGHT = 4.0  # beside the absolute error: PSNR counts squares
 
 
-def both_worlds(count: int, generator: Generator, *, held_out: bool = False) -> Tensor:
-    """Half rendered, half handwritten pictures in all colours: [count, 3, 64, 64] in -1..1."""
+def both_worlds(count: int, generator: Generator, *, held_out: bool = False) -> render.Pictures:
+    """Half rendered, half handwritten pictures in all 56 colour pairs.
+
+    held_out: from the fonts and rows that no generative model trained on, instead of those they did.
+    """
     rows = render.HELD_OUT_ROWS if held_out else render.TRAIN_ROWS
     printed = render.rendered(count // 2, generator, held_out=held_out)
     written = render.handwritten(rows, render.colour_pairs(), generator, count=count - count // 2)
-    return torch.cat([printed.images, written.images])
+    return render.Pictures(*(torch.cat([getattr(printed, f.name), getattr(written, f.name)]) for f in fields(printed)))
 
 
-def reconstruction_loss(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
+def reconstruction_loss(model: Autoencoder, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
     """Absolute + squared error + KL of one batch."""
-    images = both_worlds(BATCH, generator)
+    images = both_worlds(BATCH, generator).images
     mean, logvar = model.encode(images)
     mean, logvar = mean.float(), logvar.float()
     latent = mean + torch.exp(0.5 * logvar) * torch.randn(mean.shape, generator=generator)
@@ -43,5 +47,4 @@ def reconstruction_loss(model: nn.Module, generator: Generator, step: int) -> tu
 def train(work: Path, seed: int = 0, steps: int | None = None) -> Autoencoder:
     """Train (or finish) the autoencoder in folder ``work``."""
     torch.manual_seed(seed)
-    loop = LoopConfig(**{**LOOP.__dict__, "seed": seed, "steps": steps or LOOP.steps})
-    return run_loop(loop, Autoencoder(CONFIG), reconstruction_loss, work)
+    return run_loop(replace(LOOP, seed=seed, steps=steps or LOOP.steps), Autoencoder(CONFIG), reconstruction_loss, work)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from ....guidance.diffusion import NoiseSchedule
 from ....guidance.networks.autoencoder import Autoencoder
 from ....guidance.networks.unet import UNet, UNetConfig
 from ....guidance.null_text import NullContext, build_cached
 from .. import render
-from .loop import LoopConfig, run_loop, step_generator
+from .loop import LoopConfig, run_loop
 from .train_prior import NOISY_SHARE, cached_latents, loss_weight, noised
 
 DOMAINS = ("handwriting", "narrow")
@@ -30,7 +31,7 @@ def handwriting_latents(work: Path, domain: str, autoencoder: Autoencoder, seed:
     rows = render.TRAIN_ROWS.stop // BLOCKS
 
     def draw(block: int) -> Tensor:
-        generator, part = step_generator(seed + 5, block), slice(block * rows, (block + 1) * rows)
+        generator, part = render.step_generator(seed + 5, block), slice(block * rows, (block + 1) * rows)
         return torch.cat([render.handwritten(part, pairs, generator).images for _ in range(copies)])
 
     drawn = f"{copies} x {rows} a block, seed {seed}"
@@ -54,18 +55,12 @@ def train(
     model.load_state_dict(weights)
     latents, schedule = handwriting_latents(work, domain, autoencoder, seed) * scale, NoiseSchedule.scaled_linear()
 
-    def loss_of(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(model: UNet, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(latents), (BATCH,), generator=generator)
         noisy, timesteps, noise = noised(latents[chosen], schedule, generator, NOISY_SHARE)
         error = (model(noisy, timesteps).float() - noise).square().mean(dim=(1, 2, 3))
         return (error * loss_weight(schedule, timesteps)).mean(), {}
 
-    loop = LoopConfig(
-        **{
-            **LOOP.__dict__,
-            "name": f"domain-{domain}",
-            "seed": seed + 6 + DOMAINS.index(domain),
-            "steps": steps or LOOP.steps,
-        }
-    )
+    seed += 6 + DOMAINS.index(domain)
+    loop = replace(LOOP, name=f"domain-{domain}", seed=seed, steps=steps or LOOP.steps)
     return run_loop(loop, model, loss_of, work)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def shipped_form(grey: StyleGAN2, seed: int) -> StyleGAN2:
             weights[key] = value.repeat_interleave(CONFIG.img_channels, 0)
     model = StyleGAN2(CONFIG)
     model.load_state_dict(weights)
-    model.mapping.w_avg.copy_(model.mean_style(seed=seed))
+    cast(Tensor, model.mapping.w_avg).copy_(model.mean_style(seed=seed))
     return model.eval().requires_grad_(False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,9 @@ from ....guidance.networks.autoencoder import Autoencoder
 from ....guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ....guidance.networks.unet import UNet, UNetConfig
 from .. import render, tokens
-from .loop import LoopConfig, Progress, made_once, run_loop, step_generator, weights_hash
+from .kept_files import made_once, weights_hash
+from .loop import LoopConfig, run_loop
+from .status_line import StatusLine
 
 UNET = UNetConfig(
     model_channels=32,
@@ -61,10 +64,10 @@ def cached_latents(
     """
 
     def encode() -> Tensor:
-        progress, parts = Progress(f"{name} latents", count), []
+        status, parts = StatusLine(f"{name} latents"), []
         for block in range(count):
             parts.append(encode_latents(autoencoder, draw(block)))
-            progress.update(block + 1, "")
+            status.update(block + 1, count)
         return torch.stack(parts)
 
     source = f"autoencoder {weights_hash(autoencoder)}, {count} blocks, {drawn}"
@@ -77,7 +80,7 @@ def rendered_latents(work: Path, autoencoder: Autoencoder, seed: int) -> Tensor:
 
     def draw(kind: int) -> Tensor:
         digit, pair = every[kind, 0].expand(PER_KIND), every[kind, 1:].expand(PER_KIND, 2)
-        return render.rendered(PER_KIND, step_generator(seed + 1, kind), digits=digit, pairs=pair).images
+        return render.rendered(PER_KIND, render.step_generator(seed + 1, kind), digits=digit, pairs=pair).images
 
     return cached_latents(work, "rendered", autoencoder, len(every), draw, f"{PER_KIND} a kind, seed {seed}")
 
@@ -118,10 +121,10 @@ def word_probe_loss(hidden: Tensor, said: Tensor, generator: Generator) -> Tenso
     for part, wanted in zip(logits, said.unbind(1)):
         wanted = torch.where(wanted < 0, part.shape[2] - 1, wanted).repeat_interleave(PROBE_TOKENS)
         losses.append(F.cross_entropy(part.flatten(0, 1), wanted))
-    return sum(losses) / len(losses)
+    return sum(losses[1:], losses[0]) / len(losses)
 
 
-class Prior(nn.Module):
+class PriorNetworks(nn.Module):
     """UNet and text encoder as one module, so that one loop trains, averages and saves both."""
 
     def __init__(self) -> None:
@@ -154,12 +157,12 @@ def noised(
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, noise
 
 
-def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0, steps: int | None = None) -> Prior:
+def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0, steps: int | None = None) -> PriorNetworks:
     """Train (or finish) the prior in folder ``work``; ``scale`` makes the latents unit variance."""
     latents = rendered_latents(work, autoencoder, seed) * scale
     every, schedule = kinds(), NoiseSchedule.scaled_linear()
 
-    def loss_of(model: nn.Module, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss_of(model: PriorNetworks, generator: Generator, step: int) -> tuple[Tensor, dict[str, float]]:
         chosen = torch.randint(len(every), (CAPTIONS_A_BATCH,), generator=generator)
         said = [draw_said(every[kind], generator) for kind in chosen]
         texts = torch.stack([tokens.tokenize(caption_of(parts)) for parts in said])
@@ -173,5 +176,4 @@ def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0, ste
         return loss + PROBE_WEIGHT * probe, {"denoising": loss.item(), "probe": probe.item()}
 
     torch.manual_seed(seed + 2)
-    loop = LoopConfig(**{**LOOP.__dict__, "seed": seed + 2, "steps": steps or LOOP.steps})
-    return run_loop(loop, Prior(), loss_of, work)
+    return run_loop(replace(LOOP, seed=seed + 2, steps=steps or LOOP.steps), PriorNetworks(), loss_of, work)

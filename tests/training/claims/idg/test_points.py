@@ -21,8 +21,10 @@ from indomain_guidance.training.claims.idg.questions import QUESTIONS, Examiner
 from indomain_guidance.training.claims.keeping import Row
 from indomain_guidance.training.claims.statistics import TargetSet
 from indomain_guidance.training.engine.lock import Busy
-from indomain_guidance.training.mini_world import assets, measure, render
+from indomain_guidance.training.mini_world import assets, render
 from indomain_guidance.training.mini_world.distances import frechet_distance
+from indomain_guidance.training.mini_world.prompts import target_pictures
+from indomain_guidance.training.mini_world.recipe.quality import score
 
 TINY = Sampling(20, steps=2, replicates=20, targets=40)
 PRIOR = Point.of("handwriting", "prior", scale=2.0)
@@ -170,9 +172,9 @@ def test_a_point_of_a_model_that_does_not_exist_is_not_found_and_trains_nothing(
 def test_the_measures_are_those_of_the_mini_world(world, judge_model):
     question = QUESTIONS["handwriting_foreign"]
     examiner, prompts = Examiner(question, judge_model, target_size=200), question.prompts(60, 0)
-    pictures = measure.target_pictures(prompts.digits, prompts.pairs, render.TRAIN_ROWS).images
+    pictures = target_pictures(prompts.digits, prompts.pairs, render.TRAIN_ROWS).images
     measured, numbers = points.examine(examiner, pictures, prompts, Sampling(60, replicates=50))
-    expected = measure.score(judge_model, pictures, prompts, examiner.features)
+    expected = score(judge_model, pictures, prompts, examiner.features)
     assert numbers["distance_uncorrected"] == pytest.approx(expected.distance, rel=1e-6)
     for ours, theirs in (
         ("kernel", "kernel"),

@@ -10,7 +10,7 @@ from indomain_guidance.guidance.distillation.objective import WAY_BACK
 from indomain_guidance.training.adaptation.config import AdaptConfig
 from indomain_guidance.training.claims.sgf import recipes, sweep, tasks
 from indomain_guidance.training.claims.sgf.points import FIXED, Point
-from indomain_guidance.training.mini_world.pictures import FIRST_ADAPTATION
+from indomain_guidance.training.mini_world.first_runs import FIRST_ADAPTATION
 
 ROOT = Path(__file__).resolve().parents[4]
 

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from indomain_guidance.guidance.errors import Problem
-from indomain_guidance.training.mini_world.recipe.loop import LoopConfig, one_cycle, run_loop, step_generator
+from indomain_guidance.training.mini_world.recipe.loop import LoopConfig, one_cycle, run_loop
+from indomain_guidance.training.mini_world.render import step_generator
 from torch import nn
 
 

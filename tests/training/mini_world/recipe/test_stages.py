@@ -13,26 +13,28 @@ from indomain_guidance.guidance.files import (
     read_metadata,
     read_state_dict,
 )
-from indomain_guidance.training.mini_world import assets, classifier, measure, render
+from indomain_guidance.training.mini_world import assets, render
+from indomain_guidance.training.mini_world.prompts import cfg_of, draw_prompts, sample_prompts
 from indomain_guidance.training.mini_world.recipe import __main__ as command
+from indomain_guidance.training.mini_world.recipe import stages as recipe
 from indomain_guidance.training.mini_world.recipe import (
-    loop,
+    status_line,
     train_autoencoder,
+    train_classifier,
     train_domain,
     train_generator,
     train_prior,
 )
-from indomain_guidance.training.mini_world.recipe import stages as recipe
 
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
     """The recipe with two steps a stage and little data, and an empty folder in the place of the shipped weights."""
-    for module in (train_autoencoder, classifier, train_prior, train_domain):
+    for module in (train_autoencoder, train_classifier, train_prior, train_domain):
         monkeypatch.setattr(module, "LOOP", replace(module.LOOP, steps=2))
         if hasattr(module, "BATCH"):
             monkeypatch.setattr(module, "BATCH", 4)
-    monkeypatch.setattr(classifier, "HELD_OUT_LOOP", replace(classifier.HELD_OUT_LOOP, steps=2))
+    monkeypatch.setattr(train_classifier, "HELD_OUT_LOOP", replace(train_classifier.HELD_OUT_LOOP, steps=2))
     for name, value in (("PER_KIND", 1), ("CAPTIONS_A_BATCH", 2)):
         monkeypatch.setattr(train_prior, name, value)
     for name in ("SMALL_LOOP", "LOOP"):
@@ -71,8 +73,8 @@ def test_one_command_makes_the_world_from_nothing_and_again_without_training(tin
     assert all(metadata.get("steps", "2") == "2" for metadata, _ in first.values())
 
     # What was made fits together and runs.
-    world, prompts = assets.load_mini_world(), measure.draw_prompts(4, render.colour_pairs())
-    pictures, _ = measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, steps=2)
+    world, prompts = assets.load_mini_world(), draw_prompts(4, render.colour_pairs())
+    pictures, _ = sample_prompts(world, cfg_of(world, 2.0), prompts, steps=2)
     assert pictures.shape == (4, 3, 64, 64) and bool(pictures.isfinite().all())
     judges = [assets.load_classifier(held_out) for held_out in (False, True)]
     assert not torch.equal(judges[0].feature.weight, judges[1].feature.weight)
@@ -110,9 +112,9 @@ def test_a_stopped_run_leaves_the_shipped_world_alone(tiny, monkeypatch, capsys)
 
 
 def test_another_seed_in_the_same_folder_is_refused_in_one_sentence(tiny, capsys):
-    classifier.train(tiny / "work")
+    train_classifier.train(tiny / "work")
     with pytest.raises(FileProblem, match="seed 5, found 4; use another working folder"):
-        classifier.train(tiny / "work", seed=1)
+        train_classifier.train(tiny / "work", seed=1)
     (tiny / "work" / "autoencoder.ckpt").write_bytes(b"torn")
     assert command.main(["make", "--work", str(tiny / "work")]) == 1
     assert "autoencoder.ckpt: expected a file of this recipe" in capsys.readouterr().err
@@ -136,17 +138,17 @@ def test_the_two_judges_never_see_each_others_pictures(monkeypatch):
     monkeypatch.setattr(render, "rendered", lambda *a, **k: seen.append(k["held_out"]) or rendered(*a, **k))
     monkeypatch.setattr(render, "handwritten", lambda rows, *a, **k: seen.append(rows) or handwritten(rows, *a, **k))
     for held_out in (False, True):
-        assert len(classifier.draw_batch(4, torch.Generator().manual_seed(0), held_out)) == 4
+        assert len(train_classifier.draw_batch(4, torch.Generator().manual_seed(0), held_out)) == 4
     assert seen == [False, render.TRAIN_ROWS, True, render.HELD_OUT_ROWS]
 
 
 def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch):
     clock = iter(range(0, 1000, 5))
-    monkeypatch.setattr(loop, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
+    monkeypatch.setattr(status_line, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     stream = io.StringIO()
-    progress = loop.Progress("stage", 1000, stream, first=100)
+    progress = status_line.StatusLine("stage", stream, first=100)
     for done in range(200, 1001, 100):
-        progress.update(done, "")
+        progress.update(done, 1000)
     said = [line.split("] ")[1].split() for line in stream.getvalue().splitlines()]
     # Every 20 s at 5 s for a hundred, and the end.
     assert [(done, left) for done, left, *_ in said] == [("500/1000", "0.4"), ("900/1000", "0.1"), ("1000/1000", "0.0")]

@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from indomain_guidance.training.mini_world import measure, render
-from indomain_guidance.training.mini_world.recipe import train_generator
+from indomain_guidance.training.mini_world import render
+from indomain_guidance.training.mini_world.recipe import quality, train_generator
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_a_grown_generator_draws_the_small_ones_pictures_at_first(tiny):
 def test_both_sizes_are_trained_and_what_ships_is_grey_and_continues_without_training(tiny, tmp_path, monkeypatch):
     model = train_generator.train(tmp_path, seed=0)
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"generator-32.ckpt", "generator-64.ckpt"}
-    pictures = measure.generated(model, 5)
+    pictures = quality.generated(model, 5)
     assert pictures.shape == (5, 3, 64, 64) and torch.equal(pictures[:, :1].expand(-1, 3, -1, -1), pictures)
     latents = torch.randn(4000, 8, generator=torch.Generator().manual_seed(1))
     mean = model.map(latents)[:, 0].mean(0)
@@ -60,4 +60,4 @@ def test_both_sizes_are_trained_and_what_ships_is_grey_and_continues_without_tra
 def test_masks_of_white_on_black_pictures_repaint_them_exactly():
     masks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     pictures = render.paint(masks, render.domain_pairs("narrow").expand(3, 2))
-    assert torch.allclose(measure.masks_of(pictures), masks, atol=1e-6)
+    assert torch.allclose(render.ink_of(pictures), masks, atol=1e-6)

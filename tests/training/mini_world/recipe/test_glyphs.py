@@ -6,7 +6,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from indomain_guidance.training.mini_world import glyphs, render
+from indomain_guidance.training.mini_world import render
+from indomain_guidance.training.mini_world.recipe import glyphs
 
 
 def test_the_recipe_fetches_the_versions_that_the_shipped_raster_was_made_of():

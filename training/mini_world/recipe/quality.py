@@ -1,27 +1,20 @@
-"""What the mini world measures: its own parts, the validity of the set-up, and any sampler against exact targets."""
+"""How good the mini world's parts are: numbers of autoencoder, judges, prior, domains and generator."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Generator, Tensor
 
-from ...guidance import presets
-from ...guidance.combination import Guidance, MultiGuidance
-from ...guidance.diffusion import Denoiser
-from ...guidance.networks.autoencoder import Autoencoder
-from ...guidance.networks.stylegan2 import StyleGAN2
-from ...guidance.sampling import sample, sigmas_uniform
-from . import render
-from .assets import MiniWorld
-from .classifier import Classifier, judge
-from .distances import frechet_distance, kernel_distance, share_inside, within_class_diversity
-from .recipe.loop import Progress, load_saved, save_atomically, weights_hash
+from ....guidance.networks.autoencoder import Autoencoder
+from ....guidance.networks.stylegan2 import StyleGAN2
+from .. import render
+from ..assets import reconstruct
+from ..classifier import Classifier, judge
+from ..distances import frechet_distance, kernel_distance, share_inside, within_class_diversity
+from ..prompts import Prompts, target_pictures
 
 VALIDITY_PICTURES = 2000  # of each set that floors and ceilings compare
 
@@ -32,127 +25,24 @@ def psnr(images: Tensor, reference: Tensor) -> float:
     return float((10 * torch.log10(4 / error)).mean())
 
 
-@torch.no_grad()
-def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 100) -> Tensor:
-    """Decode the posterior mean: pictures [N, 3, 64, 64] in and out, clamped to -1..1."""
-    progress, parts = Progress("reconstructions", len(images)), []
-    for part in images.split(batch):
-        parts.append(autoencoder.decode(autoencoder.encode(part)[0]).clamp(-1, 1))
-        progress.update(sum(map(len, parts)), "")
-    return torch.cat(parts)
-
-
 def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]:
     """Share of pictures whose digit, ink, ground and world the classifier names rightly."""
     named = judge(model, pictures.images)[1]
-    return {name: float((named[name] == wanted).float().mean()) for name, wanted in pictures.labels().items()}
-
-
-def target_pictures(
-    digits: Tensor, pairs: Tensor, rows: slice = render.HELD_OUT_ROWS, seed: int = 0
-) -> render.Pictures:
-    """The exact targets of a set of prompts: handwriting of the same digits, digit by digit, in the prompted colours.
-
-    digits [N] and pairs [N, 2]; every handwritten image of a digit is used before one is used twice.
-    """
-    images, labels = render.load_handwriting(rows)
-    generator, chosen = Generator().manual_seed(seed), torch.empty(len(digits), dtype=torch.long)
-    for digit in digits.unique():
-        wanted = (digits == digit).nonzero()[:, 0]
-        have = (labels == digit).nonzero()[:, 0]
-        rounds = -(-len(wanted) // len(have))
-        order = torch.cat([have[torch.randperm(len(have), generator=generator)] for _ in range(rounds)])
-        chosen[wanted] = order[: len(wanted)]
-    painted = render.paint(render.handwriting_masks(images[chosen]), pairs)
-    return render.Pictures(painted, digits, pairs[:, 0], pairs[:, 1], torch.ones(len(digits), dtype=torch.long))
-
-
-@dataclass(frozen=True)
-class Prompts:
-    """What is asked for: digits [N], colour pairs [N, 2] and the captions that say so."""
-
-    digits: Tensor
-    pairs: Tensor
-    captions: tuple[str, ...]
+    return {name: _mean(named[name] == wanted) for name, wanted in pictures.labels().items()}
 
 
 def accuracies_by_colour(named: dict[str, Tensor], prompts: Prompts) -> dict[str, dict[str, tuple[float, int]]]:
     """Ink and ground accuracy of each colour by itself: {"ink": {"red": (share, pictures)}, "ground": ...}.
 
-    named: what :func:`classifier.judge` named. Colours that no prompt asks for are left out.
+    named: what `classifier.judge` named. Colours that no prompt asks for are left out.
     """
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for head, column in (("ink", 0), ("ground", 1)):
         asked, found[head] = prompts.pairs[:, column], {}
         for index in asked.unique().tolist():
             right = named[head][asked == index] == index
-            found[head][render.COLOUR_NAMES[index]] = float(right.float().mean()), len(right)
+            found[head][render.COLOUR_NAMES[index]] = _mean(right), len(right)
     return found
-
-
-def draw_prompts(count: int, pairs: Tensor, seed: int = 0) -> Prompts:
-    """``count`` prompts, digits in equal shares, colour pairs drawn from ``pairs`` [options, 2]."""
-    generator = Generator().manual_seed(seed)
-    digits = torch.arange(count) % 10
-    chosen = pairs[torch.randint(len(pairs), (count,), generator=generator)]
-    texts = tuple(render.caption(int(d), int(i), int(g)) for d, (i, g) in zip(digits, chosen.tolist()))
-    return Prompts(digits, chosen, texts)
-
-
-@torch.no_grad()
-def sample_prompts(
-    world: MiniWorld,
-    guidance_of: Callable[[dict, dict], Guidance],
-    prompts: Prompts,
-    *,
-    steps: int = 25,
-    seed: int = 0,
-    batch: int = 250,
-    name: str = "samples",
-    method: str = "dpmpp_2m",
-    keep: Path | None = None,
-) -> tuple[Tensor, float]:
-    """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
-
-    guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
-    Noise depends on the seed alone, so that methods are compared on the same noise. keep: a folder for finished blocks
-    of latents, so that an interrupted run goes on where it was; ``name`` must then say all about the guidance, and only
-    the prior may be in it: blocks are told apart by name, prompts, settings and the prior's weights.
-    """
-    noise = torch.randn(len(prompts.captions), 4, 8, 8, generator=Generator().manual_seed(seed))
-    empty, sigmas, pictures, counts = world.encode_text([""]), sigmas_uniform(world.schedule, steps), [], []
-    key = ""
-    if keep is not None:
-        keep.mkdir(parents=True, exist_ok=True)
-        weights = weights_hash(world.prior.unet, world.text_encoder)
-        what = [name, prompts.captions, steps, seed, batch, method, weights]
-        key = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
-    progress = Progress(name, len(noise))
-    for start in range(0, len(noise), batch):
-        part = slice(start, start + batch)
-        path = None if keep is None else keep / f"{key}-{start}.latents"
-        if path is not None and path.exists():
-            block = load_saved(path)
-        else:
-            guidance = guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])})
-            guided = MultiGuidance(guidance, percent_to_sigma=world.schedule.percent_to_sigma)
-            block = {"latents": sample(guided, noise[part], sigmas, method), "counts": list(guided.samples_per_step)}
-            if path is not None:
-                save_atomically(block, path)
-        pictures.append(world.decode(block["latents"]))
-        counts += block["counts"]
-        progress.update(min(start + batch, len(noise)), "")
-    return torch.cat(pictures), sum(counts) / len(counts)
-
-
-def cfg_of(world: MiniWorld, scale: float) -> Callable[[dict, dict], Guidance]:
-    """The prior alone with classifier-free guidance."""
-    return lambda uncond, cond: presets.cfg(world.prior, uncond, cond, scale)
-
-
-def in_domain_of(world: MiniWorld, domain: Denoiser, domain_weight, control_weight) -> Callable[[dict, dict], Guidance]:
-    """Multi-guidance of the prior and a domain model."""
-    return lambda uncond, cond: presets.in_domain(world.prior, domain, uncond, cond, domain_weight, control_weight)
 
 
 @dataclass(frozen=True)
@@ -174,18 +64,15 @@ def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor 
     if target is None:
         target = judge(model, target_pictures(prompts.digits, prompts.pairs).images)[0]
     features, named = judge(model, pictures)
-    right = {
-        "digit": named["digit"] == prompts.digits,
-        "ink": named["ink"] == prompts.pairs[:, 0],
-        "ground": named["ground"] == prompts.pairs[:, 1],
-    }
-    share = {key: float(value.float().mean()) for key, value in right.items()}
+    ink, ground = named["ink"] == prompts.pairs[:, 0], named["ground"] == prompts.pairs[:, 1]
     return Score(
-        frechet_distance(features, target),
-        kernel_distance(features, target),
-        **share,
-        both_colours=float((right["ink"] & right["ground"]).float().mean()),
-        in_domain=float((named["world"] == 1).float().mean()),
+        distance=frechet_distance(features, target),
+        kernel=kernel_distance(features, target),
+        digit=_mean(named["digit"] == prompts.digits),
+        ink=_mean(ink),
+        ground=_mean(ground),
+        both_colours=_mean(ink & ground),
+        in_domain=_mean(named["world"] == 1),
         diversity=within_class_diversity(features, named["digit"]),
     )
 
@@ -243,11 +130,6 @@ def validity(
     }
 
 
-def masks_of(pictures: Tensor) -> Tensor:
-    """How much ink is where in white-on-black pictures [N, 3, H, W]: [N, H, W] in 0..1, what `render.paint` takes."""
-    return (pictures.clamp(-1, 1).mean(1) + 1) / 2
-
-
 @torch.no_grad()
 def generated(generator: StyleGAN2, count: int, seed: int = 0, batch: int = 100) -> Tensor:
     """Pictures [count, 3, 64, 64] in -1..1 of random latents, the same for the same seed."""
@@ -291,8 +173,7 @@ def generator_quality(
     digits = named["digit"]
 
     def by_digit(number: Callable[[Tensor, Tensor], float], features: Tensor, labels: Tensor) -> tuple[float, ...]:
-        parts = [(features[labels == digit], target[real.digit == digit]) for digit in range(10)]
-        return tuple(number(part, reference) for part, reference in parts)
+        return tuple(number(features[labels == digit], target[real.digit == digit]) for digit in range(10))
 
     def recall(part: Tensor, reference: Tensor) -> float:
         return share_inside(reference, part) if len(part) > 3 else 0.0
@@ -309,9 +190,13 @@ def generator_quality(
         precision_floor=share_inside(own, target),
         recall=share_inside(target, made),
         recall_floor=share_inside(target, own),
-        in_domain=float((named["world"] == 1).float().mean()),
-        digits=tuple(float((digits == digit).float().mean()) for digit in range(10)),
+        in_domain=_mean(named["world"] == 1),
+        digits=tuple(_mean(digits == digit) for digit in range(10)),
         digit_recall=by_digit(recall, made, digits),
         digit_recall_floor=by_digit(recall, own, trained.digit),
         digit_diversity=by_digit(diversity, made, digits),
     )
+
+
+def _mean(right: Tensor) -> float:
+    return float(right.float().mean())

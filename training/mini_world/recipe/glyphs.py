@@ -18,11 +18,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ...guidance.errors import Problem
-from ...guidance.files.atomic import replacing
+from ....guidance.errors import Problem
+from ....guidance.files.atomic import replacing
+from ..render import GLYPH_PX, SIDE_PX
 
-CELL_PX = 64  # raster of one glyph
-GLYPH_PX = 60  # its longer side, so that every glyph fills its cell alike
 ALLOWED_LICENCES = {"OFL-1.1": "SIL Open Font License 1.1", "Apache-2.0": "Apache License 2.0"}
 
 FAMILIES = """
@@ -57,20 +56,28 @@ def rasterise_digit(font_bytes: bytes, digit: int) -> np.ndarray:
         raise Problem(f"expected a drawn glyph for digit {digit}, found an empty one")
     glyph = canvas.crop(box)
     scale = GLYPH_PX / max(glyph.size)
-    glyph = glyph.resize((max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))), Image.LANCZOS)
-    cell = Image.new("L", (CELL_PX, CELL_PX), 0)
-    cell.paste(glyph, ((CELL_PX - glyph.width) // 2, (CELL_PX - glyph.height) // 2))
+    size = max(1, round(glyph.width * scale)), max(1, round(glyph.height * scale))
+    glyph = glyph.resize(size, Image.Resampling.LANCZOS)
+    cell = Image.new("L", (SIDE_PX, SIDE_PX), 0)
+    cell.paste(glyph, ((SIDE_PX - glyph.width) // 2, (SIDE_PX - glyph.height) // 2))
     return np.asarray(cell, dtype=np.uint8)
 
 
 def read_package(path: Path) -> tuple[dict, bytes]:
     """package.json and the upright Latin regular font of one fontsource archive."""
     with tarfile.open(path) as archive:
-        about = json.load(archive.extractfile("package/package.json"))
+        about = json.loads(_content(archive, "package/package.json"))
         names = [n for n in archive.getnames() if n.endswith("-latin-400-normal.woff")]
         if not names:
             raise Problem(f"expected a file *-latin-400-normal.woff in {path.name}, found none; leave it out")
-        return about, archive.extractfile(names[0]).read()
+        return about, _content(archive, names[0])
+
+
+def _content(archive: tarfile.TarFile, name: str) -> bytes:
+    file = archive.extractfile(name)
+    if file is None:
+        raise Problem(f"expected the file {name} in {archive.name}, found none; leave it out")
+    return file.read()
 
 
 def fetch(family: str, folder: Path) -> Path:

@@ -4,8 +4,9 @@ import json
 
 import pytest
 import torch
-from indomain_guidance.training.mini_world import measure, render
+from indomain_guidance.training.mini_world import prompts, render
 from indomain_guidance.training.mini_world.recipe import __main__ as command
+from indomain_guidance.training.mini_world.recipe import quality, report
 
 FIELDS = {"name", "value", "unit", "target", "better", "samples", "seed"}
 
@@ -13,8 +14,8 @@ FIELDS = {"name", "value", "unit", "target", "better", "samples", "seed"}
 @pytest.fixture
 def check(monkeypatch, capsys):
     """Runs the command at one scale on 20 prompts and returns its lines by name."""
-    monkeypatch.setattr(command, "SCALES", (2.0,))
-    monkeypatch.setattr(measure, "VALIDITY_PICTURES", 70)
+    monkeypatch.setattr(report, "SCALES", (2.0,))
+    monkeypatch.setattr(quality, "VALIDITY_PICTURES", 70)
     monkeypatch.setattr(render, "HELD_OUT_ROWS", slice(8000, 8070))
 
     def run(*arguments: str) -> dict[str, dict]:
@@ -44,25 +45,23 @@ def test_every_colour_is_reported_by_itself_by_both_judges_and_sampling_is_not_r
             assert worst["value"] == min(line["value"] for line in colours.values())
             assert worst["samples"] == colours[worst["colour"]]["samples"]
 
-    monkeypatch.setattr(measure, "sample", None)  # nothing is left to sample
+    monkeypatch.setattr(prompts, "sample", None)  # nothing is left to sample
     assert check("--part", "prior", "--keep", str(tmp_path)) == found
 
 
-def test_kept_samples_are_those_of_the_same_guidance_and_prompts(tmp_path):
-    world = command.Check(10, 0).world
-    prompts = measure.draw_prompts(10, render.colour_pairs())
-    draw = lambda scale, **more: measure.sample_prompts(  # noqa: E731
-        world, measure.cfg_of(world, scale), prompts, steps=2, name=f"cfg {scale}", batch=4, keep=tmp_path, **more
-    )
-    first, count = draw(2.0)
-    assert len(list(tmp_path.iterdir())) == 3 and count == 2.0
-    again, count = draw(2.0)
-    assert torch.equal(first, again) and count == 2.0
-    assert not torch.equal(first, draw(3.0)[0]) and not torch.equal(first, draw(2.0, seed=1)[0])
-    assert len(list(tmp_path.iterdir())) == 9
-    assert torch.allclose(
-        first, measure.sample_prompts(world, measure.cfg_of(world, 2.0), prompts, steps=2, batch=4)[0]
-    )
+def test_kept_pictures_are_those_of_the_same_scale_prompts_and_seed(tmp_path, monkeypatch):
+    drawn = []
+
+    def sample_prompts(world, guidance, prompts, *, seed, progress):
+        drawn.append(seed)
+        return torch.full((1,), float(len(drawn))), 2.0
+
+    monkeypatch.setattr(report, "sample_prompts", sample_prompts)
+    first = report.Report(10, 0, tmp_path)
+    asked = [first.sample(first.prompts, scale, "prior") for scale in (2.0, 2.0, 3.0)]
+    other = report.Report(10, 1, tmp_path)
+    asked.append(other.sample(other.prompts, 3.0, "prior"))
+    assert [int(pictures) for pictures in asked] == [1, 1, 2, 3] and drawn == [0, 0, 1]
 
 
 def test_parts_say_how_many_pictures_they_measured(check):
@@ -75,7 +74,7 @@ def test_parts_say_how_many_pictures_they_measured(check):
         for kind in ("rendered", "handwritten")
         for head in ("digit", "ink", "ground", "world")
     )
-    pictures = measure.unseen_pictures(100, trained=False)
+    pictures = quality.unseen_pictures(100, trained=False)
     assert (len(pictures["rendered"]), len(pictures["handwritten"])) == (100, 70)  # there are no more rows
 
 
@@ -98,10 +97,10 @@ def test_the_generator_is_measured_digit_by_digit(check):
 
 def test_colours_are_counted_by_what_was_asked_for():
     pairs = torch.tensor([[0, 1], [0, 2], [3, 1], [3, 1]])
-    prompts = measure.Prompts(torch.zeros(4, dtype=torch.long), pairs, ("",) * 4)
+    asked = prompts.Prompts(torch.zeros(4, dtype=torch.long), pairs, ("",) * 4)
     named = {"ink": torch.tensor([0, 3, 3, 3]), "ground": torch.tensor([1, 2, 0, 0])}
     names = render.COLOUR_NAMES
-    assert measure.accuracies_by_colour(named, prompts) == {
+    assert quality.accuracies_by_colour(named, asked) == {
         "ink": {names[0]: (0.5, 2), names[3]: (1.0, 2)},
         "ground": {names[1]: (pytest.approx(1 / 3), 3), names[2]: (1.0, 1)},
     }
@@ -125,8 +124,8 @@ def test_the_best_scale_is_the_one_whose_worst_reading_is_best_and_the_others_ar
         colours = {"ink": {"red": (red, 5), "blue": (1.0, 15)}, "ground": {"white": (1.0, 20)}}
         return {"digit": digit, "ink": (red * 5 + 15) / 20, "ground": 1.0, "by_colour": colours}
 
-    monkeypatch.setattr(command, "SCALES", tuple(readings))
-    monkeypatch.setattr(command.Check, "obedience", obedience)
+    monkeypatch.setattr(report, "SCALES", tuple(readings))
+    monkeypatch.setattr(report.Report, "obedience", obedience)
     found = check("--part", "prior")
     assert found["prior_best_scale"]["value"] == 2.0 and found["prior_digit_accuracy"]["value"] == 0.98
     assert found["prior_ink_accuracy/worst"]["value"] == 0.96 and found["prior_ink_accuracy/worst"]["colour"] == "red"
