@@ -43,8 +43,8 @@ def create_extension():
     """The `ComfyExtension` that ComfyUI's entry point hands over. Needs ComfyUI."""
     from comfy_api.latest import ComfyExtension
 
-    from .comfy_internals.generators import register_generator_folder
-    from .comfy_internals.loading import register_domain_unet_folder
+    from .comfy_internals.models.generators import register_generator_folder
+    from .comfy_internals.models.loading import register_domain_unet_folder
 
     class InDomainGuidanceExtension(ComfyExtension):
         async def get_node_list(self) -> list[type]:

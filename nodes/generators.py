@@ -8,7 +8,8 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..guidance.errors import printable
-from .comfy_internals import adapting, generators, training
+from .comfy_internals.models import generators
+from .comfy_internals.runs import adapting, training
 from .guiders import GuidanceTerms
 from .inputs import checked, found
 from .schema import GENERATORS, schema
@@ -306,7 +307,7 @@ class AdaptGenerator(io.ComfyNode):
         **values: Any,
     ) -> io.NodeOutput:
         from ..training.adaptation.config import NEEDS_SOURCE, AdaptConfig
-        from .comfy_internals.critic import CriticInputs
+        from .comfy_internals.runs.critic import CriticInputs
 
         names = {field.name for field in option_fields()}
         options = training.given_options(options, names, "In-Domain Adapt Options")

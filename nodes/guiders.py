@@ -14,8 +14,8 @@ from ..guidance.frequency import Bands
 from ..guidance.orthogonal import PER, Orthogonal
 from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
 from ..guidance.shaping import InOrder, Shaping
-from .comfy_internals.guider import MultiGuidanceGuider as Guider
-from .comfy_internals.guider import TermInput, in_domain_guider, sample_latent
+from .comfy_internals.guiding.guider import MultiGuidanceGuider as Guider
+from .comfy_internals.guiding.guider import TermInput, in_domain_guider, sample_latent
 from .inputs import checked
 from .schema import GUIDANCE, schema
 

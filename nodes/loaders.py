@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .comfy_internals import loading
+from .comfy_internals.models import loading
 from .inputs import checked, found
 from .schema import GUIDANCE, schema
 

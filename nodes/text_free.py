@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io, ui
 
 from ..guidance.errors import printable
-from .comfy_internals import export
+from .comfy_internals.models import export
 from .inputs import checked
 from .schema import TRAINING, schema
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from comfy_api.latest import io, ui
 
 from ..guidance.errors import printable
-from .comfy_internals import training
-from .comfy_internals.loading import ordinary_tensors
+from .comfy_internals.models.loading import ordinary_tensors
+from .comfy_internals.runs import training
 from .inputs import checked, found
 from .schema import TRAINING, schema
 

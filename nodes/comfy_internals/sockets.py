@@ -25,13 +25,13 @@ def _is_conditioning(value: Any) -> bool:
 
 
 def _are_terms(value: Any) -> bool:
-    from .guider import TermInput
+    from .guiding.guider import TermInput
 
     return isinstance(value, (list, tuple)) and all(isinstance(term, TermInput) for term in value)
 
 
 def _is_generator(value: Any) -> bool:
-    from .generators import GraphGenerator
+    from .models.generators import GraphGenerator
 
     return isinstance(value, GraphGenerator)
 

@@ -145,7 +145,7 @@ def in_domain_models(config: Any, seed: int, weight_dtype: str = "default") -> t
     prior = comfy_models.prior_model(config, seed, weight_dtype)
     domain = comfy_models.domain_model(prior, config, seed, weight_dtype)
     negative, positive = ([[context, {}]] for context in contexts)
-    guider = comfy_models.internals("guider").in_domain_guider(
+    guider = comfy_models.internals("guiding.guider").in_domain_guider(
         prior, domain, positive, negative, DOMAIN_WEIGHT, CONTROL_WEIGHT
     )
     return guider, prior, domain, contexts
@@ -319,13 +319,13 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
 
     from . import comfy_models
 
-    guiders = comfy_models.internals("guider")
+    guiders = comfy_models.internals("guiding.guider")
     if plan.tiny:
         _, prior, domain, _ = in_domain_models(comfy_models.TINY, report.seed)
         texts = [comfy_models.random_context(comfy_models.TINY, report.seed + i) for i in range(3)]
         positive, middle, negative = ([[text, {}]] for text in texts)
     else:
-        loading = comfy_models.internals("loading")
+        loading = comfy_models.internals("models.loading")
         prior, clip, _ = loading.load_mini_world()
         domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
         prompts = ("a red seven on a yellow background", "a seven", "")

@@ -124,7 +124,7 @@ def _null_context(config: UNetConfig, seed: int) -> NullContext:
 def prior_model(config: UNetConfig, seed: int, weight_dtype: str = "default") -> Any:
     """A MODEL with random weights in the latent space of SD 1.5, as a loader would make it."""
     weights = random_weights(config, seed)
-    return internals("loading").build_unet_model(
+    return internals("models.loading").build_unet_model(
         weights,
         config,
         info=None,
@@ -137,7 +137,7 @@ def prior_model(config: UNetConfig, seed: int, weight_dtype: str = "default") ->
 
 def domain_model(prior: Any, config: UNetConfig, seed: int, weight_dtype: str = "default") -> Any:
     """The `constant` domain model of `prior`, on weights of its own, as Load Domain UNet would make it."""
-    loading = internals("loading")
+    loading = internals("models.loading")
     weights, text_free = constant_form(dict(prior.model.diffusion_model.state_dict()), config, seed)
     return loading.build_unet_model(
         weights,
@@ -154,7 +154,7 @@ def bare_unet(weights: dict[str, Tensor], config: UNetConfig) -> torch.nn.Module
     """Core's UNet in the text-free form of `config`, on exactly these tensors: forms of one prior share its memory."""
     openaimodel = importlib.import_module("comfy.ldm.modules.diffusionmodules.openaimodel")
     operations = importlib.import_module("comfy.ops").disable_weight_init
-    loading, text_free = internals("loading"), internals("text_free")
+    loading, text_free = internals("models.loading"), internals("models.text_free")
     full = replace(config, null_text="none")
     heads = {"num_heads": config.num_heads, "num_head_channels": config.num_head_channels}
     unet = openaimodel.UNetModel(

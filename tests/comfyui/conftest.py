@@ -136,7 +136,7 @@ class Tiny:
         """The `cached` form of a tiny prior for `context` [1, T, D]; with a seed, trained away from it at random."""
         null_text = importlib.import_module("indomain_guidance.guidance.null_text")
         unet = importlib.import_module("indomain_guidance.guidance.networks.unet")
-        loading = importlib.import_module("indomain_guidance.nodes.comfy_internals.loading")
+        loading = importlib.import_module("indomain_guidance.nodes.comfy_internals.models.loading")
         weights = {key: value.clone() for key, value in prior.model.diffusion_model.state_dict().items()}
         config = unet.unet_config_from_state_dict(weights, num_heads=8)
         weights, config = null_text.build_cached(weights, config, null_text.NullContext(context, {}))
@@ -205,7 +205,7 @@ class Tiny:
         **latent: Any,
     ):
         """Sample an empty tiny latent (or `latent=`) with a guider; the samples."""
-        internals = importlib.import_module("indomain_guidance.nodes.comfy_internals.guider")
+        internals = importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.guider")
         given = latent.pop("latent", None) or self.latent(**latent)
         return internals.sample_latent(guider, given, seed, steps, sampler, scheduler, 1.0)["samples"]
 
@@ -242,7 +242,7 @@ def guiders(comfyui: SimpleNamespace) -> Any:
 @pytest.fixture(scope="session")
 def internals(comfyui: SimpleNamespace) -> Any:
     """The guider behind the nodes."""
-    return importlib.import_module("indomain_guidance.nodes.comfy_internals.guider")
+    return importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.guider")
 
 
 @pytest.fixture

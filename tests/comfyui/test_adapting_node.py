@@ -29,7 +29,7 @@ def tiny_generator(seed: int = 0, resolution: int = 16):
 def world(comfyui, tmp_path, monkeypatch):
     """ComfyUI's folders in a folder of this test's own, and the modules under test."""
     folder_paths = importlib.import_module("folder_paths")
-    generators = module("nodes.comfy_internals.generators")
+    generators = module("nodes.comfy_internals.models.generators")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
@@ -42,7 +42,7 @@ def world(comfyui, tmp_path, monkeypatch):
     return SimpleNamespace(
         tmp=tmp_path,
         nodes=module("nodes.generators"),
-        internals=module("nodes.comfy_internals.adapting"),
+        internals=module("nodes.comfy_internals.runs.adapting"),
         generators=generators,
         files=module("guidance.files"),
     )
@@ -58,7 +58,7 @@ def source(world):
 def mini(comfyui):
     """(MODEL, VAE, positive, negative, encode) of the mini world, made under inference mode."""
     with torch.inference_mode():
-        model, clip, vae = module("nodes.comfy_internals.loading").load_mini_world()
+        model, clip, vae = module("nodes.comfy_internals.models.loading").load_mini_world()
 
         def encode(text):
             return clip.encode_from_tokens_scheduled(clip.tokenize(text))
@@ -252,19 +252,19 @@ def test_models_of_every_family_judge(adapt, tiny, family, prediction, unet):
     ],
 )
 def test_a_family_is_judged_at_the_size_it_was_made_for(tiny, mini, family, prediction, context, side):
-    native_side = module("nodes.comfy_internals.critic").native_side
+    native_side = module("nodes.comfy_internals.runs.critic").native_side
     unet = {"context_dim": context, "model_channels": 64, **(SDXL if family == "SDXL" else {})}
     assert native_side(tiny.prior(family=family, prediction=prediction, **unet)) == side
     assert native_side(mini.model) == 64
 
 
 def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, caplog):
-    domain = module("nodes.comfy_internals.loading").load_domain_unet(
-        str(module("nodes.comfy_internals.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
+    domain = module("nodes.comfy_internals.models.loading").load_domain_unet(
+        str(module("nodes.comfy_internals.models.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
     )
-    term = module("nodes.comfy_internals.guider").TermInput("domain", 1.0, domain)
+    term = module("nodes.comfy_internals.guiding.guider").TermInput("domain", 1.0, domain)
     # A configuration has no word for a shaped one, so it must not name it as if it were plain.
-    named = module("nodes.comfy_internals.adapting").domain_of
+    named = module("nodes.comfy_internals.runs.adapting").domain_of
     shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
     assert named((term,))[1] == 1.0 and named((shaped,)) is None
     hooked = mini.model.clone()
@@ -299,7 +299,8 @@ def test_a_cancel_in_the_last_step_ends_the_prompt_behind_the_finished_run(comfy
 def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, world, monkeypatch, where, at):
     """Core's layers raise a cancel wherever they are; the run goes on from whole steps only."""
     whole = adapt(name="whole", steps=4)
-    critic, interrupt = module("nodes.comfy_internals.critic"), comfyui.model_management.interrupt_current_processing
+    critic = module("nodes.comfy_internals.runs.critic")
+    interrupt = comfyui.model_management.interrupt_current_processing
     calls = []
 
     def interrupted(call):
@@ -331,7 +332,7 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
 
 def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
     """While the step is done once more, the first try's tensors are gone."""
-    progress, kept = module("nodes.comfy_internals.training").Progress(), []
+    progress, kept = module("nodes.comfy_internals.runs.training").Progress(), []
     interruption = comfyui.model_management.InterruptProcessingException
 
     def step():
@@ -341,7 +342,7 @@ def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
             raise interruption
         return kept[0]()
 
-    assert module("nodes.comfy_internals.critic").to_the_end(step, progress.cancel)() is None
+    assert module("nodes.comfy_internals.runs.critic").to_the_end(step, progress.cancel)() is None
     assert progress.should_stop()
     with pytest.raises(interruption):
         progress.raise_if_cancelled()
@@ -383,7 +384,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
         with pytest.raises(ValueError, match=words) as caught:
             adapt(**inputs)
         assert "\n" not in str(caught.value)
-    term = module("nodes.comfy_internals.guider").TermInput("other", 1.0, conditioning=mini.negative)
+    term = module("nodes.comfy_internals.guiding.guider").TermInput("other", 1.0, conditioning=mini.negative)
     shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
     with pytest.raises(ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"):
         adapt(terms=(shaped,))
@@ -416,8 +417,8 @@ def test_a_run_goes_on_wherever_its_texts_stand_and_whoever_encodes_them(adapt, 
 
 
 def test_other_terms_are_another_run_and_stand_in_the_finished_file(adapt, mini, world):
-    loading, schedules = module("nodes.comfy_internals.loading"), module("guidance.schedules")
-    term_input = module("nodes.comfy_internals.guider").TermInput
+    loading, schedules = module("nodes.comfy_internals.models.loading"), module("guidance.schedules")
+    term_input = module("nodes.comfy_internals.guiding.guider").TermInput
     with torch.inference_mode():
         blue = mini.encode("a blue seven")
     domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
@@ -457,7 +458,7 @@ def test_no_file_of_somebody_elses_is_replaced(adapt, world):
 
 
 def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_weights(adapt, world, mini, monkeypatch):
-    critic = module("nodes.comfy_internals.critic")
+    critic = module("nodes.comfy_internals.runs.critic")
     denoise, calls = critic.Predictions.denoise_many, []
 
     def broken(self, jobs):
@@ -473,7 +474,7 @@ def test_numbers_that_are_not_finite_stop_the_run_and_keep_the_last_good_weights
 
 
 def test_memory_that_runs_out_is_one_sentence(comfyui, adapt, monkeypatch):
-    critic = module("nodes.comfy_internals.critic")
+    critic = module("nodes.comfy_internals.runs.critic")
 
     def full(self, jobs):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.")

@@ -61,7 +61,7 @@ def world(comfyui, tmp_path, monkeypatch):
         tmp=tmp_path,
         policy=policy,
         folder_paths=folder_paths,
-        training=importlib.import_module("indomain_guidance.nodes.comfy_internals.training"),
+        training=importlib.import_module("indomain_guidance.nodes.comfy_internals.runs.training"),
         node=importlib.import_module("indomain_guidance.nodes.training").TrainDomainUNet,
     )
 

@@ -22,14 +22,14 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 
 @pytest.fixture
 def internals(comfyui):
-    return module("nodes.comfy_internals.critic")
+    return module("nodes.comfy_internals.runs.critic")
 
 
 @pytest.fixture(scope="module")
 def mini(comfyui):
     """(MODEL, CLIP, VAE) of the mini world, loaded under inference mode as the node does."""
     with torch.inference_mode():
-        return module("nodes.comfy_internals.loading").load_mini_world()
+        return module("nodes.comfy_internals.models.loading").load_mini_world()
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_loras_hooks_and_further_judges_act_as_in_sampling(tiny, ask, core_eps, 
         model = tiny.lora(plain, seed=8)
         positive, negative = tiny.conditioning(1), tiny.conditioning(2)
         domain = tiny.cached_domain(plain, torch.randn(1, 77, 24, generator=torch.Generator().manual_seed(3)), seed=4)
-    term = module("nodes.comfy_internals.guider").TermInput("domain", 1.5, domain)
+    term = module("nodes.comfy_internals.guiding.guider").TermInput("domain", 1.5, domain)
     made, critic = ask(model, positive, negative, x, terms=(term,))
     base, prompt, own = (core_eps(m, c, x) for m, c in ((model, negative), (model, positive), (domain, negative)))
     assert error(base, core_eps(plain, negative, x)) > 0.01
@@ -115,7 +115,7 @@ def test_what_acts_on_some_noise_levels_only_acts_for_each_image(tiny, ask, core
     assert error(made.e_c[:1], core_eps(model, positive, x)[:1]) < 1e-5
     assert error(made.e_c[1:], core_eps(model, late, x)[1:]) < 1e-5
     # And so do the terms' own intervals.
-    schedules, guider = module("guidance.schedules"), module("nodes.comfy_internals.guider")
+    schedules, guider = module("guidance.schedules"), module("nodes.comfy_internals.guiding.guider")
     term = guider.TermInput("late", schedules.Interval(3.0, 0.5, 1.0), conditioning=late)
     made, _ = ask(model, positive, negative, x, ("e",), terms=(term,))
     base, prompt, third = (core_eps(model, cond, x) for cond in (negative, positive, late))
@@ -128,7 +128,7 @@ def test_a_judge_says_nothing_where_its_conditioning_covers_nothing(tiny, ask, c
     mask = torch.zeros(1, 8 * x.shape[-2], 8 * x.shape[-1])
     half = x.shape[-2] // 2
     mask[:, : 8 * half] = 1.0
-    term = module("nodes.comfy_internals.guider").TermInput
+    term = module("nodes.comfy_internals.guiding.guider").TermInput
     limited = tiny.with_options(negative, mask=mask, mask_strength=1.0)
     made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", 1.5, domain, limited),))
     base, prompt, own = (core_eps(m, c, x) for m, c in ((model, negative), (model, positive), (domain, negative)))

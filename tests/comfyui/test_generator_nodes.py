@@ -27,7 +27,7 @@ def tiny_generator(seed: int = 0, resolution: int = 16, **more):
 def world(comfyui, tmp_path, monkeypatch):
     """models/generators in a folder of this test's own, with one generator in it, and the modules under test."""
     folder_paths = importlib.import_module("folder_paths")
-    internals, files = module("nodes.comfy_internals.generators"), module("guidance.files")
+    internals, files = module("nodes.comfy_internals.models.generators"), module("guidance.files")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})

@@ -113,7 +113,7 @@ def test_masks_that_cover_everything_together_leave_no_gap(tiny, internals, part
     )
     u = core(prior, base)
     assert relative(tiny.predict(guider, x, SIGMA), u + 1.5 * (core(domain, both) - u)) < 1e-5
-    coverage = importlib.import_module("indomain_guidance.nodes.comfy_internals.coverage")
+    coverage = importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.gaps")
     assert coverage.covered([{"mask": mask}, {"cross_attn": None}], None, None) is None, "one look at the keys"
 
 

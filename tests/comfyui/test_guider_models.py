@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-LOGGER = "indomain_guidance.nodes.comfy_internals.guider"
+LOGGER = "indomain_guidance.nodes.comfy_internals.guiding.guider"
 
 
 def noisy(seed: int, batch: int = 2) -> torch.Tensor:

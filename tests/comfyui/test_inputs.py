@@ -101,7 +101,7 @@ SOCKETS = {
 def sockets_of_the_pack():
     """(node, input) for every input of the pack that takes a link alone."""
     for module, register in (("loading", "register_domain_unet_folder"), ("generators", "register_generator_folder")):
-        getattr(importlib.import_module(f"indomain_guidance.nodes.comfy_internals.{module}"), register)()
+        getattr(importlib.import_module(f"indomain_guidance.nodes.comfy_internals.models.{module}"), register)()
     nodes = importlib.import_module("indomain_guidance.nodes").node_classes()
     found = [(node, one) for node in nodes for one in node.GET_SCHEMA().inputs if str(one.io_type) in SOCKETS]
     assert {str(one.io_type) for _, one in found} == SOCKETS and len({node for node, _ in found}) >= 10

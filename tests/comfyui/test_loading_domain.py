@@ -83,7 +83,7 @@ def write(library, tmp_path):
 
 @pytest.fixture
 def load(comfyui):
-    return module("nodes.comfy_internals.loading").load_domain_unet
+    return module("nodes.comfy_internals.models.loading").load_domain_unet
 
 
 def noisy(batch: int = 2, seed: int = 3) -> torch.Tensor:
@@ -233,7 +233,7 @@ def test_published_families_shrink_by_what_the_documentation_says(comfyui, famil
         **shapes[family],
     )
     before = sum(p.numel() for p in network.parameters())
-    module("nodes.comfy_internals.text_free").remove_text(network, form, 77)
+    module("nodes.comfy_internals.models.text_free").remove_text(network, form, 77)
     gone = before - sum(p.numel() for p in network.parameters())
     assert gone / 1e6 == pytest.approx(millions, abs=0.1)
     assert 100 * gone / before == pytest.approx(percent, abs=0.06)
@@ -522,7 +522,7 @@ def test_a_text_free_model_stays_one_where_core_makes_a_patcher_of_another_class
         assert all(weights for weights in one.get_key_patches("diffusion_model.").values())
     paged = object.__new__(Paging)
     plain.__init__(paged, model.model, torch.device("meta"), torch.device("cpu"))
-    mixed = module("nodes.comfy_internals.text_free").without_text(paged)
+    mixed = module("nodes.comfy_internals.models.text_free").without_text(paged)
     assert isinstance(mixed, Paging) and absent not in mixed.clone().model_state_dict()
 
 

@@ -17,7 +17,7 @@ def module(name: str):
 @pytest.fixture
 def folders(comfyui, tmp_path, monkeypatch):
     """Empty model folders of this test's own, registered as the pack registers them."""
-    loading = module("nodes.comfy_internals.loading")
+    loading = module("nodes.comfy_internals.models.loading")
     folder_paths = importlib.import_module("folder_paths")
     own = tmp_path / "models" / "domain_unets"
     diffusion = tmp_path / "models" / "diffusion_models"
@@ -190,7 +190,7 @@ def test_weights_missing(folders, node, domain):
 
 
 def test_folder_lists_models_only_and_keeps_a_users_own_paths(comfyui, folders, domain, tmp_path, monkeypatch):
-    loading, folder_paths = module("nodes.comfy_internals.loading"), importlib.import_module("folder_paths")
+    loading, folder_paths = module("nodes.comfy_internals.models.loading"), importlib.import_module("folder_paths")
     elsewhere, shipped = tmp_path / "elsewhere", tmp_path / "shipped"
     for folder, name in ((elsewhere, "mine"), (shipped, "mini"), (folders, "own")):
         write(folder / f"{name}.safetensors", *domain)
@@ -206,7 +206,7 @@ def test_folder_lists_models_only_and_keeps_a_users_own_paths(comfyui, folders, 
 
 
 def test_domain_folder_comes_before_diffusion_models(comfyui, folders, domain):
-    loading = module("nodes.comfy_internals.loading")
+    loading = module("nodes.comfy_internals.models.loading")
     write(folders / "same.safetensors", *domain, domain_name="from domain_unets")
     write(folders.parent / "diffusion_models" / "same.safetensors", *domain, domain_name="from diffusion_models")
     write(folders.parent / "diffusion_models" / "only.safetensors", *domain)

@@ -85,7 +85,7 @@ def world(comfyui, request):
 @pytest.fixture
 def loaded(comfyui, world, monkeypatch):
     """The three outputs of the node, made under inference mode as ComfyUI runs it."""
-    loading = module("nodes.comfy_internals.loading")
+    loading = module("nodes.comfy_internals.models.loading")
     monkeypatch.setattr(loading, "_mini_world_component", lambda name: world.components[name])
     with torch.inference_mode():
         model, clip, vae = module("nodes.loaders").LoadMiniWorld.execute().result

@@ -28,7 +28,7 @@ def files(comfyui, tmp_path, monkeypatch):
         "folder_names_and_paths",
         {**folder_paths.folder_names_and_paths, "odd": ([str(first), str(second)], {".safetensors"})},
     )
-    internals = module("nodes.comfy_internals.model_files")
+    internals = module("nodes.comfy_internals.models.model_files")
 
     def write(name, folder=second, text="x"):
         path = folder / name
@@ -157,7 +157,7 @@ def test_a_replacement_of_equal_size_and_time_is_noticed(files, tmp_path):
 def test_the_loaders_take_such_names_from_a_prompt(files, monkeypatch):
     """Core compares a prompt's names with the list itself, unless the node does."""
     nodes, inputs = module("nodes.loaders"), module("nodes.inputs")
-    monkeypatch.setattr(module("nodes.comfy_internals.loading"), "FOLDERS", ("odd",))
+    monkeypatch.setattr(module("nodes.comfy_internals.models.loading"), "FOLDERS", ("odd",))
     files.write("sub/file.safetensors")
     assert nodes.LoadDomainUNet.validate_inputs("sub\\FILE.safetensors") is True
     assert "found none" in nodes.LoadDomainUNet.validate_inputs("gone.safetensors")
@@ -171,7 +171,7 @@ def test_core_lets_such_a_prompt_through(files, monkeypatch):
     execution, registry = importlib.import_module("execution"), importlib.import_module("nodes")
     node = module("nodes.generators").LoadGenerator
     monkeypatch.setitem(registry.NODE_CLASS_MAPPINGS, "InDomainLoadGenerator", node)
-    monkeypatch.setattr(module("nodes.comfy_internals.generators"), "FOLDER", "odd")
+    monkeypatch.setattr(module("nodes.comfy_internals.models.generators"), "FOLDER", "odd")
     files.write("sub/file.safetensors")
 
     def answer(name):

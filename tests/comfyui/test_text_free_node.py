@@ -27,7 +27,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture(scope="module")
 def clip(comfyui):
     """A CLIP of the priors' text width, with random weights."""
-    text, mini_world = module("guidance.networks.text_encoder"), module("nodes.comfy_internals.mini_world")
+    text, mini_world = module("guidance.networks.text_encoder"), module("nodes.comfy_internals.models.mini_world")
     config = text.TextEncoderConfig(width=CONTEXT, layers=2, heads=4, mlp_width=48)
     torch.manual_seed(4)
     weights = text.TextEncoder(config).state_dict()
@@ -40,7 +40,7 @@ def clip(comfyui):
 @pytest.fixture
 def make(comfyui, tmp_path, monkeypatch):
     """Runs the node, writing into a folder of this test's own."""
-    loading = module("nodes.comfy_internals.loading")
+    loading = module("nodes.comfy_internals.models.loading")
     folder_paths = importlib.import_module("folder_paths")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
@@ -106,7 +106,7 @@ def test_constant_reports_the_error_of_every_block(comfyui, tiny, clip, make):
 
 
 def test_constant_error_is_measured_on_probes_that_were_not_used(comfyui, tiny, clip, make, monkeypatch):
-    export, seeds = module("nodes.comfy_internals.export"), []
+    export, seeds = module("nodes.comfy_internals.models.export"), []
     collect = export.collect_probes
 
     def spy(*args, **kwargs):
@@ -119,7 +119,7 @@ def test_constant_error_is_measured_on_probes_that_were_not_used(comfyui, tiny, 
 
 
 def test_constants_are_measured_at_the_priors_own_size_unless_told(comfyui, make, monkeypatch):
-    export, shapes = module("nodes.comfy_internals.export"), []
+    export, shapes = module("nodes.comfy_internals.models.export"), []
     collect = export.collect_probes
 
     def spy(denoiser, context, shape, **options):
@@ -127,7 +127,7 @@ def test_constants_are_measured_at_the_priors_own_size_unless_told(comfyui, make
         return collect(denoiser, context, shape, **options)
 
     monkeypatch.setattr(export, "collect_probes", spy)
-    prior, clip, _ = module("nodes.comfy_internals.loading").load_mini_world()
+    prior, clip, _ = module("nodes.comfy_internals.models.loading").load_mini_world()
     for size, side in ((0, 8), (128, 16)):
         make(prior, clip, "constant", filename=f"made_{size}", probe_size=size)
         assert set(shapes) == {(1, 4, side, side)}
@@ -154,7 +154,7 @@ def test_file_describes_what_it_is(comfyui, tiny, clip, make, form):
 
 
 def test_the_mini_worlds_prior_keeps_its_latent_space(comfyui, make):
-    prior, clip, _ = module("nodes.comfy_internals.loading").load_mini_world()
+    prior, clip, _ = module("nodes.comfy_internals.models.loading").load_mini_world()
     made = make(prior, clip, "cached", file_dtype="fp16")
     assert module("guidance.files").read_domain_file(made.path)[1].latent_format == "mini_world"
     x, context = noisy(), empty_prompt(clip)
@@ -190,7 +190,7 @@ def test_lora_is_baked_in_whether_or_not_the_model_is_loaded(comfyui, tiny, clip
 @pytest.mark.parametrize("dtype, tolerance", [("fp8_e4m3fn", 2e-3), ("fp16", 2e-3)])
 def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, tolerance):
     """An fp8 prior becomes an fp16 file that says exactly what the fp8 prior says."""
-    loading = module("nodes.comfy_internals.loading")
+    loading = module("nodes.comfy_internals.models.loading")
     unet = module("guidance.networks.unet")
     weights = dict(tiny.prior().model.diffusion_model.state_dict())
     prior = loading.build_unet_model(
@@ -257,7 +257,7 @@ def test_text_free_models_and_other_architectures_are_refused(comfyui, tiny, cli
     other.model = copy.copy(other.model)
     other.model._modules = {**other.model._modules, "diffusion_model": torch.nn.Linear(1, 1)}
     with pytest.raises(ValueError, match="Stable Diffusion UNet.*found Linear"):
-        module("nodes.comfy_internals.export").exported_config(other)
+        module("nodes.comfy_internals.models.export").exported_config(other)
 
 
 def test_a_text_encoder_of_another_width_is_refused(comfyui, tiny, clip, make):

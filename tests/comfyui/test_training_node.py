@@ -31,7 +31,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.fixture
 def world(comfyui, tmp_path, monkeypatch):
     """ComfyUI's folders in a folder of this test's own, and the modules under test."""
-    folder_paths, loading = importlib.import_module("folder_paths"), module("nodes.comfy_internals.loading")
+    folder_paths, loading = importlib.import_module("folder_paths"), module("nodes.comfy_internals.models.loading")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(
         folder_paths,
@@ -53,7 +53,7 @@ def world(comfyui, tmp_path, monkeypatch):
         folder_paths=folder_paths,
         loading=loading,
         nodes=module("nodes.training"),
-        internals=module("nodes.comfy_internals.training"),
+        internals=module("nodes.comfy_internals.runs.training"),
     )
 
 
@@ -110,7 +110,7 @@ def same_bits(a: dict, b: dict) -> bool:
 @pytest.fixture(scope="module")
 def clip(comfyui):
     """A CLIP of the tiny priors' text width, with random weights."""
-    text, mini_world = module("guidance.networks.text_encoder"), module("nodes.comfy_internals.mini_world")
+    text, mini_world = module("guidance.networks.text_encoder"), module("nodes.comfy_internals.models.mini_world")
     config = text.TextEncoderConfig(width=CONTEXT, layers=2, heads=4, mlp_width=48)
     torch.manual_seed(4)
     weights = {
@@ -125,7 +125,7 @@ def clip(comfyui):
 def mini(comfyui):
     """(MODEL, CLIP, VAE) of the mini world, loaded under inference mode."""
     with torch.inference_mode():
-        return module("nodes.comfy_internals.loading").load_mini_world()
+        return module("nodes.comfy_internals.models.loading").load_mini_world()
 
 
 @torch.inference_mode()
@@ -349,7 +349,7 @@ def test_connected_prior_becomes_a_domain_model(comfyui, mini, train, pictures, 
         options={"sample_count": 2, "sample_steps": 2, "sample_prompts": ("a red seven",)},
     )
     assert made.path == str(world.tmp / "models" / "domain_unets" / "made.safetensors")
-    info = module("nodes.comfy_internals").domain_info(made.model)
+    info = module("nodes.comfy_internals.models.domain_info").domain_info(made.model)
     assert (info.form, info.metadata.steps, info.metadata.latent_format) == (form, 3, "mini_world")
     prior_weights = prior.model.diffusion_model.state_dict()
     assert info.metadata.prior_hash == module("guidance.files").prior_content_hash(prior_weights)

@@ -17,20 +17,20 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...guidance.errors import Problem
-from ...guidance.files import FileProblem
-from ...guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
+from ....guidance.errors import Problem
+from ....guidance.files import FileProblem
+from ....guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
+from ..progress import ProgressBar
 from .loading import ordinary_tensors
 from .model_files import find_model, fingerprint, list_models, model_path, own_model_folder, register_model_folder
-from .progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ...guidance.files import GeneratorMetadata, LoadedGenerator
-    from ...guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2
+    from ....guidance.files import GeneratorMetadata, LoadedGenerator
+    from ....guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2
 
 NODE = "Load Generator"
 FOLDER = "generators"
-SHIPPED_GENERATORS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "generators"
+SHIPPED_GENERATORS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "generators"
 EXTENSIONS = {".safetensors", ".pkl", ".pt", ".pth"}
 FILE_DTYPES = ("fp32", "fp16", "bf16")
 NOISE = ("const", "random", "none")
@@ -57,7 +57,7 @@ class GraphGenerator:
 
     def loaded(self) -> LoadedGenerator:
         """The same as the library's readers give it."""
-        from ...guidance.files import LoadedGenerator
+        from ....guidance.files import LoadedGenerator
 
         return LoadedGenerator(self.generator, self.metadata)
 
@@ -95,7 +95,7 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
 
     Raises FileProblem for files that are missing, damaged, hostile, or hold another network than StyleGAN2.
     """
-    from ...guidance.files import read_generator
+    from ....guidance.files import read_generator
 
     path = find_generator(name)
     # Weights made in ComfyUI's inference mode could never be adapted.
@@ -112,7 +112,7 @@ def output_path(filename: str, node: str = "Save Generator") -> Path:
 
 def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> Path:
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
-    from ...guidance.files import write_generator
+    from ....guidance.files import write_generator
 
     if dtype not in FILE_DTYPES:
         raise Problem(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
@@ -128,7 +128,7 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
 
 def convert_generator(one: GraphGenerator) -> str:
     """Write a loaded .pkl or .pt as .safetensors beside it, where it is found from now on; says what was done."""
-    from ...guidance.files import convert_generator as convert
+    from ....guidance.files import convert_generator as convert
 
     source = Path(one.source)
     path = source.with_suffix(".safetensors")
@@ -167,7 +167,7 @@ def blend(
     Its metadata are those of `adapted`, with the licences of both and the blend as the last entry of the history.
     Raises ValueError for generators of different architecture and for a split that is none of their sizes.
     """
-    from ...guidance.networks.blending import blend_generators, resolution_split
+    from ....guidance.networks.blending import blend_generators, resolution_split
 
     with ordinary_tensors():
         amounts = resolution_split(source.generator, split_px, below, amount) if split_px else amount
@@ -232,7 +232,7 @@ def draw(
     """
     if noise not in NOISE:
         raise Problem(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
-    from ...training.engine.memory import is_memory_problem
+    from ....training.engine.memory import is_memory_problem
 
     generator, config = one.generator, one.generator.config
     _check_room(count, config)
@@ -278,8 +278,8 @@ def draw(
 
 def _check_room(count: int, config: GeneratorConfig) -> None:
     """Raise Problem for images that do not fit into memory together: the system would end ComfyUI without a word."""
-    from ...training.domain.estimate import size_text
-    from ...training.engine.memory import available_memory
+    from ....training.domain.estimate import size_text
+    from ....training.engine.memory import available_memory
 
     needed = 4 * count * (3 * config.height * config.width + config.c_dim + config.z_dim)
     room = available_memory() or comfy.model_management.get_free_memory(torch.device("cpu"))

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 from comfy.model_patcher import ModelPatcher
 
-from ...guidance.combination import Guidance
-from ...guidance.errors import logger
-from ...guidance.schedules import Constant
+from ....guidance.combination import Guidance
+from ....guidance.errors import logger
+from ....guidance.schedules import Constant
 from . import compatibility
 from .branch import Branch
 from .calls import NEGATIVE, POSITIVE, Conditionings

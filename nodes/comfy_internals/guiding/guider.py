@@ -22,12 +22,14 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...guidance.combination import Guidance, Step
-from ...guidance.errors import logger
-from ...guidance.schedules import Constant, GuidanceError, Interval, WeightLike
-from ...guidance.shaping import Shaping
-from ...guidance.terms import BASE, Source, Term
-from . import compatibility, coverage, effective_condition, remarks
+from ....guidance.combination import Guidance, Step
+from ....guidance.errors import logger
+from ....guidance.schedules import Constant, GuidanceError, Interval, WeightLike
+from ....guidance.shaping import Shaping
+from ....guidance.terms import BASE, Source, Term
+from . import compatibility, remarks
+from . import gaps as coverage
+from . import sampling_hooks as effective_condition
 from .branch import Branch, own_copies
 from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, entries, forget_adapter_outputs
 from .cost import Cost

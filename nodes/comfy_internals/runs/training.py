@@ -28,11 +28,11 @@ from comfy_execution.utils import get_executing_context
 from PIL import Image
 from torch import Tensor
 
-from ...guidance.errors import Problem, printable
-from ...guidance.files import FileProblem, read_keys
-from ...guidance.null_text import POOLED_TEXT_ADM
-from .allowed_folders import allowed_folders, check_allowed
-from .export import (
+from ....guidance.errors import Problem, printable
+from ....guidance.files import FileProblem, read_keys
+from ....guidance.null_text import POOLED_TEXT_ADM
+from ..allowed_folders import allowed_folders, check_allowed
+from ..models.export import (
     encode_empty_prompt,
     exported_config,
     exported_latent_format,
@@ -40,16 +40,16 @@ from .export import (
     exported_state_dict,
     is_untrained,
 )
-from .loading import domain_unet_folder, load_domain_unet, load_mini_world_prior
-from .model_files import find_model, fingerprint, list_models
-from .progress import ProgressBar
+from ..models.loading import domain_unet_folder, load_domain_unet, load_mini_world_prior
+from ..models.model_files import find_model, fingerprint, list_models
+from ..progress import ProgressBar
 
 if TYPE_CHECKING:
-    from ...training.adaptation.config import AdaptConfig
-    from ...training.domain.config import TrainConfig
-    from ...training.domain.train import Result
-    from ...training.engine.events import Event
-    from ...training.prior.base import Prior
+    from ....training.adaptation.config import AdaptConfig
+    from ....training.domain.config import TrainConfig
+    from ....training.domain.train import Result
+    from ....training.engine.events import Event
+    from ....training.prior.base import Prior
 
 NODE = "Train Domain UNet"
 CONNECTED, MINI_WORLD = "connected", "mini_world"
@@ -89,8 +89,8 @@ def connected_prior(model, clip, vae, prompts: Sequence[str]) -> Prior:
 
     prompts: those that the run will need, encoded here. Raises ValueError for models that cannot be trained from.
     """
-    from ...training.prior.base import Prior
-    from ...training.prior.encoded_prompts import EncodedPrompts
+    from ....training.prior.base import Prior
+    from ....training.prior.encoded_prompts import EncodedPrompts
 
     config = exported_config(model, NODE)
     prediction_type, zero_snr = exported_prediction(model, NODE)
@@ -154,8 +154,8 @@ def resolve_data(text: str) -> tuple[str, ...]:
 
     Raises FileProblem for a path that is not there or that no prompt may name. Patterns are left to the trainer.
     """
-    from ...training.data.patterns import as_on_disk
-    from ...training.data.walking import Watch
+    from ....training.data.patterns import as_on_disk
+    from ....training.data.walking import Watch
 
     paths, allowed = [], allowed_folders()
     for path in _paths(text, allowed):
@@ -175,7 +175,7 @@ def _paths(text: str, allowed: Sequence[str] | None) -> list[str]:
 
 def _path(text: str, allowed: Sequence[str] | None) -> str:
     """The path of one part: as it stands where something lies there, else without quotes, or that of a file:// URL."""
-    from ...training.engine.paths import is_of_windows, meant_path, plain_path
+    from ....training.engine.paths import is_of_windows, meant_path, plain_path
 
     plain = plain_path(text)
     if plain != text:
@@ -194,8 +194,8 @@ def data_fingerprint(text: str) -> str | float:
     Not a number, which equals nothing, where too much lies there to look at, or what is named cannot be trained on: the
     run finds out. ComfyUI asks before it executes anything.
     """
-    from ...training.data.sources import fingerprint
-    from ...training.data.walking import Cancelled, Watch
+    from ....training.data.sources import fingerprint
+    from ....training.data.walking import Cancelled, Watch
 
     try:
         allowed = allowed_folders()
@@ -318,7 +318,7 @@ def check_claim(
     A run has a claim once it has checkpoints, or when the weights are those it finished with. replaceable: whether a
     file may go whoever made it.
     """
-    from ...training.engine.checkpoints import find_checkpoints
+    from ....training.engine.checkpoints import find_checkpoints
 
     own = config.run_folder / f"{config.name}.safetensors"
     if not path.exists() or find_checkpoints(config.run_folder):
@@ -365,7 +365,7 @@ class Progress:
         self.warnings: list[str] = []
 
     def __call__(self, event: Event) -> None:
-        from ...training.engine import events
+        from ....training.engine import events
 
         if isinstance(event, (events.Step, events.Caching)):
             done, total = (event.step, event.steps) if isinstance(event, events.Step) else (event.done, event.total)
@@ -430,7 +430,7 @@ class Progress:
 
 def describe(event: Event) -> str:
     """An event in the few words that fit on a node."""
-    from ...training.engine import events
+    from ....training.engine import events
 
     if isinstance(event, events.Step):
         left = "" if event.eta_s is None else f", {events.duration(event.eta_s)} left"
@@ -452,8 +452,8 @@ def describe(event: Event) -> str:
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
     """Around a run and what is written into its folder for it: a run that is refused leaves no folder of its own."""
-    from ...training.engine.engine import has_learned
-    from ...training.engine.lock import locked
+    from ....training.engine.engine import has_learned
+    from ....training.engine.lock import locked
 
     new = not folder.exists()
     try:
@@ -481,7 +481,7 @@ def run(config: TrainConfig, prior: Prior | None, resume: bool | str) -> tuple[R
     prior: None opens `config.base`. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are
     cancelled. Raises ValueError in one sentence for everything a user can do something about.
     """
-    from ...training.domain.train import train
+    from ....training.domain.train import train
 
     progress = Progress()
 
@@ -500,7 +500,7 @@ def finish_run(
     last step finishes, and what follows it in the graph is cancelled. Raises ValueError in one sentence for memory that
     does not suffice, and for a run that somebody else stopped.
     """
-    from ...training.engine.memory import memory_problem
+    from ....training.engine.memory import memory_problem
 
     free_memory()
     try:
@@ -537,7 +537,7 @@ def base_name(model, clip, vae, checkpoint: str) -> str:
                 "disconnect them."
             )
         return find_checkpoint(checkpoint)
-    from ...training.domain.config import CONNECTED_BASE
+    from ....training.domain.config import CONNECTED_BASE
 
     if missing:
         raise Problem(
@@ -583,7 +583,7 @@ def or_blocked(value: Any) -> Any:
 
 def mini_world_images(domain: str, count: int, seed: int) -> tuple[Path, Tensor]:
     """Handwriting in the colours of a mini world's domain: (folder in ComfyUI's input folder, IMAGE batch)."""
-    from ...training.mini_world.pictures import export_pictures
+    from ....training.mini_world.pictures import export_pictures
 
     folder = Path(folder_paths.get_input_directory()) / "mini_world" / f"{domain}-{count}-seed-{seed}"
     progress = ProgressBar(count)

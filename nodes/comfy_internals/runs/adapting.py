@@ -17,18 +17,18 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
-from ...guidance.errors import Problem
-from . import domain_info
+from ....guidance.errors import Problem
+from ..guiding.guider import TermInput
+from ..models.domain_info import domain_info
+from ..models.generators import GraphGenerator, generator_folder
 from .critic import NODE, CriticInputs, ignored_hooks, native_side
-from .generators import GraphGenerator, generator_folder
-from .guider import TermInput
 from .training import Progress, check_claim, finish_run
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
 
-    from ...training.adaptation.config import AdaptConfig
-    from ...training.engine.engine import Result
+    from ....training.adaptation.config import AdaptConfig
+    from ....training.engine.engine import Result
 
 RUNS = "generator_adaptation"
 
@@ -90,7 +90,7 @@ def places(
     Prompts are conditionings here, and stand in it by a signature, behind their text where that is known
     (`prompt_texts`): a run goes on only with the same ones, wherever in the graph their texts stand.
     """
-    from ...training.domain.config import CONNECTED_BASE
+    from ....training.domain.config import CONNECTED_BASE
 
     def connected(what: str) -> str:
         conditioning, text = getattr(critic, what), (texts or {}).get(what)
@@ -138,8 +138,8 @@ def run(
     A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
     one sentence for everything a user can do something about.
     """
-    from ...training.adaptation.adapt import adapt
-    from ...training.adaptation.config import NEEDS_SOURCE
+    from ....training.adaptation.adapt import adapt
+    from ....training.adaptation.config import NEEDS_SOURCE
 
     if config.method in NEEDS_SOURCE and critic.source is None:
         raise Problem(

@@ -11,8 +11,9 @@ import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...guidance.combination import Guidance, GuidanceError
-from . import coverage, domain_info
+from ....guidance.combination import Guidance, GuidanceError
+from ..models.domain_info import domain_info
+from . import gaps as coverage
 
 # Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in
 # the network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.

@@ -15,8 +15,8 @@ from comfy.ldm.modules import attention
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ...guidance.errors import Problem, logger
-from ...guidance.null_text import POOLED_TEXT_ADM
+from ....guidance.errors import Problem, logger
+from ....guidance.null_text import POOLED_TEXT_ADM
 
 LOG = logger(__name__)
 POOLED_TEXT_WIDTH = 1280

@@ -18,7 +18,7 @@ import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 
-_PACKAGE = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rsplit(".", 2)[0]  # comfy_internals
 # Those who keep what they know of a prompt under its own name, or keep nothing.
 _KNOWN = {"torch", "numpy", "comfy", "comfy_extras", "comfy_api", "comfy_execution"} | set(sys.stdlib_module_names)
 _MOST = 10_000  # objects that are looked at; a pack's code has hundreds

@@ -11,7 +11,7 @@ import comfy.patcher_extension
 from comfy.patcher_extension import WrappersMP
 
 from .calls import KEY, function_wrappers
-from .effective_condition import has_hooks
+from .sampling_hooks import has_hooks
 
 
 class Cost:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import folder_paths
 
-from ...guidance.files import FileProblem
-from .allowed_folders import lies_within
+from ....guidance.files import FileProblem
+from ..allowed_folders import lies_within
 
 MOST_FOLDERS, MOST_CHARACTERS = 4, 240  # of folders in a message, and of them all
 
@@ -43,7 +43,7 @@ def model_path(filename: str, folder: Path, node: str) -> Path:
 
     Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
     """
-    from ...training.engine.settings import ConfigProblem, check_name
+    from ....training.engine.settings import ConfigProblem, check_name
 
     name = filename.strip().removesuffix(".safetensors")
     parts = name.split("/")

@@ -13,10 +13,10 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...guidance.errors import Problem
-from ...guidance.networks.autoencoder import AutoencoderConfig
-from ...guidance.networks.text_encoder import END_TOKEN, TextEncoderConfig
-from ...training.mini_world.tokens import expand_embedding
+from ....guidance.errors import Problem
+from ....guidance.networks.autoencoder import AutoencoderConfig
+from ....guidance.networks.text_encoder import END_TOKEN, TextEncoderConfig
+from ....training.mini_world.tokens import expand_embedding
 
 
 class MiniWorldLatentFormat(comfy.latent_formats.LatentFormat):

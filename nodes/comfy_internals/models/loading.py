@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import comfy.latent_formats
@@ -20,17 +19,10 @@ import folder_paths
 import torch
 from torch import Tensor
 
-from ...guidance.errors import Problem
-from ...guidance.files import (
-    DomainMetadata,
-    FileProblem,
-    ModelFile,
-    check_finite,
-    check_unet,
-    read_domain_file,
-    unet_layout,
-)
-from ...guidance.networks.unet import UNetConfig
+from ....guidance.errors import Problem
+from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
+from ....guidance.networks.unet import UNetConfig
+from .domain_info import DomainInfo
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .text_free import TextFree, mixed, module_key, remove_text, without_text
@@ -38,7 +30,7 @@ from .text_free import TextFree, mixed, module_key, remove_text, without_text
 NODE = "Load Domain UNet"
 FOLDER = "domain_unets"
 FOLDERS = (FOLDER, "diffusion_models")  # in the order they are looked through
-SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[2] / "training" / "mini_world" / "weights" / "domain_unets"
+SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "domain_unets"
 MINI_WORLD = "mini_world"
 WEIGHT_DTYPES = {
     "default": None,
@@ -54,19 +46,6 @@ LATENT_FORMATS = {
     MINI_WORLD: MiniWorldLatentFormat,
 }
 MODEL_TYPES = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
-
-
-@dataclass(frozen=True)
-class DomainInfo:
-    """What a MODEL from this project's loaders knows about itself; `domain_info` in this package reads it.
-
-    form: "constant" or "cached" (text-free), "full" (a fine-tuned UNet that still takes text).
-    """
-
-    name: str
-    path: str
-    form: str
-    metadata: DomainMetadata | None
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
@@ -144,7 +123,7 @@ def core_unet_config(config: UNetConfig) -> dict:
 
 
 def _mini_world_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    from ...training.mini_world import assets
+    from ....training.mini_world import assets
 
     return assets.read_component(name)
 

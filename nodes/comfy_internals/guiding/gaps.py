@@ -17,8 +17,8 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...guidance.combination import Guidance
-from ...guidance.terms import Source
+from ....guidance.combination import Guidance
+from ....guidance.terms import Source
 
 # What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
 _LIMITS = {

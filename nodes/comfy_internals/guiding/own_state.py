@@ -25,7 +25,7 @@ from comfy.model_patcher import ModelPatcher
 
 from .memories import is_state, slots
 
-_PACKAGE = __name__.rpartition(".")[0]
+_PACKAGE = __name__.rsplit(".", 2)[0]  # comfy_internals
 _NEVER = (torch.Tensor, ModelPatcher, type, types.ModuleType)
 _LAYERS = ("_parameters", "_modules")  # of a module: what core loads, moves and patches
 

@@ -15,7 +15,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...guidance.schedules import GuidanceError
+from ....guidance.schedules import GuidanceError
 from .memories import Places
 from .own_state import OwnState, attributes, callables, holds_memories
 

@@ -17,7 +17,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
-from ...guidance.errors import Problem
+from ....guidance.errors import Problem
 
 _TINY = 64  # latent pixels; as many as one of a large model's deepest level stands for
 

@@ -13,11 +13,11 @@ import torch
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from torch import Tensor, nn
 
-from ...guidance.diffusion import Denoiser, NoiseSchedule
-from ...guidance.errors import Problem
-from ...guidance.files import DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
-from ...guidance.networks.unet import UNetConfig
-from ...guidance.null_text import (
+from ....guidance.diffusion import Denoiser, NoiseSchedule
+from ....guidance.errors import Problem
+from ....guidance.files import DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
+from ....guidance.networks.unet import UNetConfig
+from ....guidance.null_text import (
     POOLED_TEXT_ADM,
     NullContext,
     Probes,
@@ -26,10 +26,10 @@ from ...guidance.null_text import (
     collect_probes,
     unconditional_error,
 )
-from . import domain_info
+from ..progress import ProgressBar
+from .domain_info import domain_info
 from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
 from .model_files import model_path
-from .progress import ProgressBar
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
@@ -217,7 +217,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         )
     context = encode_empty_prompt(clip, has_pooled=config.adm_in_channels in POOLED_TEXT_ADM)
     if not probe_side_px:
-        from ...training.prior.base import native_resolution
+        from ....training.prior.base import native_resolution
 
         is_v = prediction_type == "v_prediction"
         probe_side_px = native_resolution(latent_format, config.context_dim, is_v)

@@ -22,18 +22,18 @@ import comfy.samplers
 import torch
 from torch import Tensor, nn
 
-from ...guidance.combination import Guidance
-from ...guidance.diffusion import NoiseSchedule
-from ...guidance.distillation.critic import Critic
-from ...guidance.distillation.image_encoder import ImageEncoder
-from ...guidance.errors import Problem
-from ...guidance.schedules import Constant
-from ...guidance.terms import Source, Term
-from . import domain_info
-from .compatibility import display_name, noise_family
-from .coverage import without_gaps
-from .guider import MultiGuidanceGuider, TermInput
-from .loading import LATENT_FORMATS
+from ....guidance.combination import Guidance
+from ....guidance.diffusion import NoiseSchedule
+from ....guidance.distillation.critic import Critic
+from ....guidance.distillation.image_encoder import ImageEncoder
+from ....guidance.errors import Problem
+from ....guidance.schedules import Constant
+from ....guidance.terms import Source, Term
+from ..guiding.compatibility import display_name, noise_family
+from ..guiding.gaps import without_gaps
+from ..guiding.guider import MultiGuidanceGuider, TermInput
+from ..models.domain_info import domain_info
+from ..models.loading import LATENT_FORMATS
 
 if TYPE_CHECKING:
     from comfy.model_patcher import ModelPatcher
@@ -147,7 +147,7 @@ def _ordinary(module: nn.Module) -> nn.Module:
 
 def native_side(model: ModelPatcher) -> int:
     """The side in pixels of the images a MODEL was made for."""
-    from ...training.prior.base import native_resolution
+    from ....training.prior.base import native_resolution
 
     kind = type(model.get_model_object("latent_format"))
     latent_format = next((name for name, known in LATENT_FORMATS.items() if known is kind), "")

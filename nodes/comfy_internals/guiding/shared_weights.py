@@ -15,7 +15,7 @@ import comfy.model_management
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ...guidance.errors import logger
+from ....guidance.errors import logger
 
 LOG = logger(__name__)
 

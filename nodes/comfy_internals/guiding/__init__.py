@@ -1,0 +1,1 @@
+"""Guiding: several models and conditionings in one sampling run."""

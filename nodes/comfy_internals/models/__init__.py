@@ -1,0 +1,1 @@
+"""Models: files to MODELs and generators, and what a MODEL can be written as."""

@@ -1,0 +1,29 @@
+"""What a MODEL from this pack's loaders says about itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ....guidance.files import DomainMetadata
+
+if TYPE_CHECKING:
+    from comfy.model_patcher import ModelPatcher
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """The domain model in a MODEL.
+
+    form: "constant" or "cached" (text-free), "full" (a fine-tuned UNet that still takes text).
+    """
+
+    name: str
+    path: str
+    form: str
+    metadata: DomainMetadata | None
+
+
+def domain_info(patcher: ModelPatcher) -> DomainInfo | None:
+    """The domain model in a MODEL from this pack's loaders; None for any other MODEL."""
+    return getattr(patcher.model, "indomain_domain", None)

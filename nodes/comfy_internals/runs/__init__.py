@@ -1,0 +1,1 @@
+"""Runs: training a domain model and adapting a generator inside ComfyUI."""
