@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..guidance.distillation.method import prompts_of
+from ..guidance.distillation.methods import METHODS, methods_with
 from ..guidance.errors import printable
 from .comfy_internals.models import generators
 from .comfy_internals.runs import adapting, training
@@ -266,14 +268,14 @@ class AdaptGenerator(io.ComfyNode):
                 io.Conditioning.Input(
                     "source",
                     optional=True,
-                    tooltip="What the generator makes now, such as 'a photo of a face'; the "
-                    "methods dds and bridge need it.",
+                    tooltip="What the generator makes now, such as 'a photo of a face'. Needed by: "
+                    f"{methods_with('source')}; without effect for others.",
                 ),
                 io.Conditioning.Input(
                     "unwanted",
                     optional=True,
-                    tooltip="What images should not be, such as 'blurry, low quality, "
-                    "unrealistic'; the method nfsd needs it, beside an empty negative. Without effect for others.",
+                    tooltip="What images should not be, such as 'blurry, low quality, unrealistic', beside an empty "
+                    f"negative. Needed by: {methods_with('unwanted')}; without effect for others.",
                 ),
                 AdaptOptions.Input("options", optional=True, tooltip="Everything else, from In-Domain Adapt Options."),
             ],
@@ -306,14 +308,15 @@ class AdaptGenerator(io.ComfyNode):
         options: dict | None = None,
         **values: Any,
     ) -> io.NodeOutput:
-        from ..training.adaptation.config import NEEDS_SOURCE, AdaptConfig
+        from ..training.adaptation.config import AdaptConfig
         from .comfy_internals.runs.critic import CriticInputs
 
         names = {field.name for field in option_fields()}
         options = training.given_options(options, names, "In-Domain Adapt Options")
         # What the method does not ask for neither costs an evaluation nor binds the run that goes on.
-        source = source if values["method"] in NEEDS_SOURCE else None
-        unwanted = unwanted if values["method"] == "nfsd" else None
+        needed = prompts_of(METHODS[values["method"]])
+        source = source if "source" in needed else None
+        unwanted = unwanted if "unwanted" in needed else None
         critic = CriticInputs(
             model, vae, positive, negative, values["scale"], tuple(terms or ()), source=source, unwanted=unwanted
         )

@@ -24,8 +24,17 @@ from ..terms import Source
 
 __all__ = ["OPINIONS", "Ask", "Critic", "Prediction"]
 
-OPINIONS = ("e", "e_u", "e_c", "e_negative", "e_source", "e_source_c")
+OPINIONS = ("e", "e_u", "e_c", "e_unwanted", "e_source", "e_source_c")
 """What a critic can be asked for: the fields of a `Prediction`."""
+
+PROMPTS = {
+    "source": "a description of what the generator makes now",
+    "unwanted": "a description of what images should not be, such as 'blurry, low quality, unrealistic'",
+}
+"""The prompts that some methods need beside the one to reach, in words for messages."""
+
+PROMPT_OF = {"e_source": "source", "e_source_c": "source", "e_unwanted": "unwanted"}
+"""Which of PROMPTS an opinion is about."""
 
 _OF_GUIDANCE = frozenset({"e", "e_u", "e_c"})
 _OF_SOURCE = frozenset({"e_source", "e_source_c"})
@@ -35,32 +44,39 @@ _OF_SOURCE = frozenset({"e_source", "e_source_c"})
 class Ask:
     """One question to a critic: `needs`, a set of OPINIONS, on z_t [B, C, h, w] at timesteps t [B], whole numbers.
 
-    negative_from: e_negative is evaluated only for samples at this timestep or later; 0: for all.
+    unwanted_from: e_unwanted is evaluated only for samples at this timestep or later; 0: for all.
     """
 
     z_t: Tensor
     t: Tensor
     needs: frozenset[str] = _OF_GUIDANCE
-    negative_from: int = 0
+    unwanted_from: int = 0
 
 
-@dataclass(frozen=True)
 class Prediction:
-    """Noise predictions [B, C, h, w] in float32; those that were not asked for are None.
+    """Noise predictions [B, C, h, w] in float32; reading one that was not asked for raises GuidanceError.
 
     e: the guided prediction. e_u: the base's. e_c: that of the effective condition, e = e_u + scale (e_c - e_u), with
-    `scale` [B, 1, 1, 1] the sum of the terms' weights. e_negative: on the critic's negative, NaN for samples below
-    `Ask.negative_from`. e_source, e_source_c: guided and effective-condition predictions of the guidance that describes
-    the source.
+    `scale` [B, 1, 1, 1] the sum of the terms' weights. e_unwanted: on the critic's unwanted prompt, NaN for samples
+    below `Ask.unwanted_from`. e_source, e_source_c: guided and effective-condition predictions of the guidance that
+    describes the source.
     """
 
-    e: Tensor | None = None
-    e_u: Tensor | None = None
-    e_c: Tensor | None = None
-    scale: Tensor | None = None
-    e_negative: Tensor | None = None
-    e_source: Tensor | None = None
-    e_source_c: Tensor | None = None
+    e: Tensor
+    e_u: Tensor
+    e_c: Tensor
+    scale: Tensor
+    e_unwanted: Tensor
+    e_source: Tensor
+    e_source_c: Tensor
+
+    def __init__(self, **found: Tensor) -> None:
+        vars(self).update(found)
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name in Prediction.__annotations__:
+            raise GuidanceError(f"Expected the prediction {name}, found that nobody asked for it; name it in `needs`.")
+        raise AttributeError(name)
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,8 +92,8 @@ class Critic:
     """Noise predictions e(z_t, t) of a guidance (arXiv 2312.08195), without gradients through any model.
 
     guidance: what the generator is led towards; its models are callables `model(x, sigma [B], **cond) -> x0` and its
-    conditionings dicts of their arguments, as for `MultiGuidance`. schedule: which noise level a timestep is. negative:
-    the Source of e_negative (NFSD, CSD). source: a Guidance that describes what the generator makes now (DDS,
+    conditionings dicts of their arguments, as for `MultiGuidance`. schedule: which noise level a timestep is. unwanted:
+    the Source of e_unwanted (NFSD, CSD). source: a Guidance that describes what the generator makes now (DDS,
     SDS-Bridge). percent_to_sigma: the schedule's own unless given. max_batch: the most latents in one model call, None
     for no limit; one question's latents on one conditioning are never split, and `denoise_many` sets its own limits.
 
@@ -92,7 +108,7 @@ class Critic:
         guidance: Guidance,
         schedule: NoiseSchedule,
         *,
-        negative: Source | None = None,
+        unwanted: Source | None = None,
         source: Guidance | None = None,
         percent_to_sigma: PercentToSigma | None = None,
         max_batch: int | None = None,
@@ -103,7 +119,7 @@ class Critic:
             raise GuidanceError(f"Expected a critic to have a NoiseSchedule, got {type(schedule).__name__}.")
         if max_batch is not None and max_batch < 1:
             raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
-        sources = [*guidance.sources, *(source.sources if source else ()), *([negative] if negative else [])]
+        sources = [*guidance.sources, *(source.sources if source else ()), *([unwanted] if unwanted else [])]
         for one in sources:
             if not callable(one.model):
                 raise GuidanceError(f"Expected a critic's models to be callables, got {type(one.model).__name__}.")
@@ -113,7 +129,7 @@ class Critic:
                 )
         self.guidance = guidance
         self.schedule = schedule
-        self.negative = negative
+        self.unwanted = unwanted
         self.source = source
         self.percent_to_sigma = percent_to_sigma or schedule.percent_to_sigma
         self.max_batch = max_batch
@@ -129,20 +145,20 @@ class Critic:
         scale: float = 7.5,
         *,
         schedule: NoiseSchedule | None = None,
-        negative: Mapping[str, Any] | None = None,
+        unwanted: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
         max_batch: int | None = None,
     ) -> Critic:
         """The critic of plain classifier-free guidance, e_u + s (e_c - e_u) (arXiv 2207.12598).
 
         denoiser: a `Denoiser`, or a callable `denoise(x, sigma, **cond) -> x0` with its `schedule`. scale: SGF's 100
-        for SDS, 1 to 30 for the newer methods. negative, source: conditionings for those methods that use them.
+        for SDS, 1 to 30 for the newer methods. unwanted, source: conditionings for those methods that use them.
         """
         schedule = schedule if schedule is not None else getattr(denoiser, "schedule", None)
         return cls(
             cfg(denoiser, uncond, cond, scale),
             schedule,
-            negative=None if negative is None else Source(denoiser, negative),
+            unwanted=None if unwanted is None else Source(denoiser, unwanted),
             source=None if source is None else cfg(denoiser, uncond, source, scale),
             max_batch=max_batch,
         )
@@ -170,7 +186,7 @@ class Critic:
     def predict_many(self, asks: Sequence[Ask]) -> list[Prediction]:
         """Answer several questions at once; latents of one shape per model. Returns one Prediction per question.
 
-        Raises GuidanceError for an unknown opinion, a negative or source that the critic lacks, timesteps outside the
+        Raises GuidanceError for an unknown opinion, a prompt that the critic lacks, timesteps outside the
         schedule, and models that return another shape.
         """
         plans = [self._plan(ask) for ask in asks]
@@ -196,16 +212,19 @@ class Critic:
             )
         return steps
 
+    def check(self, needs: Iterable[str], whose: str = "this method") -> None:
+        """Raise GuidanceError where one of `needs` is no opinion, or is about a prompt that this critic lacks."""
+        for opinion in needs:
+            if opinion not in OPINIONS:
+                raise GuidanceError(f"Expected opinions among {', '.join(OPINIONS)}, got {opinion!r}.")
+            prompt = PROMPT_OF.get(opinion)
+            if prompt is not None and getattr(self, prompt) is None:
+                raise GuidanceError(
+                    f"Expected {PROMPTS[prompt]}, for {whose}, got a critic without one; give the critic `{prompt}`."
+                )
+
     def _plan(self, ask: Ask) -> _Plan:
-        unknown = sorted(ask.needs - set(OPINIONS))
-        if unknown:
-            raise GuidanceError(f"Expected opinions among {', '.join(OPINIONS)}, got {unknown[0]!r}.")
-        if "e_negative" in ask.needs and self.negative is None:
-            raise GuidanceError("Expected a negative prompt for this method, got a critic without one; give one.")
-        if ask.needs & _OF_SOURCE and self.source is None:
-            raise GuidanceError(
-                "Expected a prompt that describes the source for this method, got a critic without one; give one."
-            )
+        self.check(ask.needs)
         steps = self._whole(ask.t)
         if len(steps) != len(ask.z_t):
             raise GuidanceError(f"Expected one timestep for each of {len(ask.z_t)} latents, got {len(steps)}.")
@@ -239,7 +258,7 @@ class _Plan:
 
     def __init__(self, critic: Critic, ask: Ask, x: Tensor, levels: list[float]) -> None:
         self.critic, self.needs, self.x, self.levels = critic, ask.needs, x, levels
-        self.negative = [int(t) >= ask.negative_from for t in ask.t.reshape(-1).tolist()]
+        self.unwanted = [int(t) >= ask.unwanted_from for t in ask.t.reshape(-1).tolist()]
         self.sigma = torch.tensor(levels, dtype=torch.float32, device=x.device)
         self.of_guidance = self._steps(critic.guidance, _OF_GUIDANCE, {"e_u", "e_c"})
         self.of_source = self._steps(critic.source, _OF_SOURCE, {"e_source_c"})
@@ -261,8 +280,8 @@ class _Plan:
                 needed |= dict.fromkeys(self.of_guidance[level].needed if terms else [self.critic.guidance.base])
             if self.of_source:
                 needed |= dict.fromkeys(self.of_source[level].needed)
-            if "e_negative" in self.needs and self.negative[row]:
-                needed[self.critic.negative] = None
+            if "e_unwanted" in self.needs and self.unwanted[row]:
+                needed[self.critic.unwanted] = None
             for source in needed:
                 rows.setdefault(source, []).append(row)
         return [self.job(index, source, chosen) for source, chosen in rows.items()]
@@ -297,11 +316,11 @@ class _Plan:
         if "e_c" in needs:
             condition, found["scale"] = self._effective(self.of_guidance, predictions)
             found["e_c"] = self.noise(condition)
-        if "e_negative" in needs:
-            rows = torch.tensor(self.negative, device=self.x.device)
-            found["e_negative"] = torch.full_like(self.x, math.nan)
-            if any(self.negative):
-                found["e_negative"][rows] = self.noise(predictions[critic.negative])[rows]
+        if "e_unwanted" in needs:
+            rows = torch.tensor(self.unwanted, device=self.x.device)
+            found["e_unwanted"] = torch.full_like(self.x, math.nan)
+            if any(self.unwanted):
+                found["e_unwanted"][rows] = self.noise(predictions[critic.unwanted])[rows]
         if "e_source" in needs:
             found["e_source"] = self.noise(self._combined(self.of_source, predictions))
         if "e_source_c" in needs:

@@ -88,7 +88,7 @@ def select_layers(
     if k >= len(styles):
         return tuple(allowed)
 
-    compares = objective.method.uses_frozen or bool(objective.method.needs_frozen)
+    compares = objective.method.compares_with_frozen()
 
     def gradient(images: Tensor) -> Tensor:
         with torch.no_grad():

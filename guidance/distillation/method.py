@@ -5,15 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
-    from .critic import Critic, Prediction
+from .critic import PROMPT_OF, Critic, Prediction
 
-__all__ = ["Context", "Method", "Regularizer"]
+__all__ = ["Context", "LatentTerm", "Method", "Regularizer", "prompts_of"]
 
 
 @dataclass(frozen=True)
@@ -21,8 +20,9 @@ class Context:
     """One step as a method sees it, all latents [B, C, h, w] in float32 and without a graph.
 
     z: the trained image's latents. t [B], abar [B, 1, 1, 1]. noise, z_t: what was added to z, and the result.
-    prediction: the critic on z_t. frozen, frozen_t, frozen_prediction: the same of the frozen generator's image, with
-    the same noise; None where nobody needs them. step, steps: where the run is. generator: for a method's own draws.
+    prediction: the critic on z_t. frozen, frozen_prediction: latents of the frozen generator's image, and
+    the critic on them with the same noise, where a term needs them. step, steps: where the run is. generator: for a
+    method's own draws.
     """
 
     critic: Critic
@@ -33,8 +33,7 @@ class Context:
     z_t: Tensor
     prediction: Prediction
     frozen: Tensor | None = None
-    frozen_t: Tensor | None = None
-    frozen_prediction: Prediction | None = None
+    frozen_prediction: Prediction = Prediction()
     step: int = 0
     steps: int = 1
     generator: torch.Generator | None = None
@@ -46,24 +45,52 @@ class Context:
 
 
 class LatentTerm(ABC):
-    """A part of the objective on latents. `needs` and `needs_frozen` name opinions (`critic.OPINIONS`) on z_t and on
-    the frozen image's latents; all opinions of a step are asked in one go. `uses_frozen`: whether the frozen image's
-    latents are looked at. `negative_from`: e_negative is needed only for samples at this timestep or later, 0 for all.
+    """A part of the objective on latents: what it needs, and its gradient.
+
+    needs, needs_frozen: the predictions (`critic.OPINIONS`) that it reads, on z_t and on the frozen image's latents;
+    all predictions of a step are made in one go. uses_frozen: it reads the frozen image's latents themselves.
+    unwanted_from: it reads e_unwanted only for samples at this timestep or later; 0: for all.
     """
 
     name: str = ""
     needs: frozenset[str] = frozenset()
     needs_frozen: frozenset[str] = frozenset()
     uses_frozen: bool = False
-    negative_from: int = 0
+    unwanted_from: int = 0
 
     @abstractmethod
     def gradient(self, context: Context) -> Tensor:
         """The gradient on z [B, C, h, w] before w(t), such as e - noise."""
 
+    @classmethod
+    def compares_with_frozen(cls) -> bool:
+        """Whether it needs the image that the frozen generator makes from the same latents."""
+        return cls.uses_frozen or bool(cls.needs_frozen)
+
+
+def prompts_of(term: LatentTerm | type[LatentTerm]) -> frozenset[str]:
+    """The prompts that a method needs beside the one to reach: "source", "unwanted" (`critic.PROMPTS`) or none."""
+    return frozenset(PROMPT_OF[opinion] for opinion in term.needs | term.needs_frozen if opinion in PROMPT_OF)
+
+
+Own = TypeVar("Own", bound="Method")
+
 
 class Method(LatentTerm):
-    """A distillation method. Stateless ones define `gradient` alone; `step` trains what belongs to the others."""
+    """A distillation method: a dataclass whose `options.option` fields are its settings.
+
+    A method without a state of its own defines `name`, `needs` and `gradient`. One that trains something beside the
+    generator sets `learns` and defines the rest too. `through_encoder`: its gradient is one on latents, which goes back
+    to the image through the encoder; `Objective` takes no others.
+    """
+
+    learns: bool = False
+    through_encoder: bool = True
+
+    @classmethod
+    def of(cls: type[Own], critic: Critic, seed: int, **options: Any) -> Own:
+        """The method for a critic; seed is for what it draws at the start."""
+        return cls(**options)
 
     def step(self, context: Context) -> dict[str, float]:
         """Called once per step after the gradient was made; returns losses to log."""

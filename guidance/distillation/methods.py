@@ -1,4 +1,4 @@
-"""The distillation methods by name."""
+"""The list of distillation methods. A new method is added here, and nowhere else outside its own file."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from .critic import Critic
 from .csd import CSD
 from .dds import DDS
 from .ism import ISM
-from .method import Method
+from .method import Method, prompts_of
 from .nfsd import NFSD
 from .sds import SDS
 from .vsd import VSD
 
-__all__ = ["METHODS", "make_method"]
+__all__ = ["METHODS", "make_method", "methods_with"]
 
-METHODS: dict[str, type[Method]] = {one.name: one for one in (SDS, CSD, NFSD, DDS, SDSBridge, ISM, VSD)}
-"""sds, csd, nfsd, dds, bridge, ism, vsd."""
+METHODS: dict[str, type[Method]] = {method.name: method for method in (SDS, CSD, NFSD, DDS, SDSBridge, ISM, VSD)}
+"""Name -> class: sds, csd, nfsd, dds, bridge, ism, vsd. Settings, command line and nodes read this list."""
 
 
-def make_method(name: str, critic: Critic, **options: Any) -> Method:
-    """The method of that name for a critic; options are its class's (`network` and more for vsd).
+def make_method(name: str, critic: Critic, seed: int = 0, **options: Any) -> Method:
+    """The method of that name for a critic; options are its class's fields.
 
     Raises GuidanceError for another name and for options the method does not have.
     """
     if name not in METHODS:
         raise GuidanceError(f"Expected the method to be one of {', '.join(METHODS)}, got {name!r}.")
     try:
-        return VSD.of(critic, **options) if name == VSD.name else METHODS[name](**options)
+        return METHODS[name].of(critic, seed, **options)
     except TypeError as problem:
         raise GuidanceError(f"Expected options of the method {name}, got others: {problem}.") from None
+
+
+def methods_with(prompt: str) -> str:
+    """The names of the methods that need a prompt ("source" or "unwanted") for help texts: "dds, bridge"."""
+    return ", ".join(name for name, method in METHODS.items() if prompt in prompts_of(method))

@@ -140,18 +140,16 @@ class Objective:
                 f"Expected t_max below {len(self.critic.schedule)}, the critic's number of timesteps, got "
                 f"{self.timesteps.t_max}."
             )
-        needs = self.method.needs | self.method.needs_frozen
-        if "e_negative" in needs and self.critic.negative is None:
-            raise GuidanceError(f"Expected a negative prompt for the method {self.method.name}, got none; give one.")
-        if needs & {"e_source", "e_source_c"} and self.critic.source is None:
+        if not self.method.through_encoder:
             raise GuidanceError(
-                f"Expected a prompt that describes the source for the method {self.method.name}, got none; give one."
+                f"Expected a method whose gradient goes back through the encoder, got {self.method.name}; use another."
             )
+        self.critic.check(self.method.needs | self.method.needs_frozen, f"the method {self.method.name}")
 
     @property
     def needs_frozen(self) -> bool:
         """Whether the frozen generator's images are needed."""
-        return self._perceives or any(_looks_at_frozen(term) for term in self._terms(True))
+        return self._perceives or any(term.compares_with_frozen() for term in self._terms(True))
 
     def backward(
         self,
@@ -271,7 +269,7 @@ class Objective:
     ) -> tuple[Tensor, Report, Context]:
         terms = self._terms(regularize)
         perceives = self._perceives and regularize
-        looks = any(_looks_at_frozen(term) for term in terms)
+        looks = any(term.compares_with_frozen() for term in terms)
         if (looks or perceives) and frozen is None:
             raise GuidanceError("Expected the frozen generator's images for this objective, got none.")
         if frozen is not None and frozen.shape != images.shape:
@@ -358,19 +356,16 @@ class Objective:
             for of_frozen in (False, True):
                 wanted = [(one, one.needs_frozen if of_frozen else one.needs) for one in members]
                 needs = frozenset().union(*(names for _, names in wanted))
-                negative_from = min((one.negative_from for one, names in wanted if "e_negative" in names), default=0)
+                unwanted_from = min((one.unwanted_from for one, names in wanted if "e_unwanted" in names), default=0)
                 if needs:
                     place[group, of_frozen] = len(asks)
                     latents = z_frozen if of_frozen else z
-                    asks.append(Ask(self.critic.noisy(latents, noise.to(z), t), t, needs, negative_from))
+                    asks.append(Ask(self.critic.noisy(latents, noise.to(z), t), t, needs, unwanted_from))
         answers = self.critic.predict_many(asks) if asks else []
         contexts = []
         for group in group_of:
             noise = noises[group].to(z)
             own, other = place.get((group, False)), place.get((group, True))
-            frozen_t = None
-            if z_frozen is not None:
-                frozen_t = asks[other].z_t if other is not None else self.critic.noisy(z_frozen, noise, t)
             contexts.append(
                 Context(
                     critic=self.critic,
@@ -381,8 +376,7 @@ class Objective:
                     z_t=asks[own].z_t if own is not None else self.critic.noisy(z, noise, t),
                     prediction=answers[own] if own is not None else Prediction(),
                     frozen=z_frozen,
-                    frozen_t=frozen_t,
-                    frozen_prediction=answers[other] if other is not None else None,
+                    frozen_prediction=answers[other] if other is not None else Prediction(),
                     step=step,
                     steps=steps,
                     generator=generator,
@@ -402,10 +396,6 @@ class Objective:
 
 def _resized(images: Tensor, encode: Encode) -> Tensor:
     return encode.resize(images) if isinstance(encode, ImageEncoder) else images
-
-
-def _looks_at_frozen(term: LatentTerm) -> bool:
-    return term.uses_frozen or bool(term.needs_frozen)
 
 
 def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

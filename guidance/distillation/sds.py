@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..options import option
 from .method import Context, Method
 from .normalize import normalize
 
@@ -17,10 +18,14 @@ class SDS(Method):
     """Score distillation sampling (DreamFusion, arXiv 2209.14988, eq. 3): e(z_t) - noise, e guided.
 
     Needs a large guidance scale (100 in DreamFusion and StyleGAN-Fusion), at which it over-saturates and seeks modes.
-    normalize: n() of prediction and noise first, as StyleGAN-Fusion does for EG3D.
+    normalize: n() of prediction and noise first, as StyleGAN-Fusion does for EG3D; False leaves them.
     """
 
-    normalize: bool = False
+    normalize: bool = option(
+        False,
+        "bring prediction and noise to unit spread first, so that the scale does not set its strength; released for "
+        "EG3D only",
+    )
 
     name = "sds"
     needs = frozenset({"e"})

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..options import option
 from ..schedules import GuidanceError
 from ..terms import Source
 from .critic import Critic
@@ -17,6 +19,7 @@ from .method import Context, Method
 __all__ = ["VSD"]
 
 
+@dataclass(eq=False)
 class VSD(Method):
     """Variational score distillation (ProlificDreamer, arXiv 2305.16213, eq. 9): e(z_t) - e_phi(z_t).
 
@@ -27,43 +30,39 @@ class VSD(Method):
     source: the (model, conditioning) of e_phi. network: its torch module, `model.unet` of a `Denoiser` unless given.
     rank, alpha, layers: see `LowRankAddition`. learning_rate: Adam's, 1e-4 as published. inner_steps: updates of phi
     per step of the generator, 1 as published. seed: of the first addition. Before the first update e_phi is
-    the source's own prediction. `last_loss` is phi's last loss.
+    the source's own prediction. Raises GuidanceError for a model without such a module, and for values out of range.
     """
+
+    source: Source
+    network: nn.Module | None = field(default=None, repr=False)
+    rank: int = option(4, "rank of the second critic's additions", min=1, max=256)
+    alpha: float | None = None
+    layers: str = ATTENTION_PROJECTION
+    learning_rate: float = option(1e-4, "learning rate of the second critic", min=1e-12, max=1.0)
+    inner_steps: int = 1
+    seed: int = 0
 
     name = "vsd"
     needs = frozenset({"e"})
+    learns = True
 
-    def __init__(
-        self,
-        source: Source,
-        network: nn.Module | None = None,
-        *,
-        rank: int = 4,
-        alpha: float | None = None,
-        layers: str = ATTENTION_PROJECTION,
-        learning_rate: float = 1e-4,
-        inner_steps: int = 1,
-        seed: int = 0,
-    ) -> None:
-        network = network if network is not None else getattr(source.model, "unet", None)
+    def __post_init__(self) -> None:
+        network = self.network if self.network is not None else getattr(self.source.model, "unet", None)
         if not isinstance(network, nn.Module):
             raise GuidanceError("Expected VSD to be given the network of its critic, a torch module, got none.")
-        if inner_steps < 1 or not learning_rate > 0:
+        if self.inner_steps < 1 or not self.learning_rate > 0:
             raise GuidanceError(
-                f"Expected VSD's inner_steps of at least 1 and a learning rate above 0, got {inner_steps} and "
-                f"{learning_rate}."
+                f"Expected VSD's inner_steps of at least 1 and a learning rate above 0, got {self.inner_steps} and "
+                f"{self.learning_rate}."
             )
-        self.source = source
-        self.addition = LowRankAddition(network, rank, alpha, layers, seed)
-        self.inner_steps = inner_steps
-        self.last_loss: float | None = None
+        self.addition = LowRankAddition(network, self.rank, self.alpha, self.layers, self.seed)
         self._tensors = self.addition.tensors()
-        self._optimizer = torch.optim.Adam(list(self._tensors.values()), lr=learning_rate)
+        self._optimizer = torch.optim.Adam(list(self._tensors.values()), lr=self.learning_rate)
 
     @classmethod
-    def of(cls, critic: Critic, network: nn.Module | None = None, **options: Any) -> VSD:
+    def of(cls, critic: Critic, seed: int, **options: Any) -> VSD:
         """For a critic: e_phi is its last term's model on that term's conditioning."""
-        return cls(critic.guidance.terms[-1].source, network, **options)
+        return cls(critic.guidance.terms[-1].source, seed=seed, **options)
 
     def gradient(self, context: Context) -> Tensor:
         """e(z_t) - e_phi(z_t)."""
@@ -75,6 +74,7 @@ class VSD(Method):
         """Train phi on the generator's latents at fresh timesteps, over all the schedule, and fresh noise."""
         critic, z, generator = context.critic, context.z, context.generator
         device = generator.device if generator is not None else z.device
+        loss = z.new_zeros(())
         for _ in range(self.inner_steps):
             t = torch.randint(0, len(critic.schedule), (len(z),), generator=generator, device=device).to(z.device)
             noise = torch.randn(z.shape, generator=generator, device=device).to(z)
@@ -83,15 +83,13 @@ class VSD(Method):
                 # Summed, not averaged, on the way back through the network: a half-precision one would lose it.
                 loss = (critic.noise_prediction(self.source, z_t, t) - noise).square().sum()
                 gradients = torch.autograd.grad(loss, list(self._tensors.values()), allow_unused=True)
-            self.last_loss = float(loss.detach()) / z.numel()
-            finite = [gradient is None or bool(gradient.isfinite().all()) for gradient in gradients]
-            if not all(finite):
+            if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
                 continue  # an overflow in half precision costs this update, not the run
             for tensor, gradient in zip(self._tensors.values(), gradients):
                 tensor.grad = None if gradient is None else gradient / z.numel()
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
-        return {"vsd_critic": self.last_loss}
+        return {"vsd_critic": float(loss.detach()) / z.numel()}
 
     def parameters(self) -> Iterable[Tensor]:
         return self._tensors.values()

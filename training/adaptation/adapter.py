@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ...guidance.combination import Guidance
 from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.layer_selection import select_layers
+from ...guidance.distillation.methods import METHODS
 from ...guidance.distillation.objective import Draws, NotFinite, Objective, Report
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.terms import BASE, Source
@@ -380,9 +381,10 @@ def check_generator(config: AdaptConfig, generator: StyleGAN2, world: int = 1) -
     if config.noise == "random" and not about.use_noise:
         raise ConfigProblem("noise: expected a generator with noise inputs, found one without; choose const.")
     check_batch(config.batch_size, world)
-    if config.method == "vsd" and world > 1:
+    if METHODS[config.method].learns and world > 1:
         raise ConfigProblem(
-            f"method: expected one without a state of its own for {world} processes, found vsd; start one process."
+            f"method: expected one that trains nothing of its own for {world} processes, found {config.method}; start "
+            "one process."
         )
 
 
@@ -476,7 +478,7 @@ def _sources(critic: Critic) -> dict[str, Source]:
     """All that a critic can ask, by its part; a graph's terms and a configuration's may be called otherwise."""
     guidance = critic.guidance
     found = {"base": guidance.base} | {f"term {at}": term.source for at, term in enumerate(guidance.terms, 1)}
-    others = (None if critic.source is None else critic.source.terms[-1].source, critic.negative)
+    others = (None if critic.source is None else critic.source.terms[-1].source, critic.unwanted)
     return found | {name: one for name, one in zip(OTHERS, others) if one is not None}
 
 

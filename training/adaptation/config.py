@@ -9,19 +9,23 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
 from typing import Any, ClassVar
 
+from ...guidance.distillation.critic import PROMPTS
+from ...guidance.distillation.method import prompts_of
+from ...guidance.distillation.methods import METHODS, methods_with
+from ...guidance.distillation.objective import MODES
+from ...guidance.distillation.timesteps import T_SCHEDULES
+from ...guidance.distillation.weighting import WEIGHTINGS
+from ...guidance.options import options_of
 from ..domain.config import CONNECTED_BASE, TrainConfig
 from ..engine.settings import ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
-METHODS = ("sds", "csd", "nfsd", "dds", "bridge", "ism", "vsd")
-NEEDS_SOURCE = ("dds", "bridge")
-MODES = ("shared", "sgf")
-T_SCHEDULES = ("uniform", "annealed", "falling")
-WEIGHTINGS = ("1-abar", "uniform", "sigma", "sigma2", "sqrt_abar")
 TRAINS = ("convolutions", "released", "synthesis", "all")
 FEATURES = ("vgg", "alex", "squeeze", "latents")
 RESOLUTION_STEP = 8
-PROMPTS = ("prompt", "negative", "source_prompt")
+PROMPT_FIELDS = ("prompt", "negative", "source_prompt")
+# The settings that hold what methods need beside the prompt.
+FIELD_OF_PROMPT = {"source": "source_prompt", "unwanted": "negative"}
 # A conditioning that was connected in ComfyUI stands in a prompt as its signature: what it consists of, exactly, and 16
 # bits of each of 8 numbers that say where it lies.
 SIGNATURE = re.compile(r"\[([0-9a-f]{6})-([0-9a-f]{32})\]")
@@ -30,7 +34,18 @@ SIGNATURE = re.compile(r"\[([0-9a-f]{6})-([0-9a-f]{32})\]")
 SAME_PROMPT = 0.01
 
 
+def _with_options_of_methods(config: type) -> type:
+    """Give a class of settings a field METHOD_OPTION for each option of each distillation method."""
+    for method in METHODS.values():
+        for one in options_of(method):
+            about = {**one.metadata, "help": f"method {method.name} only: {one.metadata['help']}"}
+            config.__annotations__[f"{method.name}_{one.name}"] = one.type
+            setattr(config, f"{method.name}_{one.name}", option(one.default, "distillation", **about))
+    return config
+
+
 @dataclass(frozen=True)
+@_with_options_of_methods
 class AdaptConfig(Settings):
     """Everything that decides an adaptation. Raises ConfigProblem for values that make no sense, alone or together."""
 
@@ -62,9 +77,12 @@ class AdaptConfig(Settings):
     negative: str = option(
         "",
         "what",
-        "prompt of the prediction that guidance leads away from; with the method nfsd, what images should not be",
+        "prompt of the prediction that guidance leads away from; with the method "
+        f"{methods_with('unwanted')}, what images should not be",
     )
-    source_prompt: str = option("", "what", "methods dds and bridge only: describes what the generator makes now")
+    source_prompt: str = option(
+        "", "what", f"methods {methods_with('source')} only: describes what the generator makes now"
+    )
     domain: str = option(
         "",
         "what",
@@ -106,9 +124,9 @@ class AdaptConfig(Settings):
     method: str = option(
         "sds",
         "distillation",
-        "how predictions become gradients: sds (the paper's, at a scale of "
-        "about 100), csd, nfsd, dds, bridge, ism, vsd (at scales of 5 to 30)",
-        choices=METHODS,
+        "how predictions become gradients: sds is the paper's, at a scale of about 100; "
+        f"{', '.join(name for name in METHODS if name != 'sds')} take scales of 5 to 30",
+        choices=tuple(METHODS),
     )
     scale: float = option(
         100.0,
@@ -144,7 +162,7 @@ class AdaptConfig(Settings):
         choices=T_SCHEDULES,
     )
     weighting: str = option(
-        "1-abar", "distillation", "weight of a timestep's gradient; 1-abar is the paper's", choices=WEIGHTINGS
+        "1-abar", "distillation", "weight of a timestep's gradient; 1-abar is the paper's", choices=tuple(WEIGHTINGS)
     )
     directional: float = option(
         0.0,
@@ -173,12 +191,6 @@ class AdaptConfig(Settings):
         "features of the perceptual regularizer: LPIPS' network vgg, alex "
         "or squeeze (needs the package lpips), or latents, the VAE's own",
         choices=FEATURES,
-    )
-    normalize_sds: bool = option(
-        False,
-        "distillation",
-        "method sds only: bring prediction and noise to unit spread "
-        "first, so that the scale does not set its strength; released for EG3D only",
     )
     normalize_directional: bool = option(
         False,
@@ -275,12 +287,6 @@ class AdaptConfig(Settings):
     )
     seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
     device: str = option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
-    critic_rank: int = option(
-        4, "optimisation", "method vsd only: rank of the second critic's additions", min=1, max=256
-    )
-    critic_rate: float = option(
-        1e-4, "optimisation", "method vsd only: learning rate of the second critic", min=1e-12, max=1.0
-    )
 
     # reporting
     checkpoint_every: int = option(
@@ -347,24 +353,29 @@ class AdaptConfig(Settings):
     def differences(self, other: AdaptConfig) -> dict[str, tuple[Any, Any]]:
         """The binding fields in which two configurations differ; prompts as `same_prompt` compares them."""
         found = super().differences(other)
-        if self.method not in NEEDS_SOURCE:
+        if not self.needs("source"):
             found.pop("source_prompt", None)
-        return {name: pair for name, pair in found.items() if name not in PROMPTS or not same_prompt(*pair)}
+        return {name: pair for name, pair in found.items() if name not in PROMPT_FIELDS or not same_prompt(*pair)}
+
+    def needs(self, prompt: str) -> bool:
+        """Whether the method needs a prompt ("source" or "unwanted") beside the one to reach."""
+        return prompt in prompts_of(METHODS[self.method])
+
+    def method_options(self) -> dict[str, Any]:
+        """The method's own options, by their names in its class."""
+        names = [one.name for one in options_of(METHODS[self.method])]
+        return {name: getattr(self, f"{self.method}_{name}") for name in names}
 
     def check_prompts(self) -> None:
         """Raise ConfigProblem where a method lacks a prompt; not for critics that are given, which bring their own."""
         if not self.prompt and not (self.domain and self.domain_weight):
             raise ConfigProblem("prompt: expected a description of the domain to reach, found none; give one.")
-        if self.method in NEEDS_SOURCE and not self.source_prompt:
-            raise ConfigProblem(
-                f"source_prompt: expected a description of what the generator makes now, which the method "
-                f"{self.method} compares with, found none; give one."
-            )
-        if self.method == "nfsd" and not self.negative:
-            raise ConfigProblem(
-                "negative: expected what images should not be, such as 'blurry, low quality, unrealistic', which the "
-                "method nfsd compares with, found nothing; give one."
-            )
+        for prompt, field in FIELD_OF_PROMPT.items():
+            if self.needs(prompt) and not getattr(self, field):
+                raise ConfigProblem(
+                    f"{field}: expected {PROMPTS[prompt]}, which the method {self.method} compares with, found none; "
+                    "give one."
+                )
 
 
 def same_prompt(one: str, other: str) -> bool:

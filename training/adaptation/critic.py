@@ -59,7 +59,7 @@ def open_critic(
 ) -> Critic:
     """The guidance that a configuration describes, with the base's models on `device` in the run's precision.
 
-    The base prediction is on the negative prompt (with the method nfsd, which compares with it, on the empty one); the
+    The base prediction is on the negative prompt (on the empty one with a method that compares with it, nfsd); the
     terms are the domain model, where there is one, and the prompt. domain: from `open_domain`, which is asked
     otherwise. Raises ConfigProblem, FileProblem and ValueError.
     """
@@ -72,7 +72,7 @@ def open_critic(
         named = base.conditioning([size], base.encode_text([prompt]))
         return {name: value.to(device) for name, value in named.items()}
 
-    uncond = cond("" if config.method == "nfsd" else config.negative)
+    uncond = cond("" if config.needs("unwanted") else config.negative)
     terms = []
     domain = domain or open_domain(config, base)
     if domain is not None:
@@ -90,8 +90,8 @@ def open_critic(
     source = None
     if config.source_prompt:
         source = Guidance(Source(prior, uncond), [Term("control", prior, cond(config.source_prompt), config.scale)])
-    negative = Source(prior, cond(config.negative)) if config.method == "nfsd" else None
-    return Critic(Guidance(Source(prior, uncond), terms), base.schedule, negative=negative, source=source)
+    unwanted = Source(prior, cond(config.negative)) if config.needs("unwanted") else None
+    return Critic(Guidance(Source(prior, uncond), terms), base.schedule, unwanted=unwanted, source=source)
 
 
 def latent_encoder(base: Prior, resolution: int, precision: str = "fp32") -> ImageEncoder:
@@ -121,11 +121,6 @@ def make_objective(
 
     Raises ValueError where the method needs what the critic lacks.
     """
-    options: dict[str, object] = {}
-    if config.method == "vsd":
-        options = {"rank": config.critic_rank, "learning_rate": config.critic_rate, "seed": config.seed % 2**31}
-    elif config.method == "sds":
-        options = {"normalize": config.normalize_sds}
     regularizers = []
     if config.directional:
         regularizers.append(Directional(config.directional, config.normalize_directional))
@@ -139,7 +134,7 @@ def make_objective(
         perceptual = Perceptual(distance, config.perceptual)
     return Objective(
         critic,
-        make_method(config.method, critic, **options),
+        make_method(config.method, critic, config.seed % 2**31, **config.method_options()),
         regularizers,
         Timesteps(config.t_min, config.t_max, config.t_schedule),
         config.weighting,

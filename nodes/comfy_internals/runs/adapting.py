@@ -17,6 +17,8 @@ import torch
 from comfy_execution.utils import get_executing_context
 from torch import Tensor
 
+from ....guidance.distillation.critic import PROMPTS
+from ....guidance.distillation.methods import METHODS
 from ....guidance.errors import Problem
 from ..guiding.guider import TermInput
 from ..models.domain_info import domain_info
@@ -139,24 +141,21 @@ def run(
     one sentence for everything a user can do something about.
     """
     from ....training.adaptation.adapt import adapt
-    from ....training.adaptation.config import NEEDS_SOURCE
 
-    if config.method in NEEDS_SOURCE and critic.source is None:
-        raise Problem(
-            f"{NODE}: expected a conditioning that describes what the generator makes now, which the method "
-            f"{config.method} compares with, found none; connect one to source."
-        )
-    if config.method == "nfsd" and critic.unwanted is None:
-        # The negative conditioning is no stand-in: e_u - e_negative, most of NFSD's gradient, would be zero.
-        raise Problem(
-            f"{NODE}: expected a conditioning that describes what images should not be, such as 'blurry, low quality, "
-            "unrealistic', which the method nfsd compares with, found none; connect one to unwanted."
-        )
+    for name, words in PROMPTS.items():
+        # The negative conditioning cannot replace an unwanted one: e_u - e_unwanted would be zero.
+        if config.needs(name) and getattr(critic, name) is None:
+            raise Problem(
+                f"{NODE}: expected a conditioning with {words}, which the method {config.method} compares with, found "
+                f"none; connect one to {name}."
+            )
     progress = Progress()
     for hook in ignored_hooks(critic.model):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
+    method = METHODS[config.method]
     # Each image may be judged beside the source's.
-    latents = config.batch_size * (2 if config.directional or config.reconstruction or config.method == "dds" else 1)
+    pairs = config.directional or config.reconstruction or method.compares_with_frozen()
+    latents = config.batch_size * (2 if pairs else 1)
 
     def learn() -> Result:
         return critic.run(
@@ -172,7 +171,7 @@ def run(
                 listener=progress,
                 should_stop=progress.should_stop,
             ),
-            learns=config.method == "vsd",
+            learns=method.learns,
             cancelled=progress.cancel,
         )
 

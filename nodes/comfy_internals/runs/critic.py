@@ -301,7 +301,7 @@ class Predictions:
         return Critic(
             Guidance(base, terms),
             schedule,
-            negative=unwanted,
+            unwanted=unwanted,
             source=source,
             percent_to_sigma=self.guider._percent_to_sigma,
         )

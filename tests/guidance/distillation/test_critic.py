@@ -26,19 +26,19 @@ def exact(gaussian, schedule, z_t, t, mu) -> torch.Tensor:
 
 
 def test_opinions_of_plain_guidance_are_the_exact_scores(gaussian, schedule, mean):
-    critic = Critic.cfg(gaussian, mean(*U), mean(*C), 100.0, schedule=schedule, negative=mean(1, 1, 1, 1))
+    critic = Critic.cfg(gaussian, mean(*U), mean(*C), 100.0, schedule=schedule, unwanted=mean(1, 1, 1, 1))
     z_t, t = latents(5), torch.tensor([0, 10, 250, 500, 999])
-    found = critic.predict(z_t, t, ("e", "e_u", "e_c", "e_negative"))
+    found = critic.predict(z_t, t, ("e", "e_u", "e_c", "e_unwanted"))
     e_u, e_c = exact(gaussian, schedule, z_t, t, U), exact(gaussian, schedule, z_t, t, C)
     # At timestep 0, sigma is 0.03 and rounding of the latents is magnified most.
     for own, expected, tolerance in (
         (found.e_u, e_u, 2e-5),
         (found.e_c, e_c, 2e-5),
         (found.e, e_u + 100 * (e_c - e_u), 2e-3),
-        (found.e_negative, exact(gaussian, schedule, z_t, t, (1, 1, 1, 1)), 2e-5),
+        (found.e_unwanted, exact(gaussian, schedule, z_t, t, (1, 1, 1, 1)), 2e-5),
     ):
         torch.testing.assert_close(own.double(), expected, rtol=1e-4, atol=tolerance)
-    assert found.scale.flatten().tolist() == [100.0] * 5 and found.e_source is None
+    assert found.scale.flatten().tolist() == [100.0] * 5
     assert gaussian.calls == [15] and (critic.calls, critic.samples) == (1, 15)
 
 
@@ -155,14 +155,23 @@ def test_the_noise_prediction_of_a_network_is_its_own_output(schedule, predictio
     torch.testing.assert_close(critic.noise_prediction(source, z_t, t), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_a_prediction_that_nobody_asked_for_says_how_to_ask(gaussian, schedule, mean):
+    found = Critic.cfg(gaussian, mean(*U), mean(*C), schedule=schedule).predict(
+        latents(2), torch.tensor([5, 6]), ("e",)
+    )
+    assert not hasattr(found, "noise")
+    with pytest.raises(GuidanceError, match="Expected the prediction e_u.*`needs`"):
+        found.e_u  # noqa: B018
+
+
 def test_what_does_not_fit_is_refused(gaussian, schedule, mean):
     critic = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule)
     z_t, t = latents(2), torch.tensor([5, 6])
     for wrong, message in (
         (dict(t=torch.tensor([5, 1000])), "timesteps from 0 to 999, got 5 to 1000"),
         (dict(t=torch.tensor([5])), "one timestep for each of 2 latents, got 1"),
-        (dict(needs=("e_negative",)), "negative prompt"),
-        (dict(needs=("e_source",)), "describes the source"),
+        (dict(needs=("e_unwanted",)), "what images should not be.*`unwanted`"),
+        (dict(needs=("e_source",)), "what the generator makes now.*`source`"),
         (dict(needs=("noise",)), "got 'noise'"),
     ):
         with pytest.raises(GuidanceError, match=message):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from indomain_guidance.guidance.distillation.critic import Ask, Critic
 from indomain_guidance.guidance.distillation.csd import CSD
 from indomain_guidance.guidance.distillation.ism import ISM
-from indomain_guidance.guidance.distillation.methods import METHODS, make_method
+from indomain_guidance.guidance.distillation.method import Context, Method, prompts_of
+from indomain_guidance.guidance.distillation.methods import METHODS, make_method, methods_with
 from indomain_guidance.guidance.distillation.nfsd import NFSD
 from indomain_guidance.guidance.distillation.normalize import normalize
 from indomain_guidance.guidance.distillation.objective import Draws, Objective
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
+from indomain_guidance.guidance.options import option, options_of
 from indomain_guidance.guidance.schedules import GuidanceError
 
 U, C, NEGATIVE, SOURCE, SCALE = -0.5, 1.0, 2.0, 0.25, 7.5
@@ -25,7 +29,7 @@ class Case:
     def __init__(self, gaussian, schedule, mean) -> None:
         self.gaussian, self.schedule = gaussian, schedule
         one = [mean(*[value] * 4) for value in (U, C, NEGATIVE, SOURCE)]
-        self.critic = Critic.cfg(gaussian, one[0], one[1], SCALE, schedule=schedule, negative=one[2], source=one[3])
+        self.critic = Critic.cfg(gaussian, one[0], one[1], SCALE, schedule=schedule, unwanted=one[2], source=one[3])
         generator = torch.Generator().manual_seed(0)
         self.z, self.frozen, self.noise = torch.randn(3, 4, 4, 2, 2, generator=generator)
         self.sigma = schedule.sigmas[T].double().reshape(-1, 1, 1, 1)
@@ -63,7 +67,7 @@ def test_sds(case):
 def test_csd_is_the_guidance_alone(case):
     close(case.gradient(CSD()), case.factor * (U - C) * torch.ones_like(case.x))
     repelled = case.factor * ((U - C) + 0.5 * (NEGATIVE - U)) * torch.ones_like(case.x)
-    annealed = CSD(negative_weight=1.0, negative_weight_end=0.0)
+    annealed = CSD(unwanted_weight=1.0, unwanted_weight_end=0.0)
     close(case.gradient(annealed, step=1, steps=3), repelled)
     close(case.gradient(annealed, step=2, steps=3), case.factor * (U - C) * torch.ones_like(case.x))
 
@@ -76,7 +80,7 @@ def test_nfsd_switches_its_direction_at_the_threshold(case):
 
 
 @pytest.mark.parametrize(("threshold", "evaluated"), [(0, 4), (199, 3), (200, 2), (601, 0)])
-def test_nfsd_evaluates_the_negative_prompt_only_where_it_counts(case, threshold, evaluated):
+def test_nfsd_evaluates_the_unwanted_prompt_only_where_it_counts(case, threshold, evaluated):
     found = case.gradient(NFSD(threshold))
     assert case.critic.samples == 2 * len(T) + evaluated and sum(case.gaussian.calls) == case.critic.samples
     late = (threshold <= T).reshape(-1, 1, 1, 1)
@@ -85,11 +89,11 @@ def test_nfsd_evaluates_the_negative_prompt_only_where_it_counts(case, threshold
 
 
 def test_an_opinion_that_was_not_asked_for_is_no_number(case):
-    ask = Ask(case.z, T, frozenset({"e_negative"}), negative_from=200)
+    ask = Ask(case.z, T, frozenset({"e_unwanted"}), unwanted_from=200)
     (found,) = case.critic.predict_many([ask])
-    (whole,) = case.critic.predict_many([Ask(case.z, T, frozenset({"e_negative"}))])
-    assert found.e_negative.isnan().all((1, 2, 3)).tolist() == [True, True, False, False]
-    torch.testing.assert_close(found.e_negative[2:], whole.e_negative[2:])
+    (whole,) = case.critic.predict_many([Ask(case.z, T, frozenset({"e_unwanted"}))])
+    assert found.e_unwanted.isnan().all((1, 2, 3)).tolist() == [True, True, False, False]
+    torch.testing.assert_close(found.e_unwanted[2:], whole.e_unwanted[2:])
 
 
 def test_dds_is_the_difference_of_two_sds(case):
@@ -149,6 +153,46 @@ def test_sds_leads_to_the_mode_of_the_guided_distribution(gaussian, schedule, me
         objective.backward(z * 1.0, None, lambda x: x * 1.0, step=step, steps=120, generator=generator)
         optimizer.step()
     assert float(z.detach().mean()) == pytest.approx(target, abs=0.05)
+
+
+@dataclass
+class Towards(Method):
+    """A toy method with an option, without a critic's opinion: the way to a value."""
+
+    value: float = option(0.0, "where latents should be", min=-10.0, max=10.0)
+
+    name = "towards"
+
+    def gradient(self, context: Context) -> torch.Tensor:
+        return context.z - self.value
+
+
+def test_a_method_of_ones_own_needs_a_name_and_a_gradient(case):
+    close(case.gradient(Towards(2.0)), case.z.double() - 2.0)
+    assert [one.name for one in options_of(Towards)] == ["value"] and not prompts_of(Towards)
+    with pytest.raises(GuidanceError, match="back through the encoder, got towards"):
+        Objective(case.critic, type("Pixels", (Towards,), {"through_encoder": False})())
+
+
+def test_methods_say_what_they_need():
+    assert {name: set(prompts_of(method)) for name, method in METHODS.items() if prompts_of(method)} == {
+        "nfsd": {"unwanted"},
+        "dds": {"source"},
+        "bridge": {"source"},
+    }
+    assert prompts_of(CSD(unwanted_weight=1.0)) == {"unwanted"}
+    assert methods_with("source") == "dds, bridge" and methods_with("unwanted") == "nfsd"
+    assert [name for name, method in METHODS.items() if method.learns] == ["vsd"]
+    assert [name for name, method in METHODS.items() if method.compares_with_frozen()] == ["dds"]
+
+
+@pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
+def test_options_have_help_and_defaults_in_their_range(method):
+    for one in options_of(method):
+        about = one.metadata
+        assert one.type in ("bool", "int", "float", "str") and not about["help"].endswith(".")
+        assert one.type not in ("int", "float") or about["min"] <= one.default <= about["max"]
+        assert one.type != "str" or one.default in about["choices"]
 
 
 def test_methods_by_name(case):

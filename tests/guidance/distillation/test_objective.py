@@ -470,9 +470,9 @@ def test_what_cannot_work_is_refused(schedule, encode, gaussian, mean):
         (dict(regularizers=[Directional(), Directional(0.5)]), "each regularizer once"),
         (dict(regularizers=[Directional(float("nan"))]), "weight of directional to be finite"),
         (dict(timesteps=Timesteps(10, 1000)), "t_max below 1000"),
-        (dict(method=NFSD()), "negative prompt for the method nfsd"),
-        (dict(method=DDS()), "source for the method dds"),
-        (dict(method=SDSBridge()), "source for the method bridge"),
+        (dict(method=NFSD()), "what images should not be.*for the method nfsd"),
+        (dict(method=DDS()), "generator makes now, for the method dds"),
+        (dict(method=SDSBridge()), "generator makes now, for the method bridge"),
     ):
         with pytest.raises(GuidanceError, match=message):
             Objective(**{"critic": critic, "method": SDS(), **settings})

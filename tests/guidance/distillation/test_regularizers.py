@@ -29,7 +29,6 @@ def context(schedule, gaussian, mean, seed: int = 0) -> Context:
         z_t,
         critic.predict(z_t, t, ("e",)),
         frozen,
-        frozen_t,
         critic.predict(frozen_t, t, ("e",)),
     )
 

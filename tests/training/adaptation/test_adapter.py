@@ -127,7 +127,7 @@ def test_the_fixed_picture_is_one(tiny_adaptation):
     "changes, world, told",
     [
         ({"batch_size": 3}, 2, "a multiple of the 2 processes"),
-        ({"method": "vsd"}, 2, "without a state of its own for 2 processes"),
+        ({"method": "vsd"}, 2, "trains nothing of its own for 2 processes, found vsd"),
         ({"label": 1}, 1, "an unconditional one"),
     ],
 )

@@ -10,7 +10,7 @@ from indomain_guidance.guidance.distillation.methods import METHODS
 from indomain_guidance.guidance.distillation.objective import MODES
 from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES
 from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
-from indomain_guidance.training.adaptation import config as adapt_config
+from indomain_guidance.guidance.options import options_of
 from indomain_guidance.training.adaptation.adapter import TRAINED
 from indomain_guidance.training.adaptation.config import (
     GROUPS,
@@ -26,9 +26,22 @@ NEEDED = {"generator": "g.pkl", "base": "m"}
 
 
 def test_the_choices_are_the_librarys():
-    assert set(adapt_config.METHODS) == set(METHODS) and set(adapt_config.MODES) == set(MODES)
-    assert set(adapt_config.T_SCHEDULES) == set(T_SCHEDULES) and set(adapt_config.WEIGHTINGS) == set(WEIGHTINGS)
-    assert set(adapt_config.TRAINS) == set(TRAINED)
+    choices = {one.name: one.metadata.get("choices") for one in dataclasses.fields(AdaptConfig)}
+    assert choices["method"] == tuple(METHODS) and choices["mode"] == MODES
+    assert choices["t_schedule"] == T_SCHEDULES and choices["weighting"] == tuple(WEIGHTINGS)
+    assert set(choices["train"]) == set(TRAINED)
+
+
+def test_each_option_of_a_method_is_a_field_and_comes_back_by_its_own_name():
+    fields = {one.name: one for one in dataclasses.fields(AdaptConfig)}
+    for name, method in METHODS.items():
+        config = AdaptConfig(**NEEDED, method=name)
+        assert config.method_options() == {one.name: one.default for one in options_of(method)}
+        for one in options_of(method):
+            assert fields[f"{name}_{one.name}"].metadata["help"] == f"method {name} only: {one.metadata['help']}"
+    assert AdaptConfig(**NEEDED, method="vsd", vsd_rank=8).method_options() == {"rank": 8, "learning_rate": 1e-4}
+    with pytest.raises(ConfigProblem, match="vsd_rank: expected a number from 1 to 256, found 0"):
+        AdaptConfig(**NEEDED, vsd_rank=0)
 
 
 def test_every_field_can_be_shown():

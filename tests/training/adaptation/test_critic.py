@@ -52,9 +52,9 @@ def test_it_is_the_guidance_that_the_configuration_describes(mini, configure):
 def test_methods_get_their_prompts(mini, configure):
     z_t, t = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([300])
     critic = open_critic(configure(method="nfsd", negative="a blue digit"), mini, 64, "cpu")
-    found = critic.predict(z_t, t, ("e_u", "e_negative"))
+    found = critic.predict(z_t, t, ("e_u", "e_unwanted"))
     assert torch.allclose(found.e_u, predicted(mini, "", z_t, t), atol=1e-4)
-    assert torch.allclose(found.e_negative, predicted(mini, "a blue digit", z_t, t), atol=1e-4)
+    assert torch.allclose(found.e_unwanted, predicted(mini, "a blue digit", z_t, t), atol=1e-4)
     config = configure(method="bridge", source_prompt="a white digit on a black background")
     found = open_critic(config, mini, 64, "cpu").predict(z_t, t, ("e_source_c",))
     assert torch.allclose(found.e_source_c, predicted(mini, config.source_prompt, z_t, t), atol=1e-4)
@@ -121,7 +121,7 @@ def test_the_objective_is_what_the_configuration_says(mini, configure, tiny_adap
         t_max=400,
         t_schedule="falling",
         weighting="sigma",
-        normalize_sds=True,
+        sds_normalize=True,
     )
     objective = make_objective(config, critic, tiny_adaptation.shrink, "cpu")
     assert [(one.name, one.weight) for one in objective.regularizers] == [("directional", 0.5), ("reconstruction", 2.0)]
@@ -158,7 +158,7 @@ def test_the_gradient_of_images_is_that_of_what_is_judged(mini, configure, tiny_
 @pytest.mark.parametrize("of_method", [False, True])
 @pytest.mark.parametrize("of_regularizer", [False, True])
 def test_method_and_regularizer_are_normalized_apart(configure, tiny_adaptation, of_method, of_regularizer):
-    config = configure(directional=1.0, normalize_sds=of_method, normalize_directional=of_regularizer)
+    config = configure(directional=1.0, sds_normalize=of_method, normalize_directional=of_regularizer)
     objective = make_objective(config, tiny_adaptation.tiny_critic(), tiny_adaptation.shrink, "cpu")
     assert (objective.method.normalize, objective.regularizers[0].normalize) == (of_method, of_regularizer)
 
