@@ -1,5 +1,9 @@
 """The shipped weights are what their data sheet says, on samples small enough for every test run."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from indomain_guidance.guidance import presets
@@ -127,3 +131,21 @@ def test_files_that_lack_or_break_something_are_named(tmp_path, monkeypatch):
         assets.load_classifier()
     with pytest.raises(ValueError, match="expected one of autoencoder, classifier, .* found 'vae'"):
         assets.read_component("vae")
+
+
+def test_loading_the_weights_needs_neither_the_recipe_nor_anything_else_of_training():
+    names = ("assets", "classifier", "distances", "first_runs", "pictures", "prompts", "render", "tokens")
+    code = (
+        "import importlib, importlib.util, sys\n"
+        "spec = importlib.util.spec_from_file_location('bootstrap', sys.argv[1])\n"
+        "bootstrap = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(bootstrap)\n"
+        "bootstrap.register()\n"
+        f"for name in {names}:\n"
+        "    importlib.import_module('indomain_guidance.training.mini_world.' + name)\n"
+        "print(*sorted(name for name in sys.modules if name.startswith('indomain_guidance.training.')))"
+    )
+    bootstrap = Path(__file__).resolve().parents[3] / "training" / "bootstrap.py"
+    found = subprocess.run([sys.executable, "-c", code, str(bootstrap)], capture_output=True, text=True, check=True)
+    room = "indomain_guidance.training.mini_world"
+    assert set(found.stdout.split()) == {room, *(f"{room}.{name}" for name in names)}

@@ -59,7 +59,7 @@ def refuse_to_sample(monkeypatch):
     def sample(*arguments, **options):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(points.measure, "sample_prompts", sample)
+    monkeypatch.setattr(points, "sample_prompts", sample)
 
 
 def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, monkeypatch):
