@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .diffusion import Denoiser, NoiseSchedule
 from .errors import Problem
-from .networks.unet import UNetConfig
+from .networks.unet import UNet, UNetConfig
 
 TEXT_PARTS = ("attn2", "norm2")
 BLOCK = re.compile(r"(.*\.transformer_blocks\.\d+)\.(\w+)\.(.*)")
@@ -292,10 +292,8 @@ def unconditional_error(prior: nn.Module, text_free: nn.Module, context: Tensor,
     return (difference / energy) ** 0.5 if energy > 0 else difference**0.5
 
 
-def load_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, dtype: torch.dtype = torch.float32) -> nn.Module:
+def load_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, dtype: torch.dtype = torch.float32) -> UNet:
     """A UNet in evaluation mode with these weights; those already in `dtype` are shared, not copied."""
-    from .networks.unet import UNet
-
     with torch.device("meta"):
         unet = UNet(config)
     unet.load_state_dict({key: tensor.to(dtype) for key, tensor in state_dict.items()}, strict=True, assign=True)

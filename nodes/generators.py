@@ -434,7 +434,7 @@ class SaveGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file_dtype",
-                    options=list(generators.FILE_DTYPES),
+                    options=list(generators.DTYPES),
                     default="fp32",
                     tooltip="Numbers of the file: fp32 (the default) is exact; fp16 and bf16 take half the space.",
                 ),

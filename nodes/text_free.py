@@ -48,7 +48,7 @@ class TextFreeUNet(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file_dtype",
-                    options=list(export.FILE_DTYPES),
+                    options=list(export.DTYPES),
                     default="fp16",
                     tooltip="Number format in the file. fp16 and bf16 take 2 bytes a weight, fp32 takes 4 and rounds "
                     "nothing that the prior has.",

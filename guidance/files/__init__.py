@@ -6,6 +6,7 @@ from .domain import (
     check_latent_format,
     prior_content_hash,
     read_domain_file,
+    stated_prediction,
     write_domain_file,
 )
 from .generator import (
@@ -17,10 +18,23 @@ from .generator import (
     write_generator,
 )
 from .layouts import Checkpoint, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
-from .tensors import FileProblem, ModelFile, check_finite, read_keys, read_metadata, read_state_dict, write_safetensors
+from .tensors import (
+    DTYPES,
+    TRAINING,
+    FileProblem,
+    ModelFile,
+    check_finite,
+    file_tensors,
+    read_keys,
+    read_metadata,
+    read_state_dict,
+    write_safetensors,
+)
 
 __all__ = [
+    "DTYPES",
     "LATENT_FORMATS",
+    "TRAINING",
     "Checkpoint",
     "DomainMetadata",
     "FileProblem",
@@ -31,6 +45,7 @@ __all__ = [
     "check_latent_format",
     "check_unet",
     "convert_generator",
+    "file_tensors",
     "holds_generator",
     "prior_content_hash",
     "read_domain_file",
@@ -39,6 +54,7 @@ __all__ = [
     "read_metadata",
     "read_state_dict",
     "split_checkpoint",
+    "stated_prediction",
     "strip_unet_prefix",
     "unet_layout",
     "write_domain_file",

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from ..networks.unet import UNetConfig, unet_config_from_state_dict
 from ..plain_json import parse_json
 from .layouts import check_unet, check_unet_shapes, strip_unet_prefix, unet_layout, unet_prefix
 from .recognise import UNET, recognise_names, refusal_of
-from .tensors import FileProblem, ModelFile, check_finite, write_safetensors
+from .tensors import TRAINING, FileProblem, ModelFile, check_finite, write_safetensors
 
 FORMAT = "indomain_guidance.domain_unet"
 VERSION = "1"
@@ -73,6 +73,16 @@ class DomainMetadata:
     def null_text(self) -> str:
         """ "constant", "cached", or "none" for a UNet that takes text."""
         return self.config.null_text
+
+    @property
+    def caption(self) -> str | None:
+        """The caption that a UNet which takes text was trained with; None where that is the empty prompt or unknown."""
+        if self.null_text != "none":
+            return None
+        try:
+            return parse_json(self.extra.get(TRAINING, "{}")).get("caption") or None
+        except (ValueError, AttributeError):
+            return None
 
     def to_strings(self) -> dict[str, str]:
         """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""
@@ -237,7 +247,7 @@ def read_domain_file(
         described = DomainMetadata(
             config,
             latent_format=_published_latent_format(config),
-            prediction_type=_marked_prediction(keys, metadata),
+            prediction_type=stated_prediction(keys, metadata),
             zero_snr="ztsnr" in keys,
             domain_name=Path(path).stem,
             licence=metadata.get("modelspec.license", ""),
@@ -284,7 +294,7 @@ def _published_latent_format(config: UNetConfig) -> str | None:
     return {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}.get(config.context_dim)
 
 
-def _marked_prediction(keys: list[str], metadata: Mapping[str, str]) -> str | None:
+def stated_prediction(keys: Sequence[str], metadata: Mapping[str, str]) -> str | None:
     """The prediction type where a file states it: the marker key of v-models, or its ModelSpec field."""
     if "v_pred" in keys:
         return "v_prediction"

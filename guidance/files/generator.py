@@ -32,6 +32,7 @@ from .tensors import (
     _first_line,
     _read_header,
     check_finite,
+    file_tensors,
     load_checkpoint,
     names_part,
     write_safetensors,
@@ -40,7 +41,6 @@ from .tensors import (
 FORMAT = "indomain_guidance.generator"
 VERSION = "1"
 LIMIT_BYTES = 2**31  # the largest published StyleGAN2 files, optimizers included, take half of it
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 MAX_RESOLUTION = 2**14
 MEAN_SAMPLES = 10_000  # latents that the mean style is measured on where a file has none
 MAX_FEATURES = 2**15  # of a latent and its label on their way to a style, all layers together, for measuring it
@@ -177,23 +177,12 @@ def write_generator(
     Raises FileProblem for weights that are not finite, or that fp16 cannot hold, and for another file name.
     """
     path = Path(path)
-    if dtype not in DTYPES:
-        raise Problem(f"Expected the number format to be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if path.suffix != ".safetensors":
         raise FileProblem(f"{path}: expected a name that ends in .safetensors; generators are safetensors files.")
     metadata = metadata or GeneratorMetadata()
     if not metadata.name:
         metadata = replace(metadata, name=path.stem)
-    tensors = {}
-    weights = generator.state_dict()
-    check_finite(weights, path)
-    for key, tensor in weights.items():
-        tensors[key] = tensor.detach().cpu().to(DTYPES[dtype])
-        if dtype == "fp16" and not bool(tensors[key].isfinite().all()):
-            raise FileProblem(
-                f"{path}: expected weights up to 65504, which fp16 ends at, found {float(tensor.abs().max()):.0f} in "
-                f"{key}; write bf16 or fp32."
-            )
+    tensors = file_tensors(generator.state_dict(), dtype, path)
     return write_safetensors(path, tensors, metadata.to_strings(generator.config))
 
 

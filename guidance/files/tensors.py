@@ -27,6 +27,9 @@ from .nested import all_names
 from .recognise import RUN_MARK, RUN_TRAILER, Kind, recognise_bytes, recognise_folder
 from .torch_pickle import read_torch_pickle
 
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Metadata field with the settings of the run that made a file, as JSON (ASCII: paths may hold what UTF-8 cannot).
+TRAINING = "training"
 PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 # Earlier versions execute code from crafted files even with weights_only=True.
 SAFE_PICKLE_TORCH = (2, 10)
@@ -115,6 +118,28 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike) -> No
                 f"{source}: expected finite weights, found NaN or infinity in {bad} of the {finite.numel()} numbers of "
                 f"{key}; the training that made the file diverged or the file is damaged, use an earlier one."
             )
+
+
+def file_tensors(weights: Mapping[str, Tensor], dtype: str, source: str | os.PathLike) -> dict[str, Tensor]:
+    """Weights on the CPU in the number format of a file, one of DTYPES; whole numbers stay as they are.
+
+    `source` is what to call the file. Raises FileProblem for weights that are not finite, and for finite ones that fp16
+    cannot hold.
+    """
+    if dtype not in DTYPES:
+        raise Problem(f"Expected the number format to be one of {', '.join(DTYPES)}, got {dtype!r}.")
+    check_finite(weights, source)
+    tensors = {}
+    for key, tensor in weights.items():
+        tensors[key] = tensor.detach().cpu()
+        if tensor.is_floating_point():
+            tensors[key] = tensors[key].to(DTYPES[dtype])
+        if dtype == "fp16" and not bool(tensors[key].isfinite().all()):
+            raise FileProblem(
+                f"{source}: expected weights up to 65504, which fp16 ends at, found {float(tensor.abs().max()):.0f} in "
+                f"{key}; write bf16 or fp32."
+            )
+    return tensors
 
 
 def write_safetensors(

@@ -6,7 +6,8 @@ import importlib
 
 import pytest
 import torch
-from indomain_guidance.training.prior import base as bases
+from indomain_guidance.training.prior.opening import open_checkpoint
+from indomain_guidance.training.prior.prior import ImageSize
 
 PROMPTS = ["", "a photo of a cat", "porcelain, 18th century; a very long description, longer than most " * 3]
 
@@ -40,9 +41,7 @@ def core_text(comfyui, family, encoders, prompt):
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_encodes_text_as_core_does(family, comfyui, tiny_checkpoint):
     made = tiny_checkpoint(family)
-    base = bases.open_checkpoint(
-        made.path, tokenizer=str(comfyui.root / "comfy" / "sd1_tokenizer"), prediction="epsilon"
-    )
+    base = open_checkpoint(made.path, tokenizer=str(comfyui.root / "comfy" / "sd1_tokenizer"), prediction="epsilon")
     encoded = base.encode_text(PROMPTS)
     for index, prompt in enumerate(PROMPTS):
         context, pooled = core_text(comfyui, family, made.text_encoders, prompt)[:2]
@@ -60,7 +59,7 @@ def test_encodes_text_as_core_does(family, comfyui, tiny_checkpoint):
 def test_latents_are_cores(family, latent_format, comfyui, tiny_checkpoint):
     """Posterior moments, scaled as core scales them, and the way back."""
     made = tiny_checkpoint(family)
-    base = bases.open_checkpoint(made.path)
+    base = open_checkpoint(made.path)
     images = torch.rand(2, 3, 64, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     mean, std = base.encode(images)
     weights = {
@@ -80,12 +79,12 @@ def test_latents_are_cores(family, latent_format, comfyui, tiny_checkpoint):
 
 
 def test_size_vector_is_cores(comfyui, tiny, tiny_checkpoint):
-    base = bases.open_checkpoint(tiny_checkpoint("sdxl").path)
+    base = open_checkpoint(tiny_checkpoint("sdxl").path)
     core = tiny.prior(family="SDXL", adm_in_channels=2816, use_linear_in_transformer=True).model
     pooled = torch.randn(1, 1280, generator=torch.Generator().manual_seed(0))
     expected = core.encode_adm(
         pooled_output=pooled, height=700, width=900, crop_h=12, crop_w=34, target_height=512, target_width=640
     )
-    found = base.vector(700, 900, (12, 34), (512, 640), pooled)
+    found = base.vector([ImageSize((700, 900), (12, 34), (512, 640))], pooled)
     assert torch.allclose(found, expected.float(), atol=1e-5) and found.shape == (1, 2816)
-    assert torch.equal(base.vector(700, 900)[:, :1280], torch.zeros(1, 1280))
+    assert torch.equal(base.vector([ImageSize((700, 900))])[:, :1280], torch.zeros(1, 1280))

@@ -7,7 +7,7 @@ import torch
 from indomain_guidance.guidance.files import read_metadata, read_state_dict
 from indomain_guidance.training.domain import export
 from indomain_guidance.training.domain import trainee as parts
-from indomain_guidance.training.prior.base import open_checkpoint
+from indomain_guidance.training.prior.opening import open_checkpoint
 
 
 def trained(base, rank, alpha):

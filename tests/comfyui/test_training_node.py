@@ -146,7 +146,7 @@ def test_an_exported_model_predicts_what_core_predicts(comfyui, tiny, clip, mini
     for prompt in ("", "a cat"):
         context = base.encode_text([prompt]).context.expand(2, -1, -1)
         with torch.no_grad():
-            ours = base.load_prior()(scaled, t, context=context)
+            ours = base.load_unet()(scaled, t, context=context)
         with torch.inference_mode():
             expected = clip.encode_from_tokens(clip.tokenize(prompt)).expand(2, -1, -1)
         assert error(ours, core_eps(comfyui, prior, x, expected)) < 2e-5
@@ -157,7 +157,7 @@ def test_exported_weights_can_be_trained(tiny, clip, mini, world):
         inside = tiny.prior()
         with world.loading.ordinary_tensors():
             base = world.internals.connected_prior(inside, clip, mini[2], [])
-    unet = base.load_prior().requires_grad_(True)
+    unet = base.load_unet().requires_grad_(True)
     unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), context=base.null_context.tensor).square().mean().backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
 
@@ -172,7 +172,7 @@ def test_exported_vae_encodes_as_cores(mini, world):
     mean, _ = base.encode(images.permute(0, 3, 1, 2) * 2 - 1)
     assert error(mean, expected * base.latent_scale) < 1e-4
     # The same autoencoder as the mini world's own file: cached latents are shared with runs from there.
-    own = module("training.prior.base").open_mini_world()
+    own = module("training.prior.opening").open_mini_world()
     assert base.latent_scale == own.latent_scale and base.autoencoder.config == own.autoencoder.config
     assert base.vae_id == own.vae_id
 

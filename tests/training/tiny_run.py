@@ -27,7 +27,8 @@ from indomain_guidance.guidance.null_text import NullContext
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.domain.train import train
 from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
-from indomain_guidance.training.prior.base import Prior
+from indomain_guidance.training.prior.opening import prior_from_tensors
+from indomain_guidance.training.prior.prior import Prior
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def tiny_base(prediction_type: str = "epsilon") -> Prior:
         unet, autoencoder = UNet(UNET), Autoencoder(AUTOENCODER)
         torch.nn.init.normal_(unet.out[2].weight, std=0.05)  # zero at first, as training would begin
         null = NullContext(torch.randn(1, 7, UNET.context_dim))
-    return Prior.from_parts(
+    return prior_from_tensors(
         unet.state_dict(),
         UNET,
         latent_format="tiny",

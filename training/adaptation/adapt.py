@@ -15,13 +15,16 @@ from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.objective import Objective
 from ...guidance.distillation.timesteps import Timesteps
 from ...guidance.errors import Problem
+from ...guidance.files import TRAINING
 from ...guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ..domain.previews import save_png
 from ..engine.engine import Engine, Result, check_resume, due
 from ..engine.events import Listener, Sampled, Started, Warned
 from ..engine.processes import OneProcess, open_processes
-from ..prior.base import MINI_WORLD, Prior, open_base
+from ..mini_world import MINI_WORLD
+from ..prior.opening import open_prior
+from ..prior.prior import Prior
 from .adapter import Adapter, Encode, check_generator, describe_terms, describe_trained, learning_names, trained_names
 from .config import AdaptConfig, prompt_text
 from .critic import (
@@ -38,8 +41,6 @@ from .estimate import estimate_adaptation
 from .previews import BeforeAfter
 
 __all__ = ["Result", "adapt", "open_generator"]
-
-TRAINING = "training"  # metadata field with the run's configuration as JSON
 
 
 def adapt(
@@ -100,7 +101,7 @@ class _Parts:
         """The generator; unless there is a critic the base and its domain model, too."""
         if self.critic is None:
             config.check_prompts()
-            self.base = self.base or open_base(config)
+            self.base = self.base or open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
             self.base.check_prompts((config.prompt, config.negative, config.source_prompt))
             self.domain = open_domain(config, self.base)
         if isinstance(self.generator, StyleGAN2):
@@ -172,7 +173,7 @@ class _Adaptation(Engine):
         if critic is None:
             base = parts.base
             resolution = judged_resolution(config, base, self.loaded.generator)
-            stack.enter_context(base.on(device))
+            stack.enter_context(base.autoencoder_on(device))
             critic = open_critic(config, base, resolution, device, parts.domain)
             parts.domain = None  # the critic has its weights now
             encode = latent_encoder(base, resolution, config.precision)

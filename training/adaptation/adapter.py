@@ -32,7 +32,7 @@ from ..engine.optimizers import rate_at, set_rate
 from ..engine.processes import OneProcess, check_batch
 from ..engine.randomness import sample_generator
 from ..engine.settings import ConfigProblem
-from ..prior.origin import relative_difference
+from ..prior.same_prior import relative_difference
 from .config import AdaptConfig
 
 Encode = Callable[[Tensor], Tensor]

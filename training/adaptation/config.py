@@ -16,8 +16,8 @@ from ...guidance.distillation.objective import MODES
 from ...guidance.distillation.timesteps import T_SCHEDULES
 from ...guidance.distillation.weighting import WEIGHTINGS
 from ...guidance.options import options_of
-from ..domain.config import CONNECTED_BASE, TrainConfig
-from ..engine.settings import ConfigProblem, Settings, option
+from ..domain.config import TrainConfig
+from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, Settings, option
 
 GROUPS = ("what", "distillation", "generator", "optimisation", "reporting")
 TRAINS = ("convolutions", "released", "synthesis", "all")
@@ -71,7 +71,7 @@ class AdaptConfig(Settings):
         "layout: SD 1.x, 2.x, SDXL) or mini_world",
         path=True,
         free=True,
-        names=("mini_world", CONNECTED_BASE),
+        names=("mini_world", CONNECTED_PREFIX),
     )
     prompt: str = option("", "what", "describes the domain to reach, for instance 'a 3d render of a face, Pixar'")
     negative: str = option(
@@ -89,7 +89,7 @@ class AdaptConfig(Settings):
         "domain model file that judges too; empty: the prompt alone",
         path=True,
         free=True,
-        names=(CONNECTED_BASE,),
+        names=(CONNECTED_PREFIX,),
     )
     name: str = option(
         "adapted", "what", "name of the adapted generator; the finished file is NAME.safetensors", free=True

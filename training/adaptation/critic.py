@@ -19,15 +19,13 @@ from ...guidance.distillation.objective import Objective
 from ...guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
 from ...guidance.distillation.reconstruction import Reconstruction
 from ...guidance.distillation.timesteps import Timesteps
-from ...guidance.files import DomainMetadata, read_domain_file
+from ...guidance.files import DTYPES, DomainMetadata, read_domain_file
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.null_text import load_unet
 from ...guidance.terms import Source, Term
-from ..command_line.drawing import trained_caption
-from ..domain.learner import DTYPES
 from ..engine.memory import is_memory_problem
 from ..engine.settings import ConfigProblem
-from ..prior.base import ImageSize, Prior
+from ..prior.prior import ImageSize, Prior
 from .adapter import Encode, fixed_picture, opinion
 from .config import AdaptConfig
 
@@ -50,7 +48,7 @@ def open_domain(config: AdaptConfig, base: Prior) -> Domain | None:
     if not config.domain or not config.domain_weight:
         return None
     weights, metadata = read_domain_file(config.domain, latent_format=base.latent_format)
-    base.check_prompts([trained_caption(metadata) or ""])
+    base.check_prompts([metadata.caption or ""])
     return weights, metadata
 
 
@@ -66,7 +64,7 @@ def open_critic(
     config.check_prompts()
     dtype = DTYPES.get(config.precision, torch.float32)
     size = ImageSize((resolution, resolution))
-    prior = Denoiser(base.load_prior(dtype).to(device), base.schedule, base.prediction_type)
+    prior = Denoiser(base.load_unet(dtype).to(device), base.schedule, base.prediction_type)
 
     def cond(prompt: str) -> dict[str, Tensor]:
         named = base.conditioning([size], base.encode_text([prompt]))
@@ -82,7 +80,7 @@ def open_critic(
             base.schedule,
             metadata.prediction_type or base.prediction_type,
         )
-        caption = trained_caption(metadata)
+        caption = metadata.caption
         own = uncond if caption is None else cond(caption)
         terms.append(Term("domain", judge, own, config.domain_weight))
     if config.prompt:

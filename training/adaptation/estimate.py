@@ -15,7 +15,7 @@ from ..domain.estimate import CUDA_CONTEXT, _available, size_text
 from .config import AdaptConfig
 
 if TYPE_CHECKING:
-    from ..prior.base import Prior
+    from ..prior.prior import Prior
 
 
 @dataclass(frozen=True)

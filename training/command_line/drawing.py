@@ -14,18 +14,18 @@ from ...guidance.diffusion import Denoiser
 from ...guidance.errors import Problem
 from ...guidance.files import DomainMetadata
 from ...guidance.null_text import load_unet
-from ...guidance.plain_json import parse_json
 from ...guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
-from ..prior.base import ImageSize, Prior, Text
+from ..prior.prior import ImageSize, Prior
+from ..prior.text_encoders import Text
 
 SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
 METHOD = "dpmpp_2m"
 
 
 @dataclass(frozen=True)
-class Settings:
+class DrawingSettings:
     """How to sample. Weights as in `presets.in_domain`: 0 leaves a part out and saves its predictions.
 
     domain_start, domain_end: share of sampling (0 start, 1 end) in which the domain model takes part. method: one of
@@ -91,18 +91,18 @@ class Artist:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.base, self.device, self.metadata = base, torch.device(device), metadata
-        prior = base.load_prior(dtype).to(self.device)
+        prior = base.load_unet(dtype).to(self.device)
         domain = load_unet(weights, metadata.config, dtype).to(self.device)
         self.prior = Denoiser(prior, base.schedule, base.prediction_type)
         self.domain = Denoiser(domain, base.schedule, metadata.prediction_type or base.prediction_type)
-        self.caption = trained_caption(metadata)
+        self.caption = metadata.caption
 
     @torch.no_grad()
     def draw(
         self,
         prompts: Sequence[str],
         seeds: Sequence[int],
-        settings: Settings,
+        settings: DrawingSettings,
         negative: str = "",
         on_step: Callable[[int, int], None] = lambda done, total: None,
     ) -> Iterator[Drawn]:
@@ -143,7 +143,7 @@ class Artist:
                 noise = torch.cat([self._noise(seed, height // factor, width // factor) for seed in part])
                 guided = MultiGuidance(guidance, self.base.schedule.percent_to_sigma)
                 latents = sample(guided, noise.to(self.device), sigmas, settings.method, count)
-                with self.base.on(self.device):
+                with self.base.autoencoder_on(self.device):
                     pictures = self.base.decode(latents).cpu()
                 cost = sum(guided.samples_per_step) / len(guided.samples_per_step)
                 for seed, pixels in zip(part, pictures):
@@ -154,13 +154,3 @@ class Artist:
 
     def _cond(self, size: ImageSize, text: Text) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in self.base.conditioning([size], text).items()}
-
-
-def trained_caption(metadata: DomainMetadata) -> str | None:
-    """The caption a model of form full was trained with, None where that is the empty prompt or unknown."""
-    if metadata.null_text != "none":
-        return None
-    try:
-        return parse_json(metadata.extra.get("training", "{}")).get("caption") or None
-    except (ValueError, AttributeError):
-        return None

@@ -25,6 +25,7 @@ from ..domain.config import TrainConfig, field_kinds
 from ..engine.paths import is_of_windows, meant_path
 from ..engine.settings import ConfigProblem, Settings, kinds_of, read_values
 from ..engine.signals import StopRequest
+from ..mini_world import MINI_WORLD
 from .console import Console, own_command
 
 DONE, PROBLEM, USAGE = 0, 1, 2
@@ -55,7 +56,6 @@ GROUP_TITLES = {
 }
 # Single letters for what a first run needs.
 SHORT = {"data": "-d", "base": "-b", "name": "-n", "output": "-o", "steps": "-s", "generator": "-g", "prompt": "-p"}
-MINI_WORLD = "mini_world"
 
 
 def _path(text: str) -> str:

@@ -13,19 +13,26 @@ from typing import Any
 
 import torch
 
-from ...guidance.files import DomainMetadata, FileProblem, check_latent_format, holds_generator, read_domain_file
+from ...guidance.files import (
+    DTYPES,
+    DomainMetadata,
+    FileProblem,
+    check_latent_format,
+    holds_generator,
+    read_domain_file,
+)
 from ...guidance.files.atomic import replacing
 from ...guidance.networks.seeds import latents_of_seeds
 from ..adaptation.config import AdaptConfig, configuration_kind
 from ..domain.config import TrainConfig, read_values
-from ..domain.learner import DTYPES
 from ..engine.checkpoints import find_checkpoints
 from ..engine.engine import CONFIG
 from ..engine.processes import pick_device, pick_precision
 from ..engine.settings import ConfigProblem
-from ..prior.base import MINI_WORLD, open_base
+from ..mini_world import MINI_WORLD
+from ..prior.opening import open_prior
 from .console import Console, own_command
-from .drawing import Artist, Drawn, Settings
+from .drawing import Artist, DrawingSettings, Drawn
 
 
 def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
@@ -39,7 +46,7 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
     path, trained = find_domain(options.domain)
     weights, metadata = read_domain_file(path)
     config = base_config(options, metadata, trained, path)
-    settings = Settings(
+    settings = DrawingSettings(
         options.domain_weight,
         options.control_weight,
         options.domain_start,
@@ -50,7 +57,7 @@ def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any
         batch=options.batch_size,
     )
     device = pick_device(options.device)
-    base = open_base(config)
+    base = open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
     width = options.width or metadata.resolution or base.native_resolution or 512
     settings = replace(settings, size=(options.height or width, width))
     check_latent_format(metadata, base.latent_format, path)
@@ -167,7 +174,7 @@ def _finished(file: Path, folder: Path, what: str) -> Path:
 def base_config(
     options: argparse.Namespace, metadata: DomainMetadata, trained: TrainConfig | None, path: Path
 ) -> TrainConfig:
-    """What `open_base` needs: the base, its VAE and tokenizer, from the options, the run, or what the file says."""
+    """What `open_prior` needs: the prior, its VAE and tokenizer, from the options, the run, or what the file says."""
     base = options.base or (trained.base if trained else "")
     if not base and metadata.latent_format == "mini_world":
         base = MINI_WORLD
@@ -191,7 +198,7 @@ def slug(prompt: str) -> str:
     return words[:48].rstrip("-") or "picture"
 
 
-def describe(drawn: Drawn, settings: Settings, negative: str, domain: Path, base: str) -> dict[str, Any]:
+def describe(drawn: Drawn, settings: DrawingSettings, negative: str, domain: Path, base: str) -> dict[str, Any]:
     """How a picture was made, as JSON values."""
     height, width = settings.size
     return {

@@ -27,7 +27,7 @@ from .walking import Cancelled, Watch
 
 if TYPE_CHECKING:
     from ..domain.config import TrainConfig
-    from ..prior.base import Prior
+    from ..prior.prior import Prior
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
 INDEX = "content-index.jsonl"  # in the cache folder

@@ -5,15 +5,13 @@ from __future__ import annotations
 from dataclasses import MISSING, dataclass
 from typing import ClassVar
 
-from ..engine.settings import ConfigProblem, Settings, kinds_of, option, read_values
+from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, Settings, kinds_of, option, read_values
 
-__all__ = ["CONNECTED_BASE", "ConfigProblem", "TrainConfig", "field_kinds", "read_values"]
+__all__ = ["ConfigProblem", "TrainConfig", "field_kinds", "read_values"]
 
 GROUPS = ("what", "model", "data", "optimisation", "reporting")
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
-# A base that begins so is no file: the models of a graph, which only the program that holds them can give again.
-CONNECTED_BASE = "connected:"
 MIN_RESOLUTION, RESOLUTION_STEP = 64, 8
 
 
@@ -34,7 +32,7 @@ class TrainConfig(Settings):
         "prior to start from: a checkpoint (.safetensors in LDM layout: SD 1.x, 2.x, SDXL) or mini_world",
         path=True,
         free=True,
-        names=("mini_world", CONNECTED_BASE),
+        names=("mini_world", CONNECTED_PREFIX),
     )
     data: tuple[str, ...] = option(
         (),

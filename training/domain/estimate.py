@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ...guidance.files import DTYPES
 from ...guidance.networks.unet import ResBlock, TransformerBlock, UNet, UNetConfig
 from ..engine.memory import available_memory
 from ..engine.processes import pick_precision
-from ..prior.base import Prior
+from ..prior.prior import Prior
 from .previews import preview_dtype
 from .trainee import choose_trainable
 
 if TYPE_CHECKING:
     from .config import TrainConfig
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Bytes an optimizer step moves for each trained number: AdamW reads 16 and writes 12, its temporaries and the average
 # about as much again.
 OPTIMIZER_TRAFFIC = 60
@@ -356,7 +356,7 @@ def _encoding_seconds(base: Prior, resolution: int, device: torch.device) -> flo
     """Seconds to encode one image, timed on a smaller one and scaled by area."""
     side = min(resolution, 512 if device.type == "cuda" else 64)
     image = torch.zeros(1, base.autoencoder.config.in_channels, side, side, device=device)
-    with base.on(device):
+    with base.autoencoder_on(device):
         return _timed(lambda: base.encode(image), device) * (resolution / side) ** 2
 
 

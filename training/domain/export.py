@@ -19,12 +19,13 @@ from torch import Tensor
 
 from ...guidance.errors import Problem, printable
 from ...guidance.files import (
+    TRAINING,
     DomainMetadata,
     FileProblem,
     GeneratorMetadata,
     ModelFile,
-    check_finite,
     convert_generator,
+    file_tensors,
     holds_generator,
     read_domain_file,
     read_generator,
@@ -40,15 +41,10 @@ from ...guidance.networks.unet import UNetConfig, unet_config_from_state_dict
 from ...guidance.plain_json import parse_json
 from ..engine.checkpoints import MARK, TRAILER, load_checkpoint
 from ..engine.settings import ConfigProblem
-from ..prior.base import (
-    FAMILIES,
-    MINI_WORLD,
-    NATIVE_RESOLUTION,
-    Prior,
-    native_resolution,
-    open_checkpoint,
-    open_mini_world,
-)
+from ..mini_world import MINI_WORLD
+from ..prior.families import FAMILIES, NATIVE_RESOLUTIONS, native_resolution
+from ..prior.opening import open_checkpoint, open_mini_world
+from ..prior.prior import Prior
 from .config import MIN_RESOLUTION, RESOLUTION_STEP
 from .low_rank import kohya_tensors, low_rank_layers
 from .trainee import FORMS, Trainee, start_model
@@ -57,30 +53,8 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 MOST_SHOWN = 10_000  # characters of one fact of a file
-FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 CHECKPOINT_SUFFIX = ".ckpt"  # of old model files, and of this trainer's runs
-TRAINING = "training"  # metadata field with the run's configuration as JSON (ASCII: paths may hold what UTF-8 cannot)
 _KOHYA_BASES = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
-
-
-def file_tensors(weights: Mapping[str, Tensor], file_dtype: str, source: str | os.PathLike) -> dict[str, Tensor]:
-    """Weights on the CPU in the number format of a file: "fp16", "bf16" or "fp32".
-
-    Raises FileProblem for weights that are not finite, and for finite ones that fp16 cannot hold.
-    """
-    if file_dtype not in FILE_DTYPES:
-        raise Problem(f"Expected the number format to be one of {', '.join(FILE_DTYPES)}, got {file_dtype!r}.")
-    dtype = FILE_DTYPES[file_dtype]
-    check_finite(weights, source)
-    tensors = {}
-    for key, tensor in weights.items():
-        tensors[key] = tensor.detach().cpu().to(dtype) if tensor.is_floating_point() else tensor.detach().cpu()
-        if dtype is torch.float16 and not bool(tensors[key].isfinite().all()):
-            raise FileProblem(
-                f"{source}: expected weights up to 65504, which fp16 ends at, found {float(tensor.abs().max()):.0f} in "
-                f"{key}; write bf16 or fp32."
-            )
-    return tensors
 
 
 def write_domain_model(
@@ -323,7 +297,7 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
 def base_resolution(base: str) -> int | None:
     """The side in pixels that a base was made for, from its file's header; None where that does not tell."""
     if base == MINI_WORLD:
-        return NATIVE_RESOLUTION[MINI_WORLD]
+        return NATIVE_RESOLUTIONS[MINI_WORLD]
     about = inspect(base)
     architecture = about.get("architecture") or {}
     is_v = "v_pred" in about.get("markers", ())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...guidance.diffusion import NoiseSchedule
 from ...guidance.errors import Problem
 from ..engine.randomness import sample_generator
-from ..prior.base import ImageSize
+from ..prior.prior import ImageSize
 from .losses import abar_at, add_noise, target_of
 
 # Of 1000: from almost clean to almost noise. The high ones decide the composition, the low ones the texture.

@@ -18,6 +18,7 @@ from torch import Generator, Tensor, nn
 
 from ...guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from ...guidance.errors import Problem
+from ...guidance.files import DTYPES
 from ..data import BadImage, DataProblem, Sample
 from ..engine.average import WeightAverage
 from ..engine.checkpoints import machine_facts
@@ -26,12 +27,11 @@ from ..engine.optimizers import build_optimizer, rate_at, set_rate
 from ..engine.processes import OneProcess, check_batch
 from ..engine.randomness import Batch, BatchPlan, Draw
 from ..engine.settings import ConfigProblem
-from ..prior.base import ImageSize
-from ..prior.origin import check_origin
+from ..prior.prior import ImageSize
+from ..prior.same_prior import check_same_prior
 from .config import TrainConfig
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # A loss scale this small means that fp16 overflows whatever the scale.
 SMALLEST_SCALE = 2.0**-14
 
@@ -65,8 +65,8 @@ class Learner:
     """Trains those parameters of `unet` that require gradients, on `dataset`, from step 0 or from a loaded state.
 
     schedule, prediction_type: the prior's noise. conditioning(sizes) -> what the UNet takes beside x and t (`context`,
-    `y`) for images of these sizes; None: nothing. prior: content hash of the prior, origin: its other parts
-    (`origin_of`), both kept with the state. The UNet is moved to the processes' device. Raises ConfigProblem for
+    `y`) for images of these sizes; None: nothing. prior: content hash of the prior, traits: its other parts
+    (`prior_traits`), both kept with the state. The UNet is moved to the processes' device. Raises ConfigProblem for
     batches that cannot be split over the processes.
 
     intact: False while weights, average and step do not belong together, for who wants to save after an exception.
@@ -82,7 +82,7 @@ class Learner:
         conditioning: Callable[[Sequence[ImageSize]], dict[str, Tensor]] | None = None,
         *,
         prior: str = "",
-        origin: Mapping[str, Any] | None = None,
+        traits: Mapping[str, Any] | None = None,
         processes: OneProcess | None = None,
     ) -> None:
         if prediction_type not in PREDICTION_TYPES:
@@ -98,7 +98,7 @@ class Learner:
             )
         self.config, self.dataset, self.schedule, self.prediction_type = config, dataset, schedule, prediction_type
         self.conditioning = conditioning or (lambda sizes: {})
-        self.prior, self.origin, self.step, self.intact = prior, dict(origin or {}), 0, True
+        self.prior, self.traits, self.step, self.intact = prior, dict(traits or {}), 0, True
         self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.batch_size, config.accumulation)
         self.device = self.processes.device
         self.unet = unet.to(self.device).train()
@@ -192,7 +192,7 @@ class Learner:
             "step": self.step,
             "config": self.config.to_dict(),
             "prior": self.prior,
-            "origin": self.origin,
+            "traits": self.traits,
             "dataset": {"hash": self.dataset.content_hash, "images": len(self.dataset)},
             "position": {"epoch": epoch, "batch": position},
             "schedule": {"rate": rate_at(self.config, self.step)},
@@ -220,7 +220,7 @@ class Learner:
                 f"{source}: expected a run from the same prior, found one from another checkpoint (content "
                 f"{state['prior'][:12] or 'unknown'} instead of {self.prior[:12] or 'unknown'}); use that one."
             )
-        warnings = check_origin(self.origin, state.get("origin") or {}, source)
+        warnings = check_same_prior(self.traits, state.get("traits") or {}, source)
         if state["dataset"]["hash"] != self.dataset.content_hash:
             changed = f"({state['dataset']['images']} then, now {len(self.dataset)})"
             if int(state["step"]) >= self.config.steps:

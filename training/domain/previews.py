@@ -19,7 +19,8 @@ from ...guidance.presets import cfg, domain_guidance, in_domain
 from ...guidance.sampling import sample, sigmas_uniform
 from ..engine.lettering import default_font, write
 from ..engine.processes import computes_in_bf16
-from ..prior.base import ImageSize, Prior, Text
+from ..prior.prior import ImageSize, Prior
+from ..prior.text_encoders import Text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -98,7 +99,7 @@ class Preview:
             ]
             drawn.append(torch.cat(latents))
         del prior
-        with base.on(self.device):
+        with base.autoencoder_on(self.device):
             pictures = [base.decode(latents).cpu() for latents in drawn]
         grey = torch.zeros(len(noise), 3, config.resolution, config.resolution)
         pictures += [grey] * (len(rows) - len(pictures))
@@ -121,7 +122,7 @@ class Preview:
         return range(self.config.seed, self.config.seed + self.config.sample_count)
 
     def _prior(self) -> nn.Module:
-        return self.base.load_prior(self.dtype).to(self.device)
+        return self.base.load_unet(self.dtype).to(self.device)
 
     def _rows(self, unet: nn.Module, prior: nn.Module | None, size: ImageSize, text: Text | None) -> list[Row]:
         base, config = self.base, self.config

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...guidance.files import DTYPES
 from ..data import CachingStopped, Cancelled, DataProblem, LatentDataset, Watch, expanded, find_images, open_dataset
 from ..data.remarks import faults
 from ..engine.engine import Engine, Result, check_resume, due
@@ -19,13 +20,14 @@ from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
 from ..engine.processes import OneProcess, check_batch, open_processes
 from ..engine.settings import ConfigProblem
-from ..prior.base import ImageSize, Prior, open_base
-from ..prior.origin import origin_of
+from ..prior.opening import open_prior
+from ..prior.prior import ImageSize, Prior
+from ..prior.same_prior import prior_traits
 from .config import TrainConfig
 from .estimate import estimate, size_text
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
-from .learner import DTYPES, Learner
+from .learner import Learner
 from .previews import Preview, save_png
 from .trainee import Trainee, start_model
 
@@ -88,7 +90,7 @@ class _Run(Engine):
         """Everything that can be known before the first image is read, also of the run that it would go on with."""
         self._check_beforehand()
         start, _ = self.begin(resume)
-        base = base or open_base(self.config)
+        base = base or self._open_prior()
         for note in base.notes:
             self.tell(Warned(note))
         self._announce(start, base, images)
@@ -100,7 +102,7 @@ class _Run(Engine):
             self.take_place(stack)
             start, found = self.begin(resume)
             state = None if found is None else found[1]
-            base = base or open_base(self.config)
+            base = base or self._open_prior()
             self.open_reports(stack, start)
             for note in base.notes:
                 self.tell(Warned(note))
@@ -123,7 +125,7 @@ class _Run(Engine):
                     base.prediction_type,
                     lambda sizes: base.conditioning(sizes, trainee.text),
                     prior=base.prior_hash,
-                    origin=origin_of(base, trainee.text),
+                    traits=prior_traits(base, trainee.text),
                     processes=self.processes,
                 )
             )
@@ -131,6 +133,10 @@ class _Run(Engine):
             del state, found  # what lies in the checkpoint's file has been copied out of it
             self.reports = _Reports(self, base, held_out)
             return self.loop()
+
+    def _open_prior(self) -> Prior:
+        config = self.config
+        return open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer, prediction=config.prediction)
 
     def _check_beforehand(self) -> None:
         """Refuse what would otherwise be found out when all images are encoded, or never."""
@@ -163,7 +169,7 @@ class _Run(Engine):
         """The images as latents; None when somebody asked to stop meanwhile."""
         dataset, stopped = None, 0.0
         try:
-            with base.on(self.processes.device):
+            with base.autoencoder_on(self.processes.device):
                 dataset = open_dataset(
                     self.config,
                     base,

@@ -25,11 +25,11 @@ from ...guidance.null_text import (
     fold_constants,
     measure_cross_attention,
 )
-from ..prior.base import Prior, Text
+from ..prior.prior import ImageSize, Prior
+from ..prior.text_encoders import Text
+from .config import FORMS, TRAINS
 from .low_rank import DOWN, UP, add_low_rank, merged_weights
 
-FORMS = ("cached", "constant", "full")
-TRAINS = ("all", "self_attention", "low_rank")
 SELF_ATTENTION = re.compile(r"\.attn1\.")
 LOW_RANK = re.compile(rf"\.({DOWN}|{UP})$")
 PROBE_STEPS = 20  # of the prior's own trajectory, 8 of them used (design: section 3.2)
@@ -168,9 +168,9 @@ def measured_constants(
 
     The trajectories are those of the design (8 of 20 DDIM steps, seeds 0 and 1) at square latents of `resolution`.
     """
-    prior = base.load_prior().to(device)
+    prior = base.load_unet().to(device)
     side = resolution // base.factor
-    y = base.vector(resolution, resolution, pooled=base.null_context.pooled)
+    y = base.vector([ImageSize((resolution, resolution))], base.null_context.pooled)
     denoiser = Denoiser(prior, base.schedule, base.prediction_type)
     total, done = 2 * (PROBE_STEPS + PROBE_USE), 0
 

@@ -41,6 +41,8 @@ WORDS_OF_JSON = {"True", "False", "None", "{}", "[]"}
 LONGEST_NAME = 200
 
 
+# A model that begins so is no file: the models of a graph, which only the program that holds them can give again.
+CONNECTED_PREFIX = "connected:"
 # Fields that name a model's file.
 MODELS = ("base", "generator", "domain", "vae")
 

@@ -27,7 +27,6 @@ from ...guidance.networks.unet import UNet, UNetConfig
 from .classifier import Classifier
 from .tokens import expand_embedding, tokenize
 
-LATENT_FORMAT = "mini_world"
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
 JUDGES = {"classifier", "classifier_held_out"}
 # What a component's file must say beside its weights.

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import Problem
-from .base import Text
+from .text_encoders import Text
 
 
 @dataclass(frozen=True, eq=False)
 class EncodedPrompts:
-    """Looks prompts up instead of encoding them: the `text` of `Prior.from_parts`.
+    """Looks prompts up instead of encoding them: a prior's `text_encoder`.
 
     prompts: prompt -> (context [1, T, D], pooled vector [1, P] or None), the empty prompt among them. name: what to
     call the prior in messages. Calling it with N prompts gives their Text, [N, T, D] and [N, P]; it raises Problem for

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ....guidance.diffusion import Denoiser, NoiseSchedule
 from ....guidance.errors import Problem
-from ....guidance.files import DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
+from ....guidance.files import DTYPES, DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
 from ....guidance.networks.unet import UNetConfig
 from ....guidance.null_text import (
     POOLED_TEXT_ADM,
@@ -33,7 +33,6 @@ from .model_files import model_path
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
-FILE_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 # What quantised layers keep beside their weights; it is used up when the weights are turned back into numbers.
 QUANTISATION_KEYS = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 
@@ -217,14 +216,14 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         )
     context = encode_empty_prompt(clip, has_pooled=config.adm_in_channels in POOLED_TEXT_ADM)
     if not probe_side_px:
-        from ....training.prior.base import native_resolution
+        from ....training.prior.families import native_resolution
 
         is_v = prediction_type == "v_prediction"
         probe_side_px = native_resolution(latent_format, config.context_dim, is_v)
     if probe_side_px < 64:
         raise Problem(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
     y = vector_conditioning(model, context.pooled, probe_side_px)
-    weights = exported_state_dict(model, FILE_DTYPES[file_dtype])
+    weights = exported_state_dict(model, DTYPES[file_dtype])
     cancelled = comfy.model_management.throw_exception_if_processing_interrupted
     prior_hash = prior_content_hash(weights, cancelled)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.errors import Problem
-from ....guidance.files import FileProblem
+from ....guidance.files import DTYPES, FileProblem
 from ....guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from ..progress import ProgressBar
 from .loading import ordinary_tensors
@@ -32,7 +32,6 @@ NODE = "Load Generator"
 FOLDER = "generators"
 SHIPPED_GENERATORS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "generators"
 EXTENSIONS = {".safetensors", ".pkl", ".pt", ".pth"}
-FILE_DTYPES = ("fp32", "fp16", "bf16")
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
 PIXELS_AT_ONCE = 2**22
@@ -114,8 +113,8 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
     from ....guidance.files import write_generator
 
-    if dtype not in FILE_DTYPES:
-        raise Problem(f"Expected the numbers of a file to be one of {', '.join(FILE_DTYPES)}, found {dtype!r}.")
+    if dtype not in DTYPES:
+        raise Problem(f"Expected the numbers of a file to be one of {', '.join(DTYPES)}, found {dtype!r}.")
     # Unlike Path.exists it has an answer for paths that are too long, too; writing says what is wrong with them.
     if os.path.exists(path) and not replace:
         raise FileProblem(

@@ -22,6 +22,7 @@ from torch import Tensor
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
 from ....guidance.networks.unet import UNetConfig
+from ....training.mini_world import MINI_WORLD
 from .domain_info import DomainInfo
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
@@ -31,7 +32,6 @@ NODE = "Load Domain UNet"
 FOLDER = "domain_unets"
 FOLDERS = (FOLDER, "diffusion_models")  # in the order they are looked through
 SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "domain_unets"
-MINI_WORLD = "mini_world"
 WEIGHT_DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,

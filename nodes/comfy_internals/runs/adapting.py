@@ -92,23 +92,23 @@ def places(
     Prompts are conditionings here, and stand in it by a signature, behind their text where that is known
     (`prompt_texts`): a run goes on only with the same ones, wherever in the graph their texts stand.
     """
-    from ....training.domain.config import CONNECTED_BASE
+    from ....training.engine.settings import CONNECTED_PREFIX
 
     def connected(what: str) -> str:
         conditioning, text = getattr(critic, what), (texts or {}).get(what)
         if conditioning is None:
             return ""
-        return f"{text or CONNECTED_BASE} [{conditioning_signature(conditioning)}]"
+        return f"{text or CONNECTED_PREFIX} [{conditioning_signature(conditioning)}]"
 
     found = domain_of(critic.terms)
     domain = {} if found is None else {"domain": found[0], "domain_weight": found[1]}
     if critic.terms and found is None:
         models = (model_name(critic.model if term.model is None else term.model) for term in critic.terms)
-        domain = {"domain": f"{CONNECTED_BASE} {', '.join(models)}"}
+        domain = {"domain": f"{CONNECTED_PREFIX} {', '.join(models)}"}
     negative = ", unwanted ".join(filter(None, map(connected, ("negative", "unwanted"))))
     return {
         "generator": generator.source,
-        "base": f"{CONNECTED_BASE} {type(critic.model.model.model_config).__name__}",
+        "base": f"{CONNECTED_PREFIX} {type(critic.model.model.model_config).__name__}",
         "prompt": connected("positive"),
         "negative": negative,
         "source_prompt": connected("source"),

@@ -147,7 +147,7 @@ def _ordinary(module: nn.Module) -> nn.Module:
 
 def native_side(model: ModelPatcher) -> int:
     """The side in pixels of the images a MODEL was made for."""
-    from ....training.prior.base import native_resolution
+    from ....training.prior.families import native_resolution
 
     kind = type(model.get_model_object("latent_format"))
     latent_format = next((name for name, known in LATENT_FORMATS.items() if known is kind), "")

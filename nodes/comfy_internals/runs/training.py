@@ -31,6 +31,7 @@ from torch import Tensor
 from ....guidance.errors import Problem, printable
 from ....guidance.files import FileProblem, read_keys
 from ....guidance.null_text import POOLED_TEXT_ADM
+from ....training.mini_world import MINI_WORLD
 from ..allowed_folders import allowed_folders, check_allowed
 from ..models.export import (
     encode_empty_prompt,
@@ -49,10 +50,10 @@ if TYPE_CHECKING:
     from ....training.domain.config import TrainConfig
     from ....training.domain.train import Result
     from ....training.engine.events import Event
-    from ....training.prior.base import Prior
+    from ....training.prior.prior import Prior
 
 NODE = "Train Domain UNet"
-CONNECTED, MINI_WORLD = "connected", "mini_world"
+CONNECTED = "connected"
 MINI_WORLD_DOMAINS = ("handwriting", "narrow")
 RUNS = "domain_training"
 PREVIEW_PX = 1024
@@ -89,8 +90,8 @@ def connected_prior(model, clip, vae, prompts: Sequence[str]) -> Prior:
 
     prompts: those that the run will need, encoded here. Raises ValueError for models that cannot be trained from.
     """
-    from ....training.prior.base import Prior
     from ....training.prior.encoded_prompts import EncodedPrompts
+    from ....training.prior.opening import prior_from_tensors
 
     config = exported_config(model, NODE)
     prediction_type, zero_snr = exported_prediction(model, NODE)
@@ -99,7 +100,7 @@ def connected_prior(model, clip, vae, prompts: Sequence[str]) -> Prior:
     null_context = encode_empty_prompt(clip, has_pooled)
     encoded = {prompt: _encode(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt}
     encoded[""] = (null_context.tensor, null_context.pooled)
-    return Prior.from_parts(
+    return prior_from_tensors(
         exported_state_dict(model, exported_dtype(model)),
         config,
         latent_format=exported_latent_format(model, NODE),
@@ -108,7 +109,7 @@ def connected_prior(model, clip, vae, prompts: Sequence[str]) -> Prior:
         zero_snr=zero_snr,
         null_context=null_context,
         autoencoder=export_autoencoder(vae, config.out_channels),
-        text=EncodedPrompts(encoded, name),
+        text_encoder=EncodedPrompts(encoded, name),
         name=name,
     )
 
@@ -537,14 +538,14 @@ def base_name(model, clip, vae, checkpoint: str) -> str:
                 "disconnect them."
             )
         return find_checkpoint(checkpoint)
-    from ....training.domain.config import CONNECTED_BASE
+    from ....training.engine.settings import CONNECTED_PREFIX
 
     if missing:
         raise Problem(
             f"{NODE}: expected a prior, found no {', no '.join(missing)}; connect model, clip and vae, or choose a "
             "checkpoint."
         )
-    return f"{CONNECTED_BASE} {type(model.model.model_config).__name__}"
+    return f"{CONNECTED_PREFIX} {type(model.model.model_config).__name__}"
 
 
 def prepare(model, clip, vae, config: TrainConfig) -> Prior | None:

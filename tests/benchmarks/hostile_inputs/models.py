@@ -181,7 +181,7 @@ class Bases(ModelFiles):
         self.by_hand = {name: write_bytes(data) for name, data in hostile_headers({}).items()}
 
     def warm(self) -> None:
-        from indomain_guidance.training.prior.base import open_checkpoint
+        from indomain_guidance.training.prior.opening import open_checkpoint
 
         open_checkpoint(self.folder / "sd1.safetensors")
         super().warm()
@@ -196,7 +196,7 @@ class Bases(ModelFiles):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.training.domain.export import inspect_text
-        from indomain_guidance.training.prior.base import open_checkpoint
+        from indomain_guidance.training.prior.opening import open_checkpoint
 
         if dice.random() < 0.15:
             inspect_text(path)

@@ -38,7 +38,7 @@ from indomain_guidance.training.engine.events import (
 )
 from indomain_guidance.training.engine.lock import locked
 from indomain_guidance.training.engine.settings import ConfigProblem
-from indomain_guidance.training.prior.base import Text
+from indomain_guidance.training.prior.text_encoders import Text
 from PIL import Image
 
 
@@ -83,7 +83,7 @@ def base(tiny_run):
             )
         )
 
-    base.text = encode
+    base.text_encoder = encode
     return base
 
 
@@ -503,7 +503,7 @@ def test_a_dry_run_tells_what_trains_and_writes_nothing(run, tmp_path, base):
 
 
 def test_prompts_that_cannot_be_encoded_are_refused_by_a_dry_run_too(run, base):
-    base.text = None
+    base.text_encoder = None
     for changes in (
         {},
         {"negative": "a cat", "prompt": "", "domain": "x"},
@@ -523,7 +523,7 @@ def test_a_domain_model_that_cannot_judge_is_refused_before_the_run_begins(run, 
     def adapt_to(path):
         run(parts=by_base(base), dry_run=dry_run, prompt="", domain=path, output=str(tmp_path / "made"))
 
-    base.text = None
+    base.text_encoder = None
     with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a circle'"):
         adapt_to(domain("tiny", training='{"caption": "a circle"}'))
     with pytest.raises(FileProblem, match="other.safetensors: expected a domain model for the latent space 'tiny'"):
@@ -578,7 +578,7 @@ def test_parts_that_do_not_fit_are_told_in_a_sentence(run, base, tiny_run, tiny_
     from indomain_guidance.guidance.diffusion import Denoiser
     from indomain_guidance.guidance.distillation.critic import Critic
 
-    prior = Denoiser(base.load_prior(), base.schedule)
+    prior = Denoiser(base.load_unet(), base.schedule)
 
     def critic(width):
         return Critic.cfg(prior, {"context": torch.zeros(1, 7, width)}, {"context": torch.ones(1, 7, width)}, 5.0)

@@ -10,7 +10,7 @@ from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.adaptation.critic import judged_resolution, latent_encoder, make_objective, open_critic
 from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.mini_world.assets import domain_unets_dir
-from indomain_guidance.training.prior.base import open_mini_world
+from indomain_guidance.training.prior.opening import open_mini_world
 
 DOMAIN = str(domain_unets_dir() / "mini-handwriting.safetensors")
 
@@ -32,7 +32,7 @@ def configure(tiny_adaptation, tmp_path):
 def predicted(base, prompt, z_t, t):
     """The prior's own noise prediction, straight from its network."""
     with torch.no_grad():
-        return base.load_prior()(z_t, t, context=base.encode_text([prompt]).context)
+        return base.load_unet()(z_t, t, context=base.encode_text([prompt]).context)
 
 
 def test_it_is_the_guidance_that_the_configuration_describes(mini, configure):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_domain_file
-from indomain_guidance.training.command_line.drawing import SPACINGS, Artist, Settings, trained_caption
+from indomain_guidance.training.command_line.drawing import SPACINGS, Artist, DrawingSettings
 from indomain_guidance.training.command_line.main import build_parser
 from indomain_guidance.training.mini_world.assets import domain_unets_dir, load_mini_world
-from indomain_guidance.training.prior.base import open_mini_world
+from indomain_guidance.training.prior.opening import open_mini_world
 
 FILE = domain_unets_dir() / "mini-handwriting.safetensors"
 
@@ -44,7 +44,7 @@ def by_hand(
 def test_pictures_follow_the_formula(artist, interval):
     prompt, settings = (
         "a red seven on a yellow background",
-        Settings(1.2, 3.0, *interval, steps=6, method="euler", size=(64, 64)),
+        DrawingSettings(1.2, 3.0, *interval, steps=6, method="euler", size=(64, 64)),
     )
     (drawn,) = artist.draw([prompt], [5], settings)
     expected = by_hand(prompt, 5, 1.2, 3.0, 6, interval)
@@ -54,7 +54,7 @@ def test_pictures_follow_the_formula(artist, interval):
 
 
 def test_the_papers_noise_levels_leave_the_least_one_out(artist):
-    settings = Settings(1.2, 3.0, steps=6, method="euler", spacing="sgm_uniform", size=(64, 64))
+    settings = DrawingSettings(1.2, 3.0, steps=6, method="euler", spacing="sgm_uniform", size=(64, 64))
     (drawn,) = artist.draw(["a red seven"], [5], settings)
     assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6, least=999 / 6)).abs().max() < 1e-3
     assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6)).abs().max() > 5e-3
@@ -63,12 +63,12 @@ def test_the_papers_noise_levels_leave_the_least_one_out(artist):
 def test_the_command_line_offers_every_spacing():
     for spacing in SPACINGS:
         options = build_parser().parse_args(["sample", "mini-handwriting", "--spacing", spacing])
-        assert Settings(spacing=options.spacing).spacing == spacing
+        assert DrawingSettings(spacing=options.spacing).spacing == spacing
 
 
 def test_order_and_count_of_pictures(artist):
     counted = []
-    settings = Settings(steps=2, size=(64, 64), batch=2)
+    settings = DrawingSettings(steps=2, size=(64, 64), batch=2)
     drawn = list(
         artist.draw(["a", "b"], [0, 1, 2], settings, on_step=lambda done, total: counted.append((done, total)))
     )
@@ -78,9 +78,9 @@ def test_order_and_count_of_pictures(artist):
 
 def test_caption_of_a_full_model_is_what_it_was_trained_with(artist):
     full = replace(artist.metadata, config=replace(artist.metadata.config, null_text="none"))
-    assert trained_caption(artist.metadata) is None and trained_caption(full) is None
-    assert trained_caption(replace(full, extra={"training": '{"caption": "a digit"}'})) == "a digit"
-    assert trained_caption(replace(full, extra={"training": "damaged"})) is None
+    assert artist.metadata.caption is None and full.caption is None
+    assert replace(full, extra={"training": '{"caption": "a digit"}'}).caption == "a digit"
+    assert replace(full, extra={"training": "damaged"}).caption is None
 
 
 @pytest.mark.parametrize(
@@ -88,9 +88,9 @@ def test_caption_of_a_full_model_is_what_it_was_trained_with(artist):
 )
 def test_settings_are_checked(wrong):
     with pytest.raises(ValueError, match="Expected"):
-        Settings(**wrong)
+        DrawingSettings(**wrong)
 
 
 def test_size_must_fit_the_latents(artist):
     with pytest.raises(ValueError, match="multiples of 8"):
-        next(artist.draw([""], [0], Settings(size=(60, 64))))
+        next(artist.draw([""], [0], DrawingSettings(size=(60, 64))))

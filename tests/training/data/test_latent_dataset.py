@@ -33,7 +33,7 @@ from indomain_guidance.training.data.content_index import ContentIndex, Known
 from indomain_guidance.training.data.images import cover
 from indomain_guidance.training.data.latent_dataset import at_once_of
 from indomain_guidance.training.domain.config import TrainConfig
-from indomain_guidance.training.prior.base import open_base
+from indomain_guidance.training.prior.opening import open_prior
 from PIL import Image, ImageOps
 
 SIZES = bucket_sizes(32, 8, 2.0)
@@ -355,7 +355,7 @@ def test_exchanged_files_of_equal_length_and_time_are_noticed(tmp_path):
 
 @pytest.fixture(scope="module")
 def mini_world():
-    return open_base(TrainConfig(base="mini_world", resolution=64))
+    return open_prior("mini_world")
 
 
 def test_latents_depend_on_the_image_alone(tmp_path, mini_world):
@@ -405,7 +405,7 @@ def test_open_dataset_on_the_mini_world(tmp_path):
     save(tmp_path / "images" / "a.png", 1, 64, 64)
     folders = {"data": (str(tmp_path / "images"),), "cache": str(tmp_path / "cache")}
     config = TrainConfig(base="mini_world", resolution=64, **folders)
-    base = open_base(config)
+    base = open_prior(config.base)
     batch = torch.rand(3, 64, 64, 3, generator=draw(0)).mul(255).round().div(255)
     data = open_dataset(config, base, batch, workers=1)
     assert len(data) == 4 and list(data.groups) == [(64, 64)] and data.upscaled == 0

@@ -13,7 +13,7 @@ from indomain_guidance.training.domain import estimate as module
 from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.domain.estimate import estimate, trace_unet
-from indomain_guidance.training.prior.base import open_mini_world
+from indomain_guidance.training.prior.opening import open_mini_world
 
 
 @pytest.fixture(scope="module")

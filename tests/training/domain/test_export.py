@@ -20,7 +20,7 @@ from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.engine.checkpoints import save_checkpoint
 from indomain_guidance.training.mini_world.assets import domain_unets_dir, weights_dir
-from indomain_guidance.training.prior.base import open_checkpoint, open_mini_world
+from indomain_guidance.training.prior.opening import open_checkpoint, open_mini_world
 
 
 @pytest.fixture(scope="module")

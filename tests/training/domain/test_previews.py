@@ -11,7 +11,7 @@ from indomain_guidance.training.domain import previews
 from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.mini_world.assets import load_domain
-from indomain_guidance.training.prior.base import open_checkpoint, open_mini_world
+from indomain_guidance.training.prior.opening import open_checkpoint, open_mini_world
 from PIL import Image
 
 PROMPT = "a red seven on a blue background"
@@ -56,7 +56,7 @@ def close(found, wanted):
 
 def test_rows_are_multi_guidance_against_the_prior(base, domain):
     """Every tile equals D_u + w_d (D_domain - D_u) + w_c (D_control - D_u), written out here."""
-    prior, trained = Denoiser(base.load_prior(), base.schedule), Denoiser(domain, base.schedule)
+    prior, trained = Denoiser(base.load_unet(), base.schedule), Denoiser(domain, base.schedule)
     null, control = base.null_text.context, base.encode_text([PROMPT]).context
 
     def guided(x, sigma):
@@ -74,7 +74,7 @@ def test_rows_are_multi_guidance_against_the_prior(base, domain):
 
 
 def test_without_prompts_the_model_alone_and_against_the_prior(base, domain):
-    prior, trained = Denoiser(base.load_prior(), base.schedule), Denoiser(domain, base.schedule)
+    prior, trained = Denoiser(base.load_unet(), base.schedule), Denoiser(domain, base.schedule)
 
     def against(x, sigma):
         u = prior(x, sigma, context=base.null_text.context)

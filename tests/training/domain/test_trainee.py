@@ -7,7 +7,8 @@ import torch
 from indomain_guidance.guidance.files import prior_content_hash
 from indomain_guidance.guidance.null_text import load_unet
 from indomain_guidance.training.domain import trainee as parts
-from indomain_guidance.training.prior.base import ImageSize, open_checkpoint, open_mini_world
+from indomain_guidance.training.prior.opening import open_checkpoint, open_mini_world
+from indomain_guidance.training.prior.prior import ImageSize
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +21,7 @@ def probe(base):
     """Inputs, and what the prior says about them on the empty prompt."""
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([900.0, 100.0])
     with torch.no_grad():
-        return x, t, base.load_prior()(x, t, context=base.null_context.tensor)
+        return x, t, base.load_unet()(x, t, context=base.null_context.tensor)
 
 
 def relative(found, expected):
@@ -134,7 +135,7 @@ def test_sdxl_keeps_its_sizes(form, tiny_checkpoint):
         ignored = torch.allclose(trainee.unet(x, t, **other), outputs[0], atol=1e-6)
         assert ignored == (form != "full")
         if form != "constant":
-            prior = base.load_prior()
+            prior = base.load_unet()
             expected = prior(x, t, **base.conditioning([ImageSize((64, 64))], base.null_text))
             assert relative(outputs[0], expected) < 1e-3
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indomain_guidance.training.prior.base import open_mini_world
 from indomain_guidance.training.prior.encoded_prompts import EncodedPrompts
+from indomain_guidance.training.prior.opening import open_mini_world
 
 
 @pytest.fixture(scope="module")

@@ -25,7 +25,8 @@ from ...adaptation.config import AdaptConfig
 from ...adaptation.critic import latent_encoder, make_objective, open_critic
 from ...engine.lock import locked
 from ...mini_world import assets
-from ...prior.base import Prior, open_mini_world
+from ...prior.opening import open_mini_world
+from ...prior.prior import Prior
 from ..idg.models import FIXED_CAPTION, Models, ModelSpec, file_hash
 from ..keeping import Shelf, key_of
 from .recipes import RECIPES

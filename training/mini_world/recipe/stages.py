@@ -27,7 +27,7 @@ from ....guidance.files.atomic import replacing
 from ....guidance.networks.autoencoder import Autoencoder
 from ....guidance.networks.text_encoder import END_TOKEN, TextEncoder
 from ....guidance.null_text import NullContext
-from .. import assets, render, tokens
+from .. import MINI_WORLD, assets, render, tokens
 from ..classifier import HEADS, Classifier
 from . import train_autoencoder, train_classifier, train_domain, train_generator, train_prior
 from .kept_files import made_once, weights_hash
@@ -132,12 +132,7 @@ def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0
         work,
         "prior_unet",
         model.unet.state_dict(),
-        {
-            "config": train_prior.UNET.to_json(),
-            "prediction_type": "epsilon",
-            "latent_format": assets.LATENT_FORMAT,
-            **about,
-        },
+        {"config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": MINI_WORLD, **about},
     )
     shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
     _write(
@@ -159,7 +154,7 @@ def make_domain(
     images, _ = render.load_handwriting(render.TRAIN_ROWS)
     metadata = DomainMetadata(
         config=model.config,
-        latent_format=assets.LATENT_FORMAT,
+        latent_format=MINI_WORLD,
         prediction_type="epsilon",
         null_context=context.to_dict(),
         prior_hash=prior_content_hash(weights),

@@ -1,4 +1,4 @@
-"""What a run learns from beside its images and weights, so that it does not go on with other parts unnoticed."""
+"""Whether a run that goes on has the prior it began with: the same latents, noise and text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..engine.settings import ConfigProblem
-from .base import Prior, Text
+from .prior import Prior
+from .text_encoders import Text
 
 # Encoded on another device or in half precision, the same text differs by about a thousandth of its norm.
 SAME_TEXT = 0.01
@@ -19,16 +20,16 @@ SAME_LATENTS = 0.02
 PICTURE_SIDE, PICTURE_SEED = 64, 21
 
 
-def origin_of(base: Prior, text: Text | None) -> dict[str, Any]:
+def prior_traits(prior: Prior, text: Text | None) -> dict[str, Any]:
     """The autoencoder, the noise and the text of a run, as a checkpoint keeps them.
 
     text: what the UNet is conditioned on; None is a text-free one, into which the empty prompt went.
     """
-    text = text or base.null_text
-    noise = base.prediction_type + (" with zero terminal SNR" if base.zero_snr else "")
-    latents = base.encode(_fixed_picture())[0].cpu()
+    text = text or prior.null_text
+    noise = prior.prediction_type + (" with zero terminal SNR" if prior.zero_snr else "")
+    latents = prior.encode(_fixed_picture())[0].cpu()
     return {
-        "autoencoder": base.vae_id,
+        "autoencoder": prior.vae_id,
         "latents": latents,
         "noise": noise,
         "context": text.context,
@@ -45,7 +46,7 @@ def _fixed_picture() -> Tensor:
     return torch.stack(grown).mean(0) * 2 - 1
 
 
-def check_origin(now: Mapping[str, Any], before: Mapping[str, Any], source: str) -> list[str]:
+def check_same_prior(now: Mapping[str, Any], before: Mapping[str, Any], source: str) -> list[str]:
     """Raise ConfigProblem when a run began with another autoencoder, noise or text; smaller differences as warnings.
 
     Fields that one of them lacks are not compared.
