@@ -98,8 +98,12 @@ SOCKETS = {
 }
 
 
-def sockets_of_the_pack():
+@pytest.fixture
+def sockets_of_the_pack(comfyui, monkeypatch):
     """(node, input) for every input of the pack that takes a link alone."""
+    folder_paths = importlib.import_module("folder_paths")
+    # The pack's folders are for this test alone: others register their own.
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     for module, register in (("loading", "register_domain_unet_folder"), ("generators", "register_generator_folder")):
         getattr(importlib.import_module(f"indomain_guidance.nodes.comfy_internals.models.{module}"), register)()
     nodes = importlib.import_module("indomain_guidance.nodes").node_classes()
@@ -120,10 +124,10 @@ def given_without(node, wrong):
     return {key: [value] for key, value in values.items()} if node.GET_SCHEMA().is_input_list else values
 
 
-def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(comfyui):
+def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(sockets_of_the_pack):
     check = importlib.import_module("indomain_guidance.nodes.inputs").check_inputs
     problem = importlib.import_module("indomain_guidance.guidance.errors").Problem
-    for node, one in sockets_of_the_pack():
+    for node, one in sockets_of_the_pack:
         files = tuple(each.id for each in node.GET_SCHEMA().inputs if each.id.endswith(("_name", "checkpoint")))
         for literal in LITERALS:
             kind = str(one.io_type)
@@ -142,8 +146,8 @@ def test_a_literal_in_any_socket_of_the_pack_is_refused_in_a_sentence(comfyui):
                 check(node, given_without(node, {one.id: None}), files)
 
 
-def test_every_node_with_sockets_checks_them(comfyui):
-    for node, one in sockets_of_the_pack():
+def test_every_node_with_sockets_checks_them(sockets_of_the_pack):
+    for node, one in sockets_of_the_pack:
         if not one.optional:
             values = given_without(
                 node,
