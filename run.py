@@ -524,8 +524,8 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
 
 COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
-    "test": "run every test, the ones that drive a real ComfyUI included, on all cores (with further arguments, which "
-    "go to pytest, in one process)",
+    "test": "run every test, the ones that drive a real ComfyUI server included, on all cores; --quick leaves the slow "
+    "ones and the servers out (other arguments go to pytest, which then runs in one process)",
     "lint": "check the code's style, format and types with ruff and pyright, as .ci/run does",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",

@@ -44,7 +44,10 @@ def test_the_whole_suite_is_shared_out_file_by_file(monkeypatch):
     commands.test({"rest": [], "tools": None})
     monkeypatch.setattr(commands, "_cores", lambda: 1)
     commands.test({"rest": [], "tools": None})
-    assert started == [["-n", "2", "--dist", "loadfile"], ["tests/nodes"], ["-n", "4", "--dist", "loadfile"], []]
+    commands.test({"rest": ["--quick", "tests/nodes"], "tools": None})
+    by_file = ["--dist", "loadfile", "--no-loadscope-reorder"]
+    quick = ["-m", "not slow and not server", "tests/nodes"]
+    assert started == [["-n", "2", *by_file], ["tests/nodes"], ["-n", "4", *by_file], [], quick]
 
 
 def test_a_python_that_reads_no_variables_tests_alone():
@@ -54,7 +57,7 @@ def test_a_python_that_reads_no_variables_tests_alone():
         "from indomain_guidance.nodes.host import __main__ as commands; print(commands._shared_out(8))"
     )
     folder = str(bootstrap_folder())
-    for flags, expected in (([], "['-n', '4', '--dist', 'loadfile']"), (["-E"], "[]")):
+    for flags, expected in (([], "['-n', '4', '--dist', 'loadfile', '--no-loadscope-reorder']"), (["-E"], "[]")):
         found = subprocess.run([sys.executable, *flags, "-c", code, folder], capture_output=True, text=True, check=True)
         assert found.stdout.strip() == expected
 
