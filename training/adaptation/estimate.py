@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.stylegan2 import StyleGAN2
-from ..domain.estimate import CUDA_CONTEXT, _available, size_text
+from ..engine.tracing import CUDA_CONTEXT, bytes_of, free_bytes, size_text, trace
+from ..prior.prior import Prior
 from .config import AdaptConfig
-
-if TYPE_CHECKING:
-    from ..prior.prior import Prior
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,7 @@ def estimate_adaptation(
     config: AdaptConfig,
     generator: StyleGAN2,
     trained: int,
-    base: Prior,
+    prior: Prior,
     resolution: int,
     device: torch.device | str = "cpu",
     processes: int = 1,
@@ -66,42 +62,33 @@ def estimate_adaptation(
     device = torch.device(device)
     batch = max(1, config.batch_size // processes)
     half = config.precision in ("fp16", "bf16")
-    encodes_in = torch.bfloat16 if config.precision == "bf16" else torch.float32
-    weights = sum(one.numel() for one in base.unet.values()) * (2 if half else 4)
+    weights = sum(tensor.numel() for tensor in prior.unet.values()) * (2 if half else 4)
     if device.type == "cpu" and not half:
-        # Those already in fp32 are shared with the base.
-        weights += sum(one.numel() * one.element_size() for one in base.unet.values() if one.dtype != torch.float32)
-    weights += sum(one.numel() * one.element_size() for one in base.autoencoder.parameters())
-    weights += 3 * 4 * sum(one.numel() for one in generator.parameters())  # the caller's own too
-    extra = CUDA_CONTEXT if device.type == "cuda" else 0
+        # Those already in fp32 are shared with the prior.
+        weights += bytes_of(tensor for tensor in prior.unet.values() if tensor.dtype != torch.float32)
+    weights += bytes_of(prior.autoencoder.parameters())
+    weights += 3 * 4 * sum(parameter.numel() for parameter in generator.parameters())  # the caller's own too
 
-    def generates() -> tuple[nn.Module, Tensor]:
-        traced = StyleGAN2(generator.config)
-        traced.gradient_checkpointing = config.gradient_checkpointing
-        return traced, traced.synthesize(torch.empty(batch, traced.num_ws, generator.config.w_dim))
+    def generator_copy() -> StyleGAN2:
+        copy = StyleGAN2(generator.config)
+        copy.gradient_checkpointing = config.gradient_checkpointing
+        return copy
 
-    def encodes() -> tuple[nn.Module, Tensor]:
-        traced = Autoencoder(base.autoencoder.config).requires_grad_(False)
-        images = torch.empty(batch, 3, resolution, resolution, requires_grad=True)
-        with torch.autocast("cpu", encodes_in, enabled=encodes_in is not torch.float32):
-            return traced, traced.encode(images)[0]
+    def generate(network: nn.Module) -> None:
+        assert isinstance(network, StyleGAN2)
+        network.synthesize(torch.empty(batch, network.num_ws, generator.config.w_dim))
 
-    kept = kept_bytes(generates) + kept_bytes(encodes)
-    state = 4 * trained * (3 + bool(config.ema))
-    return AdaptEstimate(weights + extra, state, kept, _available(device), str(device))
+    def encode(network: nn.Module) -> None:
+        assert isinstance(network, Autoencoder)
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
+            network.encode(torch.empty(batch, 3, resolution, resolution, requires_grad=True))
 
-
-def kept_bytes(forward: Callable[[], tuple[nn.Module, Tensor]]) -> int:
-    """What autograd keeps of a forward pass beside parameters; `forward` makes its module and runs it, without data."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    kept: dict[int, Tensor] = {}  # one tensor per storage; holding it keeps the identity unique
-
-    def pack(tensor: Tensor) -> None:
-        # Without a graph: a tensor that its own graph holds is never freed, and no backward pass comes.
-        kept.setdefault(id(tensor.untyped_storage()), tensor.detach())
-
-    with FakeTensorMode(), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing):
-        module, _ = forward()
-        own = {id(one.untyped_storage()) for one in (*module.parameters(), *module.buffers())}
-        return sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    activations = trace(generator_copy, generate).kept
+    activations += trace(lambda: Autoencoder(prior.autoencoder.config).requires_grad_(False), encode).kept
+    return AdaptEstimate(
+        models=weights + (CUDA_CONTEXT if device.type == "cuda" else 0),
+        optimizer=4 * trained * (3 + bool(config.ema)),
+        activations=activations,
+        available=free_bytes(device),
+        device=str(device),
+    )

@@ -20,11 +20,12 @@ from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
 from ..engine.processes import OneProcess, check_batch, open_processes
 from ..engine.settings import ConfigProblem
+from ..engine.tracing import size_text
 from ..prior.opening import open_prior
 from ..prior.prior import ImageSize, Prior
 from ..prior.same_prior import prior_traits
 from .config import TrainConfig
-from .estimate import estimate, size_text
+from .estimate import estimate
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
 from .learner import Learner

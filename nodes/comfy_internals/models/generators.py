@@ -277,8 +277,8 @@ def draw(
 
 def _check_room(count: int, config: GeneratorConfig) -> None:
     """Raise Problem for images that do not fit into memory together: the system would end ComfyUI without a word."""
-    from ....training.domain.estimate import size_text
     from ....training.engine.memory import available_memory
+    from ....training.engine.tracing import size_text
 
     needed = 4 * count * (3 * config.height * config.width + config.c_dim + config.z_dim)
     room = available_memory() or comfy.model_management.get_free_memory(torch.device("cpu"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from indomain_guidance.training.adaptation.estimate import estimate_adaptation, kept_bytes
+from indomain_guidance.training.adaptation.estimate import estimate_adaptation
 
 
 def kept_by(run) -> int:
@@ -54,21 +54,3 @@ def test_checkpointing_and_smaller_batches_need_less(tiny_adaptation, tiny_run, 
 
     assert activations(gradient_checkpointing=True) < activations()
     assert activations(batch_size=1) < 0.6 * activations(batch_size=2)
-
-
-def test_nothing_stays_in_memory_of_an_estimate():
-    """A server estimates before every run."""
-    import gc
-
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    def alive() -> int:
-        gc.collect()
-        return sum(type(one) is FakeTensor for one in gc.get_objects())
-
-    def forward():
-        module = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Sigmoid(), torch.nn.Linear(8, 2))
-        return module, module(torch.empty(3, 4))
-
-    before = alive()
-    assert kept_bytes(forward) == (3 * 4 + 3 * 8) * 4 and alive() == before

@@ -790,7 +790,7 @@ def test_a_run_that_no_memory_holds_is_refused_by_what_is_to_blame(run, folder, 
         (2**26, "needs about .* with batch_size 4096 .* available: try gradient_checkpointing, batch_size 1"),
     ):
         monkeypatch.setattr(
-            "indomain_guidance.training.domain.estimate._available", lambda device, bytes=available: bytes
+            "indomain_guidance.training.domain.estimate.free_bytes", lambda device, bytes=available: bytes
         )
         batch = 2 if available == 2**20 else 4096
         refused(run, folder, message, batch_size=batch)
@@ -825,7 +825,7 @@ def test_a_refused_run_leaves_no_folder(run, folder, changes, message):
 
 
 def test_a_run_that_memory_cannot_hold_leaves_no_folder(run, folder, monkeypatch):
-    monkeypatch.setattr("indomain_guidance.training.domain.estimate._available", lambda device: 2**20)
+    monkeypatch.setattr("indomain_guidance.training.domain.estimate.free_bytes", lambda device: 2**20)
     with pytest.raises(Problem, match="fits into memory"):
         run(output=str(folder / "runs" / "new"))
     assert not (folder / "runs").exists()
