@@ -4,8 +4,9 @@ ComfyUI imports this file at start-up, so it does no work: the nodes and what th
 asks for them. As a library, import `indomain_guidance.guidance`, which does not need ComfyUI.
 """
 
-# ComfyUI serves this folder to the browser, where the editor looks for the help pages in its `docs` folder.
-WEB_DIRECTORY = "./nodes"
+# ComfyUI serves everything in this folder to the browser. It holds the help pages of the nodes (docs/*.md) and
+# nothing else.
+WEB_DIRECTORY = "./nodes/web"
 
 
 async def comfy_entrypoint():

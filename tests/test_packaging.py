@@ -102,7 +102,7 @@ def test_wheel_holds_the_modules_the_data_and_nothing_else(wheel):
         for pattern in (
             "workflows/*.json",
             "workflows/api/*.json",
-            "nodes/docs/*.md",
+            "nodes/web/docs/*.md",
             "training/mini_world/weights/**/*.safetensors",
         )
         for path in ROOT.glob(pattern)

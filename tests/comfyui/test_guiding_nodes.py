@@ -66,13 +66,13 @@ def test_schema(guiders, name):
             assert any(word in tooltip for word in ("0 ", "neutral", "default", "Empty")), (
                 f"{key}: range or no-op value"
             )
-    assert (Path(guiders.__file__).parent / "docs" / f"{schema.node_id}.md").is_file()
+    assert (Path(guiders.__file__).parent / "web" / "docs" / f"{schema.node_id}.md").is_file()
 
 
 @pytest.mark.parametrize("name", NODES)
 def test_help_page_names_every_input(guiders, name):
     schema = getattr(guiders, name).GET_SCHEMA()
-    page = (Path(guiders.__file__).parent / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
+    page = (Path(guiders.__file__).parent / "web" / "docs" / f"{schema.node_id}.md").read_text(encoding="utf-8")
     assert page.startswith(f"# {schema.display_name}\n")
     for key in sum(INPUTS[schema.node_id], []):
         assert f"`{key}`" in page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import urllib.error
 from pathlib import Path
 
 import pytest
@@ -116,8 +117,18 @@ def test_numbers_state_their_neutral_value_and_range(object_info, node_id):
 @pytest.mark.parametrize("node_id", NODES)
 def test_help_page_is_served(server, node_id):
     page = server.client.get_bytes(f"/extensions/in-domain-guidance/docs/{node_id}.md").decode()
-    assert page == (ROOT / "nodes" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
+    assert page == (ROOT / "nodes" / "web" / "docs" / f"{node_id}.md").read_text(encoding="utf-8")
     assert page.startswith("# ") and len(page) > 200
+
+
+def test_nothing_but_help_pages_is_served(server):
+    served = {
+        path.relative_to(ROOT / "nodes" / "web") for path in (ROOT / "nodes" / "web").rglob("*") if path.is_file()
+    }
+    assert served == {Path("docs", f"{node_id}.md") for node_id in NODES}
+    for path in ("guiders.py", "nodes/guiders.py", "../guiders.py", "..%2Fguiders.py"):
+        with pytest.raises(urllib.error.HTTPError):
+            server.client.get_bytes(f"/extensions/in-domain-guidance/{path}")
 
 
 def test_shipped_domain_models_are_listed(object_info):
