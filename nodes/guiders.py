@@ -14,8 +14,9 @@ from ..guidance.frequency import Bands
 from ..guidance.orthogonal import PER, Orthogonal
 from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
 from ..guidance.shaping import InOrder, Shaping
-from .comfy_internals.guiding.guider import MultiGuidanceGuider as Guider
-from .comfy_internals.guiding.guider import TermInput, in_domain_guider, sample_latent
+from ..guidance.terms import Term
+from .comfy_internals.guiding.guider import TermGuider, in_domain_guider
+from .comfy_internals.guiding.latents import sample_latent
 from .inputs import checked
 from .schema import GUIDANCE, schema
 
@@ -77,7 +78,7 @@ def shaping_of_mode(
     return None if low == high == 1.0 else shaping
 
 
-def term_to_shape(terms: Sequence[TermInput], name: str) -> TermInput:
+def term_to_shape(terms: Sequence[Term], name: str) -> Term:
     """The term of that name, the last one for an empty name. Raises GuidanceError where it is none, or two."""
     if not terms:
         raise GuidanceError(
@@ -271,7 +272,7 @@ class GuidanceTerm(io.ComfyNode):
             over_sampling = weight_over_sampling(weight, start_percent, end_percent, ramp)
         except GuidanceError as problem:
             raise GuidanceError(f"Term {name!r}: {problem}") from None
-        term = TermInput(name, over_sampling, model, conditioning, reference.strip() or None)
+        term = Term(name, model, conditioning, over_sampling, reference.strip() or None)
         return io.NodeOutput((*(terms or ()), term))
 
 
@@ -439,7 +440,7 @@ class MultiGuidanceGuider(io.ComfyNode):
             raise GuidanceError(
                 "Multi-Guidance Guider: expected at least one Guidance Term, got none; connect a Guidance Term."
             )
-        return io.NodeOutput(Guider(prior, base, terms))
+        return io.NodeOutput(TermGuider(prior, base, terms))
 
 
 class InDomainGuider(io.ComfyNode):

@@ -25,9 +25,9 @@ def _is_conditioning(value: Any) -> bool:
 
 
 def _are_terms(value: Any) -> bool:
-    from .guiding.guider import TermInput
+    from ...guidance.terms import Term
 
-    return isinstance(value, (list, tuple)) and all(isinstance(term, TermInput) for term in value)
+    return isinstance(value, (list, tuple)) and all(isinstance(term, Term) for term in value)
 
 
 def _is_generator(value: Any) -> bool:

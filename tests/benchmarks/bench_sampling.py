@@ -334,13 +334,10 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
     dual = Guider_DualCFG(prior)
     dual.set_conds(positive, middle, negative)
     dual.set_cfg(CONTROL_WEIGHT, DOMAIN_WEIGHT + CONTROL_WEIGHT, nested=False)
-    same = guiders.MultiGuidanceGuider(
+    same = guiders.TermGuider(
         prior,
         negative,
-        [
-            guiders.TermInput("domain", DOMAIN_WEIGHT, conditioning=middle),
-            guiders.TermInput("control", CONTROL_WEIGHT, conditioning=positive),
-        ],
+        [guiders.Term("domain", None, middle, DOMAIN_WEIGHT), guiders.Term("control", None, positive, CONTROL_WEIGHT)],
     )
     in_domain = guiders.in_domain_guider(prior, domain, positive, negative, DOMAIN_WEIGHT, CONTROL_WEIGHT)
 

@@ -205,7 +205,7 @@ class Tiny:
         **latent: Any,
     ):
         """Sample an empty tiny latent (or `latent=`) with a guider; the samples."""
-        internals = importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.guider")
+        internals = importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.latents")
         given = latent.pop("latent", None) or self.latent(**latent)
         return internals.sample_latent(guider, given, seed, steps, sampler, scheduler, 1.0)["samples"]
 
@@ -241,8 +241,10 @@ def guiders(comfyui: SimpleNamespace) -> Any:
 
 @pytest.fixture(scope="session")
 def internals(comfyui: SimpleNamespace) -> Any:
-    """The guider behind the nodes."""
-    return importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.guider")
+    """The guider behind the nodes, and how it samples."""
+    guiding = "indomain_guidance.nodes.comfy_internals.guiding"
+    guider, latents = (importlib.import_module(f"{guiding}.{name}") for name in ("guider", "latents"))
+    return SimpleNamespace(**{**vars(latents), **vars(guider)})
 
 
 @pytest.fixture

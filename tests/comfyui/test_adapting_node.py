@@ -262,7 +262,7 @@ def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, c
     domain = module("nodes.comfy_internals.models.loading").load_domain_unet(
         str(module("nodes.comfy_internals.models.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
     )
-    term = module("nodes.comfy_internals.guiding.guider").TermInput("domain", 1.0, domain)
+    term = module("nodes.comfy_internals.guiding.guider").Term("domain", domain, None, 1.0)
     # A configuration has no word for a shaped one, so it must not name it as if it were plain.
     named = module("nodes.comfy_internals.runs.adapting").domain_of
     shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
@@ -342,7 +342,7 @@ def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
             raise interruption
         return kept[0]()
 
-    assert module("nodes.comfy_internals.runs.critic").to_the_end(step, progress.cancel)() is None
+    assert module("nodes.comfy_internals.guiding.predictions").to_the_end(step, progress.cancel)() is None
     assert progress.should_stop()
     with pytest.raises(interruption):
         progress.raise_if_cancelled()
@@ -384,7 +384,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
         with pytest.raises(ValueError, match=words) as caught:
             adapt(**inputs)
         assert "\n" not in str(caught.value)
-    term = module("nodes.comfy_internals.guiding.guider").TermInput("other", 1.0, conditioning=mini.negative)
+    term = module("nodes.comfy_internals.guiding.guider").Term("other", None, mini.negative, 1.0)
     shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
     with pytest.raises(ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"):
         adapt(terms=(shaped,))
@@ -418,15 +418,15 @@ def test_a_run_goes_on_wherever_its_texts_stand_and_whoever_encodes_them(adapt, 
 
 def test_other_terms_are_another_run_and_stand_in_the_finished_file(adapt, mini, world):
     loading, schedules = module("nodes.comfy_internals.models.loading"), module("guidance.schedules")
-    term_input = module("nodes.comfy_internals.guiding.guider").TermInput
+    term_input = module("nodes.comfy_internals.guiding.guider").Term
     with torch.inference_mode():
         blue = mini.encode("a blue seven")
     domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
 
     def terms(weight, model=domain, start=0.5, name="hand"):
         return (
-            term_input(name, schedules.Interval(weight, start, 1.0), model),
-            term_input("blue", 0.5, conditioning=blue, reference=name),
+            term_input(name, model, None, schedules.Interval(weight, start, 1.0)),
+            term_input("blue", None, blue, 0.5, reference=name),
         )
 
     made = adapt(steps=1, terms=terms(1.5))

@@ -38,7 +38,7 @@ def ask(internals):
 
     def run(model, positive, negative, z_t, needs=("e", "e_u", "e_c"), terms=(), scale=2.0, t=T, **others):
         with torch.inference_mode():
-            guider = internals.CriticGuider(model, positive, negative, scale, terms, others)
+            guider = internals.PredictionGuider(model, positive, negative, scale, terms, others)
 
             def body(predictions):
                 assert not torch.is_inference_mode_enabled()
@@ -47,7 +47,7 @@ def ask(internals):
                 assert not any(one.is_inference() for one in vars(made).values() if one is not None)
                 return made, critic
 
-            return guider.hold(z_t.shape, [10.0, 0.5], body)
+            return guider.run(z_t.shape, [10.0, 0.5], body)
 
     return run
 
@@ -90,7 +90,7 @@ def test_loras_hooks_and_further_judges_act_as_in_sampling(tiny, ask, core_eps, 
         model = tiny.lora(plain, seed=8)
         positive, negative = tiny.conditioning(1), tiny.conditioning(2)
         domain = tiny.cached_domain(plain, torch.randn(1, 77, 24, generator=torch.Generator().manual_seed(3)), seed=4)
-    term = module("nodes.comfy_internals.guiding.guider").TermInput("domain", 1.5, domain)
+    term = module("nodes.comfy_internals.guiding.guider").Term("domain", domain, None, 1.5)
     made, critic = ask(model, positive, negative, x, terms=(term,))
     base, prompt, own = (core_eps(m, c, x) for m, c in ((model, negative), (model, positive), (domain, negative)))
     assert error(base, core_eps(plain, negative, x)) > 0.01
@@ -116,7 +116,7 @@ def test_what_acts_on_some_noise_levels_only_acts_for_each_image(tiny, ask, core
     assert error(made.e_c[1:], core_eps(model, late, x)[1:]) < 1e-5
     # And so do the terms' own intervals.
     schedules, guider = module("guidance.schedules"), module("nodes.comfy_internals.guiding.guider")
-    term = guider.TermInput("late", schedules.Interval(3.0, 0.5, 1.0), conditioning=late)
+    term = guider.Term("late", None, late, schedules.Interval(3.0, 0.5, 1.0))
     made, _ = ask(model, positive, negative, x, ("e",), terms=(term,))
     base, prompt, third = (core_eps(model, cond, x) for cond in (negative, positive, late))
     expected = base + 2.0 * (prompt - base) + torch.tensor([0.0, 3.0])[:, None, None, None] * (third - base)
@@ -128,16 +128,16 @@ def test_a_judge_says_nothing_where_its_conditioning_covers_nothing(tiny, ask, c
     mask = torch.zeros(1, 8 * x.shape[-2], 8 * x.shape[-1])
     half = x.shape[-2] // 2
     mask[:, : 8 * half] = 1.0
-    term = module("nodes.comfy_internals.guiding.guider").TermInput
+    term = module("nodes.comfy_internals.guiding.guider").Term
     limited = tiny.with_options(negative, mask=mask, mask_strength=1.0)
-    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", 1.5, domain, limited),))
+    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", domain, limited, 1.5),))
     base, prompt, own = (core_eps(m, c, x) for m, c in ((model, negative), (model, positive), (domain, negative)))
     expected = base + 2.0 * (prompt - base)
     expected[:, :, :half] += 1.5 * (own - base)[:, :, :half]
     assert error(made.e, expected) < 1e-5
     # The first of the two timesteps lies before the range.
     limited = tiny.with_options(negative, start_percent=0.5, end_percent=1.0)
-    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", 1.5, domain, limited),))
+    made, _ = ask(model, positive, negative, x, ("e",), terms=(term("domain", domain, limited, 1.5),))
     expected = base + 2.0 * (prompt - base)
     expected[1:] += 1.5 * (own - base)[1:]
     assert error(made.e, expected) < 1e-5
@@ -146,16 +146,16 @@ def test_a_judge_says_nothing_where_its_conditioning_covers_nothing(tiny, ask, c
 def test_methods_conditionings_are_asked_for_and_are_no_terms(tiny, ask, core_eps, x):
     model, positive, negative = tiny.prior(), tiny.conditioning(1), tiny.conditioning(2)
     source, unwanted = tiny.conditioning(3), tiny.conditioning(4)
-    needs = ("e", "e_negative", "e_source", "e_source_c")
+    needs = ("e", "e_unwanted", "e_source", "e_source_c")
     made, critic = ask(model, positive, negative, x, needs, source=source, unwanted=unwanted)
     base, prompt, now, bad = (core_eps(model, cond, x) for cond in (negative, positive, source, unwanted))
     assert error(made.e, base + 2.0 * (prompt - base)) < 1e-5
     assert error(made.e_source, base + 2.0 * (now - base)) < 1e-5 and error(made.e_source_c, now) < 1e-5
-    assert error(made.e_negative, bad) < 1e-5
+    assert error(made.e_unwanted, bad) < 1e-5
     assert len(critic.guidance.terms) == 1 and (critic.calls, critic.samples) == (1, 8)
     # Nothing stands in for what is not connected.
     _, critic = ask(model, positive, negative, x)
-    assert critic.negative is None and critic.source is None
+    assert critic.unwanted is None and critic.source is None
 
 
 # ---- images to latents ------------------------------------------------------------------------------------------

@@ -47,9 +47,9 @@ def by_hand(tiny, guider, weights, x=None, positive=1, negative=2):
     x = noisy() if x is None else x
     domain, control = weights
     term = guider.guidance.terms[0]
-    u = tiny.denoised(guider._given_prior, tiny.conditioning(negative), x, SIGMA)
+    u = tiny.denoised(guider.guidance.base.model, tiny.conditioning(negative), x, SIGMA)
     d = tiny.denoised(term.model, tiny.conditioning(negative), x, SIGMA)
-    c = tiny.denoised(guider._given_prior, tiny.conditioning(positive), x, SIGMA)
+    c = tiny.denoised(guider.guidance.base.model, tiny.conditioning(positive), x, SIGMA)
     return u + domain * (d - u) + control * (c - u)
 
 
@@ -294,7 +294,7 @@ def test_conditionings_that_change_within_a_run_count_for_the_prior_and_are_said
 
     sampler = Changing()
     ours.sample(torch.zeros_like(noisy()), torch.zeros_like(noisy()), sampler, torch.tensor([SIGMA, 0.0]), seed=0)
-    prior, domain = ours._given_prior, ours.guidance.terms[0].model
+    prior, domain = ours.guidance.base.model, ours.guidance.terms[0].model
     u, c = tiny.denoised(prior, other, noisy(), SIGMA), tiny.denoised(prior, tiny.conditioning(1), noisy(), SIGMA)
     d = tiny.denoised(domain, tiny.conditioning(2), noisy(), SIGMA)
     for found in sampler.after:
@@ -305,9 +305,7 @@ def test_conditionings_that_change_within_a_run_count_for_the_prior_and_are_said
 
 def test_conditionings_without_effect_are_said_once(tiny, internals, caplog):
     prior, domain, base, own = tiny.prior(0), tiny.prior(1), tiny.conditioning(2), tiny.conditioning(5)
-    guider = internals.MultiGuidanceGuider(
-        prior, base, [internals.TermInput("style", 1.5, model=domain, conditioning=own)]
-    )
+    guider = internals.TermGuider(prior, base, [internals.Term("style", domain, own, 1.5)])
     guider.set_conds(tiny.conditioning(11), tiny.conditioning(12))
     for _ in range(2):
         result = tiny.predict(guider, noisy(), SIGMA)
@@ -331,7 +329,7 @@ def test_a_model_put_in_the_priors_place_counts(comfyui, tiny, pair, domain_weig
     made = copy.copy(ours)
     made.model_patcher = tiny.lora(ours.model_patcher, 4)
     made.model_options = made.model_patcher.model_options
-    patched = tiny.lora(ours._given_prior, 4)
+    patched = tiny.lora(ours.guidance.base.model, 4)
     u, c = (tiny.denoised(patched, tiny.conditioning(i), noisy(), SIGMA) for i in (2, 1))
     d = tiny.denoised(ours.guidance.terms[0].model, tiny.conditioning(2), noisy(), SIGMA)
     plain = tiny.predict(ours, noisy(), SIGMA)
@@ -386,14 +384,14 @@ def test_options_that_are_set_on_the_guider_count(comfyui, tiny, pair):
         if domain_weight == 0.0:
             assert torch.equal(result, tiny.predict(core, noisy(), SIGMA))
         else:
-            u, c = (1.1 * tiny.denoised(ours._given_prior, tiny.conditioning(i), noisy(), SIGMA) for i in (2, 1))
+            u, c = (1.1 * tiny.denoised(ours.guidance.base.model, tiny.conditioning(i), noisy(), SIGMA) for i in (2, 1))
             d = tiny.denoised(ours.guidance.terms[0].model, tiny.conditioning(2), noisy(), SIGMA)
             assert relative(result, u + 1.5 * (d - u) + 6.0 * (c - u)) < 1e-5
 
 
 def test_one_made_of_a_model_alone_is_cores_and_says_so(tiny, pair, caplog):
     ours, core = pair(1.5)
-    made = type(ours)(ours._given_prior)
+    made = type(ours)(ours.guidance.base.model)
     assert made.original_conds == {} and made.cfg == 1.0 and caplog.text.count("made of a model alone") == 1
     made.set_conds(tiny.conditioning(1), tiny.conditioning(2))
     for scale in (1.0, 6.0, 0.0):
@@ -403,7 +401,7 @@ def test_one_made_of_a_model_alone_is_cores_and_says_so(tiny, pair, caplog):
     made.__dict__.update(ours.__dict__)
     assert torch.equal(tiny.predict(made, noisy(), SIGMA), tiny.predict(ours, noisy(), SIGMA))
     with pytest.raises(ValueError, match="at least one guidance term"):
-        type(ours)(ours._given_prior, tiny.conditioning(2), [])
+        type(ours)(ours.guidance.base.model, tiny.conditioning(2), [])
 
 
 @pytest.mark.parametrize("domain_weight", [0.0, 1.5])

@@ -317,8 +317,8 @@ def core_twice(comfyui, model, positive, negative, scale):
 
 
 def multi(internals, model, base, conds, weights=WEIGHTS):
-    terms = [internals.TermInput(name, weight, conditioning=conds[name]) for name, weight in weights.items()]
-    return internals.MultiGuidanceGuider(model, base, terms)
+    terms = [internals.Term(name, None, conds[name], weight) for name, weight in weights.items()]
+    return internals.TermGuider(model, base, terms)
 
 
 @pytest.mark.parametrize("kind", STATELESS + REMEMBERING, ids=lambda kind: kind.__name__)
@@ -362,13 +362,10 @@ def test_a_prompt_that_joins_later_remembers_nothing_of_the_first(comfyui, tiny:
         )
         return seen
 
-    guider = internals.MultiGuidanceGuider(
+    guider = internals.TermGuider(
         patched(comfyui, tiny, kind),
         base,
-        [
-            internals.TermInput("early", early, conditioning=first),
-            internals.TermInput("late", late, conditioning=second),
-        ],
+        [internals.Term("early", None, first, early), internals.Term("late", None, second, late)],
     )
     found = two_levels(guider)
     # What core makes of the second prompt alone, fresh at that level; the base is remembered from before.

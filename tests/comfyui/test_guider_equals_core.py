@@ -64,12 +64,12 @@ def test_one_model_equals_dual_cfg(comfyui, tiny, internals, weights, sigma):
     prior = tiny.prior()
     positive, middle, negative = (tiny.conditioning(i) for i in (1, 2, 3))
     domain_weight, control_weight = weights
-    guider = internals.MultiGuidanceGuider(
+    guider = internals.TermGuider(
         prior,
         negative,
         [
-            internals.TermInput("domain", domain_weight, conditioning=middle),
-            internals.TermInput("control", control_weight, conditioning=positive),
+            internals.Term("domain", None, middle, domain_weight),
+            internals.Term("control", None, positive, control_weight),
         ],
     )
     x = noisy(11)

@@ -45,10 +45,10 @@ def test_a_mask_confines_a_term(tiny, internals, parts, weights):
 
     def predict(conditioning, terms=2):
         chosen = [
-            internals.TermInput("control", weights[1], conditioning=prompt),
-            internals.TermInput("domain", weights[0], model=domain, conditioning=conditioning),
+            internals.Term("control", None, prompt, weights[1]),
+            internals.Term("domain", domain, conditioning, weights[0]),
         ]
-        return tiny.predict(internals.MultiGuidanceGuider(prior, base, chosen[:terms]), x, SIGMA)
+        return tiny.predict(internals.TermGuider(prior, base, chosen[:terms]), x, SIGMA)
 
     result, everywhere, without = predict(upper_half(tiny, base)), predict(base), predict(base, terms=1)
     assert relative(result[:, :, :8], everywhere[:, :, :8]) < 1e-6
@@ -59,8 +59,8 @@ def test_a_mask_confines_a_term(tiny, internals, parts, weights):
 def test_an_area_confines_a_term_of_the_prior(tiny, internals, parts):
     prior, domain, base, prompt, x, core = parts
     area = tiny.with_options(prompt, area=(8, 16, 8, 0), strength=0.8)
-    terms = [internals.TermInput("domain", 1.5, model=domain), internals.TermInput("control", 3.0, conditioning=area)]
-    result = tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA)
+    terms = [internals.Term("domain", domain, None, 1.5), internals.Term("control", None, area, 3.0)]
+    result = tiny.predict(internals.TermGuider(prior, base, terms), x, SIGMA)
     # Core gives every conditioning a further entry of the area, which base and domain are averaged with.
     core_guider = tiny.comfy.samplers.CFGGuider(prior)
     core_guider.set_conds(area, base)
@@ -78,8 +78,8 @@ def test_an_area_confines_a_term_of_the_prior(tiny, internals, parts):
 
 def test_a_step_range_confines_a_term(tiny, internals, parts):
     prior, domain, base, _, x, core = parts
-    term = internals.TermInput("domain", 1.5, model=domain, conditioning=late(tiny, base))
-    guider = internals.MultiGuidanceGuider(prior, base, [term])
+    term = internals.Term("domain", domain, late(tiny, base), 1.5)
+    guider = internals.TermGuider(prior, base, [term])
     assert torch.equal(tiny.predict(guider, x, 10.0), core(prior, base, 10.0))
     u = core(prior, base, 0.5)
     assert relative(tiny.predict(guider, x, 0.5), u + 1.5 * (core(domain, base, 0.5) - u)) < 1e-5
@@ -89,13 +89,13 @@ def test_what_fills_a_gap_is_the_terms_own_reference(tiny, internals, parts):
     prior, domain, base, prompt, x, core = parts
     weak, masked = tiny.prior(2), upper_half(tiny, prompt)
     terms = [
-        internals.TermInput("weak", 0.5, model=weak, conditioning=prompt),
-        internals.TermInput("domain", 2.0, model=domain, conditioning=masked, reference="weak"),
-        internals.TermInput("again", 0.7, model=domain, conditioning=masked),
+        internals.Term("weak", weak, prompt, 0.5),
+        internals.Term("domain", domain, masked, 2.0, reference="weak"),
+        internals.Term("again", domain, masked, 0.7),
         # Its reference has a gap of its own, which the reference's reference fills.
-        internals.TermInput("chained", 1.1, model=weak, conditioning=base, reference="domain"),
+        internals.Term("chained", weak, base, 1.1, reference="domain"),
     ]
-    result = tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA)
+    result = tiny.predict(internals.TermGuider(prior, base, terms), x, SIGMA)
     u, w, v, d = core(prior, base), core(weak, prompt), core(weak, base), core(domain, prompt)
     inside = u + 0.5 * (w - u) + 2.0 * (d - w) + 0.7 * (d - u) + 1.1 * (v - d)
     outside = u + 0.5 * (w - u) + 1.1 * (v - w)
@@ -108,9 +108,7 @@ def test_masks_that_cover_everything_together_leave_no_gap(tiny, internals, part
     mask = torch.ones(1, 128, 128)
     mask[:, :64] = 0.0
     both = upper_half(tiny, base) + tiny.with_options(prompt, mask=mask)
-    guider = internals.MultiGuidanceGuider(
-        prior, base, [internals.TermInput("domain", 1.5, model=domain, conditioning=both)]
-    )
+    guider = internals.TermGuider(prior, base, [internals.Term("domain", domain, both, 1.5)])
     u = core(prior, base)
     assert relative(tiny.predict(guider, x, SIGMA), u + 1.5 * (core(domain, both) - u)) < 1e-5
     coverage = importlib.import_module("indomain_guidance.nodes.comfy_internals.guiding.gaps")
@@ -120,9 +118,7 @@ def test_masks_that_cover_everything_together_leave_no_gap(tiny, internals, part
 def test_a_default_conditioning_fills_the_gap_itself(tiny, internals, parts):
     prior, domain, base, prompt, x, core = parts
     both = upper_half(tiny, base) + tiny.with_options(prompt, default=True)
-    guider = internals.MultiGuidanceGuider(
-        prior, base, [internals.TermInput("domain", 1.5, model=domain, conditioning=both)]
-    )
+    guider = internals.TermGuider(prior, base, [internals.Term("domain", domain, both, 1.5)])
     u = core(prior, base)
     assert relative(tiny.predict(guider, x, SIGMA), u + 1.5 * (core(domain, both) - u)) < 1e-5
 
@@ -180,11 +176,8 @@ def test_another_terms_area_does_not_undo_a_limit(tiny, internals, parts, limit,
     """Core gives every conditioning a further entry of each area, without its own mask and range."""
     prior, domain, base, prompt, x, core = parts
     regional = [*prompt, *tiny.with_options(tiny.conditioning(3), area=(8, 16, 8, 0), strength=1.0)]
-    terms = [
-        internals.TermInput("control", 3.0, conditioning=regional),
-        internals.TermInput("domain", 1.5, model=domain, conditioning=limit(tiny, base)),
-    ]
-    made = [tiny.predict(internals.MultiGuidanceGuider(prior, base, terms[:n]), x, sigma) for n in (1, 2)]
+    terms = [internals.Term("control", None, regional, 3.0), internals.Term("domain", domain, limit(tiny, base), 1.5)]
+    made = [tiny.predict(internals.TermGuider(prior, base, terms[:n]), x, sigma) for n in (1, 2)]
     apart = slice(8, 16) if limit is upper_half else slice(None)
     assert relative(made[1][:, :, apart], made[0][:, :, apart]) < 1e-6
     if limit is upper_half:
@@ -193,12 +186,12 @@ def test_another_terms_area_does_not_undo_a_limit(tiny, internals, parts, limit,
 
 def test_a_term_of_weight_0_gives_its_area_to_nobody(tiny, internals, parts):
     prior, domain, base, prompt, x, _ = parts
-    control = internals.TermInput("control", 3.0, conditioning=prompt)
+    control = internals.Term("control", None, prompt, 3.0)
     regional = tiny.with_options(tiny.conditioning(3), area=(8, 8, 0, 0), strength=1.0)
-    off = internals.TermInput("region", 0.0, conditioning=regional)
-    expected = tiny.predict(internals.MultiGuidanceGuider(prior, base, [control]), x, SIGMA)
+    off = internals.Term("region", None, regional, 0.0)
+    expected = tiny.predict(internals.TermGuider(prior, base, [control]), x, SIGMA)
     for terms in ([control, off], [off, control]):
-        assert torch.equal(tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA), expected)
+        assert torch.equal(tiny.predict(internals.TermGuider(prior, base, terms), x, SIGMA), expected)
 
 
 def test_what_core_cannot_spread_over_an_area_is_refused(tiny, internals, parts):
@@ -210,11 +203,8 @@ def test_what_core_cannot_spread_over_an_area_is_refused(tiny, internals, parts)
     boxes = tiny.with_options(prompt, gligen=("position", None, []))
 
     def guider(positive, own, base=base):
-        terms = [
-            internals.TermInput("control", 3.0, conditioning=positive),
-            internals.TermInput("domain", 1.5, model=domain, conditioning=own),
-        ]
-        return internals.MultiGuidanceGuider(prior, base, terms)
+        terms = [internals.Term("control", None, positive, 3.0), internals.Term("domain", domain, own, 1.5)]
+        return internals.TermGuider(prior, base, terms)
 
     for positive, own, words in ((old, area, "OLD"), (old, bounds, "OLD"), (boxes, area, "GLIGEN")):
         with pytest.raises(ValueError, match=rf"Term 'domain': expected .* not for an area alone beside .*{words}"):
@@ -236,6 +226,6 @@ def test_what_core_may_ask_of_a_model_tomorrow_is_there(comfyui, tiny, internals
     for owner in (comfyui.model_base.BaseModel, comfyui.model_patcher.ModelPatcher):
         monkeypatch.setattr(owner, "of_tomorrow", lambda self: True, raising=False)
     monkeypatch.setattr(comfyui.samplers, "calc_cond_batch", of_tomorrow)
-    terms = [internals.TermInput("domain", 1.5, model=domain, conditioning=upper_half(tiny, base))]
-    tiny.predict(internals.MultiGuidanceGuider(prior, base, terms), x, SIGMA)
+    terms = [internals.Term("domain", domain, upper_half(tiny, base), 1.5)]
+    tiny.predict(internals.TermGuider(prior, base, terms), x, SIGMA)
     assert len(asked) == 3 and all(asked), "the base, the domain, and where the domain's conditioning is"

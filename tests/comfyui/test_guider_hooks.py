@@ -128,12 +128,12 @@ def test_as_on_core_when_all_terms_agree(comfyui, tiny, internals, name):
     # Core's RenormCFG takes one image at a time.
     x = noisy(1, batch=1 if name == "RenormCFG" else 2)
     expected = tiny.predict(core(comfyui, node(tiny.prior(0)), positive, negative), x, SIGMA)
-    guider = internals.MultiGuidanceGuider(
+    guider = internals.TermGuider(
         node(tiny.prior(0)),
         negative,
         [
-            internals.TermInput("domain", W_DOMAIN, model=tiny.prior(0), conditioning=positive),
-            internals.TermInput("control", W_CONTROL, conditioning=positive),
+            internals.Term("domain", tiny.prior(0), positive, W_DOMAIN),
+            internals.Term("control", None, positive, W_CONTROL),
         ],
     )
     assert relative(tiny.predict(guider, x, SIGMA), expected) < 1e-4
@@ -225,7 +225,7 @@ def test_without_a_control_conditioning_the_base_is_disturbed(comfyui, tiny, int
     _, d, x, (prior, domain, _, negative) = two_models
     node = v3("nodes_pag", "PerturbedAttentionGuidance", scale=3.0)
     push = tiny.predict(core(comfyui, node(prior), negative, negative, 1.0), x, SIGMA) - d["u"]
-    guider = internals.MultiGuidanceGuider(node(prior), negative, [internals.TermInput("domain", 1.5, model=domain)])
+    guider = internals.TermGuider(node(prior), negative, [internals.Term("domain", domain, None, 1.5)])
     assert relative(tiny.predict(guider, x, SIGMA), d["u"] + 1.5 * (d["domain"] - d["u"]) + push) < 1e-4
 
 
@@ -257,9 +257,9 @@ def test_hooks_survive_a_whole_run_and_the_next(comfyui, tiny, internals):
 def test_attention_patches_never_meet_a_third_conditioning(tiny, internals):
     # Such patches know cond (0) and uncond (1) and fail on anything else.
     prior, conds = tiny.prior(0), [tiny.conditioning(i) for i in range(4)]
-    terms = [internals.TermInput(f"t{i}", 1.0, conditioning=conds[i]) for i in (1, 2, 3)]
+    terms = [internals.Term(f"t{i}", None, conds[i], 1.0) for i in (1, 2, 3)]
     x = noisy(3)
-    expected = tiny.predict(internals.MultiGuidanceGuider(prior, conds[0], terms), x, SIGMA)
+    expected = tiny.predict(internals.TermGuider(prior, conds[0], terms), x, SIGMA)
     patched, met = prior.clone(), []
 
     def patch(q, k, v, extra_options):
@@ -267,7 +267,7 @@ def test_attention_patches_never_meet_a_third_conditioning(tiny, internals):
         return q, k, v
 
     patched.set_model_attn1_patch(patch)
-    result = tiny.predict(internals.MultiGuidanceGuider(patched, conds[0], terms), x, SIGMA)
+    result = tiny.predict(internals.TermGuider(patched, conds[0], terms), x, SIGMA)
     assert relative(result, expected) < 1e-5
     assert {index for call in met for index in call} == {0, 1}
     assert {len(call) for call in met} == {1, 2}

@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-LOGGER = "indomain_guidance.nodes.comfy_internals.guiding.guider"
+LOGGER = "indomain_guidance.nodes.comfy_internals.guiding.branches"
 
 
 def noisy(seed: int, batch: int = 2) -> torch.Tensor:
@@ -42,13 +42,13 @@ def test_eps_and_v_models_mix(tiny, internals, sigma, prior_type, domain_type):
 def test_references_and_third_models(tiny, internals):
     prior, strong, weak = tiny.prior(0), tiny.prior(1), tiny.prior(2)
     base, cond, own = tiny.conditioning(1), tiny.conditioning(2), tiny.conditioning(3)
-    guider = internals.MultiGuidanceGuider(
+    guider = internals.TermGuider(
         prior,
         base,
         [
-            internals.TermInput("weak", 0.0, model=weak, conditioning=cond),
-            internals.TermInput("strong", 2.0, model=strong, conditioning=cond, reference="weak"),
-            internals.TermInput("third", -0.5, model=weak, conditioning=own),
+            internals.Term("weak", weak, cond, 0.0),
+            internals.Term("strong", strong, cond, 2.0, reference="weak"),
+            internals.Term("third", weak, own, -0.5),
         ],
     )
     x = noisy(2)
@@ -86,7 +86,7 @@ def test_two_loras_on_one_checkpoint_get_a_copy(tiny, internals, caplog):
     with caplog.at_level(logging.INFO, LOGGER):
         guider = check_two_loras(tiny, internals, prior, domain)
     assert "own copy of the weights" in caplog.text
-    (branch,) = guider._branches.values()
+    (branch,) = guider.branches
     assert branch.patcher.model is not prior.model
     assert guider.model_patcher.get_additional_models() == [branch.patcher]
 
@@ -102,7 +102,7 @@ def test_two_loras_on_one_checkpoint_take_turns_where_memory_is_short(comfyui, t
     with caplog.at_level(logging.INFO, LOGGER):
         guider = check_two_loras(tiny, internals, prior, domain)
     assert "patched anew" in caplog.text
-    (branch,) = guider._branches.values()
+    (branch,) = guider.branches
     assert branch.patcher.model is prior.model
     # A whole run, in which the prior has to be back in place whenever core asks for it.
     first = tiny.sample(guider)
@@ -132,7 +132,7 @@ def test_a_copy_is_made_once_and_goes_with_its_model(comfyui, tiny, internals, m
     # Every queue builds a guider of the same MODELs; in between, the copy may stay loaded or be unloaded.
     for unload in (False, False, True):
         guider = check_two_loras(tiny, internals, prior, domain)
-        modules.append(weakref.ref(next(iter(guider._branches.values())).patcher.model))
+        modules.append(weakref.ref(next(iter(guider.branches)).patcher.model))
         del guider
         gc.collect()
         assert any(entry.real_model() is modules[0]() for entry in comfyui.model_management.current_loaded_models)
@@ -169,9 +169,7 @@ def test_what_clones_of_one_module_may_share_tomorrow_is_the_copys_own(comfyui, 
     monkeypatch.setattr(patcher_class, "__init__", init_of_tomorrow)
     monkeypatch.setattr(patcher_class, "clone", clone_of_tomorrow)
     prior, domain = two_loras(tiny)
-    one, other = (
-        next(iter(check_two_loras(tiny, internals, prior, domain)._branches.values())).patcher for _ in range(2)
-    )
+    one, other = (next(iter(check_two_loras(tiny, internals, prior, domain).branches)).patcher for _ in range(2))
     assert domain.backup_of_tomorrow is prior.backup_of_tomorrow
     assert one.backup_of_tomorrow is other.backup_of_tomorrow is not domain.backup_of_tomorrow
 
@@ -345,10 +343,10 @@ def test_lora_on_the_prior_alone_is_warned_about(tiny, internals, caplog):
     internals.in_domain_guider(checkpoint, domain, positive, negative)
     internals.in_domain_guider(prior, tiny.lora(domain, 1), positive, negative)
     remedy = [
-        internals.TermInput("plain", 0.0, model=checkpoint),
-        internals.TermInput("domain", 2.5, model=domain, reference="plain"),
+        internals.Term("plain", checkpoint, None, 0.0),
+        internals.Term("domain", domain, None, 2.5, reference="plain"),
     ]
-    internals.MultiGuidanceGuider(prior, negative, remedy)
+    internals.TermGuider(prior, negative, remedy)
     assert "LoRA" not in caplog.text
 
 
@@ -370,10 +368,10 @@ def test_patches_inside_the_prior_alone_are_warned_about(tiny, internals, caplog
     internals.in_domain_guider(checkpoint, domain, positive, negative)
     internals.in_domain_guider(prior, domain, positive, negative, domain_weight=0.0)
     remedy = [
-        internals.TermInput("plain", 0.0, model=checkpoint),
-        internals.TermInput("domain", 2.5, model=domain, reference="plain"),
+        internals.Term("plain", checkpoint, None, 0.0),
+        internals.Term("domain", domain, None, 2.5, reference="plain"),
     ]
-    internals.MultiGuidanceGuider(prior, negative, remedy)
+    internals.TermGuider(prior, negative, remedy)
     assert "pushes against" not in caplog.text
 
 
@@ -501,8 +499,8 @@ def test_a_control_lora_has_no_text_layers_to_be_made_of_in_a_text_free_model(co
 
     def guider(control, base=base, model=domain):
         own = tiny.with_options(prompt, control=control)
-        terms = [internals.TermInput("domain", 1.5, model=model, conditioning=own)]
-        return internals.MultiGuidanceGuider(tiny.prior(0), base, terms)
+        terms = [internals.Term("domain", model, own, 1.5)]
+        return internals.TermGuider(tiny.prior(0), base, terms)
 
     for control in (comfyui.controlnet.ControlLora({}), behind):
         with pytest.raises(ValueError, match="Term 'domain': .* found a Control-LoRA.*tiny domain.*no text layers"):

@@ -113,19 +113,19 @@ def test_twice_in_a_row(tiny, in_domain):
 
 def left_behind(guider) -> list:
     """What a run must not leave on models, whatever ended it."""
-    patchers = [guider.model_patcher, *(branch.patcher for branch in guider._branches.values())]
+    patchers = [guider.model_patcher, *(branch.patcher for branch in guider.branches)]
     return [
         (patcher, patcher.model.current_patcher, patcher.hook_patches_backup, patcher.hook_mode.name)
         for patcher in patchers
         if patcher.model.current_patcher is not None or patcher.hook_patches_backup is not None
-    ] + [branch for branch in guider._branches.values() if branch.conds or branch.options]
+    ] + [branch for branch in guider.branches if branch.conds or branch.options]
 
 
 @pytest.mark.parametrize("where", ["prior", "domain"])
 def test_error_in_the_middle_then_again(tiny, in_domain, where):
     guider = in_domain()
     expected = tiny.sample(guider, steps=4)
-    patcher = guider.model_patcher if where == "prior" else next(iter(guider._branches.values())).patcher
+    patcher = guider.model_patcher if where == "prior" else next(iter(guider.branches)).patcher
     original, calls = patcher.model.apply_model, []
 
     def failing(*args, **kwargs):
@@ -145,7 +145,7 @@ def test_error_in_the_middle_then_again(tiny, in_domain, where):
 def test_error_before_the_first_step_then_again(tiny, in_domain):
     guider = in_domain()
     expected = tiny.sample(guider, steps=4)
-    (branch,) = guider._branches.values()
+    (branch,) = guider.branches
     original = branch.patcher.model.extra_conds
     branch.patcher.model.extra_conds = lambda **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
@@ -217,13 +217,10 @@ def test_the_base_is_evaluated_where_a_node_asks_for_it(tiny, internals):
 def test_one_model_call_for_the_conditionings_of_one_model(comfyui, tiny, internals):
     prior, domain = tiny.prior(0), tiny.prior(1)
     conds = [tiny.conditioning(i) for i in range(4)]
-    terms = [internals.TermInput(f"t{i}", 1.0, conditioning=conds[i]) for i in (1, 2)]
-    terms += [internals.TermInput("again", 0.5, conditioning=conds[1])]
-    terms += [
-        internals.TermInput("d0", 1.0, model=domain),
-        internals.TermInput("d3", 1.0, model=domain, conditioning=conds[3]),
-    ]
-    guider = internals.MultiGuidanceGuider(prior, conds[0], terms)
+    terms = [internals.Term(f"t{i}", None, conds[i], 1.0) for i in (1, 2)]
+    terms += [internals.Term("again", None, conds[1], 0.5)]
+    terms += [internals.Term("d0", domain, None, 1.0), internals.Term("d3", domain, conds[3], 1.0)]
+    guider = internals.TermGuider(prior, conds[0], terms)
     batches = []
     for patcher in (prior, domain):
         original = patcher.model.apply_model
@@ -250,7 +247,7 @@ def test_models_are_loaded_in_one_call(comfyui, tiny, in_domain, monkeypatch):
 
     monkeypatch.setattr(comfyui.model_management, "load_models_gpu", spy)
     tiny.sample(guider)
-    (branch,) = guider._branches.values()
+    (branch,) = guider.branches
     assert calls == [{guider.model_patcher, branch.patcher}]
 
 
@@ -318,9 +315,7 @@ def test_control_net_of_a_branch_alone_is_loaded_prepared_and_cleaned(comfyui, t
     prior, other = tiny.prior(0), tiny.prior(1)
     base, control = tiny.conditioning(1), tiny.control_net()
     own = tiny.with_options(tiny.conditioning(2), control=control)
-    guider = internals.MultiGuidanceGuider(
-        prior, base, [internals.TermInput("other", 1.5, model=other, conditioning=own)]
-    )
+    guider = internals.TermGuider(prior, base, [internals.Term("other", other, own, 1.5)])
     x = noisy(3)
     loaded = []
     load = comfyui.model_management.load_models_gpu

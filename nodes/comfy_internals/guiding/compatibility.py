@@ -13,7 +13,7 @@ from comfy.model_patcher import ModelPatcher
 
 from ....guidance.combination import Guidance, GuidanceError
 from ..models.domain_info import domain_info
-from . import gaps as coverage
+from .gaps import limited_to_area
 
 # Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in
 # the network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.
@@ -32,13 +32,22 @@ def display_name(patcher: ModelPatcher) -> str:
     return f"{type(config).__name__ if config is not None else type(patcher.model).__name__} model"
 
 
-def check_same_latents(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
-    """Refuse a model of another latent space. Raises GuidanceError naming both."""
-    ours, theirs = (p.get_model_object("latent_format") for p in (prior, other))
+def check_models(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
+    """Refuse a model of another latent space, and flow models beside variance-preserving ones.
+
+    Raises GuidanceError naming both.
+    """
+    ours, theirs = (patcher.get_model_object("latent_format") for patcher in (prior, other))
     if _latent_identity(ours) != _latent_identity(theirs):
         raise GuidanceError(
             f"Term {term!r}: expected a model in the latent space of the prior ({_latent_words(ours)}), but the "
             f"{display_name(other)} works in another one ({_latent_words(theirs)}); use models of one family."
+        )
+    ours, theirs = (noise_family(patcher.get_model_object("model_sampling")) for patcher in (prior, other))
+    if ours != theirs:
+        raise GuidanceError(
+            f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the "
+            f"{display_name(other)} is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
         )
 
 
@@ -50,12 +59,12 @@ def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, I
     spread = [
         "Apply ControlNet (OLD)" if options.get("control_apply_to_uncond") else "GLIGEN"
         for _, options in positive
-        if not coverage.limited_to_area(options)
+        if not limited_to_area(options)
         and (options.get("control_apply_to_uncond") or options.get("gligen") is not None)
     ]
     for names, conditioning in others.items():
         entries = [options for _, options in conditioning]
-        if spread and entries and all(map(coverage.limited_to_area, entries)):
+        if spread and entries and all(map(limited_to_area, entries)):
             raise GuidanceError(
                 f"Term {names!r}: expected a conditioning that is not for an area alone beside {spread[0]} on the "
                 "prompt, which ComfyUI gives to every conditioning; use Apply ControlNet, or combine the term's "
@@ -114,16 +123,6 @@ def noise_family(model_sampling: Any) -> str:
     return "/".join(bases) or type(model_sampling).__name__
 
 
-def check_same_noise(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
-    """Refuse flow models with variance-preserving ones. Raises GuidanceError naming both."""
-    ours, theirs = (noise_family(p.get_model_object("model_sampling")) for p in (prior, other))
-    if ours != theirs:
-        raise GuidanceError(
-            f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the "
-            f"{display_name(other)} is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
-        )
-
-
 def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
     """Refuse a model that reads another kind of text than the prior's conditioning holds. Raises GuidanceError."""
     info = domain_info(other)
@@ -139,25 +138,20 @@ def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -
 
 
 def check_sigma_ranges(
-    guidance: Guidance,
-    sigmas: Iterable[float],
-    percent_to_sigma: Callable[[float], float],
-    prior: ModelPatcher,
-    in_its_place: ModelPatcher,
+    guidance: Guidance, sigmas: Iterable[float], percent_to_sigma: Callable[[float], float], prior: ModelPatcher
 ) -> None:
     """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
 
-    in_its_place: the MODEL that runs as the prior. Noise levels beyond the prior's own range are nobody's fault here:
-    core clamps them, and so they are clamped first.
+    prior: the MODEL that runs as the prior. Core clamps noise levels beyond its range, and so they are clamped first.
     """
-    own = _sigma_range(in_its_place)
+    own = _sigma_range(prior)
     for sigma in sigmas:
         if sigma <= 0.0:
             continue
         asked = min(max(sigma, own[0]), own[1])
         for source in guidance.at(sigma, percent_to_sigma).needed:
             other = source.model
-            if other is prior:
+            if other is guidance.base.model:
                 continue
             low, high = _sigma_range(other)
             if low * (1 - _SIGMA_TOLERANCE) <= asked <= high * (1 + _SIGMA_TOLERANCE):

@@ -1,4 +1,4 @@
-"""Where a conditioning says something: masks, areas and step ranges can leave pixels, or whole steps, to nobody.
+"""Gaps in conditionings: masks, areas and step ranges can leave pixels, or whole steps, without any entry.
 
 Core's `calc_cond_batch` answers 0 there. That is no prediction, and a guidance that took it for one would push the
 picture away from its reference with all its weight.
@@ -66,7 +66,7 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
 Gaps = dict[Source, tuple[Tensor, Source]]
 
 
-def gaps(
+def find_gaps(
     guidance: Guidance,
     sources: Iterable[Source],
     entries: Callable[[Source], list[dict[str, Any]]],

@@ -56,7 +56,7 @@ class OwnState:
         if isinstance(value, tuple):
             items = [self._copy(item) for item in value]
             unchanged = all(new is old for new, old in zip(items, value))
-            return value if unchanged else value._make(items) if hasattr(value, "_make") else tuple(items)
+            return value if unchanged else getattr(value, "_make", tuple)(items)
         if isinstance(value, list):
             return self._list(value)
         if isinstance(value, (dict, set, deque)):

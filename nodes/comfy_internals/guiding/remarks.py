@@ -49,7 +49,7 @@ def on_models(guidance: Guidance, prior: ModelPatcher) -> None:
 
 
 class Remarks:
-    """What a guider says of what others set on it, each sentence once."""
+    """Warnings about what other code sets on a guider, each given once."""
 
     def __init__(self) -> None:
         self._said: set[str] = set()

@@ -66,27 +66,25 @@ def run_prior(
 
 def apply_hooks(
     model: Any,
-    effective: Tensor,
-    base: Tensor,
-    scale: float,
+    as_cfg: tuple[Tensor, Tensor, float],
     control_prediction: Callable[[], Tensor],
-    control_cond: list,
-    base_cond: list,
+    conds: tuple[list, list],
     x: Tensor,
     timestep: Tensor,
     model_options: dict[str, Any],
 ) -> Tensor:
     """The denoised result [B, C, ...] after the pre-cfg, cfg and post-cfg hooks of `model_options`.
 
-    effective, base, scale: the triple of `Step.effective`. control_prediction: gives D_control when a hook runs the
-    model again; evaluated only then.
+    as_cfg: (c_eff, D_u, W) of `Step.effective`. control_prediction: gives D_control when a hook runs the model again;
+    evaluated only then. conds: the processed conditionings of control and base.
     """
+    (effective, base, scale), (control_cond, base_cond) = as_cfg, conds
     options = _with_translation(model, effective, control_prediction, control_cond, x, model_options)
     predictions = [effective, base]
     for hook in model_options.get("sampler_pre_cfg_function", []):
         predictions = hook(
             {
-                "conds": [control_cond, base_cond],
+                "conds": [*conds],
                 "conds_out": predictions,
                 "cond_scale": scale,
                 "timestep": timestep,

@@ -20,7 +20,8 @@ from torch import Tensor
 from ....guidance.distillation.critic import PROMPTS
 from ....guidance.distillation.methods import METHODS
 from ....guidance.errors import Problem
-from ..guiding.guider import TermInput
+from ....guidance.schedules import Constant
+from ....guidance.terms import Term
 from ..models.domain_info import domain_info
 from ..models.generators import GraphGenerator, generator_folder
 from .critic import NODE, CriticInputs, ignored_hooks, native_side
@@ -185,7 +186,7 @@ def model_name(model: ModelPatcher) -> str:
     return f"{name} with {len(model.patches)} patched weights" if model.patches else name
 
 
-def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
+def domain_of(terms: Sequence[Term]) -> tuple[str, float] | None:
     """(file, weight) of the one domain model that these terms consist of, which a configuration has words for; None for
     other terms.
     """
@@ -193,7 +194,6 @@ def domain_of(terms: Sequence[TermInput]) -> tuple[str, float] | None:
         return None
     (term,) = terms
     info = None if term.model is None else domain_info(term.model)
-    is_plain = isinstance(term.weight, (int, float)) and term.reference in (None, "base")
-    is_plain = is_plain and term.conditioning is None and term.shaping is None
+    plain = term.reference is None and term.cond is None and term.shaping is None
     is_file = info is not None and info.form != "full" and Path(info.path).is_file() and not term.model.patches
-    return (info.path, float(term.weight)) if is_plain and is_file else None
+    return (info.path, term.weight.value) if plain and is_file and isinstance(term.weight, Constant) else None
