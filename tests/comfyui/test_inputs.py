@@ -9,6 +9,13 @@ import numpy as np
 import pytest
 
 
+@pytest.fixture(autouse=True)
+def own_folders(comfyui, monkeypatch):
+    """Model folders that are registered here are gone afterwards."""
+    folder_paths = importlib.import_module("folder_paths")
+    monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
+
+
 @pytest.fixture(scope="module")
 def node(comfyui):
     io = importlib.import_module("comfy_api.latest").io
