@@ -5,16 +5,11 @@ from __future__ import annotations
 
 def node_classes() -> list[type]:
     """Every node of the pack, in the order in which the editor's menu should list them."""
-    from .generators import (
-        AdaptGenerator,
-        BlendGenerators,
-        GeneratorAdaptOptions,
-        GeneratorSample,
-        LoadGenerator,
-        SaveGenerator,
-    )
-    from .guiders import GuidanceTerm, InDomainGuider, InDomainSampler, MultiGuidanceGuider, ShapeGuidanceTerm
+    from .adapting import AdaptGenerator, GeneratorAdaptOptions
+    from .generators import BlendGenerators, GeneratorSample, LoadGenerator, SaveGenerator
+    from .guiders import InDomainGuider, InDomainSampler, MultiGuidanceGuider
     from .loaders import LoadDomainUNet, LoadMiniWorld
+    from .terms import GuidanceTerm, ShapeGuidanceTerm
     from .text_free import TextFreeUNet
     from .training import DomainTrainingOptions, MiniWorldImages, TrainDomainUNet
 

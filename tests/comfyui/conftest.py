@@ -236,7 +236,8 @@ def tiny(comfyui: SimpleNamespace) -> Tiny:
 @pytest.fixture(scope="session")
 def guiders(comfyui: SimpleNamespace) -> Any:
     """The nodes under test, imported as ComfyUI imports them: after ComfyUI itself."""
-    return importlib.import_module("indomain_guidance.nodes.guiders")
+    guiders, terms = (importlib.import_module(f"indomain_guidance.nodes.{name}") for name in ("guiders", "terms"))
+    return SimpleNamespace(**{**vars(terms), **vars(guiders)})
 
 
 @pytest.fixture(scope="session")

@@ -41,7 +41,7 @@ def world(comfyui, tmp_path, monkeypatch):
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
     return SimpleNamespace(
         tmp=tmp_path,
-        nodes=module("nodes.generators"),
+        nodes=module("nodes.adapting"),
         internals=module("nodes.comfy_internals.runs.adapting"),
         generators=generators,
         files=module("guidance.files"),
@@ -152,34 +152,6 @@ def test_a_prompt_cannot_put_paths_where_the_options_node_is_connected(world, ad
     with pytest.raises(ValueError, match=f"expected what In-Domain Adapt Options gives, found '{name}'"):
         adapt(options={name: str(world.tmp / "elsewhere")})
     assert not any((world.tmp / "output").rglob("*"))
-
-
-def test_conditionings_are_told_apart_and_known_again(world, mini):
-    same_prompt = module("training.adaptation.config").same_prompt
-
-    def same(one, other, texts=("", "")):
-        one, other = (
-            f"{text or 'connected:'} [{world.internals.conditioning_signature(conditioning)}]"
-            for text, conditioning in zip(texts, (one, other))
-        )
-        return same_prompt(one, other)
-
-    with torch.inference_mode():
-        again, other = mini.encode("a red seven"), mini.encode("a red nine")
-    assert same(mini.positive, again) and not same(mini.positive, other)
-    # Whatever is known of their texts, and whoever computed them.
-    assert same(mini.positive, again, ("a red seven", "")) and not same(mini.positive, other, ("a red seven",) * 2)
-    half = [[again[0][0].to(torch.bfloat16), again[0][1]]]
-    assert same(mini.positive, half) and same(mini.positive, moved(again, 2e-3))
-    assert not same(mini.positive, moved(again, 0.05))
-    # And whatever else is in them.
-    context, options = again[0]
-    assert same(again, [[context, {**options, "hooks": None}]])
-    for more in ({"width": 64}, {"mask": torch.ones(1, 8, 8)}, {"pooled_output": torch.ones(1, 32)}):
-        assert not same(again, [[context, {**options, **more}]])
-    assert not same(again, [*again, *again]) and not same(again, [])
-    zeros = [[torch.zeros_like(context), options]]
-    assert same(zeros, zeros) and not same(zeros, again)
 
 
 # ---- adapting ---------------------------------------------------------------------------------------------------
@@ -332,7 +304,7 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
 
 def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
     """While the step is done once more, the first try's tensors are gone."""
-    progress, kept = module("nodes.comfy_internals.runs.training").Progress(), []
+    progress, kept = module("nodes.comfy_internals.runs.progress").RunProgress(), []
     interruption = comfyui.model_management.InterruptProcessingException
 
     def step():

@@ -61,14 +61,14 @@ def world(comfyui, tmp_path, monkeypatch):
         tmp=tmp_path,
         policy=policy,
         folder_paths=folder_paths,
-        training=importlib.import_module("indomain_guidance.nodes.comfy_internals.runs.training"),
+        pictures=importlib.import_module("indomain_guidance.nodes.comfy_internals.runs.pictures"),
         node=importlib.import_module("indomain_guidance.nodes.training").TrainDomainUNet,
     )
 
 
 def refusal(world, name: str) -> str:
     with pytest.raises(ValueError) as refused:
-        world.training.resolve_data(name)
+        world.pictures.resolve_data(name)
     return str(refused.value).replace(repr(name), "NAME")
 
 
@@ -82,8 +82,8 @@ def link(there, to) -> None:
 def test_what_lies_in_the_input_folder_may_be_named_in_any_way(world):
     inside = str(world.tmp / "input" / "faces")
     for name in ("faces", "./faces", "faces/", "faces/deep/..", inside, f"{inside}/../faces", "../input/faces"):
-        assert world.training.resolve_data(name) == (inside,), name
-    assert world.training.resolve_data(".") == (str(world.tmp / "input"),)
+        assert world.pictures.resolve_data(name) == (inside,), name
+    assert world.pictures.resolve_data(".") == (str(world.tmp / "input"),)
 
 
 def test_paths_as_they_are_pasted_are_found(world, monkeypatch):
@@ -91,17 +91,17 @@ def test_paths_as_they_are_pasted_are_found(world, monkeypatch):
     url = (world.tmp / "input" / "faces").as_uri()
     quoted = [f'"{inside}"', "'faces'", "\u201cfaces\u201d", f"'{inside}' ", '"faces" ']
     for name in (*quoted, url, f"file://localhost{url[7:]}"):
-        assert world.training.resolve_data(name) == (inside,), name
-    assert world.training.resolve_data(f"'faces'; {url}") == (inside, inside)
+        assert world.pictures.resolve_data(name) == (inside,), name
+    assert world.pictures.resolve_data(f"'faces'; {url}") == (inside, inside)
     (world.tmp / "input" / "'faces'").mkdir()
-    assert world.training.resolve_data("'faces'") == (str(world.tmp / "input" / "'faces'"),)
+    assert world.pictures.resolve_data("'faces'") == (str(world.tmp / "input" / "'faces'"),)
     secret = world.tmp / "secret"
     for name in (secret.as_uri(), f"'{secret}'", f'"{secret}"', "\u201c../secret\u201d", f"'{secret}/nothing'"):
         assert "INDOMAIN_ALLOWED_FOLDERS" in refusal(world, name), name
     assert "found nothing at" in refusal(world, "file://\u2100/faces")  # no host, says Python
     monkeypatch.setattr(world.policy.args, "listen", "127.0.0.1")
     for name in (secret.as_uri(), f"'{secret}'"):
-        assert world.training.resolve_data(name) == (str(secret),)
+        assert world.pictures.resolve_data(name) == (str(secret),)
 
 
 def test_what_lies_outside_is_refused_in_one_sentence_whether_it_is_there_or_not(world):
@@ -187,11 +187,11 @@ def test_the_owner_allows_more_by_a_variable_and_by_extra_model_paths(world, mon
     assert "INDOMAIN_ALLOWED_FOLDERS" in refusal(world, str(allowed))
     monkeypatch.setenv(world.policy.VARIABLE, os.pathsep.join(["", str(world.tmp / "not there"), str(allowed), "~"]))
     for name in (str(allowed), str(allowed / "more"), "../allowed/more", "~"):
-        assert world.training.resolve_data(name)
+        assert world.pictures.resolve_data(name)
     assert "found nothing at" in refusal(world, str(allowed / "nothing"))
     assert "INDOMAIN_ALLOWED_FOLDERS" in refusal(world, str(more))
     world.folder_paths.add_model_folder_path(world.policy.KEY, str(more))
-    assert world.training.resolve_data(str(more)) == (str(more),)
+    assert world.pictures.resolve_data(str(more)) == (str(more),)
     assert "INDOMAIN_ALLOWED_FOLDERS" in refusal(world, str(more.parent))
 
 
@@ -199,17 +199,17 @@ def test_a_link_to_the_input_folder_or_an_allowed_one_is_that_folder(world, monk
     link(world.tmp / "other name", world.tmp / "allowed")
     monkeypatch.setenv(world.policy.VARIABLE, str(world.tmp / "other name"))
     for name in ("other name/more", "allowed/more"):
-        assert world.training.resolve_data(str(world.tmp / name)) == (str(world.tmp / name),)
+        assert world.pictures.resolve_data(str(world.tmp / name)) == (str(world.tmp / name),)
     link(world.tmp / "input" / "there", world.tmp / "allowed" / "more")
-    assert world.training.resolve_data("there")
+    assert world.pictures.resolve_data("there")
 
 
 def test_on_a_server_of_ones_own_any_folder_may_be_named(world, monkeypatch):
     monkeypatch.setattr(world.policy.args, "listen", "127.0.0.1,::1")
     assert world.policy.allowed_folders() is None
     secret = str(world.tmp / "secret")
-    assert world.training.resolve_data(secret) == (secret,)
-    assert world.training.data_of([secret], None, world.tmp)["within"] == ()
+    assert world.pictures.resolve_data(secret) == (secret,)
+    assert world.pictures.data_of([secret], None, world.tmp)["within"] == ()
 
 
 def test_links_below_an_allowed_folder_are_not_followed_out_of_it(world):
@@ -221,7 +221,7 @@ def test_links_below_an_allowed_folder_are_not_followed_out_of_it(world):
     Image.new("RGB", (8, 8)).save(world.tmp / "secret" / "pictures" / "bad.png")
     link(world.tmp / "input" / "faces" / "way", world.tmp / "secret")
     link(world.tmp / "input" / "faces" / "file.png", world.tmp / "secret" / "one.png")
-    data = world.training.data_of(world.training.resolve_data("faces"), None, world.tmp)
+    data = world.pictures.data_of(world.pictures.resolve_data("faces"), None, world.tmp)
     found = search(data["data"], Watch(within=data["within"]))
     assert [entry.name for entry in found.entries] == ["good.png"]
     assert found.ignored == {"links that leave the allowed folders": 2}
@@ -233,7 +233,7 @@ def test_links_below_an_allowed_folder_are_not_followed_out_of_it(world):
 
 
 def test_a_look_for_changes_has_an_end(world, monkeypatch):
-    monkeypatch.setattr(world.training, "MOST_LOOKED_FOR_CHANGES", 20)
+    monkeypatch.setattr(world.pictures, "MOST_LOOKED_FOR_CHANGES", 20)
     for number in range(30):
         (world.tmp / "input" / "faces" / f"{number}.png").touch()
     found = world.node.fingerprint_inputs(image_folder=["faces"])

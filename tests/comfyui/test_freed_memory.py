@@ -14,7 +14,7 @@ def without_collector():
 
 
 def test_models_that_are_collected_amid_unloading_end_nothing(comfyui, internals, tiny, without_collector):
-    from indomain_guidance.nodes.comfy_internals.runs.training import free_memory
+    from indomain_guidance.nodes.comfy_internals.runs.execution import free_memory
 
     management, patcher_extension = comfyui.model_management, comfyui.patcher_extension
     management.unload_all_models()

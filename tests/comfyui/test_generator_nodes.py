@@ -81,9 +81,9 @@ def test_a_loaded_generator_can_be_adapted_and_says_what_it_is(world, call):
     assert not any(tensor.is_inference() for tensor in one.generator.parameters())
     assert ui["text"][0].startswith("digits: StyleGAN2 (skip), 16 px, 0.0 M weights, z 8, w 8 x 6")
     fingerprint = world.nodes.LoadGenerator.fingerprint_inputs
-    before = fingerprint("shipped.safetensors", False)
+    before = fingerprint("shipped.safetensors")
     world.files.write_generator(world.shipped / "shipped.safetensors", tiny_generator(1, 32))
-    assert fingerprint("shipped.safetensors", True) != before and fingerprint("absent.pkl") == "missing"
+    assert fingerprint("shipped.safetensors") != before and fingerprint("absent.pkl") == "missing"
 
 
 @pytest.mark.parametrize("name", ["absent.pkl", "", "../shipped/shipped.safetensors"])
@@ -352,32 +352,15 @@ reads_pickles = pytest.mark.skipif(
 
 
 @reads_pickles
-def test_a_pickle_is_converted_on_request_and_its_conversion_read_from_then_on(world, call):
+def test_a_pickle_is_loaded_and_its_conversion_beside_it_read_from_then_on(world, call):
     torch.save(as_rosinality(world.generator), world.folder / "old.pt")
     one, ui = call("LoadGenerator", generator_name="old.pt")
     assert len(ui["text"]) == 1 and not (world.folder / "old.safetensors").exists()
     assert torch.equal(one.generator.synthesis.b8.conv0.weight, world.generator.synthesis.b8.conv0.weight)
-    _, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
-    assert ui["text"][-1] == f"Converted to {world.folder / 'old.safetensors'}, which is read from now on."
-    again, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
-    assert "conversion old.safetensors" in ui["text"][1] and "is there already" in ui["text"][-1]
+    world.files.convert_generator(world.folder / "old.pt", world.folder / "old.safetensors")
+    again, ui = call("LoadGenerator", generator_name="old.pt")
+    assert "conversion old.safetensors" in ui["text"][1]
     assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), one.generator.parameters()))
-
-
-@reads_pickles
-def test_a_conversion_that_cannot_be_written_loses_no_generator(world, call, monkeypatch):
-    torch.save(as_rosinality(world.generator), world.folder / "old.pt")
-    tensors = module("guidance.files.tensors")
-
-    def full(*values, **more):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(tensors.os, "replace", full)
-    one, ui = call("LoadGenerator", generator_name="old.pt", convert=True)
-    assert torch.equal(one.generator.synthesis.b8.conv0.weight, world.generator.synthesis.b8.conv0.weight)
-    target = world.folder / "old.safetensors"
-    assert ui["text"][-1].startswith(f"Not converted: {target}: could not be written (No space left")
-    assert [path.name for path in world.folder.iterdir()] == ["old.pt"]
 
 
 @reads_pickles
@@ -417,9 +400,3 @@ def test_a_blend_says_what_it_is_made_of(world, call):
     }
     unknown = made(world.generator, described(name="any"), "x")
     assert call("BlendGenerators", **values | {"source": unknown})[0].metadata.licence == "Apache-2.0"
-
-
-def test_nothing_is_converted_that_need_not_be(world, call):
-    _, ui = call("LoadGenerator", generator_name="shipped.safetensors", convert=True)
-    assert ui["text"][-1].startswith("Nothing to convert")
-    assert not list(world.folder.iterdir())

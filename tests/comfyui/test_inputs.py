@@ -172,11 +172,10 @@ def test_what_other_nodes_give_comes_through(comfyui, tiny):
     import torch
 
     check = importlib.import_module("indomain_guidance.nodes.inputs").check_inputs
-    guiders = importlib.import_module("indomain_guidance.nodes.guiders")
-    term = guiders.GuidanceTerm.execute("a", 1.0, model=tiny.prior(0), conditioning=[[None, {}]]).result[0]
+    guiders, terms = (importlib.import_module(f"indomain_guidance.nodes.{name}") for name in ("guiders", "terms"))
+    term = terms.GuidanceTerm.execute("a", 1.0, model=tiny.prior(0), conditioning=[[None, {}]]).result[0]
     check(
-        guiders.GuidanceTerm,
-        {"terms": term, "model": tiny.lora(tiny.prior(0), 1), "conditioning": tiny.conditioning(1)},
+        terms.GuidanceTerm, {"terms": term, "model": tiny.lora(tiny.prior(0), 1), "conditioning": tiny.conditioning(1)}
     )
     check(guiders.InDomainSampler, {"latent_image": tiny.latent(1), "prior": tiny.prior(0)})
     training = importlib.import_module("indomain_guidance.nodes.training")

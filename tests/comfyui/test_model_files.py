@@ -175,7 +175,7 @@ def test_core_lets_such_a_prompt_through(files, monkeypatch):
     files.write("sub/file.safetensors")
 
     def answer(name):
-        prompt = {"1": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name, "convert": False}}}
+        prompt = {"1": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name}}}
         valid, _, _, errors = asyncio.run(execution.validate_prompt("id", prompt, None))
         return valid, str(errors)
 

@@ -20,15 +20,15 @@ def test_a_cancel_is_noticed_at_the_next_update(comfyui):
 
 
 def test_the_steps_of_a_run_are_shown_after_its_images_were_encoded(comfyui, monkeypatch):
-    training, events = (
+    shown_by, events = (
         importlib.import_module(f"indomain_guidance.{name}")
-        for name in ("nodes.comfy_internals.runs.training", "training.engine.events")
+        for name in ("nodes.comfy_internals.runs.progress", "training.engine.events")
     )
     shown = []
     monkeypatch.setattr(
         comfyui.utils, "PROGRESS_BAR_HOOK", lambda value, total, *args, **kwargs: shown.append((value, total))
     )
-    progress = training.Progress()
+    progress = shown_by.RunProgress()
     for done in range(1, 25):
         progress(events.Caching(done=done, total=24))
     progress(events.Step(step=1, steps=12, loss=0.5, rate=1e-5, gradient_norm=1.0, seconds_per_step=0.1))

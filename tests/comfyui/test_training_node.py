@@ -53,7 +53,8 @@ def world(comfyui, tmp_path, monkeypatch):
         folder_paths=folder_paths,
         loading=loading,
         nodes=module("nodes.training"),
-        internals=module("nodes.comfy_internals.runs.training"),
+        prior=module("nodes.comfy_internals.runs.prior"),
+        pictures=module("nodes.comfy_internals.runs.pictures"),
     )
 
 
@@ -139,7 +140,7 @@ def core_eps(comfyui, model, x, context):
 def test_an_exported_model_predicts_what_core_predicts(comfyui, tiny, clip, mini, world, lora):
     prior = tiny.lora(tiny.prior(), seed=8, contains="attn") if lora else tiny.prior()
     with torch.inference_mode(), world.loading.ordinary_tensors():
-        base = world.internals.connected_prior(prior, clip, mini[2], ["a cat", "a cat", ""])
+        base = world.prior.prior_of_models(prior, clip, mini[2], ["a cat", "a cat", ""])
     x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(3)) * 4
     t = base.schedule.timestep(SIGMAS, nearest=True)
     scaled = x / (SIGMAS.square() + 1).sqrt()[:, None, None, None]
@@ -156,7 +157,7 @@ def test_exported_weights_can_be_trained(tiny, clip, mini, world):
     with torch.inference_mode():
         inside = tiny.prior()
         with world.loading.ordinary_tensors():
-            base = world.internals.connected_prior(inside, clip, mini[2], [])
+            base = world.prior.prior_of_models(inside, clip, mini[2], [])
     unet = base.load_unet().requires_grad_(True)
     unet(torch.randn(1, 4, 8, 8), torch.tensor([5.0]), context=base.null_context.tensor).square().mean().backward()
     assert all(parameter.grad is not None for parameter in unet.parameters())
@@ -165,7 +166,7 @@ def test_exported_weights_can_be_trained(tiny, clip, mini, world):
 def test_exported_vae_encodes_as_cores(mini, world):
     prior, clip, vae = mini
     with torch.inference_mode(), world.loading.ordinary_tensors():
-        base = world.internals.connected_prior(prior, clip, vae, [])
+        base = world.prior.prior_of_models(prior, clip, vae, [])
     images = torch.rand(2, 64, 64, 3, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = vae.encode(images)
@@ -180,7 +181,7 @@ def test_exported_vae_encodes_as_cores(mini, world):
 def test_prediction_and_patches_are_the_models(tiny, clip, mini, world):
     prior = tiny.prior(prediction="V_PREDICTION", zero_snr=True)
     with world.loading.ordinary_tensors():
-        base = world.internals.connected_prior(prior, clip, mini[2], [])
+        base = world.prior.prior_of_models(prior, clip, mini[2], [])
     assert (base.prediction_type, base.zero_snr, base.latent_format) == ("v_prediction", True, "sd15")
 
 
@@ -188,16 +189,16 @@ def test_a_vae_of_another_kind_is_refused(tiny, clip, mini, world):
     other = copy.copy(mini[2])
     other.first_stage_model = None
     with pytest.raises(ValueError, match="Train Domain UNet: expected the VAE.*found no VAE"):
-        world.internals.connected_prior(tiny.prior(), clip, other, [])
+        world.prior.prior_of_models(tiny.prior(), clip, other, [])
     other.first_stage_model = torch.nn.Linear(1, 1)
     with pytest.raises(ValueError, match="expected the VAE.*found Linear"):
-        world.internals.connected_prior(tiny.prior(), clip, other, [])
+        world.prior.prior_of_models(tiny.prior(), clip, other, [])
 
 
 def test_errors_of_the_export_name_this_node(tiny, clip, mini, world):
     domain = tiny.cached_domain(tiny.prior(), torch.randn(1, 77, CONTEXT))
     with pytest.raises(ValueError, match="Train Domain UNet: expected a model that takes text"):
-        world.internals.connected_prior(domain, clip, mini[2], [])
+        world.prior.prior_of_models(domain, clip, mini[2], [])
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------------
@@ -231,25 +232,25 @@ def test_default_options_are_the_trainers_own(world):
 
 def test_images_become_files_that_say_the_same(world, tmp_path):
     batch = torch.rand(3, 8, 12, 3)
-    folder = world.internals.write_images([batch, batch[:1], torch.rand(1, 8, 8, 4)], tmp_path)
+    folder = world.pictures.write_images([batch, batch[:1], torch.rand(1, 8, 8, 4)], tmp_path)
     files = sorted(folder.glob("*.png"))
     assert len(files) == 4  # one of them twice
     stored = [np.asarray(Image.open(file)) for file in files]
     expected = [(image * 255).round().to(torch.uint8).numpy() for image in batch]
     assert all(any(np.array_equal(image, other) for other in stored) for image in expected)
     assert sorted(image.shape for image in stored) == [(8, 8, 4), (8, 12, 3), (8, 12, 3), (8, 12, 3)]
-    assert world.internals.write_images([batch, batch[:1]], tmp_path) != folder
+    assert world.pictures.write_images([batch, batch[:1]], tmp_path) != folder
     with pytest.raises(ValueError, match="finite"):
-        world.internals.write_images([torch.full((1, 4, 4, 3), float("nan"))], tmp_path)
+        world.pictures.write_images([torch.full((1, 4, 4, 3), float("nan"))], tmp_path)
 
 
 def test_folders_are_found_in_the_input_folder_or_anywhere(world):
     (world.tmp / "input" / "faces").mkdir()
     (world.tmp / "elsewhere").mkdir()
-    paths = world.internals.resolve_data(f' faces ;"{world.tmp / "elsewhere"}"')
+    paths = world.pictures.resolve_data(f' faces ;"{world.tmp / "elsewhere"}"')
     assert paths == (str(world.tmp / "input" / "faces"), str(world.tmp / "elsewhere"))
     with pytest.raises(ValueError, match="nothing at .*nowhere"):
-        world.internals.resolve_data("nowhere")
+        world.pictures.resolve_data("nowhere")
 
 
 def test_the_cache_of_node_outputs_notices_new_images(world):
@@ -280,7 +281,7 @@ def test_the_cache_of_node_outputs_looks_behind_links_as_training_does(world):
 def test_what_is_shown_of_a_cancelled_run_says_what_was_saved_and_where(world):
     from indomain_guidance.training.engine.events import Stopped
 
-    describe = world.internals.describe
+    describe = module("nodes.comfy_internals.runs.progress").describe
     assert describe(Stopped(0, "")) == "stopped before the first step; nothing was trained"
     shown = "stopped and saved at step 7 in /runs/x/step-7; run again to continue"
     assert describe(Stopped(7, "/runs/x/step-7")) == shown
@@ -304,7 +305,7 @@ def test_a_prompt_cannot_put_paths_where_the_options_node_is_connected(world, tr
 @pytest.mark.parametrize("options", ["text", 7, ["a"], True])
 def test_only_options_are_options(world, train, pictures, options):
     with pytest.raises(ValueError, match="connect In-Domain Training Options, or nothing"):
-        world.internals.given_options(options, (), "In-Domain Training Options")
+        module("nodes.widgets").given_options(options, (), "In-Domain Training Options")
 
 
 def test_the_cache_of_node_outputs_notices_new_shards(comfyui, world):
@@ -329,7 +330,7 @@ def test_mini_world_images_are_files_and_a_batch(world):
     folder, batch = world.nodes.MiniWorldImages.execute("handwriting", 5, 0).result
     assert batch.shape == (5, 64, 64, 3) and batch.min() >= 0 and batch.max() <= 1
     assert len(list((world.tmp / "input").glob("mini_world/*/*.png"))) == 5
-    assert world.internals.resolve_data(folder) == (folder,)
+    assert world.pictures.resolve_data(folder) == (folder,)
 
 
 # ---- training ---------------------------------------------------------------------------------------------------

@@ -127,16 +127,22 @@ def exported_state_dict(model, dtype: torch.dtype) -> dict[str, Tensor]:
     return weights
 
 
+def encode_prompt(clip, prompt: str, has_pooled: bool) -> tuple[Tensor, Tensor | None]:
+    """(context [1, T, D], pooled vector [1, P]) of a prompt in float32 on the CPU; no vector unless has_pooled."""
+    context, pooled = clip.encode_from_tokens(clip.tokenize(prompt), return_pooled=True)
+    pooled = pooled.detach().float().cpu().clone() if has_pooled and pooled is not None else None
+    return context.detach().float().cpu().clone(), pooled
+
+
 def encode_empty_prompt(clip, has_pooled: bool) -> NullContext:
     """The empty prompt as this CLIP encodes it; with its pooled vector when the UNet takes one (SDXL)."""
-    context, pooled = clip.encode_from_tokens(clip.tokenize(""), return_pooled=True)
+    context, pooled = encode_prompt(clip, "", has_pooled)
     description = {
         "text_encoder": type(clip.cond_stage_model).__name__,
         "layer": "default" if clip.layer_idx is None else str(clip.layer_idx),
         "empty": "encoded empty prompt",
     }
-    pooled = pooled.detach().float().cpu() if has_pooled and pooled is not None else None
-    return NullContext(context.detach().float().cpu(), description, pooled)
+    return NullContext(context, description, pooled)
 
 
 class CoreUNet:

@@ -125,22 +125,6 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
     return path
 
 
-def convert_generator(one: GraphGenerator) -> str:
-    """Write a loaded .pkl or .pt as .safetensors beside it, where it is found from now on; says what was done."""
-    from ....guidance.files import convert_generator as convert
-
-    source = Path(one.source)
-    path = source.with_suffix(".safetensors")
-    if source == path:
-        return "Nothing to convert: it is a .safetensors file."
-    if path.exists():
-        return f"Not converted: {path} is there already."
-    try:
-        return f"Converted to {convert(source, path)}, which is read from now on."
-    except FileProblem as problem:  # such as a folder that cannot be written to; what was loaded is good all the same
-        return f"Not converted: {problem}"
-
-
 def in_pixels(config: GeneratorConfig) -> str:
     """The size of a generator's images."""
     square = config.width == config.height

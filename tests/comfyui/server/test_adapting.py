@@ -33,7 +33,7 @@ def prompt():
 
     def make(options: dict | None = None, **inputs) -> dict:
         return {
-            "source": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": SOURCE, "convert": False}},
+            "source": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": SOURCE}},
             "judge": {"class_type": "InDomainLoadMiniWorld", "inputs": {}},
             "positive": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["judge", 1], "text": "a red seven"}},
             "negative": {"class_type": "CLIPTextEncode", "inputs": {"clip": ["judge", 1], "text": ""}},
@@ -111,7 +111,7 @@ def test_a_prompt_makes_a_generator_that_can_be_loaded_blended_saved_and_drawn(s
     name = made_by(graph).name
     use = {
         "source": graph["source"],
-        "adapted": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name, "convert": False}},
+        "adapted": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name}},
         "blend": {
             "class_type": "InDomainBlendGenerators",
             "inputs": {"source": ["source", 0], "adapted": ["adapted", 0], "amount": 0.5},
@@ -208,7 +208,7 @@ class Hostile:
 
 def test_wrong_and_hostile_files(server, folder, tmp_path):
     def load(name: str) -> str:
-        graph = {"load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name, "convert": True}}}
+        graph = {"load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": name}}}
         return message_of(server, graph, "InDomainLoadGenerator")
 
     (folder / "hostile.pkl").write_bytes(pickle.dumps({"G_ema": Hostile(tmp_path / "ran")}))
@@ -218,9 +218,7 @@ def test_wrong_and_hostile_files(server, folder, tmp_path):
     assert "words.pt: expected" in load("words.pt")
     assert "cut.safetensors" in load("cut.safetensors")
     # Newer versions refuse what is not listed before anything runs.
-    graph = {
-        "load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": "absent.pkl", "convert": True}}
-    }
+    graph = {"load": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": "absent.pkl"}}}
     with pytest.raises((ExecutionFailed, PromptRejected), match="pick a listed|Value not in list"):
         server.client.run(graph)
 

@@ -187,7 +187,7 @@ def test_files_whose_names_are_no_text_are_listed_and_refused_by_name(server, gr
     listed = info["InDomainLoadDomainUNet"]["input"]["required"]["unet_name"]
     assert {good, bad} <= set(listed[0] if isinstance(listed[0], list) else listed[1]["options"])
     assert "good\\udcff.safetensors: expected a file whose path is UTF-8" in refused(server, graphs.in_domain(good))
-    generator = {"1": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": worse, "convert": False}}}
+    generator = {"1": {"class_type": "InDomainLoadGenerator", "inputs": {"generator_name": worse}}}
     for prompt in (graphs.in_domain(bad), generator):
         message = refused(server, prompt)
         assert message.isprintable() and "bad\\udcfe\\x1b[2J" in message

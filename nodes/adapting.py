@@ -1,0 +1,199 @@
+"""Adapt Generator and its options."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from comfy_api.latest import io
+
+from ..guidance.distillation.method import prompts_of
+from ..guidance.distillation.methods import METHODS, methods_with
+from .comfy_internals.models import generators
+from .comfy_internals.runs import adapting, files
+from .comfy_internals.runs.critic import CriticInputs
+from .generators import GeneratorType
+from .inputs import checked
+from .run_outputs import picture_outputs, run_outputs
+from .schema import GENERATORS, schema
+from .terms import GuidanceTerms
+from .widgets import LARGEST_SEED, RESUME, config_input, given_options, option_names, resume_input
+
+AdaptOptions = io.Custom("INDOMAIN_ADAPT_OPTIONS")
+
+# On the node itself; what is connected decides the others of DECIDED_HERE; everything else is an option.
+ON_THE_NODE = (
+    "name",
+    "method",
+    "scale",
+    "directional",
+    "reconstruction",
+    "steps",
+    "batch_size",
+    "learning_rate",
+    "layers",
+    "sample_every",
+    "seed",
+)
+DECIDED_HERE = (
+    "generator",
+    "base",
+    "prompt",
+    "negative",
+    "source_prompt",
+    "domain",
+    "domain_weight",
+    "output",
+    "export_to",
+    "vae",
+    "tokenizer",
+    "device",
+    "precision",  # the connected model and VAE have their own
+)
+
+# What the options node shows at once, where the editor folds the rest away.
+USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", "label", "gradient_checkpointing")
+
+
+def options_of_adapting() -> list[str]:
+    """The fields of `AdaptConfig` that the options node offers."""
+    from ..training.adaptation.config import AdaptConfig
+
+    return option_names(AdaptConfig, (*ON_THE_NODE, *DECIDED_HERE))
+
+
+class AdaptGenerator(io.ComfyNode):
+    """A generator and a prompt in, a generator for the prompt's domain out; needs no browser."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..training.adaptation.config import AdaptConfig
+
+        def setting(name: str, **changes: Any):
+            return config_input(AdaptConfig, name, **changes)
+
+        return schema(
+            node_id="InDomainAdaptGenerator",
+            display_name="Adapt Generator (SDS)",
+            category=GENERATORS,
+            search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
+            description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion "
+            "model as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
+            "continues. The finished file lands in models/generators.",
+            is_output_node=True,
+            inputs=[
+                GeneratorType.Input("generator", tooltip="The generator to adapt; it stays as it is."),
+                io.Model.Input(
+                    "model",
+                    tooltip="The diffusion model that judges (Stable Diffusion 1.x, 2.x, SDXL, the mini world). LoRAs "
+                    "and hooks on it act as they do in sampling.",
+                ),
+                io.Vae.Input("vae", tooltip="The model's VAE. Gradients go through its encoder."),
+                io.Conditioning.Input(
+                    "positive", tooltip="The domain to reach, such as 'a 3d render of a face, Pixar'."
+                ),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt if you like.",
+                ),
+                setting("name", default="my_generator"),
+                setting("method"),
+                setting("scale"),
+                setting("directional", step=0.05),
+                setting("reconstruction", step=0.05),
+                setting("steps"),
+                setting("batch_size"),
+                setting("learning_rate"),
+                setting("layers"),
+                setting("sample_every"),
+                # Not drawn anew for each run: a run continues only with the seed it was started with.
+                setting("seed", max=LARGEST_SEED, control_after_generate=False),
+                resume_input(),
+                GuidanceTerms.Input(
+                    "terms",
+                    optional=True,
+                    tooltip="More judges, from Guidance Term: a domain model, another checkpoint, another prompt. "
+                    "Percentages count the model's noise levels, 0 the noisiest.",
+                ),
+                io.Conditioning.Input(
+                    "source",
+                    optional=True,
+                    tooltip="What the generator makes now, such as 'a photo of a face'. Needed by: "
+                    f"{methods_with('source')}; without effect for others.",
+                ),
+                io.Conditioning.Input(
+                    "unwanted",
+                    optional=True,
+                    tooltip="What images should not be, such as 'blurry, low quality, unrealistic', beside an empty "
+                    f"negative. Needed by: {methods_with('unwanted')}; without effect for others.",
+                ),
+                AdaptOptions.Input("options", optional=True, tooltip="Other settings, from In-Domain Adapt Options."),
+            ],
+            outputs=[
+                GeneratorType.Output(display_name="generator", tooltip="The adapted generator, loaded from its file."),
+                *picture_outputs("The grid, with the source's images in its first row,"),
+                io.String.Output(display_name="path", tooltip="The finished file in models/generators."),
+            ],
+            # For the texts behind the conditionings, which the finished file names.
+            hidden=[io.Hidden.prompt],
+        )
+
+    @classmethod
+    @checked()
+    def execute(
+        cls,
+        generator,
+        model,
+        vae,
+        positive,
+        negative,
+        resume: str,
+        terms=(),
+        source=None,
+        unwanted=None,
+        options: dict | None = None,
+        **values: Any,
+    ) -> io.NodeOutput:
+        options = given_options(options, options_of_adapting(), "In-Domain Adapt Options")
+        # What the method does not ask for costs no evaluation, and may change when the run goes on.
+        needed = prompts_of(METHODS[values["method"]])
+        critic = CriticInputs(
+            model,
+            vae,
+            positive,
+            negative,
+            values["scale"],
+            tuple(terms or ()),
+            source=source if "source" in needed else None,
+            unwanted=unwanted if "unwanted" in needed else None,
+        )
+        texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
+        config = adapting.config_of({**options, **values}, generator, critic, texts)
+        files.check_claim(config)
+        result, warnings = adapting.run(config, generator, critic, RESUME[resume])
+        adapted, _ = generators.load_generator(f"{config.name}.safetensors")
+        return run_outputs(cls, adapted, result, files.finished_file(config), warnings)
+
+
+class GeneratorAdaptOptions(io.ComfyNode):
+    """All settings of an adaptation that its node does not show."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        from ..training.adaptation.config import AdaptConfig
+
+        names = options_of_adapting()
+        return schema(
+            node_id="InDomainAdaptOptions",
+            display_name="In-Domain Adapt Options",
+            category=GENERATORS,
+            search_aliases=["SDS", "score distillation", "StyleGAN", "GAN"],
+            advanced=[name for name in names if name not in USUAL_OPTIONS],
+            description="All settings that Adapt Generator does not show. Leave the node out to use the defaults.",
+            inputs=[config_input(AdaptConfig, name, optional=True) for name in names],
+            outputs=[AdaptOptions.Output(display_name="options", tooltip="For Adapt Generator (SDS).")],
+        )
+
+    @classmethod
+    @checked()
+    def execute(cls, **values: Any) -> io.NodeOutput:
+        return io.NodeOutput(values)
