@@ -177,7 +177,7 @@ class InDomainSampler(io.ComfyNode):
                     default=25,
                     min=1,
                     max=10000,
-                    tooltip="How many sampling steps. Typical 15 to 50, default 25.",
+                    tooltip="Sampling steps. Typical 15 to 50, default 25.",
                 ),
                 io.Combo.Input(
                     "sampler_name",
