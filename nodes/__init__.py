@@ -38,14 +38,13 @@ def create_extension():
     """The `ComfyExtension` that ComfyUI's entry point hands over. Needs ComfyUI."""
     from comfy_api.latest import ComfyExtension
 
-    from .comfy_internals.models.generators import register_generator_folder
-    from .comfy_internals.models.loading import register_domain_unet_folder
+    from .comfy_internals.models.folders import DOMAIN_UNETS, GENERATORS
 
     class InDomainGuidanceExtension(ComfyExtension):
         async def get_node_list(self) -> list[type]:
             # Here and not in on_load, which ComfyUI 0.3.75 never calls; the loaders' schemas list the folders.
-            register_domain_unet_folder()
-            register_generator_folder()
+            DOMAIN_UNETS.register()
+            GENERATORS.register()
             return node_classes()
 
     return InDomainGuidanceExtension()

@@ -6,6 +6,7 @@ from comfy_api.latest import io
 
 from ..guidance.errors import printable
 from .comfy_internals.models import generators
+from .comfy_internals.models.folders import GENERATORS as GENERATOR_FILES
 from .inputs import checked, found
 from .schema import GENERATORS, schema
 from .widgets import number_input
@@ -29,7 +30,7 @@ class LoadGenerator(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "generator_name",
-                    options=generators.list_generators(),
+                    options=GENERATOR_FILES.listed(),
                     tooltip="A file from models/generators (the mini world's generator is listed too). StyleGAN3, "
                     "StyleGAN-XL and TensorFlow pickles are refused by name.",
                 )
@@ -42,12 +43,12 @@ class LoadGenerator(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, generator_name: str | None = None) -> bool | str:
         # In place of core's comparison with the list, which knows no other system's spelling of a name.
-        return found(generator_name, generators.find_generator)
+        return found(generator_name, GENERATOR_FILES.find)
 
     @classmethod
     def fingerprint_inputs(cls, generator_name: str):
         # A file that was replaced (by adapting it further) has to be loaded again.
-        return generators.generator_fingerprint(generator_name)
+        return GENERATOR_FILES.fingerprint(generator_name)
 
     @classmethod
     @checked("generator_name")
@@ -227,5 +228,6 @@ class SaveGenerator(io.ComfyNode):
     @classmethod
     @checked()
     def execute(cls, generator, filename: str, file_dtype: str, replace: bool = False) -> io.NodeOutput:
-        path = str(generators.save_generator(generator, generators.output_path(filename), file_dtype, replace))
-        return io.NodeOutput(path, ui={"text": (printable(path),)})
+        path = GENERATOR_FILES.new_file(filename, "Save Generator")
+        generators.save_generator(generator, path, file_dtype, replace)
+        return io.NodeOutput(str(path), ui={"text": (printable(path),)})

@@ -173,11 +173,7 @@ class InDomainSampler(io.ComfyNode):
                     tooltip="The random seed of the noise: 0 to 2^64 - 1.",
                 ),
                 io.Int.Input(
-                    "steps",
-                    default=25,
-                    min=1,
-                    max=10000,
-                    tooltip="Sampling steps. Typical 15 to 50, default 25.",
+                    "steps", default=25, min=1, max=10000, tooltip="Sampling steps. Typical 15 to 50, default 25."
                 ),
                 io.Combo.Input(
                     "sampler_name",

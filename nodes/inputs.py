@@ -39,7 +39,7 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
         def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(cls, *args, **kwargs).arguments
             more = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
-            check_inputs(cls, {**bound, **bound.get(more, {})}, files)
+            check_inputs(cls, {**bound, **bound.get(more or "", {})}, files)
             try:
                 return execute(cls, *args, **kwargs)
             except Exception as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from .comfy_internals.models import loading
+from .comfy_internals.models.folders import DOMAIN_UNETS
 from .inputs import checked, found
 from .schema import GUIDANCE, schema
 
@@ -25,7 +26,7 @@ class LoadDomainUNet(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "unet_name",
-                    options=loading.list_domain_unets(),
+                    options=DOMAIN_UNETS.listed(),
                     tooltip="A file from models/domain_unets (the mini world's models are listed too) or from "
                     "models/diffusion_models. It must work in the same latent space as the prior it will guide.",
                 ),
@@ -48,7 +49,7 @@ class LoadDomainUNet(io.ComfyNode):
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, weight_dtype: str):
         # A file that was replaced (by training it further) has to be loaded again.
-        return loading.domain_unet_fingerprint(unet_name)
+        return DOMAIN_UNETS.fingerprint(unet_name)
 
     @classmethod
     @checked("unet_name")

@@ -327,7 +327,9 @@ def bench_dual_cfg(report: Report, plan: Plan) -> None:
     else:
         loading = comfy_models.internals("models.loading")
         prior, clip, _ = loading.load_mini_world()
-        domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
+        domain = loading.load_domain_unet(
+            str(comfy_models.internals("models.folders").DOMAIN_UNETS.shipped / "mini-handwriting.safetensors")
+        )
         prompts = ("a red seven on a yellow background", "a seven", "")
         positive, middle, negative = (clip.encode_from_tokens_scheduled(clip.tokenize(prompt)) for prompt in prompts)
 

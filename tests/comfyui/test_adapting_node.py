@@ -33,9 +33,10 @@ def world(comfyui, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(generators, "SHIPPED_GENERATORS", tmp_path / "shipped")
+    generator_files = module("nodes.comfy_internals.models.folders").GENERATORS
+    monkeypatch.setattr(generator_files, "shipped", tmp_path / "shipped")
     folder_paths.folder_names_and_paths.pop("generators", None)
-    generators.register_generator_folder()
+    generator_files.register()
     for kind in ("input", "output", "temp"):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))
@@ -232,7 +233,7 @@ def test_a_family_is_judged_at_the_size_it_was_made_for(tiny, mini, family, pred
 
 def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, caplog):
     domain = module("nodes.comfy_internals.models.loading").load_domain_unet(
-        str(module("nodes.comfy_internals.models.loading").SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors")
+        str(module("nodes.comfy_internals.models.folders").DOMAIN_UNETS.shipped / "mini-handwriting.safetensors")
     )
     term = module("nodes.comfy_internals.guiding.guider").Term("domain", domain, None, 1.0)
     # A configuration has no word for a shaped one, so it must not name it as if it were plain.
@@ -393,7 +394,9 @@ def test_other_terms_are_another_run_and_stand_in_the_finished_file(adapt, mini,
     term_input = module("nodes.comfy_internals.guiding.guider").Term
     with torch.inference_mode():
         blue = mini.encode("a blue seven")
-    domain = loading.load_domain_unet(str(loading.SHIPPED_DOMAIN_UNETS / "mini-handwriting.safetensors"))
+    domain = loading.load_domain_unet(
+        str(module("nodes.comfy_internals.models.folders").DOMAIN_UNETS.shipped / "mini-handwriting.safetensors")
+    )
 
     def terms(weight, model=domain, start=0.5, name="hand"):
         return (

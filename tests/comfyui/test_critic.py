@@ -97,7 +97,7 @@ def test_loras_hooks_and_further_judges_act_as_in_sampling(tiny, ask, core_eps, 
     assert error(made.e, base + 2.0 * (prompt - base) + 1.5 * (own - base)) < 1e-5
     assert [one.name for one in critic.guidance.terms] == ["domain", "prompt"]
     # Last is the prompt: the second critic of variational score distillation is the prior's on it.
-    second = module("guidance.distillation.vsd").VSD.of(critic).source
+    second = module("guidance.distillation.vsd").VSD.of(critic, 0).source
     assert second == critic.guidance.term("prompt").source and second.model.unet is model.model.diffusion_model
     # Afterwards the graph's models are as they were.
     assert error(core_eps(plain, negative, x), base) > 0.01

@@ -31,9 +31,10 @@ def world(comfyui, tmp_path, monkeypatch):
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(internals, "SHIPPED_GENERATORS", tmp_path / "shipped")
+    generator_files = module("nodes.comfy_internals.models.folders").GENERATORS
+    monkeypatch.setattr(generator_files, "shipped", tmp_path / "shipped")
     folder_paths.folder_names_and_paths.pop("generators", None)
-    internals.register_generator_folder()
+    generator_files.register()
     folder, shipped = tmp_path / "models" / "generators", tmp_path / "shipped"
     assert folder.is_dir()  # a user finds it where the help says it is
     shipped.mkdir()
@@ -46,6 +47,7 @@ def world(comfyui, tmp_path, monkeypatch):
         generator=generator,
         files=files,
         internals=internals,
+        generator_files=generator_files,
         folder_paths=folder_paths,
         nodes=module("nodes.generators"),
     )
@@ -66,12 +68,12 @@ def call(world):
 def test_the_folder_lists_generators_only_and_what_is_shipped(world):
     for name in ("a.pkl", "b.pt", "c.safetensors", "e.pth", "readme.txt", "d.ckpt"):
         (world.folder / name).write_bytes(b"x")
-    assert set(world.internals.list_generators()) == {"a.pkl", "b.pt", "c.safetensors", "e.pth", "shipped.safetensors"}
-    assert world.internals.generator_folder() == world.folder
+    assert set(world.generator_files.listed()) == {"a.pkl", "b.pt", "c.safetensors", "e.pth", "shipped.safetensors"}
+    assert world.generator_files.own() == world.folder
     # An extra_model_paths.yaml that named the folder already keeps its place.
     world.folder_paths.folder_names_and_paths["generators"] = ([str(world.tmp / "mine")], set())
-    world.internals.register_generator_folder()
-    assert world.internals.generator_folder() == world.tmp / "mine"
+    world.generator_files.register()
+    assert world.generator_files.own() == world.tmp / "mine"
     paths, extensions = world.folder_paths.folder_names_and_paths["generators"]
     assert len(paths) == 3 and extensions == {".safetensors", ".pkl", ".pt", ".pth"}
 

@@ -111,8 +111,9 @@ def sockets_of_the_pack(comfyui, monkeypatch):
     folder_paths = importlib.import_module("folder_paths")
     # The pack's folders are for this test alone: others register their own.
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    for module, register in (("loading", "register_domain_unet_folder"), ("generators", "register_generator_folder")):
-        getattr(importlib.import_module(f"indomain_guidance.nodes.comfy_internals.models.{module}"), register)()
+    folders = importlib.import_module("indomain_guidance.nodes.comfy_internals.models.folders")
+    folders.DOMAIN_UNETS.register()
+    folders.GENERATORS.register()
     nodes = importlib.import_module("indomain_guidance.nodes").node_classes()
     found = [(node, one) for node in nodes for one in node.GET_SCHEMA().inputs if str(one.io_type) in SOCKETS]
     assert {str(one.io_type) for _, one in found} == SOCKETS and len({node for node, _ in found}) >= 10

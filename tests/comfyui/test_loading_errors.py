@@ -17,13 +17,13 @@ def module(name: str):
 @pytest.fixture
 def folders(comfyui, tmp_path, monkeypatch):
     """Empty model folders of this test's own, registered as the pack registers them."""
-    loading = module("nodes.comfy_internals.models.loading")
+    domain_unets = module("nodes.comfy_internals.models.folders").DOMAIN_UNETS
     folder_paths = importlib.import_module("folder_paths")
     own = tmp_path / "models" / "domain_unets"
     diffusion = tmp_path / "models" / "diffusion_models"
     own.mkdir(parents=True), diffusion.mkdir()
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path / "models"))
-    monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
+    monkeypatch.setattr(domain_unets, "shipped", tmp_path / "shipped")
     extensions = folder_paths.supported_pt_extensions
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
     monkeypatch.setattr(
@@ -31,7 +31,7 @@ def folders(comfyui, tmp_path, monkeypatch):
         "folder_names_and_paths",
         {**folder_paths.folder_names_and_paths, "diffusion_models": ([str(diffusion)], extensions)},
     )
-    loading.register_domain_unet_folder()
+    domain_unets.register()
     return own
 
 
@@ -190,28 +190,34 @@ def test_weights_missing(folders, node, domain):
 
 
 def test_folder_lists_models_only_and_keeps_a_users_own_paths(comfyui, folders, domain, tmp_path, monkeypatch):
-    loading, folder_paths = module("nodes.comfy_internals.models.loading"), importlib.import_module("folder_paths")
+    domain_unets, folder_paths = (
+        module("nodes.comfy_internals.models.folders").DOMAIN_UNETS,
+        importlib.import_module("folder_paths"),
+    )
     elsewhere, shipped = tmp_path / "elsewhere", tmp_path / "shipped"
     for folder, name in ((elsewhere, "mine"), (shipped, "mini"), (folders, "own")):
         write(folder / f"{name}.safetensors", *domain)
         (folder / "notes.txt").write_text("not a model")
     # As extra_model_paths.yaml leaves it: a path, and no extensions, which means every file.
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "domain_unets", ([str(elsewhere)], set()))
-    loading.register_domain_unet_folder()
-    loading.register_domain_unet_folder()  # twice changes nothing
+    domain_unets.register()
+    domain_unets.register()  # twice changes nothing
     paths, _ = folder_paths.folder_names_and_paths["domain_unets"]
     assert paths == [str(elsewhere), str(folders), str(shipped)]
-    assert sorted(loading.list_domain_unets()) == ["mine.safetensors", "mini.safetensors", "own.safetensors"]
-    assert loading.domain_unet_folder() == elsewhere
+    assert sorted(domain_unets.listed()) == ["mine.safetensors", "mini.safetensors", "own.safetensors"]
+    assert domain_unets.own() == elsewhere
 
 
 def test_domain_folder_comes_before_diffusion_models(comfyui, folders, domain):
-    loading = module("nodes.comfy_internals.models.loading")
+    loading, domain_unets = (
+        module("nodes.comfy_internals.models.loading"),
+        module("nodes.comfy_internals.models.folders").DOMAIN_UNETS,
+    )
     write(folders / "same.safetensors", *domain, domain_name="from domain_unets")
     write(folders.parent / "diffusion_models" / "same.safetensors", *domain, domain_name="from diffusion_models")
     write(folders.parent / "diffusion_models" / "only.safetensors", *domain)
-    assert loading.list_domain_unets() == ["same.safetensors", "only.safetensors"]
-    info = loading.load_domain_unet(str(loading.find_domain_unet("same.safetensors"))).model.indomain_domain
+    assert domain_unets.listed() == ["same.safetensors", "only.safetensors"]
+    info = loading.load_domain_unet(str(domain_unets.find("same.safetensors"))).model.indomain_domain
     assert info.name == "from domain_unets" and info.metadata.latent_format == "sd15"
 
 

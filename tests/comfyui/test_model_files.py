@@ -28,7 +28,7 @@ def files(comfyui, tmp_path, monkeypatch):
         "folder_names_and_paths",
         {**folder_paths.folder_names_and_paths, "odd": ([str(first), str(second)], {".safetensors"})},
     )
-    internals = module("nodes.comfy_internals.models.model_files")
+    internals = module("nodes.comfy_internals.models.folders")
 
     def write(name, folder=second, text="x"):
         path = folder / name
@@ -37,10 +37,9 @@ def files(comfyui, tmp_path, monkeypatch):
         monkeypatch.setattr(folder_paths, "filename_list_cache", {})  # core looks again once a folder has changed
         return path
 
-    def find(name):
-        return internals.find_model(name, ("odd",), "Node", None)
+    odd = internals.ModelFolder(("odd",), "Node")
 
-    return SimpleNamespace(first=first, second=second, write=write, find=find, internals=internals)
+    return SimpleNamespace(first=first, second=second, write=write, find=odd.find, fingerprint=odd.fingerprint)
 
 
 def refusal(files, name) -> str:
@@ -71,7 +70,7 @@ ACCENTED = "é/Zażółć Ünter.safetensors"
 def test_a_name_as_another_system_writes_it(files, name, on_disk):
     path = files.write(on_disk)
     assert files.find(on_disk) == path and files.find(name) == path
-    assert files.internals.fingerprint(name, ("odd",)) == files.internals.fingerprint(on_disk, ("odd",)) != "missing"
+    assert files.fingerprint(name) == files.fingerprint(on_disk) != "missing"
     if not os.path.exists(os.path.join(files.second, name)):  # no file of that very name on this system
         files.write(f"{on_disk.removesuffix('file.safetensors')}other.safetensors")
         assert files.find(name) == path
@@ -113,7 +112,7 @@ def test_a_link_to_nothing_is_called_so(files, tmp_path):
     (files.second / "far.safetensors").symlink_to(tmp_path / "drive" / "far.safetensors")
     text = refusal(files, "far.safetensors")
     assert f"found in {files.second} a link to " in text and "drive/far.safetensors, where nothing is" in text
-    assert files.internals.fingerprint("far.safetensors", ("odd",)) == "missing"
+    assert files.fingerprint("far.safetensors") == "missing"
     (tmp_path / "elsewhere").symlink_to(tmp_path / "secret")  # not in a model folder: nobody's to ask about
     for name in (str(tmp_path / "elsewhere"), os.path.relpath(tmp_path / "elsewhere", files.second)):
         text = refusal(files, name)
@@ -121,12 +120,12 @@ def test_a_link_to_nothing_is_called_so(files, tmp_path):
     (tmp_path / "drive").mkdir()
     (tmp_path / "drive" / "far.safetensors").write_text("x")
     assert files.find("far.safetensors") == files.second / "far.safetensors"
-    assert files.internals.fingerprint("far.safetensors", ("odd",)) != "missing"
+    assert files.fingerprint("far.safetensors") != "missing"
 
 
 def test_a_replacement_of_equal_size_and_time_is_noticed(files, tmp_path):
     def now():
-        return files.internals.fingerprint("a.safetensors", ("odd",))
+        return files.fingerprint("a.safetensors")
 
     path = files.write("a.safetensors", text="first")
     seen = [now()]
@@ -157,7 +156,7 @@ def test_a_replacement_of_equal_size_and_time_is_noticed(files, tmp_path):
 def test_the_loaders_take_such_names_from_a_prompt(files, monkeypatch):
     """Core compares a prompt's names with the list itself, unless the node does."""
     nodes, inputs = module("nodes.loaders"), module("nodes.inputs")
-    monkeypatch.setattr(module("nodes.comfy_internals.models.loading"), "FOLDERS", ("odd",))
+    monkeypatch.setattr(module("nodes.comfy_internals.models.folders").DOMAIN_UNETS, "names", ("odd",))
     files.write("sub/file.safetensors")
     assert nodes.LoadDomainUNet.validate_inputs("sub\\FILE.safetensors") is True
     assert "found none" in nodes.LoadDomainUNet.validate_inputs("gone.safetensors")
@@ -171,7 +170,7 @@ def test_core_lets_such_a_prompt_through(files, monkeypatch):
     execution, registry = importlib.import_module("execution"), importlib.import_module("nodes")
     node = module("nodes.generators").LoadGenerator
     monkeypatch.setitem(registry.NODE_CLASS_MAPPINGS, "InDomainLoadGenerator", node)
-    monkeypatch.setattr(module("nodes.comfy_internals.models.generators"), "FOLDER", "odd")
+    monkeypatch.setattr(module("nodes.comfy_internals.models.folders").GENERATORS, "names", ("odd",))
     files.write("sub/file.safetensors")
 
     def answer(name):

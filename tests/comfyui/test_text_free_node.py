@@ -40,12 +40,12 @@ def clip(comfyui):
 @pytest.fixture
 def make(comfyui, tmp_path, monkeypatch):
     """Runs the node, writing into a folder of this test's own."""
-    loading = module("nodes.comfy_internals.models.loading")
+    domain_unets = module("nodes.comfy_internals.models.folders").DOMAIN_UNETS
     folder_paths = importlib.import_module("folder_paths")
     monkeypatch.setattr(folder_paths, "models_dir", str(tmp_path))
     monkeypatch.setattr(folder_paths, "folder_names_and_paths", dict(folder_paths.folder_names_and_paths))
-    monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
-    loading.register_domain_unet_folder()
+    monkeypatch.setattr(domain_unets, "shipped", tmp_path / "shipped")
+    domain_unets.register()
     node = module("nodes.text_free").TextFreeUNet
 
     def run(model, clip, form, filename="made", file_dtype="fp32", probe_size=64):

@@ -43,8 +43,9 @@ def world(comfyui, tmp_path, monkeypatch):
         },
     )
     monkeypatch.setattr(folder_paths, "filename_list_cache", {})
-    monkeypatch.setattr(loading, "SHIPPED_DOMAIN_UNETS", tmp_path / "shipped")
-    loading.register_domain_unet_folder()
+    domain_unets = module("nodes.comfy_internals.models.folders").DOMAIN_UNETS
+    monkeypatch.setattr(domain_unets, "shipped", tmp_path / "shipped")
+    domain_unets.register()
     for kind in ("input", "output", "temp", "user"):
         (tmp_path / kind).mkdir()
         monkeypatch.setattr(folder_paths, f"{kind}_directory", str(tmp_path / kind))

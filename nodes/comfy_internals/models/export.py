@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import comfy.lora
 import comfy.model_management
@@ -28,8 +29,8 @@ from ....guidance.null_text import (
 )
 from ..progress import ProgressBar
 from .domain_info import domain_info
-from .loading import LATENT_FORMATS, domain_unet_folder, load_domain_unet
-from .model_files import model_path
+from .folders import DOMAIN_UNETS
+from .loading import LATENT_FORMATS, load_domain_unet
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
@@ -190,7 +191,7 @@ def output_path(filename: str) -> Path:
 
     Raises FileProblem for names outside the folder, that some system cannot take, or of trained models.
     """
-    path = model_path(filename, domain_unet_folder(), NODE)
+    path = DOMAIN_UNETS.new_file(filename, NODE)
     if path.exists() and not is_untrained(path):
         raise FileProblem(
             f"{path}: expected no file or an untrained text-free UNet under this name, found a trained or foreign "
@@ -225,7 +226,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         from ....training.prior.families import native_resolution
 
         is_v = prediction_type == "v_prediction"
-        probe_side_px = native_resolution(latent_format, config.context_dim, is_v)
+        probe_side_px = native_resolution(latent_format, config.context_dim, is_v) or 0
     if probe_side_px < 64:
         raise Problem(f"Text-Free UNet: expected a probe_size of 0 or at least 64, found {probe_side_px}; set it.")
     y = vector_conditioning(model, context.pooled, probe_side_px)
@@ -234,7 +235,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     prior_hash = prior_content_hash(weights, cancelled)
 
     comfy.model_management.load_models_gpu([model])
-    prior = CoreUNet(model)
+    prior: Any = CoreUNet(model)
     errors: dict[str, float] = {}
     if form == "constant":
         denoiser = Denoiser(prior, NoiseSchedule.scaled_linear(zero_snr=zero_snr), prediction_type)
@@ -255,7 +256,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
         text_free, config, errors = build_constant(
             weights, config, context, probes, held_out=unseen, unet=prior, on_probe=lambda done, _: progress.update(1)
         )
-        unseen = Probes(unseen.x[::4], unseen.timesteps[::4], None if y is None else unseen.y[::4])
+        unseen = Probes(unseen.x[::4], unseen.timesteps[::4], None if unseen.y is None else unseen.y[::4])
     else:
         text_free, config = build_cached(weights, config, context)
         noise = torch.randn(2, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -274,7 +275,8 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     write_domain_file(path, text_free, metadata)
     made = load_domain_unet(str(path))
     comfy.model_management.load_models_gpu([model, made])
-    output_error = unconditional_error(prior, CoreUNet(made), context.tensor, unseen)
+    text_free_unet: Any = CoreUNet(made)
+    output_error = unconditional_error(prior, text_free_unet, context.tensor, unseen)
     return made, _report(path, form, model.model_size(), made.model_size(), errors, output_error)
 
 
@@ -288,7 +290,7 @@ def _report(
         f"output error against the prior on the empty prompt: {output_error:.2e} (relative)",
     ]
     if errors:
-        worst = max(errors, key=errors.get)
+        worst = max(errors, key=lambda block: errors[block])
         lines += [
             "error of the constants, RMS(attention - constant) / RMS(attention) on unseen probes:",
             f"median {statistics.median(errors.values()):.3f}, worst {errors[worst]:.3f} in {worst}",

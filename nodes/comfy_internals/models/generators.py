@@ -21,17 +21,13 @@ from ....guidance.errors import Problem
 from ....guidance.files import DTYPES, FileProblem
 from ....guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from ..progress import ProgressBar
+from .folders import GENERATORS
 from .loading import ordinary_tensors
-from .model_files import find_model, fingerprint, list_models, model_path, own_model_folder, register_model_folder
 
 if TYPE_CHECKING:
     from ....guidance.files import GeneratorMetadata, LoadedGenerator
     from ....guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2
 
-NODE = "Load Generator"
-FOLDER = "generators"
-SHIPPED_GENERATORS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "generators"
-EXTENSIONS = {".safetensors", ".pkl", ".pt", ".pth"}
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
 PIXELS_AT_ONCE = 2**22
@@ -61,34 +57,6 @@ class GraphGenerator:
         return LoadedGenerator(self.generator, self.metadata)
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
-
-
-def register_generator_folder() -> None:
-    """Make `models/generators` a model folder of ComfyUI."""
-    register_model_folder(FOLDER, SHIPPED_GENERATORS, EXTENSIONS)
-
-
-def generator_folder() -> Path:
-    """The folder that new generators are written to."""
-    return own_model_folder(FOLDER, SHIPPED_GENERATORS)
-
-
-def list_generators() -> list[str]:
-    """File names for the loader's list."""
-    return list_models((FOLDER,))
-
-
-def find_generator(name: str) -> Path:
-    """The path of a file in the list. Raises FileProblem that says what became of it, and where files belong."""
-    return find_model(name, (FOLDER,), NODE, SHIPPED_GENERATORS)
-
-
-def generator_fingerprint(name: str) -> str:
-    """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
-    return fingerprint(name, (FOLDER,))
-
-
 def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
     """(a listed generator, what its reader has to say about it).
 
@@ -96,7 +64,7 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
     """
     from ....guidance.files import read_generator
 
-    path = find_generator(name)
+    path = GENERATORS.find(name)
     # Weights made in ComfyUI's inference mode could never be adapted.
     with ordinary_tensors():
         loaded = read_generator(path)
@@ -104,12 +72,7 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
     return GraphGenerator(generator, loaded.metadata, str(path)), tuple(loaded.notes)
 
 
-def output_path(filename: str, node: str = "Save Generator") -> Path:
-    """Where a new generator goes. Raises FileProblem for names outside the folder, and that some system cannot take."""
-    return model_path(filename, generator_folder(), node)
-
-
-def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> Path:
+def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> None:
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
     from ....guidance.files import write_generator
 
@@ -122,7 +85,6 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
         )
     metadata = one.metadata if one.metadata.name else dataclasses.replace(one.metadata, name=path.stem)
     write_generator(path, one.generator, metadata, dtype=dtype)
-    return path
 
 
 def in_pixels(config: GeneratorConfig) -> str:

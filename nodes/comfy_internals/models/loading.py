@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import comfy.latent_formats
 import comfy.model_base
@@ -15,7 +16,6 @@ import comfy.sd
 import comfy.supported_models
 import comfy.supported_models_base
 import comfy.utils
-import folder_paths
 import torch
 from torch import Tensor
 
@@ -24,14 +24,10 @@ from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet,
 from ....guidance.networks.unet import UNetConfig
 from ....training.mini_world import MINI_WORLD
 from .domain_info import DomainInfo
+from .folders import DOMAIN_UNETS
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
-from .model_files import find_model, fingerprint, list_models, own_model_folder, register_model_folder
 from .text_free import TextFree, mixed, module_key, remove_text, without_text
 
-NODE = "Load Domain UNet"
-FOLDER = "domain_unets"
-FOLDERS = (FOLDER, "diffusion_models")  # in the order they are looked through
-SHIPPED_DOMAIN_UNETS = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights" / "domain_unets"
 WEIGHT_DTYPES = {
     "default": None,
     "bf16": torch.bfloat16,
@@ -48,37 +44,14 @@ LATENT_FORMATS = {
 MODEL_TYPES = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
 
 
-# ---- files ------------------------------------------------------------------------------------------------------
-
-
-def register_domain_unet_folder() -> None:
-    """Make `models/domain_unets` a model folder of ComfyUI."""
-    register_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS, folder_paths.supported_pt_extensions)
-
-
-def domain_unet_folder() -> Path:
-    """The folder that new domain models are written to."""
-    return own_model_folder(FOLDER, SHIPPED_DOMAIN_UNETS)
-
-
-def list_domain_unets() -> list[str]:
-    """File names for the loader's list: domain models first, then ComfyUI's diffusion models."""
-    return list_models(FOLDERS)
-
-
 def find_domain_unet(name: str) -> Path:
-    """The path of a file in the list. Raises FileProblem that says what became of it, and where files belong."""
-    if not list_domain_unets():
+    """The path of a listed file. Raises FileProblem that says what became of it, and where files belong."""
+    if not DOMAIN_UNETS.listed():
         raise FileProblem(
-            f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {domain_unet_folder()} "
+            f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {DOMAIN_UNETS.own()} "
             "(or make one with the Text-Free UNet node) and refresh the editor."
         )
-    return find_model(name, FOLDERS, NODE, SHIPPED_DOMAIN_UNETS)
-
-
-def domain_unet_fingerprint(name: str) -> str:
-    """Changes when the file behind a listed name changes; for ComfyUI's cache of node outputs."""
-    return fingerprint(name, FOLDERS)
+    return DOMAIN_UNETS.find(name)
 
 
 def ordinary_tensors() -> contextlib.AbstractContextManager:
@@ -168,7 +141,7 @@ def _model_config(config: UNetConfig, state_dict: Mapping[str, Tensor], latent_f
     return model_config
 
 
-def _fit_output_layer(unet: torch.nn.Module, config: UNetConfig) -> None:
+def _fit_output_layer(unet: Any, config: UNetConfig) -> None:
     """Give core's last convolution the width of the level before it; core assumes that its multiplier is 1."""
     last, channels = unet.out[-1], config.model_channels * config.channel_mult[0]
     if last.in_channels != channels:

@@ -39,7 +39,7 @@ class MiniWorldTextEncoder(comfy.sd1_clip.SDClipModel):
             device=device,
             dtype=dtype,
             model_options=model_options,
-            textmodel_json_config=dict(textmodel_json_config),
+            textmodel_json_config=dict(textmodel_json_config or {}),
             return_projected_pooled=False,
         )
 

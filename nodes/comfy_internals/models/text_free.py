@@ -1,4 +1,4 @@
-"""What makes a ComfyUI model text-free: its own classes, with a few methods of ours in front.
+"""What makes a ComfyUI model text-free: core's own classes, with a few methods of ours in front.
 
 Core's `BasicTransformerBlock` keeps its `attn2`, changed in place, because `attn2 = None` makes core add the
 self-attention twice. Every weight sits in a leaf module that core's loader knows how to cast, move and patch.
@@ -6,8 +6,8 @@ self-attention twice. Every weight sits in a leaf module that core's loader know
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import comfy.ops
 import torch
@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from ....guidance.errors import Problem, logger
 from ....guidance.null_text import POOLED_TEXT_ADM
 
+if TYPE_CHECKING:
+    from comfy.ldm.modules.attention import CrossAttention
+    from comfy.model_base import BaseModel
+else:
+    # The mixins below are put in front of the class that an object has (`mixed`), whichever of core's it is.
+    CrossAttention = BaseModel = object
+
 LOG = logger(__name__)
 POOLED_TEXT_WIDTH = 1280
+_MIXED: dict[tuple[type, type], type] = {}
 
 
 class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
@@ -40,7 +48,7 @@ class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
         return tokens
 
 
-class CachedText:
+class CachedText(CrossAttention):
     """The `cached` form, mixed into core's cross-attention: queries of the image attend to the frozen keys and values.
 
     `to_k` and `to_v` answer core and replace patches with the frozen tokens; everything else is core's own.
@@ -67,7 +75,7 @@ class CachedText:
         return super().forward(x, **more)
 
 
-class NoText:
+class NoText(CrossAttention):
     """The `constant` form, mixed into core's cross-attention: nothing is left to compute, since the constant is folded
     into attn1's output bias.
 
@@ -114,9 +122,8 @@ ATTENTION_OF_FORM = {"constant": NoText, "cached": CachedText}
 
 def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
     """Make the cross-attention of every transformer block of a core UNet its text-free `form`, in place."""
-    for block in unet.modules():
-        if not isinstance(block, attention.BasicTransformerBlock):
-            continue
+    blocks: list[Any] = [part for part in unet.modules() if isinstance(part, attention.BasicTransformerBlock)]
+    for block in blocks:
         if block.disable_self_attn:
             raise Problem(
                 "Text-free UNet: expected blocks whose first attention looks at the image only, found one that looks "
@@ -128,7 +135,7 @@ def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
             block.norm2 = nn.Identity()
 
 
-class TextFree:
+class TextFree(BaseModel):
     """Mixed into core's model class: text in the conditioning is ignored, everything else in it stays live."""
 
     indomain_text_reported = False
@@ -184,8 +191,8 @@ def absent_layers(model: TextFree) -> list[str]:
     ]
 
 
-class TextFreePatcher:
-    """Mixed into core's patcher: what a LoRA has for layers that read text is left out, which is said in one sentence.
+class TextFreePatcher(ModelPatcher if TYPE_CHECKING else object):
+    """Mixed into core's patcher: weights of a LoRA for layers that read text are left out, with one warning.
 
     Core is told that those weights were taken, or it would log a line for each.
     """
@@ -231,16 +238,16 @@ class TextFreePatcher:
 
 
 def without_text(patcher: ModelPatcher) -> ModelPatcher:
-    """The patcher of a text-free model, told so; after it was made, since a class of core's may make one of another."""
+    """The patcher of a text-free model with `TextFreePatcher` in front of its class."""
     if not isinstance(patcher, TextFreePatcher):
         patcher.__class__ = mixed(TextFreePatcher, type(patcher))
     return patcher
 
 
-@functools.cache
 def mixed(mixin: type, core_class: type) -> type:
     """A class of core's with `mixin` in front; the same type every time."""
-    return type(f"{mixin.__name__}{core_class.__name__}", (mixin, core_class), {})
+    name = f"{mixin.__name__}{core_class.__name__}"
+    return _MIXED.setdefault((mixin, core_class), type(name, (mixin, core_class), {}))
 
 
 def module_key(key: str) -> str:

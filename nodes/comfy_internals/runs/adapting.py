@@ -20,7 +20,8 @@ from ....guidance.errors import Problem
 from ....guidance.schedules import Constant
 from ....guidance.terms import Term
 from ..models.domain_info import domain_info
-from ..models.generators import GraphGenerator, generator_folder
+from ..models.folders import GENERATORS
+from ..models.generators import GraphGenerator
 from .critic import NODE, CriticInputs, ignored_hooks, native_side
 from .execution import finish_run
 from .progress import RunProgress
@@ -78,7 +79,7 @@ def config_of(
         "vae": "",
         "tokenizer": "",
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / values["name"]),
-        "export_to": str(generator_folder()),
+        "export_to": str(GENERATORS.own()),
         "device": str(comfy.model_management.get_torch_device()),
     }
     return AdaptConfig.from_mapping({**values, **places})

@@ -19,31 +19,29 @@ from ..models.export import (
     exported_prediction,
     exported_state_dict,
 )
-from ..models.model_files import find_model, fingerprint, list_models
+from ..models.folders import CHECKPOINTS
 
 if TYPE_CHECKING:
     from ....training.domain.config import TrainConfig
     from ....training.prior.prior import Prior
 
-NODE = "Train Domain UNet"
+NODE = CHECKPOINTS.node
 CONNECTED = "connected"
 
 
 def list_checkpoints() -> list[str]:
     """The choices for the prior: what is connected, the mini world, ComfyUI's checkpoints."""
-    return [CONNECTED, MINI_WORLD, *list_models(("checkpoints",))]
+    return [CONNECTED, MINI_WORLD, *CHECKPOINTS.listed()]
 
 
 def find_checkpoint(name: str) -> str:
     """The path of a listed checkpoint, "mini_world" or "connected". Raises FileProblem naming the folders."""
-    if name in (CONNECTED, MINI_WORLD):
-        return name
-    return str(find_model(name, ("checkpoints",), NODE))
+    return name if name in (CONNECTED, MINI_WORLD) else str(CHECKPOINTS.find(name))
 
 
 def checkpoint_fingerprint(name: str | None) -> str:
     """Changes when the file behind a listed checkpoint changes; for ComfyUI's cache of node outputs."""
-    return "" if name in (None, CONNECTED, MINI_WORLD) else fingerprint(name, ("checkpoints",))
+    return "" if name in (None, CONNECTED, MINI_WORLD) else CHECKPOINTS.fingerprint(name)
 
 
 @torch.no_grad()

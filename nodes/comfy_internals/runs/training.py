@@ -17,7 +17,8 @@ import folder_paths
 
 from ....guidance.files import read_keys
 from ....training.mini_world import MINI_WORLD
-from ..models.loading import domain_unet_folder, load_domain_unet, load_mini_world_prior
+from ..models.folders import DOMAIN_UNETS
+from ..models.loading import load_domain_unet, load_mini_world_prior
 from .execution import finish_run
 from .files import finished_file
 from .prior import NODE
@@ -36,7 +37,7 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
     """The configuration of a run: `values` from the graph, and ComfyUI's folders and device."""
     from ....training.domain.config import TrainConfig
 
-    folder = domain_unet_folder()
+    folder = DOMAIN_UNETS.own()
     if values.get("train") == "low_rank" and values.get("form") == "full":
         # The baseline's file is an ordinary LoRA.
         folder = Path(folder_paths.get_folder_paths("loras")[0])
