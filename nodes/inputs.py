@@ -1,7 +1,7 @@
-"""What a prompt sends is checked against the node's own inputs.
+"""Checks of what a prompt sends, against the node's own inputs.
 
-Core checks ranges of what stands in a prompt itself, not of what comes over a link, and, depending on its version, no
-choices at all; not-a-number passes everywhere, and so does a text or a number where a link should be.
+Core checks the ranges of values in a prompt, not of values that come over a link, and, depending on its version, no
+choices at all; NaN passes everywhere, and so does a text or a number in place of a link.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ LONGEST_FOREIGN = 20_000  # characters of a message that is not ours, such as to
 
 
 def checked(*files: str) -> Callable[[Callable], Callable]:
-    """Decorator for a node's `execute`: its inputs' values must be what the schema says, or a Problem is raised.
+    """Decorator for a node's `execute`: raise Problem for input values that the node's schema does not allow.
 
-    What it raises can be shown, with all that led to it, which core writes into its log.
+    Errors, with those that caused them, are made safe to print, since core writes them into its log.
 
     files: inputs that list files, whose choices change while ComfyUI runs; only that they are text is checked.
     """
@@ -38,7 +38,7 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
         @functools.wraps(execute)
         def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(cls, *args, **kwargs).arguments
-            more = next((name for name, one in signature.parameters.items() if one.kind is one.VAR_KEYWORD), None)
+            more = next((name for name, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD), None)
             check_inputs(cls, {**bound, **bound.get(more or "", {})}, files)
             try:
                 return execute(cls, *args, **kwargs)
@@ -56,7 +56,7 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
 
 
 def found(name: Any, find: Callable[[str], Any]) -> bool | str:
-    """For `validate_inputs`: whether `find` finds a file of that name, else its sentence. None comes over a link."""
+    """For `validate_inputs`: True where `find` finds a file of that name, else its message. None comes over a link."""
     if name is None:
         return True
     if not isinstance(name, str) or len(name) > LONGEST_TEXT:
@@ -85,35 +85,36 @@ def _can_be_shown(error: BaseException) -> bool:
 def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tuple[str, ...] = ()) -> None:
     """Raise Problem for a value of another type, out of its range, too long, or none of its choices."""
     schema = node.SCHEMA or node.GET_SCHEMA()
-    for one in schema.inputs:
-        given = values.get(one.id)
+    for entry in schema.inputs:
+        given = values.get(entry.id)
         several = given if schema.is_input_list and isinstance(given, list) else [given]
         if len(several) > LONGEST_LIST:
             raise Problem(
-                f"{schema.display_name}: expected at most {LONGEST_LIST:,} values of {one.id}, found {len(several):,}."
+                f"{schema.display_name}: expected at most {LONGEST_LIST:,} values of {entry.id}, "
+                f"found {len(several):,}."
             )
         for value in several:
-            # What is left out stands for its default; nothing over a link does only where that may be left out.
-            left_out = value is None and (one.optional or one.id not in values)
-            expected = None if left_out else _expected(one, value, one.id in files)
+            # An input that is left out has its default; None over a link is allowed only for optional inputs.
+            left_out = value is None and (entry.optional or entry.id not in values)
+            expected = None if left_out else _expected(entry, value, entry.id in files)
             if expected is not None:
-                raise Problem(f"{schema.display_name}: expected {one.id} to be {expected}, found {value!r:.120}.")
+                raise Problem(f"{schema.display_name}: expected {entry.id} to be {expected}, found {value!r:.120}.")
 
 
-def _expected(one: io.Input, value: Any, is_file: bool) -> str | None:
+def _expected(entry: io.Input, value: Any, is_file: bool) -> str | None:
     """What an input's value should be, where it is not; None where it is."""
-    if isinstance(one, (io.Int.Input, io.Float.Input)):
-        whole = isinstance(one, io.Int.Input)
+    if isinstance(entry, (io.Int.Input, io.Float.Input)):
+        whole = isinstance(entry, io.Int.Input)
         number = isinstance(value, numbers.Integral if whole else numbers.Real) and not isinstance(value, bool)
-        if number and math.isfinite(value) and one.min <= value <= one.max:
+        if number and math.isfinite(value) and entry.min <= value <= entry.max:
             return None
-        return f"a {'whole' if whole else 'finite'} number from {one.min:,} to {one.max:,}"
-    if isinstance(one, io.Boolean.Input):
+        return f"a {'whole' if whole else 'finite'} number from {entry.min:,} to {entry.max:,}"
+    if isinstance(entry, io.Boolean.Input):
         return None if isinstance(value, bool) else "true or false"
-    if isinstance(one, io.String.Input) or (isinstance(one, io.Combo.Input) and is_file):
+    if isinstance(entry, io.String.Input) or (isinstance(entry, io.Combo.Input) and is_file):
         short = isinstance(value, str) and len(value) <= LONGEST_TEXT
         return None if short else f"a text of at most {LONGEST_TEXT:,} characters"
-    if isinstance(one, io.Combo.Input):
-        more = ", ..." if len(one.options) > MOST_SHOWN else ""
-        return None if value in one.options else f"one of {', '.join(map(str, one.options[:MOST_SHOWN]))}{more}"
-    return expected_of_socket(one, value)
+    if isinstance(entry, io.Combo.Input):
+        more = ", ..." if len(entry.options) > MOST_SHOWN else ""
+        return None if value in entry.options else f"one of {', '.join(map(str, entry.options[:MOST_SHOWN]))}{more}"
+    return expected_of_socket(entry, value)

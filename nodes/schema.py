@@ -1,4 +1,4 @@
-"""Where the pack's nodes stand in the menu, and what newer versions of ComfyUI offer for a node's description."""
+"""The pack's categories in the menu, and a node's schema for all versions of ComfyUI."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def schema(search_aliases: Sequence[str], advanced: Sequence[str] = (), **argume
     """
     if "search_aliases" in inspect.signature(io.Schema).parameters:
         arguments["search_aliases"] = list(search_aliases)
-    unknown = set(advanced) - {one.id for one in arguments["inputs"]}
+    unknown = set(advanced) - {entry.id for entry in arguments["inputs"]}
     assert not unknown, f"{arguments['node_id']} has no inputs {unknown}"
-    for one in arguments["inputs"]:
-        if one.id in advanced and hasattr(one, "advanced"):
-            one.advanced = True
+    for entry in arguments["inputs"]:
+        if entry.id in advanced and hasattr(entry, "advanced"):
+            entry.advanced = True
     return io.Schema(**arguments)

@@ -305,4 +305,4 @@ class ShapeGuidanceTerm(io.ComfyNode):
         except GuidanceError as problem:
             raise GuidanceError(f"Term {chosen.name!r}: {problem}") from None
         shaped = chosen if shaping is None else replace(chosen, shaping=shaping)
-        return io.NodeOutput(tuple(shaped if one is chosen else one for one in terms))
+        return io.NodeOutput(tuple(shaped if other is chosen else other for other in terms))

@@ -1,7 +1,7 @@
 """Which files and folders a prompt may name, in one place for all nodes.
 
-Whoever reaches the server writes prompts. Where only this machine does, they are its user, who may read any folder.
-Where others do, they reach ComfyUI's input folder, as core's own loaders let them, and what the machine's owner allows.
+Anyone who reaches the server can send prompts. Where only this machine does, that is its user, who may read any folder.
+Where others do, prompts reach ComfyUI's input folder, as with core's own loaders, and folders that the owner allows.
 """
 
 from __future__ import annotations
@@ -52,16 +52,16 @@ def _named_folders() -> list[str]:
     """ComfyUI's input folder, and what the owner allows, as they are named."""
     more, _ = folder_paths.folder_names_and_paths.get(KEY, ([], set()))
     listed = os.environ.get(VARIABLE, "").split(os.pathsep)
-    names = [folder_paths.get_input_directory(), *more, *(os.path.expanduser(one) for one in listed if one.strip())]
-    return [os.path.abspath(one) for one in names]
+    names = [folder_paths.get_input_directory(), *more, *(os.path.expanduser(name) for name in listed if name.strip())]
+    return [os.path.abspath(name) for name in names]
 
 
 def check_allowed(name: str, node: str, allowed: Sequence[str] | None) -> str:
     """The path of a file or folder that a prompt names, relative to ComfyUI's input folder where it is relative.
 
-    allowed: of `allowed_folders`. A pattern's path may go on with braces and wildcards; whoever expands it sees to it
-    that no link leads out. Raises FileProblem for what lies outside, links followed, whether there is anything or not:
-    nothing outside is even looked at, so that neither the message nor a network drive tells.
+    allowed: of `allowed_folders`. A pattern's path may go on with braces and wildcards; the code that expands it checks
+    that no link leads out. Raises FileProblem for what lies outside, links followed. Nothing outside is looked at, so
+    that the message does not reveal what is there.
     """
     if len(name) > LONGEST_PATH or "\0" in name or not _can_be_a_name(name):
         raise FileProblem(f"{node}: expected the path of a file or folder, found {name!r:.120}, which can be none.")
@@ -83,7 +83,7 @@ def _path_within(name: str, allowed: Sequence[str]) -> str | None:
         name = os.path.expanduser(name)
     # An absolute path stays as it is when it is joined.
     path = os.path.join(folder_paths.get_input_directory(), name)
-    path, other = (os.path.abspath(one) for one in (path, path.replace("\\", "/")))
+    path, other = (os.path.abspath(spelling) for spelling in (path, path.replace("\\", "/")))
     # As it is written first, backslashes read in both ways: to follow links is to look at what is there.
     named = [*_named_folders(), *allowed]
     if lies_within(path, named) and lies_within(other, named) and lies_within(os.path.realpath(path), allowed):
@@ -96,7 +96,7 @@ def _pattern_within(name: str, allowed: Sequence[str]) -> str | None:
     magic = re.search(r"[{*?\[]", name)
     if magic is None:
         return None
-    cut = max(name.rfind(one, 0, magic.start()) for one in "/\\") + 1
+    cut = max(name.rfind(separator, 0, magic.start()) for separator in "/\\") + 1
     folder = None if ".." in re.split(r"[/\\{},]", name[cut:]) else _path_within(name[:cut] or ".", allowed)
     return None if folder is None else os.path.join(folder, name[cut:])
 
@@ -112,7 +112,7 @@ def _can_be_a_name(name: str) -> bool:
 def lies_within(path: str, folders: Sequence[str]) -> bool:
     """Whether an absolute path is one of the folders or below it; as it is written, links are not followed."""
     parts = _parts(path)
-    return any(parts[: len(one)] == one for one in map(_parts, folders))
+    return any(parts[: len(folder)] == folder for folder in map(_parts, folders))
 
 
 def _parts(path: str) -> list[str]:

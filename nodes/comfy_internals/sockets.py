@@ -1,4 +1,4 @@
-"""What may come through a node's sockets: core sends on whatever stands in a prompt, a text in a MODEL's place too."""
+"""Checks of what comes through a node's sockets: core passes on any value of a prompt, even a text as a MODEL."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _is_latent(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor)
 
 
-# By the type of the socket: whether a value is one, and what to call it.
+# By the type of the socket: a check of its value, and what to call it in messages.
 _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "MODEL": (lambda value: isinstance(value, ModelPatcher), "a MODEL"),
     "CONDITIONING": (_is_conditioning, "a CONDITIONING with at least one entry"),
@@ -59,7 +59,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
-def expected_of_socket(one: io.Input, value: Any) -> str | None:
-    """What a socket's value should be, where it is not; None where it is, and for sockets of other kinds."""
-    is_one, name = _KINDS.get(str(one.io_type), (None, ""))
-    return None if is_one is None or is_one(value) else f"{name}, from another node's output"
+def expected_of_socket(entry: io.Input, value: Any) -> str | None:
+    """What a socket's value should be, for messages; None where it is right, and for other kinds of sockets."""
+    is_right, name = _KINDS.get(str(entry.io_type), (None, ""))
+    return None if is_right is None or is_right(value) else f"{name}, from another node's output"

@@ -1,7 +1,7 @@
 """One model of a guidance besides the prior: its conditionings, options and hooks during one sampling run.
 
-`CFGGuider` looks after exactly one model. A branch does for another model what core does for that one, with core's own
-functions and in core's order, and leaves nothing behind.
+`CFGGuider` handles exactly one model. A branch does the same for another model, with core's own functions and in core's
+order, and undoes all of it after the run.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from torch import Tensor
 from ....guidance.schedules import GuidanceError
 from .calls import POSITIVE, Calls, Conditionings, controls, entries
 from .cost import Cost
-from .own_state import OwnState, share_code
+from .patch_copies import PatchCopies, share_code
 
-# What core's sampling loop reads in model_options, and single predictions do not: these, and whatever a sampler calls.
+# Options that core's sampling loop reads and single predictions do not: these, and all that begin with `sampler_`.
 _LOOP_OPTIONS = ("denoise_mask_function", "disable_cfg1_optimization")
 _SAMPLER_OPTION = "sampler_"
-# Wrappers around the sampling loop, of which there is one, and it belongs to the prior.
+# Wrappers around the sampling loop, which is the prior's.
 _LOOP_WRAPPERS = tuple(
     getattr(WrappersMP, name)
     for name in ("OUTER_SAMPLE", "SAMPLER_SAMPLE", "PREDICT_NOISE", "PREPARE_SAMPLING")
@@ -33,7 +33,7 @@ _LOOP_WRAPPERS = tuple(
 )
 # Clones of the prior on other devices; with them in its options a branch would run the prior instead of its own model.
 _PRIOR_ONLY_OPTIONS = ("multigpu_clones", "multigpu_thread_pool")
-# Where an entry of a conditioning keeps a ControlNet that core is not to see.
+# Key of a conditioning's entry under which a ControlNet is hidden from core.
 _LEFT_OUT = "indomain_guidance left out"
 
 
@@ -45,8 +45,8 @@ def without_controls(conds: Conditionings, left_out: set[int]) -> None:
 
 
 def with_controls(conds: Conditionings) -> None:
-    """Put back what `without_controls` took, copies that core made of an entry included, and spread it as core does:
-    the prompt's Apply ControlNet (OLD) is for the other conditionings too.
+    """Put back what `without_controls` took, also in copies that core made of an entry, and spread it as core does: the
+    prompt's Apply ControlNet (OLD) acts on the other conditionings too.
     """
     for entry in entries(conds):
         if _LEFT_OUT in entry:
@@ -60,8 +60,8 @@ def with_controls(conds: Conditionings) -> None:
 class Branch:
     """A model besides the prior.
 
-    `patcher` may be replaced by ComfyUI's own substitute for it between runs. `weights` is the same object for all
-    models whose module holds the right weights for this one too. keys: the names of its conditionings.
+    patcher: the MODEL; newer versions of ComfyUI may replace it between runs. name: of its terms, for messages.
+    weights: a token that models share whose weights in one module are the same. keys: names of its conditionings.
     """
 
     def __init__(self, patcher: ModelPatcher, name: str, weights: object = None, keys: Sequence[str] = ()) -> None:
@@ -80,7 +80,7 @@ class Branch:
         return self.patcher.model
 
     def ignored_hooks(self, prior: ModelPatcher | None = None) -> list[str]:
-        """What on this MODEL acts on the sampling loop, which only the prior can do here; not what that does too."""
+        """Hooks and wrappers of the sampling loop, which act on the prior only; without those the prior has too."""
         options, of_prior = self.patcher.model_options, {} if prior is None else prior.model_options
         own = [key for key in options if key.startswith(_SAMPLER_OPTION) or key in _LOOP_OPTIONS]
         own = [key for key in own if options[key] and options[key] != of_prior.get(key)]
@@ -94,7 +94,7 @@ class Branch:
         return {key for found in wrappers for key, functions in found.items() if functions}
 
     def prepare(self, conds: Conditionings) -> None:
-        """What `CFGGuider.sample` does before models are loaded. `conds` are this branch's own copies."""
+        """Do what `CFGGuider.sample` does before models are loaded. conds: this branch's own copies."""
         self.conds = conds
         self.options = comfy.model_patcher.create_model_options_clone(self.patcher.model_options)
         self._hook_mode = self.patcher.hook_mode
@@ -112,7 +112,7 @@ class Branch:
                 wrappers.pop(key, None)
 
     def check_prepared(self) -> None:
-        """Refuse to be run by somebody who does what core's `sample` does himself. Raises GuidanceError."""
+        """Refuse predictions without the preparations of `sample`. Raises GuidanceError."""
         if not self.options:
             raise GuidanceError(
                 f"Term '{self.name}': expected a guider that prepares its models in its own sample(), found one whose "
@@ -136,7 +136,7 @@ class Branch:
         options_of_prior: dict[str, Any],
         cost: Cost,
     ) -> None:
-        """What `CFGGuider.outer_sample` and `inner_sample` do once models are loaded, up to the sampler."""
+        """Do what `CFGGuider.outer_sample` and `inner_sample` do once models are loaded, up to the sampler."""
         comfy.samplers.cast_to_load_options(self.options, device=device, dtype=self.patcher.model_dtype())
         self.patcher.pre_run()
         self.model.latent_shapes = latent_shapes
@@ -151,7 +151,7 @@ class Branch:
         self.options = comfy.model_patcher.create_model_options_clone(self.options)
         self.options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
         if share_code(self.options, options_of_prior):
-            self.options = OwnState().of(self.options)
+            self.options = PatchCopies().of(self.options)
         self.options = cost.watch(self.model, self.options)
         self.calls = Calls(self.keys, f"the model of term '{self.name}'")
         self.calls.prime(self.model, self.options)
@@ -161,7 +161,7 @@ class Branch:
         return self.calls.run(self.model, self.conds, keys, x, timestep, self.options)
 
     def finish(self) -> None:
-        """Undo `prepare` and `start`, however far they came."""
+        """Undo `prepare` and `start`, also where they failed halfway."""
         try:
             self.patcher.cleanup()
             comfy.sampler_helpers.cleanup_additional_models(self._own_controls)
@@ -174,8 +174,8 @@ class Branch:
 
 
 def own_copies(conds: Conditionings, originals: Conditionings) -> Conditionings:
-    """Conditionings as they stand now, for one branch, with the hooks they came with: the prior takes out of its own
-    what it cannot use.
+    """Copies of the conditionings for one branch, with the hooks of the originals: the prior removes from its own what
+    it cannot use.
     """
     hooks = {entry["uuid"]: entry.get("hooks") for entry in entries(originals)}
     copies = {key: [entry.copy() for entry in found] for key, found in conds.items()}
@@ -188,9 +188,8 @@ def own_copies(conds: Conditionings, originals: Conditionings) -> Conditionings:
 def _own_hooks(conds: Conditionings) -> None:
     """Give a branch its own hook objects.
 
-    A hook's keyframes report a change of strength once. Shared with the prior, the model that asks second would never
-    hear of it and keep yesterday's weights. Hooks with one origin stay equal, which is what registration and caching go
-    by.
+    A hook's keyframes report a change of strength once. Shared with the prior, the model that asks second would miss it
+    and keep its old weights. Copies of one hook stay equal, which registration and caching rely on.
     """
     groups: dict[int, Any] = {}
     keyframes: dict[int, Any] = {}

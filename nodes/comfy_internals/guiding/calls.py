@@ -1,9 +1,9 @@
 """One model on several conditionings: what goes into one of core's calls, and what must not.
 
-Core asks a model for two conditionings at a time, positive (0) and negative (1), and methods that patch it count on
-that. Two are asked for as core does. A third goes into the same call where nothing on the model could notice; else it
-has a call of its own, as a positive, with patches and wrappers that share no memory with the others' (`own_state`).
-What remembers where no copy of it would be apart (`memories`) is refused by name.
+Core runs a model on two conditionings at a time, positive (0) and negative (1), and methods that patch a model rely on
+that. Two are run as core does. A third goes into the same call where nothing patches the model; else it gets a separate
+call, as a positive, with copies of the patches and wrappers (`patch_copies`). A method that stores what it remembers
+where copies share it (`memories`) is refused by name.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....guidance.schedules import GuidanceError
-from .memories import Places
-from .own_state import OwnState, attributes, callables, holds_memories
+from .memories import SharedPlaces, attributes, holds_memories
+from .patch_copies import PatchCopies, callables
 
 Conditionings = dict[str, list[dict[str, Any]]]
 
@@ -79,27 +79,27 @@ class Calls:
         # The same two all the time, so that what is remembered of the first is never answered for another.
         self._first = POSITIVE if POSITIVE in keys else others[0] if others else None
         self._known_to_caches: set[str] = set()
-        self._apart = {key: OwnState() for key in others if key != self._first}
-        self._places: Places | None = None
+        self._copies = {key: PatchCopies() for key in others if key != self._first}
+        self._places: SharedPlaces | None = None
         self._watched: frozenset[int] | None = frozenset()
         self._before: set = set()
 
     def prime(self, model: Any, options: dict[str, Any]) -> None:
-        """Copy what may remember, before anything has been remembered: at the start of a run."""
+        """Copy patches and wrappers at the start of a run, before they have remembered anything."""
         if methods(model, options):
-            self._places = Places(model, options, replaced(model))
-            for own in self._apart.values():
-                own.of(options)
+            self._places = SharedPlaces(model, options, replaced(model))
+            for copies in self._copies.values():
+                copies.of(options)
 
     def watch(self, others: Iterable[Calls]) -> None:
-        """Once all are primed: note what stands where the other models' calls, or conditionings of this, might look."""
+        """Once all are primed: note what is stored where calls of other models or conditionings could read it."""
         if self._places is not None:
             places = [other._places for other in others if other is not self and other._places is not None]
-            self._watched = None if self._apart else self._places.common(places)
+            self._watched = None if self._copies else self._places.common(places)
             self._before = self._places.held(self._watched)
 
     def tell_caches(self, keys: Sequence[str], options: Mapping[str, Any]) -> None:
-        """Core's EasyCache skips whole calls by what it knows of every conditioning; not one that joins later."""
+        """Reset core's EasyCache, which skips whole calls, where a conditioning joins that it has not seen."""
         cache = options.get("transformer_options", {}).get("easycache")
         if cache is not None and self._known_to_caches and not self._known_to_caches.issuperset(keys):
             cache.reset()
@@ -127,18 +127,18 @@ class Calls:
         predictions = _predict(model, conds, _without_end(pair), x, timestep, options)
         self._check_memories(model, names, before)
         for key in others:
-            predictions |= _predict(model, conds, [key, None], x, timestep, self._apart[key].of(options))
+            predictions |= _predict(model, conds, [key, None], x, timestep, self._copies[key].of(options))
             self._check_memories(model, names, before)
         return predictions
 
     def _check_memories(self, model: Any, names: list[str], before: dict[str, int]) -> None:
         remembers = self._places is not None and self._places.held(self._watched) != self._before
         network = model.diffusion_model
-        if self._apart and (remembers or attributes(network) != before or holds_memories(network)):
+        if self._copies and (remembers or attributes(network) != before or holds_memories(network)):
             raise GuidanceError(
                 f"Expected patches and wrappers that remember nothing on the model or in global variables, found "
-                f"{', '.join(names)} on {self.what}, which would mix up its {len(self._apart) + 2} conditionings; give "
-                "terms of further conditionings a model without it."
+                f"{', '.join(names)} on {self.what}, which would mix up its {len(self._copies) + 2} conditionings; "
+                "give terms of further conditionings a model without it."
             )
         if remembers:
             raise GuidanceError(

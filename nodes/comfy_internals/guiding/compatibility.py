@@ -1,4 +1,4 @@
-"""Which models may be combined: refusals before anything is loaded, each in one sentence that names both sides."""
+"""Which models may be combined: checks before anything is loaded, with messages that name both models."""
 
 from __future__ import annotations
 
@@ -52,9 +52,10 @@ def check_models(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
 
 
 def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, Iterable[tuple[Any, dict]]]) -> None:
-    """Refuse what core cannot do: give the prompt's Apply ControlNet (OLD) or GLIGEN boxes also to a conditioning of
-    which nothing is for the whole picture. others: conditionings by the terms that they belong to. Raises
-    GuidanceError.
+    """Refuse Apply ControlNet (OLD) or GLIGEN boxes on the prompt beside a conditioning that is for areas alone: core
+    gives them to every conditioning, and fails on that one.
+
+    others: conditionings by the terms that they belong to. Raises GuidanceError.
     """
     spread = [
         "Apply ControlNet (OLD)" if options.get("control_apply_to_uncond") else "GLIGEN"
@@ -124,7 +125,7 @@ def noise_family(model_sampling: Any) -> str:
 
 
 def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
-    """Refuse a model that reads another kind of text than the prior's conditioning holds. Raises GuidanceError."""
+    """Refuse a model that reads text of another width than the prior's conditioning has. Raises GuidanceError."""
     info = domain_info(other)
     if info is not None and info.form != "full":
         return

@@ -1,4 +1,4 @@
-"""What a run cost: the predictions that models really made, which caches may spare and hooks may repeat."""
+"""The cost of a run: the predictions that models really made, which caches may save and hooks may repeat."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class Cost:
         self._open: dict[tuple[int, str], list[Any]] = {}
 
     def watch(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """model_options in which every pass of `model` through its network is counted; as they are where each is as
-        good as certain.
+        """model_options with a wrapper that counts every pass of `model` through its network.
+
+        Unchanged where nothing (a cache, a hook, a wrapper) could save or repeat a pass.
         """
         easycache = "easycache" in options.get("transformer_options", {})
         if not (easycache or function_wrappers(options) or has_hooks(options)):
@@ -39,7 +40,7 @@ class Cost:
             return executor(*args, **kwargs)
 
         options = comfy.model_patcher.create_model_options_clone(options)
-        # The last one is next to the network, behind whatever would rather not run it.
+        # The last wrapper is next to the network, behind caches that may skip it.
         comfy.patcher_extension.add_wrapper_with_key(
             WrappersMP.DIFFUSION_MODEL, KEY, count, options, is_model_options=True
         )
@@ -50,20 +51,20 @@ class Cost:
         self._open[id(model), name] = [entry.get("uuid") for entry in entries]
 
     def close_step(self) -> None:
-        """What was asked for has been answered. A conditioning of several areas is one prediction."""
-        for one, uuids in self._open.items():
-            self._asked[one] += 1
-            ran = self._ran.get(one[0])
-            self._made[one] += 1 if ran is None else max((ran[uuid] for uuid in uuids), default=0)
+        """The predictions asked for have been made. A conditioning of several areas is one prediction."""
+        for key, uuids in self._open.items():
+            self._asked[key] += 1
+            ran = self._ran.get(key[0])
+            self._made[key] += 1 if ran is None else max((ran[uuid] for uuid in uuids), default=0)
         self._open.clear()
         for ran in self._ran.values():
             ran.clear()
 
     @property
     def evaluations(self) -> Counter[str]:
-        # A network that calls no wrappers (not all of core's do) tells nothing.
-        telling = {model for (model, _), count in self._made.items() if count}
-        counts = {name: (self._made if model in telling else self._asked)[model, name] for model, name in self._asked}
+        # Some of core's networks call no wrappers: for those, what was asked for counts.
+        counted = {model for (model, _), count in self._made.items() if count}
+        counts = {name: (self._made if model in counted else self._asked)[model, name] for model, name in self._asked}
         return Counter({name: count for name, count in counts.items() if count})
 
     @property

@@ -1,7 +1,7 @@
 """Gaps in conditionings: masks, areas and step ranges can leave pixels, or whole steps, without any entry.
 
-Core's `calc_cond_batch` answers 0 there. That is no prediction, and a guidance that took it for one would push the
-picture away from its reference with all its weight.
+Core's `calc_cond_batch` returns 0 there. That is no prediction: taken for one, it would push the picture away from the
+term's reference with the whole weight.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _LIMITS = {
     "timestep_start",
     "timestep_end",
 }
-# What would have core do more than weigh pixels.
+# Entries that make core run models; without them it only weighs pixels.
 _RUNS_MODELS = {"control", "gligen", "hooks", "model_conds"}
 
 
@@ -47,9 +47,9 @@ def limited_to_area(options: dict[str, Any]) -> bool:
 
 
 def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tensor | None:
-    """Where [B, C, ...] the entries of a processed conditioning apply; None stands for everywhere.
+    """Where [B, C, ...] the entries of a processed conditioning apply; None: everywhere.
 
-    Core itself decides: its batch runs on a model that predicts 1, so that the answer is 1 wherever an entry applies.
+    Core itself decides: its batch runs on a model that predicts 1, so that the result is 1 wherever an entry applies.
     """
     if not may_have_gaps(entries):
         return None
@@ -57,12 +57,12 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
         {**{key: value for key, value in entry.items() if key not in _RUNS_MODELS}, "model_conds": {}}
         for entry in entries
     ]
-    (answer,) = comfy.samplers.calc_cond_batch(_one().model, [bare], x, timestep, {})
-    where = answer > 0
+    (applies,) = comfy.samplers.calc_cond_batch(_one().model, [bare], x, timestep, {})
+    where = applies > 0
     return None if bool(where.all()) else where
 
 
-# For a source that does not cover the picture: where [B, C, ...] it does, and the source that stands in elsewhere.
+# By source that does not cover the picture: where [B, C, ...] it does, and the source that is used elsewhere.
 Gaps = dict[Source, tuple[Tensor, Source]]
 
 
@@ -73,10 +73,9 @@ def find_gaps(
     x: Tensor,
     timestep: Tensor,
 ) -> Gaps:
-    """What of these sources, and of the references that fill their gaps, does not cover the picture here.
+    """The gaps of these sources, and of the references that fill them.
 
-    entries: the processed conditioning of a source. The base is left as it is: nothing else could take its place, and
-    core treats it alike.
+    entries: gives the processed conditioning of a source. The base keeps its gaps, as in core: nothing could fill them.
     """
     found: Gaps = {}
     waiting = list(sources)

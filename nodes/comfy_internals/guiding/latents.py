@@ -1,4 +1,4 @@
-"""LATENTs into a guider and out of it: what core's KSampler node does around its CFG, and what no model can denoise."""
+"""Sampling a LATENT with a guider as core's KSampler node does with its CFG, and checks of the LATENT."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def check_latent(samples: Tensor) -> None:
 
 @contextlib.contextmanager
 def large_enough(samples: Tensor) -> Iterator[None]:
-    """Networks that normalise over groups of channels and pixels cannot do so over one value; torch says so in its own
-    words, which become a Problem's here.
+    """Turn torch's error about a latent that is too small into a Problem: networks that normalise over groups of
+    channels and pixels cannot do so over a single value.
     """
     try:
         yield
@@ -65,8 +65,8 @@ def sample_latent(
 ) -> dict[str, Any]:
     """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
 
-    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names that core does not
-    know, which core itself would silently replace by others.
+    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names of samplers and
+    schedulers that core does not have, which core itself would silently replace.
     """
     for what, name, known in (
         ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),

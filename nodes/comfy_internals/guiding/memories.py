@@ -1,8 +1,8 @@
-"""Where patches and wrappers may remember what none of their copies (`own_state`) has to itself.
+"""Places where patches and wrappers may store what all of their copies (`patch_copies`) share.
 
 On the network and its blocks, in classes, in global variables, in generators, in tensors that are written over, and in
-whatever replaces the model's own methods. Tensors that are there after a call, and were not at the start of the run,
-are a memory that the next call would be answered from.
+functions that replace the model's own methods. A tensor that is there after a call, and was not at the start of the
+run, is a memory that the next call would read.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import comfy.ops
 import torch
 from comfy.model_patcher import ModelPatcher
 
-_PACKAGE = __name__.rsplit(".", 2)[0]  # comfy_internals
-# Those who keep what they know of a prompt under its own name, or keep nothing.
+PACKAGE = __name__.rsplit(".", 2)[0]  # comfy_internals
+# Packages that store what they know of a prompt under its name, or store nothing.
 _KNOWN = {"torch", "numpy", "comfy", "comfy_extras", "comfy_api", "comfy_execution"} | set(sys.stdlib_module_names)
 _MOST = 10_000  # objects that are looked at; a pack's code has hundreds
 _DEPTH = 6
@@ -28,8 +28,8 @@ Held = set[tuple[int, int]]
 """Tensors, each with how often it was written to."""
 
 
-class Places:
-    """The places that the code on one model may write to without having them to itself.
+class SharedPlaces:
+    """The places that the code on one model may write to and does not have to itself.
 
     options: the model's, whose functions and objects are copied for each conditioning. replaced: its object patches,
     which are not.
@@ -44,7 +44,7 @@ class Places:
         for value in replaced.values():
             self._visit(value, False)
 
-    def common(self, others: Iterable[Places]) -> frozenset[int]:
+    def common(self, others: Iterable[SharedPlaces]) -> frozenset[int]:
         """Names of the places that others have, too."""
         return frozenset(self._found) & frozenset().union(*(other._found for other in others))
 
@@ -107,12 +107,12 @@ class Places:
         self._visit_namespace(function.__globals__, names)
         for cell in function.__closure__ or ():
             if not copied:
-                self._found[id(cell)] = lambda cell=cell: _of_cell(cell)
-            self._visit_all(_of_cell(cell), copied)
+                self._found[id(cell)] = lambda cell=cell: content_of(cell)
+            self._visit_all(content_of(cell), copied)
         self._visit_all([function.__defaults__, function.__kwdefaults__, function.__dict__], copied)
 
     def _visit_namespace(self, namespace: dict[str, Any], names: frozenset[str]) -> None:
-        """Global variables: nobody has a copy of them."""
+        """Global variables, of which there are no copies."""
 
         def values() -> list[Any]:
             return [namespace[name] for name in names if name in namespace]
@@ -128,19 +128,20 @@ class Places:
 
 
 def _names(code: types.CodeType) -> frozenset[str]:
-    inner = (_names(one) for one in code.co_consts if isinstance(one, types.CodeType))
+    inner = (_names(const) for const in code.co_consts if isinstance(const, types.CodeType))
     return frozenset(code.co_names).union(*inner)
 
 
-def _of_cell(cell: types.CellType) -> list[Any]:
+def content_of(cell: types.CellType) -> list[Any]:
+    """The value of a closure's variable, in a list; an empty list where it has none yet."""
     try:
         return [cell.cell_contents]
-    except ValueError:  # empty
+    except ValueError:
         return []
 
 
 def _known_name(name: str | None) -> bool:
-    return (name or "").split(".")[0] in _KNOWN or (name or "").startswith(_PACKAGE)
+    return (name or "").split(".")[0] in _KNOWN or (name or "").startswith(PACKAGE)
 
 
 def _known(what: Any) -> bool:
@@ -148,13 +149,13 @@ def _known(what: Any) -> bool:
 
 
 def _may_remember(value: Any) -> bool:
-    """Whether a value is an object of somebody else's with attributes."""
+    """Whether a value is an object with attributes, of a class that is neither known nor core's."""
     has_some = hasattr(value, "__dict__") or hasattr(type(value), "__slots__")
     return has_some and not (isinstance(value, (ModelPatcher, type, types.ModuleType)) or _known(type(value)))
 
 
 def _items(value: Any) -> list[Any]:
-    """What a container or an object holds; of a module, what is no parameter or module of its own."""
+    """The content of a container, or the attributes of an object; of a module, without parameters and layers."""
     if isinstance(value, dict):
         return list(value.values())
     if isinstance(value, (list, tuple, set, deque)):
@@ -165,17 +166,15 @@ def _items(value: Any) -> list[Any]:
 
 
 def is_state(value: list) -> bool:
-    """Whether a list is for what changes, such as one place for each conditioning, and is copied for each; one that is
-    empty may as well be somebody's log.
-    """
+    """Whether a list holds state, such as one tensor for each conditioning; an empty one may as well be a log."""
     return any(item is None or isinstance(item, torch.Tensor) for item in value)
 
 
 def slots(value: Any) -> list[str]:
     """The names of an object's slots."""
     found: list[str] = []
-    for one in type(value).__mro__:
-        names = one.__dict__.get("__slots__", ())
+    for base in type(value).__mro__:
+        names = base.__dict__.get("__slots__", ())
         found += [names] if isinstance(names, str) else names
     return [name for name in found if name not in ("__dict__", "__weakref__")]
 
@@ -195,11 +194,23 @@ def _collect(values: Iterable[Any], found: dict[int, tuple[Any, int]], depth: in
     for value in values:
         if isinstance(value, torch.Tensor):
             found[id(value)] = value, -1 if value.is_inference() else value._version
-        elif (
-            depth
-            and isinstance(value, (dict, list, tuple, set, deque))
-            or depth
-            and not isinstance(value, types.FunctionType)
-            and _may_remember(value)
-        ):
-            _collect(_items(value), found, depth - 1)
+        elif depth > 0:
+            is_object = not isinstance(value, types.FunctionType) and _may_remember(value)
+            if is_object or isinstance(value, (dict, list, tuple, set, deque)):
+                _collect(_items(value), found, depth - 1)
+
+
+def attributes(module: torch.nn.Module) -> dict[str, int]:
+    """A module's plain attributes, each with the identity of its value: what a call puts on the model shows here."""
+    return {key: id(value) for key, value in vars(module).items()}
+
+
+def holds_memories(module: torch.nn.Module) -> bool:
+    """Whether a module has dictionaries or lists of tensors that are none of torch's own: left by an earlier run."""
+    own = vars(torch.nn.Module())
+    return any(_holds_tensors(value) for key, value in vars(module).items() if key not in own)
+
+
+def _holds_tensors(value: Any, depth: int = 3) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
+    return depth > 0 and any(isinstance(item, torch.Tensor) or _holds_tensors(item, depth - 1) for item in items)

@@ -1,4 +1,4 @@
-"""What users and other packs should know: what will not happen although they may expect it, in one sentence, once."""
+"""Warnings about what a guider ignores or what works against its terms, each logged once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LOG = logger(__name__)
 
 
 def on_models(guidance: Guidance, prior: ModelPatcher) -> None:
-    """What on the MODELs of a guidance has no effect, or works against it."""
+    """Warn of what on the MODELs of a guidance has no effect, or works against it."""
     for source in guidance.sources:
         if source.model is prior:
             continue

@@ -1,7 +1,7 @@
-"""MODELs that were cloned from one checkpoint: one module, several sets of weights that want to be in it.
+"""MODELs that were cloned from one checkpoint and patched differently: one module for several sets of weights.
 
 Core keeps one module per loaded file and patches it in place. Two clones with different LoRAs in one sampling run would
-therefore silently both run with the weights that were patched in last.
+both run with the weights that were patched in last, without any warning.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ LOG = logger(__name__)
 _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
 
 
-# Copies made so far, for as long as ComfyUI or anyone else keeps the MODEL they were made for: a queue that changes
-# only a seed brings the same MODELs again, and a guider anew.
+# Copies made so far, as long as the MODEL they were made for is kept: a queue that changes only a seed brings the same
+# MODELs again, in a new guider.
 _copies: weakref.WeakKeyDictionary[ModelPatcher, ModelPatcher] = weakref.WeakKeyDictionary()
 
 
 def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
     """Whether two MODELs on one module can run without touching it in between.
 
-    Stricter than core's `clone_has_same_weights`, which does not look at object patches (another noise schedule, say),
-    and more lenient in what does not reach the weights (wrappers, callbacks).
+    Stricter than core's `clone_has_same_weights` in object patches (such as another noise schedule), and more lenient
+    in what does not reach the weights (wrappers, callbacks).
     """
     if a is b:
         return True

@@ -72,7 +72,7 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
     return GraphGenerator(generator, loaded.metadata, str(path)), tuple(loaded.notes)
 
 
-def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -> None:
+def save_generator(loaded: GraphGenerator, path: Path, dtype: str, replace: bool) -> None:
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
     from ....guidance.files import write_generator
 
@@ -83,8 +83,8 @@ def save_generator(one: GraphGenerator, path: Path, dtype: str, replace: bool) -
         raise FileProblem(
             f"{path}: expected no file under this name, found one; choose another name, or switch replace on."
         )
-    metadata = one.metadata if one.metadata.name else dataclasses.replace(one.metadata, name=path.stem)
-    write_generator(path, one.generator, metadata, dtype=dtype)
+    metadata = loaded.metadata if loaded.metadata.name else dataclasses.replace(loaded.metadata, name=path.stem)
+    write_generator(path, loaded.generator, metadata, dtype=dtype)
 
 
 def in_pixels(config: GeneratorConfig) -> str:
@@ -93,14 +93,14 @@ def in_pixels(config: GeneratorConfig) -> str:
     return f"{config.width} px" if square else f"{config.width} x {config.height} px"
 
 
-def describe_generator(one: GraphGenerator) -> str:
+def describe_generator(loaded: GraphGenerator) -> str:
     """A generator in a few words."""
-    config = one.generator.config
-    parameters = sum(parameter.numel() for parameter in one.generator.parameters())
+    config = loaded.generator.config
+    parameters = sum(parameter.numel() for parameter in loaded.generator.parameters())
     classes = f", {config.c_dim} classes" if config.c_dim else ""
     return (
-        f"{one.name}: StyleGAN2 ({config.architecture}), {in_pixels(config)}, {parameters / 1e6:.1f} M weights, "
-        f"z {config.z_dim}, w {config.w_dim} x {one.generator.num_ws}{classes}"
+        f"{loaded.name}: StyleGAN2 ({config.architecture}), {in_pixels(config)}, {parameters / 1e6:.1f} M weights, "
+        f"z {config.z_dim}, w {config.w_dim} x {loaded.generator.num_ws}{classes}"
     )
 
 
@@ -130,7 +130,7 @@ def blend(
 
 def _both_licences(source: GraphGenerator, adapted: GraphGenerator) -> str:
     """The licences of what a blend is made of, each once; both hold for it."""
-    stated = [part for one in (source, adapted) for part in one.metadata.licence.split("; ") if part]
+    stated = [part for parent in (source, adapted) for part in parent.metadata.licence.split("; ") if part]
     return "; ".join(dict.fromkeys(stated))
 
 
@@ -155,7 +155,7 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
 def on_device(generator: StyleGAN2) -> Iterator[torch.device]:
     """A generator on ComfyUI's device, and back on the CPU whatever happens. Makes room for it first."""
     device = comfy.model_management.get_torch_device()
-    size = sum(one.numel() * one.element_size() for one in [*generator.parameters(), *generator.buffers()])
+    size = sum(tensor.numel() * tensor.element_size() for tensor in [*generator.parameters(), *generator.buffers()])
     if device.type != "cpu":
         comfy.model_management.free_memory(4 * size + 2**30, device)
     try:
@@ -167,7 +167,7 @@ def on_device(generator: StyleGAN2) -> Iterator[torch.device]:
 
 @torch.no_grad()
 def draw(
-    one: GraphGenerator, seed: int, truncation: float, cutoff: int, count: int, label: int = 0, noise: str = "const"
+    loaded: GraphGenerator, seed: int, truncation: float, cutoff: int, count: int, label: int = 0, noise: str = "const"
 ) -> Tensor:
     """Images as IMAGE [count, H, W, 3] in 0..1.
 
@@ -179,7 +179,7 @@ def draw(
         raise Problem(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
     from ....training.engine.memory import is_memory_problem
 
-    generator, config = one.generator, one.generator.config
+    generator, config = loaded.generator, loaded.generator.config
     _check_room(count, config)
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)
     c = one_hot(label, count, config.c_dim)

@@ -1,14 +1,14 @@
-"""Patches and wrappers with a state of their own: what one of them remembers of one prompt is for that prompt alone.
+"""Copies of patches and wrappers, one for each conditioning: what a method remembers of one prompt stays with it.
 
 Methods that patch a model were written for two conditionings in one call a step, the positive (0) and the negative (1).
-Many remember something from one call to the next: the attention of step 5, the output before this one. Asked for a
-third conditioning, or on a second model, such a method would answer with what it remembers of another. Here it gets a
-copy for each, made before the first call of a run.
+Many remember something from one call to the next: the attention of step 5, or the last output. On a third conditioning,
+or on a second model, such a method would use what it remembers of another. Here each gets a copy, made before the first
+call of a run.
 
 Copied is what code changes as it runs: variables of a closure, attributes, dicts, sets, defaults, lists that hold
 tensors or None. Shared is what it only uses: tensors, models, the layers of modules, everything of torch's and core's,
-lists of other things (logs, settings). State on the model itself, in classes or in global variables is out of reach;
-`memories` tells of that.
+lists of other things (logs, settings). State on the model, in classes or in global variables cannot be copied;
+`memories` finds it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Any
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .memories import is_state, slots
+from .memories import PACKAGE, content_of, is_state, slots
 
-_PACKAGE = __name__.rsplit(".", 2)[0]  # comfy_internals
 _NEVER = (torch.Tensor, ModelPatcher, type, types.ModuleType)
 _LAYERS = ("_parameters", "_modules")  # of a module: what core loads, moves and patches
 
 
-class OwnState:
+class PatchCopies:
     """Copies for one conditioning, or one model, during one run: the same copy for the same original every time."""
 
     def __init__(self) -> None:
@@ -90,8 +89,8 @@ class OwnState:
         for old, new in zip(value.__closure__ or (), cells):
             if id(old) not in self._copies:
                 self._keep(old, new)
-                if not _is_empty(old):
-                    new.cell_contents = self._copy(old.cell_contents)
+                for content in content_of(old):
+                    new.cell_contents = self._copy(content)
         made.__defaults__, made.__kwdefaults__ = self._copy(value.__defaults__), self._copy(value.__kwdefaults__)
         made.__dict__.update({key: self._copy(item) for key, item in value.__dict__.items()})
         made.__qualname__, made.__module__ = value.__qualname__, value.__module__
@@ -100,7 +99,7 @@ class OwnState:
     def _object(self, value: Any) -> Any:
         try:
             made = copy.copy(value)
-        except Exception:  # what cannot be copied holds on to something outside, and nobody here knows to what
+        except Exception:  # an object that refuses to be copied holds on to something outside, and is shared
             return self._keep(value, value)
         self._keep(value, made)
         if made is not value:
@@ -116,44 +115,20 @@ class OwnState:
 def _foreign(what: Any) -> bool:
     """Whether a function or class is torch's, core's or this package's own."""
     module = getattr(what, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "comfy", "builtins", "numpy") or module.startswith(_PACKAGE)
-
-
-def _is_empty(cell: types.CellType) -> bool:
-    try:
-        cell.cell_contents  # noqa: B018
-    except ValueError:
-        return True
-    return False
+    return module.split(".")[0] in ("torch", "comfy", "builtins", "numpy") or module.startswith(PACKAGE)
 
 
 def share_code(options: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
     """Whether two models' options hold one and the same patch or wrapper."""
-    own = {id(one) for one in callables(options)}
-    return any(id(one) in own for one in callables(others))
+    own = {id(function) for function in callables(options)}
+    return any(id(function) in own for function in callables(others))
 
 
 def callables(value: Any) -> list[Any]:
     """The functions and callable objects in a value, containers looked into; not torch's, core's or this package's."""
     if isinstance(value, Mapping):
-        return [one for item in value.values() for one in callables(item)]
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return [one for item in value for one in callables(item)]
+        return [function for item in value for function in callables(item)]
     foreign = _foreign(value if isinstance(value, (types.FunctionType, type)) else type(value))
     return [value] if callable(value) and not foreign else []
-
-
-def attributes(module: torch.nn.Module) -> dict[str, int]:
-    """A module's plain attributes, each with the identity of its value: what a call puts on the model shows here."""
-    return {key: id(value) for key, value in vars(module).items()}
-
-
-def holds_memories(module: torch.nn.Module) -> bool:
-    """Whether a module has dictionaries or lists of tensors that are none of torch's own: left by an earlier run."""
-    own = vars(torch.nn.Module())
-    return any(_holds_tensors(value) for key, value in vars(module).items() if key not in own)
-
-
-def _holds_tensors(value: Any, depth: int = 3) -> bool:
-    items = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return depth > 0 and any(isinstance(item, torch.Tensor) or _holds_tensors(item, depth - 1) for item in items)
