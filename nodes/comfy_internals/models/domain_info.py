@@ -1,4 +1,4 @@
-"""What a MODEL from this pack's loaders says about itself."""
+"""The domain model behind a MODEL from this pack's loaders: its name, file, form and metadata."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Takes a UNet out of a ComfyUI MODEL: plain weights with every patch baked in, and what else a file must say."""
+"""A MODEL's UNet as plain weights with every patch baked in, and as a text-free domain model in a file."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from .loading import LATENT_FORMATS, load_domain_unet
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
-# What quantised layers keep beside their weights; it is used up when the weights are turned back into numbers.
+# Keys that quantised layers keep beside their weights; they are used to turn the weights back into numbers.
 QUANTISATION_KEYS = (".scale_weight", ".scale_input", ".weight_scale", ".input_scale", ".comfy_quant")
 
 
 def exported_config(model, node: str = NODE) -> UNetConfig:
     """The architecture of a MODEL. Raises ValueError when it is not a Stable Diffusion UNet that takes text.
 
-    node: whose error it is, here and below.
+    node: the node that an error message names, here and below.
     """
     unet = model.model.diffusion_model
     info = domain_info(model)
@@ -158,7 +158,7 @@ class CoreUNet:
         self.dtype = model.model.manual_cast_dtype or model.model.get_dtype()
 
     def parameters(self) -> Iterator[Tensor]:
-        """One tensor with the device and dtype to compute in, which weights that are cast on the fly do not have."""
+        """One empty tensor on the device and in the dtype to compute in: weights may be cast on the fly."""
         yield torch.empty(0, device=self.device, dtype=self.dtype)
 
     def named_modules(self) -> Iterator[tuple[str, nn.Module]]:
@@ -201,7 +201,7 @@ def output_path(filename: str) -> Path:
 
 
 def is_untrained(path: Path) -> bool:
-    """Whether a file says that it is a domain model of 0 training steps: made in a moment, and so replaceable."""
+    """Whether a file's metadata say that it is a domain model of 0 training steps, which may be replaced."""
     try:
         return int(read_metadata(path).get("steps", "-1")) == 0
     except ValueError:

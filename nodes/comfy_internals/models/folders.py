@@ -107,7 +107,7 @@ class ModelFolder:
         places = [path for path in paths if path != str(self.shipped)]
         for place in places:
             link = os.path.abspath(os.path.join(place, meant[0])) if name and "\0" not in name else place
-            # A name such as ../../x tells nothing of what lies elsewhere.
+            # A message about a name such as ../../x reveals nothing outside the folder.
             if lies_within(link, [os.path.abspath(place)]) and os.path.islink(link) and not os.path.exists(link):
                 raise FileProblem(
                     f"{self.node}: expected a file named {name!r:.150}, found in {_short(place, 120)} a link to "
@@ -184,5 +184,5 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _short(path: str, most: int) -> str:
-    """A path of at most `most` characters, without its beginning where it is longer: its end says more."""
+    """A path of at most `most` characters; a longer one loses its beginning."""
     return path if len(path) <= most else f"...{path[3 - most :]}"

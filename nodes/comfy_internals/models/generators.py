@@ -36,7 +36,7 @@ SHARE_OF_MEMORY = 0.8  # of what is free, that the images of one batch may take
 
 @dataclass(frozen=True, eq=False)
 class GraphGenerator:
-    """What an INDOMAIN_GENERATOR output carries: a frozen generator on the CPU, and what its file says about it.
+    """The value of an INDOMAIN_GENERATOR output: a frozen generator on the CPU, and its file's metadata.
 
     source: the file it came from, or how it was made, for messages.
     """
@@ -58,7 +58,7 @@ class GraphGenerator:
 
 
 def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
-    """(a listed generator, what its reader has to say about it).
+    """(a listed generator, its reader's notes).
 
     Raises FileProblem for files that are missing, damaged, hostile, or hold another network than StyleGAN2.
     """
@@ -78,7 +78,7 @@ def save_generator(loaded: GraphGenerator, path: Path, dtype: str, replace: bool
 
     if dtype not in DTYPES:
         raise Problem(f"Expected the numbers of a file to be one of {', '.join(DTYPES)}, found {dtype!r}.")
-    # Unlike Path.exists it has an answer for paths that are too long, too; writing says what is wrong with them.
+    # Unlike Path.exists, os.path.exists takes paths that are too long; writing then raises a plain message.
     if os.path.exists(path) and not replace:
         raise FileProblem(
             f"{path}: expected no file under this name, found one; choose another name, or switch replace on."

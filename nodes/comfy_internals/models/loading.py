@@ -70,7 +70,7 @@ class PlainUNetConfig(comfy.supported_models_base.BASE):
 
 
 def core_unet_config(config: UNetConfig) -> dict:
-    """`UNetConfig` in the words of core's `UNetModel`, as core's own detection would say it."""
+    """`UNetConfig` as the arguments of core's `UNetModel` that core's own detection would find."""
     core = {
         "use_checkpoint": False,
         "image_size": 32,

@@ -71,13 +71,13 @@ class CachedText(CrossAttention):
     def forward(
         self, x: Tensor, context: Tensor | None = None, value: Tensor | None = None, mask: Tensor | None = None, **more
     ) -> Tensor:
-        """[B, N, C] -> [B, N, C]. `context`, `value` and `mask` speak about text, of which there is none."""
+        """[B, N, C] -> [B, N, C]. `context`, `value` and `mask` belong to text, and are ignored."""
         return super().forward(x, **more)
 
 
 class NoText(CrossAttention):
-    """The `constant` form, mixed into core's cross-attention: nothing is left to compute, since the constant is folded
-    into attn1's output bias.
+    """The `constant` form, mixed into core's cross-attention: it adds nothing, since the constant is folded into attn1's
+    output bias.
 
     The projections exist for patches that replace the attention: such a patch runs, and its result is dropped.
     """
@@ -141,8 +141,8 @@ class TextFree(BaseModel):
     indomain_text_reported = False
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """As core's, and the names of absent layers with nothing in them: this is where its LoRA loader looks for
-        names, and it logs every one that it does not find.
+        """As core's, with an empty tensor for each absent layer: core's LoRA loader looks for names here, and logs every
+        name that it does not find.
         """
         found = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
@@ -160,8 +160,8 @@ class TextFree(BaseModel):
         return super().extra_conds(**kwargs)
 
     def encode_adm(self, **kwargs) -> Tensor | None:
-        # SDXL's pooled text is for ControlNets, which get what the prior gives them; a conditioning may do without it.
-        # Sizes and crops are live.
+        # Only ControlNets use SDXL's pooled text, and they get the prior's; a conditioning may come without it. Sizes
+        # and crops are used.
         pooled = kwargs.get("pooled_output")
         if self.adm_channels in POOLED_TEXT_ADM and (pooled is None or pooled.shape[-1] != POOLED_TEXT_WIDTH):
             kwargs["pooled_output"] = torch.zeros(1, POOLED_TEXT_WIDTH)

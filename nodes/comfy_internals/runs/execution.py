@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 def free_memory() -> None:
     """Move ComfyUI's models out of the accelerator and give its memory back."""
-    # Models that nobody holds leave core's list when they are collected; amid core's walk along it they end the prompt.
+    # Models without references leave core's list when they are collected; while core walks along the list, that would
+    # end the prompt with an error.
     gc.collect()
     comfy.model_management.unload_all_models()
     gc.collect()

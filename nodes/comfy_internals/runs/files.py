@@ -1,4 +1,4 @@
-"""The folder and the finished file of a run: nobody else's file is replaced, and a refused run leaves no folder."""
+"""The folder and the finished file of a run: other files are not replaced, and a refused run leaves no folder."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_claim(config: TrainConfig | AdaptConfig, replaceable: Callable[[Path],
 
 
 def _weights_digest(path: Path) -> bytes:
-    """SHA-256 of a .safetensors file without its header, which says when it was written."""
+    """SHA-256 of a .safetensors file without its header, which holds the time of writing."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         file.seek(8 + int.from_bytes(file.read(8), "little"))

@@ -21,7 +21,7 @@ MOST_OF_A_TEXT = 2000  # characters that a node shows
 
 
 class RunProgress:
-    """Listener of a run: progress bar, text and sample previews on the node; its `should_stop` is ComfyUI's cancel."""
+    """Listener of a run: progress bar, text and sample previews on the node. `should_stop`: ComfyUI's cancel."""
 
     def __init__(self) -> None:
         context = get_executing_context()
@@ -83,7 +83,7 @@ class RunProgress:
         try:
             self._bar.update_absolute(value, total, preview)
         except comfy.model_management.InterruptProcessingException as interrupted:
-            # Raised here it would tear the run apart in the middle of a step; as a question it lets the run save.
+            # Raised here it would end the run in the middle of a step; `should_stop` lets it finish the step and save.
             self.cancel(interrupted)
 
     def _preview(self, path: str) -> None:
