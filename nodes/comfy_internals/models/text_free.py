@@ -76,8 +76,8 @@ class CachedText(CrossAttention):
 
 
 class NoText(CrossAttention):
-    """The `constant` form, mixed into core's cross-attention: it adds nothing, since the constant is folded into attn1's
-    output bias.
+    """The `constant` form, mixed into core's cross-attention: it adds nothing, since the constant is folded into the
+    output bias of attn1.
 
     The projections exist for patches that replace the attention: such a patch runs, and its result is dropped.
     """
@@ -141,8 +141,8 @@ class TextFree(BaseModel):
     indomain_text_reported = False
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """As core's, with an empty tensor for each absent layer: core's LoRA loader looks for names here, and logs every
-        name that it does not find.
+        """As core's, with an empty tensor for each absent layer: core's LoRA loader looks for names here, and logs
+        every name that it does not find.
         """
         found = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
