@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -29,15 +28,16 @@ from .branches import Branches
 from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, forget_adapter_outputs
 from .conditionings import ever_needed, filled_in, name_conditionings
 from .cost import Cost
-from .gaps import Gaps, find_gaps, without_gaps
+from .gaps import Gaps, without_gaps
 from .latents import check_latent, large_enough
+from .sources import SourceGuider, with_references
 
 LOG = logger(__name__)
 
 _MORE_MODELS = "indomain_guidance more models"
 
 
-class TermGuider(comfy.samplers.CFGGuider):
+class TermGuider(SourceGuider):
     """D = D_u + sum_i w_i(sigma) S_i(D_i - R_i), arXiv 2312.08195 with shapings S_i; D_u: the prior on the base.
 
     terms: a term's model None means the prior, its conditioning None the base's. always: names of terms that may be
@@ -73,9 +73,9 @@ class TermGuider(comfy.samplers.CFGGuider):
 
         super().__init__(prior.clone())
         self._needed = ever_needed(self.guidance, always)
-        self._conditionings = name_conditionings(self.guidance, self._needed)
-        self._control = self._conditionings.control
-        self.inner_set_conds(self._conditionings.of_prior)
+        self.conditionings = name_conditionings(self.guidance, self._needed)
+        self._control = self.conditionings.control
+        self.inner_set_conds(self.conditionings.of_prior)
         if bare:
             self.original_conds.clear()
         self._given_conds = dict(self.original_conds)
@@ -87,7 +87,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         self._own_scale = self.guidance.largest_total(self.percent_to_sigma)
         self.set_cfg(self._own_scale)
         self._remarks = remarks.Remarks()
-        self._entries_given: dict[str, int] = {}
+        self.entries_given: dict[str, int] = {}
         self._start_counting(0)
 
     def _is_cfg(self, sources: Sequence[Source]) -> bool:
@@ -95,17 +95,12 @@ class TermGuider(comfy.samplers.CFGGuider):
         return all(source in (self._control, self.guidance.base) for source in sources)
 
     def _make_branches(self) -> Branches:
-        return Branches(self.model_patcher, self.guidance, self._needed, self._conditionings, self.original_conds)
+        return Branches(self.model_patcher, self.guidance, self._needed, self.conditionings, self.original_conds)
 
     def _percent_scale(self) -> Callable[[float], float]:
         return functools.lru_cache(maxsize=4096)(self.model_patcher.get_model_object("model_sampling").percent_to_sigma)
 
     # ---- one sampling run -------------------------------------------------------------------------------------------
-
-    @property
-    def branch_conditionings(self) -> Conditionings:
-        """The conditionings that only other models than the prior read."""
-        return self._conditionings.of_others
 
     @property
     def samples_per_step(self) -> float:
@@ -123,7 +118,7 @@ class TermGuider(comfy.samplers.CFGGuider):
 
     def _start_counting(self, steps: int) -> None:
         self.cost = Cost(steps)
-        self._calls = Calls(list(self.original_conds), "the prior")
+        self.calls = Calls(list(self.original_conds), "the prior")
         self._began_with: dict[str, int] = {}
 
     def outer_sample(
@@ -140,7 +135,7 @@ class TermGuider(comfy.samplers.CFGGuider):
             stack.callback(self.branches.end)
             for branch in self.branches:
                 stack.callback(branch.finish)
-                branch.prepare(own_copies({**self.conds, **self.branch_conditionings}, self.original_conds))
+                branch.prepare(own_copies({**self.conds, **self.conditionings.of_others}, self.original_conds))
             self.conds = self._visible_to_loading()
             with large_enough(latent_image):
                 output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -150,7 +145,7 @@ class TermGuider(comfy.samplers.CFGGuider):
     def _notice_changes(self) -> None:
         """Take over what was set from outside since the last run, and warn of what can have no effect."""
         changed = [name for name, found in self.original_conds.items() if found is not self._given_conds.get(name)]
-        self._remarks.on_conditionings(changed, list(self.branch_conditionings), self._control is not None)
+        self._remarks.on_conditionings(changed, list(self.conditionings.of_others), self._control is not None)
         missing = [name for name in self._given_conds if name not in self.conds]
         if missing and not self._is_core:
             raise GuidanceError(
@@ -160,14 +155,14 @@ class TermGuider(comfy.samplers.CFGGuider):
         if self.model_patcher is not self.branches.prior:
             for source in self.guidance.sources:
                 if source.model is not self.guidance.base.model:
-                    compatibility.check_models(self.model_patcher, source.model, self._term_names(source))
+                    compatibility.check_models(self.model_patcher, source.model, self.term_names(source))
             self.branches = self._make_branches()
 
     def _visible_to_loading(self) -> Conditionings:
         """The prior's conditionings, and whatever makes core load the branches' ControlNets and further models."""
         visible: Conditionings = dict(self.conds)
         for branch in self.branches:
-            visible.update({name: branch.conds[name] for name in self.branch_conditionings})
+            visible.update({name: branch.conds[name] for name in self.conditionings.of_others})
         more = self.branches.models_to_load()
         if more:
             visible[_MORE_MODELS] = [{"additional_models": more, "model_conds": {}}]
@@ -191,7 +186,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         self.branches.check_prepared()
         self.conds = {name: found for name, found in self.conds.items() if name in self.original_conds}
         all_conds = [self.conds, *(branch.conds for branch in self.branches)]
-        self._entries_given = {name: len(found) for conds in all_conds for name, found in conds.items()}
+        self.entries_given = {name: len(found) for conds in all_conds for name, found in conds.items()}
         shared_options, self.model_options = self.model_options, self.cost.watch(self.inner_model, self.model_options)
         memory = self.inner_model.memory_required([2 * noise.shape[0], *noise.shape[1:]])
         self.branches.begin(self.loaded_models, memory)
@@ -213,8 +208,8 @@ class TermGuider(comfy.samplers.CFGGuider):
                 self.cost,
             )
         self.branches.activate(None)
-        self._calls.prime(self.inner_model, self.model_options)
-        all_calls = [self._calls, *(branch.calls for branch in self.branches)]
+        self.calls.prime(self.inner_model, self.model_options)
+        all_calls = [self.calls, *(branch.calls for branch in self.branches)]
         for calls in all_calls:
             calls.watch(all_calls)
         return super().inner_sample(
@@ -237,7 +232,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         keep_base = sampling_hooks.has_hooks(model_options) or _wants_base(model_options)
         total = None if self.cfg == self._own_scale else float(self.cfg)
         step = self.guidance.at(float(timestep.flatten()[0]), self.percent_to_sigma, keep_base, total)
-        gaps = {} if self._is_core else self._gaps(step.needed, x, timestep)
+        gaps = {} if self._is_core else self.gaps(step.needed, x, timestep)
         scale = None
         if self._control is not None and not step.shaped and not gaps and self._is_cfg(step.needed):
             scale = step.coefficients.get(self._control)
@@ -259,8 +254,8 @@ class TermGuider(comfy.samplers.CFGGuider):
         assert self._control is not None
         alone = math.isclose(scale, 1.0) and not _wants_base(model_options)
         evaluated = [self._control] if alone else [self._control, self.guidance.base]
-        self._ask(evaluated)
-        self._calls.tell_caches([self._conditionings.names[source] for source in evaluated], model_options)
+        self.count_predictions(evaluated)
+        self.calls.tell_caches([self.conditionings.names[source] for source in evaluated], model_options)
         if not self._is_core:
             forget_adapter_outputs(self.conds)
         seen, self.cfg = self.cfg, scale
@@ -273,7 +268,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         self, step: Step, gaps: Gaps, x: Tensor, timestep: Tensor, model_options: dict[str, Any]
     ) -> Tensor:
         """The step's combination of all predictions that it needs, after the hooks of the sampling function."""
-        predictions = self._predict(with_references(step.needed, gaps), x, timestep, model_options)
+        predictions = self.predict_sources(with_references(step.needed, gaps), x, timestep, model_options)
         guiding = without_gaps(predictions, gaps)
         if not sampling_hooks.has_prediction_hooks(model_options):
             return step.combine(guiding)
@@ -285,7 +280,7 @@ class TermGuider(comfy.samplers.CFGGuider):
         def control_prediction() -> Tensor:
             """With its gaps, as the prior answers a hook that runs it again."""
             if control not in predictions:
-                predictions.update(self._predict([control], x, timestep, model_options))
+                predictions.update(self.predict_sources([control], x, timestep, model_options))
             return predictions[control]
 
         return sampling_hooks.apply_hooks(
@@ -298,60 +293,10 @@ class TermGuider(comfy.samplers.CFGGuider):
             model_options,
         )
 
-    def _gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> Gaps:
-        """Where these sources, and the references that fill their gaps, do not cover the picture."""
-
-        def given(source: Source) -> list[dict[str, Any]]:
-            # Only what the source was given: core appends others' areas, without the source's own limits.
-            name, branch = self._conditionings.names[source], self.branches.get(source.model)
-            return (self.conds if branch is None else branch.conds)[name][: self._entries_given[name]]
-
-        return find_gaps(self.guidance, sources, given, x, timestep)
-
-    def _predict(
-        self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
-    ) -> dict[Source, Tensor]:
-        """Denoised predictions [B, C, ...] of all `sources`, the prior last so that it stays active."""
-        self._ask(sources)
-        names = self._conditionings.names
-        predictions: dict[Source, Tensor] = {}
-        for branch in self.branches:
-            wanted = [source for source in sources if self.branches.get(source.model) is branch]
-            if wanted:
-                self.branches.activate(branch)
-                outputs = branch.run([names[source] for source in wanted], x, timestep)
-                predictions.update({source: outputs[names[source]] for source in wanted})
-        self.branches.activate(None)
-        own = [source for source in sources if source.model is self.guidance.base.model]
-        if own:
-            keys = [names[source] for source in own]
-            self._calls.tell_caches(keys, model_options)
-            outputs = sampling_hooks.run_prior(
-                self._calls, self.inner_model, self.conds, keys, x, timestep, model_options
-            )
-            predictions.update({source: outputs[names[source]] for source in own})
-        return predictions
-
-    def _ask(self, sources: Sequence[Source]) -> None:
-        """Tell the cost which predictions are being made."""
-        for source in sources:
-            branch = self.branches.get(source.model)
-            model, conds = (self.inner_model, self.conds) if branch is None else (branch.model, branch.conds)
-            entries = conds.get(self._conditionings.names[source]) or ()
-            self.cost.ask(model, self._term_names(source), entries)
-
-    def _term_names(self, source: Source) -> str:
-        return " and ".join(self.guidance.names(source))
-
 
 def _wants_base(model_options: dict[str, Any]) -> bool:
     """Whether a sampler or node wants the base's prediction even where the guidance does without it."""
     return bool(model_options.get("disable_cfg1_optimization", False))
-
-
-def with_references(sources: Sequence[Source], gaps: Gaps) -> list[Source]:
-    """The sources to evaluate, with those that fill gaps."""
-    return list(dict.fromkeys([*sources, *(reference for _, reference in gaps.values())]))
 
 
 def in_domain_guider(

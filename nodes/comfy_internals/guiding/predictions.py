@@ -21,7 +21,8 @@ from ....guidance.distillation.critic import Critic
 from ....guidance.schedules import Constant
 from ....guidance.terms import Source, Term
 from .gaps import without_gaps
-from .guider import TermGuider, with_references
+from .guider import TermGuider
+from .sources import with_references
 
 PROMPT, SOURCE, UNWANTED = "prompt", "source", "unwanted"
 Outcome = TypeVar("Outcome")
@@ -82,8 +83,8 @@ class PredictionGuider(TermGuider):
         self, sources: Sequence[Source], x: Tensor, sigma: Tensor, model_options: dict[str, Any]
     ) -> dict[Source, Tensor]:
         """Denoised predictions [B, C, h, w] of `sources` for x at sigma [B]; a reference's where one covers nothing."""
-        gaps = self._gaps(sources, x, sigma)
-        return without_gaps(self._predict(with_references(sources, gaps), x, sigma, model_options), gaps)
+        gaps = self.gaps(sources, x, sigma)
+        return without_gaps(self.predict_sources(with_references(sources, gaps), x, sigma, model_options), gaps)
 
     def run(self, shape: Sequence[int], sigmas: Sequence[float], body: Callable[[Predictions], Outcome]) -> Outcome:
         """What `body(predictions)` returns, run while the models are loaded for latents of `shape` [B, C, h, w].
@@ -117,7 +118,9 @@ class Predictions:
         self.sources = guider.guidance.sources
         self.device: torch.device = guider.model_patcher.load_device
         self.cancelled: Callable[[BaseException], None] | None = None
-        self._one_level_at_a_time = _depends_on_level([*guider.conds.values(), *guider.branch_conditionings.values()])
+        self._one_level_at_a_time = _depends_on_level(
+            [*guider.conds.values(), *guider.conditionings.of_others.values()]
+        )
 
     @property
     def unet(self) -> nn.Module:

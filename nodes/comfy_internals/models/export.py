@@ -212,7 +212,6 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     """Write the text-free form of a MODEL's UNet to `path`; (the new file as a MODEL, report as text).
 
     probe_side_px: of the images that the constants of `constant` are measured on, 0: what the prior was made for.
-    The error of the `constant` form is measured on a second trajectory of the prior that its constants never saw.
     """
     config, latent_format = exported_config(model), exported_latent_format(model)
     prediction_type, zero_snr = exported_prediction(model)
@@ -239,24 +238,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     errors: dict[str, float] = {}
     if form == "constant":
         denoiser = Denoiser(prior, NoiseSchedule.scaled_linear(zero_snr=zero_snr), prediction_type)
-        side = probe_side_px // 8
-        progress = ProgressBar(2 * 20 + 2 * 8)
-        probes, unseen = (
-            collect_probes(
-                denoiser,
-                context.tensor,
-                (1, config.in_channels, side, side),
-                y=y,
-                seed=seed,
-                device=prior.device,
-                on_step=lambda done, _: progress.update(1),
-            )
-            for seed in (0, 1)
-        )
-        text_free, config, errors = build_constant(
-            weights, config, context, probes, held_out=unseen, unet=prior, on_probe=lambda done, _: progress.update(1)
-        )
-        unseen = Probes(unseen.x[::4], unseen.timesteps[::4], None if unseen.y is None else unseen.y[::4])
+        text_free, config, errors, unseen = _constant(denoiser, weights, config, context, y, probe_side_px // 8)
     else:
         text_free, config = build_cached(weights, config, context)
         noise = torch.randn(2, config.in_channels, 32, 32, generator=torch.Generator().manual_seed(1))
@@ -278,6 +260,40 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
     text_free_unet: Any = CoreUNet(made)
     output_error = unconditional_error(prior, text_free_unet, context.tensor, unseen)
     return made, _report(path, form, model.model_size(), made.model_size(), errors, output_error)
+
+
+def _constant(
+    denoiser: Denoiser,
+    weights: dict[str, Tensor],
+    config: UNetConfig,
+    context: NullContext,
+    y: Tensor | None,
+    side: int,
+) -> tuple[dict[str, Tensor], UNetConfig, dict[str, float], Probes]:
+    """(weights, architecture, error by block, probes) of the `constant` form.
+
+    The error is measured on a second trajectory of the prior that the constants never saw; the probes returned are a
+    quarter of it. side: of the square latents.
+    """
+    prior: Any = denoiser.unet
+    progress = ProgressBar(2 * 20 + 2 * 8)
+    probes, unseen = (
+        collect_probes(
+            denoiser,
+            context.tensor,
+            (1, config.in_channels, side, side),
+            y=y,
+            seed=seed,
+            device=prior.device,
+            on_step=lambda done, _: progress.update(1),
+        )
+        for seed in (0, 1)
+    )
+    text_free, config, errors = build_constant(
+        weights, config, context, probes, held_out=unseen, unet=prior, on_probe=lambda done, _: progress.update(1)
+    )
+    few = Probes(unseen.x[::4], unseen.timesteps[::4], None if unseen.y is None else unseen.y[::4])
+    return text_free, config, errors, few
 
 
 def _report(
