@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..guidance.errors import printable
+from ..guidance.files import DTYPES
 from .comfy_internals.models import generators
 from .comfy_internals.models.folders import GENERATORS as GENERATOR_FILES
 from .inputs import checked, found
@@ -214,7 +215,7 @@ class SaveGenerator(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "file_dtype",
-                    options=list(generators.DTYPES),
+                    options=list(DTYPES),
                     default="fp32",
                     tooltip="Numbers of the file: fp32 (the default) is exact; fp16 and bf16 take half the space.",
                 ),

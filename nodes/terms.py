@@ -33,23 +33,17 @@ RAMPS = {
 def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> WeightLike:
     """A term's weight from the node's widgets: `weight` between `start` and `end` percent of sampling, 0 elsewhere.
 
-    A weight of 0 is 0, whatever its interval. Raises GuidanceError for an unknown ramp, an interval that runs
-    backwards, or numbers that are not finite.
+    A weight of 0 is 0 everywhere. Raises GuidanceError for an interval that runs backwards.
     """
-    made = _weight_over_sampling(weight, start, end, ramp)
-    return 0.0 if weight == 0 else made
-
-
-def _weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> WeightLike:
-    if ramp not in RAMPS:
-        raise GuidanceError(f"Expected a ramp of {', '.join(RAMPS)}, got {ramp!r}.")
+    inside: WeightLike = weight
     shape = RAMPS[ramp]
-    if shape is None:
-        return weight if (start, end) == (0.0, 1.0) else Interval(weight, start, end)
-    if start >= end:
-        return Interval(weight, start, end)  # Nothing to ramp over: empty, or refused as running backwards.
-    first, last, curve = shape
-    return Interval(Keyframes(((start, first * weight), (end, last * weight)), ramp=curve), start, end)
+    if shape is None and (start, end) == (0.0, 1.0):
+        return weight
+    if shape is not None and start < end:
+        first, last, curve = shape
+        inside = Keyframes(((start, first * weight), (end, last * weight)), ramp=curve)
+    over_sampling = Interval(inside, start, end)
+    return 0.0 if weight == 0 else over_sampling
 
 
 SHAPES = ("frequencies", "mean", "orthogonal")

@@ -65,15 +65,8 @@ def sample_latent(
 ) -> dict[str, Any]:
     """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
 
-    Same noise (batch_index included), noise mask, sigmas and preview. Raises ValueError for names of samplers and
-    schedulers that core does not have, which core itself would silently replace.
+    Same noise (batch_index included), noise mask, sigmas and preview.
     """
-    for what, name, known in (
-        ("sampler", sampler_name, comfy.samplers.KSampler.SAMPLERS),
-        ("scheduler", scheduler, comfy.samplers.KSampler.SCHEDULERS),
-    ):
-        if name not in known:
-            raise Problem(f"Expected one of ComfyUI's {what}s, got {name!r}; pick one from the list.")
     check_latent(latent["samples"])
     mask = latent.get("noise_mask")
     if mask is not None and not mask.is_nested and not (mask.numel() and torch.isfinite(mask).all()):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.errors import Problem
-from ....guidance.files import DTYPES, FileProblem
+from ....guidance.files import FileProblem
 from ....guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
 from ..progress import ProgressBar
 from .folders import GENERATORS
@@ -76,8 +76,6 @@ def save_generator(loaded: GraphGenerator, path: Path, dtype: str, replace: bool
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
     from ....guidance.files import write_generator
 
-    if dtype not in DTYPES:
-        raise Problem(f"Expected the numbers of a file to be one of {', '.join(DTYPES)}, found {dtype!r}.")
     # Unlike Path.exists, os.path.exists takes paths that are too long; writing then raises a plain message.
     if os.path.exists(path) and not replace:
         raise FileProblem(
@@ -175,8 +173,6 @@ def draw(
     noise: "random" is drawn from each image's own seed, the same on every device. Raises ValueError in one sentence
     where memory does not suffice.
     """
-    if noise not in NOISE:
-        raise Problem(f"Expected noise to be one of {', '.join(NOISE)}, found {noise!r}.")
     from ....training.engine.memory import is_memory_problem
 
     generator, config = loaded.generator, loaded.generator.config

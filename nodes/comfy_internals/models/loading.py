@@ -19,7 +19,6 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
 from ....guidance.networks.unet import UNetConfig
 from ....training.mini_world import MINI_WORLD
@@ -216,10 +215,6 @@ def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: 
     Text-free files and this project's own full UNets are built here; other full UNets go through core's loader.
     Raises FileProblem for files that are missing, damaged, not finite, of another family or another latent space.
     """
-    if weight_dtype not in WEIGHT_DTYPES:
-        raise Problem(
-            f"Load Domain UNet: expected a weight_dtype out of {', '.join(WEIGHT_DTYPES)}, got '{weight_dtype}'."
-        )
     file = ModelFile(path)
     layout = unet_layout(file.keys, path, metadata=file.metadata)
     with ordinary_tensors():
