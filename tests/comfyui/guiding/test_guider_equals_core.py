@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from .conftest import CONTEXT
+from ..conftest import CONTEXT
 
 SDXL_VECTOR = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
 SAMPLERS = ["euler", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2m_sde"]

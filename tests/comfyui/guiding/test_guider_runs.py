@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .conftest import WIDTH, randomize
+from ..conftest import WIDTH, randomize
 
 
 def relative(result: torch.Tensor, expected: torch.Tensor) -> float:

@@ -12,7 +12,7 @@ import importlib
 import pytest
 import torch
 
-from .conftest import Tiny
+from ..conftest import Tiny
 
 SIGMA = 2.0
 WEIGHTS = {"a": 1.0, "b": -0.7, "c": 2.0}

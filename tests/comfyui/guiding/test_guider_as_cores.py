@@ -11,7 +11,7 @@ import copy
 import pytest
 import torch
 
-from .conftest import Tiny
+from ..conftest import Tiny
 
 SIGMA = 2.0
 
