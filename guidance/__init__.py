@@ -1,6 +1,7 @@
 """The standalone guidance library: multi-guidance on any denoisers, without ComfyUI.
 
-Importing it costs nothing; a public name is loaded from its module when first used.
+Importing it costs nothing; a public name is loaded from its module when first used. Guidance presets are functions of
+`guidance.presets`; shapings and distillation methods are made by name (`make_shaping`, `make_method`).
 """
 
 from importlib import import_module
@@ -12,19 +13,9 @@ _MODULE_OF_NAME = {
         "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
         "terms": ("Source", "Term"),
         "shaping": ("InOrder", "Shaping"),
-        "orthogonal": ("Orthogonal",),
-        "frequency": ("Bands", "HighPass", "LowPass"),
-        "combination": ("Guidance", "MultiGuidance", "Step", "combine"),
-        "presets": (
-            "autoguidance",
-            "cfg",
-            "domain_guidance",
-            "dual_cfg",
-            "in_domain",
-            "interpolate_weights",
-            "personalization",
-            "unconditional_prior",
-        ),
+        "shapings": ("make_shaping",),
+        "combination": ("Guidance", "Step", "combine"),
+        "multi_guidance": ("MultiGuidance",),
         "sampling": ("sample", "sigmas_karras", "sigmas_sgm_uniform", "sigmas_uniform"),
         "diffusion": ("Denoiser", "NoiseSchedule"),
         "null_text": (
@@ -37,13 +28,7 @@ _MODULE_OF_NAME = {
             "unconditional_error",
         ),
         "distillation.critic": ("Critic",),
-        "distillation.sds": ("SDS",),
-        "distillation.csd": ("CSD",),
-        "distillation.nfsd": ("NFSD",),
-        "distillation.dds": ("DDS",),
-        "distillation.bridge": ("SDSBridge",),
-        "distillation.ism": ("ISM",),
-        "distillation.vsd": ("VSD",),
+        "distillation.method": ("Method",),
         "distillation.methods": ("make_method",),
         "distillation.directional": ("Directional",),
         "distillation.reconstruction": ("Reconstruction",),
@@ -51,7 +36,8 @@ _MODULE_OF_NAME = {
         "distillation.timesteps": ("Timesteps",),
         "distillation.image_encoder": ("ImageEncoder",),
         "distillation.layer_selection": ("rank_layers", "select_layers"),
-        "distillation.objective": ("Draws", "NotFinite", "Objective", "Report"),
+        "distillation.context": ("Draws",),
+        "distillation.objective": ("NotFinite", "Objective", "Report"),
         "networks.unet": ("UNet", "UNetConfig", "unet_config_from_state_dict"),
         "networks.text_encoder": (
             "TextEncoder",

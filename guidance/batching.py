@@ -76,6 +76,28 @@ def check_shape(made: Any, x: Tensor) -> None:
         )
 
 
+def for_rows(arguments: Mapping[str, Any], batch: int, rows: Tensor | None) -> dict[str, Any]:
+    """A conditioning's keyword arguments for some rows of a batch, [R] whole numbers; None is all of them.
+
+    Tensors with a first dimension of 1 are expanded to the rows, those with one of `batch` are cut to them. Raises
+    GuidanceError for another first dimension.
+    """
+    found = dict(arguments)
+    for key, value in found.items():
+        if not is_batched(value):
+            continue
+        if value.shape[0] == 1:
+            found[key] = value.expand(batch if rows is None else len(rows), *value.shape[1:])
+        elif value.shape[0] != batch:
+            raise GuidanceError(
+                f"Expected the tensor {key!r} of a conditioning to have a first dimension of 1 or {batch}, one per "
+                f"latent, got shape {list(value.shape)}."
+            )
+        elif rows is not None:
+            found[key] = value[rows.to(value.device)]
+    return found
+
+
 def is_batched(value: Any) -> bool:
     """Whether a value may have an entry per latent."""
     return isinstance(value, Tensor) and value.ndim > 0

@@ -5,7 +5,7 @@
 D_u is the base, D_i a term's prediction, R_i its reference (the base, or another term). A term may shape its direction
 D_i - R_i first (`shaping`); all else is linear. All predictions are *denoised* latents. Collected per source, the
 coefficients sum to 1; therefore combining denoised latents equals combining eps (or v) at the same (x, sigma), and
-models of different prediction types mix.
+models of different prediction types mix. `multi_guidance` runs a guidance on plain callables.
 """
 
 from __future__ import annotations
@@ -14,56 +14,47 @@ import math
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from .batching import Piece, call_together, in_few_calls, is_batched
 from .schedules import Constant, GuidanceError, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
 
-__all__ = ["Guidance", "GuidanceError", "MultiGuidance", "Step", "combine"]
+__all__ = ["Guidance", "ShapedDirection", "Step", "combine"]
 
 # A coefficient this small against the weights it was summed from is their decimal rounding (1 - 0.3 - 0.7 is 5.6e-17),
 # and its share is below the resolution of float32.
 _NEGLIGIBLE = 1e-9
 
-# How far from 1 the sum of coefficients may be, as a share of their sizes: rounding, and no mistake.
+# How far from 1 the sum of coefficients may be through rounding, as a share of their sizes.
 _SUM_TOLERANCE = 1e-6
 
 # Weights that cancel up to this share have no useful common scale for hooks.
 _CANCELLED = 1e-3
 
+Key = TypeVar("Key", bound=Hashable)
 
-def combine(
-    predictions: Mapping[Hashable, Tensor], coefficients: Mapping[Hashable, float], pivot: Hashable = None
-) -> Tensor:
+
+def combine(predictions: Mapping[Key, Tensor], coefficients: Mapping[Key, float], pivot: Key | None = None) -> Tensor:
     """The affine combination sum_k coefficient_k * prediction_k, for coefficients that sum to 1.
 
-    predictions: tensors of one shape, e.g. [B, C, H, W]; only those with a non-zero coefficient are looked at.
-    Computed as D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which
-    is accurate where predictions are nearly equal, and in float32 at least; the result has the predictions' dtype. A
-    single coefficient of 1 returns the prediction itself. Raises GuidanceError for coefficients of another sum, for a
-    missing prediction and for shapes that differ.
+    predictions: tensors of one shape, e.g. [B, C, H, W]; only those with a non-zero coefficient are read. Computed as
+    D_p + sum_k c_k (D_k - D_p) around the pivot p (or the first source where its coefficient is 0), which is accurate
+    where predictions are nearly equal, and in float32 at least; the result has the predictions' dtype. A single
+    coefficient of 1 returns the prediction itself. Raises GuidanceError for coefficients of another sum, for a missing
+    prediction and for shapes that differ.
     """
     active = [key for key, coefficient in coefficients.items() if coefficient != 0.0]
     total = math.fsum(coefficients[key] for key in active)
     if not abs(total - 1.0) <= _SUM_TOLERANCE * math.fsum(abs(coefficients[key]) for key in active):
         raise GuidanceError(f"Expected coefficients that sum to 1, got a sum of {total:g} over {len(active)} sources.")
-    for key in active:
-        if key not in predictions:
-            raise GuidanceError(f"Expected a prediction for each of {len(active)} sources, found none for {key!r}.")
+    _check_predictions(predictions, active)
     if pivot is None or coefficients.get(pivot, 0.0) == 0.0:
         pivot = active[0]
     center = predictions[pivot]
-    for key in active:
-        if predictions[key].shape != center.shape:
-            raise GuidanceError(
-                f"Expected predictions of one shape, got {tuple(center.shape)} and {tuple(predictions[key].shape)}; "
-                "all models must share one latent space."
-            )
     if len(active) == 1:
         return center
     dtype = reduce(torch.promote_types, (predictions[key].dtype for key in active))
@@ -74,6 +65,19 @@ def combine(
         if key != pivot:
             result = result + coefficients[key] * (predictions[key].to(wide) - center)
     return result.to(dtype)
+
+
+def _check_predictions(predictions: Mapping[Key, Tensor], keys: Sequence[Key]) -> None:
+    """Raise GuidanceError where a prediction is missing, or has another shape than the first."""
+    for key in keys:
+        if key not in predictions:
+            raise GuidanceError(f"Expected a prediction for each of {len(keys)} sources, found none for {key!r}.")
+        first, shape = predictions[keys[0]].shape, predictions[key].shape
+        if shape != first:
+            raise GuidanceError(
+                f"Expected predictions of one shape, got {tuple(first)} and {tuple(shape)}; all models must share one "
+                "latent space."
+            )
 
 
 def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, float]:
@@ -89,7 +93,7 @@ def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, floa
 
 
 def _cancel(weights: Mapping[str, float]) -> bool:
-    """Whether weights sum to nothing, or to next to nothing beside their sizes."""
+    """Whether weights sum to 0, or to next to 0 beside their sizes."""
     return abs(math.fsum(weights.values())) <= _CANCELLED * math.fsum(map(abs, weights.values()))
 
 
@@ -105,7 +109,7 @@ def _scaled_to(total: float, weights: Mapping[str, float]) -> Mapping[str, float
 class ShapedDirection:
     """weight * shaping(D_source - D_reference): a term whose direction is changed before it is added.
 
-    others: (source, reference) of the directions that the shaping looks at.
+    others: (source, reference) of the directions that the shaping reads.
     """
 
     source: Source
@@ -121,22 +125,14 @@ class ShapedDirection:
 
     def apply(self, predictions: Mapping[Source, Tensor]) -> Tensor:
         """weight * S(d), in float32 at least."""
+        _check_predictions(predictions, self.sources)
+        wide = reduce(torch.promote_types, (predictions[source].dtype for source in self.sources), torch.float32)
 
         def direction(source: Source, reference: Source) -> Tensor:
-            for one in (source, reference):
-                if one not in predictions:
-                    raise GuidanceError("Expected a prediction for each source of a shaped term, found one missing.")
-            near, far = predictions[source], predictions[reference]
-            if near.shape != far.shape:
-                raise GuidanceError(
-                    f"Expected predictions of one shape, got {tuple(near.shape)} and {tuple(far.shape)}; all models "
-                    "must share one latent space."
-                )
-            wide = torch.promote_types(torch.promote_types(near.dtype, far.dtype), torch.float32)
-            return near.to(wide) - far.to(wide)
+            return predictions[source].to(wide) - predictions[reference].to(wide)
 
-        shaped = self.shaping(direction(self.source, self.reference), [direction(*pair) for pair in self.others])
-        return self.weight * shaped
+        others = [direction(*pair) for pair in self.others]
+        return self.weight * self.shaping(direction(self.source, self.reference), others)
 
 
 @dataclass(frozen=True)
@@ -144,15 +140,15 @@ class Step:
     """A guidance at one noise level: which predictions it needs and how they combine.
 
     weights: every term's weight here, 0 included. coefficients: the non-zero coefficient of each source in the linear
-    part (they sum to 1), and the base's, even if 0, when it is kept. shaped: what is added to the linear part. needed:
-    the sources to evaluate, each once, base first.
+    part (they sum to 1), and the base's, even if 0, when it is kept. needed: the sources to evaluate, each once, base
+    first. differences: (source, reference, weight) of the terms in the linear part. shaped: what is added to it.
     """
 
     base: Source
     weights: Mapping[str, float]
     coefficients: Mapping[Source, float]
     needed: tuple[Source, ...]
-    _differences: tuple[tuple[Source, Source, float], ...]
+    differences: tuple[tuple[Source, Source, float], ...]
     shaped: tuple[ShapedDirection, ...] = ()
 
     @property
@@ -177,30 +173,39 @@ class Step:
     def _add_shaped(self, linear: Tensor, predictions: Mapping[Source, Tensor], scale: float) -> Tensor:
         if not self.shaped:
             return linear
-        total = sum(one.apply(predictions) for one in self.shaped)
+        total = reduce(torch.add, (direction.apply(predictions) for direction in self.shaped))
         wide = torch.promote_types(linear.dtype, total.dtype)
         return (linear.to(wide) + scale * total.to(wide)).to(linear.dtype)
 
-    def effective(self, predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor, float]:
-        """(c_eff, D_u, W): this step as a plain CFG, D = D_u + W (c_eff - D_u), for methods that know only those.
+    @property
+    def scale(self) -> float:
+        """The scale of the plain CFG that this step is expressed as: W, or 1 where the weights cancel."""
+        return 1.0 if _cancel(self.weights) else self.total_weight
 
-        c_eff = D_u + sum_i w_i (D_i - R_i) / W. Where the weights cancel, |W| < 1e-3 sum_i |w_i|, or all are 0, the
-        triple is (D, D_u, 1). With a single term against the base, c_eff is that term's prediction, bit for bit. Needs
-        the base's prediction: make the step with keep_base=True. Raises GuidanceError without it.
+    def effective_condition(self, predictions: Mapping[Source, Tensor]) -> Tensor:
+        """c_eff = D_u + sum_i w_i (D_i - R_i) / W, with which this step is a plain CFG, D = D_u + scale (c_eff - D_u).
+
+        Where the weights cancel, |W| < 1e-3 sum_i |w_i|, or all are 0, it is D itself, and `scale` is 1. With a single
+        term against the base it is that term's prediction, bit for bit. Needs the base's prediction: make the step with
+        keep_base=True. Raises GuidanceError without it.
         """
         if self.base not in predictions:
             raise GuidanceError(
                 "Expected the base's prediction to express this step as one CFG, found none; ask for the step with "
                 "keep_base=True."
             )
-        base, scale = predictions[self.base], self.total_weight
         if _cancel(self.weights):
-            return self.combine(predictions), base, 1.0
-        shares = [(self.base, 1.0)]
-        for source, reference, weight in self._differences:
+            return self.combine(predictions)
+        shares, scale = [(self.base, 1.0)], self.total_weight
+        for source, reference, weight in self.differences:
             shares += [(source, weight / scale), (reference, -weight / scale)]
         linear = combine(predictions, _collect(shares), pivot=self.base)
-        return self._add_shaped(linear, predictions, 1.0 / scale), base, scale
+        return self._add_shaped(linear, predictions, 1.0 / scale)
+
+    def effective(self, predictions: Mapping[Source, Tensor]) -> tuple[Tensor, Tensor, float]:
+        """(c_eff, D_u, scale): this step as a plain CFG, for methods that know only those (`effective_condition`)."""
+        condition = self.effective_condition(predictions)
+        return condition, predictions[self.base], self.scale
 
 
 class Guidance:
@@ -213,13 +218,13 @@ class Guidance:
     def __init__(self, base: Source, terms: Sequence[Term]) -> None:
         if not isinstance(base, Source):
             raise GuidanceError(f"Expected the base to be a Source(model, cond), got {type(base).__name__}.")
-        self.base = base
-        self.terms = tuple(terms)
-        for term in self.terms:
+        for term in terms:
             if not isinstance(term, Term):
                 raise GuidanceError(f"Expected guidance terms to be Term objects, got {type(term).__name__}.")
-        if not self.terms:
+        if not terms:
             raise GuidanceError("Expected at least one guidance term, got none.")
+        self.base = base
+        self.terms = tuple(term.on(base) for term in terms)
         self._by_name: dict[str, Term] = {}
         for term in self.terms:
             if term.name in self._by_name:
@@ -276,7 +281,7 @@ class Guidance:
         return tuple(own + [term.name for term in self.terms if term.source == source])
 
     def largest_total(self, percent_to_sigma: PercentToSigma) -> float:
-        """The total weight where it is largest, looked at in steps of a hundredth of sampling."""
+        """The total weight where its size is largest, sampled at each percent of sampling."""
         constant = all(isinstance(term.weight, Constant) for term in self.terms)
         sigmas = [percent_to_sigma(i / 100) for i in range(1 if constant else 101)]
         return max((self.at(sigma, percent_to_sigma).total_weight for sigma in sigmas), key=abs)
@@ -288,13 +293,13 @@ class Guidance:
         keep_base: bool = False,
         total: float | None = None,
     ) -> Step:
-        """The guidance at noise level `sigma` (k-diffusion scale), with the cost rule applied.
+        """The guidance at noise level `sigma` (k-diffusion scale), with only the sources that count there.
 
         Coefficients are summed per source. A source whose sum is 0 is not evaluated: a term outside its interval, the
-        base at a total weight of 1, a reference that nothing uses here. `keep_base` has the base evaluated all the
-        same, for hooks and CFG++ samplers. `total` scales all weights alike so that they sum to it, D = D_u + total
-        (c_eff - D_u); weights that cancel (`Step.effective`) cannot be scaled and stay as they are, None leaves any.
-        Raises GuidanceError where a weight needs `percent_to_sigma` and none is given.
+        base at a total weight of 1, a reference that nothing uses here. keep_base: evaluate the base all the same, for
+        hooks and CFG++ samplers. total: scale all weights alike so that they sum to it, D = D_u + total (c_eff - D_u);
+        None leaves them, and so it is with weights that cancel (`Step.effective`). Raises GuidanceError where a weight
+        needs `percent_to_sigma` and none is given.
         """
         sigma = float(sigma)  # one copy from the device, whatever the number of terms
         weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
@@ -309,7 +314,7 @@ class Guidance:
         differences = tuple(
             (term.source, self.reference(term), weights[term.name]) for term in active if term.shaping is None
         )
-        shaped = tuple(self._shaped(term, weights) for term in active if term.shaping is not None)
+        shaped = tuple(self._shaped(term, term.shaping, weights) for term in active if term.shaping is not None)
         contributions = [(self.base, 1.0)]
         for source, reference, weight in differences:
             contributions += [(source, weight), (reference, -weight)]
@@ -318,150 +323,12 @@ class Guidance:
             for source, value in _collect(contributions).items()
             if value != 0.0 or (keep_base and source == self.base)
         }
-        needed = dict.fromkeys([*coefficients, *(source for one in shaped for source in one.sources)])
+        needed = dict.fromkeys([*coefficients, *(source for direction in shaped for source in direction.sources)])
         if self.base in needed:
             needed = {self.base: None, **needed}
         return Step(self.base, weights, coefficients, tuple(needed), differences, shaped)
 
-    def _shaped(self, term: Term, weights: Mapping[str, float]) -> ShapedDirection:
-        others = [self._by_name[name] for name in term.shaping.others if weights[name] != 0.0]
+    def _shaped(self, term: Term, shaping: Shaping, weights: Mapping[str, float]) -> ShapedDirection:
+        others = [self._by_name[name] for name in shaping.others if weights[name] != 0.0]
         pairs = tuple((other.source, self.reference(other)) for other in others)
-        return ShapedDirection(term.source, self.reference(term), weights[term.name], term.shaping, pairs)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Running a guidance on plain callables
-
-
-@dataclass(frozen=True, eq=False)
-class _Wanted(Piece):
-    """One source's prediction on the images of a step."""
-
-    source: Source
-
-
-class MultiGuidance:
-    """A guidance as one denoiser: `MultiGuidance(g)(x, sigma)` is D of arXiv 2312.08195, from plain callables.
-
-    Every model of the guidance is a callable `model(x, sigma, **cond) -> x0`, with x = x0 + sigma * noise (k-diffusion
-    scale), and every conditioning a dict of its keyword arguments, or None. The object itself has the same signature,
-    so any sampler loop that takes such a denoiser can use it, this library's `sample` and k-diffusion's among them,
-    and it may serve as a model of another guidance. Gradients flow through it.
-
-    What is not needed at a noise level is not evaluated, identical (model, conditioning) pairs are evaluated once, and
-    the conditionings of one model run in one call: tensors, whose first dimension is the batch (1 is expanded), are
-    joined along it where their shapes agree, everything else must be equal. Conditionings that do not fit together,
-    and those with lists or dicts, whose entries may belong to single images, are called one by one.
-
-    percent_to_sigma: needed when a weight has positions in percent (e.g. `NoiseSchedule.percent_to_sigma`).
-    max_batch: the most images in one model call, None for no limit; one conditioning is never split.
-
-    `samples_per_step` lists, for each call since `reset`, the predictions evaluated per image; `calls_per_step` the
-    model calls.
-    """
-
-    def __init__(
-        self, guidance: Guidance, percent_to_sigma: PercentToSigma | None = None, max_batch: int | None = None
-    ) -> None:
-        if max_batch is not None and max_batch < 1:
-            raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
-        if guidance.needs_percent and percent_to_sigma is None:
-            names = ", ".join(term.name for term in guidance.terms if term.weight.needs_percent)
-            raise GuidanceError(
-                f"Expected a percent_to_sigma, since weights have positions in percent ({names}); got none."
-            )
-        for source in guidance.sources:
-            names = " and ".join(guidance.names(source))
-            if not callable(source.model):
-                raise GuidanceError(
-                    f"Expected the model of {names} to be a callable, got {type(source.model).__name__}."
-                )
-            if source.cond is not None and not isinstance(source.cond, Mapping):
-                raise GuidanceError(
-                    f"Expected the conditioning of {names} to be a dict or None, got {type(source.cond).__name__}."
-                )
-        self.guidance = guidance
-        self.percent_to_sigma = percent_to_sigma
-        self.max_batch = max_batch
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget the counts of earlier calls."""
-        self.samples_per_step: list[float] = []
-        self.calls_per_step: list[int] = []
-
-    def __call__(self, x: Tensor, sigma: Tensor | float, **kwargs: Any) -> Tensor:
-        """Denoise x [B, ...] at `sigma`, a number or one per image [B].
-
-        Images of one batch may differ in sigma; those with the same coefficients run together. Keyword arguments go to
-        every model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
-        """
-        batch = x.shape[0]
-        if isinstance(sigma, Tensor) and sigma.ndim > 0:
-            if sigma.ndim != 1 or sigma.shape[0] not in (1, batch):
-                raise GuidanceError(
-                    f"Expected sigma as a number or [{batch}], one per image, got shape {list(sigma.shape)}."
-                )
-            levels = sigma.tolist()
-        else:
-            levels = [float(sigma)]
-        steps = {level: self.guidance.at(level, self.percent_to_sigma) for level in dict.fromkeys(levels)}
-        groups: dict[tuple, tuple[Step, list[int]]] = {}
-        for index, level in enumerate(levels):
-            step = steps[level]
-            groups.setdefault(step.recipe, (step, []))[1].append(index)
-        if len(groups) == 1:
-            step = steps[levels[0]]
-            result, calls = self._run(step, x, sigma, kwargs, None, batch)
-            evaluated = float(step.samples)
-        else:
-            parts, order, calls, evaluated = [], [], 0, 0.0
-            for step, indices in groups.values():
-                chosen = torch.tensor(indices, device=x.device)
-                part, more = self._run(step, x[chosen], sigma[chosen.to(sigma.device)], kwargs, chosen, batch)
-                parts.append(part)
-                order.append(chosen)
-                calls += more
-                evaluated += step.samples * len(indices) / batch
-            result = torch.cat(parts)[torch.cat(order).argsort()]
-        self.samples_per_step.append(evaluated)
-        self.calls_per_step.append(calls)
-        return result
-
-    def _run(
-        self, step: Step, x: Tensor, sigma: Tensor | float, kwargs: Mapping[str, Any], chosen: Tensor | None, batch: int
-    ) -> tuple[Tensor, int]:
-        predictions: dict[Source, Tensor] = {}
-        calls = 0
-        by_model: dict[int, list[Source]] = {}
-        for source in step.needed:
-            by_model.setdefault(id(source.model), []).append(source)
-        for sources in by_model.values():
-            wanted = [
-                _Wanted(x, sigma, self._arguments(source, x, kwargs, chosen, batch), source) for source in sources
-            ]
-            for group in in_few_calls(wanted, self.max_batch):
-                calls += 1
-                outputs = call_together(group[0].source.model, group)
-                predictions.update((one.source, output) for one, output in zip(group, outputs))
-        return step.combine(predictions), calls
-
-    @staticmethod
-    def _arguments(
-        source: Source, x: Tensor, kwargs: Mapping[str, Any], chosen: Tensor | None, batch: int
-    ) -> dict[str, Any]:
-        """One conditioning's keyword arguments, its tensors cut to the chosen images and expanded to the batch."""
-        arguments = {**kwargs, **(source.cond or {})}
-        for key, value in arguments.items():
-            if not is_batched(value):
-                continue
-            if value.shape[0] == 1:
-                arguments[key] = value.expand(x.shape[0], *value.shape[1:])
-            elif chosen is not None:
-                if value.shape[0] != batch:
-                    raise GuidanceError(
-                        f"Expected the tensor {key!r} to have a first dimension of 1 or {batch}, one per image, since "
-                        f"the images differ in sigma; got shape {list(value.shape)}."
-                    )
-                arguments[key] = value[chosen.to(value.device)]
-        return arguments
+        return ShapedDirection(term.source, self.reference(term), weights[term.name], shaping, pairs)

@@ -8,6 +8,7 @@ t is, up to the factor sqrt(abar), the same thing at sigma = sqrt((1 - abar) / a
 from __future__ import annotations
 
 import math
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +70,12 @@ class NoiseSchedule:
     def sigma_max(self) -> float:
         return float(self.sigmas[-1])
 
+    @overload
+    def timestep(self, sigma: float, nearest: bool = False) -> float: ...
+
+    @overload
+    def timestep(self, sigma: Tensor, nearest: bool = False) -> Tensor: ...
+
     def timestep(self, sigma: float | Tensor, nearest: bool = False) -> float | Tensor:
         """The (fractional) timestep of a noise level, linear in log sigma and clamped to 0..T-1; inverts `sigma`.
 
@@ -86,6 +93,12 @@ class NoiseSchedule:
             fraction = (wanted - logs[low]) / (logs[high] - logs[low])
             steps = low + fraction.clamp(0, 1)
         return steps if isinstance(sigma, Tensor) else float(steps)
+
+    @overload
+    def sigma(self, timestep: float) -> float: ...
+
+    @overload
+    def sigma(self, timestep: Tensor) -> Tensor: ...
 
     def sigma(self, timestep: float | Tensor) -> float | Tensor:
         """The noise level of a (fractional) timestep, linear in log sigma; clamped to 0..T-1."""

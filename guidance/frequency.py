@@ -1,33 +1,27 @@
-"""A term's direction split into low and high spatial frequencies, each with a weight of its own.
-
-Two terms of one source, `Term(..., w_low, shaping=LowPass(width))` and `Term(..., w_high, shaping=HighPass(width))`,
-make w_low L(d) + w_high (d - L(d)): the two bands of a Laplacian pyramid (Burt and Adelson 1983) without its smaller
-grids. The source is evaluated once.
-"""
+"""A term's direction split into low and high spatial frequencies, each with a strength of its own."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .options import option
 from .schedules import GuidanceError
 from .shaping import Shaping
 
-__all__ = ["Bands", "HighPass", "LowPass"]
-
-
-def _check_width(width: float) -> None:
-    if isinstance(width, bool) or not isinstance(width, (int, float)) or not width > 0:
-        raise GuidanceError(f"Expected the width of a frequency split to be above 0 latent pixels, got {width!r}.")
+__all__ = ["Bands", "Mean", "blur"]
 
 
 def blur(values: Tensor, width: float) -> Tensor:
-    """A Gaussian of standard deviation `width` pixels over the last two dimensions, edges repeated; inf is the mean."""
+    """A Gaussian of standard deviation `width` pixels over the last two dimensions [..., H, W], edges repeated.
+
+    An infinite width gives each channel's mean.
+    """
     if math.isinf(width):
         return values.mean((-2, -1), keepdim=True).expand_as(values)
     planes = values.reshape(-1, 1, *values.shape[-2:])
@@ -41,57 +35,67 @@ def blur(values: Tensor, width: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class LowPass(Shaping):
-    """S(d) = L(d): the coarse part of a direction, such as its colours and where things are.
-
-    width: standard deviation of the Gaussian in latent pixels, above 0 (there is no neutral value; very small ones
-    change next to nothing); math.inf keeps each channel's mean alone. Raises GuidanceError for other values.
-    """
-
-    width: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_width(self.width)
-
-    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """direction [B, ..., H, W] -> the same shape."""
-        return blur(direction, self.width)
-
-
-@dataclass(frozen=True)
-class HighPass(Shaping):
-    """S(d) = d - L(d): what `LowPass` of the same width leaves, such as strokes and texture."""
-
-    width: float = 1.0
-
-    def __post_init__(self) -> None:
-        _check_width(self.width)
-
-    def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
-        """direction [B, ..., H, W] -> the same shape."""
-        return direction - blur(direction, self.width)
-
-
-@dataclass(frozen=True)
 class Bands(Shaping):
-    """S(d) = low L(d) + high (d - L(d)), L the Gaussian of `LowPass`: both bands of a direction in one term.
+    """S(d) = low L(d) + high (d - L(d)): the two bands of a Laplacian pyramid (Burt and Adelson 1983), full size.
 
-    Two terms of one source, `LowPass` and `HighPass`, have the same sum, but count the weight twice in the W that
-    methods made for CFG see, and have two names where other terms refer to one. width: of L in latent pixels, inf for
-    each channel's mean. low, high: factors of the term's weight; 1 and 1 are neutral. Raises GuidanceError for a width
-    not above 0 and factors that are not finite.
+    L is a Gaussian blur of standard deviation `width` in latent pixels, above 0; inf takes each channel's mean. L(d) is
+    the coarse part of a direction, such as its colours and where things are, d - L(d) the rest, such as strokes and
+    texture. low_strength, high_strength: factors of the term's weight; 1 and 1 are neutral, 1 and 0 a low-pass, 0 and 1
+    a high-pass filter. Raises GuidanceError for a width not above 0 and strengths that are not finite.
     """
 
-    width: float
-    low: float
-    high: float
+    width: float = option(
+        1.0,
+        "the size in latent pixels (8 image pixels each in Stable Diffusion) above which detail is coarse. Typical 0.5 "
+        "to 4, default 1; none is neutral",
+        min=0.1,
+        max=64.0,
+        step=0.1,
+        advanced=True,
+    )
+    low_strength: float = option(
+        0.2,
+        "what share of the term's weight its coarse part, or its mean, gets. 1 is neutral, 0 removes it and leaves "
+        "colours to the other terms, negative values push away. Typical 0 to 0.5, default 0.2",
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+    )
+    high_strength: float = option(
+        1.0,
+        "what share of the term's weight its fine part (strokes, texture), or all but its mean, gets. 1 (the default) "
+        "is neutral, 0 removes it",
+        min=-10.0,
+        max=10.0,
+        step=0.05,
+    )
+
+    name = "frequencies"
+    summary = "splits the term into coarse and fine detail, weighed by low_strength and high_strength"
 
     def __post_init__(self) -> None:
-        LowPass(self.width)
-        for band, strength in (("low", self.low), ("high", self.high)):
+        if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not self.width > 0:
+            raise GuidanceError(
+                f"Expected the width of a frequency split to be above 0 latent pixels, got {self.width!r}."
+            )
+        for band, strength in (("low", self.low_strength), ("high", self.high_strength)):
             if not math.isfinite(strength):
                 raise GuidanceError(f"Expected the strength of the {band} band to be finite, got {strength}.")
 
+    @property
+    def is_neutral(self) -> bool:
+        return self.low_strength == self.high_strength == 1.0
+
     def __call__(self, direction: Tensor, others: Sequence[Tensor]) -> Tensor:
         """direction [B, ..., H, W] -> the same shape."""
-        return self.high * direction + (self.low - self.high) * LowPass(self.width)(direction, ())
+        return self.high_strength * direction + (self.low_strength - self.high_strength) * blur(direction, self.width)
+
+
+@dataclass(frozen=True)
+class Mean(Bands):
+    """`Bands` of infinite width: S(d) = low mean(d) + high (d - mean(d)), with each channel's mean."""
+
+    width: float = field(default=math.inf, init=False)
+
+    name = "mean"
+    summary = "splits it into the picture's overall colour and the rest, weighed by the same two"

@@ -1,16 +1,16 @@
 """Published guidance methods as term lists: plain functions that return a Guidance.
 
-All of them are the one sum of `combination` with different models in the roles of base and terms, so weights over
-noise level (`schedules`), references and the cost rule apply to each. Models and conditionings are opaque, as in
-`terms`: for `MultiGuidance` a model is a callable `model(x, sigma, **cond)` and a conditioning a dict. Every scale
-accepts a number or a Weight; for methods of the form base + w (strong - base), 1 is plain sampling from the strong
-prediction and 0 from the base.
+All of them are the one sum of `combination` with different models in the roles of base and terms, so weights over noise
+level (`schedules`), references and the cost rule apply to each. Models and conditionings are opaque, as in `terms`: for
+`MultiGuidance` a model is a callable `model(x, sigma, **cond)` and a conditioning a dict. Every scale is a number or a
+Weight; for methods of the form base + s (strong - base), 1 is plain sampling from the strong prediction and 0 from the
+base. A new preset is a function here, with its name in `PRESETS`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,17 +19,6 @@ from torch import Tensor
 from .combination import Guidance
 from .schedules import GuidanceError, WeightLike
 from .terms import Source, Term
-
-__all__ = [
-    "autoguidance",
-    "cfg",
-    "domain_guidance",
-    "dual_cfg",
-    "in_domain",
-    "interpolate_weights",
-    "personalization",
-    "unconditional_prior",
-]
 
 
 def cfg(model: Any, uncond: Any, cond: Any, scale: WeightLike = 7.5) -> Guidance:
@@ -52,40 +41,36 @@ def in_domain(
     switches its part off and saves its prediction: domain_weight 0 is classifier-free guidance of the prior,
     control_weight 0 is domain guidance. Terms "domain" and "control".
     """
-    return Guidance(
-        Source(prior, uncond),
-        [Term("domain", domain, uncond, domain_weight), Term("control", prior, cond, control_weight)],
-    )
+    terms = [Term("domain", domain, uncond, domain_weight), Term("control", prior, cond, control_weight)]
+    return Guidance(Source(prior, uncond), terms)
 
 
-_SAME = object()
-
-
-def domain_guidance(prior: Any, domain: Any, uncond: Any, cond: Any = _SAME, scale: WeightLike = 2.5) -> Guidance:
+def domain_guidance(prior: Any, domain: Any, uncond: Any, cond: Any = None, scale: WeightLike = 2.5) -> Guidance:
     """Domain guidance (arXiv 2504.01521): D_u of the pre-trained model + s (D of the fine-tuned model - D_u).
 
-    cond is what the fine-tuned model is conditioned on; left out, it is `uncond`, right for a text-free model. scale:
-    1 is the fine-tuned model alone, 0 the pre-trained one. One term, "domain".
+    cond: what the fine-tuned model is conditioned on; None is `uncond`, right for a text-free model. scale: 1 is the
+    fine-tuned model alone, 0 the pre-trained one. One term, "domain".
     """
-    return Guidance(Source(prior, uncond), [Term("domain", domain, uncond if cond is _SAME else cond, scale)])
+    return Guidance(Source(prior, uncond), [Term("domain", domain, cond, scale)])
 
 
 def unconditional_prior(base: Any, finetuned: Any, uncond: Any, cond: Any, scale: WeightLike = 7.5) -> Guidance:
-    """Unconditional priors (arXiv 2503.20240): classifier-free guidance of a fine-tuned model whose unconditional
-    prediction comes from its base model, or from another model of the same latent space.
+    """Unconditional priors (arXiv 2503.20240): D_base(empty) + s (D_finetuned(c) - D_base(empty)).
 
-    scale: as in `cfg`; 1 is the fine-tuned model's conditional prediction alone. One term, "control".
+    Classifier-free guidance of a fine-tuned model whose unconditional prediction comes from its base model, or from
+    another model of the same latent space. scale: as in `cfg`; 1 is the fine-tuned model's conditional prediction
+    alone. One term, "control".
     """
     return Guidance(Source(base, uncond), [Term("control", finetuned, cond, scale)])
 
 
-def autoguidance(good: Any, bad: Any, cond: Any, scale: WeightLike = 2.0, bad_cond: Any = _SAME) -> Guidance:
+def autoguidance(good: Any, bad: Any, cond: Any, scale: WeightLike = 2.0, bad_cond: Any = None) -> Guidance:
     """Autoguidance (arXiv 2406.02507): D_bad(c) + s (D_good(c) - D_bad(c)), guidance by a worse version of the model.
 
-    bad_cond, where the bad model needs another conditioning object, defaults to `cond`. scale: typically 1 to 3; 1 is
-    the good model alone and never runs the bad one. One term, "good".
+    bad_cond: for a bad model that needs another conditioning; None is `cond`. scale: typically 1 to 3; 1 is the good
+    model alone and never runs the bad one. One term, "good".
     """
-    return Guidance(Source(bad, cond if bad_cond is _SAME else bad_cond), [Term("good", good, cond, scale)])
+    return Guidance(Source(bad, cond if bad_cond is None else bad_cond), [Term("good", good, cond, scale)])
 
 
 def personalization(weak: Any, finetuned: Any, uncond: Any, cond: Any, scale: WeightLike = 7.5) -> Guidance:
@@ -106,20 +91,25 @@ def dual_cfg(
     ComfyUI's DualCFGGuider, style regular: middle_scale is its cfg_cond2_negative, cond_scale its cfg_conds. At equal
     scales the middle prediction cancels and is not evaluated. Terms "middle" and "control", which refers to "middle".
     """
-    return Guidance(
-        Source(model, uncond),
-        [Term("middle", model, middle, middle_scale), Term("control", model, cond, cond_scale, reference="middle")],
-    )
+    terms = [Term("middle", model, middle, middle_scale), Term("control", model, cond, cond_scale, reference="middle")]
+    return Guidance(Source(model, uncond), terms)
+
+
+PRESETS: dict[str, Callable[..., Guidance]] = {
+    preset.__name__: preset
+    for preset in (cfg, in_domain, domain_guidance, unconditional_prior, autoguidance, personalization, dual_cfg)
+}
+"""The presets by name."""
 
 
 def interpolate_weights(
     pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], omega: float
 ) -> dict[str, Tensor]:
-    """The weak model's state dict of personalization guidance (arXiv 2508.00319): (1 - omega) pretrained + omega
-    finetuned.
+    """The weak model of personalization guidance (arXiv 2508.00319): (1 - omega) pretrained + omega finetuned.
 
-    omega 0 is the pre-trained model, 1 the fine-tuned one; tensors keep the fine-tuned model's dtype, those that are
-    not floating point are taken from it. Raises GuidanceError when the two differ in keys or shapes.
+    Both are state dicts. omega 0 is the pre-trained model, 1 the fine-tuned one; tensors keep the fine-tuned model's
+    dtype, those that are not floating point are taken from it. Raises GuidanceError when the two differ in keys or
+    shapes.
     """
     if not math.isfinite(omega):
         raise GuidanceError(f"Expected omega to be finite, got {omega}.")

@@ -1,48 +1,33 @@
 """Weights over noise level: how strong a guidance term is at each sigma of a sampling run.
 
-A weight answers one question, `weight.at(sigma, percent_to_sigma)`. Positions are written in one of two units:
-
-* `"percent"`, ComfyUI's sampling percent: 0 is the start of sampling (highest noise), 1 its end. It counts the model's
-  training timesteps, not the steps of one run; the model's `percent_to_sigma` translates it.
-* `"sigma"`, the noise level itself in the k-diffusion scale, x = x0 + sigma * noise. Larger comes first.
-
-A position takes effect when sampling *reaches* it, that is from sigma <= position on, so neighbouring intervals that
-share an edge never overlap and never leave a gap. Percent 0 is reached by every sigma, percent 1 by none.
-
-All weights are frozen, hashable values with a JSON form (`to_json`, `weight_from_json`).
+A weight answers one question, `weight.at(sigma, percent_to_sigma)`. Its positions are in percent of sampling or in
+sigma (`positions`). All weights are frozen, hashable values with a JSON form (`to_json`, `weight_from_json`).
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from .errors import Problem
+from .positions import UNITS, GuidanceError, PercentToSigma, needed, reached, sigma_to_percent
 
 __all__ = [
     "Constant",
     "GuidanceError",
     "Interval",
     "Keyframes",
+    "PercentToSigma",
     "Weight",
     "WeightLike",
     "as_weight",
-    "sigma_to_percent",
     "weight_from_json",
 ]
 
-UNITS = ("percent", "sigma")
 RAMPS = ("linear", "cosine", "step")
-
-PercentToSigma = Callable[[float], float]
-
-
-class GuidanceError(Problem):
-    """A guidance that cannot work: the message says in one sentence what was expected and what was found."""
 
 
 def _finite(value: Any, what: str) -> float:
@@ -76,62 +61,6 @@ def _level(sigma: Any) -> float:
     return sigma
 
 
-def _translate(percent: float, percent_to_sigma: PercentToSigma | None) -> float:
-    if percent_to_sigma is None:
-        raise GuidanceError(
-            f"A weight that changes at {100 * percent:g} % of sampling needs the model's percent_to_sigma, and none "
-            "was given; "
-            "pass one, or write the position as a sigma."
-        )
-    return float(percent_to_sigma(percent))
-
-
-def _reached(position: float, unit: str, sigma: float, percent_to_sigma: PercentToSigma | None) -> bool:
-    """Whether sampling at `sigma` has come to `position`; the ends of the percent scale need no model."""
-    if unit == "percent":
-        if position <= 0.0:
-            return True
-        if position >= 1.0:
-            return False
-        position = _translate(position, percent_to_sigma)
-    return sigma <= position
-
-
-# Models jump to huge and zero sigmas at exactly 0 and 1 percent; the scale is looked up just inside.
-_PERCENT_EDGE = 1e-6
-
-
-def sigma_to_percent(sigma: float, percent_to_sigma: PercentToSigma) -> float:
-    """The sampling percent, 0 to 1, at which `percent_to_sigma` gives `sigma`.
-
-    Inverts the falling function by regula falsi (Illinois variant) on log sigma, in about ten evaluations. Sigmas
-    above or below the model's range give 0 and 1.
-    """
-    low, high = _PERCENT_EDGE, 1.0 - _PERCENT_EDGE
-    sigma_low, sigma_high = _translate(low, percent_to_sigma), _translate(high, percent_to_sigma)
-    if sigma >= sigma_low:
-        return 0.0
-    if sigma <= max(sigma_high, 0.0):
-        return 1.0
-    target = math.log(sigma)
-    f_low, f_high = math.log(sigma_low) - target, math.log(max(sigma_high, 1e-30)) - target
-    side = 0
-    for _ in range(100):
-        middle = (low * f_high - high * f_low) / (f_high - f_low)
-        f_middle = math.log(max(_translate(middle, percent_to_sigma), 1e-30)) - target
-        if abs(f_middle) < 1e-9 or high - low < 1e-9:
-            return middle
-        if f_middle > 0.0:
-            low, f_low = middle, f_middle
-            f_high = f_high / 2 if side == 1 else f_high
-            side = 1
-        else:
-            high, f_high = middle, f_middle
-            f_low = f_low / 2 if side == -1 else f_low
-            side = -1
-    return 0.5 * (low + high)
-
-
 class Weight(ABC):
     """A guidance weight as a function of noise level. Negative values are legitimate, 0 is neutral."""
 
@@ -139,8 +68,8 @@ class Weight(ABC):
     def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None) -> float:
         """The weight at noise level `sigma` (k-diffusion scale, at least 0).
 
-        `percent_to_sigma` maps a sampling percent to the model's sigma, falling from percent 0 to 1; only weights with
-        positions in percent need it (`needs_percent`). Raises GuidanceError where it is needed and missing.
+        percent_to_sigma: the model's, which only weights with positions in percent need (`needs_percent`). Raises
+        GuidanceError where it is needed and missing.
         """
 
     @abstractmethod
@@ -175,14 +104,11 @@ class Constant(Weight):
 
 @dataclass(frozen=True)
 class Interval(Weight):
-    """Guidance in a limited interval of noise levels (Kynkäänniemi et al., arXiv 2404.07724): `value` inside,
-    `outside` elsewhere.
+    """Guidance in a limited interval of noise levels (arXiv 2404.07724): `value` inside, `outside` elsewhere.
 
     The interval runs in sampling order, from `start` to `end`: 0 <= start <= end <= 1 in percent, start >= end >= 0 in
     sigma. It contains its start and not its end, the paper's (sigma_lo, sigma_hi]. An empty interval is `outside`
-    everywhere.
-
-    `value` is a number, or another weight that then acts inside the interval only. `outside` is 0 (no guidance from
+    everywhere. value: a number, or another weight that then acts inside the interval only. outside: 0 (no guidance from
     this term) by default; for the scale of a plain CFG the paper's neutral value is 1. Raises GuidanceError for
     anything else.
     """
@@ -210,23 +136,13 @@ class Interval(Weight):
 
     def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None) -> float:
         sigma = _level(sigma)
-        inside = _reached(self.start, self.unit, sigma, percent_to_sigma) and not _reached(
-            self.end, self.unit, sigma, percent_to_sigma
-        )
-        if not inside:
+        started = reached(self.start, self.unit, sigma, percent_to_sigma)
+        if not started or reached(self.end, self.unit, sigma, percent_to_sigma):
             return self.outside
         return self.value.at(sigma, percent_to_sigma) if isinstance(self.value, Weight) else self.value
 
     def to_json(self) -> Any:
-        value = self.value.to_json() if isinstance(self.value, Weight) else self.value
-        return {
-            "type": "interval",
-            "value": value,
-            "start": self.start,
-            "end": self.end,
-            "unit": self.unit,
-            "outside": self.outside,
-        }
+        return {"type": "interval", **vars(self), "value": as_weight(self.value).to_json()}
 
     @property
     def needs_percent(self) -> bool:
@@ -256,47 +172,40 @@ class Keyframes(Weight):
     def __post_init__(self) -> None:
         _choice(self.unit, UNITS, "the unit of keyframes")
         _choice(self.ramp, RAMPS, "the ramp of keyframes")
-        points = []
-        for point in self.points:
-            try:
-                position, value = point
-            except (TypeError, ValueError):
-                raise GuidanceError(f"Expected keyframes as (position, value) pairs, got {point!r}.") from None
-            position = _position(position, self.unit, "the position of a keyframe")
-            if self.unit == "sigma" and position == 0.0:
-                raise GuidanceError("Expected the position of a keyframe in sigma to be above 0, got 0.")
-            points.append((position, _finite(value, "the weight of a keyframe")))
+        points = sorted(map(self._checked, self.points), reverse=self.unit == "sigma")
         if not points:
             raise GuidanceError("Expected at least one keyframe, got none.")
-        points.sort(reverse=self.unit == "sigma")
         for (earlier, _), (later, _) in zip(points, points[1:]):
             if earlier == later:
                 raise GuidanceError(f"Expected keyframes at different positions, got {earlier:g} twice.")
         object.__setattr__(self, "points", tuple(points))
 
+    def _checked(self, point: Any) -> tuple[float, float]:
+        try:
+            position, value = point
+        except (TypeError, ValueError):
+            raise GuidanceError(f"Expected keyframes as (position, value) pairs, got {point!r}.") from None
+        position = _position(position, self.unit, "the position of a keyframe")
+        if self.unit == "sigma" and position == 0.0:
+            raise GuidanceError("Expected the position of a keyframe in sigma to be above 0, got 0.")
+        return position, _finite(value, "the weight of a keyframe")
+
     def at(self, sigma: float, percent_to_sigma: PercentToSigma | None = None) -> float:
         sigma = _level(sigma)
-        if len(self.points) == 1:
-            return self.points[0][1]
+        positions, values = zip(*self.points)
+        if len(values) == 1:
+            return values[0]
         if self.ramp == "step":
-            current = self.points[0][1]
-            for position, value in self.points[1:]:
-                if not _reached(position, self.unit, sigma, percent_to_sigma):
-                    break
-                current = value
-            return current
+            passed = [value for at, value in self.points[1:] if reached(at, self.unit, sigma, percent_to_sigma)]
+            return passed[-1] if passed else values[0]
         if self.unit == "percent":
-            if percent_to_sigma is None:
-                _translate(self.points[0][0], None)
-            progress = sigma_to_percent(sigma, percent_to_sigma)
-            positions = [position for position, _ in self.points]
+            progress = sigma_to_percent(sigma, needed(percent_to_sigma, positions[0]))
         else:
             progress = -math.log(sigma) if sigma > 0.0 else math.inf
-            positions = [-math.log(position) for position, _ in self.points]
-        values = [value for _, value in self.points]
+            positions = [-math.log(position) for position in positions]
         if progress <= positions[0]:
             return values[0]
-        for (left, right), (before, after) in zip(zip(positions, positions[1:]), zip(values, values[1:])):
+        for left, right, before, after in zip(positions, positions[1:], values, values[1:]):
             if progress < right:
                 fraction = (progress - left) / (right - left)
                 if self.ramp == "cosine":
@@ -305,12 +214,15 @@ class Keyframes(Weight):
         return values[-1]
 
     def to_json(self) -> Any:
-        points = [list(point) for point in self.points]
-        return {"type": "keyframes", "points": points, "unit": self.unit, "ramp": self.ramp}
+        return {"type": "keyframes", **vars(self), "points": [list(point) for point in self.points]}
 
     @property
     def needs_percent(self) -> bool:
         return self.unit == "percent" and len(self.points) > 1
+
+
+KINDS: dict[str, type[Interval] | type[Keyframes]] = {"interval": Interval, "keyframes": Keyframes}
+"""The weights that JSON names by a type; numbers are constants."""
 
 
 def as_weight(value: WeightLike) -> Weight:
@@ -320,13 +232,10 @@ def as_weight(value: WeightLike) -> Weight:
 
 def weight_from_json(data: Any) -> Weight:
     """The weight that `Weight.to_json` described. Raises GuidanceError, naming what was found, for anything else."""
-    if isinstance(data, Weight):
-        return data
     if not isinstance(data, Mapping):
-        return Constant(data)
+        return as_weight(data)
     fields = dict(data)
-    kinds = {"interval": Interval, "keyframes": Keyframes}
-    kind = kinds.get(_choice(fields.pop("type", None), tuple(kinds), "the type of a weight"))
+    kind = KINDS[_choice(fields.pop("type", None), tuple(KINDS), "the type of a weight")]
     if kind is Interval and isinstance(fields.get("value"), Mapping):
         fields["value"] = weight_from_json(fields["value"])
     if kind is Keyframes and isinstance(fields.get("points"), Sequence):

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from comfy_api.latest import io
 
-from ..guidance.frequency import Bands
-from ..guidance.orthogonal import PER, Orthogonal
+from ..guidance.options import options_of
 from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
-from ..guidance.shaping import InOrder, Shaping
+from ..guidance.shaping import InOrder
+from ..guidance.shapings import SHAPINGS, make_shaping
 from ..guidance.terms import Term
 from .inputs import checked
 from .schema import GUIDANCE, schema
-from .widgets import number_input, percent_input, weight_input
+from .widgets import option_input, percent_input, weight_input
 
 GuidanceTerms = io.Custom("INDOMAIN_GUIDANCE_TERMS")
 
@@ -46,28 +46,13 @@ def weight_over_sampling(weight: float, start: float, end: float, ramp: str) -> 
     return 0.0 if weight == 0 else over_sampling
 
 
-SHAPES = ("frequencies", "mean", "orthogonal")
-
-
-def shaping_of_mode(
-    mode: str, orthogonal_to: str, share: float, only_opposing: bool, per: str, width: float, low: float, high: float
-) -> Shaping | None:
-    """A term's shaping from the node's widgets, None where they are neutral, so that nothing is rounded differently.
-
-    Raises GuidanceError for an unknown mode, for a list of names without one or with one twice, and for values that
-    the mode cannot use.
-    """
-    if mode not in SHAPES:
-        raise GuidanceError(f"Expected a mode of {', '.join(SHAPES)}, got {mode!r}.")
-    if mode == "orthogonal":
-        names = [name.strip() for name in orthogonal_to.split(",") if name.strip()]
-        for name, times in Counter(names).items():
-            if times > 1:
-                raise GuidanceError(f"Expected terms to be orthogonal to once each, got {name!r} twice.")
-        shaping = Orthogonal(tuple(names), share, only_opposing, per)
-        return None if share == 0.0 else shaping
-    shaping = Bands(math.inf if mode == "mean" else width, low, high)
-    return None if low == high == 1.0 else shaping
+def shaping_options() -> dict[str, tuple[dataclasses.Field, list[str]]]:
+    """Name -> (field, the modes that have it), of the options of all shapings that can be chosen."""
+    found: dict[str, tuple[dataclasses.Field, list[str]]] = {}
+    for mode, shaping in SHAPINGS.items():
+        for field in options_of(shaping):
+            found.setdefault(field.name, (field, []))[1].append(mode)
+    return found
 
 
 def term_to_shape(terms: Sequence[Term], name: str) -> Term:
@@ -181,12 +166,13 @@ class ShapeGuidanceTerm(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
+        options = shaping_options()
         return schema(
             node_id="InDomainShapeTerm",
             display_name="Shape Guidance Term",
             category=GUIDANCE,
             search_aliases=["CFG", "frequency guidance", "orthogonal guidance", "APG", "colour"],
-            advanced=["width", "share", "only_opposing", "per"],
+            advanced=[name for name, (field, _) in options.items() if field.metadata.get("advanced")],
             description="Lets a term guide only where it should: coarse and fine detail each with its own strength, or "
             "nothing that other terms decide already. For a domain of few colours and a prompt with others.",
             inputs=[
@@ -203,97 +189,23 @@ class ShapeGuidanceTerm(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "mode",
-                    options=list(SHAPES),
+                    options=list(SHAPINGS),
                     default="frequencies",
-                    tooltip="frequencies (the default) splits the term into coarse and fine detail, mean into the "
-                    "picture's overall colour and all else: low_strength and high_strength weigh the two. orthogonal "
-                    "takes out what the terms in orthogonal_to decide already.",
+                    tooltip="; ".join(f"{name} {shaping.summary}" for name, shaping in SHAPINGS.items())
+                    + ". frequencies is the default.",
                 ),
-                io.Float.Input(
-                    "width",
-                    default=1.0,
-                    min=0.1,
-                    max=64.0,
-                    step=0.1,
-                    round=0.01,
-                    optional=True,
-                    tooltip="For frequencies: the size in latent pixels (8 image pixels each in Stable Diffusion) "
-                    "above which detail is coarse. Typical 0.5 to 4, default 1; none is neutral.",
-                ),
-                number_input(
-                    "low_strength",
-                    0.2,
-                    -10.0,
-                    10.0,
-                    "For frequencies and mean: what share of the term's weight its coarse part, or its mean, "
-                    "gets. 1 is neutral, 0 removes it and leaves colours to the other terms, negative values push "
-                    "away. Typical 0 to 0.5, default 0.2.",
-                    optional=True,
-                ),
-                number_input(
-                    "high_strength",
-                    1.0,
-                    -10.0,
-                    10.0,
-                    "For frequencies and mean: what share of the term's weight its fine part (strokes, "
-                    "texture), or all but its mean, gets. 1 (the default) is neutral, 0 removes it.",
-                    optional=True,
-                ),
-                io.String.Input(
-                    "orthogonal_to",
-                    default="control",
-                    optional=True,
-                    tooltip="For orthogonal: the names of the terms to be orthogonal to, separated by commas; the "
-                    "default is control. Where such a term has weight 0, it removes nothing.",
-                ),
-                number_input(
-                    "share",
-                    1.0,
-                    0.0,
-                    1.0,
-                    "For orthogonal: how much of what the term has in common with those terms is removed. 0 is "
-                    "neutral, 1 (the default) removes all of it.",
-                    optional=True,
-                ),
-                io.Boolean.Input(
-                    "only_opposing",
-                    default=False,
-                    optional=True,
-                    tooltip="For orthogonal: remove only what works against those terms. Off (the default) also "
-                    "removes what points their way.",
-                ),
-                io.Combo.Input(
-                    "per",
-                    options=list(PER),
-                    default="position",
-                    optional=True,
-                    tooltip="For orthogonal: compare the terms at each position by itself (the default), or over the "
-                    "whole image, which removes less.",
-                ),
+                *(option_input(field, f"For {' and '.join(modes)}: ") for field, modes in options.values()),
             ],
             outputs=[GuidanceTerms.Output(display_name="terms", tooltip="The same terms, one of them shaped.")],
         )
 
     @classmethod
     @checked()
-    def execute(
-        cls,
-        terms=(),
-        term: str = "",
-        mode: str = "frequencies",
-        width: float = 1.0,
-        low_strength: float = 0.2,
-        high_strength: float = 1.0,
-        orthogonal_to: str = "control",
-        share: float = 1.0,
-        only_opposing: bool = False,
-        per: str = "position",
-    ) -> io.NodeOutput:
+    def execute(cls, terms=(), term: str = "", mode: str = "frequencies", **options: Any) -> io.NodeOutput:
         chosen = term_to_shape(terms or (), term.strip())
+        given = {field.name: options[field.name] for field in options_of(SHAPINGS[mode]) if field.name in options}
         try:
-            shaping = shaping_of_mode(
-                mode, orthogonal_to, share, only_opposing, per, width, low_strength, high_strength
-            )
+            shaping = make_shaping(mode, **given)
             if shaping is not None and chosen.shaping is not None:
                 shaping = InOrder(chosen.shaping, shaping)
         except GuidanceError as problem:

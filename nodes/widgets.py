@@ -33,6 +33,20 @@ def percent_input(name: str, default: float, tooltip: str, optional: bool = Fals
     return io.Float.Input(name, default=default, min=0.0, max=1.0, step=0.01, optional=optional, tooltip=tooltip)
 
 
+def option_input(field: dataclasses.Field, prefix: str = ""):
+    """The widget of an option of the library (`guidance.options`); prefix: of its tooltip."""
+    about = field.metadata
+    values: dict[str, Any] = {"default": field.default, "optional": True, "tooltip": f"{prefix}{about['help']}."}
+    if "choices" in about:
+        return io.Combo.Input(field.name, options=list(about["choices"]), **values)
+    if isinstance(field.default, bool):
+        return io.Boolean.Input(field.name, **values)
+    if isinstance(field.default, float):
+        limits = {name: about[name] for name in ("min", "max", "step")}
+        return io.Float.Input(field.name, round=about["step"] / 10, **limits, **values)
+    return io.String.Input(field.name, **values)
+
+
 def resume_input():
     """Whether a run goes on from its last checkpoint."""
     return io.Combo.Input(

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..schedules import GuidanceError
-from .method import Context, Method
+from .context import Context
+from .method import Method
 
 __all__ = ["CSD"]
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .method import Context, Method
+from .context import Context
+from .method import Method
 
 __all__ = ["DDS"]
 

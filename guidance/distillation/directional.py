@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .method import Context, Regularizer
+from .context import Context
+from .method import Regularizer
 from .normalize import normalize
 
 __all__ = ["Directional"]

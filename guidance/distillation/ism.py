@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ..schedules import GuidanceError
+from .context import Context
 from .critic import Critic
-from .method import Context, Method
+from .method import Method
 
 __all__ = ["ISM"]
 

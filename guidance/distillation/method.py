@@ -4,50 +4,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from .critic import PROMPT_OF, Critic, Prediction
-
-__all__ = ["Context", "LatentTerm", "Method", "Regularizer", "prompts_of"]
-
-
-@dataclass(frozen=True)
-class Context:
-    """One step as a method sees it, all latents [B, C, h, w] in float32 and without a graph.
-
-    z: the trained image's latents. t [B], abar [B, 1, 1, 1]. noise, z_t: what was added to z, and the result.
-    prediction: the critic on z_t. frozen, frozen_prediction: latents of the frozen generator's image, and
-    the critic on them with the same noise, where a term needs them. step, steps: where the run is. generator: for a
-    method's own draws.
-    """
-
-    critic: Critic
-    z: Tensor
-    t: Tensor
-    abar: Tensor
-    noise: Tensor
-    z_t: Tensor
-    prediction: Prediction
-    frozen: Tensor | None = None
-    frozen_prediction: Prediction = Prediction()
-    step: int = 0
-    steps: int = 1
-    generator: torch.Generator | None = None
-
-    @property
-    def progress(self) -> float:
-        """0 at the run's first step, 1 at its last."""
-        return min(max(self.step / max(self.steps - 1, 1), 0.0), 1.0)
+from .context import Context
+from .critic import PROMPT_OF, Critic
 
 
 class LatentTerm(ABC):
     """A part of the objective on latents: what it needs, and its gradient.
 
-    needs, needs_frozen: the predictions (`critic.OPINIONS`) that it reads, on z_t and on the frozen image's latents;
+    needs, needs_frozen: the predictions (`critic.PREDICTIONS`) that it reads, on z_t and on the frozen image's latents;
     all predictions of a step are made in one go. uses_frozen: it reads the frozen image's latents themselves.
     unwanted_from: it reads e_unwanted only for samples at this timestep or later; 0: for all.
     """
@@ -70,7 +38,7 @@ class LatentTerm(ABC):
 
 def prompts_of(term: LatentTerm | type[LatentTerm]) -> frozenset[str]:
     """The prompts that a method needs beside the one to reach: "source", "unwanted" (`critic.PROMPTS`) or none."""
-    return frozenset(PROMPT_OF[opinion] for opinion in term.needs | term.needs_frozen if opinion in PROMPT_OF)
+    return frozenset(PROMPT_OF[name] for name in term.needs | term.needs_frozen if name in PROMPT_OF)
 
 
 Own = TypeVar("Own", bound="Method")
@@ -80,7 +48,7 @@ class Method(LatentTerm):
     """A distillation method: a dataclass whose `options.option` fields are its settings.
 
     A method without a state of its own defines `name`, `needs` and `gradient`. One that trains something beside the
-    generator sets `learns` and defines the rest too. `through_encoder`: its gradient is one on latents, which goes back
+    generator sets `learns` and defines the rest too. through_encoder: its gradient is one on latents, which goes back
     to the image through the encoder; `Objective` takes no others.
     """
 

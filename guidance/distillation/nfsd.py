@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..schedules import GuidanceError
-from .method import Context, Method
+from .context import Context
+from .method import Method
 
 __all__ = ["NFSD"]
 

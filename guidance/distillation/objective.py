@@ -11,18 +11,19 @@ import torch
 from torch import Tensor
 
 from ..schedules import GuidanceError
-from .clamps import clamp_image_gradient, clamp_latent_gradient, lead_back
-from .critic import Ask, Critic, Prediction
+from .context import Context, Draws, contexts_of
+from .critic import Critic
+from .gradients import clamp_image_gradient, clamp_latent_gradient, inject, lead_back
 from .image_encoder import ImageEncoder
-from .method import Context, LatentTerm, Method, Regularizer
+from .method import LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
 from .timesteps import Timesteps
 from .weighting import WEIGHTINGS, Weighting, weigh
 
-__all__ = ["MODES", "WAY_BACK", "Draws", "NotFinite", "Objective", "Report", "inject"]
+__all__ = ["MODES", "WAY_BACK", "Draws", "NotFinite", "Objective", "Report"]
 
 MODES = ("shared", "sgf")
-# Enough for Adam, whose steps have one size, where nothing else speaks; too little to matter where something does.
+# Enough for Adam, whose steps have one size, where no other gradient acts; too little to matter where one does.
 WAY_BACK = 0.01
 
 Encode = Callable[[Tensor], Tensor]
@@ -30,14 +31,6 @@ Encode = Callable[[Tensor], Tensor]
 
 class NotFinite(GuidanceError):
     """A gradient with NaN or infinity in it; nothing was injected."""
-
-
-@dataclass(frozen=True)
-class Draws:
-    """A step's random numbers: t [B] and each term's noise [B, C, h, w], by the term's name."""
-
-    t: Tensor
-    noise: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -55,25 +48,6 @@ class Report:
     gradient_norm: dict[str, float] = field(default_factory=dict)
     clamped: dict[str, float] = field(default_factory=dict)
     timesteps: tuple[int, ...] = ()
-
-
-def inject(z: Tensor, gradient: Tensor, images: Tensor, *, retain_graph: bool = False) -> Tensor:
-    """The vector-Jacobian product: a gradient on z [B, C, h, w] becomes one on images [B, 3, H, W], in float32.
-
-    The customary (z - (z - gradient).detach())^2 loses gradients that are small against z in half precision; here
-    they enter the graph as they are. Where z is float16, whose smallest numbers they may fall below on their way
-    through the encoder, they are scaled up by a power of two first, and the scale is lowered where that overflows.
-    """
-    if z.dtype != torch.float16:
-        return torch.autograd.grad(z, images, gradient.to(z.dtype), retain_graph=retain_graph)[0].float()
-    largest = float(gradient.abs().max())
-    exponent = math.floor(math.log2(256 / largest)) if 0 < largest < math.inf else 0
-    while True:
-        scale = 2.0**exponent
-        result = torch.autograd.grad(z, images, (gradient * scale).to(z.dtype), retain_graph=True)[0].float() / scale
-        if bool(result.isfinite().all()) or largest * scale < 2.0**-8 or not math.isfinite(largest):
-            return result
-        exponent -= 4
 
 
 @dataclass
@@ -149,7 +123,7 @@ class Objective:
     @property
     def needs_frozen(self) -> bool:
         """Whether the frozen generator's images are needed."""
-        return self._perceives or any(term.compares_with_frozen() for term in self._terms(True))
+        return self._perceptual(True) is not None or _compare(self._terms(True))
 
     def backward(
         self,
@@ -171,9 +145,9 @@ class Objective:
         critic's models expect, differentiable (posterior mean); an `ImageEncoder` for images that are judged at another
         size. step of steps: 0 to steps - 1. generator: draws t and noise, on its own device. t [B]: timesteps that were
         drawn before; draws: all random numbers of the step. wait: leave what the method itself learns to
-        `train_method`, for who looks at the generator's gradients first. The gradient is that of the batch's mean.
-        Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for inputs that do
-        not fit.
+        `train_method`, so that the generator's gradients can be checked first. The gradient is that of the batch's
+        mean. Raises NotFinite, with nothing injected, where a gradient is not finite, and GuidanceError for inputs that
+        do not fit.
         """
         if not images.requires_grad:
             raise GuidanceError("Expected images with a graph to the generator's weights, got images without one.")
@@ -238,22 +212,16 @@ class Objective:
             raise GuidanceError(f"Expected the state of the method {self.method.name}, got that of {state['method']}.")
         self.method.load_state_dict(state["state"])
 
-    # -----------------------------------------------------------------------------------------------------------------
-
-    @property
-    def _perceives(self) -> bool:
-        return self.perceptual is not None and self.perceptual.weight != 0
-
-    @property
-    def _share_back(self) -> float:
-        return self.way_back if self.way_back is not None else 0.0 if self.mode == "sgf" else WAY_BACK
+    def _perceptual(self, regularize: bool) -> Perceptual | None:
+        """The perceptual term where it is on."""
+        return self.perceptual if regularize and self.perceptual is not None and self.perceptual.weight != 0 else None
 
     def _within(self, images: Tensor) -> Tensor:
         return images if self.bound is None else images.clamp(-self.bound, self.bound)
 
     def _terms(self, regularize: bool) -> list[LatentTerm]:
         """The method and the regularizers that are on."""
-        return [self.method, *(one for one in self.regularizers if regularize and one.weight != 0)]
+        return [self.method, *(term for term in self.regularizers if regularize and term.weight != 0)]
 
     def _gradient(
         self,
@@ -267,53 +235,44 @@ class Objective:
         draws: Draws | None,
         regularize: bool,
     ) -> tuple[Tensor, Report, Context]:
-        terms = self._terms(regularize)
-        perceives = self._perceives and regularize
-        looks = any(term.compares_with_frozen() for term in terms)
-        if (looks or perceives) and frozen is None:
-            raise GuidanceError("Expected the frozen generator's images for this objective, got none.")
+        terms, perceptual = self._terms(regularize), self._perceptual(regularize)
         if frozen is not None and frozen.shape != images.shape:
             raise GuidanceError(f"Expected frozen images of the shape {list(images.shape)}, got {list(frozen.shape)}.")
+        if not perceptual and not _compare(terms):
+            frozen = None
+        elif frozen is None:
+            raise GuidanceError("Expected the frozen generator's images for this objective, got none.")
         # Leaves here, so that the encoder's graph is gone before the generator's is walked.
         made = images.detach().requires_grad_()
         with torch.enable_grad():
             resized = _resized(made, encode)
-            leaf = self._within(resized.detach()).requires_grad_()
-            encoded = encode(leaf)
-        z = encoded.detach().float()
-        with torch.no_grad():
-            frozen = self._within(_resized(frozen.detach(), encode)) if looks or perceives else None
-            z_frozen = encode(frozen).float() if looks else None
+            judged = self._within(resized.detach()).requires_grad_()
+            encoded = encode(judged)
+        z, z_frozen = encoded.detach().float(), None
+        if frozen is not None:
+            with torch.no_grad():
+                frozen = self._within(_resized(frozen.detach(), encode))
+                z_frozen = encode(frozen).float() if _compare(terms) else None
         draws = draws if draws is not None else self.draw(z, step, steps, generator, t, regularize)
-        contexts = self._contexts(terms, z, z_frozen, draws, step, steps, generator)
+        contexts = contexts_of(terms, self.critic, z, z_frozen, draws, step=step, steps=steps, generator=generator)
 
-        batch = len(images)
         parts, loss, norms, clamped = {}, {}, {}, {}
         for term, context in zip(terms, contexts):
-            with torch.no_grad():
-                raw = term.gradient(context)
-                weight = getattr(term, "weight", 1.0)
-                weighted = raw * (weigh(self.weighting, context.abar) * weight)
-                if not bool(weighted.isfinite().all()):
-                    raise NotFinite(
-                        f"The gradient of {term.name} has values that are not finite at timesteps "
-                        f"{draws.t.tolist()}; lower the learning rate, or run the critic in float32."
-                    )
-                parts[term.name], clamped[term.name] = clamp_latent_gradient(weighted, self.latent_clamp)
-                loss[term.name] = raw.square().mean()
-                norms[term.name] = parts[term.name].norm() / batch
-
-        gradient, clamped["image"] = self._to_images(encoded, leaf, parts)
+            raw, parts[term.name], clamped[term.name] = self._on_latents(term, context)
+            loss[term.name], norms[term.name] = raw.square().mean(), parts[term.name].norm() / len(images)
+        gradient, clamped["image"] = self._to_images(encoded, judged, parts)
         del encoded  # and with it the graph that float16 keeps for a second try
-        gradient = gradient / batch
-        if perceives:
+        gradient = gradient / len(images)
+        if perceptual is not None and frozen is not None:
             with torch.enable_grad():
-                perceived = leaf.detach().requires_grad_()
-                value = self.perceptual.loss(perceived, frozen)
+                perceived = judged.detach().requires_grad_()
+                value = perceptual.loss(perceived, frozen)
             loss["perceptual"] = value.detach()
             gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
         if self.bound is not None:
-            gradient = lead_back(gradient, resized.detach(), self.bound, self._share_back)
+            default = 0.0 if self.mode == "sgf" else WAY_BACK
+            share = default if self.way_back is None else self.way_back
+            gradient = lead_back(gradient, resized.detach(), self.bound, share)
         if resized is not made:
             gradient = torch.autograd.grad(resized, made, gradient.to(resized.dtype))[0].float()
         if not bool(gradient.isfinite().all()):
@@ -325,77 +284,35 @@ class Objective:
         report = Report(_numbers(loss), _numbers(norms), _numbers(clamped), tuple(draws.t.tolist()))
         return gradient, report, contexts[0]
 
-    def _contexts(
-        self,
-        terms: Sequence[LatentTerm],
-        z: Tensor,
-        z_frozen: Tensor | None,
-        draws: Draws,
-        step: int,
-        steps: int,
-        generator: torch.Generator | None,
-    ) -> list[Context]:
-        """Each term's view; all that any of them needs to know is asked at once."""
-        t = draws.t.to(z.device)
-        abar = self.critic.alphas_cumprod(t, z)
-        # Terms that share a noise share latents and predictions.
-        noises: list[Tensor] = []
-        group_of: list[int] = []
-        for term in terms:
-            if term.name not in draws.noise or draws.noise[term.name].shape != z.shape:
-                raise GuidanceError(f"Expected noise of shape {list(z.shape)} for the term {term.name}.")
-            noise = draws.noise[term.name]
-            known = [index for index, other in enumerate(noises) if other is noise]
-            group_of.append(known[0] if known else len(noises))
-            if not known:
-                noises.append(noise)
-        asks: list[Ask] = []
-        place: dict[tuple[int, bool], int] = {}
-        for group, noise in enumerate(noises):
-            members = [term for term, own in zip(terms, group_of) if own == group]
-            for of_frozen in (False, True):
-                wanted = [(one, one.needs_frozen if of_frozen else one.needs) for one in members]
-                needs = frozenset().union(*(names for _, names in wanted))
-                unwanted_from = min((one.unwanted_from for one, names in wanted if "e_unwanted" in names), default=0)
-                if needs:
-                    place[group, of_frozen] = len(asks)
-                    latents = z_frozen if of_frozen else z
-                    asks.append(Ask(self.critic.noisy(latents, noise.to(z), t), t, needs, unwanted_from))
-        answers = self.critic.predict_many(asks) if asks else []
-        contexts = []
-        for group in group_of:
-            noise = noises[group].to(z)
-            own, other = place.get((group, False)), place.get((group, True))
-            contexts.append(
-                Context(
-                    critic=self.critic,
-                    z=z,
-                    t=t,
-                    abar=abar,
-                    noise=noise,
-                    z_t=asks[own].z_t if own is not None else self.critic.noisy(z, noise, t),
-                    prediction=answers[own] if own is not None else Prediction(),
-                    frozen=z_frozen,
-                    frozen_prediction=answers[other] if other is not None else Prediction(),
-                    step=step,
-                    steps=steps,
-                    generator=generator,
-                )
+    @torch.no_grad()
+    def _on_latents(self, term: LatentTerm, context: Context) -> tuple[Tensor, Tensor, Tensor]:
+        """A term's gradient on z as it is, the same weighted and clamped, and the share that the clamp changed."""
+        raw = term.gradient(context)
+        weight = term.weight if isinstance(term, Regularizer) else 1.0
+        weighted = raw * (weigh(self.weighting, context.abar) * weight)
+        if not bool(weighted.isfinite().all()):
+            raise NotFinite(
+                f"The gradient of {term.name} has values that are not finite at timesteps {context.t.tolist()}; lower "
+                "the learning rate, or run the critic in float32."
             )
-        return contexts
+        return raw, *clamp_latent_gradient(weighted, self.latent_clamp)
 
     def _to_images(self, z: Tensor, images: Tensor, parts: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """The parts' gradient on the images, and the share of it that the image clamp changed."""
-        if self.image_quantile is None or self.mode == "shared" or len(parts) == 1:
-            return clamp_image_gradient(inject(z, sum(parts.values()), images), self.image_quantile)
-        own = parts[self.method.name]
-        others = sum(part for name, part in parts.items() if name != self.method.name)
-        gradient, share = clamp_image_gradient(inject(z, own, images, retain_graph=True), self.image_quantile)
-        return gradient + inject(z, others, images), share
+        first, *others = parts.values()  # the method's is the first
+        if self.image_quantile is None or self.mode == "shared" or not others:
+            return clamp_image_gradient(inject(z, sum(others, first), images), self.image_quantile)
+        gradient, share = clamp_image_gradient(inject(z, first, images, retain_graph=True), self.image_quantile)
+        return gradient + inject(z, sum(others[1:], others[0]), images), share
 
 
 def _resized(images: Tensor, encode: Encode) -> Tensor:
     return encode.resize(images) if isinstance(encode, ImageEncoder) else images
+
+
+def _compare(terms: Sequence[LatentTerm]) -> bool:
+    """Whether a term needs the frozen generator's image."""
+    return any(term.compares_with_frozen() for term in terms)
 
 
 def _numbers(values: Mapping[str, Tensor]) -> dict[str, float]:

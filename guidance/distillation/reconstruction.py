@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .method import Context, Regularizer
+from .context import Context
+from .method import Regularizer
 from .normalize import normalize
 
 __all__ = ["Reconstruction"]
@@ -30,5 +31,6 @@ class Reconstruction(Regularizer):
     def gradient(self, context: Context) -> Tensor:
         """n(e) - n(e - e_f), before weight and w(t)."""
         e = context.prediction.e
+        assert context.frozen is not None  # since it uses_frozen
         towards = (context.z_t - context.abar.sqrt() * context.frozen) / (1 - context.abar).sqrt()
         return normalize(e) - normalize(e - towards)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..options import option
-from .method import Context, Method
+from .context import Context
+from .method import Method
 from .normalize import normalize
 
 __all__ = ["SDS"]

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from ..options import option
 from ..schedules import GuidanceError
 from ..terms import Source
+from .context import Context
 from .critic import Critic
 from .low_rank import ATTENTION_PROJECTION, LowRankAddition
-from .method import Context, Method
+from .method import Method
 
 __all__ = ["VSD"]
 

@@ -238,7 +238,7 @@ def test_more_judges_layer_selection_and_the_released_mode(world, adapt, mini, c
     term = module("nodes.comfy_internals.guiding.guider").Term("domain", domain, None, 1.0)
     # A configuration has no word for a shaped one, so it must not name it as if it were plain.
     named = module("nodes.comfy_internals.runs.adapting").domain_of
-    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
+    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").Bands(1.0, 0.0, 1.0))
     assert named((term,))[1] == 1.0 and named((shaped,)) is None
     hooked = mini.model.clone()
     hooked.set_model_sampler_cfg_function(lambda args: args["uncond"])
@@ -358,7 +358,7 @@ def test_what_does_not_fit_is_named_in_one_sentence(world, adapt, mini):
             adapt(**inputs)
         assert "\n" not in str(caught.value)
     term = module("nodes.comfy_internals.guiding.guider").Term("other", None, mini.negative, 1.0)
-    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").HighPass(1.0))
+    shaped = dataclasses.replace(term, shaping=module("guidance.frequency").Bands(1.0, 0.0, 1.0))
     with pytest.raises(ValueError, match="'other': expected a term as Guidance Term makes it, found one changed by"):
         adapt(terms=(shaped,))
     assert not list(world.tmp.rglob("outside*"))

@@ -98,7 +98,7 @@ def test_the_two_bands_have_their_own_strengths(setting, mode, width):
     x = noisy(2)
     terms = setting.shape(mode=mode, width=width, low_strength=0.25, high_strength=2.0)
     u, d, c = setting.directions(x)
-    low = d.mean((2, 3), keepdim=True) if mode == "mean" else library("frequency").LowPass(width)(d, ())
+    low = d.mean((2, 3), keepdim=True) if mode == "mean" else library("frequency").Bands(width, 1.0, 0.0)(d, ())
     expected = u + DOMAIN_WEIGHT * (0.25 * low + 2.0 * (d - low)) + CONTROL_WEIGHT * c
     guider = setting.guider(terms)
     assert relative(setting.tiny.predict(guider, x, SIGMA), expected) < 1e-5
@@ -147,7 +147,7 @@ def test_two_terms_of_one_model_are_two_bands_with_intervals_of_their_own(settin
 SHAPINGS = {
     "orthogonal": (
         {"mode": "orthogonal", "share": 0.75, "only_opposing": True, "per": "image"},
-        lambda: [(1.0, library("orthogonal").Orthogonal("control", 0.75, True))],
+        lambda: [(1.0, library("orthogonal").Orthogonal("control", 0.75, True, "image"))],
     ),
     "per position": (
         {"mode": "orthogonal"},
@@ -155,9 +155,9 @@ SHAPINGS = {
     ),
     "frequencies": (
         {"mode": "frequencies", "width": 1.5, "low_strength": 0.3, "high_strength": 1.2},
-        lambda: [(0.3, library("frequency").LowPass(1.5)), (1.2, library("frequency").HighPass(1.5))],
+        lambda: [(0.3, library("frequency").Bands(1.5, 1.0, 0.0)), (1.2, library("frequency").Bands(1.5, 0.0, 1.0))],
     ),
-    "mean": ({"mode": "mean", "low_strength": 0.0}, lambda: [(1.0, library("frequency").HighPass(math.inf))]),
+    "mean": ({"mode": "mean", "low_strength": 0.0}, lambda: [(1.0, library("frequency").Bands(math.inf, 0.0, 1.0))]),
 }
 
 
@@ -166,7 +166,7 @@ SHAPINGS = {
 def test_sampling_equals_the_librarys_own(comfyui, setting, name, sampler):
     widgets, shapings = SHAPINGS[name]
     model, (combination, terms, sampling) = setting.callables(), map(library, ("combination", "terms", "sampling"))
-    guided = combination.MultiGuidance(
+    guided = library("multi_guidance").MultiGuidance(
         combination.Guidance(
             terms.Source(model["base"]),
             [
@@ -221,7 +221,10 @@ def test_a_term_may_be_made_orthogonal_to_one_that_comes_later(setting):
 def test_shaping_again_adds_to_what_was_done_before(setting):
     x = noisy(7)
     u, d, c = setting.directions(x)
-    project, low = library("orthogonal").Orthogonal("control", per="position"), library("frequency").LowPass(1.0)
+    project, low = (
+        library("orthogonal").Orthogonal("control", per="position"),
+        library("frequency").Bands(1.0, 1.0, 0.0),
+    )
     orthogonal, coarse = {"mode": "orthogonal"}, {"low_strength": 1.0, "high_strength": 0.0}
     for order, expected in (
         ((orthogonal, coarse), low(project(d, [c]), ())),

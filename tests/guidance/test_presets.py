@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 from indomain_guidance.guidance import presets
-from indomain_guidance.guidance.combination import Guidance, GuidanceError, MultiGuidance
-from indomain_guidance.guidance.schedules import Interval
+from indomain_guidance.guidance.combination import Guidance
+from indomain_guidance.guidance.multi_guidance import MultiGuidance
+from indomain_guidance.guidance.schedules import GuidanceError, Interval
 from indomain_guidance.guidance.terms import Source, Term
 
 U, M, C = ({"shift": torch.full((1, 1), value, dtype=torch.float64)} for value in (0.3, -1.1, 2.0))
@@ -53,6 +54,11 @@ def results(s: float, t: float) -> dict[str, tuple[Guidance, torch.Tensor]]:
 
 
 NAMES = tuple(results(1.0, 1.0))
+
+
+def test_every_preset_is_tested_here():
+    assert {name.partition(",")[0].partition(" ")[0] for name in NAMES} == set(presets.PRESETS)
+    assert all(preset.__doc__ and "arXiv" in preset.__doc__ for preset in presets.PRESETS.values())
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -13,7 +13,6 @@ from indomain_guidance.guidance.schedules import (
     Interval,
     Keyframes,
     as_weight,
-    sigma_to_percent,
     weight_from_json,
 )
 
@@ -196,33 +195,6 @@ def test_a_schedule_inside_an_interval():
     assert weight.at(straight(0.2), straight) == 0.0
     assert weight.at(straight(0.5), straight) == pytest.approx(5.0, abs=1e-6)
     assert weight.at(straight(0.7), straight) == 0.0
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_percent_of_a_sigma_is_its_timestep_counted_from_the_end(name):
-    schedule = SCHEDULES[name]
-    evaluations = 0
-
-    def counted(percent: float) -> float:
-        nonlocal evaluations
-        evaluations += 1
-        return schedule.percent_to_sigma(percent)
-
-    last = len(schedule) - 1
-    for timestep in (0, 1, 17, 250.5, 500, 773.25, 997.5, last):
-        percent = sigma_to_percent(schedule.sigma(timestep), counted)
-        assert percent == pytest.approx(1 - timestep / last, abs=2e-6)
-    assert evaluations < 8 * 40
-    assert sigma_to_percent(schedule.sigma_max * 3, schedule.percent_to_sigma) == 0.0
-    assert sigma_to_percent(0.0, schedule.percent_to_sigma) == 1.0
-
-
-def test_percent_of_a_flow_model():
-    for percent in (0.001, 0.1, 0.5, 0.9, 0.999):
-        found = sigma_to_percent(flow_percent_to_sigma(percent), flow_percent_to_sigma)
-        assert found == pytest.approx(percent, abs=1e-6)
-    assert sigma_to_percent(1.0, flow_percent_to_sigma) == 0.0
-    assert sigma_to_percent(0.0, flow_percent_to_sigma) == 1.0
 
 
 WEIGHTS = [

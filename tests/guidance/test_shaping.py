@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
-from indomain_guidance.guidance.combination import Guidance, MultiGuidance
-from indomain_guidance.guidance.frequency import Bands, HighPass, LowPass
+from indomain_guidance.guidance.combination import Guidance
+from indomain_guidance.guidance.frequency import Bands, Mean, blur
+from indomain_guidance.guidance.multi_guidance import MultiGuidance
+from indomain_guidance.guidance.options import options_of
 from indomain_guidance.guidance.orthogonal import Orthogonal
 from indomain_guidance.guidance.schedules import GuidanceError, Interval
 from indomain_guidance.guidance.shaping import InOrder, Shaping
+from indomain_guidance.guidance.shapings import SHAPINGS, make_shaping
 from indomain_guidance.guidance.terms import Source, Term
 
 SHAPE = (3, 4, 8, 8)
@@ -46,7 +49,7 @@ def three_models(
 
 def test_the_result_is_orthogonal_to_every_other_direction_and_the_rest_stays():
     d, a, b = draws(3)
-    shaped = Orthogonal(("a", "b"))(d, [a, b])
+    shaped = Orthogonal(("a", "b"), per="image")(d, [a, b])
     flat = [value.flatten(1) for value in (shaped, a, b, d - shaped)]
     for other in flat[1:3]:
         assert float((flat[0] * other).sum(1).abs().max()) < 1e-9
@@ -60,45 +63,45 @@ def test_the_result_is_orthogonal_to_every_other_direction_and_the_rest_stays():
 def test_one_direction_is_the_textbook_projection_and_share_scales_it():
     d, g = draws(2)
     along = (d * g).sum((1, 2, 3), keepdim=True) / (g * g).sum((1, 2, 3), keepdim=True) * g
-    torch.testing.assert_close(Orthogonal("control")(d, [g]), d - along)
-    torch.testing.assert_close(Orthogonal("control", share=0.25)(d, [g]), d - 0.25 * along)
-    assert torch.equal(Orthogonal("control", share=0.0)(d, [g]), d)
+    torch.testing.assert_close(Orthogonal("control", per="image")(d, [g]), d - along)
+    torch.testing.assert_close(Orthogonal("control", share=0.25, per="image")(d, [g]), d - 0.25 * along)
+    assert torch.equal(Orthogonal("control", share=0.0, per="image")(d, [g]), d)
 
 
 def test_per_position_the_channels_are_orthogonal_everywhere():
     d, g = draws(2)
     shaped = Orthogonal("control", per="position")(d, [g])
     assert float((shaped * g).sum(1).abs().max()) < 1e-12
-    assert not torch.allclose(shaped, Orthogonal("control")(d, [g]))
+    assert not torch.allclose(shaped, Orthogonal("control", per="image")(d, [g]))
 
 
 def test_only_opposing_leaves_images_that_agree():
     d, g = draws(2)
     sign = (d * g).sum((1, 2, 3), keepdim=True).sign()
     agreeing, opposing = g * sign, -g * sign
-    shaping = Orthogonal("control", only_opposing=True)
+    shaping = Orthogonal("control", only_opposing=True, per="image")
     assert torch.equal(shaping(d, [agreeing]), d)
-    torch.testing.assert_close(shaping(d, [opposing]), Orthogonal("control")(d, [opposing]))
+    torch.testing.assert_close(shaping(d, [opposing]), Orthogonal("control", per="image")(d, [opposing]))
 
 
 def test_only_opposing_asks_each_named_direction_whatever_their_order():
     """A direction that agrees stays out even where its remainder beside the opposing one points the other way."""
     d, opposing, agreeing = (torch.tensor(value, dtype=torch.float64)[None] for value in ([-2, 1], [1, 0], [-1, -1]))
-    both = Orthogonal(("a", "b"), only_opposing=True)
+    both = Orthogonal(("a", "b"), only_opposing=True, per="image")
     for others in ([opposing, agreeing], [agreeing, opposing]):
         torch.testing.assert_close(both(d, others), torch.tensor([[0.0, 1.0]], dtype=torch.float64))
     d, *others = draws(3)
     signs = [(d * other).sum((1, 2, 3), keepdim=True).sign() for other in others]
     against = [-other * sign for other, sign in zip(others, signs)]
-    torch.testing.assert_close(both(d, against), Orthogonal(("a", "b"))(d, against))
+    torch.testing.assert_close(both(d, against), Orthogonal(("a", "b"), per="image")(d, against))
     torch.testing.assert_close(both(d, against[::-1]), both(d, against))
 
 
 def test_a_direction_of_zero_or_given_twice_removes_nothing_more():
     d, g = draws(2)
-    assert torch.equal(Orthogonal("control")(d, [torch.zeros_like(g)]), d)
-    torch.testing.assert_close(Orthogonal(("a", "b"))(d, [g, 2 * g]), Orthogonal("a")(d, [g]))
-    assert Orthogonal("control")(d, []) is d
+    assert torch.equal(Orthogonal("control", per="image")(d, [torch.zeros_like(g)]), d)
+    torch.testing.assert_close(Orthogonal(("a", "b"), per="image")(d, [g, 2 * g]), Orthogonal("a", per="image")(d, [g]))
+    assert Orthogonal("control", per="image")(d, []) is d
 
 
 # ----------------------------------------------------------------------------------------------------------- frequency
@@ -107,32 +110,33 @@ def test_a_direction_of_zero_or_given_twice_removes_nothing_more():
 @pytest.mark.parametrize("width", [0.3, 1.0, 5.0, math.inf])
 def test_the_two_bands_add_up_and_a_constant_is_all_low(width):
     (d,) = draws(1)
-    torch.testing.assert_close(LowPass(width)(d, []) + HighPass(width)(d, []), d)
+    torch.testing.assert_close(Bands(width, 1.0, 0.0)(d, []), blur(d, width))
+    torch.testing.assert_close(blur(d, width) + Bands(width, 0.0, 1.0)(d, []), d)
     flat = torch.full(SHAPE, 3.0, dtype=torch.float64)
-    torch.testing.assert_close(LowPass(width)(flat, []), flat)
+    torch.testing.assert_close(Bands(width, 1.0, 0.0)(flat, []), flat)
 
 
 @pytest.mark.parametrize("width", [0.3, 1.0, math.inf])
 def test_both_bands_in_one_term_are_their_weighted_sum(width):
     (d,) = draws(1)
-    expected = 0.3 * LowPass(width)(d, []) + 1.2 * HighPass(width)(d, [])
+    expected = 0.3 * blur(d, width) + 1.2 * (d - blur(d, width))
     torch.testing.assert_close(Bands(width, 0.3, 1.2)(d, []), expected)
     torch.testing.assert_close(Bands(width, 1.0, 1.0)(d, []), d)
 
 
 def test_two_shapings_in_order_and_only_one_that_looks_at_others():
     d, c = draws(2)
-    both = InOrder(HighPass(1.0), Orthogonal("control", per="position"))
+    both = InOrder(Bands(1.0, 0.0, 1.0), Orthogonal("control", per="position"))
     assert both.others == ("control",)
-    torch.testing.assert_close(both(d, [c]), Orthogonal("control", per="position")(HighPass(1.0)(d, []), [c]))
+    torch.testing.assert_close(both(d, [c]), Orthogonal("control", per="position")(Bands(1.0, 0.0, 1.0)(d, []), [c]))
     with pytest.raises(GuidanceError, match="got a and then b"):
-        InOrder(Orthogonal("a"), Orthogonal("b"))
+        InOrder(Orthogonal("a", per="image"), Orthogonal("b", per="image"))
 
 
 def test_the_low_band_is_the_gaussian_of_its_width():
     impulse = torch.zeros(1, 1, 33, 33, dtype=torch.float64)
     impulse[..., 16, 16] = 1.0
-    low = LowPass(2.0)(impulse, [])[0, 0]
+    low = Bands(2.0, 1.0, 0.0)(impulse, [])[0, 0]
     axis = torch.arange(33).double() - 16
     assert float(low.sum()) == pytest.approx(1.0)
     assert float((low.sum(0) * axis.square()).sum()) == pytest.approx(4.0, rel=0.03)
@@ -142,18 +146,19 @@ def test_the_low_band_is_the_gaussian_of_its_width():
 
 def test_an_infinite_width_is_the_mean_of_each_channel():
     (d,) = draws(1)
-    torch.testing.assert_close(LowPass(math.inf)(d, []), d.mean((2, 3), keepdim=True).expand(SHAPE))
+    torch.testing.assert_close(blur(d, math.inf), d.mean((2, 3), keepdim=True).expand(SHAPE))
+    assert torch.equal(Mean(0.3, 1.2)(d, []), Bands(math.inf, 0.3, 1.2)(d, []))
 
 
 # ---------------------------------------------------------------------------------------------------------- in the sum
 
 
 def test_the_sum_with_an_orthogonal_domain_term_written_out():
-    guidance, (u, d, c) = three_models(shaping=Orthogonal("control"))
+    guidance, (u, d, c) = three_models(shaping=Orthogonal("control", per="image"))
     step = guidance.at(1.0)
     found = step.combine({Source(model): model.value for model in (u, d, c)})
     g = c.value - u.value
-    expected = u.value + 2.5 * Orthogonal("control")(d.value - u.value, [g]) + 2.0 * g
+    expected = u.value + 2.5 * Orthogonal("control", per="image")(d.value - u.value, [g]) + 2.0 * g
     torch.testing.assert_close(found, expected)
     assert step.samples == 3 and step.needed[0] == guidance.base
 
@@ -164,9 +169,9 @@ def test_bands_of_equal_weight_are_the_plain_term_at_the_price_of_one_model():
     split = Guidance(
         Source(u),
         [
-            Term("low", d, None, 1.5, shaping=LowPass(1.0)),
+            Term("low", d, None, 1.5, shaping=Bands(1.0, 1.0, 0.0)),
             Term("control", c, None, 2.0),
-            Term("high", d, None, 1.5, shaping=HighPass(1.0)),
+            Term("high", d, None, 1.5, shaping=Bands(1.0, 0.0, 1.0)),
         ],
     )
     plain = Guidance(Source(u), [Term("domain", d, None, 1.5), Term("control", c, None, 2.0)])
@@ -176,7 +181,7 @@ def test_bands_of_equal_weight_are_the_plain_term_at_the_price_of_one_model():
 
 
 def test_a_neutral_shaping_equals_the_linear_sum_also_as_one_cfg():
-    shaped, models = three_models(shaping=Orthogonal("control", share=0.0))
+    shaped, models = three_models(shaping=Orthogonal("control", share=0.0, per="image"))
     plain = Guidance(shaped.base, [Term(t.name, t.model, t.cond, t.weight) for t in shaped.terms])
     predictions = {Source(model): model.value for model in models}
     torch.testing.assert_close(shaped.at(1.0).combine(predictions), plain.at(1.0).combine(predictions))
@@ -187,7 +192,7 @@ def test_a_neutral_shaping_equals_the_linear_sum_also_as_one_cfg():
 
 @pytest.mark.parametrize("weights", [(2.5, 2.0), (1.5, -1.5)])
 def test_one_cfg_of_a_shaped_guidance_gives_the_same_sum(weights):
-    guidance, models = three_models(*weights, shaping=Orthogonal("control"))
+    guidance, models = three_models(*weights, shaping=Orthogonal("control", per="image"))
     predictions = {Source(model): model.value for model in models}
     step = guidance.at(1.0, keep_base=True)
     condition, base, scale = step.effective(predictions)
@@ -195,10 +200,10 @@ def test_one_cfg_of_a_shaped_guidance_gives_the_same_sum(weights):
 
 
 def test_a_shaped_term_that_is_off_costs_nothing_and_an_absent_control_leaves_the_direction_whole():
-    off, (u, d, c) = three_models(domain_weight=0.0, control_weight=1.0, shaping=Orthogonal("control"))
+    off, (u, d, c) = three_models(domain_weight=0.0, control_weight=1.0, shaping=Orthogonal("control", per="image"))
     assert off.at(1.0).needed == (Source(c),)
     alone, (u, d, c) = three_models(
-        domain_weight=1.0, control_weight=Interval(2.0, 5.0, 2.0, "sigma"), shaping=Orthogonal("control")
+        domain_weight=1.0, control_weight=Interval(2.0, 5.0, 2.0, "sigma"), shaping=Orthogonal("control", per="image")
     )
     assert alone.at(1.0).needed == (Source(u), Source(d)) and alone.at(3.0).samples == 3
     torch.testing.assert_close(alone.at(1.0).combine({Source(m): m.value for m in (u, d)}), d.value)
@@ -207,15 +212,44 @@ def test_a_shaped_term_that_is_off_costs_nothing_and_an_absent_control_leaves_th
 def test_a_denoiser_of_shaped_terms_keeps_half_precision_and_mixed_noise_levels_apart():
     values = [value.half() for value in draws(3)]
     u, d, c = (Counted(value) for value in values)
-    domain = Term("domain", d, None, Interval(1.0, 5.0, 2.0, "sigma"), shaping=LowPass(1.0))
+    domain = Term("domain", d, None, Interval(1.0, 5.0, 2.0, "sigma"), shaping=Bands(1.0, 1.0, 0.0))
     denoise = MultiGuidance(Guidance(Source(u), [domain, Term("control", c, None, 1.0)]))
     result = denoise(torch.zeros(SHAPE, dtype=torch.float16), torch.tensor([1.0, 3.0, 1.0]))
     assert result.dtype == torch.float16
     assert torch.equal(result[0], values[2][0])
     # Counted returns its first images whatever is asked, so the image at sigma 3 is compared with image 0.
-    expected = values[2][0].float() + LowPass(1.0)(values[1][:1].float() - values[0][:1].float(), [])[0]
+    expected = values[2][0].float() + Bands(1.0, 1.0, 0.0)(values[1][:1].float() - values[0][:1].float(), [])[0]
     torch.testing.assert_close(result[1].float(), expected, rtol=2e-3, atol=2e-3)
     assert denoise.samples_per_step == [pytest.approx((1 + 3 + 1) / 3)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the list
+
+
+def test_shapings_by_name():
+    assert make_shaping("frequencies", width=2.0, low_strength=0.0) == Bands(2.0, 0.0, 1.0)
+    assert make_shaping("mean", high_strength=0.5) == Mean(0.2, 0.5)
+    assert make_shaping("orthogonal", orthogonal_to=" control, style ,") == Orthogonal(("control", "style"))
+    assert make_shaping("orthogonal") == Orthogonal("control")
+    assert make_shaping("orthogonal", share=0.0) is None
+    assert make_shaping("mean", low_strength=1.0) is None and make_shaping("frequencies", low_strength=1.0) is None
+    with pytest.raises(GuidanceError, match="frequencies, mean, orthogonal, got 'low'"):
+        make_shaping("low")
+    with pytest.raises(GuidanceError, match="options of the shaping mean, got others: .*width"):
+        make_shaping("mean", width=1.0)
+    with pytest.raises(GuidanceError, match="'a' twice"):
+        make_shaping("orthogonal", orthogonal_to="a, b, a")
+
+
+@pytest.mark.parametrize("shaping", SHAPINGS.values(), ids=SHAPINGS)
+def test_a_listed_shaping_describes_itself_for_a_node(shaping):
+    assert shaping.summary and options_of(shaping)
+    for one in options_of(shaping):
+        about = one.metadata
+        assert not about["help"].endswith(".")
+        if isinstance(one.default, float):
+            assert about["min"] <= one.default <= about["max"] and about["step"] > 0
+        assert "choices" not in about or one.default in about["choices"]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -224,13 +258,13 @@ def test_a_denoiser_of_shaped_terms_keeps_half_precision_and_mixed_noise_levels_
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: Orthogonal(()),
-        lambda: Orthogonal("a", share=math.nan),
+        lambda: Orthogonal((), per="image"),
+        lambda: Orthogonal("a", share=math.nan, per="image"),
         lambda: Orthogonal("a", per="row"),
-        lambda: LowPass(0),
-        lambda: HighPass(-1.0),
-        lambda: LowPass(math.nan),
-        lambda: LowPass(True),
+        lambda: Bands(0, 1.0, 0.0),
+        lambda: Bands(-1.0, 0.0, 1.0),
+        lambda: Bands(math.nan, 1.0, 0.0),
+        lambda: Bands(True, 1.0, 0.0),
         lambda: Bands(0.0, 1.0, 1.0),
         lambda: Bands(1.0, math.nan, 1.0),
         lambda: Bands(1.0, 1.0, math.inf),
@@ -244,15 +278,15 @@ def test_values_that_cannot_work_are_refused(make):
 def test_a_shaping_by_an_unknown_term_or_by_itself_is_refused():
     for name in ("style", "domain"):
         with pytest.raises(GuidanceError, match="'domain' is shaped by"):
-            three_models(shaping=Orthogonal(name))
+            three_models(shaping=Orthogonal(name, per="image"))
     with pytest.raises(GuidanceError, match="Expected a Shaping"):
         Term("domain", None, None, 1.0, shaping="low")
 
 
 def test_missing_or_misfitting_predictions_are_named():
-    guidance, (u, d, c) = three_models(shaping=Orthogonal("control"))
+    guidance, (u, d, c) = three_models(shaping=Orthogonal("control", per="image"))
     step = guidance.at(1.0)
-    with pytest.raises(GuidanceError, match="one missing"):
+    with pytest.raises(GuidanceError, match="found none for Source"):
         step.combine({Source(u): u.value, Source(c): c.value})
     with pytest.raises(GuidanceError, match="one shape"):
         step.combine({Source(u): u.value, Source(c): c.value, Source(d): d.value[:, :, :4]})

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.schedules import Constant, GuidanceError, Interval
 from indomain_guidance.guidance.terms import Source, Term
 
@@ -43,6 +44,17 @@ def test_terms_compare_and_hash_whatever_they_hold():
     cond = {"context": torch.ones(2)}
     one, other = Term("control", [], cond, 1), Term("control", [], {"context": torch.ones(2)}, 1)
     assert one == one and one != other and len({one, other, one}) == 2
+
+
+def test_a_term_without_model_or_conditioning_takes_the_bases():
+    prior, domain, uncond, cond = object(), object(), {}, {"context": 1}
+    base = Source(prior, uncond)
+    whole = Term("control", prior, cond, 2.0)
+    guidance = Guidance(
+        base, [Term("domain", domain, None, 1.0), Term("control", None, cond, 2.0), Term("off", None, None, 0.0)]
+    )
+    assert [term.source for term in guidance.terms] == [Source(domain, uncond), Source(prior, cond), base]
+    assert whole.on(base) is whole and Term("control", None, cond, 2.0).source == Source(None, cond)
 
 
 def test_base_as_a_reference_is_the_default():

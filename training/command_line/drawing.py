@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance.combination import Guidance, MultiGuidance
+from ...guidance.combination import Guidance
 from ...guidance.diffusion import Denoiser
 from ...guidance.errors import Problem
 from ...guidance.files import DomainMetadata
+from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.null_text import load_unet
 from ...guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike

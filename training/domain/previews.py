@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ...guidance.combination import Guidance, MultiGuidance
+from ...guidance.combination import Guidance
 from ...guidance.diffusion import Denoiser
 from ...guidance.files.atomic import replacing
+from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.presets import cfg, domain_guidance, in_domain
 from ...guidance.sampling import sample, sigmas_uniform
 from ..engine.lettering import default_font, write

@@ -9,7 +9,8 @@ import torch
 from torch import Generator, Tensor
 
 from ...guidance import presets
-from ...guidance.combination import Guidance, MultiGuidance
+from ...guidance.combination import Guidance
+from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.sampling import sample, sigmas_uniform
 from . import render
 from .assets import MiniWorld

@@ -11,7 +11,8 @@ import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from ....guidance.combination import Guidance, GuidanceError
+from ....guidance.combination import Guidance
+from ....guidance.schedules import GuidanceError
 from ..models.domain_info import domain_info
 from .gaps import limited_to_area
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import Denoiser
-from indomain_guidance.guidance.distillation.critic import Ask, Critic
+from indomain_guidance.guidance.distillation.critic import Critic, Request
 from indomain_guidance.guidance.presets import in_domain
 from indomain_guidance.guidance.schedules import GuidanceError, Interval
 from indomain_guidance.guidance.terms import Source, Term
@@ -45,7 +45,10 @@ def test_opinions_of_plain_guidance_are_the_exact_scores(gaussian, schedule, mea
 def test_several_questions_share_one_call_and_are_evaluated_once(gaussian, schedule, mean):
     critic = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule, source=mean(3, 3, 3, 3))
     first, second, t = latents(2, 1), latents(2, 2), torch.tensor([100, 400])
-    asks = [Ask(first, t, frozenset({"e", "e_u", "e_c"})), Ask(second, t, frozenset({"e_source", "e_source_c"}))]
+    asks = [
+        Request(first, t, frozenset({"e", "e_u", "e_c"})),
+        Request(second, t, frozenset({"e_source", "e_source_c"})),
+    ]
     together = critic.predict_many(asks)
     assert gaussian.calls == [8]  # two conditionings for each of four latents
     for ask, answer in zip(asks, together):
@@ -108,7 +111,7 @@ def test_a_conditioning_per_latent_follows_its_rows(gaussian, schedule):
 def test_the_largest_batch_splits_calls(gaussian, schedule, mean):
     critic = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule, max_batch=4)
     whole = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule)
-    asks = [Ask(latents(2, seed), torch.tensor([50, 60])) for seed in range(3)]
+    asks = [Request(latents(2, seed), torch.tensor([50, 60])) for seed in range(3)]
     for split, joined in zip(critic.predict_many(asks), whole.predict_many(asks)):
         torch.testing.assert_close(split.e, joined.e)
     assert gaussian.calls == [4, 4, 4, 12]
@@ -178,7 +181,7 @@ def test_what_does_not_fit_is_refused(gaussian, schedule, mean):
             critic.predict(z_t, wrong.get("t", t), wrong.get("needs", ("e",)))
     with pytest.raises(GuidanceError, match="NoiseSchedule, got NoneType"):
         Critic.cfg(gaussian, mean(*U), mean(*C))
-    with pytest.raises(GuidanceError, match="dicts or None, got list"):
+    with pytest.raises(GuidanceError, match="dict or None, got list"):
         Critic.cfg(gaussian, [mean(*U)], mean(*C), schedule=schedule)
     shrinks = Critic.cfg(lambda x, sigma, mu: x[:, :1], mean(*U), mean(*C), schedule=schedule)
     with pytest.raises(GuidanceError, match="return the shape it was given"):

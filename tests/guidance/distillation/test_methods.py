@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from indomain_guidance.guidance.distillation.critic import Ask, Critic
+from indomain_guidance.guidance.distillation.context import Context
+from indomain_guidance.guidance.distillation.critic import Critic, Request
 from indomain_guidance.guidance.distillation.csd import CSD
 from indomain_guidance.guidance.distillation.ism import ISM
-from indomain_guidance.guidance.distillation.method import Context, Method, prompts_of
+from indomain_guidance.guidance.distillation.method import Method, prompts_of
 from indomain_guidance.guidance.distillation.methods import METHODS, make_method, methods_with
 from indomain_guidance.guidance.distillation.nfsd import NFSD
 from indomain_guidance.guidance.distillation.normalize import normalize
@@ -89,9 +90,9 @@ def test_nfsd_evaluates_the_unwanted_prompt_only_where_it_counts(case, threshold
 
 
 def test_an_opinion_that_was_not_asked_for_is_no_number(case):
-    ask = Ask(case.z, T, frozenset({"e_unwanted"}), unwanted_from=200)
+    ask = Request(case.z, T, frozenset({"e_unwanted"}), unwanted_from=200)
     (found,) = case.critic.predict_many([ask])
-    (whole,) = case.critic.predict_many([Ask(case.z, T, frozenset({"e_unwanted"}))])
+    (whole,) = case.critic.predict_many([Request(case.z, T, frozenset({"e_unwanted"}))])
     assert found.e_unwanted.isnan().all((1, 2, 3)).tolist() == [True, True, False, False]
     torch.testing.assert_close(found.e_unwanted[2:], whole.e_unwanted[2:])
 

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from indomain_guidance.guidance.distillation.context import Context
 from indomain_guidance.guidance.distillation.critic import Critic, Prediction
 from indomain_guidance.guidance.distillation.directional import Directional
-from indomain_guidance.guidance.distillation.method import Context
 from indomain_guidance.guidance.distillation.normalize import normalize
 from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
 from indomain_guidance.guidance.distillation.reconstruction import Reconstruction

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indomain_guidance.guidance.distillation.clamps import (
+from indomain_guidance.guidance.distillation.gradients import (
     clamp_image_gradient,
     clamp_latent_gradient,
     lead_back,

@@ -11,7 +11,7 @@ from typing import Any
 from ....guidance import presets
 from ....guidance.combination import Guidance
 from ....guidance.diffusion import Denoiser
-from ....guidance.frequency import HighPass, LowPass
+from ....guidance.frequency import Bands
 from ....guidance.orthogonal import Orthogonal
 from ....guidance.schedules import Weight, weight_from_json
 from ....guidance.terms import Source, Term
@@ -57,9 +57,8 @@ def orthogonal(
     prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditioning, cond: Conditioning
 ) -> Guidance:
     """Multi-guidance whose domain direction loses (a share of) its component along the control direction."""
-    shaping = Orthogonal(
-        "control", **{key: settings[key] for key in ("share", "only_opposing", "per") if key in settings}
-    )
+    options = {key: settings[key] for key in ("share", "only_opposing", "per") if key in settings}
+    shaping = Orthogonal("control", **options)
     return Guidance(
         Source(prior, uncond),
         [
@@ -78,8 +77,8 @@ def bands(prior: Denoiser, model: Denoiser, settings: Settings, uncond: Conditio
     return Guidance(
         Source(prior, uncond),
         [
-            Term("domain, low", model, uncond, _weight(settings["w_low"]), shaping=LowPass(width)),
-            Term("domain, high", model, uncond, _weight(settings["w_high"]), shaping=HighPass(width)),
+            Term("domain, low", model, uncond, _weight(settings["w_low"]), shaping=Bands(width, 1.0, 0.0)),
+            Term("domain, high", model, uncond, _weight(settings["w_high"]), shaping=Bands(width, 0.0, 1.0)),
             Term("control", prior, cond, _weight(settings["w_c"])),
         ],
     )

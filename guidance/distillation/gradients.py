@@ -1,4 +1,4 @@
-"""Limits on distillation gradients, with the share of values that met them."""
+"""From a gradient on latents to one on images: the way back through the encoder, and clamps on both sides of it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,24 @@ from torch import Tensor
 
 from ..schedules import GuidanceError
 
-__all__ = ["clamp_latent_gradient", "clamp_image_gradient", "lead_back", "quantile"]
+
+def inject(z: Tensor, gradient: Tensor, images: Tensor, *, retain_graph: bool = False) -> Tensor:
+    """The vector-Jacobian product: a gradient on z [B, C, h, w] becomes one on images [B, 3, H, W], in float32.
+
+    The customary (z - (z - gradient).detach())^2 loses gradients that are small against z in half precision; here
+    they enter the graph as they are. Where z is float16, whose smallest numbers they may fall below on their way
+    through the encoder, they are scaled up by a power of two first, and the scale is lowered where that overflows.
+    """
+    if z.dtype != torch.float16:
+        return torch.autograd.grad(z, images, gradient.to(z.dtype), retain_graph=retain_graph)[0].float()
+    largest = float(gradient.abs().max())
+    exponent = math.floor(math.log2(256 / largest)) if 0 < largest < math.inf else 0
+    while True:
+        scale = 2.0**exponent
+        result = torch.autograd.grad(z, images, (gradient * scale).to(z.dtype), retain_graph=True)[0].float() / scale
+        if bool(result.isfinite().all()) or largest * scale < 2.0**-8 or not math.isfinite(largest):
+            return result
+        exponent -= 4
 
 
 def clamp_latent_gradient(gradient: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
@@ -25,7 +42,7 @@ def clamp_latent_gradient(gradient: Tensor, limit: float | None) -> tuple[Tensor
 
 
 def quantile(values: Tensor, q: float) -> Tensor:
-    """The q-quantile of each row of values [B, N], linear between order statistics, for rows of any length."""
+    """The q-quantile of each row of values [B, N], between order statistics; torch.quantile takes few values only."""
     count = values.shape[1]
     position = q * (count - 1)
     low = math.floor(position)
@@ -56,10 +73,10 @@ def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Ten
 
 
 def lead_back(gradient: Tensor, images: Tensor, bound: float = 1.0, share: float = 1.0) -> Tensor:
-    """The gradient on images that are shown clamped to +-bound: of what leads back a share, of what leads out nothing.
+    """The gradient on images that are shown clamped to +-bound: beyond it, only a share of what leads back is kept.
 
-    gradient: that on the clamped images; inside the bound it stays. share: 1 is the projected gradient, 0 that of a
-    clamp.
+    gradient: that on the clamped images; inside the bound it stays, and what leads further out becomes 0. share: 1 is
+    the projected gradient, 0 that of a clamp.
     """
     beyond = images.abs() > bound
     outward = images.sign() * gradient < 0  # descent goes against it
