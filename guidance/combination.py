@@ -23,8 +23,6 @@ from .schedules import Constant, GuidanceError, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
 
-__all__ = ["Guidance", "ShapedDirection", "Step", "combine"]
-
 # A coefficient this small against the weights it was summed from is their decimal rounding (1 - 0.3 - 0.7 is 5.6e-17),
 # and its share is below the resolution of float32.
 _NEGLIGIBLE = 1e-9

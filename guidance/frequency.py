@@ -14,8 +14,6 @@ from .options import option
 from .schedules import GuidanceError
 from .shaping import Shaping
 
-__all__ = ["Bands", "Mean", "blur"]
-
 
 def blur(values: Tensor, width: float) -> Tensor:
     """A Gaussian of standard deviation `width` pixels over the last two dimensions [..., H, W], edges repeated.

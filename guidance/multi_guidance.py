@@ -14,8 +14,6 @@ from .combination import Guidance, Step
 from .schedules import GuidanceError, PercentToSigma
 from .terms import Source
 
-__all__ = ["MultiGuidance"]
-
 
 @dataclass(frozen=True, eq=False)
 class _Wanted(Piece):

@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["option", "options_of"]
-
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that users can set: a bool, int, float or str with its help text.

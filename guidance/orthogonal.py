@@ -15,9 +15,6 @@ from .options import option
 from .schedules import GuidanceError
 from .shaping import Shaping
 
-__all__ = ["Orthogonal"]
-
-
 PER = ("image", "position")
 
 

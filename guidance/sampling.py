@@ -15,8 +15,6 @@ from torch import Tensor
 
 from .schedules import GuidanceError
 
-__all__ = ["METHODS", "sample", "sigmas_karras", "sigmas_sgm_uniform", "sigmas_uniform"]
-
 METHODS = ("euler", "ddim", "dpmpp_2m")
 
 Denoise = Callable[..., Tensor]

@@ -15,18 +15,6 @@ from typing import Any
 
 from .positions import UNITS, GuidanceError, PercentToSigma, needed, reached, sigma_to_percent
 
-__all__ = [
-    "Constant",
-    "GuidanceError",
-    "Interval",
-    "Keyframes",
-    "PercentToSigma",
-    "Weight",
-    "WeightLike",
-    "as_weight",
-    "weight_from_json",
-]
-
 RAMPS = ("linear", "cosine", "step")
 
 

@@ -16,8 +16,6 @@ from .schedules import GuidanceError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["InOrder", "Shaping"]
-
 
 class Shaping(ABC):
     """A map of a term's direction D_i - R_i, given the directions of other terms of the same guidance.

@@ -9,8 +9,6 @@ from .orthogonal import Orthogonal
 from .schedules import GuidanceError
 from .shaping import Shaping
 
-__all__ = ["SHAPINGS", "make_shaping"]
-
 SHAPINGS: dict[str, type[Shaping]] = {shaping.name: shaping for shaping in (Bands, Mean, Orthogonal)}
 """Name -> class: frequencies, mean, orthogonal. The node Shape Guidance Term has a mode and widgets for each."""
 

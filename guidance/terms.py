@@ -13,8 +13,6 @@ from typing import Any
 from .schedules import GuidanceError, Weight, WeightLike, as_weight
 from .shaping import Shaping
 
-__all__ = ["BASE", "Source", "Term"]
-
 BASE = "base"
 """The name by which a term may refer to the base; no term may carry it."""
 

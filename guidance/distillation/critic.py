@@ -22,8 +22,6 @@ from ..presets import cfg
 from ..schedules import GuidanceError, PercentToSigma
 from ..terms import Source
 
-__all__ = ["PREDICTIONS", "PROMPTS", "PROMPT_OF", "Critic", "Prediction", "Request"]
-
 PREDICTIONS = ("e", "e_u", "e_c", "e_unwanted", "e_source", "e_source_c")
 """What a critic can be asked for: the fields of a `Prediction`."""
 

@@ -11,8 +11,6 @@ from ..schedules import GuidanceError
 from .context import Context
 from .method import Method
 
-__all__ = ["CSD"]
-
 
 @dataclass
 class CSD(Method):

@@ -9,8 +9,6 @@ from torch import Tensor
 from .context import Context
 from .method import Method
 
-__all__ = ["DDS"]
-
 
 @dataclass
 class DDS(Method):

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["ImageEncoder"]
-
 
 @dataclass(frozen=True)
 class ImageEncoder:

@@ -12,8 +12,6 @@ from .context import Context
 from .critic import Critic
 from .method import Method
 
-__all__ = ["ISM"]
-
 
 @dataclass
 class ISM(Method):

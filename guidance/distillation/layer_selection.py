@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from ..schedules import GuidanceError
 from .objective import Encode, Objective
 
-__all__ = ["rank_layers", "select_layers"]
-
 
 class Stylized(Protocol):
     """The part of `networks.stylegan2.Generator` that the selection uses."""
@@ -35,11 +33,10 @@ def rank_layers(
     image_gradient: Callable[[Tensor], Tensor],
     learning_rate: float = 0.01,
 ) -> Tensor:
-    """Scores [num_ws] of layer selection (StyleGAN-NADA, arXiv 2108.00946, with the critic of arXiv 2212.04473): mean
-    |delta w| of each layer's style after one SGD step on W+.
+    """Scores [num_ws] of StyleGAN-NADA's layer selection (arXiv 2108.00946): mean |delta w| of each layer's style.
 
-    synthesize: ws [B, num_ws, w] -> images. image_gradient: images -> the gradient on them. learning_rate: 0.01 as
-    released; it scales all scores alike.
+    After one SGD step on W+, with the critic of StyleGAN-Fusion (arXiv 2212.04473). synthesize: ws [B, num_ws, w] ->
+    images. image_gradient: images -> the gradient on them. learning_rate: 0.01 as released; it scales all scores alike.
     """
     leaf = ws.detach().clone().requires_grad_()
     with torch.enable_grad():
@@ -79,7 +76,7 @@ def select_layers(
             name
             for name in generator.style_layers
             if not name.rpartition(".")[2].startswith("torgb")
-            and any(one.requires_grad for one in generator.synthesis.get_submodule(name).parameters())
+            and any(weights.requires_grad for weights in generator.synthesis.get_submodule(name).parameters())
         ]
     allowed = [name for name in generator.style_layers if name in among]
     if not allowed:

@@ -1,11 +1,11 @@
-"""A low-rank addition that is worn and taken off: the second critic of variational score distillation."""
+"""A low-rank addition that can be attached and removed: the second critic of variational score distillation."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -13,27 +13,18 @@ from torch import Tensor, nn
 
 from ..schedules import GuidanceError
 
-__all__ = ["ATTENTION_PROJECTION", "LowRankAddition"]
-
 ATTENTION_PROJECTION = r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 
 
 class LowRankAddition:
-    """W + (alpha / r) B A (arXiv 2106.09685, section 4.1) on some linear layers of a network, only while `attached`.
+    """W + B A (arXiv 2106.09685, section 4.1, with alpha = r) on some linear layers of a network, while `attached`.
 
     The network itself is never changed: hooks add B A x to its layers' outputs. layers: a regular expression that a
     layer's whole name must match. A is uniform within 1 / sqrt(in) from `seed`, B zero, both float32 whatever the
     network's precision. Raises GuidanceError for a rank below 1 and where no linear layer matches.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        rank: int = 4,
-        alpha: float | None = None,
-        layers: str = ATTENTION_PROJECTION,
-        seed: int = 0,
-    ) -> None:
+    def __init__(self, network: nn.Module, rank: int = 4, layers: str = ATTENTION_PROJECTION, seed: int = 0) -> None:
         if rank < 1:
             raise GuidanceError(f"Expected a low-rank critic of rank 1 or more, got {rank}.")
         wanted = re.compile(layers)
@@ -44,16 +35,14 @@ class LowRankAddition:
         }
         if not self._layers:
             raise GuidanceError("Expected linear layers for the low-rank critic, found none in the network by name.")
-        self.scale = (rank if alpha is None else alpha) / rank
         generator = torch.Generator().manual_seed(seed)
         self.down: dict[str, Tensor] = {}
         self.up: dict[str, Tensor] = {}
-        for name, module in self._layers.items():
-            bound = 1 / math.sqrt(module.in_features)
-            down = torch.rand(rank, module.in_features, generator=generator) * (2 * bound) - bound
-            device = module.weight.device
+        for name, layer in self._layers.items():
+            bound, device = 1 / math.sqrt(layer.in_features), layer.weight.device
+            down = torch.rand(rank, layer.in_features, generator=generator) * (2 * bound) - bound
             self.down[name] = down.to(device).requires_grad_()
-            self.up[name] = torch.zeros(module.out_features, rank, device=device).requires_grad_()
+            self.up[name] = torch.zeros(layer.out_features, rank, device=device).requires_grad_()
 
     def tensors(self) -> dict[str, Tensor]:
         """All trainable tensors by name."""
@@ -65,19 +54,14 @@ class LowRankAddition:
     @contextmanager
     def attached(self) -> Iterator[None]:
         """The network with the addition, inside this block."""
-        handles = []
-        try:
-            for name, module in self._layers.items():
-                handles.append(module.register_forward_hook(self._hook(name)))
+        with ExitStack() as hooks:
+            for name, layer in self._layers.items():
+                hooks.callback(layer.register_forward_hook(self._hook(name)).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _hook(self, name: str):
         def add(module: nn.Module, inputs: tuple, output: Tensor) -> Tensor:
             down, up = (tensor.to(output.device) for tensor in (self.down[name], self.up[name]))
-            added = F.linear(F.linear(inputs[0].to(down.dtype), down), up)
-            return output + (added * self.scale).to(output.dtype)
+            return output + F.linear(F.linear(inputs[0].to(down.dtype), down), up).to(output.dtype)
 
         return add

@@ -15,8 +15,6 @@ from .nfsd import NFSD
 from .sds import SDS
 from .vsd import VSD
 
-__all__ = ["METHODS", "make_method", "methods_with"]
-
 METHODS: dict[str, type[Method]] = {method.name: method for method in (SDS, CSD, NFSD, DDS, SDSBridge, ISM, VSD)}
 """Name -> class: sds, csd, nfsd, dds, bridge, ism, vsd. Settings, command line and nodes read this list."""
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["normalize"]
-
 
 def normalize(e: Tensor) -> Tensor:
     """n(e) = e sqrt(CHW) / ||e||_2 of StyleGAN-Fusion (arXiv 2212.04473), for each sample of e [B, C, h, w].

@@ -20,8 +20,6 @@ from .perceptual import Perceptual
 from .timesteps import Timesteps
 from .weighting import WEIGHTINGS, Weighting, weigh
 
-__all__ = ["MODES", "WAY_BACK", "Draws", "NotFinite", "Objective", "Report"]
-
 MODES = ("shared", "sgf")
 # Enough for Adam, whose steps have one size, where no other gradient acts; too little to matter where one does.
 WAY_BACK = 0.01

@@ -11,11 +11,7 @@ from torch import Tensor
 
 from ..schedules import GuidanceError
 
-__all__ = ["FeatureDistance", "Perceptual", "lpips_distance"]
-
 Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
-
-_SCALE = 2000.0  # of the released StyleGAN-Fusion: brings LPIPS to the size of its latent gradients
 
 
 @dataclass
@@ -24,12 +20,13 @@ class Perceptual:
 
     distance: `distance(images, frozen) -> [B]` on images [B, 3, H, W] as they are judged, both resized and clamped to
     -1..1: a `FeatureDistance` of any network, or `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off.
-    scale: the published 2000. Raises GuidanceError for a scale that is not finite.
+    scale: the published 2000, which brings LPIPS to the size of the latent gradients. Raises GuidanceError for a scale
+    that is not finite.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
-    scale: float = _SCALE
+    scale: float = 2000.0
 
     name = "perceptual"
 
@@ -47,41 +44,31 @@ class FeatureDistance:
 
     features: `features(images [B, 3, H, W]) -> map or maps [B, C, h, w]` (or vectors [B, C]). Each position's channels
     are brought to unit length; squared differences are summed over channels, averaged over positions and summed over
-    maps. Gives [B]. channel_weights: one non-negative [C] per map, LPIPS' learned ones, in place of even ones. Raises
-    GuidanceError for features that are no such maps, and for channel weights of another number.
+    maps. Gives [B]. Raises GuidanceError for features that are no such maps.
     """
 
-    def __init__(self, features: Features, channel_weights: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, features: Features) -> None:
         self.features = features
-        self.channel_weights = channel_weights
 
     def __call__(self, images: Tensor, frozen: Tensor) -> Tensor:
         with torch.no_grad():
             references = self._maps(frozen)
-        weights = self.channel_weights
-        if weights is not None and [one.numel() for one in weights] != [one.shape[1] for one in references]:
-            raise GuidanceError(
-                f"Expected channel weights for maps of {[one.shape[1] for one in references]} channels, got "
-                f"{[one.numel() for one in weights]}."
-            )
         total = images.new_zeros(len(images), dtype=torch.float32)
-        for index, (own, reference) in enumerate(zip(self._maps(images), references)):
-            difference = (_unit(own) - _unit(reference)).square()
-            if weights is not None:
-                difference = difference * weights[index].to(difference).reshape(1, -1, *[1] * (difference.ndim - 2))
-            total = total + difference.sum(1).flatten(1).mean(1) if difference.ndim > 2 else total + difference.sum(1)
+        for own, reference in zip(self._maps(images), references):
+            difference = (_unit(own) - _unit(reference)).square().sum(1)  # [B, h, w], or [B] of vectors
+            total = total + (difference.flatten(1).mean(1) if difference.ndim > 1 else difference)
         return total
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         found = self.features(images)
         maps = [found] if isinstance(found, Tensor) else list(found)
-        for one in maps:
-            if not isinstance(one, Tensor) or one.ndim < 2 or len(one) != len(images):
-                found = list(one.shape) if isinstance(one, Tensor) else type(one).__name__
+        for features in maps:
+            if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
+                shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
                 raise GuidanceError(
-                    f"Expected a feature network to give maps [B, C, ...] of {len(images)} images, got {found}."
+                    f"Expected a feature network to give maps [B, C, ...] of {len(images)} images, got {shape}."
                 )
-        return [one.float() for one in maps]
+        return [features.float() for features in maps]
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -95,7 +82,7 @@ def lpips_distance(net: str = "vgg", device: str | torch.device = "cpu") -> Call
     net: "vgg" as in StyleGAN-Fusion, "alex" or "squeeze". Raises GuidanceError where the package is missing.
     """
     try:
-        import lpips
+        import lpips  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise GuidanceError(
             "Expected the optional package lpips for the LPIPS distance, found none; install it with "

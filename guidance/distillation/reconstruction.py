@@ -10,8 +10,6 @@ from .context import Context
 from .method import Regularizer
 from .normalize import normalize
 
-__all__ = ["Reconstruction"]
-
 
 @dataclass
 class Reconstruction(Regularizer):

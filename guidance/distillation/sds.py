@@ -11,8 +11,6 @@ from .context import Context
 from .method import Method
 from .normalize import normalize
 
-__all__ = ["SDS"]
-
 
 @dataclass
 class SDS(Method):

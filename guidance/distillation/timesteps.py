@@ -9,8 +9,6 @@ from torch import Tensor
 
 from ..schedules import GuidanceError
 
-__all__ = ["T_SCHEDULES", "Timesteps"]
-
 T_SCHEDULES = ("uniform", "annealed", "falling")
 
 
@@ -30,13 +28,9 @@ class Timesteps:
     schedule: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name in ("t_min", "t_max"):
-            value = getattr(self, name)
-            try:
-                whole = not isinstance(value, bool) and int(value) == value
-            except (TypeError, ValueError, OverflowError):  # None, NaN, infinity
-                whole = False
-            if not whole:
+        for name, value in (("t_min", self.t_min), ("t_max", self.t_max)):
+            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not is_number or value % 1 != 0:  # which NaN and infinity are not either
                 raise GuidanceError(f"Expected {name} to be a whole timestep, got {value!r}.")
             object.__setattr__(self, name, int(value))
         if not 0 <= self.t_min <= self.t_max:

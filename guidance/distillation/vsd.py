@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,10 +14,10 @@ from ..schedules import GuidanceError
 from ..terms import Source
 from .context import Context
 from .critic import Critic
-from .low_rank import ATTENTION_PROJECTION, LowRankAddition
+from .low_rank import LowRankAddition
 from .method import Method
 
-__all__ = ["VSD"]
+_ADAMS = ("step", "exp_avg", "exp_avg_sq")  # what torch's Adam keeps for each tensor
 
 
 @dataclass(eq=False)
@@ -28,19 +28,14 @@ class VSD(Method):
     on the generator's images: min_phi |e_phi(z_t) - noise|^2 (algorithm 1). Where it is perfect, the gradient is the
     difference of two scores and vanishes when the generator's distribution is the guidance's. Nominal scales (7.5).
 
-    source: the (model, conditioning) of e_phi. network: its torch module, `model.unet` of a `Denoiser` unless given.
-    rank, alpha, layers: see `LowRankAddition`. learning_rate: Adam's, 1e-4 as published. inner_steps: updates of phi
-    per step of the generator, 1 as published. seed: of the first addition. Before the first update e_phi is
-    the source's own prediction. Raises GuidanceError for a model without such a module, and for values out of range.
+    source: the (model, conditioning) of e_phi, a model whose `unet` is a torch module. rank: see `LowRankAddition`.
+    learning_rate: Adam's, 1e-4 as published. seed: of the first addition. Before the first update e_phi is the source's
+    own prediction. Raises GuidanceError for a model without such a module, and for values out of range.
     """
 
     source: Source
-    network: nn.Module | None = field(default=None, repr=False)
     rank: int = option(4, "rank of the second critic's additions", min=1, max=256)
-    alpha: float | None = None
-    layers: str = ATTENTION_PROJECTION
     learning_rate: float = option(1e-4, "learning rate of the second critic", min=1e-12, max=1.0)
-    inner_steps: int = 1
     seed: int = 0
 
     name = "vsd"
@@ -48,15 +43,12 @@ class VSD(Method):
     learns = True
 
     def __post_init__(self) -> None:
-        network = self.network if self.network is not None else getattr(self.source.model, "unet", None)
+        network = getattr(self.source.model, "unet", None)
         if not isinstance(network, nn.Module):
             raise GuidanceError("Expected VSD to be given the network of its critic, a torch module, got none.")
-        if self.inner_steps < 1 or not self.learning_rate > 0:
-            raise GuidanceError(
-                f"Expected VSD's inner_steps of at least 1 and a learning rate above 0, got {self.inner_steps} and "
-                f"{self.learning_rate}."
-            )
-        self.addition = LowRankAddition(network, self.rank, self.alpha, self.layers, self.seed)
+        if not self.learning_rate > 0:
+            raise GuidanceError(f"Expected VSD's learning rate to be above 0, got {self.learning_rate}.")
+        self.addition = LowRankAddition(network, self.rank, seed=self.seed)
         self._tensors = self.addition.tensors()
         self._optimizer = torch.optim.Adam(list(self._tensors.values()), lr=self.learning_rate)
 
@@ -72,20 +64,18 @@ class VSD(Method):
         return context.prediction.e - own
 
     def step(self, context: Context) -> dict[str, float]:
-        """Train phi on the generator's latents at fresh timesteps, over all the schedule, and fresh noise."""
+        """Train phi once on the generator's latents, at fresh timesteps over all the schedule and fresh noise."""
         critic, z, generator = context.critic, context.z, context.generator
         device = generator.device if generator is not None else z.device
-        loss = z.new_zeros(())
-        for _ in range(self.inner_steps):
-            t = torch.randint(0, len(critic.schedule), (len(z),), generator=generator, device=device).to(z.device)
-            noise = torch.randn(z.shape, generator=generator, device=device).to(z)
-            z_t = critic.noisy(z, noise, t)
-            with torch.enable_grad(), self.addition.attached():
-                # Summed, not averaged, on the way back through the network: a half-precision one would lose it.
-                loss = (critic.noise_prediction(self.source, z_t, t) - noise).square().sum()
-                gradients = torch.autograd.grad(loss, list(self._tensors.values()), allow_unused=True)
-            if not all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
-                continue  # an overflow in half precision costs this update, not the run
+        t = torch.randint(0, len(critic.schedule), (len(z),), generator=generator, device=device).to(z.device)
+        noise = torch.randn(z.shape, generator=generator, device=device).to(z)
+        z_t = critic.noisy(z, noise, t)
+        with torch.enable_grad(), self.addition.attached():
+            # Summed, not averaged, on the way back through the network: a half-precision one would lose it.
+            loss = (critic.noise_prediction(self.source, z_t, t) - noise).square().sum()
+            gradients = torch.autograd.grad(loss, list(self._tensors.values()), allow_unused=True)
+        # An overflow in half precision costs this update, not the run.
+        if all(gradient is None or bool(gradient.isfinite().all()) for gradient in gradients):
             for tensor, gradient in zip(self._tensors.values(), gradients):
                 tensor.grad = None if gradient is None else gradient / z.numel()
             self._optimizer.step()
@@ -108,14 +98,10 @@ class VSD(Method):
         for name, tensor in self._tensors.items():
             if name not in state or state[name].shape != tensor.shape:
                 raise GuidanceError(f"Expected the state of a low-rank critic with {name} {list(tensor.shape)}.")
-        with torch.no_grad():
-            for name, tensor in self._tensors.items():
-                tensor.copy_(state[name])
-                keys = ("step", "exp_avg", "exp_avg_sq")
-                if all(f"{name}.{key}" in state for key in keys):
-                    self._optimizer.state[tensor] = {
-                        key: state[f"{name}.{key}"].clone().to("cpu" if key == "step" else tensor.device)
-                        for key in keys
-                    }
-                else:
-                    self._optimizer.state.pop(tensor, None)
+        self._optimizer.state.clear()
+        for name, tensor in self._tensors.items():
+            tensor.data.copy_(state[name])
+            if all(f"{name}.{key}" in state for key in _ADAMS):
+                self._optimizer.state[tensor] = {
+                    key: state[f"{name}.{key}"].clone().to("cpu" if key == "step" else tensor.device) for key in _ADAMS
+                }

@@ -8,8 +8,6 @@ from torch import Tensor
 
 from ..schedules import GuidanceError
 
-__all__ = ["WEIGHTINGS", "Weighting", "weigh"]
-
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "1-abar": lambda abar: 1 - abar,
     "uniform": lambda abar: abar * 0 + 1,

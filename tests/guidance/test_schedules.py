@@ -22,14 +22,6 @@ SCHEDULES = {
 }
 
 
-def flow_percent_to_sigma(percent: float) -> float:
-    """A rectified-flow model with shift 3: sigmas between 0 and 1."""
-    if percent <= 0.0:
-        return 1.0
-    t = max(0.0, 1.0 - percent)
-    return 3.0 * t / (1.0 + 2.0 * t)
-
-
 def straight(percent: float) -> float:
     """Ten sigmas of noise, falling by one each tenth of the sampling."""
     return 10.0 * (1.0 - percent)

@@ -17,14 +17,8 @@ from torch import Tensor, nn
 from ...guidance.diffusion import Denoiser
 from ...guidance.errors import Problem
 from ...guidance.networks.unet import UNet, UNetConfig
-from ...guidance.null_text import (
-    AttentionStatistics,
-    Probes,
-    build_cached,
-    collect_probes,
-    fold_constants,
-    measure_cross_attention,
-)
+from ...guidance.null_text import build_cached, fold_constants
+from ...guidance.probes import AttentionStatistics, Probes, collect_probes, measure_cross_attention
 from ..prior.prior import ImageSize, Prior
 from ..prior.text_encoders import Text
 from .config import FORMS, TRAINS

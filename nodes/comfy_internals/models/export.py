@@ -18,15 +18,8 @@ from ....guidance.diffusion import Denoiser, NoiseSchedule
 from ....guidance.errors import Problem
 from ....guidance.files import DTYPES, DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
 from ....guidance.networks.unet import UNetConfig
-from ....guidance.null_text import (
-    POOLED_TEXT_ADM,
-    NullContext,
-    Probes,
-    build_cached,
-    build_constant,
-    collect_probes,
-    unconditional_error,
-)
+from ....guidance.null_text import POOLED_TEXT_ADM, NullContext, build_cached, build_constant
+from ....guidance.probes import Probes, collect_probes, unconditional_error
 from ..progress import ProgressBar
 from .domain_info import domain_info
 from .folders import DOMAIN_UNETS

@@ -87,7 +87,8 @@ class DomainFiles(ModelFiles):
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.guidance.files import DomainMetadata, write_domain_file
         from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
-        from indomain_guidance.guidance.null_text import NullContext, Probes, build_cached, build_constant
+        from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant
+        from indomain_guidance.guidance.probes import Probes
 
         super().__init__(folder)
         config = UNetConfig(

@@ -48,7 +48,9 @@ def library(comfyui):
     generator = torch.Generator().manual_seed(1)
     context = null_text.NullContext(torch.randn(1, 7, 96, generator=generator))
     weights = prior.state_dict()
-    probes = null_text.Probes(torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([900.0, 500.0, 100.0, 10.0]))
+    probes = module("guidance.probes").Probes(
+        torch.randn(4, 4, 8, 8, generator=generator), torch.tensor([900.0, 500.0, 100.0, 10.0])
+    )
     constant = null_text.build_constant(weights, config, context, probes)[:2]
     return SimpleNamespace(
         config=config,
@@ -568,7 +570,7 @@ def test_sdxl_freezes_the_pooled_text_and_keeps_the_size_live(comfyui, library, 
     if form == "cached":
         weights, text_free = null_text.build_cached(prior.state_dict(), config, context)
     else:
-        probes = null_text.Probes(torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 2816))
+        probes = module("guidance.probes").Probes(torch.randn(1, 4, 8, 8), torch.tensor([500.0]), torch.randn(1, 2816))
         weights, text_free, _ = null_text.build_constant(prior.state_dict(), config, context, probes)
     model_base = comfyui.comfy.model_base
 

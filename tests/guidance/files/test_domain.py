@@ -19,7 +19,8 @@ from indomain_guidance.guidance.files import (
     write_safetensors,
 )
 from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
-from indomain_guidance.guidance.null_text import NullContext, Probes, build_cached, build_constant
+from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant
+from indomain_guidance.guidance.probes import Probes
 
 SMALL = UNetConfig(
     model_channels=32,
