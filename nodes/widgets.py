@@ -43,7 +43,7 @@ def option_input(field: dataclasses.Field, prefix: str = ""):
         return io.Boolean.Input(field.name, **values)
     if isinstance(field.default, float):
         limits = {name: about[name] for name in ("min", "max", "step")}
-        return io.Float.Input(field.name, round=about["step"] / 10, **limits, **values)
+        return io.Float.Input(field.name, round=0.001, **limits, **values)
     return io.String.Input(field.name, **values)
 
 
