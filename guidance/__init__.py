@@ -67,7 +67,7 @@ _MODULE_OF_NAME = {
     for name in names
 }
 
-__all__ = sorted(_MODULE_OF_NAME)
+__all__ = sorted(_MODULE_OF_NAME)  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,8 +1,8 @@
-"""Several conditionings of one model in one call: which of them fit together, and the call itself."""
+"""Several conditionings of one model in one call: which of them fit together, and the calls themselves."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,17 +10,19 @@ import torch
 from torch import Tensor
 
 from .schedules import GuidanceError
+from .terms import Source
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """What one call `model(x, sigma, **arguments) -> x0` would take: x [B, ...], sigma a number or [B], arguments.
+    """One source on x [B, ...] at sigma, a number or [B]: the call `source.model(x, sigma, **arguments) -> x0`.
 
     Tensors whose first dimension is B belong to single latents and are joined along it, where their shapes agree.
     Everything else must be equal to share a call; lists and dicts never share one, since their entries may belong to
     single latents.
     """
 
+    source: Source
     x: Tensor
     sigma: Tensor | float
     arguments: Mapping[str, Any]
@@ -38,6 +40,27 @@ class Piece:
 OfPiece = TypeVar("OfPiece", bound=Piece)
 
 
+def evaluate(pieces: Sequence[OfPiece], max_batch: int | None = None) -> Iterator[list[tuple[OfPiece, Tensor]]]:
+    """Every piece with its x0: one list for each call, in as few calls of each model as possible.
+
+    max_batch: the most latents in one call. A model with a method `denoise_many(calls) -> list of x0`, calls being (x,
+    sigma, arguments) triples, gets all its pieces at once. Raises GuidanceError for another shape than x's.
+    """
+    by_model: dict[int, list[OfPiece]] = {}
+    for piece in pieces:
+        by_model.setdefault(id(piece.source.model), []).append(piece)
+    for own in by_model.values():
+        many = getattr(own[0].source.model, "denoise_many", None)
+        for call in [own] if many else in_few_calls(own, max_batch):
+            if many:
+                outputs = list(many([(piece.x, piece.sigma, piece.arguments) for piece in call]))
+                for piece, output in zip(call, outputs):
+                    _check_shape(output, piece.x)
+            else:
+                outputs = _joined_call(call)
+            yield list(zip(call, outputs))
+
+
 def in_few_calls(pieces: Sequence[OfPiece], max_batch: int | None = None) -> list[list[OfPiece]]:
     """One model's pieces sorted into as few calls as their arguments and `max_batch` allow; none is ever split."""
     calls: list[list[OfPiece]] = []
@@ -52,30 +75,6 @@ def in_few_calls(pieces: Sequence[OfPiece], max_batch: int | None = None) -> lis
     return calls
 
 
-def call_together(model: Any, pieces: Sequence[Piece]) -> list[Tensor]:
-    """x0 of each of the pieces, which must fit, from one call. Raises GuidanceError for another shape than x's."""
-    first = pieces[0]
-    if len(pieces) == 1:
-        x, sigma, arguments = first.x, first.sigma, first.arguments
-    else:
-        x = torch.cat([piece.x for piece in pieces])
-        sigma = _joined([piece.sigma for piece in pieces], len(first.x))
-        arguments = {key: _joined([piece.arguments[key] for piece in pieces], len(first.x)) for key in first.arguments}
-    joined = model(x, sigma, **arguments)
-    check_shape(joined, x)
-    return list(joined.split([len(piece.x) for piece in pieces]))
-
-
-def check_shape(made: Any, x: Tensor) -> None:
-    """Raise GuidanceError for what is no denoised x."""
-    if not isinstance(made, Tensor):
-        raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(made).__name__}.")
-    if made.shape != x.shape:
-        raise GuidanceError(
-            f"Expected a model to return the shape it was given, {list(x.shape)}, got {list(made.shape)}."
-        )
-
-
 def for_rows(arguments: Mapping[str, Any], batch: int, rows: Tensor | None) -> dict[str, Any]:
     """A conditioning's keyword arguments for some rows of a batch, [R] whole numbers; None is all of them.
 
@@ -84,7 +83,7 @@ def for_rows(arguments: Mapping[str, Any], batch: int, rows: Tensor | None) -> d
     """
     found = dict(arguments)
     for key, value in found.items():
-        if not is_batched(value):
+        if not _is_batched(value):
             continue
         if value.shape[0] == 1:
             found[key] = value.expand(batch if rows is None else len(rows), *value.shape[1:])
@@ -98,21 +97,45 @@ def for_rows(arguments: Mapping[str, Any], batch: int, rows: Tensor | None) -> d
     return found
 
 
-def is_batched(value: Any) -> bool:
+def _joined_call(pieces: Sequence[Piece]) -> Sequence[Tensor]:
+    """x0 of each of the pieces, which must fit, from one call."""
+    first = pieces[0]
+    if len(pieces) == 1:
+        x, sigma, arguments = first.x, first.sigma, first.arguments
+    else:
+        x = torch.cat([piece.x for piece in pieces])
+        sigma = _joined([piece.sigma for piece in pieces], len(first.x))
+        arguments = {key: _joined([piece.arguments[key] for piece in pieces], len(first.x)) for key in first.arguments}
+    output = first.source.model(x, sigma, **arguments)
+    _check_shape(output, x)
+    return output.split([len(piece.x) for piece in pieces])
+
+
+def _check_shape(output: Any, x: Tensor) -> None:
+    """Raise GuidanceError for what is no denoised x."""
+    if not isinstance(output, Tensor):
+        raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(output).__name__}.")
+    if output.shape != x.shape:
+        raise GuidanceError(
+            f"Expected a model to return the shape it was given, {list(x.shape)}, got {list(output.shape)}."
+        )
+
+
+def _is_batched(value: Any) -> bool:
     """Whether a value may have an entry per latent."""
     return isinstance(value, Tensor) and value.ndim > 0
 
 
 def _joined(values: Sequence[Any], rows: int) -> Any:
-    return torch.cat(list(values)) if is_batched(values[0]) and len(values[0]) == rows else values[0]
+    return torch.cat(list(values)) if _is_batched(values[0]) and len(values[0]) == rows else values[0]
 
 
 def _agree(left: Any, right: Any, left_rows: int, right_rows: int) -> bool:
-    if is_batched(left) and is_batched(right):
+    if _is_batched(left) and _is_batched(right):
         per_latent = len(left) == left_rows and len(right) == right_rows
         same_kind = left.dtype == right.dtype and left.device == right.device
         return per_latent and same_kind and left.shape[1:] == right.shape[1:]
-    return not is_batched(left) and not is_batched(right) and _same_value(left, right)
+    return not _is_batched(left) and not _is_batched(right) and _same_value(left, right)
 
 
 def _same_value(left: Any, right: Any) -> bool:
@@ -121,9 +144,6 @@ def _same_value(left: Any, right: Any) -> bool:
         return False
     if left is right:
         return True
-    plain = (str, bytes, bool, int, float, type(None))
-    if isinstance(left, plain) and isinstance(right, plain):
-        return type(left) is type(right) and left == right
     if isinstance(left, Tensor) and isinstance(right, Tensor):  # 0-d
         return left.dtype == right.dtype and left.device == right.device and bool(left == right)
-    return False
+    return isinstance(left, (str, bytes, int, float)) and type(left) is type(right) and left == right

@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .batching import Piece, call_together, for_rows, in_few_calls
+from .batching import Piece, evaluate, for_rows
 from .combination import Guidance, Step
 from .schedules import GuidanceError, PercentToSigma
 from .terms import Source
-
-
-@dataclass(frozen=True, eq=False)
-class _Wanted(Piece):
-    """One source's prediction on the images of a step."""
-
-    source: Source
 
 
 class MultiGuidance:
@@ -104,14 +96,11 @@ class MultiGuidance:
         if rows is not None:
             assert isinstance(sigma, Tensor)  # only then can images differ
             x, sigma = x[rows], sigma[rows.to(sigma.device)]
-        by_model: dict[int, list[_Wanted]] = {}
-        for source in step.needed:
-            arguments = for_rows({**kwargs, **(source.cond or {})}, batch, rows)
-            by_model.setdefault(id(source.model), []).append(_Wanted(x, sigma, arguments, source))
+        pieces = [
+            Piece(source, x, sigma, for_rows({**kwargs, **(source.cond or {})}, batch, rows)) for source in step.needed
+        ]
         predictions: dict[Source, Tensor] = {}
-        for wanted in by_model.values():
-            for group in in_few_calls(wanted, self.max_batch):
-                self._calls += 1
-                outputs = call_together(group[0].source.model, group)
-                predictions.update((piece.source, output) for piece, output in zip(group, outputs))
+        for call in evaluate(pieces, self.max_batch):
+            self._calls += 1
+            predictions.update((piece.source, output) for piece, output in call)
         return step.combine(predictions)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .diffusion import NoiseSchedule
 from .schedules import GuidanceError
 
 METHODS = ("euler", "ddim", "dpmpp_2m")
@@ -20,30 +21,15 @@ METHODS = ("euler", "ddim", "dpmpp_2m")
 Denoise = Callable[..., Tensor]
 
 
-class SigmaRange(Protocol):
-    """The part of `NoiseSchedule` that the sigma schedules use."""
-
-    @property
-    def sigma_min(self) -> float: ...
-
-    @property
-    def sigma_max(self) -> float: ...
-
-    def sigma(self, timestep: float) -> float: ...
-
-    def timestep(self, sigma: float) -> float: ...
-
-
 def _check_steps(steps: int) -> None:
     if steps < 1:
         raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
 
 
-def sigmas_karras(schedule: SigmaRange, steps: int, rho: float = 7.0) -> Tensor:
+def sigmas_karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
     """The noise levels of arXiv 2206.00364, eq. 5: even in sigma^(1/rho) from sigma_max to sigma_min, then 0.
 
-    schedule: anything with sigma_min and sigma_max. steps: model calls, at least 1. rho: 7 as published. Returns
-    [steps + 1] in float64.
+    steps: model calls, at least 1. rho: 7 as published. Returns [steps + 1] in float64.
     """
     _check_steps(steps)
     high, low = float(schedule.sigma_max) ** (1 / rho), float(schedule.sigma_min) ** (1 / rho)
@@ -51,28 +37,27 @@ def sigmas_karras(schedule: SigmaRange, steps: int, rho: float = 7.0) -> Tensor:
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
 
-def sigmas_uniform(schedule: SigmaRange, steps: int) -> Tensor:
+def sigmas_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Noise levels at even timesteps, the last to the first, then 0: the scheduler ComfyUI calls "normal".
 
-    schedule: anything with sigma_min, sigma_max, sigma(timestep) and timestep(sigma), such as `NoiseSchedule`. steps:
-    model calls, at least 1. Returns [steps + 1] in float64.
+    steps: model calls, at least 1. Returns [steps + 1] in float64.
     """
     _check_steps(steps)
     return _at_even_timesteps(schedule, steps)
 
 
-def sigmas_sgm_uniform(schedule: SigmaRange, steps: int) -> Tensor:
+def sigmas_sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
     """Noise levels at even timesteps from the last, the first left to the step to 0: ComfyUI's "sgm_uniform".
 
     The released code of arXiv 2312.08195 samples on it, 25 steps of "dpmpp_2m" (diffusers' DPMSolverMultistep, which
-    rounds to whole timesteps). schedule, steps and result as of `sigmas_uniform`.
+    rounds to whole timesteps). steps and result as of `sigmas_uniform`.
     """
     _check_steps(steps)
     levels = _at_even_timesteps(schedule, steps + 1)
     return torch.cat([levels[:-2], levels[-1:]])
 
 
-def _at_even_timesteps(schedule: SigmaRange, count: int) -> Tensor:
+def _at_even_timesteps(schedule: NoiseSchedule, count: int) -> Tensor:
     """`count` levels from sigma_max to sigma_min, then 0."""
     first, last = float(schedule.timestep(schedule.sigma_max)), float(schedule.timestep(schedule.sigma_min))
     timesteps = torch.linspace(first, last, count, dtype=torch.float64).tolist()

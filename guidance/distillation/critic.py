@@ -8,14 +8,14 @@ combination of them (`combination`), can be the critic.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..batching import Piece, call_together, check_shape, for_rows, in_few_calls
+from ..batching import Piece, evaluate, for_rows
 from ..combination import Guidance, Step
 from ..diffusion import NoiseSchedule
 from ..presets import cfg
@@ -82,7 +82,6 @@ class _Job(Piece):
     """One source on some rows of one request."""
 
     request: int
-    source: Source
     rows: list[int]
 
 
@@ -207,24 +206,12 @@ class Critic:
             )
         return steps
 
-    def _run(self, jobs: Sequence[_Job]) -> Iterable[tuple[_Job, Tensor]]:
+    def _run(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor]]:
         """Every job with its x0, in as few calls of each model as possible."""
-        by_model: dict[int, list[_Job]] = {}
-        for job in jobs:
-            by_model.setdefault(id(job.source.model), []).append(job)
-        for own in by_model.values():
-            model = own[0].source.model
-            many: Callable[..., Iterable[Tensor]] | None = getattr(model, "denoise_many", None)
-            for call in [own] if many else in_few_calls(own, self.max_batch):
-                self.calls += 1
-                self.samples += sum(len(job.rows) for job in call)
-                if many:
-                    outputs = list(many([(job.x, job.sigma, job.arguments) for job in call]))
-                else:
-                    outputs = call_together(model, call)
-                for job, output in zip(call, outputs):
-                    check_shape(output, job.x)
-                    yield job, output
+        for call in evaluate(jobs, self.max_batch):
+            self.calls += 1
+            self.samples += sum(len(job.rows) for job, _ in call)
+            yield from call
 
 
 class _Plan:
@@ -274,7 +261,7 @@ class _Plan:
         batch = len(self.x)
         chosen = None if len(rows) == batch else torch.tensor(rows, device=self.x.device)
         x, sigma = (self.x, self.sigma) if chosen is None else (self.x[chosen], self.sigma[chosen])
-        return _Job(x, sigma, for_rows(source.cond or {}, batch, chosen), request, source, rows)
+        return _Job(source, x, sigma, for_rows(source.cond or {}, batch, chosen), request, rows)
 
     def spread(self, output: Tensor, rows: list[int]) -> Tensor:
         """x0 of some rows as [B, C, h, w], 0 in the others."""

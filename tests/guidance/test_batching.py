@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indomain_guidance.guidance.batching import Piece, call_together, in_few_calls
+from indomain_guidance.guidance.batching import Piece, evaluate, in_few_calls
 from indomain_guidance.guidance.schedules import GuidanceError
-
-
-def piece(rows: int = 2, sigma=1.0, x=None, **arguments) -> Piece:
-    return Piece(torch.randn(rows, 4, 3, 3) if x is None else x, sigma, arguments)
+from indomain_guidance.guidance.terms import Source
 
 
 def model(x, sigma, context, y=None, strength=1.0):
     assert len(context) == len(x)
     level = sigma.reshape(-1, 1, 1, 1) if isinstance(sigma, torch.Tensor) else sigma
     return strength * x / (1 + level) + context.mean((1, 2)).reshape(-1, 1, 1, 1)
+
+
+def piece(rows: int = 2, sigma=1.0, x=None, of=model, **arguments) -> Piece:
+    return Piece(Source(of), torch.randn(rows, 4, 3, 3) if x is None else x, sigma, arguments)
 
 
 def test_one_call_answers_as_several_do():
@@ -32,7 +33,8 @@ def test_one_call_answers_as_several_do():
         ),
     ):
         assert left.fits(right) and right.fits(left) and in_few_calls([left, right]) == [[left, right]]
-        for own, together in zip((left, right), call_together(model, [left, right])):
+        (call,) = evaluate([left, right])
+        for own, together in call:
             torch.testing.assert_close(together, model(own.x, own.sigma, **own.arguments))
 
 
@@ -60,14 +62,13 @@ def test_what_differs_takes_calls_of_its_own():
 )
 def test_the_limit_counts_latents_and_splits_nobody(most, rows):
     pieces = [piece(count, 1.0, context=torch.zeros(count, 1, 1)) for count in (3, 2, 4)]
-    assert [sum(len(one.x) for one in call) for call in in_few_calls(pieces, most)] == rows
+    assert [sum(len(part.x) for part in call) for call in in_few_calls(pieces, most)] == rows
 
 
 def test_models_that_return_something_else_are_refused():
-    pieces = [piece(2, 1.0, context=torch.zeros(2, 1, 1))] * 2
     for broken, message in (
         (lambda x, sigma, context: None, "a tensor, the denoised x, got NoneType"),
         (lambda x, sigma, context: x[:2], r"it was given, \[4, 4, 3, 3\], got \[2, 4, 3, 3\]"),
     ):
         with pytest.raises(GuidanceError, match=message):
-            call_together(broken, pieces)
+            list(evaluate([piece(2, 1.0, of=broken, context=torch.zeros(2, 1, 1))] * 2))
