@@ -7,8 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
-
 
 def inject(z: Tensor, gradient: Tensor, images: Tensor, *, retain_graph: bool = False) -> Tensor:
     """The vector-Jacobian product: a gradient on z [B, C, h, w] becomes one on images [B, 3, H, W], in float32.
@@ -32,12 +30,10 @@ def inject(z: Tensor, gradient: Tensor, images: Tensor, *, retain_graph: bool = 
 def clamp_latent_gradient(gradient: Tensor, limit: float | None) -> tuple[Tensor, Tensor]:
     """StyleGAN-Fusion's clamp of each gradient on z to +-limit, after its weight (arXiv 2212.04473, released code).
 
-    limit: 1 as released; None is neutral. Returns the gradient and the share of values that were changed, 0 to 1.
+    limit: above 0, 1 as released; None is neutral. Returns the gradient and the share of values that were changed.
     """
     if limit is None:
         return gradient, gradient.new_zeros(())
-    if not limit > 0:
-        raise GuidanceError(f"Expected the limit of the latent gradient to be above 0, or none, got {limit}.")
     return gradient.clamp(-limit, limit), (gradient.abs() > limit).to(gradient.dtype).mean()
 
 
@@ -57,13 +53,11 @@ def quantile(values: Tensor, q: float) -> Tensor:
 def clamp_image_gradient(gradient: Tensor, q: float | None) -> tuple[Tensor, Tensor]:
     """StyleGAN-Fusion's clamp of the image gradient [B, 3, H, W] at the q-quantile of its absolute values, per sample.
 
-    The gradient is that on the images as they are judged, before it goes back through their clamp and resize. q: 0.95
-    as released; None (or 1) is neutral. Returns the gradient and the share of values that were changed.
+    The gradient is that on the images as they are judged, before it goes back through their clamp and resize. q: above
+    0, 0.95 as released; None (or 1) is neutral. Returns the gradient and the share of values that were changed.
     """
     if q is None or q == 1:
         return gradient, gradient.new_zeros(())
-    if not 0 < q < 1:
-        raise GuidanceError(f"Expected the quantile of the image gradient above 0 and at most 1, or none, got {q}.")
     size = gradient.flatten(1).abs()
     limit = quantile(size, q)
     wide = limit.reshape(-1, *[1] * (gradient.ndim - 1))

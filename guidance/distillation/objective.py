@@ -21,8 +21,7 @@ from .timesteps import Timesteps
 from .weighting import WEIGHTINGS, Weighting, weigh
 
 MODES = ("shared", "sgf")
-# Enough for Adam, whose steps have one size, where no other gradient acts; too little to matter where one does.
-WAY_BACK = 0.01
+WAY_BACK = 0.01  # the default of `Objective.way_back`
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -57,22 +56,22 @@ class Objective:
     limit on each term's gradient on z after its weight, None for none. image_quantile: the quantile at which the image
     gradient is clamped per sample, None for none.
 
-    All that looks at images sees them as they are judged: resized (`ImageEncoder`) and clamped to +-bound. The image
-    gradient is clamped there, and goes back through both then. bound: 1 for images of -1..1; None: they have no range.
-    way_back: the share, 0 to 1, that a value beyond the bound keeps of a gradient that leads back (`lead_back`); 0 is a
-    clamp's gradient, as released; None: 0.01, or 0 in the mode "sgf". With a clamp's, images that are beyond
-    everywhere, all black, never learn again; the whole gradient unsettles saturated colours, which a clamp holds. An
-    optimizer like Adam makes whole steps of a hundredth where there is nothing else.
+    Images are judged resized (`ImageEncoder`) and clamped to +-bound; the image gradient is clamped there, and then
+    goes back through both. bound: 1 for images of -1..1; None: they have no range. way_back: the share, 0 to 1, that a
+    value beyond the bound keeps of a gradient that leads back (`lead_back`); None is 0.01, or 0 in the mode "sgf". 0 is
+    the released clamp's gradient, with which an image that is black everywhere never learns again; 1 unsettles
+    saturated colours, which a clamp holds. At 0.01 an optimizer like Adam, whose steps have one size, still moves
+    pixels that have no other gradient.
 
     mode:
-    * "shared": all terms see one noise, so predictions on the same z_t are evaluated once, and their gradients are
+    * "shared": all terms have one noise, so predictions on the same z_t are evaluated once, and their gradients are
       added before one pass back through the encoder; the image clamp acts on the sum. Each term's expectation is that
       of "sgf".
     * "sgf": the released update. Each term draws its own noise, and the image clamp acts on the method's part alone
       (SGF's settings: latent_clamp 1, image_quantile 0.95, critic scale 100).
 
-    In both, one encode with a graph, and one without where the frozen image is needed, and one call to each model.
-    Raises GuidanceError for settings that cannot work.
+    In both, one encode with a graph, one without where the frozen image is needed, and one call to each model. Raises
+    GuidanceError for settings that cannot work.
     """
 
     critic: Critic

@@ -233,7 +233,7 @@ def test_shapings_by_name():
     assert make_shaping("orthogonal") == Orthogonal("control")
     assert make_shaping("orthogonal", share=0.0) is None
     assert make_shaping("mean", low_strength=1.0) is None and make_shaping("frequencies", low_strength=1.0) is None
-    with pytest.raises(GuidanceError, match="frequencies, mean, orthogonal, got 'low'"):
+    with pytest.raises(GuidanceError, match="frequencies, mean, orthogonal.*, got 'low'"):
         make_shaping("low")
     with pytest.raises(GuidanceError, match="options of the shaping mean, got others: .*width"):
         make_shaping("mean", width=1.0)

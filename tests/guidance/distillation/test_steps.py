@@ -76,8 +76,6 @@ def test_the_latent_clamp_says_what_it_changed():
     assert clamped.tolist() == [-1.0, -1.0, 0.5, 1.0, 1.0] and float(share) == pytest.approx(0.4)
     same, none = clamp_latent_gradient(gradient, None)
     assert same is gradient and float(none) == 0
-    with pytest.raises(GuidanceError, match="above 0"):
-        clamp_latent_gradient(gradient, 0.0)
 
 
 def test_the_image_clamp_is_per_sample_at_its_quantile():
@@ -92,8 +90,6 @@ def test_the_image_clamp_is_per_sample_at_its_quantile():
     assert not bool(clamp_image_gradient(gradient, 0.95)[0].isfinite().all())  # hidden overflow would train on
     for neutral in (None, 1, 1.0):
         assert clamp_image_gradient(gradient, neutral)[0] is gradient
-    with pytest.raises(GuidanceError, match="quantile"):
-        clamp_image_gradient(gradient, 0.0)
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 100])
