@@ -57,7 +57,7 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
         {**{key: value for key, value in entry.items() if key not in _RUNS_MODELS}, "model_conds": {}}
         for entry in entries
     ]
-    (applies,) = comfy.samplers.calc_cond_batch(_one().model, [bare], x, timestep, {})
+    (applies,) = comfy.samplers.calc_cond_batch(_model_of_ones().model, [bare], x, timestep, {})
     where = applies > 0
     return None if bool(where.all()) else where
 
@@ -103,7 +103,7 @@ def without_gaps(predictions: dict[Source, Tensor], found: Gaps) -> dict[Source,
     return {source: filled(source) for source in predictions}
 
 
-class _One(comfy.model_base.BaseModel):
+class _PredictsOne(comfy.model_base.BaseModel):
     """A model of core's without a network: predicts 1, in no memory."""
 
     def memory_required(self, *args: Any, **kwargs: Any) -> float:
@@ -114,9 +114,9 @@ class _One(comfy.model_base.BaseModel):
 
 
 @functools.cache
-def _one() -> ModelPatcher:
-    """`_One` as core holds a model while it samples, without hooks or callbacks that a run could notice."""
-    model = _One(comfy.supported_models_base.BASE({"disable_unet_model_creation": True}))
+def _model_of_ones() -> ModelPatcher:
+    """`_PredictsOne` as core holds a model while it samples, without hooks or callbacks that a run could notice."""
+    model = _PredictsOne(comfy.supported_models_base.BASE({"disable_unet_model_creation": True}))
     cpu = torch.device("cpu")
     patcher = ModelPatcher(model, load_device=cpu, offload_device=cpu)
     patcher.pre_run()

@@ -23,7 +23,7 @@ from ....guidance.probes import Probes, collect_probes, unconditional_error
 from ..progress import ProgressBar
 from .domain_info import domain_info
 from .folders import DOMAIN_UNETS
-from .loading import LATENT_FORMATS, load_domain_unet
+from .loading import LATENT_FORMATS, SAME_LISTS, SAME_NUMBERS, load_domain_unet
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."
@@ -53,19 +53,10 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
         raise Problem(f"{node}: expected a UNet for images, found one for video; connect an image model.")
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     return UNetConfig(
-        model_channels=core["model_channels"],
-        channel_mult=tuple(core["channel_mult"]),
-        num_res_blocks=tuple(core["num_res_blocks"]),
-        transformer_depth=tuple(core["transformer_depth"]),
-        transformer_depth_middle=core["transformer_depth_middle"],
-        transformer_depth_output=tuple(core["transformer_depth_output"]),
-        context_dim=core["context_dim"],
-        in_channels=core["in_channels"],
-        out_channels=core["out_channels"],
+        **{name: core[name] for name in SAME_NUMBERS},
+        **{name: tuple(core[name]) for name in SAME_LISTS},
         num_heads=-1 if head_channels > 0 else num_heads,
         num_head_channels=head_channels if head_channels > 0 else -1,
-        use_linear_in_transformer=core["use_linear_in_transformer"],
-        adm_in_channels=core["adm_in_channels"],
     )
 
 

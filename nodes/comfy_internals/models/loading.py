@@ -68,6 +68,19 @@ class PlainUNetConfig(comfy.supported_models_base.BASE):
     memory_usage_factor = 1.0
 
 
+# What an architecture has under the same name in `UNetConfig` and in core's configuration of a UNet.
+SAME_NUMBERS = (
+    "adm_in_channels",
+    "in_channels",
+    "out_channels",
+    "model_channels",
+    "transformer_depth_middle",
+    "use_linear_in_transformer",
+    "context_dim",
+)
+SAME_LISTS = ("num_res_blocks", "transformer_depth", "transformer_depth_output", "channel_mult")
+
+
 def core_unet_config(config: UNetConfig) -> dict:
     """`UNetConfig` as the arguments of core's `UNetModel` that core's own detection would find."""
     core = {
@@ -75,19 +88,10 @@ def core_unet_config(config: UNetConfig) -> dict:
         "image_size": 32,
         "use_spatial_transformer": True,
         "legacy": False,
-        "adm_in_channels": config.adm_in_channels,
-        "in_channels": config.in_channels,
-        "out_channels": config.out_channels,
-        "model_channels": config.model_channels,
-        "num_res_blocks": list(config.num_res_blocks),
-        "transformer_depth": list(config.transformer_depth),
-        "transformer_depth_output": list(config.transformer_depth_output),
-        "channel_mult": list(config.channel_mult),
-        "transformer_depth_middle": config.transformer_depth_middle,
-        "use_linear_in_transformer": config.use_linear_in_transformer,
-        "context_dim": config.context_dim,
         "use_temporal_resblock": False,
         "use_temporal_attention": False,
+        **{name: getattr(config, name) for name in SAME_NUMBERS},
+        **{name: list(getattr(config, name)) for name in SAME_LISTS},
     }
     if config.adm_in_channels is not None:
         core["num_classes"] = "sequential"

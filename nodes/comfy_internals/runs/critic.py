@@ -104,7 +104,7 @@ class CriticInputs:
         return guider.run(shape, [float(schedule.sigma(float(level))) for level in levels], with_models)
 
 
-def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
+def noise_schedule(model: ModelPatcher) -> NoiseSchedule:
     """The noise levels of a MODEL, patches such as Model Sampling Discrete included.
 
     Raises ValueError for models without discrete noise levels of the variance-preserving kind (flow, EDM).
@@ -114,16 +114,16 @@ def noise_schedule(model: ModelPatcher, node: str = NODE) -> NoiseSchedule:
     discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
     if not discrete or not isinstance(sigmas, Tensor) or noise_family(sampling) != "diffusion":
         raise Problem(
-            f"{node}: expected an eps- or v-prediction model with discrete noise levels (Stable Diffusion 1.x, 2.x, "
+            f"{NODE}: expected an eps- or v-prediction model with discrete noise levels (Stable Diffusion 1.x, 2.x, "
             f"SDXL), found a {display_name(model)} of the {noise_family(sampling)} kind; use another model."
         )
     return NoiseSchedule(1.0 / (1.0 + sigmas.detach().cpu().double() ** 2))
 
 
-def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node: str = NODE) -> None:
+def check_conditioning(model: ModelPatcher, conditioning: list, what: str) -> None:
     """Refuse a CONDITIONING that is empty or made by another family's CLIP. Raises ValueError naming both widths."""
     if not conditioning:
-        raise Problem(f"{node}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
+        raise Problem(f"{NODE}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
     info = domain_info(model)
     if info is not None and info.form != "full":
         return
@@ -131,17 +131,17 @@ def check_conditioning(model: ModelPatcher, conditioning: list, what: str, node:
     for tensor, options in conditioning:
         if isinstance(width, int) and isinstance(tensor, Tensor) and tensor.shape[-1] != width:
             raise Problem(
-                f"{node}: expected a {what} conditioning of width {width}, as the {display_name(model)} reads, found "
+                f"{NODE}: expected a {what} conditioning of width {width}, as the {display_name(model)} reads, found "
                 f"width {tensor.shape[-1]}; encode the text with the CLIP that belongs to the model."
             )
         if isinstance(model.model, _WANT_POOLED) and options.get("pooled_output") is None:
             raise Problem(
-                f"{node}: expected a {what} conditioning with a pooled vector, as the {display_name(model)} reads, "
+                f"{NODE}: expected a {what} conditioning with a pooled vector, as the {display_name(model)} reads, "
                 "found none; encode the text with the CLIP that belongs to the model."
             )
 
 
-def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
+def check_vae(model: ModelPatcher, vae: Any) -> None:
     """Refuse a VAE whose latents the MODEL cannot read. Raises ValueError naming both."""
     latent_format = model.get_model_object("latent_format")
     stage = getattr(vae, "first_stage_model", None)
@@ -149,7 +149,7 @@ def check_vae(model: ModelPatcher, vae: Any, node: str = NODE) -> None:
     if stage is None or channels != latent_format.latent_channels or dimensions != latent_format.latent_dimensions:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels} latent channels"
         raise Problem(
-            f"{node}: expected the VAE of the {display_name(model)} with {latent_format.latent_channels} latent "
+            f"{NODE}: expected the VAE of the {display_name(model)} with {latent_format.latent_channels} latent "
             f"channels ({type(latent_format).__name__}), found {found}; connect the VAE that belongs to the model."
         )
 
