@@ -52,9 +52,10 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
         raise Problem(f"{node}: expected a UNet for images, found one for video; connect an image model.")
     num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
+    same: dict[str, Any] = {name: core[name] for name in SAME_NUMBERS}
+    same |= {name: tuple(core[name]) for name in SAME_LISTS}
     return UNetConfig(
-        **{name: core[name] for name in SAME_NUMBERS},
-        **{name: tuple(core[name]) for name in SAME_LISTS},
+        **same,
         num_heads=-1 if head_channels > 0 else num_heads,
         num_head_channels=head_channels if head_channels > 0 else -1,
     )
