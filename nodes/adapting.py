@@ -76,6 +76,7 @@ class AdaptGenerator(io.ComfyNode):
             display_name="Adapt Generator (SDS)",
             category=GENERATORS,
             search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
+            advanced=["layers"],
             description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion "
             "model as the judge (StyleGAN-Fusion, arXiv 2212.04473). No images are needed. Cancel saves; running again "
             "continues. The finished file lands in models/generators.",
