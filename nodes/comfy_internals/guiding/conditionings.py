@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import comfy.sampler_helpers
-from comfy.model_patcher import ModelPatcher
 
 from ....guidance.combination import Guidance
 from ....guidance.schedules import Constant
@@ -17,23 +16,21 @@ from .calls import NEGATIVE, POSITIVE, Conditionings
 from .gaps import may_have_gaps
 
 
-def filled_in(terms: Sequence[Term], prior: ModelPatcher, base: list) -> list[Term]:
-    """The terms with what they leave out: the prior where there is no model, the base's conditioning where there is
-    none.
+def filled_in(terms: Sequence[Term], base: Source) -> list[Term]:
+    """The terms with the base's model and conditioning where they have none.
 
     Terms share a prediction where model and conditioning are the same objects. Where the conditioning leaves pixels out
     that the references fill, and the references differ, each term gets a list of its own.
     """
     found: list[Term] = []
-    references: dict[tuple[int, int], str] = {}
+    references: dict[Source, str] = {}
     for term in terms:
-        model = prior if term.model is None else term.model
-        conditioning = base if term.cond is None else term.cond
-        if may_have_gaps(options for _, options in conditioning):
+        term = term.on(base)
+        if may_have_gaps(options for _, options in term.cond):
             reference = term.reference or BASE
-            if references.setdefault((id(model), id(conditioning)), reference) != reference:
-                conditioning = list(conditioning)
-        found.append(dataclasses.replace(term, model=model, cond=conditioning))
+            if references.setdefault(term.source, reference) != reference:
+                term = dataclasses.replace(term, cond=list(term.cond))
+        found.append(term)
     return found
 
 

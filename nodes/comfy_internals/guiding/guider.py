@@ -63,7 +63,7 @@ class TermGuider(SourceGuider):
             LOG.warning("Multi-guidance: a guider was made of a model alone, not copied: it is core's CFG, no terms.")
             base, terms = [], [Term("control", None, [], 1.0)]
         assert base is not None
-        terms = filled_in(terms, prior, base)
+        terms = filled_in(terms, Source(prior, base))
         for term in terms:
             if term.model is not prior:
                 compatibility.check_models(prior, term.model, term.name)
