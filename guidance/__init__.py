@@ -31,7 +31,8 @@ _MODULE_OF_NAME = {
         "distillation.layer_selection": ("rank_layers", "select_layers"),
         "distillation.context": ("Draws",),
         "distillation.objective": ("NotFinite", "Objective", "Report"),
-        "networks.unet": ("UNet", "UNetConfig", "unet_config_from_state_dict"),
+        "networks.unet": ("UNet",),
+        "networks.unet_config": ("UNetConfig", "unet_config_from_state_dict"),
         "networks.text_encoder": (
             "TextEncoder",
             "TextEncoderConfig",
@@ -40,13 +41,8 @@ _MODULE_OF_NAME = {
             "text_encoder_from_openclip",
         ),
         "networks.autoencoder": ("Autoencoder", "AutoencoderConfig", "autoencoder_config_from_state_dict"),
-        "networks.stylegan2": (
-            "StyleGAN2",
-            "GeneratorConfig",
-            "generator_config_from_state_dict",
-            "random_generator",
-            "standard_channels",
-        ),
+        "networks.stylegan2": ("StyleGAN2", "random_generator"),
+        "networks.stylegan2_config": ("GeneratorConfig", "generator_config_from_state_dict", "standard_channels"),
         "networks.blending": ("blend_generators", "resolution_split"),
         "files": (
             "DomainMetadata",

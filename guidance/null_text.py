@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import Problem
-from .networks.unet import UNet, UNetConfig
+from .networks.unet import UNet
+from .networks.unet_config import UNetConfig
 from .probes import Probes, measure_cross_attention
 
 TEXT_PARTS = ("attn2", "norm2")

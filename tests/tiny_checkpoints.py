@@ -93,7 +93,7 @@ def text_encoder(name: str, seed: int) -> nn.Module:
 
 def unet_config(family: str):
     """A UNet of two levels; "sd1", "sd2" or "sdxl"."""
-    from indomain_guidance.guidance.networks.unet import UNetConfig
+    from indomain_guidance.guidance.networks.unet_config import UNetConfig
 
     shape = {
         "sd1": dict(model_channels=32, context_dim=768, num_heads=8),

@@ -1,35 +1,22 @@
 """Reading and writing weights: safetensors, pickles read as plain data, checkpoint layouts, domain model files."""
 
+from ..errors import FileProblem
 from .domain import (
     LATENT_FORMATS,
     DomainMetadata,
     check_latent_format,
     prior_content_hash,
     read_domain_file,
-    stated_prediction,
     write_domain_file,
 )
-from .generator import (
-    GeneratorMetadata,
-    LoadedGenerator,
-    convert_generator,
-    holds_generator,
-    read_generator,
-    write_generator,
-)
-from .layouts import Checkpoint, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
-from .tensors import (
-    DTYPES,
-    TRAINING,
-    FileProblem,
-    ModelFile,
-    check_finite,
-    file_tensors,
-    read_keys,
-    read_metadata,
-    read_state_dict,
-    write_safetensors,
-)
+from .file_metadata import TRAINING
+from .generator import convert_generator, holds_generator, read_generator, write_generator
+from .generator_metadata import GeneratorMetadata
+from .generator_weights import LoadedGenerator
+from .layouts import Checkpoint, check_unet, split_checkpoint, stated_prediction, strip_unet_prefix, unet_layout
+from .model_file import ModelFile, read_keys, read_metadata, read_state_dict
+from .number_formats import DTYPES, check_finite, file_tensors
+from .safetensors_file import write_safetensors
 
 __all__ = [
     "DTYPES",

@@ -1,4 +1,4 @@
-"""Files that are there completely or not at all: a temporary name in the same folder, flushed to the disk, renamed."""
+"""Atomic writing: a file is written under a temporary name in its folder, flushed to the disk, then renamed."""
 
 from __future__ import annotations
 
@@ -10,53 +10,46 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from . import FileProblem
+from ..errors import FileProblem
 
-UNFINISHED = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
+UNFINISHED = re.compile(r"\.(.+)\.[0-9a-f]{32}\.tmp")
 
 
 @contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A file to write into (and read back, seek); when the block ends well it takes the place of `path`.
+def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
+    """The name of an empty file to write to; when the block ends without an error, it takes the place of `path`.
 
-    Until then, and after any exception, whatever was at `path` stays as it was. Folders are made. Raises FileProblem
-    when the disk is full or the folder cannot be written; other exceptions of the block pass through.
+    Until then, and after any exception, the file at `path` stays as it was. Missing folders are made. Raises
+    FileProblem for an OSError, such as a full disk or a folder that cannot be written; other exceptions pass through.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
+        temporary.touch()
+        mode = temporary.stat().st_mode  # the user's default, which some writers (safetensors) would make private
+        yield temporary
+        _flush(temporary)
+        os.chmod(temporary, mode)
         os.replace(temporary, path)
-        flush_folder(path.parent)
+        if os.name == "posix":
+            with suppress(OSError):  # some network drives cannot; the file is in its place already
+                _flush(path.parent)
     except OSError as error:
         raise FileProblem(
             f"{path}: could not be written ({error.strerror or error}); free some space or check the folder's "
             "permissions."
         ) from error
     finally:
-        with suppress(OSError):  # gone after renaming
+        with suppress(OSError):  # gone after renaming, and never made where the path itself is impossible
             temporary.unlink()
 
 
-def clear_unfinished(*folders: Path) -> None:
-    """Delete what killed processes left half-written in these folders; only where nobody else is writing."""
-    for folder in folders:
-        for path in folder.glob(".*.tmp"):
-            if UNFINISHED.fullmatch(path.name):
-                with suppress(OSError):
-                    path.unlink()
-
-
-def clear_unfinished_file(path: Path) -> None:
-    """Delete what killed processes left half-written of one file; only where nobody else is writing it."""
-    for other in path.parent.glob(".*.tmp"):
-        if UNFINISHED.fullmatch(other.name) and other.name[1:].rsplit(".", 2)[0] == path.name:
-            with suppress(OSError):
-                other.unlink()
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """`temporary_path`, opened to be written, read back and searched."""
+    with temporary_path(path) as temporary, open(temporary, "w+b") as file:
+        yield file
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
@@ -65,13 +58,29 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def flush_folder(folder: Path) -> None:
-    """Make renames in a folder durable, where the system can (not Windows, nor some network drives)."""
-    if os.name != "posix":
-        return
-    with suppress(OSError):  # the file is in its place already
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+def clear_unfinished(*folders: Path) -> None:
+    """Delete what killed processes left half-written in these folders; only while no other process writes there."""
+    for folder in folders:
+        _delete_unfinished(folder, None)
+
+
+def clear_unfinished_file(path: Path) -> None:
+    """Delete what killed processes left half-written of one file; only while no other process writes it."""
+    _delete_unfinished(path.parent, path.name)
+
+
+def _delete_unfinished(folder: Path, name: str | None) -> None:
+    for path in folder.glob(".*.tmp"):
+        match = UNFINISHED.fullmatch(path.name)
+        if match and name in (None, match[1]):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _flush(path: Path) -> None:
+    # Windows flushes only handles that are open for writing; folders, which only posix flushes, cannot be opened so.
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,15 +14,17 @@ import torch
 from torch import Tensor
 
 from ..diffusion import PREDICTION_TYPES
-from ..errors import Problem
-from ..networks.unet import UNetConfig, unet_config_from_state_dict
+from ..errors import FileProblem, Problem
+from ..networks.unet_config import UNetConfig, unet_config_from_state_dict
 from ..plain_json import parse_json
-from .layouts import check_unet, check_unet_shapes, strip_unet_prefix, unet_layout, unet_prefix
+from .file_metadata import TRAINING, VERSION, MetadataReader, modelspec, with_extra
+from .layouts import check_unet, check_unet_shapes, stated_prediction, strip_unet_prefix, unet_layout, unet_prefix
+from .model_file import ModelFile
+from .number_formats import check_finite
 from .recognise import UNET, recognise_names, refusal_of
-from .tensors import TRAINING, FileProblem, ModelFile, check_finite, write_safetensors
+from .safetensors_file import write_safetensors
 
 FORMAT = "indomain_guidance.domain_unet"
-VERSION = "1"
 MOST_PIXELS = 65536  # of a side that a model says it was trained at
 LATENT_FORMATS = ("sd15", "sdxl", "mini_world")
 _ARCHITECTURES = {
@@ -103,114 +105,87 @@ class DomainMetadata:
         for name in ("null_text_error", "null_context"):
             if getattr(self, name):
                 values[name] = json.dumps(dict(getattr(self, name)), separators=(",", ":"))
-        values |= self._modelspec()
-        clashes = sorted(set(values) & set(self.extra))
-        own = [key for key in clashes if not key.startswith("modelspec.")]
-        if own:
-            raise Problem(f"Domain model: the extra metadata {own[0]!r} is a field of the format; set the field.")
-        return values | dict(self.extra)
+        return with_extra(values | self._modelspec(), self.extra, "Domain model")
 
     def _modelspec(self) -> dict[str, str]:
-        """Fields of Stability's ModelSpec 1.0.1, which other tools show."""
-        family = "mini-world" if self.latent_format == "mini_world" else _ARCHITECTURES.get(self.config.context_dim)
+        width = self.config.context_dim or 0
+        family = "mini-world" if self.latent_format == "mini_world" else _ARCHITECTURES.get(width, "latent-diffusion")
         variant = "unet" if self.null_text == "none" else f"text-free-unet-{self.null_text}"
-        spec = {
-            "modelspec.sai_model_spec": "1.0.1",
-            "modelspec.architecture": f"{family or 'latent-diffusion'}/{variant}",
-            "modelspec.implementation": "https://github.com/CompVis/latent-diffusion",
-            "modelspec.title": self.domain_name or "domain model",
-        }
-        if self.licence:
-            spec["modelspec.license"] = self.licence
-        if self.resolution is not None:
-            spec["modelspec.resolution"] = f"{self.resolution}x{self.resolution}"
+        size = None if self.resolution is None else (self.resolution, self.resolution)
+        code = "https://github.com/CompVis/latent-diffusion"
+        fields = modelspec(f"{family}/{variant}", code, self.domain_name or "domain model", self.licence, size)
         if self.prediction_type in ("epsilon", "v_prediction"):
-            spec["modelspec.prediction_type"] = "epsilon" if self.prediction_type == "epsilon" else "v"
-        return spec
+            fields["modelspec.prediction_type"] = "epsilon" if self.prediction_type == "epsilon" else "v"
+        return fields
 
     @classmethod
     def from_strings(cls, values: Mapping[str, str], source: str | os.PathLike) -> DomainMetadata:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
-        if values.get("format") != FORMAT:
-            raise FileProblem(
-                f"{source}: expected metadata of the format {FORMAT}, found {values.get('format', 'none')!r}; make the "
-                "file with this project."
-            )
-        if values.get("version") != VERSION:
-            raise FileProblem(
-                f"{source}: expected version {VERSION} of the domain model format, found {values.get('version')!r}; "
-                "update In-Domain Guidance."
-            )
-        rest = dict(values)
-
-        def take(name: str, read=str, default=None):
-            text = rest.pop(name, None)
-            if text is None:
-                return default
-            try:
-                return read(text)
-            except (ValueError, TypeError, AttributeError) as error:
-                raise FileProblem(
-                    f"{source}: the metadata field {name} cannot be read ({error}); the file is damaged, make it again."
-                ) from error
-
-        def flag(text: str) -> bool:
-            if text not in ("true", "false"):
-                raise Problem(f"expected true or false, found {text!r}")
-            return text == "true"
-
-        def errors(text: str) -> dict[str, float]:
-            return {str(block): float(error) for block, error in parse_json(text).items()}
-
-        def whole(text: str) -> int:
-            number = parse_json(text)
-            if type(number) is not int or not 0 <= number < 2**63:
-                raise Problem(f"expected a whole number, found {text!r:.40}")
-            return number
-
-        def share(text: str) -> float:
-            number = parse_json(text)
-            if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
-                raise Problem(f"expected a number from 0 to 1, found {text!r:.40}")
-            return float(number)
-
-        def side(text: str) -> int:
-            if not 0 < whole(text) <= MOST_PIXELS:
-                raise Problem(f"expected a side of 1 to {MOST_PIXELS} pixels, found {text!r:.40}")
-            return whole(text)
-
-        def described_context(text: str) -> dict[str, str | int]:
-            found = parse_json(text)
-            if not isinstance(found, dict) or any(isinstance(one, (list, dict)) for one in found.values()):
-                raise Problem("expected texts and numbers by name")
-            return found
-
-        for name in ("format", "version", "null_text"):
-            rest.pop(name, None)
-        if "config" not in rest:
-            raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
-        arguments = dict(
-            config=take("config", UNetConfig.from_json),
-            latent_format=take("latent_format"),
-            prediction_type=take("prediction_type"),
-            zero_snr=take("zero_snr", flag, False),
-            null_text_error=take("null_text_error", errors, {}),
-            null_context=take("null_context", described_context, {}),
-            prior_hash=take("prior_hash"),
-            domain_name=take("domain_name", default=""),
-            dataset_size=take("dataset_size", whole),
-            dataset_hash=take("dataset_hash"),
-            steps=take("steps", whole, 0),
-            ema=take("ema", share),
-            resolution=take("resolution", side),
-            licence=take("licence", default=""),
-        )
+        reader = MetadataReader(values, FORMAT, "domain model", source)
+        reader.rest.pop("null_text", None)  # the configuration states it
+        config = reader.take("config", UNetConfig.from_json, None)
+        assert config is not None  # MetadataReader refuses a file without it
         try:
-            described = cls(**arguments)
-            derived = described._modelspec()
-            return replace(described, extra={key: text for key, text in rest.items() if derived.get(key) != text})
+            described = cls(
+                config=config,
+                latent_format=reader.take("latent_format", str, None),
+                prediction_type=reader.take("prediction_type", str, None),
+                zero_snr=reader.take("zero_snr", _flag, False),
+                null_text_error=reader.take("null_text_error", _errors, {}),
+                null_context=reader.take("null_context", _context, {}),
+                prior_hash=reader.take("prior_hash", str, None),
+                domain_name=reader.take("domain_name", str, ""),
+                dataset_size=reader.take("dataset_size", _whole, None),
+                dataset_hash=reader.take("dataset_hash", str, None),
+                steps=reader.take("steps", _whole, 0),
+                ema=reader.take("ema", _share, None),
+                resolution=reader.take("resolution", _side, None),
+                licence=reader.take("licence", str, ""),
+            )
+        except FileProblem:
+            raise
         except ValueError as error:
             raise FileProblem(f"{source}: {error}") from error
+        derived = described._modelspec()
+        return replace(described, extra={key: text for key, text in reader.rest.items() if derived.get(key) != text})
+
+
+def _flag(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise Problem(f"expected true or false, found {text!r}")
+    return text == "true"
+
+
+def _errors(text: str) -> dict[str, float]:
+    return {str(block): float(error) for block, error in parse_json(text).items()}
+
+
+def _whole(text: str) -> int:
+    number = parse_json(text)
+    if type(number) is not int or not 0 <= number < 2**63:
+        raise Problem(f"expected a whole number, found {text!r:.40}")
+    return number
+
+
+def _share(text: str) -> float:
+    number = parse_json(text)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
+        raise Problem(f"expected a number from 0 to 1, found {text!r:.40}")
+    return float(number)
+
+
+def _side(text: str) -> int:
+    side = _whole(text)
+    if not 0 < side <= MOST_PIXELS:
+        raise Problem(f"expected a side of 1 to {MOST_PIXELS} pixels, found {text!r:.40}")
+    return side
+
+
+def _context(text: str) -> dict[str, str | int]:
+    found = parse_json(text)
+    if not isinstance(found, dict) or any(isinstance(value, (list, dict)) for value in found.values()):
+        raise Problem("expected texts and numbers by name")
+    return found
 
 
 def read_domain_file(
@@ -291,15 +266,7 @@ def check_latent_format(metadata: DomainMetadata, expected: str | None, source: 
 def _published_latent_format(config: UNetConfig) -> str | None:
     if config.model_channels not in (320, 384):
         return None
-    return {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}.get(config.context_dim)
-
-
-def stated_prediction(keys: Sequence[str], metadata: Mapping[str, str]) -> str | None:
-    """The prediction type where a file states it: the marker key of v-models, or its ModelSpec field."""
-    if "v_pred" in keys:
-        return "v_prediction"
-    stated = metadata.get("modelspec.prediction_type", "").lower()
-    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(stated)
+    return {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}.get(config.context_dim or 0)
 
 
 def prior_content_hash(state_dict: Mapping[str, Tensor], between: Callable[[], None] = lambda: None) -> str:
@@ -319,5 +286,5 @@ def prior_content_hash(state_dict: Mapping[str, Tensor], between: Callable[[], N
         tensor = unet[key]
         digest.update(f"{key}\n{','.join(str(size) for size in tensor.shape)}\n".encode())
         half = tensor.detach().to(device="cpu", dtype=torch.float16).contiguous()
-        digest.update(half.reshape(-1).view(torch.uint8).numpy())
+        digest.update(half.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -1,45 +1,42 @@
-"""Pickle streams read as plain data: an interpreter of the opcodes that has nothing to execute.
+"""Pickle streams read as plain data: an interpreter of pickle's instructions that has nothing to execute.
 
 Python's unpicklers turn names into objects by importing them and then call what they found. Here a name stays a pair
-of strings, calling looks it up in a table that the reader of one format brings (exact names, nothing is imported, no
-attribute is walked), and whatever the table does not know ends the reading. Only opcodes of protocols 2 to 5 that
-such files contain are understood. Work and memory are bounded by what the file's own bytes can justify.
+of strings. Calling looks the name up in a table that the reader of one format brings; a name that is not in the table
+ends the reading. No module is imported and no attribute is read. Only instructions of protocols 2 to 5 that model files
+contain are understood, and the work and memory they cause stay in proportion to the file.
 """
 
 from __future__ import annotations
 
-import re
-import struct
-from collections.abc import Callable, Container, Iterable, Mapping
+import pickletools
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import IO, Any, NamedTuple, cast
 
 from ..errors import Problem
 
-MAX_OPCODES = 500_000  # a network of 1024 pixels with its discriminator takes 50 thousand
+# One byte can make a set of 216 bytes, so this bounds memory as well. SDXL's checkpoint takes 95 thousand steps, a
+# trainer's with its optimizer twice that.
+MAX_STEPS = 1_000_000
 MAX_MARKS = 1000
 MAX_NAME = 200  # characters of a module or class name
-LONG_TEXT = 2**20  # bytes; longer texts stay undecoded (protocol 2 writes binary data as text)
-MAX_TEXT = 2**26  # bytes of all decoded texts together
-_ORDERED = ("collections", "OrderedDict")
-KEY_RANGE = 2**31  # of whole numbers as keys
-# Python spreads whole numbers in a dictionary by their lowest bits, so that a file can choose ones of which every
-# further one meets all before: 160,000 such keys take most of a minute, 10,000 a tenth of a second.
+# Python places numbers in a dictionary by their lowest bits, and a file can choose numbers so that each one meets all
+# before it: 160,000 such keys take most of a minute, 10,000 a tenth of a second.
 MAX_NUMBER_KEYS = 10_000
-_TUPLE_COST = 10  # tuples can be made to have one hash, and are then compared one by one
+FREE_KEYS = 2**10  # smaller numbers are not counted: there are too few of them to do harm
+KEY_RANGE = 2**57  # larger whole numbers may have the same hash; torch 1.0 to 1.5 used memory addresses as keys
 MAX_KEY_TUPLE = 8
-FREE_KEYS = 2**10  # smaller ones are not counted: there are too few of them
-# Kept values are numbered in turn, by Python 2 from 1 on: numbers that may be chosen could collide, here and in torch.
+_TUPLE_COST = 10  # numbers that a tuple counts as: tuples can be made to have one hash, and compare slowly
+# Kept values are numbered in turn (by Python 2 from 1 on): numbers that a file may choose could collide like keys.
 MAX_SKIPPED = 16
-_CONTAINERS = (tuple, list, dict)
+_ORDERED = ("collections", "OrderedDict")
 
 
 class Refused(Problem):
     """What was found in a stream that is not read, as a clause that follows "found"."""
 
 
-@dataclass(frozen=True)
-class Name:
+class Name(NamedTuple):
     """A global name of the stream: two strings, never an object."""
 
     module: str
@@ -49,68 +46,46 @@ class Name:
         return shown(f"{self.module}.{self.name}")
 
 
+@dataclass(frozen=True, slots=True)
 class Placeholder:
-    """What stands for an object that nobody needs: the name it was made by."""
+    """Stands for an object that nobody needs: the name it was made by."""
 
-    __slots__ = ("name",)
-
-    def __init__(self, name: Name) -> None:
-        self.name = name
-
-
-@dataclass(frozen=True)
-class LongText:
-    """A text of more than LONG_TEXT bytes, undecoded."""
-
-    data: memoryview
-
-    def latin1(self) -> bytes:
-        """The bytes of a text whose characters all are U+0000 to U+00FF."""
-        if re.search(rb"[\xc4-\xff]", self.data):  # the first bytes of every character beyond
-            raise Refused("binary data written as text with characters beyond U+00FF")
-        try:
-            return str(self.data, "utf-8").encode("latin-1")
-        except UnicodeError:
-            raise Refused("a text that is no UTF-8") from None
+    name: Name
 
 
 @dataclass
-class Budget:
-    """What one load may spend, nested streams included."""
+class ReadingBudget:
+    """What reading one file may cost, nested streams included.
 
-    opcodes: int = MAX_OPCODES
-    text: int = MAX_TEXT
-    decoded: int = 0  # bytes that `_codecs.encode` may make
-    depth: int | None = None  # of containers in containers, as far as known when one is put into another
+    steps: pickle instructions. decoded: bytes that `_codecs.encode` may make. number_keys: numbers as keys.
+    """
+
+    decoded: int = 0
+    steps: int = MAX_STEPS
     number_keys: int = MAX_NUMBER_KEYS
 
-    def __post_init__(self) -> None:
-        self.allowed = self.opcodes
+    def spend(self, steps: int) -> None:
+        self.steps -= steps
+        if self.steps < 0:
+            raise Refused(f"a pickle of more than {MAX_STEPS} steps, which no network needs")
 
-    def spend(self, opcodes: int) -> None:
-        self.opcodes -= opcodes
-        if self.opcodes < 0:
-            raise Refused(f"a pickle of more than {self.allowed} steps, which no network needs")
-
-    def count_keys(self, cost: int) -> None:
-        self.number_keys -= cost
+    def count_keys(self, keys: int) -> None:
+        self.number_keys -= keys
         if self.number_keys < 0:
             raise Refused(f"more than {MAX_NUMBER_KEYS} numbers as keys")
 
 
-Call = Callable[[Name, tuple, Budget], Any]
+Call = Callable[[Name, tuple, ReadingBudget], Any]
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """All names that one kind of stream may mention, as (module, name).
 
-    reduce, new: what takes the place of calling and of instantiating a name, with its name, arguments and the budget.
-    build: names whose placeholders may be given a state, which is dropped after `check_state` (target, state) saw it.
-    inert: names that may only be mentioned. persistent: what takes the place of a persistent id (None: such ids are
-    refused). explain: (module, name) -> a clause for a name that is not listed, or None. key_range: what whole numbers
-    as keys lie below. other_keys: whether None, truth values, numbers with a fraction and flat tuples may be keys.
-    surrogates: whether texts may have halves of characters.
+    reduce, new: what takes the place of calling and of instantiating a name; gets the name, its arguments, the budget.
+    build: names whose objects may be given a state, which is dropped. inert: names that may only be mentioned.
+    persistent: what takes the place of a persistent id (None: such ids are refused). explain: (module, name) -> a
+    clause for a name that is not listed, or None.
     """
 
     reduce: Mapping[tuple[str, str], Call] = field(default_factory=dict)
@@ -118,49 +93,43 @@ class Vocabulary:
     build: frozenset[tuple[str, str]] = frozenset()
     inert: frozenset[tuple[str, str]] = frozenset()
     persistent: Callable[[Any], Any] | None = None
-    check_state: Callable[[Any, Any], None] = lambda target, state: None
     explain: Callable[[str, str], str | None] = lambda module, name: None
-    key_range: int = KEY_RANGE
-    other_keys: bool = False
-    surrogates: bool = False
 
     def name(self, module: Any, name: Any) -> Name:
+        """The name, if it is listed."""
         if type(module) is not str or type(name) is not str:
             raise Refused("a name that is no text")
-        if (module, name) in self.reduce or (module, name) in self.new or (module, name) in self.inert:
-            return Name(module, name)
+        found = Name(module, name)
+        if found in self.reduce or found in self.new or found in self.inert:
+            return found
         known = self.explain(module, name)
-        raise Refused(known or f"the name {shown(f'{module}.{name}')}, which is not on the list of allowed names")
+        raise Refused(known or f"the name {found}, which is not on the list of allowed names")
 
-    def key(self, key: Any, budget: Budget, container: Container = ()) -> Any:
-        """`key`, if `container` may get it: anything else may be nested, and hashing it recurses without a limit.
 
-        All but texts come once: each repetition would meet all keys that collide with it again.
-        """
-        if type(key) in (str, Name):
-            return key
-        self._check_key(key, budget)
-        if key in container:
-            raise Refused("one key twice in a dictionary or set")
+def checked_key(key: Any, budget: ReadingBudget, container: Container = ()) -> Any:
+    """`key`, if it may become one of `container`: others may be nested, and hashing those recurses without a limit.
+
+    Keys other than texts come once: each repetition would meet all keys that collide with it again.
+    """
+    if type(key) in (str, Name):
         return key
-
-    def _check_key(self, key: Any, budget: Budget) -> None:
-        if type(key) is int and -KEY_RANGE <= key < self.key_range:
-            if not 0 <= key < FREE_KEYS:
-                budget.count_keys(1)
-            return
-        if self.other_keys:
-            if key is None or type(key) is bool:
-                return
-            if type(key) is float and key == key:  # a NaN equals nothing, itself included
-                budget.count_keys(1)
-                return
-            if type(key) is tuple and len(key) <= MAX_KEY_TUPLE and not any(type(one) is tuple for one in key):
-                budget.count_keys(_TUPLE_COST)
-                for one in key:
-                    self.key(one, budget)
-                return
+    usable = key is None or type(key) is bool
+    if type(key) is int and abs(key) < KEY_RANGE:
+        usable = True
+        budget.count_keys(0 if 0 <= key < FREE_KEYS else 1)
+    elif type(key) is float and key == key:  # a NaN equals nothing, itself included
+        usable = True
+        budget.count_keys(1)
+    elif type(key) is tuple and len(key) <= MAX_KEY_TUPLE and not any(type(part) is tuple for part in key):
+        usable = True
+        budget.count_keys(_TUPLE_COST)
+        for part in key:
+            checked_key(part, budget)
+    if not usable:
         raise Refused(f"a key that is {article(key)}")
+    if key in container:
+        raise Refused("one key twice in a dictionary or set")
+    return key
 
 
 def shown(text: str) -> str:
@@ -175,79 +144,77 @@ def article(value: Any) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def read_pickle(data: memoryview, start: int, vocabulary: Vocabulary, budget: Budget) -> tuple[Any, int]:
-    """The value of the pickle that begins at byte `start` and the position after it. Raises Refused.
+def read_pickle(data: memoryview, start: int, vocabulary: Vocabulary, budget: ReadingBudget) -> tuple[Any, int]:
+    """The value of the pickle that begins at byte `start`, and the position after it. Raises Refused.
 
-    Values are None, bool, int, float, str, `LongText`, memoryview (bytes), tuple, list, dict, set, `Name` and what the
-    vocabulary made. Containers may be shared and may contain themselves.
+    Values are None, bool, int, float, str, memoryview (bytes), tuple, list, dict, set, `Name` and what the vocabulary
+    made. Containers may be shared and may contain themselves.
     """
-    machine = _Machine(data, start, vocabulary, budget)
+    if data[start : start + 1] != b"\x80":
+        raise Refused("no protocol at the beginning")
+    stream, machine = _Stream(data, start), _Machine(vocabulary, budget)
+    place, name = start, ""
     try:
-        return machine.run()
+        while name != "STOP":
+            place = stream.position
+            code = bytes(stream.read(1))
+            if not code:
+                raise Refused("a truncated stream: no end of the pickle")
+            instruction = _INSTRUCTIONS.get(code)
+            name = instruction.name if instruction else f"0x{code.hex()}"
+            if instruction is None or not (name in _CONSTANTS or name in _ARGUMENTS or name in _ACTIONS):
+                raise Refused(f"the pickle instruction {name}, which no network file contains")
+            budget.spend(1)
+            machine.run(name, instruction.arg.reader(cast(IO[bytes], stream)) if instruction.arg else None)
+        return machine.result(), stream.position
     except Refused as problem:
-        raise Refused(f"{problem} (byte {machine.at})") from None
+        raise Refused(f"{problem} (byte {place})") from None
+    except ValueError as problem:  # what pickletools says of an argument that is cut off or damaged
+        raise Refused(f"a truncated stream ({shown(str(problem))}) (byte {place})") from None
+
+
+_INSTRUCTIONS = {instruction.code.encode("latin-1"): instruction for instruction in pickletools.opcodes}
+
+
+class _Stream:
+    """What pickletools' readers need of a file, over a part of memory; long pieces are not copied."""
+
+    def __init__(self, data: memoryview, position: int) -> None:
+        self.data, self.position = data, position
+
+    def read(self, count: int) -> memoryview:
+        piece = self.data[self.position : self.position + count]
+        self.position += len(piece)
+        return piece
+
+    def readline(self) -> bytes:
+        line = bytes(self.data[self.position : self.position + MAX_NAME + 1]).partition(b"\n")
+        self.position += len(line[0]) + len(line[1])
+        return line[0] + line[1]
 
 
 class _Machine:
-    def __init__(self, data: memoryview, start: int, vocabulary: Vocabulary, budget: Budget) -> None:
-        self.data, self.position, self.at = data, start, start
+    """Pickle's stack machine."""
+
+    def __init__(self, vocabulary: Vocabulary, budget: ReadingBudget) -> None:
         self.vocabulary, self.budget = vocabulary, budget
         self.stack: list = []
         self.outer: list[list] = []  # stacks below the marks
         self.memo: dict[int, Any] = {}
-        self.depths: dict[int, int] = {}  # of containers that hold containers, by id
 
-    def run(self) -> tuple[Any, int]:
-        if self.take(1)[0] != 0x80:
-            raise Refused("no protocol at the beginning")
-        protocol = self.take(1)[0]
-        if not 2 <= protocol <= 5:
-            raise Refused(f"pickle protocol {protocol}, where 2 to 5 are read")
-        while True:
-            self.at = self.position
-            code = self.take(1)[0]
-            if code == 0x2E:  # STOP
-                break
-            action = _ACTIONS.get(code)
-            if action is None:
-                raise Refused(f"the pickle instruction {_opcode_name(code)}, which no network file contains")
-            self.budget.spend(1)
-            action(self)
+    def run(self, name: str, argument: Any) -> None:
+        """One instruction, by pickletools' name for it."""
+        if name in _CONSTANTS:
+            self.push(_CONSTANTS[name]())
+        elif name in _ARGUMENTS:
+            self.push(argument)
+        else:
+            _ACTIONS[name](self, argument)
+
+    def result(self) -> Any:
         if self.outer or len(self.stack) != 1:
             raise Refused("a pickle that ends with more or less than one value")
-        return self.stack[0], self.position
-
-    # ------------------------------------------------------------------------------------------------------- reading
-
-    def take(self, count: int) -> memoryview:
-        end = self.position + count
-        if end > len(self.data):
-            raise Refused(f"a truncated stream: {count} bytes expected at byte {self.position} of {len(self.data)}")
-        piece = self.data[self.position : end]
-        self.position = end
-        return piece
-
-    def number(self, layout: str) -> Any:
-        return struct.unpack(layout, self.take(struct.calcsize(layout)))[0]
-
-    def line(self) -> str:
-        piece = bytes(self.data[self.position : self.position + MAX_NAME + 1])
-        length = piece.find(b"\n")
-        if length < 0:
-            raise Refused("a name without end")
-        self.position += length + 1
-        return self.decode(piece[:length])
-
-    def decode(self, data: bytes | memoryview) -> str:
-        self.budget.text -= len(data)
-        if self.budget.text < 0:
-            raise Refused(f"more than {MAX_TEXT >> 20} MiB of text")
-        try:
-            return str(data, "utf-8", "surrogatepass" if self.vocabulary.surrogates else "strict")
-        except UnicodeDecodeError:
-            raise Refused("a text that is no UTF-8") from None
-
-    # --------------------------------------------------------------------------------------------------------- stack
+        return self.stack[0]
 
     def push(self, value: Any) -> None:
         self.stack.append(value)
@@ -257,10 +224,11 @@ class _Machine:
             raise Refused("an instruction that takes a value where there is none")
         return self.stack.pop()
 
-    def top(self, kind: type, doing: str) -> Any:
+    def top(self, kind: type) -> Any:
+        """The container that an instruction fills."""
         if not self.stack or type(self.stack[-1]) is not kind:
             found = article(self.stack[-1]) if self.stack else "nothing"
-            raise Refused(f"{doing} of a {kind.__name__} on {found}")
+            raise Refused(f"filling of a {kind.__name__} on {found}")
         return self.stack[-1]
 
     def items(self) -> list:
@@ -270,11 +238,9 @@ class _Machine:
         items, self.stack = self.stack, self.outer.pop()
         return items
 
-    # ------------------------------------------------------------------------------------------------------- opcodes
-
-    def frame(self) -> None:
-        if self.number("<Q") > len(self.data) - self.position:
-            raise Refused("a truncated stream: a frame that goes beyond the end")
+    def protocol(self, version: int) -> None:
+        if not 2 <= version <= 5:
+            raise Refused(f"pickle protocol {version}, where 2 to 5 are read")
 
     def mark(self) -> None:
         if len(self.outer) >= MAX_MARKS:
@@ -282,90 +248,42 @@ class _Machine:
         self.outer.append(self.stack)
         self.stack = []
 
-    def text(self, length: int) -> None:
-        piece = self.take(length)
-        self.push(LongText(piece) if length > LONG_TEXT else self.decode(piece))
-
     def remember(self, index: int) -> None:
-        if not self.stack:
-            raise Refused("an instruction that keeps a value where there is none")
         if index > len(self.memo) + MAX_SKIPPED:
             raise Refused(f"a value kept under the number {index} after {len(self.memo)} others")
-        self.memo[index] = self.stack[-1]
+        value = self.pop()
+        self.push(value)
+        self.memo[index] = value
 
     def recall(self, index: int) -> None:
         if index not in self.memo:
             raise Refused(f"a reference to the value {index}, which was not kept")
         self.push(self.memo[index])
 
-    def fresh(self, container: Any) -> None:
-        self.depths.pop(id(container), None)  # of a dead one that lay there
-        self.push(container)
-
-    def nest(self, container: Any, items: Iterable[Any]) -> None:
-        """Count how deep `container` has become by `items`."""
-        if self.budget.depth is None:
-            return
-        depth = max((self.depths.get(id(item), 0) + 1 for item in items if type(item) in _CONTAINERS), default=0)
-        if depth > self.budget.depth:
-            raise Refused(f"values nested more than {self.budget.depth} deep")
-        if depth > self.depths.get(id(container), 0):
-            self.depths[id(container)] = depth
-
-    def make_tuple(self, items: list) -> None:
-        self.fresh(tuple(items))
-        self.nest(self.stack[-1], items)
-
     def tuple_of(self, count: int) -> None:
-        if len(self.stack) < count:
-            raise Refused("an instruction that takes a value where there is none")
-        items = self.stack[-count:]
-        del self.stack[-count:]
-        self.make_tuple(items)
+        self.push(tuple(reversed([self.pop() for _ in range(count)])))
 
-    def append(self) -> None:
-        value = self.pop()
-        target = self.top(list, "filling")
-        target.append(value)
-        self.nest(target, (value,))
-
-    def appends(self) -> None:
-        items = self.items()
-        target = self.top(list, "filling")
-        target.extend(items)
-        self.nest(target, items)
-
-    def fill(self, target: dict, key: Any, value: Any) -> None:
-        target[self.vocabulary.key(key, self.budget, target)] = value
+    def extend(self, items: list) -> None:
+        self.top(list).extend(items)
 
     def set_item(self) -> None:
         value, key = self.pop(), self.pop()
-        target = self.top(dict, "filling")
-        self.fill(target, key, value)
-        self.nest(target, (value,))
+        self.fill([key, value])
 
-    def set_items(self) -> None:
-        items = self.items()
+    def fill(self, items: list) -> None:
         if len(items) % 2:
             raise Refused("a key without a value")
-        target = self.top(dict, "filling")
+        target = self.top(dict)
         for key, value in zip(items[::2], items[1::2]):
-            self.fill(target, key, value)
-        self.nest(target, items[1::2])
+            target[checked_key(key, self.budget, target)] = value
 
-    def add_items(self) -> None:
-        items = self.items()
-        target = self.top(set, "filling")
+    def add(self, items: list) -> None:
+        target = self.top(set)
         for item in items:
-            target.add(self.vocabulary.key(item, self.budget, target))
+            target.add(checked_key(item, self.budget, target))
 
-    def stack_global(self) -> None:
-        name, module = self.pop(), self.pop()
+    def global_(self, module: Any, name: Any) -> None:
         self.push(self.vocabulary.name(module, name))
-
-    def global_(self) -> None:
-        module = self.line()
-        self.push(self.vocabulary.name(module, self.line()))
 
     def call(self, table: Mapping[tuple[str, str], Call], doing: str) -> None:
         arguments, name = self.pop(), self.pop()
@@ -373,24 +291,20 @@ class _Machine:
             raise Refused(f"{doing} of {article(name)}, which is no name")
         if type(arguments) is not tuple:
             raise Refused(f"{doing} of {name} with arguments that are no tuple")
-        made = table.get((name.module, name.name))
-        if made is None:
+        if name not in table:
             raise Refused(f"{doing} of {name}, which is not done to it")
-        self.fresh(made(name, arguments, self.budget))
+        self.push(table[name](name, arguments, self.budget))
 
     def build(self) -> None:
+        """Drop the state of an object: attributes of an OrderedDict, such as a state dict's _metadata, and others."""
         state = self.pop()
         target = self.stack[-1] if self.stack else None
-        if type(target) is dict and _ORDERED in self.vocabulary.build and type(state) is dict:
-            self.vocabulary.check_state(target, state)
-            self.nest(target, (state,))
-            return  # attributes of an OrderedDict, such as a state dict's _metadata
-        if not isinstance(target, Placeholder) or (target.name.module, target.name.name) not in self.vocabulary.build:
+        name = _ORDERED if type(target) is dict else target.name if isinstance(target, Placeholder) else None
+        if name not in self.vocabulary.build:
             found = str(target) if type(target) is Name else article(target)
             raise Refused(f"a state (BUILD) for {found}, which has none")
         if type(state) not in (dict, tuple):
             raise Refused(f"a state (BUILD) that is {article(state)}")
-        self.vocabulary.check_state(target, state)
 
     def persistent(self) -> None:
         if self.vocabulary.persistent is None:
@@ -398,51 +312,44 @@ class _Machine:
         self.push(self.vocabulary.persistent(self.pop()))
 
 
-def _opcode_name(code: int) -> str:
-    import pickletools
-
-    found = pickletools.code2op.get(chr(code))
-    return found.name if found else f"0x{code:02x}"
-
-
-_ACTIONS: dict[int, Callable[[_Machine], None]] = {
-    0x95: _Machine.frame,
-    ord("("): _Machine.mark,
-    0x94: lambda m: m.remember(len(m.memo)),
-    ord("q"): lambda m: m.remember(m.number("<B")),
-    ord("r"): lambda m: m.remember(m.number("<I")),
-    ord("h"): lambda m: m.recall(m.number("<B")),
-    ord("j"): lambda m: m.recall(m.number("<I")),
-    ord("N"): lambda m: m.push(None),
-    0x88: lambda m: m.push(True),
-    0x89: lambda m: m.push(False),
-    ord("J"): lambda m: m.push(m.number("<i")),
-    ord("K"): lambda m: m.push(m.number("<B")),
-    ord("M"): lambda m: m.push(m.number("<H")),
-    0x8A: lambda m: m.push(int.from_bytes(m.take(m.number("<B")), "little", signed=True)),
-    ord("G"): lambda m: m.push(m.number(">d")),
-    ord("X"): lambda m: m.text(m.number("<I")),
-    0x8C: lambda m: m.text(m.number("<B")),
-    ord("B"): lambda m: m.push(m.take(m.number("<I"))),
-    ord("C"): lambda m: m.push(m.take(m.number("<B"))),
-    0x8E: lambda m: m.push(m.take(m.number("<Q"))),
-    ord("}"): lambda m: m.fresh({}),
-    ord("]"): lambda m: m.fresh([]),
-    ord(")"): lambda m: m.push(()),
-    0x8F: lambda m: m.fresh(set()),
-    ord("t"): lambda m: m.make_tuple(m.items()),
-    0x85: lambda m: m.tuple_of(1),
-    0x86: lambda m: m.tuple_of(2),
-    0x87: lambda m: m.tuple_of(3),
-    ord("a"): _Machine.append,
-    ord("e"): _Machine.appends,
-    ord("s"): _Machine.set_item,
-    ord("u"): _Machine.set_items,
-    0x90: _Machine.add_items,
-    ord("c"): _Machine.global_,
-    0x93: _Machine.stack_global,
-    ord("R"): lambda m: m.call(m.vocabulary.reduce, "a call"),
-    0x81: lambda m: m.call(m.vocabulary.new, "an instance"),
-    ord("b"): _Machine.build,
-    ord("Q"): _Machine.persistent,
+_CONSTANTS: dict[str, Callable[[], Any]] = {
+    "NONE": lambda: None,
+    "NEWTRUE": lambda: True,
+    "NEWFALSE": lambda: False,
+    "EMPTY_DICT": dict,
+    "EMPTY_LIST": list,
+    "EMPTY_TUPLE": tuple,
+    "EMPTY_SET": set,
+}
+_ARGUMENTS = frozenset(
+    (
+        *("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+    )
+)
+_ACTIONS: dict[str, Callable[[_Machine, Any], None]] = {
+    "PROTO": _Machine.protocol,
+    "FRAME": lambda machine, argument: None,
+    "STOP": lambda machine, argument: None,
+    "MARK": lambda machine, argument: machine.mark(),
+    "MEMOIZE": lambda machine, argument: machine.remember(len(machine.memo)),
+    "BINPUT": _Machine.remember,
+    "LONG_BINPUT": _Machine.remember,
+    "BINGET": _Machine.recall,
+    "LONG_BINGET": _Machine.recall,
+    "TUPLE": lambda machine, argument: machine.push(tuple(machine.items())),
+    "TUPLE1": lambda machine, argument: machine.tuple_of(1),
+    "TUPLE2": lambda machine, argument: machine.tuple_of(2),
+    "TUPLE3": lambda machine, argument: machine.tuple_of(3),
+    "APPEND": lambda machine, argument: machine.extend([machine.pop()]),
+    "APPENDS": lambda machine, argument: machine.extend(machine.items()),
+    "SETITEM": lambda machine, argument: machine.set_item(),
+    "SETITEMS": lambda machine, argument: machine.fill(machine.items()),
+    "ADDITEMS": lambda machine, argument: machine.add(machine.items()),
+    "GLOBAL": lambda machine, argument: machine.global_(*argument.split(" ", 1)),
+    "STACK_GLOBAL": lambda machine, argument: machine.global_(*reversed((machine.pop(), machine.pop()))),
+    "REDUCE": lambda machine, argument: machine.call(machine.vocabulary.reduce, "a call"),
+    "NEWOBJ": lambda machine, argument: machine.call(machine.vocabulary.new, "an instance"),
+    "BUILD": lambda machine, argument: machine.build(),
+    "BINPERSID": lambda machine, argument: machine.persistent(),
 }

@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ..errors import Problem
+from ..errors import FileProblem, Problem
 from ..networks.text_encoder import text_encoder_from_openclip
-from ..networks.unet import UNet, UNetConfig
+from ..networks.unet import UNet
+from ..networks.unet_config import UNetConfig
 from .inert_pickle import shown
 from .recognise import UNET, refusal
-from .tensors import FileProblem
 
+T = TypeVar("T")
 MOST_BLOCKS = 1000  # and levels, of a UNet; Stable Diffusion XL has 90
 UNET_PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 UNET_PARTS = ("input_blocks.", "middle_block.", "output_blocks.", "time_embed.", "label_emb.", "out.")
@@ -84,8 +86,8 @@ def unet_prefix(keys: Iterable[str]) -> str:
     return ""
 
 
-def strip_unet_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Only the UNet's tensors, keys without prefix, whatever else the state dict holds."""
+def strip_unet_prefix(state_dict: Mapping[str, T]) -> dict[str, T]:
+    """Only the entries of the UNet, keys without prefix, whatever else the state dict holds."""
     prefix = unet_prefix(state_dict)
     stripped = {key.removeprefix(prefix): tensor for key, tensor in state_dict.items() if key.startswith(prefix)}
     return {key: tensor for key, tensor in stripped.items() if key.startswith(UNET_PARTS)}
@@ -111,6 +113,14 @@ def unet_layout(
     if any(".attn2." in key for key in keys):
         return "full"
     return "constant" if any(".transformer_blocks." in key for key in keys) else "full"
+
+
+def stated_prediction(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """The prediction type that a file states, None where it does not: the marker key of v-models, or ModelSpec."""
+    if "v_pred" in keys:
+        return "v_prediction"
+    stated = metadata.get("modelspec.prediction_type", "").lower()
+    return {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction"}.get(stated)
 
 
 def check_unet(state_dict: Mapping[str, Tensor], config: UNetConfig, source: str | os.PathLike) -> None:

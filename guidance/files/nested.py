@@ -56,10 +56,10 @@ def find_generator(content: Any) -> FoundGenerator | None:
     Raises Ambiguous for several that nothing tells apart.
     """
     found = list(_candidates(content))
-    averaged = [one for one in found if one.averaged]
+    averaged = [candidate for candidate in found if candidate.averaged]
     left = averaged or found
     if len(left) > 1:
-        places = ", ".join(one.place or "the top" for one in left[:4])
+        places = ", ".join(candidate.place or "the top" for candidate in left[:4])
         raise Ambiguous(f"{len(left)} generators, under {places}")
     return left[0] if left else None
 

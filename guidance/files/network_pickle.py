@@ -1,4 +1,4 @@
-"""NVIDIA's network pickles of StyleGAN2, read without their code: from stylegan2-ada-pytorch and from stylegan3.
+"""NVIDIA's network pickles of StyleGAN2, from stylegan2-ada-pytorch and from stylegan3, read without their code.
 
 Such a file is a dictionary of networks. A network is a call of `_reconstruct_persistent_obj` with its class's name, the
 source text of its module (which the original loader executes; here only its hash is kept) and the state of a torch
@@ -18,28 +18,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .inert_pickle import MAX_NAME, Budget, Name, Placeholder, Refused, Vocabulary, article, read_pickle, shown
-from .storage_stream import StoredTensor, encode, load_from_bytes, rebuild_parameter, rebuild_tensor
+from .inert_pickle import MAX_NAME, Name, ReadingBudget, Refused, Vocabulary, article, read_pickle, shown
+from .storage_stream import COMMON_CALLS, NUMPY_NAMES, StoredTensor, empty_dict, load_from_bytes, rebuild_tensor
 
 PERSISTENCE_VERSION = 6
-MAX_DEPTH = 64
-MAX_MODULES = 4096
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-# Other families by what their pickles contain somewhere, the more specific first. For error messages alone.
+_ONLY = "only StyleGAN2 generators are read"
+# What the pickles of other families contain somewhere, the more specific first: (mark, family, what to do).
 OTHER_FAMILIES = (
     (
         b"dnnlib.tflib",
         "a TensorFlow network (StyleGAN, or StyleGAN2 before its PyTorch version)",
         "convert it with legacy.py of NVIDIA's stylegan3 repository, then read its result here",
     ),
-    (b"tfutil", "a TensorFlow network (Progressive GAN)", "only StyleGAN2 generators are read"),
-    (b"SuperresGenerator", "a StyleGAN-XL network", "only StyleGAN2 generators are read"),
-    (b"pg_modules", "a StyleGAN-XL or Projected GAN network", "only StyleGAN2 generators are read"),
-    (b"TriPlaneGenerator", "an EG3D network (three-dimensional, tri-plane)", "only StyleGAN2 generators are read"),
-    (b"training.volumetric_rendering", "an EG3D network", "only StyleGAN2 generators are read"),
-    (b"networks.generator", "a StyleGAN-T network", "only StyleGAN2 generators are read"),
-    (b"SynthesisInput", "a StyleGAN3 network (Fourier features)", "only StyleGAN2 generators are read"),
+    (b"tfutil", "a TensorFlow network (Progressive GAN)", _ONLY),
+    (b"SuperresGenerator", "a StyleGAN-XL network", _ONLY),
+    (b"pg_modules", "a StyleGAN-XL or Projected GAN network", _ONLY),
+    (b"TriPlaneGenerator", "an EG3D network (three-dimensional, tri-plane)", _ONLY),
+    (b"training.volumetric_rendering", "an EG3D network", _ONLY),
+    (b"networks.generator", "a StyleGAN-T network", _ONLY),
+    (b"SynthesisInput", "a StyleGAN3 network (Fourier features)", _ONLY),
 )
 
 
@@ -70,20 +69,15 @@ class PickledGenerator:
         return {name: tensor.load(torch.float32) for name, tensor in self.tensors.items()}
 
 
-def recognise(data: bytes | memoryview) -> tuple[str, str] | None:
+def other_family(data: bytes | memoryview) -> tuple[str, str] | None:
     """(the family that a refused file seems to belong to, what to do), or None."""
-    for mark, family, advice in OTHER_FAMILIES:
-        if re.search(re.escape(mark), data):
-            return family, advice
-    return None
+    found = ((family, advice) for mark, family, advice in OTHER_FAMILIES if re.search(re.escape(mark), data))
+    return next(found, None)
 
 
-def read_network_pickle(data: bytes, budget: Budget | None = None) -> PickledGenerator:
+def read_network_pickle(data: bytes) -> PickledGenerator:
     """The generator of an NVIDIA pickle, its moving average `G_ema` where there is one. Raises Refused."""
-    budget = budget or Budget()
-    budget.decoded = len(data)
-    view = memoryview(data)
-    content, end = read_pickle(view, 0, _vocabulary(), budget)
+    content, end = read_pickle(memoryview(data), 0, _vocabulary(), ReadingBudget(decoded=len(data)))
     if end != len(data):
         raise Refused(f"{len(data) - end} bytes after the end of the pickle")
     if type(content) is Network:
@@ -107,57 +101,31 @@ def read_network_pickle(data: bytes, budget: Budget | None = None) -> PickledGen
 def _vocabulary() -> Vocabulary:
     hashes: dict[str, str] = {}
 
-    def reconstruct(name: Name, arguments: tuple, budget: Budget) -> Network:
+    def reconstruct(name: Name, arguments: tuple, budget: ReadingBudget) -> Network:
         return _network(arguments, hashes)
 
-    reduce = {
-        ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
-        ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
-        ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
-        ("torch.storage", "_load_from_bytes"): load_from_bytes,
-        ("_codecs", "encode"): encode,
-        ("collections", "OrderedDict"): _empty_dict,
-        ("builtins", "set"): _small_set,
-        ("__builtin__", "set"): _small_set,
-        ("numpy", "dtype"): _placeholder,
-    }
-    inert = {("numpy", "ndarray")}
-    for package in ("numpy.core", "numpy._core"):
-        reduce[f"{package}.multiarray", "scalar"] = _placeholder
-        reduce[f"{package}.multiarray", "_reconstruct"] = _placeholder
     return Vocabulary(
-        reduce=reduce,
-        new={("dnnlib.util", "EasyDict"): _empty_dict},
-        inert=frozenset(inert),
-        build=frozenset(key for key in reduce if key[0].startswith("numpy")),
+        reduce=COMMON_CALLS
+        | {
+            ("torch_utils.persistence", "_reconstruct_persistent_obj"): reconstruct,
+            ("torch._utils", "_rebuild_tensor_v2"): rebuild_tensor,
+            ("torch.storage", "_load_from_bytes"): load_from_bytes,
+        },
+        new={("dnnlib.util", "EasyDict"): empty_dict},
+        inert=frozenset((("numpy", "ndarray"),)),
+        build=NUMPY_NAMES,
         explain=_explain,
     )
 
 
 def _explain(module: str, name: str) -> str | None:
-    text = f"{module}.{name}".encode("utf-8", "replace")
-    family = recognise(text)
-    return f"the name {shown(f'{module}.{name}')}, which belongs to {family[0]}" if family else None
-
-
-def _placeholder(name: Name, arguments: tuple, budget: Budget) -> Placeholder:
-    return Placeholder(name)
-
-
-def _empty_dict(name: Name, arguments: tuple, budget: Budget) -> dict:
-    if arguments:
-        raise Refused(f"a call of {name} with arguments, which torch never writes")
-    return {}
-
-
-def _small_set(name: Name, arguments: tuple, budget: Budget) -> set:
-    if len(arguments) != 1 or type(arguments[0]) is not list or any(type(one) is not str for one in arguments[0]):
-        raise Refused(f"a call of {name} with anything but a list of names")
-    budget.spend(len(arguments[0]))
-    return set(arguments[0])
+    text = f"{module}.{name}"
+    family = other_family(text.encode("utf-8", "replace"))
+    return f"the name {shown(text)}, which belongs to {family[0]}" if family else None
 
 
 def _network(arguments: tuple, hashes: dict[str, str]) -> Network:
+    """The object that NVIDIA's `_reconstruct_persistent_obj(meta)` would make; hashes: of source texts, kept."""
     if len(arguments) != 1 or type(arguments[0]) is not dict:
         raise Refused("a persistent object that is not described by one dictionary")
     meta = arguments[0]
@@ -176,7 +144,7 @@ def _network(arguments: tuple, hashes: dict[str, str]) -> Network:
     if type(source) is not str or type(class_name) is not str or type(state) is not dict:
         raise Refused("a persistent object whose fields have other types than NVIDIA writes")
     if source not in hashes:
-        hashes[source] = hashlib.sha256(source.encode("utf-8")).hexdigest()
+        hashes[source] = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
     return Network(class_name, hashes[source], state)
 
 
@@ -216,7 +184,7 @@ def _read_generator(network: Network, notes: list[str]) -> PickledGenerator:
                     raise Refused(f"two tensors named {prefix}{name}")
                 tensors[prefix + name] = value
     hints = _hints(modules)
-    if any(_scalar(module, "use_fp16") is True for module in modules.values()):
+    if any(_attribute(module, "use_fp16") is True for module in modules.values()):
         notes.append(
             "NVIDIA's code computes the largest blocks of this network in half precision on GPUs; here all "
             "are computed in the weights' precision."
@@ -225,16 +193,14 @@ def _read_generator(network: Network, notes: list[str]) -> PickledGenerator:
 
 
 def _modules(network: Network) -> Iterator[tuple[str, Network]]:
-    """All modules with their paths, parents first; every class in its place, no module twice, no cycle."""
+    """All modules with their paths, parents first; every class in its place (so none within itself), none twice."""
     seen: set[int] = set()
-    waiting = [("", network, 0)]
+    waiting = [("", network)]
     while waiting:
-        path, module, depth = waiting.pop()
+        path, module = waiting.pop()
         if id(module) in seen or id(module.state) in seen:
             raise Refused(f"the module {path or 'Generator'} in two places, or within itself")
         seen |= {id(module), id(module.state)}
-        if depth > MAX_DEPTH or len(seen) > 2 * MAX_MODULES:
-            raise Refused(f"modules nested deeper than {MAX_DEPTH} or more than {MAX_MODULES}")
         yield path, module
         for name, child in _dictionary(module, "_modules", path).items():
             if child is None:
@@ -252,7 +218,7 @@ def _modules(network: Network) -> Iterator[tuple[str, Network]]:
                     f"a module of the class {shown(child.class_name)} as {shown(place)}, where StyleGAN2 has "
                     f"{expected or 'none'}"
                 )
-            waiting.append((place, child, depth + 1))
+            waiting.append((place, child))
 
 
 def _dictionary(module: Network, name: str, path: str) -> dict:
@@ -262,21 +228,38 @@ def _dictionary(module: Network, name: str, path: str) -> dict:
     return found
 
 
-def _scalar(module: Network, name: str) -> Any:
-    """A public attribute of a module: None, a truth value, a number or a text; `_MISSING` where it has none."""
-    return _plain(module.state.get(name, _MISSING), name)
-
-
-def _said(module: Network, name: str) -> Any:
-    """What the module's constructor was told by keyword; `_MISSING` where it was not."""
-    told = module.state.get("_init_kwargs")
-    return _plain(told.get(name, _MISSING) if type(told) is dict else _MISSING, name)
-
-
 def _plain(value: Any, name: str) -> Any:
+    """None, a truth value, a number or a text of a module; `_MISSING` for anything else."""
     if (type(value) is str and len(value) > MAX_NAME) or (type(value) is int and not abs(value) < 1e9):
         raise Refused(f"no usable value as {name} of a module")  # and none that an error message could repeat
     return value if value is None or type(value) in (bool, int, float, str) else _MISSING
+
+
+def _attribute(module: Network, name: str) -> Any:
+    return _plain(module.state.get(name, _MISSING), name)
+
+
+def _number(value: Any, name: str, path: str) -> Any:
+    if value is None or value is _MISSING:
+        return value
+    if type(value) not in (int, float) or not abs(value) < 1e9 or not math.isfinite(value):
+        raise Refused(f"no usable number as {name} of {path}")
+    return float(value)
+
+
+# Fields of GeneratorConfig that a class's attributes state, by the attribute's name.
+_STATED = {
+    "Generator": {
+        "z_dim": "z_dim",
+        "c_dim": "c_dim",
+        "w_dim": "w_dim",
+        "img_resolution": "resolution",
+        "img_channels": "img_channels",
+    },
+    "SynthesisBlock": {"architecture": "architecture"},
+    "SynthesisLayer": {"conv_clamp": "conv_clamp", "use_noise": "use_noise"},
+    "ToRGBLayer": {"conv_clamp": "conv_clamp"},
+}
 
 
 def _hints(modules: dict[str, Network]) -> dict[str, Any]:
@@ -290,32 +273,20 @@ def _hints(modules: dict[str, Network]) -> dict[str, Any]:
             raise Refused(f"{name} {shown(str(value))} in {where}, where other modules have {shown(str(hints[name]))}")
         hints[name] = value
 
-    for name, ours in (
-        ("z_dim", "z_dim"),
-        ("c_dim", "c_dim"),
-        ("w_dim", "w_dim"),
-        ("img_resolution", "resolution"),
-        ("img_channels", "img_channels"),
-    ):
-        state(ours, _scalar(modules[""], name), "Generator")
     for path, module in modules.items():
         kind = module.class_name
-        if kind == "SynthesisBlock":
-            state("architecture", _scalar(module, "architecture"), path)
-        if kind in ("SynthesisLayer", "ToRGBLayer"):
-            state("conv_clamp", _number(_scalar(module, "conv_clamp"), "conv_clamp", path), path)
+        for attribute, name in _STATED.get(kind, {}).items():
+            value = _attribute(module, attribute)
+            state(name, _number(value, name, path) if name == "conv_clamp" else value, path or "Generator")
         if kind == "SynthesisLayer":
-            _expect(module, "up", 2 if path.endswith("conv0") else 1, path)
-            _expect(module, "activation", "lrelu", path)
-            state("use_noise", _scalar(module, "use_noise"), path)
-        if kind == "Conv2dLayer":
-            _expect(module, "up", 2, path)
-            _expect(module, "activation", "linear", path)
-        if kind == "FullyConnectedLayer":
-            layer = path.startswith("mapping.fc")
-            _expect(module, "activation", "lrelu" if layer else "linear", path)
+            _expect(module, path, up=2 if path.endswith("conv0") else 1, activation="lrelu")
+        elif kind == "Conv2dLayer":
+            _expect(module, path, up=2, activation="linear")
+        elif kind == "FullyConnectedLayer":
+            in_mapping = path.startswith("mapping.fc")
+            _expect(module, path, activation="lrelu" if in_mapping else "linear")
             multiplier = _multiplier(module, path)
-            if layer:
+            if in_mapping:
                 state("mapping_lr_multiplier", multiplier, path)
             elif multiplier != 1:
                 raise Refused(f"a learning rate multiplier of {multiplier:g} in {path}, where StyleGAN2 has 1")
@@ -324,25 +295,19 @@ def _hints(modules: dict[str, Network]) -> dict[str, Any]:
 
 def _multiplier(module: Network, path: str) -> float:
     """A dense layer's learning rate multiplier, which scales its weights: as constructed, and its bias's gain."""
-    told, gain = _said(module, "lr_multiplier"), _scalar(module, "bias_gain")
-    told = 1.0 if told is _MISSING and type(module.state.get("_init_kwargs")) is dict else _number(told, "lr", path)
-    gain = _number(gain, "bias_gain", path)
-    if told is _MISSING:
-        told = gain
-    if told is _MISSING or told is None or told <= 0 or (gain not in (_MISSING, None) and gain != told):
+    arguments = module.state.get("_init_kwargs")
+    gain = _number(_attribute(module, "bias_gain"), "bias_gain", path)
+    if type(arguments) is dict:
+        given = _number(_plain(arguments.get("lr_multiplier", 1.0), "lr_multiplier"), "lr", path)
+    else:
+        given = gain
+    if given is _MISSING or given is None or given <= 0 or (gain not in (_MISSING, None) and gain != given):
         raise Refused(f"a learning rate multiplier in {path} that its parts do not agree on")
-    return told
+    return given
 
 
-def _number(value: Any, name: str, path: str) -> Any:
-    if value is None or value is _MISSING:
-        return value
-    if type(value) not in (int, float) or not abs(value) < 1e9 or not math.isfinite(value):
-        raise Refused(f"no usable number as {name} of {path}")
-    return float(value)
-
-
-def _expect(module: Network, name: str, value: Any, path: str) -> None:
-    found = _scalar(module, name)
-    if found is not _MISSING and (type(found) is not type(value) or found != value):
-        raise Refused(f"{name} {shown(str(found))} in {path}, where StyleGAN2 has {value}")
+def _expect(module: Network, path: str, **expected: Any) -> None:
+    for name, value in expected.items():
+        found = _attribute(module, name)
+        if found is not _MISSING and (type(found) is not type(value) or found != value):
+            raise Refused(f"{name} {shown(str(found))} in {path}, where StyleGAN2 has {value}")

@@ -1,12 +1,11 @@
-"""What a model file is, by its first bytes or by the names of its tensors, and where it belongs instead.
+"""What a model file is, by the names of its tensors, and what to do with it: the sentences that refuse a file.
 
-For the sentence that refuses a file: whoever picked a LoRA, a VAE or a video model by mistake is told so, and what to
-give. The names are those that trainers, ComfyUI, diffusers and the GANs' own projects write.
+A user who picked a LoRA, a VAE or a video model by mistake is told so, and what to give. The names are those that
+trainers, ComfyUI, diffusers and the GANs' own projects write.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -66,179 +65,157 @@ _ADVICE = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file is: `what` with its article, `group` for the advice; `detail` of its own on what to do, or ""."""
+    """What a file is: `what` with its article, `group` for the advice."""
 
     what: str
     group: str = ""
-    detail: str = ""
 
 
 # ------------------------------------------------------------------------------------------------------- tensors' names
 
 # (what, group, patterns that all have to occur in the names, one a line). The first that fits is taken: additions to a
-# model before models, the special before the general. `^` and `$` are the ends of a name; (?:^|\.) is the start of one
-# of its parts.
+# model before models, the special before the general. `^` and `$` are the ends of a name; _P is the start of one of its
+# parts.
 _P = r"(?:^|\.)"
-_FAMILIES: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+_FAMILIES: tuple[tuple[str, ...], ...] = (
     # Additions to a model.
-    ("a LoRA (kohya's names)", "lora", (r"^(lora_(unet|te\d?|transformer|prior)|lycoris)_.*\.lora_(up|down|mid)",)),
-    ("a LoRA (LyCORIS)", "lora", (r"\.(hada_w[12]|lokr_w[12]|oft_(blocks|diag)|on_input|dora_scale|glora_)",)),
-    ("a LoRA (PEFT's names)", "lora", (r"\.lora_(A|B|embedding_[AB])(\.|$)",)),
-    ("a LoRA (diffusers' names)", "lora", (r"(_lora\.(up|down)\.|\.lora\.(up|down)\.|lora_linear_layer\.)",)),
-    ("a LoRA", "lora", (r"lora_(up|down|A|B)(\.|$)",)),
-    ("a LoRA (LyCORIS)", "lora", (r"^(lora|lycoris)_.*\.(diff|diff_b|a1\.weight|w_norm)$",)),
-    ("an IP-Adapter", "addon", (_P + r"(ip_adapter|image_proj|to_k_ip)\.",)),
+    ("a LoRA (kohya's names)", "lora", r"^(lora_(unet|te\d?|transformer|prior)|lycoris)_.*\.lora_(up|down|mid)"),
+    ("a LoRA (LyCORIS)", "lora", r"\.(hada_w[12]|lokr_w[12]|oft_(blocks|diag)|on_input|dora_scale|glora_)"),
+    ("a LoRA (PEFT's names)", "lora", r"\.lora_(A|B|embedding_[AB])(\.|$)"),
+    ("a LoRA (diffusers' names)", "lora", r"(_lora\.(up|down)\.|\.lora\.(up|down)\.|lora_linear_layer\.)"),
+    ("a LoRA", "lora", r"lora_(up|down|A|B)(\.|$)"),
+    ("a LoRA (LyCORIS)", "lora", r"^(lora|lycoris)_.*\.(diff|diff_b|a1\.weight|w_norm)$"),
+    ("an IP-Adapter", "addon", _P + r"(ip_adapter|image_proj|to_k_ip)\."),
     (
         "a T2I-Adapter",
         "control",
-        (
-            r"^(adapter\.)?(body\.\d+\.(in_conv|resnets|block1)|conv_in\.weight$)",
-            r"body\.\d",
-            r"(block1|in_conv|resnets\.\d+\.block)",
-        ),
+        r"^(adapter\.)?(body\.\d+\.(in_conv|resnets|block1)|conv_in\.weight$)",
+        r"body\.\d",
+        r"(block1|in_conv|resnets\.\d+\.block)",
     ),
-    ("a ControlNet", "control", (r"(input_hint_block\.|controlnet_|control_model\.|pose_net\.|^lllite_)",)),
-    ("a motion module (AnimateDiff)", "addon", (r"motion_modules\.",)),
-    ("a textual inversion embedding", "addon", (r"^(string_to_param\.\S+|emb_params|<[^>\n]+>)$",)),
-    ("a textual inversion embedding", "addon", (r"\A\s*clip_[glh]\s*(clip_[glh]\s*)*\Z",)),
-    ("a hypernetwork", "addon", (r"^(320|640|768|1024|1280)\.\d+\.linear",)),
+    ("a ControlNet", "control", r"(input_hint_block\.|controlnet_|control_model\.|pose_net\.|^lllite_)"),
+    ("a motion module (AnimateDiff)", "addon", r"motion_modules\."),
+    ("a textual inversion embedding", "addon", r"^(string_to_param\.\S+|emb_params|<[^>\n]+>)$"),
+    ("a textual inversion embedding", "addon", r"\A\s*clip_[glh]\s*(clip_[glh]\s*)*\Z"),
+    ("a hypernetwork", "addon", r"^(320|640|768|1024|1280)\.\d+\.linear"),
     # Generative adversarial networks.
-    ("an EG3D generator (three-dimensional, tri-plane)", "gan", (_P + r"backbone\w*\.synthesis\.b4\.",)),
-    ("a StyleGAN-T generator", "gan", (r"(^|\.)mapping\.mlp\.", r"synthesis\.b\d+\.|synthesis\.input\.")),
+    ("an EG3D generator (three-dimensional, tri-plane)", "gan", _P + r"backbone\w*\.synthesis\.b4\."),
+    ("a StyleGAN-T generator", "gan", r"(^|\.)mapping\.mlp\.", r"synthesis\.b\d+\.|synthesis\.input\."),
     (
         "a StyleGAN-XL generator",
         "gan",
-        (
-            r"mapping\.embed_proj\.|super_res|feature_network|synthesis\.L\d+_\d+_\d+\..*"
-            r"head_layer",
-        ),
+        r"mapping\.embed_proj\.|super_res|feature_network|synthesis\.L\d+_\d+_\d+\..*head_layer",
     ),
-    ("a StyleGAN3 generator (Fourier features)", "gan", (r"synthesis\.input\.(freqs|phases)",)),
-    ("a SWAGAN generator", "gan", (_P + r"(iwt|dwt)\.", r"to_rgbs?\d?\.")),
-    ("GFPGAN, whose generator is rewritten", "gan", (_P + r"style_conv1\.bias$",)),
-    ("a StyleGAN2 generator", "generator", (_P + r"synthesis\.b4\.const$",)),
-    ("a StyleGAN2 generator", "generator", (_P + r"(conv1\.conv|style_conv1\.modulated_conv)\.modulation\.weight$",)),
-    ("GFPGAN, whose generator is rewritten", "gan", (_P + r"stylegan_decoder",)),
-    ("a face restorer (CodeFormer)", "gan", (r"fuse_convs_dict\.",)),
+    ("a StyleGAN3 generator (Fourier features)", "gan", r"synthesis\.input\.(freqs|phases)"),
+    ("a SWAGAN generator", "gan", _P + r"(iwt|dwt)\.", r"to_rgbs?\d?\."),
+    ("GFPGAN, whose generator is rewritten", "gan", _P + r"style_conv1\.bias$"),
+    ("a StyleGAN2 generator", "generator", _P + r"synthesis\.b4\.const$"),
+    ("a StyleGAN2 generator", "generator", _P + r"(conv1\.conv|style_conv1\.modulated_conv)\.modulation\.weight$"),
+    ("GFPGAN, whose generator is rewritten", "gan", _P + r"stylegan_decoder"),
+    ("a face restorer (CodeFormer)", "gan", r"fuse_convs_dict\."),
     (
         "a StarGAN v2, which turns images into images",
         "gan",
-        (
-            _P + r"(module\.)?(from_rgb\.weight|encode\.\d+\.conv1)",
-            _P + r"(module\.)?(decode\.\d+|shared\.\d+|to_rgb)\.",
-        ),
+        _P + r"(module\.)?(from_rgb\.weight|encode\.\d+\.conv1)",
+        _P + r"(module\.)?(decode\.\d+|shared\.\d+|to_rgb)\.",
     ),
-    ("a StyleGAN or Progressive GAN of rosinality's first repositories", "gan", (_P + r"progression\.\d+\.",)),
-    ("a StyleGAN (1) generator", "gan", (_P + r"(g_synthesis|g_mapping)\.|synthesis\.blocks\.\w*4x4",)),
-    ("a generator of GenForce", "gan", (_P + r"synthesis\.(layer|early_layer)\d",)),
-    ("a generator of MMGeneration", "gan", (_P + r"(style_mapping\.\d|constant_input\.const$)",)),
-    ("a generator of lucidrains' stylegan2-pytorch", "gan", (_P + r"(G|GE)\.(initial_(conv|block)|blocks\.0)",)),
-    ("a BigGAN generator", "gan", (_P + r"(gen_z|generator\.gen_z)\.", r"(layers|blocks)\.0\.")),
+    ("a StyleGAN or Progressive GAN of rosinality's first repositories", "gan", _P + r"progression\.\d+\."),
+    ("a StyleGAN (1) generator", "gan", _P + r"(g_synthesis|g_mapping)\.|synthesis\.blocks\.\w*4x4"),
+    ("a generator of GenForce", "gan", _P + r"synthesis\.(layer|early_layer)\d"),
+    ("a generator of MMGeneration", "gan", _P + r"(style_mapping\.\d|constant_input\.const$)"),
+    ("a generator of lucidrains' stylegan2-pytorch", "gan", _P + r"(G|GE)\.(initial_(conv|block)|blocks\.0)"),
+    ("a BigGAN generator", "gan", _P + r"(gen_z|generator\.gen_z)\.", r"(layers|blocks)\.0\."),
     (
         "part of a GAN that is no generator (a discriminator or an encoder)",
         "gan",
-        (r"^(b\d+\.(conv0|fromrgb)\.weight|final_linear\.0\.weight|body\.0\.res_layer\.)",),
+        r"^(b\d+\.(conv0|fromrgb)\.weight|final_linear\.0\.weight|body\.0\.res_layer\.)",
     ),
     # Stable Diffusion in LDM layout, and other UNets.
-    ("a video UNet", "", (r"(time_stack\.|temporal_transformer)",)),
-    ("a Stable Cascade model", "flow", (_P + r"(clip_txt_mapper|clip_txt_pooled_mapper|clf\.1)\.",)),
+    ("a video UNet", "", r"(time_stack\.|temporal_transformer)"),
+    ("a Stable Cascade model", "flow", _P + r"(clip_txt_mapper|clip_txt_pooled_mapper|clf\.1)\."),
     (
         "a Stable Diffusion checkpoint",
         "checkpoint",
-        (
-            _P + r"input_blocks\.0\.0\.weight$",
-            _P + r"output_blocks\.",
-            r"^(first_stage_model|cond_stage_model|conditioner)\.",
-        ),
+        _P + r"input_blocks\.0\.0\.weight$",
+        _P + r"output_blocks\.",
+        r"^(first_stage_model|cond_stage_model|conditioner)\.",
     ),
-    ("a Stable Diffusion UNet alone", "unet", (_P + r"input_blocks\.0\.0\.weight$", _P + r"output_blocks\.")),
-    ("a part of a Stable Diffusion UNet", "", (_P + r"(input_blocks|output_blocks)\.\d+\.\d+\.",)),
+    ("a Stable Diffusion UNet alone", "unet", _P + r"input_blocks\.0\.0\.weight$", _P + r"output_blocks\."),
+    ("a part of a Stable Diffusion UNet", "", _P + r"(input_blocks|output_blocks)\.\d+\.\d+\."),
     (
         "a UNet in diffusers' layout",
         "diffusers",
-        (_P + r"down_blocks\.\d+\.(attentions|resnets|downsamplers)\.", r"^(unet\.|module\.)?(down|up)_blocks\."),
+        _P + r"down_blocks\.\d+\.(attentions|resnets|downsamplers)\.",
+        r"^(unet\.|module\.)?(down|up)_blocks\.",
     ),
     # Transformers: flow models and what came after Stable Diffusion XL.
-    ("a Chroma model", "flow", (r"distilled_guidance_layer\.",)),
-    ("a HunyuanVideo model", "flow", (r"individual_token_refiner\.", r"double_blocks\.")),
-    ("a Flux 2 model", "flow", (r"(double_stream_modulation|single_stream_modulation)",)),
-    ("a HiDream model", "flow", (r"double_stream_blocks\.",)),
-    ("a Flux model", "flow", (_P + r"(double_blocks|single_blocks)\.\d",)),
-    ("a Stable Diffusion 3 model", "flow", (_P + r"joint_blocks\.\d",)),
-    ("an AuraFlow model", "flow", (r"(double_layers\.\d|cond_seq_linear\.|joint_transformer_blocks\.)",)),
-    ("a Qwen-Image model", "flow", (_P + r"transformer_blocks\.\d+\.(img_mod|txt_mod)\.",)),
-    ("a Z-Image model", "flow", (r"(cap_pad_token|x_pad_token)$",)),
-    ("a Lumina or Z-Image model", "flow", (r"(noise_refiner|context_refiner|cap_embedder)\.",)),
-    ("a PixArt or LTX model", "flow", (r"adaln_single\.",)),
-    ("a Hunyuan-DiT model", "flow", (r"mlp_t5\.",)),
-    ("a Mochi model", "flow", (r"t5_y(proj|_embedder)\.",)),
-    ("a Kandinsky model", "flow", (r"(visual|text)_transformer_blocks\.",)),
-    ("a Cosmos model", "flow", (r"(blocks\.block\d+\.blocks\.|adaln_modulation_|adaLN_modulation_self_attn)",)),
-    ("a Wan model", "flow", (_P + r"blocks\.\d+\.(cross_attn|self_attn)\.",)),
-    ("a Flux model in diffusers' layout", "flow", (r"single_transformer_blocks\.\d",)),
+    ("a Chroma model", "flow", r"distilled_guidance_layer\."),
+    ("a HunyuanVideo model", "flow", r"individual_token_refiner\.", r"double_blocks\."),
+    ("a Flux 2 model", "flow", r"(double_stream_modulation|single_stream_modulation)"),
+    ("a HiDream model", "flow", r"double_stream_blocks\."),
+    ("a Flux model", "flow", _P + r"(double_blocks|single_blocks)\.\d"),
+    ("a Stable Diffusion 3 model", "flow", _P + r"joint_blocks\.\d"),
+    ("an AuraFlow model", "flow", r"(double_layers\.\d|cond_seq_linear\.|joint_transformer_blocks\.)"),
+    ("a Qwen-Image model", "flow", _P + r"transformer_blocks\.\d+\.(img_mod|txt_mod)\."),
+    ("a Z-Image model", "flow", r"(cap_pad_token|x_pad_token)$"),
+    ("a Lumina or Z-Image model", "flow", r"(noise_refiner|context_refiner|cap_embedder)\."),
+    ("a PixArt or LTX model", "flow", r"adaln_single\."),
+    ("a Hunyuan-DiT model", "flow", r"mlp_t5\."),
+    ("a Mochi model", "flow", r"t5_y(proj|_embedder)\."),
+    ("a Kandinsky model", "flow", r"(visual|text)_transformer_blocks\."),
+    ("a Cosmos model", "flow", r"(blocks\.block\d+\.blocks\.|adaln_modulation_|adaLN_modulation_self_attn)"),
+    ("a Wan model", "flow", _P + r"blocks\.\d+\.(cross_attn|self_attn)\."),
+    ("a Flux model in diffusers' layout", "flow", r"single_transformer_blocks\.\d"),
     (
         "a Stable Diffusion 3 model in diffusers' layout",
         "flow",
-        (r"transformer_blocks\.\d+\.norm1_context\.", r"pos_embed\."),
+        r"transformer_blocks\.\d+\.norm1_context\.",
+        r"pos_embed\.",
     ),
     (
         "a transformer of a newer family",
         "flow",
-        (
-            r"^((model\.)?diffusion_model\.|transformer\.|net\.|model\.)?"
-            r"(transformer_blocks|blocks|layers)\.\d+\.\S*(adaln|adaLN|modulation|"
-            r"scale_shift|norm1\.linear|attn2?\.to_q|mod\.lin)",
-        ),
+        r"^((model\.)?diffusion_model\.|transformer\.|net\.|model\.)?(transformer_blocks|blocks|layers)\.\d+\.\S*"
+        r"(adaln|adaLN|modulation|scale_shift|norm1\.linear|attn2?\.to_q|mod\.lin)",
     ),
     # Autoencoders.
-    ("an autoencoder (VAE) in diffusers' layout", "vae", (_P + r"(encoder|decoder)\.(down|up)_blocks\.\d",)),
+    ("an autoencoder (VAE) in diffusers' layout", "vae", _P + r"(encoder|decoder)\.(down|up)_blocks\.\d"),
     (
         "a video or image autoencoder (VAE) of another family",
         "vae",
-        (_P + r"(encoder|decoder)\.(downsamples|upsamples|middle)\.\d",),
+        _P + r"(encoder|decoder)\.(downsamples|upsamples|middle)\.\d",
     ),
-    ("an autoencoder (VAE)", "vae", (_P + r"(encoder|decoder)\.(down\.\d|up\.\d|mid\.|conv_in\.|conv_out\.)",)),
-    ("a small autoencoder (TAESD)", "vae", (r"(taesd_|^(encoder|decoder)\.(layers\.)?\d+\.(conv|weight|bias))",)),
+    ("an autoencoder (VAE)", "vae", _P + r"(encoder|decoder)\.(down\.\d|up\.\d|mid\.|conv_in\.|conv_out\.)"),
+    ("a small autoencoder (TAESD)", "vae", r"(taesd_|^(encoder|decoder)\.(layers\.)?\d+\.(conv|weight|bias))"),
     # Text and image encoders.
     (
         "a language model",
         "text",
-        (
-            r"^(model\.|language_model\.|model\.language_model\.)*"
-            r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",
-        ),
+        r"^(model\.|language_model\.|model\.language_model\.)*"
+        r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",
     ),
-    (
-        "a CLIP model (text and image encoder)",
-        "text",
-        (_P + r"(vision_model|visual)\.", _P + r"(text_model|ln_final)\."),
-    ),
-    ("an image encoder (CLIP vision)", "text", (_P + r"(vision_model|visual)\.",)),
-    ("a text encoder (T5)", "text", (r"SelfAttention\.[qkv]\.",)),
+    ("a CLIP model (text and image encoder)", "text", _P + r"(vision_model|visual)\.", _P + r"(text_model|ln_final)\."),
+    ("an image encoder (CLIP vision)", "text", _P + r"(vision_model|visual)\."),
+    ("a text encoder (T5)", "text", r"SelfAttention\.[qkv]\."),
     (
         "a text encoder (CLIP)",
         "text",
-        (
-            _P + r"(text_model\.(encoder|embeddings|final)|transformer\.resblocks\.|"
-            r"token_embedding\.|text_projection)",
-        ),
+        _P + r"(text_model\.(encoder|embeddings|final)|transformer\.resblocks\.|token_embedding\.|text_projection)",
     ),
     # Upscalers.
-    ("an upscaler (ESRGAN)", "upscaler", (r"(RDB\d\.conv|\.rdb\d\.conv|RRDB_trunk\.)",)),
-    ("an upscaler", "upscaler", (r"(residual_group\.|relative_position_bias_table|^(params(_ema)?\.)?body\.\d+\.w)",)),
-    ("an upscaler", "upscaler", (_P + r"(conv_first\.weight|block_1\.c1_r\.|feats\.\d+\.(lk|mdc)\.)",)),
+    ("an upscaler (ESRGAN)", "upscaler", r"(RDB\d\.conv|\.rdb\d\.conv|RRDB_trunk\.)"),
+    ("an upscaler", "upscaler", r"(residual_group\.|relative_position_bias_table|^(params(_ema)?\.)?body\.\d+\.w)"),
+    ("an upscaler", "upscaler", _P + r"(conv_first\.weight|block_1\.c1_r\.|feats\.\d+\.(lk|mdc)\.)"),
     # Whatever else denoises.
-    ("a diffusion model of another family", "flow", (r"^(model\.)?diffusion_model\.",)),
+    ("a diffusion model of another family", "flow", r"^(model\.)?diffusion_model\."),
     (
         "a diffusion transformer of another family",
         "flow",
-        (
-            _P + r"(x_embedder|patch_embed\w*|img_in|t_embedder|time_\w+|final_layer|pos_embed)\.",
-            r"(blocks|layers)\.\d",
-        ),
+        _P + r"(x_embedder|patch_embed\w*|img_in|t_embedder|time_\w+|final_layer|pos_embed)\.",
+        r"(blocks|layers)\.\d",
     ),
     # What training leaves.
-    ("an optimizer's or a trainer's state", "run", (r"^(state\.|optimizer|g_optim|param_groups)",)),
+    ("an optimizer's or a trainer's state", "run", r"^(state\.|optimizer|g_optim|param_groups)"),
 )
 _QUANTISED = (
     ("scaled fp8", r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|input_scale)$"),
@@ -246,7 +223,12 @@ _QUANTISED = (
     ("quantised by bitsandbytes", r"\.(absmax|quant_map|nested_absmax|quant_state\.\S*)$"),
     ("quantised for Nunchaku (SVDQuant)", r"\.(qweight|wscales|smooth_factor)$"),
 )
-_NOTHING = Kind("no tensors")
+# The field "format" in the metadata of this project's own files.
+_OWN = {
+    "indomain_guidance.domain_unet": Kind("a domain model of this project", "domain"),
+    "indomain_guidance.generator": Kind("a StyleGAN2 generator", "generator"),
+    "indomain_guidance_checkpoint": Kind("the state of a run of this project", "run"),
+}
 
 
 def recognise_names(names: Iterable[str], metadata: Mapping[str, str] | None = None) -> Kind:
@@ -256,126 +238,19 @@ def recognise_names(names: Iterable[str], metadata: Mapping[str, str] | None = N
         return _OWN[stated]
     names = list(names)
     if not names:
-        return _NOTHING
-    text = _joined(names)
-    found = next(
-        (
-            Kind(what, group)
-            for what, group, patterns in _FAMILIES
-            if all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
-        ),
-        None,
-    )
+        return Kind("no tensors")
+    text = "\n".join(name[:MOST_CHARACTERS] for name in names[:MOST_NAMES])
+
+    def fits(*patterns: str) -> bool:
+        return all(re.search(pattern, text, re.MULTILINE) for pattern in patterns)
+
+    found = next((Kind(what, group) for what, group, *patterns in _FAMILIES if fits(*patterns)), None)
     if found is None:
         return Kind(f"a file with tensors such as {shown(names[0])}")
-    how = quantisation(names)
+    how = next((how for how, pattern in _QUANTISED if fits(pattern)), None)
     if how and found.group in ("checkpoint", "unet", "flow"):
         return Kind(f"{found.what}, {how}", "quantised" if found.group != "flow" else "flow")
     return found
-
-
-def quantisation(names: Iterable[str]) -> str | None:
-    """How a file's weights are quantised, by the names of what belongs to that; None where they are plain numbers."""
-    text = _joined(names)
-    return next((how for how, pattern in _QUANTISED if re.search(pattern, text, re.MULTILINE)), None)
-
-
-def _joined(names: Iterable[str]) -> str:
-    return "\n".join(name[:MOST_CHARACTERS] for name in itertools.islice(names, MOST_NAMES))
-
-
-_OWN = {
-    "indomain_guidance.domain_unet": Kind("a domain model of this project", "domain"),
-    "indomain_guidance.generator": Kind("a StyleGAN2 generator", "generator"),
-    "indomain_exported_base": Kind("a prior that a run has exported for its own process", "run"),
-    "indomain_guidance_checkpoint": Kind("the state of a run of this project", "run"),
-}
-
-# ---------------------------------------------------------------------------------------------------------- first bytes
-
-RUN_MARK, RUN_TRAILER = b"IDGSHA01", 40  # a run's checkpoint ends with the one and a digest, so many bytes in all
-PARTIAL_SUFFIXES = (
-    ".part",
-    ".partial",
-    ".crdownload",
-    ".download",
-    ".opdownload",
-    ".incomplete",
-    ".aria2",
-    ".tmp",
-    ".!ut",
-    ".!qb",
-    ".filepart",
-    ".unconfirmed",
-)
-_AGAIN = "download it again"
-_UNPACK = "unpack it and give the model file inside"
-_MAGIC: tuple[tuple[bytes, Kind], ...] = (
-    (
-        b"version https://git-lfs",
-        Kind("a Git LFS pointer instead of the weights", "", "run 'git lfs pull' or download the file itself"),
-    ),
-    (b"GGUF", Kind("a GGUF file, which is quantised for other loaders", "", "use the original .safetensors")),
-    (b"\x1f\x8b", Kind("a gzip archive", "", _UNPACK)),
-    (b"7z\xbc\xaf\x27\x1c", Kind("a 7z archive", "", _UNPACK)),
-    (b"Rar!\x1a\x07", Kind("a RAR archive", "", _UNPACK)),
-    (b"BZh", Kind("a bzip2 archive", "", _UNPACK)),
-    (b"\xfd7zXZ\x00", Kind("an xz archive", "", _UNPACK)),
-    (b"\x28\xb5\x2f\xfd", Kind("a Zstandard archive", "", _UNPACK)),
-    (b"\x89PNG", Kind("a picture (PNG)", "", "a preview is no model, download the model itself")),
-    (b"\xff\xd8\xff", Kind("a picture (JPEG)", "", "a preview is no model, download the model itself")),
-    (b"RIFF", Kind("a picture or a sound (RIFF)", "", "download the model itself")),
-    (b"GIF8", Kind("a picture (GIF)", "", "download the model itself")),
-    (b"%PDF", Kind("a PDF document", "", "download the model itself")),
-    (b"\x89HDF", Kind("an HDF5 file (Keras)", "", "use PyTorch weights as .safetensors")),
-    (b"\x93NUMPY", Kind("a NumPy array", "", "use PyTorch weights as .safetensors")),
-    (b"\x08\x03\x12", Kind("an ONNX network", "", "use PyTorch weights as .safetensors")),
-    (b"MZ", Kind("a program for Windows", "", "do not run it, and download the model from a source you trust")),
-    (b"\x7fELF", Kind("a program", "", "do not run it, and download the model from a source you trust")),
-)
-_TEXT_PICKLE = re.compile(rb"[\]}]|\((dp|lp|[ic]\w)|c[\w.]+\n[\w.]+\n")  # protocol 0, which is text
-
-
-def recognise_bytes(start: bytes, name: str = "") -> Kind | None:
-    """What a file is that is no model, by its first bytes (300 or so) and its name; None where they do not tell."""
-    lowered = name.lower()
-    text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if lowered.endswith(PARTIAL_SUFFIXES):
-        return Kind("an unfinished download", "", "wait until it is complete, or download it again")
-    for magic, kind in _MAGIC:
-        if start.startswith(magic) or (magic.startswith(b"version") and text.startswith(magic)):
-            return kind
-    if text.startswith((b"<!doctype", b"<html", b"<head", b"<script", b"<?xml", b"<!--")):
-        return Kind("a web page", "", "the download needs a login or the link is wrong; download the file itself")
-    if start[257:262] == b"ustar":
-        return Kind("a tar archive", "", _UNPACK)
-    if start.startswith((b"PK\x03\x04", b"PK\x05\x06")):
-        return Kind("a zip archive", "", _UNPACK)
-    if start and not start.strip(b"\0"):
-        return Kind("nothing but zeros, an unfinished download", "", _AGAIN)
-    if text.startswith((b"{", b"[")) and start[8:9] != b"{":
-        return Kind("JSON text", "", "a configuration or a server's error is no model, download the model itself")
-    if _TEXT_PICKLE.match(start):
-        return None
-    if len(text) >= 8 and not re.search(rb"[^\t\r\n\x20-\x7e]", start):
-        return Kind("text", "", "download the model itself")
-    return None
-
-
-def recognise_folder(names: Iterable[str]) -> Kind:
-    """What a folder is that was given in place of a file, by the names in it."""
-    names = set(names)
-    if "model_index.json" in names or {"unet", "vae"} <= names:
-        return Kind(
-            "a folder in diffusers' layout", "diffusers", "give the same model as one .safetensors file in LDM layout"
-        )
-    if any(name.startswith("diffusion_pytorch_model.") for name in names):
-        return Kind(
-            "a folder with one network in diffusers' layout",
-            "diffusers",
-            "give the same model as one .safetensors file in LDM layout",
-        )
-    return Kind("a folder", "", "name the .safetensors file inside it")
 
 
 # -------------------------------------------------------------------------------------------------------- the sentences
@@ -388,5 +263,5 @@ def refusal(source: object, wanted: str, names: Iterable[str], metadata: Mapping
 
 def refusal_of(source: object, wanted: str, kind: Kind) -> str:
     """The same for what a file was recognised as."""
-    advice = kind.detail or _ADVICE[wanted].get(kind.group, _ADVICE[wanted][""])
+    advice = _ADVICE[wanted].get(kind.group, _ADVICE[wanted][""])
     return f"{source}: expected {_WANTED[wanted]}, found {kind.what}; {advice}."

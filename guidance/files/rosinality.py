@@ -74,10 +74,11 @@ def noise_without_constants(tensors: Mapping[str, Tensor]) -> dict[str, tuple[in
     """
     if any(name.endswith(".noise_const") for name in tensors):
         return {}
-    first = tuple(tensors["synthesis.b4.const"].shape[1:]) if "synthesis.b4.const" in tensors else (4, 4)
+    const = tensors.get("synthesis.b4.const")
+    height, width = (4, 4) if const is None else const.shape[1:]
     strengths = (re.fullmatch(r"synthesis\.b(\d+)\.conv[01]\.noise_strength", name) for name in tensors)
     return {
-        match[0].replace("strength", "const"): tuple(side * int(match[1]) // 4 for side in first)
+        match[0].replace("strength", "const"): (height * int(match[1]) // 4, width * int(match[1]) // 4)
         for match in strengths
         if match
     }

@@ -1,46 +1,54 @@
-"""Tensors inside pickles: torch's nested storage streams, read by a parser of their own.
+"""Tensors inside pickles: torch's names for them, and its legacy format, in which every claim is checked.
 
-`torch.storage._load_from_bytes` hands its bytes to `torch.load`. Here they are what torch's legacy format says they
-are: four small pickles of protocol 2 (magic number, version, system, one persistent id), the list of keys, and the
-numbers behind their count. Every claim a tensor makes about its storage is checked before a number is touched.
+The legacy format is five small pickles (magic number, version, system, content, list of keys), then the numbers of each
+storage behind their count. Old checkpoints are such a stream; each tensor of an NVIDIA pickle carries one for its own
+storage, which `torch.storage._load_from_bytes` would hand to `torch.load`.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .inert_pickle import Budget, LongText, Name, Refused, Vocabulary, read_pickle, shown
+from .inert_pickle import Call, Name, Placeholder, ReadingBudget, Refused, Vocabulary, checked_key, read_pickle, shown
 
 MAGIC = 0x1950A86A20F9469CFC6C
 VERSION = 1001
 MAX_DIMENSIONS = 8
-MAX_EMPTY = 2**20  # that a view without numbers may have as a size, of a storage of any length
-_MAX_WHOLE = 2**63  # of what torch itself can say about a tensor
+MAX_EMPTY = 2**20  # of one size of a view without numbers, whatever the length of its storage
 STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "DoubleStorage": torch.float64,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
+    ("torch", "FloatStorage"): torch.float32,
+    ("torch", "HalfStorage"): torch.float16,
+    ("torch", "DoubleStorage"): torch.float64,
+    ("torch", "BFloat16Storage"): torch.bfloat16,
+    ("torch", "LongStorage"): torch.int64,
+    ("torch", "IntStorage"): torch.int32,
+    ("torch", "ShortStorage"): torch.int16,
+    ("torch", "CharStorage"): torch.int8,
+    ("torch", "ByteStorage"): torch.uint8,
+    ("torch", "BoolStorage"): torch.bool,
+    ("torch", "ComplexFloatStorage"): torch.complex64,
+    ("torch", "ComplexDoubleStorage"): torch.complex128,
+    ("torch.storage", "UntypedStorage"): torch.uint8,
 }
 
 
 @dataclass(frozen=True)
 class Storage:
-    """`numel` numbers of `dtype` as the raw bytes `data`."""
+    """`numel` numbers of `dtype`: the raw bytes `data` where they are at hand, else known by their `key` alone."""
 
     dtype: torch.dtype
     numel: int
-    data: memoryview
+    key: str
+    data: memoryview = memoryview(b"")
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -58,89 +66,96 @@ class StoredTensor:
 
     @property
     def numel(self) -> int:
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
     def extent(self) -> int:
         """How many numbers of the storage lie between its first and its last; its own count where it is dense."""
         return 0 if 0 in self.shape else 1 + sum((size - 1) * step for size, step in zip(self.shape, self.stride))
 
-    def load(self, dtype: torch.dtype | None = None) -> Tensor:
-        """A contiguous copy, in its own number format or `dtype`."""
+    def load(self, dtype: torch.dtype) -> Tensor:
+        """A contiguous copy in `dtype`."""
         if self.numel == 0:
-            return torch.empty(self.shape, dtype=dtype or self.dtype)
-        # A copy first: bytes of a file lie anywhere, numbers of a tensor at multiples of their size. Of its part only:
+            return torch.empty(self.shape, dtype=dtype)
+        # A copy first: bytes of a file lie anywhere, numbers of a tensor at multiples of their size. Only its own part:
         # many tensors may lie in one storage.
         size = self.dtype.itemsize
         piece = self.storage.data[self.offset * size : (self.offset + self.extent) * size]
         tensor = torch.frombuffer(bytearray(piece), dtype=self.dtype).as_strided(self.shape, self.stride)
-        return tensor.to(dtype or self.dtype).clone(memory_format=torch.contiguous_format)
+        return tensor.to(dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _whole(value: Any) -> bool:
-    return type(value) is int
+# --------------------------------------------------------------------------------------------------- the legacy format
 
 
-def _persistent(found: Any) -> tuple[torch.dtype, str, int]:
-    if type(found) is not tuple or len(found) != 6 or found[0] != "storage":
+def described_storage(found: Any) -> Storage:
+    """The storage that a persistent id ('storage', type, key, location, count[, None]) describes, without its bytes."""
+    if type(found) is not tuple or len(found) not in (5, 6) or found[0] != "storage":
         raise Refused("a persistent id that is not torch's ('storage', type, key, location, count, None)")
-    _, kind, key, location, numel, view = found
-    if type(kind) is not Name or type(key) is not str or type(location) is not str or view is not None:
+    _, kind, key, location, numel = found[:5]
+    if kind not in STORAGES or type(key) is not str or type(location) is not str or found[5:] not in ((), (None,)):
         raise Refused("a storage described by other types than torch writes")
-    if not _whole(numel) or not 0 <= numel < 2**48:
+    if type(numel) is not int or not 0 <= numel < 2**48:
         raise Refused("a storage with an impossible count of numbers")
-    return STORAGES[kind.name], key, numel
+    return Storage(STORAGES[kind], numel, key)
 
 
-_VOCABULARY = Vocabulary(inert=frozenset(("torch", name) for name in STORAGES), persistent=_persistent)
-_PLAIN = Vocabulary()
-
-
-def read_storage(data: memoryview, budget: Budget) -> Storage:
-    """The storage in the bytes that torch's `_load_from_bytes` was given. Raises Refused."""
-    try:
-        magic, end = read_pickle(data, 0, _PLAIN, budget)
-        if not _whole(magic) or magic != MAGIC:
+def read_legacy(data: memoryview, vocabulary: Vocabulary, budget: ReadingBudget) -> tuple[Any, list[str], int]:
+    """The content of a legacy stream, the keys of its storages in order, and where their numbers begin."""
+    values, end = [], 0
+    for vocabulary_of_part in (_PLAIN, _PLAIN, _PLAIN, vocabulary, _PLAIN):
+        value, end = read_pickle(data, end, vocabulary_of_part, budget)
+        values.append(value)
+        if len(values) == 1 and (type(value) is not int or value != MAGIC):
             raise Refused("another magic number than torch writes")
-        version, end = read_pickle(data, end, _PLAIN, budget)
-        if not _whole(version) or version != VERSION:
-            found = version if _whole(version) else "unknown"
+        if len(values) == 2 and (type(value) is not int or value != VERSION):
+            found = value if type(value) is int else "unknown"
             raise Refused(f"version {found} of torch's format, where {VERSION} is read")
-        system, end = read_pickle(data, end, _PLAIN, budget)
-        if type(system) is not dict or system.get("little_endian") is not True:
-            raise Refused("numbers that are not little-endian")
-        described, end = read_pickle(data, end, _VOCABULARY, budget)
-        if type(described) is not tuple or len(described) != 3 or type(described[0]) is not torch.dtype:
-            raise Refused("something else than one storage")
-        dtype, key, numel = described
-        keys, end = read_pickle(data, end, _PLAIN, budget)
-        if type(keys) is not list or len(keys) != 1 or type(keys[0]) is not str or keys[0] != key:
-            raise Refused("a list of keys that is not the storage's own")
-    except Refused as problem:
-        raise Refused(f"in a tensor's storage {problem}") from None
-    if len(data) - end < 8:
-        raise Refused("in a tensor's storage a truncated stream: no count before the numbers")
-    count = int.from_bytes(data[end : end + 8], "little", signed=True)
-    size = torch.empty(0, dtype=dtype).element_size()
-    numbers = data[end + 8 :]
-    if count != numel or numel * size != len(numbers):
+    _, _, system, content, keys = values
+    if type(system) is not dict or system.get("little_endian", True) is not True:
+        raise Refused("numbers that are not little-endian")
+    if type(keys) is not list or not all(type(key) is str for key in keys) or len(set(keys)) != len(keys):
+        raise Refused("a list of keys that is not the storages' own")
+    return content, keys, end
+
+
+def read_numbers(data: memoryview, position: int, storage: Storage) -> tuple[memoryview, int]:
+    """The bytes of a storage, which follow their count at `position`, and the position after them."""
+    count = int.from_bytes(data[position : position + 8], "little", signed=True)
+    end = position + 8 + storage.nbytes
+    if count != storage.numel or end > len(data):
         raise Refused(
-            f"a storage that claims {numel} numbers of {size} bytes, counts {count} and holds {len(numbers)} bytes"
+            f"a storage that claims {storage.numel} numbers of {storage.dtype.itemsize} bytes, counts {count} and "
+            f"holds {max(len(data) - position - 8, 0)} bytes"
         )
-    return Storage(dtype, numel, numbers)
+    return data[position + 8 : end], end
 
 
-def load_from_bytes(name: Name, arguments: tuple, budget: Budget) -> Storage:
-    """In the place of `torch.storage._load_from_bytes(bytes)`."""
+def load_from_bytes(name: Name, arguments: tuple, budget: ReadingBudget) -> Storage:
+    """In the place of `torch.storage._load_from_bytes(bytes)`: the one storage in the stream of a tensor."""
     if len(arguments) != 1 or type(arguments[0]) is not memoryview:
         raise Refused(f"a call of {name} without bytes")
-    return read_storage(arguments[0], budget)
+    data = arguments[0]
+    try:
+        storage, keys, end = read_legacy(data, _STORAGE, budget)
+        if type(storage) is not Storage or keys != [storage.key]:
+            raise Refused("something else than one storage")
+        numbers, end = read_numbers(data, end, storage)
+    except Refused as problem:
+        raise Refused(f"in a tensor's storage {problem}") from None
+    if end != len(data):
+        raise Refused(f"a storage that claims {storage.numel} numbers and holds {len(data) - end} bytes more")
+    return Storage(storage.dtype, storage.numel, storage.key, numbers)
 
 
-def rebuild_tensor(name: Name, arguments: tuple, budget: Budget, *, views: bool = False) -> StoredTensor:
+_PLAIN = Vocabulary()
+_STORAGE = Vocabulary(inert=frozenset(STORAGES), persistent=described_storage)
+
+
+# --------------------------------------------------------------------------------------------- what torch's names mean
+
+
+def rebuild_tensor(name: Name, arguments: tuple, budget: ReadingBudget, *, views: bool = False) -> StoredTensor:
     """In the place of `torch._utils._rebuild_tensor_v2(storage, offset, size, stride, requires_grad, hooks)`.
 
     Raises Refused for a tensor that does not lie within its storage, or would be larger than it. views: whether it may
@@ -153,12 +168,11 @@ def rebuild_tensor(name: Name, arguments: tuple, budget: Budget, *, views: bool 
         raise Refused(f"a call of {name} with other arguments than torch writes")
     if type(shape) is not tuple or type(stride) is not tuple or len(shape) != len(stride):
         raise Refused("a tensor whose sizes and strides do not belong together")
-    if len(shape) > MAX_DIMENSIONS or not all(map(_whole, (offset, *shape, *stride))):
+    numbers = (offset, *shape, *stride)
+    if len(shape) > MAX_DIMENSIONS or any(type(number) is not int or number >= 2**63 for number in numbers):
         raise Refused("a tensor with impossible sizes or strides")
-    if min((offset, *shape, *stride)) < 0:
+    if min(numbers) < 0:
         raise Refused("a tensor with a negative offset, size or stride")
-    if max((offset, *shape, *stride)) >= _MAX_WHOLE:
-        raise Refused("a tensor with impossible sizes or strides")
     tensor = StoredTensor(storage, offset, shape, stride)
     end = offset + tensor.extent
     if 0 in shape:
@@ -171,25 +185,59 @@ def rebuild_tensor(name: Name, arguments: tuple, budget: Budget, *, views: bool 
     return tensor
 
 
-def rebuild_parameter(name: Name, arguments: tuple, budget: Budget) -> StoredTensor:
-    """In the place of `torch._utils._rebuild_parameter(tensor, requires_grad, hooks)`."""
-    if len(arguments) != 3 or type(arguments[0]) is not StoredTensor or type(arguments[1]) is not bool:
+def rebuild_parameter(name: Name, arguments: tuple, budget: ReadingBudget) -> StoredTensor | Tensor:
+    """In the place of `_rebuild_parameter(tensor, requires_grad, hooks)`, also with attributes: the tensor alone."""
+    if len(arguments) not in (3, 4) or type(arguments[0]) not in (StoredTensor, Tensor):
         raise Refused(f"a call of {name} with other arguments than torch writes")
     if type(arguments[2]) is not dict or arguments[2]:
         raise Refused(f"a call of {name} with hooks")
     return arguments[0]
 
 
-def encode(name: Name, arguments: tuple, budget: Budget) -> memoryview:
+def _placeholder(name: Name, arguments: tuple, budget: ReadingBudget) -> Placeholder:
+    return Placeholder(name)
+
+
+def empty_dict(name: Name, arguments: tuple, budget: ReadingBudget) -> dict:
+    if arguments:
+        raise Refused(f"a call of {name} with arguments, which torch never writes")
+    return {}
+
+
+def _set(name: Name, arguments: tuple, budget: ReadingBudget) -> set:
+    if len(arguments) != 1 or type(arguments[0]) is not list:
+        raise Refused(f"a call of {name} with other arguments than a list")
+    budget.spend(8 * len(arguments[0]))  # the list may be kept and used again and again
+    made: set = set()
+    for key in arguments[0]:
+        made.add(checked_key(key, budget, made))
+    return made
+
+
+def _encode(name: Name, arguments: tuple, budget: ReadingBudget) -> memoryview:
     """In the place of `_codecs.encode(text, "latin1")`, which is how protocol 2 writes bytes."""
-    if len(arguments) != 2 or arguments[1] != "latin1" or type(arguments[0]) not in (str, LongText):
+    if len(arguments) != 2 or arguments[1] != "latin1" or type(arguments[0]) is not str:
         codec = arguments[1] if len(arguments) == 2 and type(arguments[1]) is str else "none"
         raise Refused(f"a call of {name} with the codec '{shown(codec)}', where only latin1 is read")
-    text = arguments[0]
-    budget.decoded -= len(text.data) if type(text) is LongText else len(text)
+    budget.decoded -= len(arguments[0])
     if budget.decoded < 0:
         raise Refused("more binary data written as text than the file is long")
     try:
-        return memoryview(text.latin1() if type(text) is LongText else text.encode("latin-1"))
+        return memoryview(arguments[0].encode("latin-1"))
     except UnicodeEncodeError:
         raise Refused("binary data written as text with characters beyond U+00FF") from None
+
+
+# What stands in the place of calling the names that all pickles with tensors share.
+COMMON_CALLS: dict[tuple[str, str], Call] = {
+    ("torch._utils", "_rebuild_parameter"): rebuild_parameter,
+    ("collections", "OrderedDict"): empty_dict,
+    ("builtins", "set"): _set,
+    ("__builtin__", "set"): _set,
+    ("_codecs", "encode"): _encode,
+    ("numpy", "dtype"): _placeholder,
+}
+for _package in ("numpy.core", "numpy._core"):
+    COMMON_CALLS[f"{_package}.multiarray", "scalar"] = _placeholder
+    COMMON_CALLS[f"{_package}.multiarray", "_reconstruct"] = _placeholder
+NUMPY_NAMES = frozenset(name for name in COMMON_CALLS if name[0].startswith("numpy"))

@@ -6,7 +6,7 @@ One class serves Stable Diffusion 1.x, 2.x and XL checkpoints and the mini world
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch.nn.functional as F
@@ -14,15 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import Problem
-from ..plain_json import parse_json
+from .configuration import Configuration
+from .unet_layers import Upsample
 
 
 @dataclass(frozen=True)
-class AutoencoderConfig:
-    """Shape of an autoencoder; the defaults are Stable Diffusion's.
+class AutoencoderConfig(Configuration):
+    """The architecture of one autoencoder; the defaults are Stable Diffusion's.
 
     ch: channels at full resolution. ch_mult: multiplier of every level; each level after the first halves the
-    resolution, so the factor is ``2 ** (len(ch_mult) - 1)``. attention: self-attention in the middle block.
+    resolution, so the factor is 2 ** (len(ch_mult) - 1). attention: self-attention in the middle block.
     """
 
     ch: int = 128
@@ -34,28 +35,15 @@ class AutoencoderConfig:
     out_ch: int = 3
     attention: bool = True
 
+    _NAME = "Autoencoder"
+
     @property
     def factor(self) -> int:
         """Image pixels per latent pixel along one side."""
         return 2 ** (len(self.ch_mult) - 1)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A JSON-able dictionary that :meth:`from_dict` reads back."""
-        return {**asdict(self), "ch_mult": list(self.ch_mult)}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any] | str) -> AutoencoderConfig:
-        """Read :meth:`to_dict`'s output, or its JSON text as file metadata holds it. Raises ValueError for others."""
-        try:
-            values = dict(parse_json(values) if isinstance(values, str) else values)
-            return cls(**{**values, "ch_mult": tuple(values["ch_mult"])})
-        except (ValueError, TypeError, KeyError) as problem:
-            raise Problem(
-                f"Autoencoder configuration: expected the fields of AutoencoderConfig, found {values!r:.200}."
-            ) from problem
-
     def to_ldm_params(self) -> dict[str, Any]:
-        """The same shape under the names LDM's own ``AutoencoderKL`` configurations use (``ddconfig``)."""
+        """The same shape under the names LDM's own `AutoencoderKL` configurations use (`ddconfig`)."""
         return {
             "embed_dim": self.embed_dim,
             "ddconfig": {
@@ -75,7 +63,7 @@ class AutoencoderConfig:
 
 
 def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> AutoencoderConfig:
-    """Read the configuration off key names and shapes (keys without prefix: ``encoder.conv_in.weight`` ...).
+    """Read the configuration off key names and shapes (keys without prefix: `encoder.conv_in.weight`, ...).
 
     Raises ValueError when the keys are not those of an LDM autoencoder.
     """
@@ -140,7 +128,7 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h)
 
 
-class Downsample(nn.Module):
+class PaddedDownsample(nn.Module):
     """Halve the resolution; LDM pads one pixel at the right and the bottom only."""
 
     def __init__(self, channels: int) -> None:
@@ -151,38 +139,35 @@ class Downsample(nn.Module):
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
-class Upsample(nn.Module):
-    """Double the resolution: nearest neighbour, then a 3x3 convolution."""
+class Level(nn.Module):
+    """The residual blocks of one resolution, followed by the way to the next: down, up, or neither."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, out_channels: int, count: int, *, down: bool = False, up: bool = False) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        widths = [channels, *[out_channels] * count]
+        self.block = nn.ModuleList(ResnetBlock(*pair) for pair in zip(widths, widths[1:]))
+        self.downsample = PaddedDownsample(out_channels) if down else None
+        self.upsample = Upsample(out_channels) if up else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-def _level(blocks: list[nn.Module]) -> nn.Module:
-    level = nn.Module()
-    level.block = nn.ModuleList(blocks)
-    level.attn = nn.ModuleList()
-    return level
-
-
-def _middle(channels: int, attention: bool) -> nn.Module:
-    middle = nn.Module()
-    middle.block_1 = ResnetBlock(channels, channels)
-    if attention:
-        middle.attn_1 = AttnBlock(channels)
-    middle.block_2 = ResnetBlock(channels, channels)
-    return middle
+    def forward(self, h: Tensor) -> Tensor:
+        for block in self.block:
+            h = block(h)
+        h = h if self.downsample is None else self.downsample(h)
+        return h if self.upsample is None else self.upsample(h, [2 * side for side in h.shape[2:]])
 
 
-def _run_middle(middle: nn.Module, h: Tensor) -> Tensor:
-    h = middle.block_1(h)
-    if hasattr(middle, "attn_1"):
-        h = middle.attn_1(h)
-    return middle.block_2(h)
+class Middle(nn.Module):
+    """Two residual blocks, with self-attention between them where the configuration has it."""
+
+    def __init__(self, channels: int, attention: bool) -> None:
+        super().__init__()
+        self.block_1 = ResnetBlock(channels, channels)
+        self.attn_1 = AttnBlock(channels) if attention else None
+        self.block_2 = ResnetBlock(channels, channels)
+
+    def forward(self, h: Tensor) -> Tensor:
+        h = self.block_1(h)
+        return self.block_2(h if self.attn_1 is None else self.attn_1(h))
 
 
 class Encoder(nn.Module):
@@ -191,29 +176,20 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList()
-        channels = config.ch
-        for i, mult in enumerate(config.ch_mult):
-            blocks = []
-            for _ in range(config.num_res_blocks):
-                blocks.append(ResnetBlock(channels, config.ch * mult))
-                channels = config.ch * mult
-            level = _level(blocks)
-            if i < len(config.ch_mult) - 1:
-                level.downsample = Downsample(channels)
-            self.down.append(level)
-        self.mid = _middle(channels, config.attention)
-        self.norm_out = _norm(channels)
-        self.conv_out = nn.Conv2d(channels, 2 * config.z_channels, 3, padding=1)
+        widths = [config.ch, *(config.ch * mult for mult in config.ch_mult)]
+        last = len(config.ch_mult) - 1
+        self.down = nn.ModuleList(
+            Level(*pair, config.num_res_blocks, down=index < last) for index, pair in enumerate(zip(widths, widths[1:]))
+        )
+        self.mid = Middle(widths[-1], config.attention)
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv_in(x)
         for level in self.down:
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "downsample"):
-                h = level.downsample(h)
-        return self.conv_out(F.silu(self.norm_out(_run_middle(self.mid, h))))
+            h = level(h)
+        return self.conv_out(F.silu(self.norm_out(self.mid(h))))
 
 
 class Decoder(nn.Module):
@@ -223,36 +199,28 @@ class Decoder(nn.Module):
         super().__init__()
         channels = config.ch * config.ch_mult[-1]
         self.conv_in = nn.Conv2d(config.z_channels, channels, 3, padding=1)
-        self.mid = _middle(channels, config.attention)
-        levels = []
-        for i, mult in reversed(list(enumerate(config.ch_mult))):
-            blocks = []
-            for _ in range(config.num_res_blocks + 1):
-                blocks.append(ResnetBlock(channels, config.ch * mult))
-                channels = config.ch * mult
-            level = _level(blocks)
-            if i > 0:
-                level.upsample = Upsample(channels)
+        self.mid = Middle(channels, config.attention)
+        levels: list[nn.Module] = []
+        for index, mult in reversed(list(enumerate(config.ch_mult))):
+            level = Level(channels, config.ch * mult, config.num_res_blocks + 1, up=index > 0)
             levels.insert(0, level)  # keys count from full resolution, computation from the smallest
+            channels = config.ch * mult
         self.up = nn.ModuleList(levels)
         self.norm_out = _norm(channels)
         self.conv_out = nn.Conv2d(channels, config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
-        h = _run_middle(self.mid, self.conv_in(z))
+        h = self.mid(self.conv_in(z))
         for level in reversed(self.up):
-            for block in level.block:
-                h = block(h)
-            if hasattr(level, "upsample"):
-                h = level.upsample(h)
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))
 
 
 class Autoencoder(nn.Module):
     """Section 3.1 of arXiv 2112.10752: images [B, 3, H, W] in -1..1 to Gaussian latents and back.
 
-    H and W are multiples of ``config.factor``. Latents are unscaled: multiply the mean by the model's latent scale
-    factor (0.18215 for SD 1.x) before diffusion and divide before :meth:`decode`.
+    H and W are multiples of `config.factor`. Latents are unscaled: multiply the mean by the model's latent scale
+    factor (0.18215 for SD 1.x) before diffusion and divide before `decode`.
     """
 
     def __init__(self, config: AutoencoderConfig) -> None:

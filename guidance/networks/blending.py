@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import Problem
-from .stylegan2 import GeneratorConfig, StyleGAN2
+from .stylegan2 import StyleGAN2
+from .stylegan2_config import GeneratorConfig
 
 MAPPING = "mapping"
 CONSTANT = "b4.const"

@@ -7,7 +7,7 @@ section 2.4. It encodes the empty prompt and serves the mini world, and takes to
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from ..errors import Problem
+from .configuration import Configuration, one_of, whole_number
 
 START_TOKEN = 49406
 END_TOKEN = 49407
@@ -22,7 +23,7 @@ ACTIVATIONS = {"quick_gelu": lambda x: x * torch.sigmoid(1.702 * x), "gelu": F.g
 
 
 @dataclass(frozen=True)
-class TextEncoderConfig:
+class TextEncoderConfig(Configuration):
     """The architecture of one CLIP text encoder.
 
     `projection_dim` None leaves the pooled vector unprojected; `end_token` is where the pooled vector is taken.
@@ -38,26 +39,13 @@ class TextEncoderConfig:
     projection_dim: int | None = None
     end_token: int = END_TOKEN
 
+    _NAME = "Text encoder"
+    _RULES = {"activation": one_of(ACTIVATIONS), "end_token": whole_number(0)}
+
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
-            raise Problem(f"Text encoder: activation must be one of {list(ACTIVATIONS)}, got {self.activation!r}.")
-        if self.heads < 1 or self.width % self.heads:
-            raise Problem(f"Text encoder: width {self.width} cannot be split into {self.heads} heads.")
-
-    def to_dict(self) -> dict:
-        """A JSON-able dictionary; `from_dict` inverts it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> TextEncoderConfig:
-        """Inverse of `to_dict`. Raises ValueError on unknown or missing fields."""
-        unknown = sorted(set(values) - {field.name for field in fields(cls)})
-        if unknown:
-            raise Problem(f"Text encoder configuration: unknown fields {', '.join(unknown)}; is the file newer?")
-        try:
-            return cls(**values)
-        except TypeError as error:
-            raise Problem(f"Text encoder configuration is incomplete: {error}.") from None
+        super().__post_init__()
+        if self.width % self.heads:
+            raise self._problem(f"width {self.width} cannot be split into {self.heads} heads")
 
 
 class _SelfAttention(nn.Module):

@@ -304,7 +304,8 @@ def child_inputs(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
 
 def part_speed(report: Report, plan: Plan) -> None:
     from indomain_guidance.guidance.files import read_generator, write_generator
-    from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+    from indomain_guidance.guidance.networks.stylegan2 import random_generator
+    from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
     from . import pickle_streams as streams
 

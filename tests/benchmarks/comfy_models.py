@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 from indomain_guidance.guidance.null_text import NullContext, build_cached, fold_constants
 from torch import Tensor
 

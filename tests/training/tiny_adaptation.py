@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.distillation.critic import Critic
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from indomain_guidance.guidance.terms import Source, Term
 from indomain_guidance.training.adaptation.adapt import adapt
 from indomain_guidance.training.adaptation.config import AdaptConfig

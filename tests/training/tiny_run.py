@@ -22,7 +22,8 @@ from pathlib import Path
 import torch
 from indomain_guidance.guidance.files import read_metadata, read_state_dict
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 from indomain_guidance.guidance.null_text import NullContext
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.domain.train import train

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ...guidance.files import DTYPES
-from ...guidance.networks.unet import ResBlock, TransformerBlock, UNet
+from ...guidance.networks.unet import UNet
+from ...guidance.networks.unet_layers import ResBlock, TransformerBlock
 from ..engine.processes import pick_precision
 from ..engine.tracing import CUDA_CONTEXT, Blocks, Trace, bytes_of, free_bytes, size_text, timed, trace
 from ..prior.prior import Prior

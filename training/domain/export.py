@@ -35,9 +35,9 @@ from ...guidance.files import (
     write_safetensors,
 )
 from ...guidance.files.domain import FORMAT as DOMAIN_FORMAT
-from ...guidance.files.generator import FORMAT as GENERATOR_FORMAT
+from ...guidance.files.generator_metadata import FORMAT as GENERATOR_FORMAT
 from ...guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
-from ...guidance.networks.unet import UNetConfig, unet_config_from_state_dict
+from ...guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from ...guidance.plain_json import parse_json
 from ..engine.checkpoints import MARK, TRAILER, load_checkpoint
 from ..engine.settings import ConfigProblem

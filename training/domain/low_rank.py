@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...guidance.errors import Problem
-from ...guidance.networks.unet import UNetConfig
+from ...guidance.networks.unet_config import UNetConfig
 
 DOWN, UP = "lora_down", "lora_up"
 ATTENTION_PROJECTION = re.compile(r".*\.attn[12]\.(to_q|to_k|to_v|to_out\.0)")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser
 from ...guidance.errors import Problem
-from ...guidance.networks.unet import UNet, UNetConfig
+from ...guidance.networks.unet import UNet
+from ...guidance.networks.unet_config import UNetConfig
 from ...guidance.null_text import build_cached, fold_constants
 from ...guidance.probes import AttentionStatistics, Probes, collect_probes, measure_cross_attention
 from ..prior.prior import ImageSize, Prior

@@ -1,8 +1,8 @@
 """Checkpoints to resume from: written completely or not at all, the last K kept, damaged ones noticed by name.
 
 A checkpoint is a torch zip file followed by 40 bytes: a mark and the SHA-256 of everything before it. torch reads the
-file as it is; the digest tells a torn or altered file from a whole one. Files are read as plain data, behind the same
-checks as other torch files: anybody can compute a digest.
+file as it is; the digest tells a torn or altered file from a whole one. Files are read as plain data, like other
+torch files: anybody can compute a digest.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch
 from ...guidance.errors import printable
 from ...guidance.files import FileProblem
 from ...guidance.files.atomic import replacing
+from ...guidance.files.file_check import RUN_MARK as MARK
+from ...guidance.files.file_check import RUN_TRAILER as TRAILER
 from ...guidance.files.inert_pickle import Refused
-from ...guidance.files.recognise import RUN_MARK as MARK
-from ...guidance.files.recognise import RUN_TRAILER as TRAILER
-from ...guidance.files.tensors import torch_reads_safely
 from ...guidance.files.torch_pickle import read_torch_pickle
 from .small_files import open_regular
 
@@ -100,14 +99,9 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """The state of a checkpoint on the CPU; its tensors lie in the file until they are read.
 
     Raises DamagedCheckpoint for a file that is torn, altered or of another program; CheckpointProblem for one that is
-    missing, cannot be read now or with this torch, or was written by another version.
+    missing, cannot be read now, or was written by another version.
     """
     path = Path(path)
-    if not torch_reads_safely():
-        raise CheckpointProblem(
-            f"{path}: checkpoints are pickles, which only torch 2.10 or newer reads safely, found torch "
-            f"{torch.__version__}; update torch to go on with this run."
-        )
     try:
         whole = _is_whole(path)
     except OSError as error:
@@ -125,8 +119,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or repr(error)
         raise CheckpointProblem(f"{path}: cannot be read ({reason}).") from error
     except Refused as error:
-        kind = CheckpointProblem if "unable to mmap" in str(error) else DamagedCheckpoint
-        raise kind(f"{path}: cannot be read as a checkpoint ({error}).") from None
+        raise DamagedCheckpoint(f"{path}: cannot be read as a checkpoint ({error}).") from None
     if type(state) is not dict or state.get("format") != FORMAT:
         raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found something else.")
     if type(state.get("version")) is not int or state["version"] != VERSION:

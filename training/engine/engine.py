@@ -25,7 +25,6 @@ from torch import nn
 
 from ...guidance.errors import Problem
 from ...guidance.files.atomic import clear_unfinished, clear_unfinished_file
-from ...guidance.files.tensors import torch_reads_safely
 from ..adaptation.config import configuration_kind
 from .average import WeightAverage
 from .checkpoints import (
@@ -296,13 +295,6 @@ class Engine(ABC):
         config, before = self.config, self.before
         if start >= config.steps:
             return
-        if not torch_reads_safely():
-            self.tell(
-                Warned(
-                    f"checkpoints are read by torch 2.10 or newer, and this is torch {torch.__version__}: a run that "
-                    "is stopped goes on once torch is updated."
-                )
-            )
         if config.warmup >= config.steps:
             self.tell(
                 Warned(

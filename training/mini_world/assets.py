@@ -23,7 +23,8 @@ from ...guidance.files import (
 from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
-from ...guidance.networks.unet import UNet, UNetConfig
+from ...guidance.networks.unet import UNet
+from ...guidance.networks.unet_config import UNetConfig
 from .classifier import Classifier
 from .tokens import expand_embedding, tokenize
 
@@ -76,7 +77,7 @@ def _fp32(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_autoencoder() -> tuple[Autoencoder, float]:
     """The autoencoder in fp32 and its scale: diffusion latent = mean * scale."""
     state_dict, metadata = read_component("autoencoder")
-    model = Autoencoder(AutoencoderConfig.from_dict(metadata["config"]))
+    model = Autoencoder(AutoencoderConfig.from_json(metadata["config"]))
     model.load_state_dict(_fp32(state_dict))
     return model.eval().requires_grad_(False), float(metadata["scale_factor"])
 
@@ -93,7 +94,7 @@ def load_text_encoder() -> tuple[TextEncoder, TextEncoderConfig]:
     state_dict, metadata = read_component("text_encoder")
     state_dict = _fp32(state_dict)
     state_dict[EMBEDDING] = expand_embedding(state_dict[EMBEDDING], json.loads(metadata["token_ids"]))
-    config = TextEncoderConfig.from_dict(json.loads(metadata["config"]))
+    config = TextEncoderConfig.from_json(metadata["config"])
     model = TextEncoder(config)
     model.load_state_dict(state_dict)
     return model.eval().requires_grad_(False), config

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ...guidance.files import FileProblem
 from ...guidance.networks.text_encoder import END_TOKEN
-from ...guidance.networks.unet import UNetConfig
+from ...guidance.networks.unet_config import UNetConfig
 from ...guidance.null_text import POOLED_TEXT_ADM
 from ..mini_world import MINI_WORLD
 

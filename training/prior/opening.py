@@ -13,7 +13,7 @@ from ...guidance.errors import Problem
 from ...guidance.files import FileProblem, ModelFile, check_finite, check_unet, strip_unet_prefix, unet_layout
 from ...guidance.files.layouts import unet_prefix
 from ...guidance.files.recognise import BASE, recognise_names, refusal_of
-from ...guidance.networks.unet import UNetConfig, unet_config_from_state_dict
+from ...guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from ...guidance.null_text import FLOAT8, NullContext
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem
 from ..mini_world import MINI_WORLD, assets

@@ -10,7 +10,7 @@ from torch import Tensor
 from ...guidance.diffusion import PREDICTION_TYPES
 from ...guidance.errors import Problem
 from ...guidance.files import stated_prediction
-from ...guidance.networks.unet import UNetConfig
+from ...guidance.networks.unet_config import UNetConfig
 from ...guidance.null_text import load_unet
 
 V_ZERO_SNR = "v_prediction_zero_snr"

@@ -19,7 +19,9 @@ from ...guidance.diffusion import NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem, prior_content_hash
 from ...guidance.networks.autoencoder import Autoencoder
-from ...guidance.networks.unet import UNet, UNetConfig, timestep_embedding
+from ...guidance.networks.unet import UNet
+from ...guidance.networks.unet_config import UNetConfig
+from ...guidance.networks.unet_layers import timestep_embedding
 from ...guidance.null_text import NullContext, load_unet
 from .families import native_resolution
 from .text_encoders import Text

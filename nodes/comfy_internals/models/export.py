@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ....guidance.diffusion import Denoiser, NoiseSchedule
 from ....guidance.errors import Problem
 from ....guidance.files import DTYPES, DomainMetadata, FileProblem, prior_content_hash, read_metadata, write_domain_file
-from ....guidance.networks.unet import UNetConfig
+from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import POOLED_TEXT_ADM, NullContext, build_cached, build_constant
 from ....guidance.probes import Probes, collect_probes, unconditional_error
 from ..progress import ProgressBar

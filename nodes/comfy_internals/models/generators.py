@@ -26,7 +26,8 @@ from .loading import ordinary_tensors
 
 if TYPE_CHECKING:
     from ....guidance.files import GeneratorMetadata, LoadedGenerator
-    from ....guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2
+    from ....guidance.networks.stylegan2 import StyleGAN2
+    from ....guidance.networks.stylegan2_config import GeneratorConfig
 
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.

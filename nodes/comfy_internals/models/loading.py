@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
-from ....guidance.networks.unet import UNetConfig
+from ....guidance.networks.unet_config import UNetConfig
 from ....training.mini_world import MINI_WORLD
 from .domain_info import DomainInfo
 from .folders import DOMAIN_UNETS

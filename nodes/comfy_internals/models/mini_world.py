@@ -46,7 +46,7 @@ class MiniWorldTextEncoder(comfy.sd1_clip.SDClipModel):
 
 def build_clip(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> comfy.sd.CLIP:
     """CLIP with core's SD1 tokenizer around the mini world's text encoder (Hugging Face keys, shrunken embedding)."""
-    config = TextEncoderConfig.from_dict(json.loads(metadata["config"]))
+    config = TextEncoderConfig.from_json(metadata["config"])
     state_dict = dict(state_dict)
     embedding = "text_model.embeddings.token_embedding.weight"
     state_dict[embedding] = expand_embedding(state_dict[embedding], json.loads(metadata["token_ids"]))
@@ -77,7 +77,7 @@ def build_clip(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> co
 
 def build_vae(state_dict: dict[str, Tensor], metadata: Mapping[str, str]) -> comfy.sd.VAE:
     """VAE from LDM keys and the configuration in the file's metadata."""
-    config = AutoencoderConfig.from_dict(json.loads(metadata["config"]))
+    config = AutoencoderConfig.from_json(metadata["config"])
     params = config.to_ldm_params()
     state_dict = dict(state_dict)
     if not config.attention:

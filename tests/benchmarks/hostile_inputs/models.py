@@ -86,7 +86,8 @@ class DomainFiles(ModelFiles):
 
     def __init__(self, folder: Path) -> None:
         from indomain_guidance.guidance.files import DomainMetadata, write_domain_file
-        from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+        from indomain_guidance.guidance.networks.unet import UNet
+        from indomain_guidance.guidance.networks.unet_config import UNetConfig
         from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant
         from indomain_guidance.guidance.probes import Probes
 

@@ -9,7 +9,8 @@ import pickle
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_generator, write_generator
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterrupted, PromptRejected
 from indomain_guidance.training.engine.events import read_log
 from PIL import Image

@@ -25,7 +25,8 @@ from indomain_guidance.guidance.files import (
     write_generator,
 )
 from indomain_guidance.guidance.files import generator as module
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GeneratorConfig(resolution=16, channels=(6, 5, 4), z_dim=7, w_dim=7, mapping_layers=3)
@@ -186,7 +187,7 @@ def test_filters_are_as_small_as_filters(generator, tmp_path):
     path, weights = tmp_path / "a.safetensors", generator.state_dict()
     config = CONFIG.to_dict() | {"resample_filter": [1.0] * 20_000}
     safetensors.torch.save_file(weights, path, GeneratorMetadata().to_strings(CONFIG) | {"config": json.dumps(config)})
-    assert "at most 64 taps, got 20000" in problem(path)
+    assert "at most 64 numbers with a sum" in problem(path)
     for shape in ((20_000,), (1, 20_000), (20_000, 1)):
         safetensors.torch.save_file({**weights, "synthesis.b8.conv0.resample_filter": torch.ones(shape)}, path)
         assert "conv0.resample_filter is no resampling filter of at most 64 taps" in problem(path)
@@ -195,7 +196,7 @@ def test_filters_are_as_small_as_filters(generator, tmp_path):
         assert re.search("b8.(conv0.)?resample_filter is (not the configuration's|no resampling filter)", problem(path))
 
 
-def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path, monkeypatch):
+def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path):
     weights, _ = golden
     path = tmp_path / "a.pt"
 
@@ -216,7 +217,7 @@ def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path, monkey
     assert "expected synthesis.b4.conv1.bias of the shape [5], found [4]" in wrong
     assert "dimensions are expected" in with_(**{"conv1.activate.bias": torch.ones(5, 2)})
     assert "NaN or infinity in 5" in with_(**{"conv1.activate.bias": torch.full((5,), float("nan"))})
-    assert "1000000000 numbers in a storage of 1" in with_(**{"conv1.activate.bias": torch.ones(1).expand(10**9)})
+    assert "tensors of 4000" in with_(**{"conv1.activate.bias": torch.ones(1).expand(10**9)})
     row = weights["conv1.activate.bias"]
     many = {f"convs.{n}.activate.bias": row.new_ones(50_000) for n in range(2)} | {"style.9.bias": row.new_ones(50_000)}
     shared = dict.fromkeys(many, many["style.9.bias"]) | {"style.8.bias": many["style.9.bias"].clone()[:1]}
@@ -227,9 +228,6 @@ def test_other_checkpoints_are_refused_by_what_they_are(golden, tmp_path, monkey
     assert "found a file with tensors such as state_dict.decoder.conv1.conv.weight; choose" in problem(path)
     torch.save(torch.ones(3), path)
     assert "found a Tensor" in problem(path)
-    torch.save({"g_ema": weights}, path)
-    monkeypatch.setattr(module.torch, "__version__", "2.9.1+cu130")
-    assert "only torch 2.10 or newer reads safely, found torch 2.9.1" in problem(path)
 
 
 class Hostile:
@@ -262,9 +260,8 @@ def test_checkpoints_cannot_ask_torch_for_memory(golden, tmp_path):
         (b"ctorch\nTensor\n" + big + b"\x85R", "a call of torch.Tensor, which is not done"),
         (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict with arguments"),
         (storage, "more than the"),
-        (b"N" + b"\x85" * 400_000, "nested more than 100 deep"),
         (b"N" + b"0" * 9, "the pickle instruction POP"),
-        (b"(" + b"N" * 300_000 + b"t", r"more than 1\d* steps"),
+        (b"(" + b"N" * 1_000_001 + b"t", "more than 1000000 steps"),
     ):
         with zipfile.ZipFile(path, "w") as archive:
             archive.writestr("a/data.pkl", b"\x80\x02" + code + b".")
@@ -353,7 +350,7 @@ def test_number_formats(generator, tmp_path):
         write_generator(tmp_path / "a.safetensors", generator)
     with pytest.raises(FileProblem, match="ends in .safetensors"):
         write_generator(tmp_path / "a.pkl", generator)
-    with pytest.raises(ValueError, match="fp32, fp16, bf16, got 'int8'"):
+    with pytest.raises(ValueError, match="fp32, bf16, fp16, found 'int8'"):
         write_generator(tmp_path / "a.safetensors", generator, dtype="int8")
     with pytest.raises(ValueError, match="'config' is a field of the format"):
         odd = GeneratorMetadata(extra={"config": "x"})
@@ -373,7 +370,7 @@ def test_safetensors_of_others_and_damaged_ones(generator, tmp_path):
         safetensors.torch.save_file(tensors, path, strings)
         return problem(path)
 
-    assert "expected version 1 of the generator format, found 2" in write(version="2")
+    assert "expected version 1 of the generator format, found '2'" in write(version="2")
     assert "in the metadata field config, found none" in write(config=None)
     assert "unknown fields size" in write(config=json.dumps(CONFIG.to_dict() | {"size": 3}))
     assert "cannot be read" in write(config="[" * 100_000)

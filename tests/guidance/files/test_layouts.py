@@ -8,7 +8,8 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, check_unet, split_checkpoint, strip_unet_prefix, unet_layout
 from indomain_guidance.guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 
 SMALL = UNetConfig(
     model_channels=32,

@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 from indomain_guidance.guidance.files import FileProblem, holds_generator, read_generator
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 CONFIG = GeneratorConfig(resolution=16, channels=(6, 5, 4), z_dim=7, w_dim=7, mapping_layers=3)

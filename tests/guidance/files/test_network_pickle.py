@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, holds_generator, read_generator
-from indomain_guidance.guidance.files.inert_pickle import Budget, Refused, Vocabulary, read_pickle
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig
+from indomain_guidance.guidance.files.inert_pickle import ReadingBudget, Refused, Vocabulary, read_pickle
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from safetensors.torch import load_file
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -231,7 +231,7 @@ def test_files_that_are_no_pickles(tmp_path, read):
 
 
 def plain(data: bytes):
-    return read_pickle(memoryview(data), 0, Vocabulary(), Budget())[0]
+    return read_pickle(memoryview(data), 0, Vocabulary(), ReadingBudget())[0]
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -288,8 +288,8 @@ def test_streams_follow_each_other():
     for value in (1, "b"):
         pickle.dump(value, out, 4)
     data = memoryview(out.getvalue())
-    first, end = read_pickle(data, 0, Vocabulary(), Budget())
-    second, end = read_pickle(data, end, Vocabulary(), Budget())
+    first, end = read_pickle(data, 0, Vocabulary(), ReadingBudget())
+    second, end = read_pickle(data, end, Vocabulary(), ReadingBudget())
     assert (first, second, end) == (1, "b", len(data))
 
 

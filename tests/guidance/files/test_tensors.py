@@ -18,7 +18,7 @@ from indomain_guidance.guidance.files import (
     read_state_dict,
     write_safetensors,
 )
-from indomain_guidance.guidance.files import tensors as module
+from indomain_guidance.guidance.files import safetensors_file as module
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
 
@@ -61,7 +61,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_rubbish(tmp_path, monkeypatch
     def full_disk(handle):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(FileProblem, match="could not be written.*No space left"):
         write_safetensors(path, {"a": torch.zeros(3)})
     assert path.read_bytes() == before and os.listdir(tmp_path) == ["a.safetensors"]
@@ -80,8 +80,8 @@ def test_an_impossible_path_has_its_sentence(tmp_path):
 def test_the_file_reaches_the_disk_before_its_name(tmp_path, monkeypatch):
     calls = []
     sync, rename = os.fsync, os.replace
-    monkeypatch.setattr(module.os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
-    monkeypatch.setattr(module.os, "replace", lambda *paths: (calls.append("replace"), rename(*paths)))
+    monkeypatch.setattr(os, "fsync", lambda handle: (calls.append("fsync"), sync(handle)))
+    monkeypatch.setattr(os, "replace", lambda *paths: (calls.append("replace"), rename(*paths)))
     write_safetensors(tmp_path / "a.safetensors", TENSORS)
     assert calls[:2] == ["fsync", "replace"]
 
@@ -231,18 +231,13 @@ def test_pickles_run_no_code(tmp_path, monkeypatch):
     assert (tmp_path / "evil").exists()
 
 
-@pytest.mark.parametrize(
-    "version, accepted", [("2.9.1+cu128", False), ("1.13.1", False), ("2.10.0", True), ("3.0.0a0", True)]
-)
-def test_pickles_need_a_torch_without_known_holes(tmp_path, version, accepted, monkeypatch):
+@pytest.mark.parametrize("version", ["1.13.1", "2.9.1+cu128", "3.0.0a0"])
+def test_pickles_are_read_with_every_torch(tmp_path, version, monkeypatch):
     path = tmp_path / "model.pt"
     torch.save(TENSORS, path)
     monkeypatch.setattr(torch, "__version__", version)
-    if accepted:
-        assert read_state_dict(path).keys() == TENSORS.keys()
-    else:
-        with pytest.raises(FileProblem, match="torch 2.10 or newer.*convert the file to .safetensors"):
-            read_state_dict(path)
+    monkeypatch.setattr(torch, "load", lambda *values, **more: pytest.fail("torch was asked to read it"))
+    assert read_state_dict(path).keys() == TENSORS.keys()
 
 
 def test_other_pickles_and_disguises(tmp_path):

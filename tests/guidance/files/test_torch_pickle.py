@@ -1,10 +1,9 @@
-"""Torch checkpoints: read as torch reads them, and nothing asked of torch that the file's size does not justify."""
+"""Torch checkpoints: read as torch reads them, without torch, in time and memory that the file's size justifies."""
 
 from __future__ import annotations
 
 import collections
 import gc
-import io
 import random
 import re
 import struct
@@ -20,7 +19,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_keys, read_state_dict
 from indomain_guidance.guidance.files import torch_pickle as module
-from indomain_guidance.guidance.files.inert_pickle import MAX_NUMBER_KEYS
+from indomain_guidance.guidance.files.inert_pickle import MAX_NUMBER_KEYS, MAX_STEPS
 
 BOTH = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 PLAIN_STATE = b"\x80\x02}X\x01\0\0\0a"
@@ -167,9 +166,9 @@ def test_every_kind_of_tensor_is_read_as_torch_reads_it(tmp_path, new, protocol)
     assert type(read["parameter"]) is torch.Tensor and not hasattr(read["tagged"], "note")
 
 
-@pytest.mark.parametrize("name", sorted(module._UNTYPED_DTYPES))
+@pytest.mark.parametrize("name", sorted(name for _, name in module._UNTYPED_DTYPES))
 def test_number_formats_that_torch_stores_as_bytes(tmp_path, name):
-    path, values = tmp_path / "a.ckpt", torch.arange(32, dtype=torch.uint8).view(module._UNTYPED_DTYPES[name])
+    path, values = tmp_path / "a.ckpt", torch.arange(32, dtype=torch.uint8).view(getattr(torch, name))
     torch.save({"a": values, "part": values[2:4], "bytes": torch.ones(3).untyped_storage()}, path)
     same(read_state_dict(path), {key: value for key, value in expected(path).items() if key != "bytes"})
 
@@ -184,41 +183,24 @@ def test_a_trainers_checkpoint_gives_its_weights(tmp_path, new):
     assert set(read_keys(path)) == set(network().state_dict())
 
 
-@pytest.fixture
-def nothing_allowed():
-    """Torch's list as it begins: ComfyUI, imported by other tests, has put names of its own on it."""
-    allowed = torch.serialization.get_safe_globals()
-    torch.serialization.clear_safe_globals()
-    yield
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(allowed)
-
-
 @BOTH
-def test_what_torch_alone_refuses_of_old_trainers(tmp_path, new, monkeypatch, nothing_allowed):
-    """Lightning's classes as keys and numpy's numbers, as the first Stable Diffusion files have them."""
+def test_what_torch_alone_refuses_of_old_trainers(tmp_path, new, monkeypatch):
+    """Lightning's classes as keys, numpy's numbers and arrays, as the first Stable Diffusion files have them."""
     name, class_name = module._CALLBACKS[0]
     callback = type(class_name, (), {"__module__": name})
     for part in (name.split(".")[0], ".".join(name.split(".")[:2]), name):
         monkeypatch.setitem(sys.modules, part, types.ModuleType(part))
     setattr(sys.modules[name], class_name, callback)
     path, content = tmp_path / "sd.ckpt", trained()
-    numbers = [numpy.dtype(code).type(1) for code in module._NUMBERS]
-    content["callbacks"] = {callback: {"monitor": "val", "best_model_score": numbers, "scale": numpy.float64(0.5)}}
+    numbers = [numpy.dtype(code).type(1) for code in ("b1", "i8", "u2", "f2", "f4", "f8")]
+    content["callbacks"] = {callback: {"best_model_score": numbers, "scale": numpy.float64(0.5), "all": numpy.ones(3)}}
     torch.save(content, path, _use_new_zipfile_serialization=new)
     with pytest.raises(Exception, match="Unsupported global"):
         expected(path)
-    before = set(torch.serialization.get_safe_globals())
     same(read_state_dict(path), content["state_dict"])
-    # As where ComfyUI has allowed some of them before: its list stays as it was.
-    theirs = [numpy.dtype, type(numpy.dtype("f8")), (numpy.dtype, "numpy.dtype"), callback]
-    with torch.serialization.safe_globals(theirs):
-        same(read_state_dict(path), content["state_dict"])
-        assert set(torch.serialization.get_safe_globals()) == before | set(theirs)
-    assert set(torch.serialization.get_safe_globals()) == before
-    content["callbacks"] = {"scale": numpy.ones(3)}
+    content["callbacks"] = {"made": collections.defaultdict(int), "scale": random.Random(0)}
     torch.save(content, path, _use_new_zipfile_serialization=new)
-    assert "_reconstruct, which is not on the list of allowed names: the file holds objects of its" in refused(path)
+    assert "collections.defaultdict, which is not on the list of allowed names" in refused(path)
 
 
 @BOTH
@@ -227,8 +209,7 @@ def test_large_checkpoints_stay_far_from_the_bounds(tmp_path, new):
     path = tmp_path / "a.ckpt"
     content = {f"model.diffusion_model.input_blocks.{n}.weight": torch.zeros(1) for n in range(5_000)}
     torch.save({"state_dict": content}, path, _use_new_zipfile_serialization=new)
-    module.check_torch_pickle(path)
-    assert module.MAX_STEPS > 10 * 38 * 5_000
+    assert len(read_state_dict(path)) == 5_000 and MAX_STEPS > 5 * 38 * 5_000
 
 
 @BOTH
@@ -253,7 +234,7 @@ def test_tensors_that_repeat_numbers_and_ones_without(tmp_path, new):
     assert path.stat().st_size < 2000
     same(read_state_dict(path), expected(path))
     torch.save({"a": base, "b": torch.zeros(1).expand(10**9)}, path, _use_new_zipfile_serialization=new)
-    assert "a tensor of 1000000000 numbers in a storage of 1, which is more than 4 times" in refused(path)
+    assert re.search(r"tensors of 4\d{9} bytes, more than 4 times the \d+ of the file", refused(path))
 
 
 @BOTH
@@ -297,17 +278,27 @@ def test_files_without_checksums(tmp_path):
             archive.read("a/data.pkl")
 
 
-def test_a_mapped_file_is_closed(tmp_path, monkeypatch):
-    made, real = [], module.mmap.mmap
-    monkeypatch.setattr(module.mmap, "mmap", lambda *values, **more: made.append(real(*values, **more)) or made[-1])
+@BOTH
+@pytest.mark.parametrize("mapped", [True, False])
+def test_tensors_lie_in_the_file_only_where_that_is_asked(tmp_path, new, mapped):
+    path = tmp_path / "a.pt"
+    torch.save({"a": torch.arange(4.0)}, path, _use_new_zipfile_serialization=new)
+    before = path.read_bytes()
+    found = module.read_torch_pickle(path, mapped=mapped)["a"]
+    found += 1
+    assert path.read_bytes() == before and torch.equal(found, torch.arange(4.0) + 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="Linux tells which files are mapped")
+def test_a_mapped_file_is_closed(tmp_path):
+    """Without waiting for the garbage collector: Windows keeps open files in their places."""
     path = tmp_path / "a.pt"
     gc.disable()
     try:
-        for raw in ("", b"\xff\0"):
-            torch.save({"a": torch.ones(2), "raw": raw}, path, _use_new_zipfile_serialization=False)
-            module.check_torch_pickle(path)
-        refused(legacy(path, PLAIN_STATE[2:] + b"cos\nsystem\ns."))
-        assert [one.closed for one in made[:2]] == [True, True] and len(made) == 3
+        for new in (True, False):
+            torch.save({"a": torch.ones(2), "raw": b"\xff\0"}, path, _use_new_zipfile_serialization=new)
+            tensors = read_state_dict(path)
+            assert str(path) not in Path("/proc/self/maps").read_text() and tensors
     finally:
         gc.enable()
 
@@ -330,8 +321,10 @@ def test_numbers_of_other_machines_and_of_other_writers(tmp_path):
         for name in source.namelist():
             target.writestr(name, source.read(name))
     same(read_state_dict(path), expected(whole))
-    torch.save({"a": torch.ones(2)}, path, pickle_protocol=4)
-    assert "pickle protocol 4, of which torch reads nothing safely" in refused(path)
+    torch.save({"a": torch.ones(2)}, path, pickle_protocol=4)  # which torch itself reads only by running it
+    same(read_state_dict(path), {"a": torch.ones(2)})
+    path.write_bytes(whole.read_bytes().replace(b"little", b"bigger"))
+    assert "numbers that are not little-endian" in refused(path)
 
 
 # ----------------------------------------------------------------------------------------------------------- attacks
@@ -339,79 +332,43 @@ def test_numbers_of_other_machines_and_of_other_writers(tmp_path):
 _DICT = b"ccollections\nOrderedDict\n)R"
 _FULL = b"}q\0(" + b"".join(text(f"k{n}") + b"N" for n in range(40)) + b"u"
 _LIST = b"](" + b"".join(b"K" + bytes([n]) for n in range(40)) + b"eq\0"
-_DTYPE = b"cnumpy\ndtype\n" + text("f8") + b"\x89\x88\x87R"
-_SCALAR = b"cnumpy.core.multiarray\nscalar\n"
-_BYTES = b"c_codecs\nencode\n" + text("abcdefgh") + text("latin1") + b"\x86R"
-_STATE = b"(K\x03" + text("<") + b"NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\0tb"
+_AGAIN = b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R" + b"h\2h\1R" * 30_000
 ATTACKS = {
     "bytearray": (b"cbuiltins\nbytearray\n" + number(400_000_000) + b"\x85R", "builtins.bytearray"),
-    "bytearray of bytes": (b"c__builtin__\nbytearray\n" + _BYTES + b"\x85R", "__builtin__.bytearray"),
     "tensor of a length": (b"ctorch\nTensor\n" + number(400_000_000) + b"\x85R", "a call of torch.Tensor"),
     "new tensor": (b"ctorch\nTensor\n)\x81", "an instance of torch.Tensor"),
     "storage of a length": (b"ctorch.storage\nUntypedStorage\n" + number(2**30) + b"\x85R", "UntypedStorage, which is"),
     "storage beyond the file": (storage(10**8), "storages that claim more than"),
     "many storages": (b"".join(storage(40, str(n)) for n in range(9)), "claim more than|record|one value"),
-    "negative storage": (storage(-5), "claim more than"),
+    "negative storage": (storage(-5), "impossible count"),
     "storage of no record": (storage(2, "7"), "a storage of 8 bytes|list of keys"),
     "two descriptions": (storage(4) + storage(2, kind=b"ctorch\nDoubleStorage\n") + b"\x86", "two descriptions"),
-    "view of a storage": (storage(4)[:-2] + b"NK\0K\1\x87tQ", "a view of a storage|a persistent id"),
+    "view of a storage": (storage(4)[:-2] + b"NK\0K\1\x87tQ", "a persistent id|described by other types"),
     "tensor beyond its storage": (tensor(4, 10**9), "reaches to number 999999999"),
     "tensor with a far offset": (tensor(4, 2, offset=2**40), "out of bounds"),
-    "tensor that repeats": (tensor(4, 10**12, stride=0), "numbers in a storage of 4"),
+    "tensor that repeats": (tensor(4, 10**12, stride=0), "tensors of 4000000000000 bytes, more than 4 times"),
     "tensor with a negative stride": (tensor(4, 2, stride=-1), "negative"),
-    "one tensor again and again": (
-        b"("
-        + tensor(4, 4).replace(b"tR", b"tq\1R")
-        + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R"
-        + b"h\2h\1R" * 500
-        + b"t",
-        "claim more than 4 times",
-    ),
-    "tensors without numbers": (
-        b"("
-        + tensor(4, 0).replace(b"tR", b"tq\1R")
-        + b"ctorch._utils\n_rebuild_tensor_v2\nq\2h\1R"
-        + b"h\2h\1R" * 500
-        + b"t",
-        "claim more than 4 times",
-    ),
+    "one tensor again and again": (b"(" + tensor(4, 4).replace(b"tR", b"tq\1R") + _AGAIN + b"t", "more than 4 times"),
+    "tensors without numbers": (b"(" + tensor(4, 0).replace(b"tR", b"tq\1R") + _AGAIN + b"t", "more than 4 times"),
     "empty of exabytes": (
         tensor(4, 0)
         .replace(number(0) + b"\x85", number(0) + number(2**60) + b"\x86")
         .replace(number(1) + b"\x85", number(1) + number(1) + b"\x86"),
         "impossible sizes",
     ),
-    "attributes copied again": (
-        _FULL + b"(" + (_DICT + b"h\0b") * 3 + b"t\x86",
-        "a dict that is copied more than once",
-    ),
-    "counts copied again": (
-        _FULL.replace(b"N", b"K\1") + b"(" + b"ccollections\nCounter\nh\0\x85R" * 2 + b"t\x86",
-        "a dict that is copied more than once",
-    ),
     "counts of a text": (b"ccollections\nCounter\n" + text("abc") + b"\x85R", "other arguments than counts"),
-    "set copied again": (_LIST + b"(" + b"cbuiltins\nset\nh\0\x85R" * 2 + b"t\x86", "a list that is copied more"),
+    "set made again and again": (
+        _LIST + b"(cbuiltins\nset\nq\1h\0\x85R" + b"h\1h\0\x85R" * 30_000 + b"t\x86",
+        "more than 1000000 steps",
+    ),
     "set of a text": (b"cbuiltins\nset\n" + text("abc") + b"\x85R", "other arguments than a list"),
     "set that collides": (
         b"cbuiltins\nset\n](" + number(2**61 - 1) + number(2**62 - 2) + b"e\x85R",
         "a key that is an int",
     ),
+    "key that is nested": (b"}" + b")" + b"\x85" * 100_000 + b"Ns", "a key that is a tuple"),
     "dictionary of a list": (b"ccollections\nOrderedDict\n]\x85R", "OrderedDict with arguments"),
-    "methods as attributes": (_DICT + b"}" + text("items") + b"Nsb", "the attribute items"),
-    "hidden attributes": (_DICT + b"}" + text("__setstate__") + b"Nsb", "the attribute __setstate__"),
-    "options with a method": (b"cargparse\nNamespace\n)\x81}" + text("__class__") + b"Nsb", "the attribute __class__"),
-    "state of slots": (b"cargparse\nNamespace\n)\x81N}\x86b", "attributes that are a tuple"),
     "parameter of no tensor": (b"ctorch._utils\n_rebuild_parameter\nK\1\x88" + _DICT + b"\x87R", "other arguments"),
-    "parameter's own attributes": (
-        b"ctorch._utils\n_rebuild_parameter_with_state\n("
-        + tensor(4, 4)
-        + b"\x88"
-        + _DICT
-        + b"}"
-        + text("data")
-        + b"NstR",
-        "the attribute data, which Parameter has",
-    ),
     "tensor by another function": (
         b"ctorch._tensor\n_rebuild_from_type_v2\n(ctorch\ndevice\nctorch\nTensor\n" + text("cpu") + b"\x85NtR",
         "another function than torch writes",
@@ -419,20 +376,7 @@ ATTACKS = {
     "tensor of another type": (b"ctorch._tensor\n_rebuild_from_type_v2\n(Nctorch\nSize\n)NtR", "other arguments than"),
     "size of a list": (b"ctorch\nSize\n]\x85R", "a call of torch.Size with"),
     "long size": (b"ctorch\nSize\n(" + b"K\1" * 50 + b"t\x85R", "a call of torch.Size with"),
-    "device of a number": (b"ctorch\ndevice\nK\1\x85R", "a call of torch.device with"),
     "layout": (b"ctorch.serialization\n_get_layout\n" + text("torch.strided") + b"\x85R", "_get_layout"),
-    "numbers of numpy without end": (
-        b"cnumpy\ndtype\n" + text("V400000000") + b"\x89\x88\x87R",
-        "other things than numbers",
-    ),
-    "objects of numpy": (b"cnumpy\ndtype\n" + text("O8") + b"\x89\x88\x87R", "other things than numbers"),
-    "numpy's shared type": (b"cnumpy\ndtype\n" + text("f8") + b"\x89\x89\x87R", "other things than numbers"),
-    "numpy type of a made-up state": (_DTYPE + _STATE.replace(b"K\0tb", b"K\1tb"), "another description than numpy"),
-    "number without bytes": (_SCALAR + _DTYPE + b"N\x86R", "other arguments than numpy writes"),
-    "number of other bytes": (
-        _SCALAR + _DTYPE + _BYTES.replace(text("abcdefgh"), text("abc")) + b"\x86R",
-        "a number of 8 bytes in 3",
-    ),
     "another codec": (b"c_codecs\nencode\n" + text("ab") + text("zip") + b"\x86R", "the codec 'zip'"),
     "decoded again and again": (
         b"("
@@ -444,11 +388,7 @@ ATTACKS = {
         + b"t",
         "more binary data",
     ),
-    "deep tuples": (b"N" + b"\x85" * 400_000, "nested more than 100 deep"),
-    "deep lists": (b"]" * 9000 + b"a" * 8999, "nested more than 100 deep"),
-    "deep dictionaries": ((b"}" + text("a")) * 900 + b"N" + b"s" * 900, "nested more than 100"),
-    "deep attributes": ((_DICT + b"}" + text("a")) * 300 + b"N" + b"sb" * 300, "nested more than 100"),
-    "steps without end": (b"(" + b"N" * 150_000 + b"t", r"more than 1\d{5} steps"),
+    "steps without end": (b"(" + b"N" * 1_000_000 + b"t", "more than 1000000 steps"),
     "text without end": (b"X\xff\xff\xff\xff", "truncated stream"),
     "a name of its own": (b"cindomain_guidance\nrun\n)R", "the name indomain_guidance.run, which is not on the list"),
     "a trainer's object": (b"comegaconf.dictconfig\nDictConfig\n)\x81", "objects of its trainer besides the weights"),
@@ -457,12 +397,32 @@ ATTACKS = {
     "sparse": (b"ctorch._utils\n_rebuild_sparse_tensor\n)R", "_rebuild_sparse_tensor"),
     "no tensor storage": (b"torch" + b"Q", "BINPERSID|instruction|mark"),
 }
+# Read, because nothing is made of them: states and counts are not copied, what numpy would make is not made, and
+# nothing here walks into what is nested.
+HARMLESS = {
+    "attributes copied again": _FULL + b"(" + (_DICT + b"h\0b") * 1000 + b"t\x86",
+    "counts copied again": _FULL.replace(b"N", b"K\1") + b"(" + b"ccollections\nCounter\nh\0\x85R" * 1000 + b"t\x86",
+    "methods as attributes": _DICT + b"}" + text("__class__") + b"Nsb",
+    "options with a method": b"cargparse\nNamespace\n)\x81}" + text("__setstate__") + b"Nsb",
+    "numbers of numpy without end": b"cnumpy\ndtype\n" + text("V400000000") + b"\x89\x88\x87R",
+    "objects of numpy": b"cnumpy.core.multiarray\nscalar\ncnumpy\ndtype\n" + text("O8") + b"\x85RN\x86R",
+    "deep tuples": b"N" + b"\x85" * 400_000,
+    "deep lists": b"]" * 9000 + b"a" * 8999,
+    "deep dictionaries": (b"}" + text("a")) * 9000 + b"N" + b"s" * 9000,
+}
 
 
-@pytest.fixture
-def without_torch(monkeypatch):
-    """Fails where a file gets as far as torch."""
-    monkeypatch.setattr(module.torch, "load", lambda *values, **more: pytest.fail("torch was asked to read it"))
+@pytest.fixture(autouse=True)
+def torch_for_comparison(monkeypatch):
+    """torch.load is for what a test expects; asked by the reader, it fails."""
+    load = torch.load
+
+    def only_from_here(*values, **more):
+        if sys._getframe(1).f_globals["__name__"] != __name__:
+            pytest.fail("torch was asked to read it")
+        return load(*values, **more)
+
+    monkeypatch.setattr(torch, "load", only_from_here)
 
 
 def memory() -> int:
@@ -477,7 +437,7 @@ def forget() -> int:
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_attacks_end_before_torch_and_take_no_memory(tmp_path, without_torch, name):
+def test_attacks_are_refused_and_take_no_memory(tmp_path, name):
     code, reason = ATTACKS[name]
     for path in (
         zipped(tmp_path / "a.ckpt", PLAIN_STATE[2:] + code + b"s.", {"0": bytes(16)}),
@@ -495,7 +455,51 @@ def test_attacks_end_before_torch_and_take_no_memory(tmp_path, without_torch, na
         assert peak < 2**21 + 150 * path.stat().st_size and time.process_time() - begin < 5
 
 
-def test_keys_that_collide_take_no_time(tmp_path, without_torch, streams):
+def test_weights_only_alone_is_no_bound(tmp_path, streams):
+    """What torch.load(weights_only=True) makes of small files, for which the reader above makes nothing."""
+    path = tmp_path / "a.ckpt"
+
+    def made(code: bytes, packed: bool = False):
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if packed else zipfile.ZIP_STORED) as archive:
+            archive.writestr("archive/data.pkl", b"\x80\x02" + code + b".")
+            archive.writestr("archive/version", "3\n")
+            archive.writestr("archive/data/0", bytes(4 * 10**7 if packed else 16))
+        return expected(path)
+
+    assert len(made(ATTACKS["bytearray"][0].replace(number(400_000_000), number(10**7)))) == 10**7
+    assert path.stat().st_size < 1000
+    assert made(tensor(4, 10**12, stride=0)).numel() == 10**12 and path.stat().st_size < 1000
+    assert made(tensor(10**7, 10**7), packed=True).nbytes == 4 * 10**7 and path.stat().st_size < 10**5
+    copies = made(HARMLESS["attributes copied again"])[1]
+    assert sum(len(vars(copy)) for copy in copies) == 40 * 1000 and path.stat().st_size < 10**4
+    keys = [streams.colliding(15, count) for count in (5_000, 20_000)]
+    seconds = []
+    for values in keys:
+        begin = time.process_time()
+        made(b"}(" + b"".join(b"\x8a\x08" + value.to_bytes(8, "little") + b"N" for value in values) + b"u")
+        seconds.append(time.process_time() - begin)
+    assert seconds[1] > 6 * seconds[0]  # four times the keys, sixteen times the work of a dictionary
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_what_nothing_is_made_of_is_read(tmp_path, name):
+    code = PLAIN_STATE[2:] + HARMLESS[name] + b"s" + text("w") + tensor(4, 4) + b"s."
+    for path in (
+        zipped(tmp_path / "a.ckpt", code, {"0": bytes(16)}),
+        legacy(tmp_path / "b.ckpt", code, b"\x80\x02]" + text("0") + b"a.", number(4)[2:10] + bytes(16)),
+    ):
+        gc.collect()
+        tracemalloc.start()
+        begin = time.process_time()
+        try:
+            assert read_state_dict(path).keys() == {"w"}
+            peak = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+        assert peak < 2**21 + 150 * path.stat().st_size and time.process_time() - begin < 5
+
+
+def test_keys_that_collide_take_no_time(tmp_path, streams):
     keys = {"chosen": streams.colliding(15, 10_500), "multiples": [n << 40 for n in range(1, 2**17)]}
     for name, values in keys.items():
         code = b"}(" + b"".join(b"\x8a\x08" + value.to_bytes(8, "little") + b"N" for value in values) + b"u"
@@ -508,7 +512,7 @@ def test_keys_that_collide_take_no_time(tmp_path, without_torch, streams):
             assert time.process_time() - begin < 3, name
 
 
-def test_one_key_again_and_again_takes_no_time(tmp_path, without_torch):
+def test_one_key_again_and_again_takes_no_time(tmp_path):
     """Each would meet all that collide with it: numbers too small to be counted, None, and what equals a number."""
     fillers, slot = [2**15 + 1], 6
     while len(fillers) < MAX_NUMBER_KEYS:
@@ -531,7 +535,7 @@ def test_one_key_again_and_again_takes_no_time(tmp_path, without_torch):
             assert "one key twice" in refused(path) and time.process_time() - begin < 1
 
 
-def test_numbers_of_kept_values_do_not_collide(tmp_path, without_torch, streams):
+def test_numbers_of_kept_values_do_not_collide(tmp_path, streams):
     numbers = streams.colliding(15, 10_500)
     put, get = (b"".join(code + struct.pack("<I", one) for one in numbers) for code in (b"r", b"j"))
     for code in (put, put[: 5 * 10_500] + b"(" + get[5 * 10_500 :] + b"t", b"r\xff\xff\xff\xff"):
@@ -551,53 +555,35 @@ def test_kept_values_may_be_numbered_from_one(tmp_path):
     assert read["b"] == expected(path)["b"] == ["b", "b"] and torch.equal(read["a"], torch.zeros(4))
 
 
-def archive(value: int) -> bytes:
-    out = io.BytesIO()
-    zipped(out, b"K" + bytes([value]) + b".")
-    return out.getvalue()
-
-
-def renamed() -> bytes:
-    """What Python reads under a name of the extra field, and torch under the plain one."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w") as made:
-        for raw, other in (("archive/data.pkl", "archive/other"), ("archive/other2", "archive/data.pkl")):
-            info = zipfile.ZipInfo(raw)
-            name = b"\1" + struct.pack("<I", zipfile.crc32(raw.encode())) + other.encode()
-            info.extra = struct.pack("<HH", 0x7075, len(name)) + name
-            made.writestr(info, b"\x80\x02N.")
-    return out.getvalue()
-
-
-def test_archives_that_torch_would_read_otherwise(tmp_path, without_torch):
+def test_archives_that_torch_did_not_write(tmp_path):
     path = tmp_path / "a.ckpt"
-    path.write_bytes(archive(1)[:-22] + archive(2))
-    assert zipfile.ZipFile(path).read("archive/data.pkl")[-2] == 2  # where torch takes the first directory
-    assert "its directory is not where it is said to be" in refused(path)
-    path.write_bytes(archive(1) + b"tail")
-    assert "does not end with its directory" in refused(path)
     path.write_bytes(b"PK\x03\x04")
-    assert "does not end with its directory" in refused(path)
-    path.write_bytes(renamed())
-    if zipfile.ZipFile(path).namelist()[0] == "archive/other":  # from Python 3.12 on
-        assert "two names each" in refused(path)
-    for name, reason in (("archive/DATA.PKL", "several records of"), ("archive/constants.pkl", "TorchScript")):
-        zipped(path, b"N.")
-        with zipfile.ZipFile(path, "a") as more:
-            more.writestr(name, b"\x80\x02N.")
-        assert reason in refused(path)
+    assert "a damaged archive" in refused(path)
+    zipped(path, b"N.")
+    with zipfile.ZipFile(path, "a") as more:
+        more.writestr("archive/constants.pkl", b"\x80\x02N.")
+    assert "TorchScript" in refused(path)
     with zipfile.ZipFile(path, "w") as made:
         made.writestr("archive/Data.pkl", b"\x80\x02N.")
     assert "no checkpoint of tensors" in refused(path)
+    data = bytearray(zipped(path, PLAIN_STATE[2:] + text("abc") + b"s.").read_bytes())
+    data[data.index(b"abc")] = ord("x")
+    path.write_bytes(data)
+    assert "bad checksum of its instructions" in refused(path)
+    zipped(path, b"N.")
+    data = path.read_bytes()
+    directory = data.index(b"PK\x01\x02")
+    path.write_bytes(data[: directory + 42] + struct.pack("<I", 7) + data[directory + 46 :])
+    assert "a record that is not where it is said to be" in refused(path)
 
 
-def test_records_that_grow_are_refused(tmp_path, without_torch):
+def test_records_that_grow_are_refused(tmp_path):
     path, code = tmp_path / "a.ckpt", b"}" + text("a") + tensor(10**7, 10**7) + b"s."
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
         made.writestr("archive/data.pkl", b"\x80\x02" + code)
         made.writestr("archive/data/0", bytes(4 * 10**7))
     assert path.stat().st_size < 10**5
-    assert re.search(r"an archive of packed records \(40000\d+ bytes in a file of \d+\)", refused(path))
+    assert re.search(r"an archive of packed records, which torch never writes", refused(path))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is Linux's to tell")

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.guidance.networks.blending import blend_generators, blend_parts, resolution_split
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
 CONFIG = GeneratorConfig(16, (6, 5, 4), z_dim=5, w_dim=7, mapping_layers=2, architecture="resnet", c_dim=2)
 

@@ -1,10 +1,9 @@
-"""StyleGAN2 against NVIDIA's and rosinality's code (golden arrays), closed forms, and what is read from weights."""
+"""StyleGAN2 against NVIDIA's and rosinality's code (golden arrays), and what the network promises."""
 
 from __future__ import annotations
 
 import copy
 import math
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,108 +12,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from indomain_guidance.guidance.networks import stylegan2
-from indomain_guidance.guidance.networks.stylegan2 import (
-    GeneratorConfig,
-    StyleGAN2,
-    fir_kernel,
-    generator_config_from_state_dict,
-    modulated_convolution,
-    random_generator,
-    standard_channels,
-    upsample,
+from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig, standard_channels
+from indomain_guidance.guidance.networks.stylegan2_formulas import fir_kernel
+from indomain_guidance.tests.guidance.networks.stylegan2_cases import (
+    CASES,
+    TINY,
+    Largest,
+    digest,
+    error,
+    inputs,
+    loaded,
+    probe,
+    weights,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 
 GOLDENS = Path(__file__).parent / "goldens" / "stylegan2.npz"
-WIDTHS = {32: (24, 20, 16, 12), 64: (24, 24, 20, 16, 12), 256: (24, 24, 20, 20, 16, 12, 8)}
-# What goldens/make_stylegan2.py ran in the original code, and how: case -> (configuration, noise, truncation, cutoff).
-CASES = {
-    f"nvidia {architecture} {size}": (
-        GeneratorConfig(
-            size,
-            WIDTHS[size],
-            z_dim=16,
-            w_dim=24,
-            mapping_layers=4,
-            architecture=architecture,
-            conv_clamp=None if size == 64 else 256,
-        ),
-        "const",
-        1.0,
-        None,
-    )
-    for size in WIDTHS
-    for architecture in ("skip", "resnet", "orig")
-}
-CASES |= {
-    f"nvidia {architecture} 32 labels": (
-        replace(CASES[f"nvidia {architecture} 32"][0], c_dim=5, img_channels=4, mapping_layers=2, conv_clamp=0.5),
-        "none",
-        0.6,
-        3,
-    )
-    for architecture in ("skip", "resnet", "orig")
-}
-CASES |= {
-    f"rosinality {size}": (
-        GeneratorConfig(size, WIDTHS[size], z_dim=24, w_dim=24, mapping_layers=4),
-        "const",
-        0.7,
-        None,
-    )
-    for size in WIDTHS
-}
-
-
-def weights(config: GeneratorConfig, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random weights by name, from numpy's frozen generator: every tensor counts, activations stay near 1."""
-    with torch.device("meta"):
-        shapes = {key: value.shape for key, value in StyleGAN2(config).state_dict().items()}
-    filled = {}
-    for key, shape in shapes.items():
-        random = np.random.RandomState((zlib.crc32(key.encode()) + seed) % 2**32)
-        values = random.standard_normal(tuple(shape))
-        if key.startswith("mapping.fc"):
-            values = values * (100.0 if key.endswith("weight") else 20.0)
-        elif key.endswith("affine.bias"):
-            values = 1 + 0.2 * values
-        elif key.endswith((".bias", "noise_strength", "w_avg")):
-            values = 0.3 * values
-        filled[key] = torch.tensor(np.asarray(values, dtype=np.float32))
-    return filled
-
-
-def inputs(config: GeneratorConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
-    batch = 1 if config.resolution > 64 else 2
-    random = np.random.RandomState(7)
-    z = torch.tensor(random.standard_normal((batch, config.z_dim)).astype(np.float32))
-    c = torch.tensor(random.standard_normal((batch, config.c_dim)).astype(np.float32)) if config.c_dim else None
-    return z, c
-
-
-def digest(images: torch.Tensor) -> dict[str, np.ndarray]:
-    """A grid of pixels and the means of rows and columns: small, and no pixel escapes it."""
-    images = images.detach().double()
-    at = torch.linspace(0, images.shape[-1] - 1, 9).round().long()
-    parts = {"grid": images[:, :, at][:, :, :, at], "rows": images.mean(dim=3), "columns": images.mean(dim=(1, 2))}
-    return {name: value.float().numpy() for name, value in parts.items()}
-
-
-def probe(shape: torch.Size) -> torch.Tensor:
-    """What images are multiplied by to get one number whose gradients are compared."""
-    return torch.tensor(np.random.RandomState(3).standard_normal(tuple(shape)).astype(np.float32))
-
-
-def loaded(config: GeneratorConfig, seed: int = 0) -> StyleGAN2:
-    generator = StyleGAN2(config)
-    generator.load_state_dict(weights(config, seed))
-    return generator.eval()
-
-
-def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """RMS(actual - expected) / RMS(expected)."""
-    assert actual.shape == expected.shape
-    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -155,107 +68,6 @@ def test_published_sizes():
             generator = StyleGAN2(GeneratorConfig(resolution, standard_channels(resolution, base)))
         assert sum(parameter.numel() for parameter in generator.parameters()) == count
         assert generator.num_ws == 2 * int(math.log2(resolution)) - 2
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Closed forms
-
-FILTERS = [(1, 3, 3, 1), (1, 2, 3, 4), (1, 1), (1, 2, 1), (1, 4, 6, 4, 1), (1, 5, 10, 10, 5, 1), (2,)]
-
-
-def zero_inserted(x: torch.Tensor, taps: tuple[float, ...]) -> torch.Tensor:
-    """Zeros between the pixels, then the sum that a convolution is, pixel i centred on 2i and 2i + 1 for even taps."""
-    k = torch.tensor(taps, dtype=x.dtype)
-    k = 2 * k / k.sum()
-    for dim in (2, 3):
-        x = x.movedim(dim, -1)
-        wide = torch.zeros(*x.shape[:-1], 2 * x.shape[-1], dtype=x.dtype)
-        wide[..., ::2] = x
-        out = torch.zeros_like(wide)
-        for n in range(wide.shape[-1]):
-            for tap, value in enumerate(k):
-                source = n - (len(taps) + 1) // 2 + len(taps) - 1 - tap
-                if 0 <= source < wide.shape[-1]:
-                    out[..., n] += value * wide[..., source]
-        x = out.movedim(-1, dim)
-    return x
-
-
-@pytest.mark.parametrize("taps", FILTERS)
-def test_upsampling_is_zero_insertion_and_a_filter(taps):
-    x = torch.randn(2, 3, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    kernel = fir_kernel(taps, dtype=x.dtype)
-    assert float(kernel.sum()) == pytest.approx(4)
-    torch.testing.assert_close(upsample(x, kernel), zero_inserted(x, taps))
-
-
-def test_upsampling_keeps_ramps():
-    # Bilinear: pixel i sits between 2i and 2i + 1, a quarter of a pixel to either side.
-    ramp = torch.arange(6.0, dtype=torch.float64).expand(1, 1, 6, 6)
-    up = upsample(ramp, fir_kernel((1, 3, 3, 1), dtype=torch.float64))
-    expected = (torch.arange(12, dtype=torch.float64) - 0.5) / 2
-    torch.testing.assert_close(up[0, 0, 1:-1, 1:-1], expected[1:-1].expand(10, 10))
-
-
-def modulated_by_hand(x, weight, style, demodulate=True, taps=None):
-    """Eqs. 1 and 3 as they are written: a weight per sample."""
-    images = []
-    for sample in range(len(x)):
-        own = weight * style[sample][None, :, None, None]
-        if demodulate:
-            own = own / (own.square().sum(dim=(1, 2, 3), keepdim=True) + 1e-8).sqrt()
-        features = x[sample : sample + 1]
-        if taps is None:
-            images.append(F.conv2d(features, own, padding=weight.shape[-1] // 2))
-        else:
-            # Up first (with room at the borders for the 3x3 kernel), then a convolution in the mathematical sense.
-            wide = zero_inserted(F.pad(features, (8, 8, 8, 8)), taps)
-            images.append(F.conv2d(wide, own.flip(-1, -2), padding=1)[:, :, 16:-16, 16:-16])
-    return torch.cat(images)
-
-
-@pytest.mark.parametrize("taps", [None, *FILTERS])
-@pytest.mark.parametrize("demodulate", [True, False])
-def test_modulated_convolution_is_the_papers(taps, demodulate):
-    random = torch.Generator().manual_seed(0)
-    x, weight, style = (
-        torch.randn(shape, dtype=torch.float64, generator=random) for shape in ((2, 4, 6, 6), (5, 4, 3, 3), (2, 4))
-    )
-    kernel = None if taps is None else fir_kernel(taps, dtype=x.dtype)
-    found = modulated_convolution(x, weight, style, demodulate=demodulate, up_kernel=kernel)
-    torch.testing.assert_close(found, modulated_by_hand(x, weight, style, demodulate, taps))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_demodulated_weights_have_norm_one(dtype):
-    # Impulses, one per input channel, read the effective weights out.
-    random = torch.Generator().manual_seed(0)
-    scale = torch.promote_types(dtype, torch.float32)
-    weight = 7 * torch.randn(5, 4, 3, 3, dtype=scale, generator=random)
-    style = 0.1 + torch.rand(1, 4, dtype=scale, generator=random)
-    impulses = torch.zeros(4, 4, 5, 5, dtype=dtype)
-    impulses[range(4), range(4), 2, 2] = 1
-    responses = modulated_convolution(impulses, weight, style.expand(4, -1))
-    norms = responses.double().square().sum(dim=(0, 2, 3)).sqrt()
-    tolerance = max(4 * torch.finfo(dtype).eps, 1e-10)  # the formula's 1e-8 beside a sum of squares of some thousand
-    torch.testing.assert_close(norms, torch.ones(5, dtype=torch.float64), atol=tolerance, rtol=0)
-
-
-def test_demodulation_leaves_nothing_of_the_styles_scale():
-    random = torch.Generator().manual_seed(0)
-    x, weight, style = (torch.randn(shape, generator=random) for shape in ((2, 4, 6, 6), (5, 4, 3, 3), (2, 4)))
-    once = modulated_convolution(x, weight, style)
-    assert error(modulated_convolution(x, weight * 50, style * 300), once) < 1e-6
-    assert (
-        error(
-            modulated_convolution(x, weight, style, demodulate=False) * 3,
-            modulated_convolution(x, weight, style * 3, demodulate=False),
-        )
-        < 1e-6
-    )
-
-
-TINY = GeneratorConfig(16, (6, 5, 4), z_dim=5, w_dim=7, mapping_layers=2)
 
 
 def test_truncation_is_the_closed_form():
@@ -468,15 +280,6 @@ def test_half_precision_gradients_are_near_full(dtype, tolerance):
     assert 1e-6 < error(gradients[1], gradients[0]) < tolerance
 
 
-def test_float16_survives_weights_and_styles_beyond_its_range():
-    random = torch.Generator().manual_seed(0)
-    x, weight, style = (torch.randn(shape, generator=random) for shape in ((2, 16, 6, 6), (5, 16, 3, 3), (2, 16)))
-    expected = modulated_convolution(x, weight * 1e4, style * 1e5)
-    assert not (style * 1e5).half().isfinite().all()
-    found = modulated_convolution(x.half(), weight * 1e4, style * 1e5)
-    assert found.dtype == torch.float16 and error(found, expected) < 2e-3
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Initialisation, loading, configuration
 
@@ -515,18 +318,6 @@ def test_mean_style_is_the_mean():
     labelled = loaded(replace(TINY, c_dim=3))
     one_hot, first = labelled.mean_style(3000), labelled.mean_style(3000, c=torch.eye(3)[:1])
     assert not torch.allclose(one_hot, first, atol=1e-3)
-
-
-class Largest(TorchDispatchMode):
-    """Notes the most numbers that any operation within gives."""
-
-    most = 0
-
-    def __torch_dispatch__(self, function, types, arguments=(), named=None):
-        made = function(*arguments, **(named or {}))
-        if isinstance(made, torch.Tensor):
-            self.most = max(self.most, made.numel())
-        return made
 
 
 @pytest.mark.parametrize("classes", [0, 3])
@@ -570,175 +361,6 @@ def test_no_hidden_state_outside_the_state_dict():
         assert not torch.equal(twin(z), expected)
         twin.load_state_dict(weights(TINY))
         assert torch.equal(twin(z), expected)
-
-
-@pytest.mark.parametrize("case", ["nvidia skip 32", "nvidia resnet 64", "nvidia orig 256", "nvidia skip 32 labels"])
-def test_config_is_read_from_weights(case):
-    config = CASES[case][0]
-    with torch.device("meta"):
-        state = StyleGAN2(config).state_dict()
-    assert generator_config_from_state_dict(state, conv_clamp=config.conv_clamp) == config
-    assert generator_config_from_state_dict(state, **config.to_dict()) == config
-    assert GeneratorConfig.from_json(config.to_json()) == config
-
-
-def test_unusual_widths_are_read_from_weights():
-    config = replace(TINY, mapping_dim=9, embed_dim=4, c_dim=3, z_dim=11, mapping_layers=3, use_noise=False)
-    assert generator_config_from_state_dict(StyleGAN2(config).state_dict()) == config
-    smallest = GeneratorConfig(4, (3,), z_dim=5, w_dim=7, mapping_layers=1)
-    generator = random_generator(smallest, 0)
-    assert generator_config_from_state_dict(generator.state_dict()) == smallest
-    assert generator(torch.zeros(1, 5)).shape == (1, 3, 4, 4) and generator.num_ws == 2
-
-
-def test_filters_in_files_are_read_and_checked():
-    def with_filter(kernel):
-        layers = [name for name, module in StyleGAN2(TINY).named_modules() if hasattr(module, "initialise")]
-        return weights(TINY) | {f"{layer}.resample_filter": kernel for layer in layers if "synthesis" in layer}
-
-    row = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8
-    state = with_filter(torch.outer(row, row))
-    assert generator_config_from_state_dict(state) == TINY
-    generator = StyleGAN2(TINY)
-    generator.load_state_dict(state)
-    assert all("resample_filter" not in key for key in generator.state_dict())
-    narrow = with_filter(torch.full((2, 2), 0.25))
-    assert generator_config_from_state_dict(narrow).resample_filter == (1.0, 1.0)
-    with pytest.raises(ValueError, match="filter synthesis.* is not the configuration's"):
-        generator.load_state_dict(narrow)
-    with pytest.raises(ValueError, match="not separable"):
-        generator_config_from_state_dict(with_filter(torch.eye(4) / 4))
-    for long in (torch.ones(3000), torch.ones(1, 3000), torch.ones(3000, 1), torch.ones(1, 4, 1)):
-        with Largest() as seen:
-            with pytest.raises(ValueError, match="is no resampling filter"):
-                generator_config_from_state_dict(with_filter(long))
-            with pytest.raises(ValueError, match="filter synthesis.* is not the configuration's"):
-                generator.load_state_dict(with_filter(long))
-        assert seen.most <= 3000
-    generator.load_state_dict(with_filter(row))
-
-
-@pytest.mark.parametrize("architecture", ["skip", "resnet", "orig"])
-@pytest.mark.parametrize("size", [(4, 2), (3, 5), (1, 4)])
-def test_images_that_are_not_square(size, architecture):
-    """Height and width have the same part in every formula: a network with both exchanged makes the image so."""
-    config = replace(TINY, first_size=size, architecture=architecture, resample_filter=(1, 2, 4, 3, 1))
-    generator, flipped = loaded(config), StyleGAN2(replace(config, first_size=size[::-1])).eval()
-    state = {
-        key: value.mT if value.ndim in (3, 4) or "noise_const" in key else value
-        for key, value in generator.state_dict().items()
-    }
-    flipped.load_state_dict(state)
-    assert generator_config_from_state_dict(generator.state_dict(), resample_filter=(1, 2, 4, 3, 1)) == config
-    z = torch.randn(2, TINY.z_dim, generator=torch.Generator().manual_seed(5))
-    images = generator(z)
-    assert images.shape == (2, 3, 4 * size[0], 4 * size[1]) == (2, 3, config.height, config.width)
-    assert error(flipped(z), images.mT) < 1e-5
-    random = generator.synthesize(generator.map(z), "random", torch.Generator().manual_seed(1))
-    assert random.shape == images.shape and error(random, images) > 1e-3
-
-
-def test_each_kind_of_filter_is_read_where_it_is_used():
-    """conv1 keeps the default in NVIDIA's files; rosinality's image layers keep it, too."""
-
-    def outer(*taps):
-        row = torch.tensor(taps, dtype=torch.float32)
-        return torch.outer(row, row) / row.sum() ** 2
-
-    def stored(features, images, unused=outer(1, 3, 3, 1)):  # noqa: B008
-        return weights(TINY) | {
-            f"synthesis.b{size}.{layer}resample_filter": kernel
-            for size in (8, 16)
-            for layer, kernel in (("", images), ("conv0.", features), ("conv1.", unused))
-        }
-
-    for taps in ((1, 4, 6, 4, 1), (1, 2, 3), (3, 1), (1,), (0, 1, 1), (-1, 5, 5, -1), (1, 2, 3, 4, 5, 4, 3, 2, 9)):
-        kernel = outer(*taps)
-        config = generator_config_from_state_dict(stored(kernel, kernel))
-        assert config.image_filter is None and torch.allclose(
-            fir_kernel(config.resample_filter, dtype=torch.float32), 4 * kernel[None, None], atol=1e-6
-        )
-        StyleGAN2(config).load_state_dict(stored(kernel.half(), kernel))
-    two = generator_config_from_state_dict(stored(outer(1, 2, 3), outer(1, 3, 3, 1)))
-    assert (two.resample_filter, two.image_filter) == ((1.0, 2.0, 3.0), (1.0, 3.0, 3.0, 1.0))
-    z, state = torch.randn(2, TINY.z_dim), weights(TINY)
-    drawn = {}
-    for config in (two, replace(two, image_filter=None), replace(two, resample_filter=(1, 3, 3, 1))):
-        generator = StyleGAN2(config).eval()
-        generator.load_state_dict(state)
-        drawn[config] = generator(z)
-        assert GeneratorConfig.from_json(config.to_json()) == config
-    for config in list(drawn)[1:]:
-        assert error(drawn[config], drawn[two]) > 1e-3
-    alone = generator_config_from_state_dict(state | {"synthesis.b8.resample_filter": outer(1, 2)})
-    assert alone.resample_filter == (1, 2) and alone.image_filter is None
-    near = outer(*[1.0] * 64)
-    near[5, 5] *= 3  # a filter of many taps has small ones
-    with pytest.raises(ValueError, match="not separable"):
-        generator_config_from_state_dict(stored(near, near))
-
-
-def test_filters_are_dropped_without_the_hook_that_torch_2_4_lacks(monkeypatch):
-    monkeypatch.delattr(torch.nn.Module, "register_load_state_dict_pre_hook", raising=False)
-    filters = {"synthesis.b8.conv1.resample_filter": torch.tensor([1.0, 3.0, 3.0, 1.0]) / 8}
-    holder = torch.nn.ModuleDict({"ema": StyleGAN2(TINY)})  # a part of something larger has a prefix
-    state = {f"ema.{key}": value for key, value in (weights(TINY) | filters).items()}
-    holder.load_state_dict(state)
-    assert len(state) > len(holder.state_dict())
-    assert all(torch.equal(value, state[key]) for key, value in holder.state_dict().items())
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"synthesis.b4.const": None}, "synthesis.b4.const is missing"),
-        ({"mapping.fc0.weight": None}, "mapping.fc0.weight is missing"),
-        ({"synthesis.b16.torgb.weight": None}, "synthesis.b16.torgb.weight is missing"),
-        ({"synthesis.b4.const": torch.zeros(3)}, "should have 3 dimensions"),
-        ({"synthesis.input.freqs": torch.zeros(3, 2)}, "StyleGAN3"),
-    ],
-)
-def test_foreign_weights_are_refused(change, message):
-    state = {key: value for key, value in {**weights(TINY), **change}.items() if value is not None}
-    with pytest.raises(ValueError, match=message):
-        generator_config_from_state_dict(state)
-
-
-def test_hints_that_contradict_the_weights_are_refused():
-    with pytest.raises(ValueError, match="resolution was said to be 32, but the weights show 16"):
-        generator_config_from_state_dict(weights(TINY), resolution=32)
-    with pytest.raises(ValueError, match="unknown fields truncation"):
-        generator_config_from_state_dict(weights(TINY), truncation=1)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"resolution": 48}, "power of two"),
-        ({"resolution": 32}, "channels lists 3"),
-        ({"channels": (4, 0, 4)}, "channels"),
-        ({"resample_filter": (1, -1)}, "resample_filter"),
-        ({"resample_filter": [1.0] * 65}, "at most 64 taps, got 65"),
-        ({"z_dim": 0}, "z_dim"),
-        ({"c_dim": -1}, "c_dim"),
-        ({"mapping_layers": 0}, "mapping_layers"),
-        ({"mapping_dim": 0}, "mapping_dim"),
-        ({"architecture": "progressive"}, "architecture"),
-        ({"conv_clamp": 0}, "conv_clamp"),
-        ({"mapping_lr_multiplier": float("nan")}, "mapping_lr_multiplier"),
-        ({"use_noise": 1}, "use_noise"),
-        ({"depth": 3}, "unknown fields"),
-    ],
-)
-def test_impossible_configurations_are_refused(change, message):
-    with pytest.raises(ValueError, match=message):
-        GeneratorConfig.from_dict({**TINY.to_dict(), **change})
-
-
-@pytest.mark.parametrize("text", ["{", "[1]", "{}"])
-def test_unreadable_configurations_are_refused(text):
-    with pytest.raises(ValueError, match="Generator configuration"):
-        GeneratorConfig.from_json(text)
 
 
 def test_inputs_that_do_not_fit_are_refused():

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig, timestep_embedding, unet_config_from_state_dict
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
+from indomain_guidance.guidance.networks.unet_layers import timestep_embedding
 
 # The published topologies at reduced width (and SDXL's transformers at reduced depth).
 SD15 = UNetConfig(
@@ -298,9 +300,9 @@ def test_refuses_impossible_configurations():
         ({"num_res_blocks": (1,)}, "levels"),
         ({"transformer_depth": (1,)}, "transformer depths"),
         ({"null_text": "frozen"}, "null_text must be one of"),
-        ({"context_dim": 0}, "context_dim must be positive, got 0"),
-        ({"model_channels": -320}, "model_channels must be positive, got -320"),
-        ({"channel_mult": (1, 0)}, "channel_mult must be positive, got 0"),
+        ({"context_dim": 0}, "context_dim must be a whole number from 1 or none, got 0"),
+        ({"model_channels": -320}, "model_channels must be a whole number from 1, got -320"),
+        ({"channel_mult": (1, 0)}, r"channel_mult must be a list of whole numbers from 1, got \(1, 0\)"),
         ({"context_dim": None}, "needs context_dim"),
     ):
         with pytest.raises(ValueError, match=message):

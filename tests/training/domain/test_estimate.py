@@ -7,7 +7,8 @@ import time
 
 import pytest
 import torch
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 from indomain_guidance.training.domain import estimate as module
 from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.config import TrainConfig

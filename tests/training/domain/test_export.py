@@ -96,7 +96,7 @@ def test_fp16_that_overflows_is_refused(base, trainee, tmp_path):
         if fits:
             export.write_domain_model(path, weights, trainee.config, base, file_dtype=file_dtype)
             continue
-        with pytest.raises(FileProblem, match="up to 65504, which fp16 ends at, found 1000000 in out.2.bias"):
+        with pytest.raises(FileProblem, match="up to 65504, the largest number of fp16, found 1000000 in out.2.bias"):
             export.write_domain_model(path, weights, trainee.config, base, file_dtype=file_dtype)
         assert not path.exists()
     weights["out.2.bias"] = torch.full((4,), torch.nan)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import torch
-from indomain_guidance.guidance.networks.unet import UNet, UNetConfig
+from indomain_guidance.guidance.networks.unet import UNet
+from indomain_guidance.guidance.networks.unet_config import UNetConfig
 from indomain_guidance.training.domain import low_rank
 
 CONFIG = UNetConfig(

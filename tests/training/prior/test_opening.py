@@ -13,7 +13,7 @@ from indomain_guidance.guidance.files import (
     read_generator,
     write_safetensors,
 )
-from indomain_guidance.guidance.networks.unet import timestep_embedding
+from indomain_guidance.guidance.networks.unet_layers import timestep_embedding
 from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.mini_world.assets import load_mini_world
 from indomain_guidance.training.prior.opening import open_checkpoint, open_mini_world, open_prior, prior_from_tensors

@@ -13,7 +13,7 @@ from torch import nn
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem
 from ....guidance.files.atomic import replacing
-from ....guidance.files.tensors import load_checkpoint
+from ....guidance.files.model_file import load_checkpoint
 
 
 def save_atomically(state: object, path: Path) -> None:

@@ -10,7 +10,8 @@ from torch import Generator, Tensor
 
 from ....guidance.diffusion import NoiseSchedule
 from ....guidance.networks.autoencoder import Autoencoder
-from ....guidance.networks.unet import UNet, UNetConfig
+from ....guidance.networks.unet import UNet
+from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import NullContext, build_cached
 from .. import render
 from .loop import LoopConfig, run_loop

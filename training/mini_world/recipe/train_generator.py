@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
 
-from ....guidance.networks.stylegan2 import GeneratorConfig, StyleGAN2, random_generator
+from ....guidance.networks.stylegan2 import StyleGAN2, random_generator
+from ....guidance.networks.stylegan2_config import GeneratorConfig
 from .. import render
 from .adversarial import AdversarialConfig, Pair, pair_of, run_adversarial
 from .discriminator import Discriminator

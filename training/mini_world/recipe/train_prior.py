@@ -14,7 +14,8 @@ from torch import Generator, Tensor, nn
 from ....guidance.diffusion import NoiseSchedule
 from ....guidance.networks.autoencoder import Autoencoder
 from ....guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
-from ....guidance.networks.unet import UNet, UNetConfig
+from ....guidance.networks.unet import UNet
+from ....guidance.networks.unet_config import UNetConfig
 from .. import render, tokens
 from .kept_files import made_once, weights_hash
 from .loop import LoopConfig, run_loop

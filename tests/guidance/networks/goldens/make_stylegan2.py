@@ -1,4 +1,4 @@
-"""Runs the original StyleGAN2 code on the weights of test_stylegan2.py and writes stylegan2.npz beside this file.
+"""Runs the original StyleGAN2 code on the weights of stylegan2_cases.py and writes stylegan2.npz beside this file.
 
     python make_stylegan2.py PATH_OF_NVLABS_STYLEGAN3 PATH_OF_ROSINALITY_STYLEGAN2_PYTORCH
 
@@ -23,7 +23,7 @@ import bootstrap  # noqa: E402
 
 bootstrap.forget_checkout_on_path()
 bootstrap.register()
-spec = importlib.util.spec_from_file_location("cases", HERE.parent / "test_stylegan2.py")
+spec = importlib.util.spec_from_file_location("cases", HERE.parent / "stylegan2_cases.py")
 cases = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(cases)
 

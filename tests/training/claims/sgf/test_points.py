@@ -13,7 +13,8 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.guidance.files.generator import GeneratorMetadata, write_generator
-from indomain_guidance.guidance.networks.stylegan2 import GeneratorConfig, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import random_generator
+from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from indomain_guidance.training import bootstrap
 from indomain_guidance.training.claims import command_line
 from indomain_guidance.training.claims.idg.models import Models
