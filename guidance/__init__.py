@@ -54,7 +54,6 @@ _MODULE_OF_NAME = {
             "read_domain_file",
             "read_generator",
             "read_state_dict",
-            "split_checkpoint",
             "write_domain_file",
             "write_generator",
             "write_safetensors",

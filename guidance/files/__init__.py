@@ -13,16 +13,15 @@ from .file_metadata import TRAINING
 from .generator import convert_generator, holds_generator, read_generator, write_generator
 from .generator_metadata import GeneratorMetadata
 from .generator_weights import LoadedGenerator
-from .layouts import Checkpoint, check_unet, split_checkpoint, stated_prediction, strip_unet_prefix, unet_layout
+from .layouts import check_unet, stated_prediction, strip_unet_prefix, unet_layout
 from .model_file import ModelFile, read_keys, read_metadata, read_state_dict
-from .number_formats import DTYPES, check_finite, file_tensors
 from .safetensors_file import write_safetensors
+from .weights import DTYPES, check_finite, file_tensors
 
 __all__ = [
     "DTYPES",
     "LATENT_FORMATS",
     "TRAINING",
-    "Checkpoint",
     "DomainMetadata",
     "FileProblem",
     "GeneratorMetadata",
@@ -40,7 +39,6 @@ __all__ = [
     "read_keys",
     "read_metadata",
     "read_state_dict",
-    "split_checkpoint",
     "stated_prediction",
     "strip_unet_prefix",
     "unet_layout",

@@ -20,9 +20,9 @@ from ..plain_json import parse_json
 from .file_metadata import TRAINING, VERSION, MetadataReader, modelspec, with_extra
 from .layouts import check_unet, check_unet_shapes, stated_prediction, strip_unet_prefix, unet_layout, unet_prefix
 from .model_file import ModelFile
-from .number_formats import check_finite
 from .recognise import UNET, recognise_names, refusal_of
 from .safetensors_file import write_safetensors
+from .weights import check_finite
 
 FORMAT = "indomain_guidance.domain_unet"
 MOST_PIXELS = 65536  # of a side that a model says it was trained at

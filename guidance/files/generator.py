@@ -21,9 +21,9 @@ from .inert_pickle import Refused
 from .model_file import ModelFile, load_checkpoint
 from .nested import MARKS
 from .network_pickle import other_family, read_network_pickle
-from .number_formats import file_tensors
 from .safetensors_file import read_header, read_safetensors, write_safetensors
 from .torch_pickle import names_part
+from .weights import file_tensors
 
 LIMIT_BYTES = 2**31  # the largest published StyleGAN2 files, optimizers included, take half of it
 _FULL = ("can't allocate memory", "not enough memory")  # what torch says on the CPU, where it has no error for it

@@ -17,8 +17,8 @@ from . import rosinality
 from .generator_metadata import GeneratorMetadata
 from .inert_pickle import article, shown
 from .nested import AVERAGED, ROUGH, Ambiguous, FoundGenerator, all_names, find_generator
-from .number_formats import check_finite
 from .recognise import GENERATOR, Kind, refusal, refusal_of
+from .weights import check_finite, check_shapes, shapes_of
 
 MAX_RESOLUTION = 2**14
 MEAN_SAMPLES = 10_000  # latents that the mean style is measured on where a file has none
@@ -145,8 +145,12 @@ def assemble_generator(
             f"{path}: expected a StyleGAN2 generator, found another network ({first_line(problem)}); use a file of "
             "the unchanged architecture."
         ) from problem
-    _compare(path, generator, tensors)
     averaged = "mapping.w_avg" in tensors
+    expected = shapes_of(generator.state_dict())
+    if not averaged:
+        expected.pop("mapping.w_avg")
+    shapes = {key: shape for key, shape in shapes_of(tensors).items() if not key.endswith(".resample_filter")}
+    check_shapes(shapes, expected, "a StyleGAN2 generator", path)
     plain = {key: tensor.to(torch.float32).contiguous() for key, tensor in tensors.items()}
     if not averaged:
         plain["mapping.w_avg"] = torch.zeros(config.w_dim)
@@ -159,31 +163,6 @@ def assemble_generator(
         _measure_mean_style(path, generator)
         notes = [*notes, f"The file has no mean style for all layers; it was measured on {MEAN_SAMPLES} latents."]
     return LoadedGenerator(generator, metadata, tuple(notes))
-
-
-def _compare(path: Path, generator: StyleGAN2, tensors: Mapping[str, Tensor]) -> None:
-    """Names and shapes of the tensors with the generator's. The mean style may be missing, filters be there."""
-    expected = {key: tuple(tensor.shape) for key, tensor in generator.state_dict().items()}
-    found = {key: tuple(tensor.shape) for key, tensor in tensors.items() if not key.endswith(".resample_filter")}
-    if "mapping.w_avg" not in found:
-        expected.pop("mapping.w_avg")
-    missing, unexpected = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    if missing or unexpected:
-        lists = [_listed("missing", missing)] * bool(missing) + [_listed("unexpected", unexpected)] * bool(unexpected)
-        raise FileProblem(
-            f"{path}: expected the {len(expected)} tensors of a StyleGAN2 generator, found {' and '.join(lists)}; the "
-            "file is damaged or of another network."
-        )
-    for key, shape in expected.items():
-        if found[key] != shape:
-            raise FileProblem(
-                f"{path}: expected {key} of the shape {list(shape)}, found {list(found[key])}; the file is damaged."
-            )
-
-
-def _listed(what: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 3} more" if len(keys) > 3 else ""
-    return f"{what} {', '.join(shown(key) for key in keys[:3])}{more}"
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Safetensors files: the header read and checked, the tensors read, and files written atomically.
 
 The layout: 8 bytes of header length, a JSON header of shapes, offsets and string metadata, then the numbers. The format
-guards against code and overlapping tensors, not against NaN, hence `check_finite` in number_formats.py.
+guards against code and overlapping tensors, not against NaN, hence `check_finite` in weights.py.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import Problem
-from ...guidance.files import FileProblem, ModelFile, check_finite, split_checkpoint
+from ...guidance.files import FileProblem, ModelFile, check_finite
 from ...guidance.files.layouts import TEXT_ENCODER_PREFIXES
 from ...guidance.networks.text_encoder import (
     END_TOKEN,
@@ -18,6 +18,7 @@ from ...guidance.networks.text_encoder import (
     TextEncoder,
     empty_prompt_tokens,
     text_encoder_config_from_state_dict,
+    text_encoder_from_openclip,
 )
 from ...guidance.null_text import NullContext
 from .families import Family
@@ -80,14 +81,11 @@ class TextEncoders:
         return Text(torch.cat(contexts, dim=-1), pooled)
 
     def _load(self, name: str) -> TextEncoder:
-        prefixes = [prefix for prefix, kind, _ in TEXT_ENCODER_PREFIXES if kind == name]
         file = ModelFile(self.path)
-        for prefix in prefixes:
-            if not any(key.startswith(prefix) for key in file.keys):
-                continue
-            part = file.tensors(prefix)
-            weights = split_checkpoint({prefix + key: tensor for key, tensor in part.items()}).text_encoders[name]
-            return self._build(name, weights)
+        for prefix, kind, is_openclip in TEXT_ENCODER_PREFIXES:
+            if kind == name and any(key.startswith(prefix) for key in file.keys):
+                weights = file.tensors(prefix)
+                return self._build(name, text_encoder_from_openclip(weights) if is_openclip else weights)
         raise FileProblem(
             f"{self.path}: expected a full checkpoint of {self.family.name} with its text encoder {name}, found none; "
             "the empty prompt has to be encoded once, so use a checkpoint that has UNet, VAE and text encoder."

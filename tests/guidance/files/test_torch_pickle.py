@@ -167,7 +167,7 @@ def test_every_kind_of_tensor_is_read_as_torch_reads_it(tmp_path, new, protocol)
 
 
 @pytest.mark.parametrize("name", sorted(name for _, name in module._UNTYPED_DTYPES))
-def test_number_formats_that_torch_stores_as_bytes(tmp_path, name):
+def test_weights_that_torch_stores_as_bytes(tmp_path, name):
     path, values = tmp_path / "a.ckpt", torch.arange(32, dtype=torch.uint8).view(getattr(torch, name))
     torch.save({"a": values, "part": values[2:4], "bytes": torch.ones(3).untyped_storage()}, path)
     same(read_state_dict(path), {key: value for key, value in expected(path).items() if key != "bytes"})

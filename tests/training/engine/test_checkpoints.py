@@ -6,15 +6,12 @@ import hashlib
 import io
 import mmap
 import os
-import stat
 import threading
 import zipfile
 
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem
-from indomain_guidance.guidance.files.atomic import clear_unfinished, clear_unfinished_file, replacing
-from indomain_guidance.guidance.files.safetensors_file import write_safetensors
 from indomain_guidance.training.engine import checkpoints
 from indomain_guidance.training.engine import lock as run_lock
 from indomain_guidance.training.engine.checkpoints import (
@@ -238,46 +235,6 @@ def test_the_last_are_kept_and_later_ones_of_others_left_alone(tmp_path):
     save(tmp_path, 10, 20, 30, 40, 900)
     prune_checkpoints(tmp_path, 40, 2)
     assert [step for step, _ in find_checkpoints(tmp_path)] == [30, 40, 900]
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-    with pytest.raises(RuntimeError), replacing(path) as file:
-        file.write(b"half")
-        raise RuntimeError
-    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["file"]
-    with pytest.raises(FileProblem, match="could not be written"), replacing(path / "below"):
-        pass
-
-
-def test_only_half_written_files_of_ours_are_cleared(tmp_path):
-    ours, other = tmp_path / f".step-000001.ckpt.{'0af' * 10}12.tmp", tmp_path / ".notes.tmp"
-    ours.touch()
-    other.touch()
-    clear_unfinished_file(tmp_path / "step-000002.ckpt")
-    assert ours.exists()
-    clear_unfinished_file(tmp_path / "step-000001.ckpt")
-    assert os.listdir(tmp_path) == [other.name]
-    ours.touch()
-    clear_unfinished(tmp_path, tmp_path / "nowhere")
-    assert os.listdir(tmp_path) == [other.name]
-
-
-@pytest.mark.skipif(os.name != "posix", reason="folders are flushed on posix only")
-def test_a_folder_that_cannot_be_flushed_is_no_failure(tmp_path, monkeypatch):
-    real = os.fsync
-
-    def without_folders(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(22, "Invalid argument")
-        real(handle)
-
-    monkeypatch.setattr(os, "fsync", without_folders)
-    (path,) = save(tmp_path, 1)
-    assert load_checkpoint(path)["step"] == 1
-    write_safetensors(tmp_path / "a.safetensors", {"a": torch.ones(2)})
-    assert (tmp_path / "a.safetensors").exists()
 
 
 def test_facts_that_change_are_named():

@@ -1,14 +1,15 @@
-"""The number formats of weights by name, and the checks that weights must pass before they are used or written."""
+"""The checks that weights must pass before they are used or written: finite, in range, named and shaped as expected."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ..errors import FileProblem, Problem
+from .inert_pickle import shown
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,6 +26,36 @@ def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike) -> No
             raise FileProblem(
                 f"{source}: expected finite weights, found NaN or infinity in {bad} of the {finite.numel()} numbers of "
                 f"{key}; the training that made the file diverged or the file is damaged, use an earlier one."
+            )
+
+
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def check_shapes(
+    shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Sequence[int]], what: str, source: str | os.PathLike
+) -> None:
+    """Raise FileProblem where names or shapes are not the `expected` ones of `what` ("a StyleGAN2 generator")."""
+    differences = {
+        "missing": sorted(expected.keys() - shapes.keys()),
+        "unexpected": sorted(shapes.keys() - expected.keys()),
+    }
+    if any(differences.values()):
+        found = " and ".join(
+            f"{kind} {', '.join(map(shown, keys[:3]))}{f' and {len(keys) - 3} more' if len(keys) > 3 else ''}"
+            for kind, keys in differences.items()
+            if keys
+        )
+        raise FileProblem(
+            f"{source}: expected the {len(expected)} tensors of {what}, found {found}; the file is damaged or of "
+            "another network."
+        )
+    for key, shape in expected.items():
+        if list(shapes[key]) != list(shape):
+            raise FileProblem(
+                f"{source}: expected {key} of the shape {list(shape)}, found {list(shapes[key])}; the file is damaged "
+                "or of another network."
             )
 
 

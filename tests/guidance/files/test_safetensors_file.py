@@ -1,0 +1,123 @@
+"""Reading and writing safetensors: every fault of a file gets its own sentence."""
+
+from __future__ import annotations
+
+import json
+import struct
+
+import pytest
+import safetensors.torch
+import torch
+from indomain_guidance.guidance.files import (
+    FileProblem,
+    ModelFile,
+    read_keys,
+    read_metadata,
+    read_state_dict,
+    safetensors_file,
+    write_safetensors,
+)
+
+TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
+
+
+def header(entries, length=None):
+    text = json.dumps(entries).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text
+
+
+def raw_header(text):
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def test_round_trip(tmp_path):
+    path = write_safetensors(tmp_path / "new" / "a.safetensors", TENSORS, {"who": "me"})
+    read = read_state_dict(path)
+    assert read.keys() == TENSORS.keys() and all(torch.equal(read[key], TENSORS[key]) for key in TENSORS)
+    assert read["b.bias"].dtype == torch.float16
+    assert read_metadata(path) == {"who": "me"} and set(read_keys(path)) == set(TENSORS)
+    oracle = safetensors.torch.load_file(path)
+    assert all(torch.equal(oracle[key], TENSORS[key]) for key in TENSORS)
+    assert read_state_dict(path, prefix="a.").keys() == {"weight"}
+    with pytest.raises(FileProblem, match="expected weights under 'c.', found none"):
+        read_state_dict(path, prefix="c.")
+
+
+def test_views_shared_and_strided_tensors_are_written(tmp_path):
+    whole = torch.arange(12.0).reshape(3, 4)
+    odd = {"whole": whole, "again": whole, "view": whole[1:], "turned": whole.t(), "scalar": torch.tensor(2.0)}
+    odd["last"] = torch.rand(2, 4, 3, 3).to(memory_format=torch.channels_last)
+    odd["trained"] = torch.nn.Parameter(torch.rand(2))
+    read = read_state_dict(write_safetensors(tmp_path / "a.safetensors", odd))
+    assert all(torch.equal(read[key], odd[key]) for key in odd)
+
+
+def test_each_fault_has_its_sentence(tmp_path):
+    good = write_safetensors(tmp_path / "good.safetensors", TENSORS).read_bytes()
+    overlapping = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
+    unknown_type = {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}
+    faults = {
+        "": "expected a model file, found an empty one",
+        good[:-5]: f"truncated: expected {len(good)} bytes, found {len(good) - 5}",
+        good[:40]: "truncated: expected a header of",
+        good[:5]: "expected a safetensors file, found something else",
+        good + b"tail": "found a damaged one",
+        b"<!DOCTYPE html><title>Log in</title>": "found a web page",
+        b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "found a Git LFS pointer",
+        b"GGUF" + bytes(300): "found a GGUF file",
+        b"hello world, no weights in here": "found text; download",
+        header({"a": 1}): "found a damaged header",
+        header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
+        struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
+        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header (more than 64 lists",
+        header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}): "not described by dtype, shape",
+        header(
+            {"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}
+        ): "65 dimensions, more than torch takes",
+        header(
+            {"a": {"dtype": "F32", "shape": [2**31, 2**31, 4], "data_offsets": [0, 8]}}
+        ): "more numbers than its bytes",
+        header({"a": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}}): "more numbers than its bytes",
+        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}): "more numbers than its bytes",
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
+        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}): "not described by dtype, shape",
+        header({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
+        header({"__metadata__": ["x"]}): "metadata that is no text",
+        header({"__metadata__": None}): "metadata that is no text",
+        raw_header('{"a": 1, "a": 2}'): "'a' stands twice",
+        raw_header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % ("9" * 310)): "310 digits",
+        raw_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'): "no float holds",
+        raw_header('{"a": "%s"}' % ("x" * 2**25)): "a header of at most 32 MiB, found one of 32 MiB",
+        header(overlapping) + bytes(8): "found a damaged one",
+        header(unknown_type) + bytes(8): "found a damaged one",
+        header({"__metadata__": {"a": "b"}}): "expected weights, found none",
+        struct.pack("<Q", 2**40) + b"{}": "found something else",
+    }
+    path = tmp_path / "faulty.safetensors"
+    for content, message in faults.items():
+        path.write_bytes(content or b"")
+        with pytest.raises(FileProblem) as caught:
+            read_state_dict(path)
+        text = str(caught.value)
+        assert message in text, text
+        assert text.startswith(f"{path}: ") and text.endswith(".") and "\n" not in text, text
+    with pytest.raises(FileProblem, match="found nothing at this path"):
+        read_state_dict(tmp_path / "absent.safetensors")
+    with pytest.raises(FileProblem, match="found nothing at this path"):
+        read_state_dict("a\0b.safetensors")
+    with pytest.raises(FileProblem, match="found a folder"):
+        read_metadata(tmp_path)
+
+
+def test_a_header_is_read_once_whatever_is_asked(tmp_path, monkeypatch):
+    path = write_safetensors(tmp_path / "a.safetensors", TENSORS, {"who": "me"})
+    reads = []
+    monkeypatch.setattr(safetensors_file, "parse_json", lambda text, most: reads.append(len(text)) or json.loads(text))
+    file = ModelFile(path)
+    assert file.metadata == {"who": "me"} and set(file.keys) == set(TENSORS) == set(file.tensors())
+    assert file.shapes() == {"a.weight": ((2, 3), "F32"), "b.bias": ((4,), "F16")}
+    assert len(reads) == 1
+    with pytest.raises(FileProblem, match="expected weights under 'c.'"):
+        file.tensors("c.")
