@@ -1,7 +1,7 @@
-"""JSON from strangers: size, nesting, values and numbers are bounded before anything is made of them.
+"""JSON from untrusted files: its size, nesting, values and numbers are bounded before it is parsed.
 
-Python's own reader turns 100,000 brackets into a RecursionError, a number of 310 digits into an OverflowError wherever
-it is used, and three bytes of empty list into eighty of memory. What this project reads needs none of that.
+Python's own parser turns 100,000 brackets into a RecursionError, a number of 310 digits into an OverflowError where it
+is used, and three bytes of an empty list into eighty bytes of memory.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # what PowerShell's `>` wr
 
 
 def parse_json(text: str | bytes, most: int = MOST_BYTES) -> Any:
-    """What a JSON text of at most `most` bytes or characters says.
+    """The value of a JSON text of at most `most` bytes or characters.
 
-    Raises Problem, with a reason that quotes little, for anything else: text that is no JSON or in no Unicode
-    encoding, names that stand twice, NaN, infinity, numbers beyond what a float holds or of more than MOST_DIGITS
-    digits, more than MOST_NESTED levels or MOST_VALUES values.
+    Raises Problem, with a short reason, for text that is no JSON or in no Unicode encoding, a name that stands twice,
+    NaN, infinity, a number that a float does not hold or of more than MOST_DIGITS digits, more than MOST_NESTED levels
+    or MOST_VALUES values.
     """
     if len(text) > most:
         raise Problem(f"more than {most} bytes, which nothing of this kind needs")

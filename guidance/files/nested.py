@@ -1,7 +1,7 @@
-"""Finding a StyleGAN2 generator within what a file holds: under prefixes, nested in dictionaries, among other networks.
+"""Finding a StyleGAN2 generator in a file's content: under prefixes, in nested dictionaries, among other networks.
 
-Tools wrap weights in what they need themselves: `{"state_dict": {"decoder.conv1...": ...}}`, `module.` before every
-name, a moving average beside the weights it averages. One tensor's name tells where a generator begins.
+Tools wrap weights in many ways: `{"state_dict": {"decoder.conv1...": ...}}`, `module.` before every name, a moving
+average beside the weights it averages. The name of one tensor that every generator has tells where one begins.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class Ambiguous(Problem):
 
 @dataclass(frozen=True)
 class FoundGenerator:
-    """layout: a value of MARKS. tensors: by name without prefix. mean: of the styles, as stored beside them or None.
+    """layout: a value of MARKS. tensors: by name without prefix. mean: the mean style stored beside them, or None.
 
-    place: where it was found, "" for the whole file. averaged: whether its place says that it is a moving average;
+    place: where it was found, "" for the whole file. averaged: whether its place is named like a moving average.
     alone: whether the file holds no other tensors.
     """
 

@@ -129,23 +129,23 @@ def _network(arguments: tuple, hashes: dict[str, str]) -> Network:
     if len(arguments) != 1 or type(arguments[0]) is not dict:
         raise Refused("a persistent object that is not described by one dictionary")
     meta = arguments[0]
-    wanted = ("type", "version", "module_src", "class_name", "state")
-    missing = [key for key in wanted if key not in meta]
-    if missing:
-        raise Refused(f"a persistent object without its field {missing[0]}")
-    if len(meta) != len(wanted):
+    fields = {"type": str, "version": int, "module_src": str, "class_name": str, "state": dict}
+    for name in fields:
+        if name not in meta:
+            raise Refused(f"a persistent object without its field {name}")
+    if len(meta) != len(fields):
         raise Refused("a persistent object with unknown fields")
-    kind, version, source, class_name, state = (meta[key] for key in wanted)
-    if type(kind) is not str or kind != "class":
-        raise Refused("a persistent object that is no class")
+    version, source, class_name = meta["version"], meta["module_src"], meta["class_name"]
     if type(version) is not int or version != PERSISTENCE_VERSION:
         found = version if type(version) is int and 0 <= version < 10**6 else "unknown"
         raise Refused(f"version {found} of NVIDIA's persistent objects, where {PERSISTENCE_VERSION} is read")
-    if type(source) is not str or type(class_name) is not str or type(state) is not dict:
+    if any(type(meta[name]) is not kind for name, kind in fields.items()):
         raise Refused("a persistent object whose fields have other types than NVIDIA writes")
+    if meta["type"] != "class":
+        raise Refused("a persistent object that is no class")
     if source not in hashes:
         hashes[source] = hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
-    return Network(class_name, hashes[source], state)
+    return Network(class_name, hashes[source], meta["state"])
 
 
 # ------------------------------------------------------------------------------------------------------ the generator
@@ -247,18 +247,12 @@ def _number(value: Any, name: str, path: str) -> Any:
     return float(value)
 
 
-# Fields of GeneratorConfig that a class's attributes state, by the attribute's name.
+# Attributes that state a field of GeneratorConfig, by class.
 _STATED = {
-    "Generator": {
-        "z_dim": "z_dim",
-        "c_dim": "c_dim",
-        "w_dim": "w_dim",
-        "img_resolution": "resolution",
-        "img_channels": "img_channels",
-    },
-    "SynthesisBlock": {"architecture": "architecture"},
-    "SynthesisLayer": {"conv_clamp": "conv_clamp", "use_noise": "use_noise"},
-    "ToRGBLayer": {"conv_clamp": "conv_clamp"},
+    "Generator": ("z_dim", "c_dim", "w_dim", "img_resolution", "img_channels"),
+    "SynthesisBlock": ("architecture",),
+    "SynthesisLayer": ("conv_clamp", "use_noise"),
+    "ToRGBLayer": ("conv_clamp",),
 }
 
 
@@ -275,7 +269,8 @@ def _hints(modules: dict[str, Network]) -> dict[str, Any]:
 
     for path, module in modules.items():
         kind = module.class_name
-        for attribute, name in _STATED.get(kind, {}).items():
+        for attribute in _STATED.get(kind, ()):
+            name = "resolution" if attribute == "img_resolution" else attribute
             value = _attribute(module, attribute)
             state(name, _number(value, name, path) if name == "conv_clamp" else value, path or "Generator")
         if kind == "SynthesisLayer":

@@ -1,7 +1,7 @@
-"""StyleGAN2 checkpoints of rosinality/stylegan2-pytorch and of what is built on it, such as StyleGAN-NADA.
+"""StyleGAN2 weights of rosinality/stylegan2-pytorch and its descendants (StyleGAN-NADA, BasicSR) under NVIDIA's names.
 
-The same network under other names: (rosinality, NVIDIA) differ in names and in leading dimensions of 1; both store the
-convolutions of TensorFlow's original flipped alike. Architecture "skip", three channels, no labels, no clamp.
+The networks are equal; the weights differ in names and in leading dimensions of 1. Both store the convolutions of
+TensorFlow's original flipped. Architecture "skip", three channels, no labels, no clamp.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _BASICSR = (
 
 
 def from_basicsr(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """The same tensors under rosinality's names, others left as they are. Raises ValueError for two of one place."""
+    """The same tensors under rosinality's names, others left as they are. Raises Problem for two of one place."""
     renamed = {_without_basicsr(key) if isinstance(key, str) else key: value for key, value in state_dict.items()}
     if len(renamed) != len(state_dict):
         raise Problem("two of its tensors have one place")
@@ -45,8 +45,8 @@ def _without_basicsr(key: str) -> str:
 def to_nvidia(state_dict: Mapping[str, Any], mean_style: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors [shapes as NVIDIA's] under NVIDIA's names. mean_style [w_dim] or [N, w_dim]: the file's latent_avg.
 
-    mean_style may repeat one style for every layer, as encoders keep it; styles that differ are left out, for one mean
-    is what a generator has. Raises ValueError naming a tensor that has no place or another shape.
+    mean_style may repeat one style for every layer, as encoders keep it; where its rows differ it is left out, because
+    a generator has one mean. Raises Problem naming a tensor that has no place or another shape.
     """
     tensors: dict[str, Tensor] = {}
     for key, value in state_dict.items():

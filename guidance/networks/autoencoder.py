@@ -65,7 +65,7 @@ class AutoencoderConfig(Configuration):
 def autoencoder_config_from_state_dict(state_dict: Mapping[str, Tensor]) -> AutoencoderConfig:
     """Read the configuration off key names and shapes (keys without prefix: `encoder.conv_in.weight`, ...).
 
-    Raises ValueError when the keys are not those of an LDM autoencoder.
+    Raises Problem when the keys are not those of an LDM autoencoder.
     """
     try:
         ch = state_dict["encoder.conv_in.weight"].shape[0]
@@ -234,7 +234,7 @@ class Autoencoder(nn.Module):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Posterior mean and log-variance, each [B, embed_dim, H / factor, W / factor].
 
-        Raises ValueError for an image whose sides are not multiples of the factor.
+        Raises Problem for an image whose sides are not multiples of the factor.
         """
         factor = self.config.factor
         if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:

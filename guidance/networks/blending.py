@@ -62,7 +62,7 @@ def blend_generators(
     spread it has in a and b, which a plain mean of different noises would lose. Where a and b clamp their convolutions
     at different values, the ends keep their own and what lies between takes the wider. a and b stay as they are; the
     result is on a's device in a's dtype, in evaluation mode, and needs no gradients.
-    Raises ValueError for generators of different architecture, unknown parts and amounts that are no finite number.
+    Raises Problem for generators of different architecture, unknown parts and amounts that are no finite number.
     """
     _check_same_architecture(a.config, b.config)
     parts = blend_parts(a)

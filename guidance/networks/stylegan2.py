@@ -103,7 +103,7 @@ class StyleGAN2(nn.Module):
 
         z [B, z_dim], standard normal; c [B, c_dim] for a conditional generator, else None. -> ws [B, num_ws, w_dim].
         truncation 1: no-op; 0: the mean style; 0.5 to 1 is usual. truncation_cutoff: only the first so many of the
-        num_ws vectors are truncated (None: all; 0: none). Raises ValueError for inputs that do not fit.
+        num_ws vectors are truncated (None: all; 0: none). Raises Problem for inputs that do not fit.
         """
         config = self.config
         if z.ndim != 2 or z.shape[1] != config.z_dim:

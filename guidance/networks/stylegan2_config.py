@@ -155,7 +155,7 @@ def generator_config_from_state_dict(state_dict: Mapping[str, Tensor], **hints: 
 
     `hints` are fields of `GeneratorConfig`: needed where weights show nothing (conv_clamp, mapping_lr_multiplier, and
     resample_filter where the file has none; their defaults are taken otherwise), refused where weights show another
-    value. Raises ValueError when the keys are not such a generator's.
+    value. Raises Problem when the keys are not such a generator's.
     """
 
     def shape(key: str, ndim: int) -> torch.Size:

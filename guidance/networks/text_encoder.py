@@ -169,7 +169,7 @@ def text_encoder_config_from_state_dict(
     """Read the architecture from Hugging Face parameter names and shapes (`text_model.encoder.layers.0...`).
 
     Heads and activation leave no trace in the weights; by default heads have 64 channels, as in every published CLIP,
-    and width 768 (ViT-L) means quick_gelu, any other gelu. Raises ValueError when the keys are not such an encoder's.
+    and width 768 (ViT-L) means quick_gelu, any other gelu. Raises Problem when the keys are not such an encoder's.
     """
 
     def shape(key: str) -> torch.Size:

@@ -24,7 +24,7 @@ class UNet(nn.Module):
     `forward(x, timesteps, context, y)`: x [B, C, H, W] is the noisy latent scaled to unit variance, timesteps [B] lie
     in 0..999 (fractions allowed), context [B or 1, T, D] is the encoded text, y [B or 1, A] SDXL's vector conditioning.
     The result [B, C, H, W] is eps, v or x0, whatever the weights were trained for. A text-free UNet ignores context.
-    x has the weights' dtype, context and y are cast to it. Raises ValueError for inputs that do not fit.
+    x has the weights' dtype, context and y are cast to it. Raises Problem for inputs that do not fit.
     `gradient_checkpointing = True` trades a second forward pass of each block for its activations while training.
     """
 
