@@ -188,7 +188,7 @@ def test_lora_is_baked_in_whether_or_not_the_model_is_loaded(comfyui, tiny, clip
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("fp8_e4m3fn", 2e-3), ("fp16", 2e-3)])
-def test_small_weights_are_read_back(comfyui, tiny, clip, make, dtype, tolerance):
+def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, tolerance):
     """An fp8 prior becomes an fp16 file that says exactly what the fp8 prior says."""
     loading = module("nodes.comfy_internals.models.loading")
     unet = module("guidance.networks.unet")

@@ -332,7 +332,7 @@ def test_round_trip_with_everything_the_file_knows(streams, tmp_path, more):
     assert read_metadata(unnamed)["modelspec.resolution"] == "16x16"
 
 
-def test_weights(generator, tmp_path):
+def test_number_formats(generator, tmp_path):
     for dtype, bound in (("fp16", 1e-3), ("bf16", 1e-2)):
         path = write_generator(tmp_path / f"{dtype}.safetensors", generator, dtype=dtype)
         loaded = read_generator(path).generator

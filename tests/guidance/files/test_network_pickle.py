@@ -84,7 +84,7 @@ def test_every_architecture_in_every_protocol(streams, read, protocol, more):
     assert loaded.generator.config == generator.config and same(loaded.generator, generator)
 
 
-def test_strides_and_weights_of_weights(streams, read):
+def test_strides_and_number_formats_of_weights(streams, read):
     generator = streams.filled()
     key = "synthesis.b8.conv1.weight"
     weight = generator.state_dict()[key]
