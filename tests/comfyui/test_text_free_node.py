@@ -191,7 +191,7 @@ def test_lora_is_baked_in_whether_or_not_the_model_is_loaded(comfyui, tiny, clip
 def test_small_number_formats_are_read_back(comfyui, tiny, clip, make, dtype, tolerance):
     """An fp8 prior becomes an fp16 file that says exactly what the fp8 prior says."""
     loading = module("nodes.comfy_internals.models.loading")
-    unet = module("guidance.networks.unet")
+    unet = module("guidance.networks.unet_config")
     weights = dict(tiny.prior().model.diffusion_model.state_dict())
     prior = loading.build_unet_model(
         weights,

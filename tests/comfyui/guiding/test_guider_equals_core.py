@@ -124,7 +124,7 @@ def sdxl(comfyui, tiny, monkeypatch):
     """(prior, its `cached` form for a text [1, T, D] and pooled text [1, 1280]) of SDXL's classes in a tiny size."""
     null_text, unet, loading = (
         importlib.import_module(f"indomain_guidance.{name}")
-        for name in ("guidance.null_text", "guidance.networks.unet", "nodes.comfy_internals.models.loading")
+        for name in ("guidance.null_text", "guidance.networks.unet_config", "nodes.comfy_internals.models.loading")
     )
 
     class TinySDXL(comfyui.supported_models.SDXL):
