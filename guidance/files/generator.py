@@ -65,7 +65,7 @@ def read_generator(
 def write_generator(
     path: str | os.PathLike, generator: StyleGAN2, metadata: GeneratorMetadata | None = None, dtype: str = "fp32"
 ) -> Path:
-    """Write a generator atomically as safetensors, in "fp32", "bf16" or "fp16". Returns the path.
+    """Write a generator atomically as safetensors, in "fp32", "fp16" or "bf16". Returns the path.
 
     Raises FileProblem for weights that are not finite, or that fp16 cannot hold, and for another file name.
     """

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import FileProblem, Problem
 from .inert_pickle import shown
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def check_finite(tensors: Mapping[str, Tensor], source: str | os.PathLike) -> None:

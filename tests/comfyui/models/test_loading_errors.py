@@ -183,7 +183,7 @@ def test_weights_missing(folders, node, domain):
     weights = dict(domain[0])
     del weights["middle_block.1.transformer_blocks.0.ff.net.2.weight"]
     write(folders / "part.safetensors", weights, domain[1])
-    refusal(node, "part.safetensors", "part.safetensors", "1 missing", "ff.net.2.weight")
+    refusal(node, "part.safetensors", "part.safetensors", "found missing", "ff.net.2.weight")
 
 
 # ---- the folder itself ----------------------------------------------------------------------------------------

@@ -350,7 +350,7 @@ def test_number_formats(generator, tmp_path):
         write_generator(tmp_path / "a.safetensors", generator)
     with pytest.raises(FileProblem, match="ends in .safetensors"):
         write_generator(tmp_path / "a.pkl", generator)
-    with pytest.raises(ValueError, match="fp32, bf16, fp16, found 'int8'"):
+    with pytest.raises(ValueError, match="fp32, fp16, bf16, found 'int8'"):
         write_generator(tmp_path / "a.safetensors", generator, dtype="int8")
     with pytest.raises(ValueError, match="'config' is a field of the format"):
         odd = GeneratorMetadata(extra={"config": "x"})

@@ -157,8 +157,9 @@ def test_weights_only_alone_is_no_bound(tmp_path, streams):
     assert path.stat().st_size < 1000
     assert made(tensor(4, 10**12, stride=0)).numel() == 10**12 and path.stat().st_size < 1000
     assert made(tensor(10**7, 10**7), packed=True).nbytes == 4 * 10**7 and path.stat().st_size < 10**5
-    copies = made(HARMLESS["attributes copied again"])[1]
-    assert sum(len(vars(copy)) for copy in copies) == 40 * 1000 and path.stat().st_size < 10**4
+    large = b"}q\0(" + b"".join(text(f"k{n}") + b"N" for n in range(1000)) + b"u"
+    copies = made(large + b"(" + (_DICT + b"h\0b") * 300 + b"t\x86")[1]
+    assert sum(len(vars(copy)) for copy in copies) == 300_000 > 10 * path.stat().st_size
     keys = [streams.colliding(15, count) for count in (5_000, 20_000)]
     seconds = []
     for values in keys:

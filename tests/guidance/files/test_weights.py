@@ -30,5 +30,5 @@ def test_fp16_ends_at_65504():
         file_tensors(weights, "fp16", "model")
     found = file_tensors(weights, "bf16", "model")
     assert found["a"].dtype == torch.bfloat16 and found["count"].dtype == torch.int64
-    with pytest.raises(ValueError, match="one of fp32, bf16, fp16, found 'fp8'"):
+    with pytest.raises(ValueError, match="one of fp32, fp16, bf16, found 'fp8'"):
         file_tensors(weights, "fp8", "model")
