@@ -1,10 +1,9 @@
 """Claims of the papers, measured on the mini world: ``python run.py claims idg [--quick]``, ``claims sgf``.
 
-Of every paper: `statistics` holds the uncertainty, `keeping` the measured rows, `deciding` goes from a number to a
-verdict, `lines` and `plot` show, `command_line` runs a paper's study. Of in-domain guidance alone (StyleGAN-Fusion's is
-`claims_sgf`): `questions` says what is asked and its exact targets, `models` trains what is compared, `methods` says
-how it samples, `points` measures, `sweep` lists what to measure in which order, `verdicts` decides, `report` shows,
-`study` holds them together.
+Once for every paper: `statistics` holds the uncertainty, `keeping` what is measured and trained, `study` the sweep,
+`deciding` goes from numbers to verdicts, `report` and `plot` show, `command_line` runs a paper's study. A paper has a
+folder: its points, the table of its sweep, the table of its claims, what it measures, what its page shows, and a
+`study.Study` that holds them together. Results are in docs/claims.
 """
 
 from __future__ import annotations

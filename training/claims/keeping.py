@@ -1,37 +1,35 @@
-"""Measured rows, and the folder that keeps them: one small JSON file each, named by the hash of all that decides it.
+"""What is kept between calls: measured rows as small JSON files, and weights after some steps of a training run.
 
-Files appear complete or not at all, so a run may be killed at any time; a damaged one counts as not there.
+Files appear complete or not at all, so a process may be killed at any time. A damaged row counts as not there.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...guidance.files.atomic import write_text
+from ...guidance.files.atomic import replacing, write_text
 from ..engine.lock import locked
-from .statistics import Measured
+from .statistics import Measured, interval
 
 FILE_DIGITS = 5
 
 
 @dataclass
 class Row:
-    """A measured point. numbers: plain values; draws: the bootstrap replicates of those measures that have them.
-
-    point and sampling say what was measured and how, in the words of the paper's own sweep.
-    """
+    """A measured point. numbers: plain values; intervals and draws: those of the measures with bootstrap replicates."""
 
     point: Any
-    sampling: Any
     numbers: dict[str, float]
     intervals: dict[str, tuple[float, float]]
     draws: dict[str, Tensor] = field(repr=False)
@@ -47,26 +45,23 @@ def columns(rows: Sequence[Row], name: str) -> Tensor:
 
 
 def key_of(facts: Mapping[str, Any]) -> str:
-    """The hash that names a row's file; facts: everything that decides its numbers, as plain JSON."""
+    """A hash of everything that decides a row or a training run, given as plain JSON."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:24]
 
 
 class Shelf:
-    """The kept rows in `folder`."""
+    """The kept rows in `folder`, each in a file named by its key."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def path(self, key: str) -> Path:
-        return self.folder / f"{key}.json"
-
-    def find(self, key: str, point: Any, sampling: Any) -> Row | None:
+    def find(self, key: str, point: Any) -> Row | None:
         """The row of this key, as a row of the given point, or None."""
         try:
-            kept = json.loads(self.path(key).read_text(encoding="utf-8"))
+            kept = json.loads((self.folder / f"{key}.json").read_text(encoding="utf-8"))
             draws = {name: torch.tensor(values, dtype=torch.float64) for name, values in kept["draws"].items()}
             intervals = {name: (low, high) for name, (low, high) in kept["intervals"].items()}
-            return Row(point, sampling, kept["numbers"], intervals, draws)
+            return Row(point, kept["numbers"], intervals, draws)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -76,24 +71,22 @@ class Shelf:
         name = f"{key}.lock"
         with locked(self.folder, name):
             yield
-        with suppress(OSError):  # whoever finds the lock gone finds the row
+        with suppress(OSError):  # another process that finds no lock finds the row
             (self.folder / name).unlink()
 
-    def put(
-        self, key: str, said: Mapping[str, Any], numbers: Mapping[str, float], measured: Mapping[str, Measured]
-    ) -> None:
-        """Keep a row; said: what a reader of the file should know beside its numbers."""
+    def put(self, key: str, point: Any, numbers: Mapping[str, float], measured: Mapping[str, Measured]) -> None:
+        """Keep a row; its file also names the point, for people who read it."""
         content = {
-            **said,
+            "point": str(point),
             "numbers": rounded(numbers),
-            "intervals": rounded({name: one.interval() for name, one in measured.items()}),
-            "draws": {name: rounded(one.draws.tolist()) for name, one in measured.items()},
+            "intervals": {name: rounded(interval(measure.draws)) for name, measure in measured.items()},
+            "draws": {name: rounded(measure.draws.tolist()) for name, measure in measured.items()},
         }
-        write_text(self.path(key), json.dumps(content) + "\n")
+        write_text(self.folder / f"{key}.json", json.dumps(content) + "\n")
 
     def numbers(self, name: str, facts: Mapping[str, Any], make: Callable[[], Mapping[str, float]]) -> dict[str, float]:
-        """Numbers that `make` returns, kept like a row under a name and a hash."""
-        path = self.path(f"{name}-{key_of(facts)}")
+        """The numbers that `make` returns, made once and kept under a name and a hash of the facts."""
+        path = self.folder / f"{name}-{key_of(facts)}.json"
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -109,3 +102,48 @@ def rounded(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: rounded(item) for key, item in value.items()}
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def trained_weights(
+    folder: Path, run: str, step: int, train: Callable[[Path, int], Any], stops: Iterable[int] = ()
+) -> Path:
+    """The weights after some steps of a training run, `run-step.safetensors`; trained now where they are missing.
+
+    With a constant learning rate a longer run goes through the weights of a shorter one, so all stops belong to one run
+    that goes on from its checkpoint. train(place, step) trains in a folder up to a step and returns the engine's
+    Result. stops: further steps that will be asked for; those on the way are kept in passing. Raises KeyboardInterrupt
+    when the training was stopped (nothing is lost), and Busy while another process works on this run.
+    """
+
+    def path(length: int) -> Path:
+        return folder / f"{run}-{length}.safetensors"
+
+    if path(step).is_file():
+        return path(step)
+    # Which stops exist, and where the run stands, must not change between looking and going on.
+    with locked(folder, f".{run}.lock"):
+        for length in sorted({step, *(stop for stop in stops if stop < step)}):
+            if path(length).is_file():
+                continue
+            place = folder / "runs" / run
+            finished = [file.stem[len(run) + 1 :] for file in folder.glob(f"{run}-*.safetensors")]
+            if any(int(name) > length for name in finished if name.isdigit()):
+                place = place.with_name(f"{run}-to-{length}")  # the run has gone past this stop; go there once more
+            result = train(place, length)
+            if result.status != "finished":
+                raise KeyboardInterrupt(f"{run} stopped at step {result.step}; start again to go on")
+            with replacing(path(length)) as file, open(result.path, "rb") as source:
+                shutil.copyfileobj(source, file)
+    return path(step)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's content, read again only when the file has changed."""
+    facts = path.stat()
+    # As in git's index: a file of equal size and time that took its place is another one, or has changed since.
+    return _hash_of(path, facts.st_ino, facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_of(path: Path, *stamp: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

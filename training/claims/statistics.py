@@ -1,18 +1,19 @@
-"""Uncertainty and comparison of measured points: bootstrap over samples, Pareto fronts, hypervolume.
+"""Uncertainty and comparison of measured points: bootstrap over samples, fronts of distance and share, hypervolume.
 
 A Frechet distance of N samples on F features is too large by about C / N, since sampling noise in mean and covariance
-only ever adds distance. A bootstrap repeats that error once more: its replicates lie above the estimate by about as
-much as the estimate lies above the truth, so that plain percentile intervals miss it almost always. Both errors are
-removed here (Efron and Tibshirani, An Introduction to the Bootstrap, chapter 10): with b = mean of the replicates - the
-estimate, the value reported is estimate - b, and every replicate is moved down by 2 b, once for its own error and once
-for the estimate's. The target set is a fixed, exact set and is not resampled. Shares (accuracies) have no such error.
+only ever adds distance. A bootstrap repeats that error: its replicates lie above the estimate by about as much as the
+estimate lies above the truth, so plain percentile intervals miss the truth almost always. Both errors are removed here
+(Efron and Tibshirani, An Introduction to the Bootstrap, chapter 10): with b = mean of the replicates - the estimate,
+the value reported is estimate - b, and every replicate is moved down by 2 b, once for its own error and once for the
+estimate's. The target set is fixed and is not resampled. Shares (accuracies) have no such error.
 
-All points of a question are resampled by the same counts, so replicates of two points are paired and any function of
-several points (a ratio, a front, a hypervolume) has its own replicates.
+All points are resampled by the same counts, so replicates of two points are paired, and any function of several points
+(a ratio, a front, a hypervolume) has its own replicates.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,16 +21,15 @@ from torch import Generator, Tensor
 
 from ...guidance.errors import Problem
 
-REPLICATES = 400
 LEVEL = 0.95
-# Shares count samples, of which there are far fewer than a million, and replicates are kept in single precision.
+# Shares count samples, of which there are far fewer than a million, and some replicates are kept in single precision.
 ROUNDING = 1e-6
 
 
-def resampling_counts(groups: Tensor, replicates: int = REPLICATES, seed: int = 0) -> Tensor:
+def resampling_counts(groups: Tensor, replicates: int = 400, seed: int = 0) -> Tensor:
     """How often each sample is drawn in each bootstrap replicate: [R, N] in float64, for groups long [N].
 
-    Samples are drawn with replacement within their group (the digit), whose sizes were chosen and not sampled.
+    Samples are drawn with replacement within their group (the digit), whose size was chosen and not sampled.
     """
     generator = Generator().manual_seed(seed)
     counts = torch.zeros(replicates, len(groups), dtype=torch.float64)
@@ -52,23 +52,18 @@ class TargetSet:
         values, vectors = torch.linalg.eigh(self.covariance)
         self._root = vectors * values.clamp(min=0).sqrt() @ vectors.T
 
-    def distance(self, mean: Tensor, covariance: Tensor) -> Tensor:
-        """Distances [...] of Gaussians with means [..., F] and covariances [..., F, F], in float64."""
-        cross = torch.linalg.eigvalsh(self._root @ covariance @ self._root).clamp(min=0).sqrt().sum(-1)
-        traces = covariance.diagonal(dim1=-2, dim2=-1).sum(-1) + self.covariance.trace()
-        return ((mean - self.mean).square().sum(-1) + traces - 2 * cross).clamp(min=0)
-
     def distances(self, features: Tensor, counts: Tensor) -> Tensor:
         """Distances [R] of the features [N, F] with sample n counted counts[r, n] times; counts [R, N]."""
         features = features.detach().double().cpu()
         center = features.mean(0)  # squares of centred numbers lose no digits
         centred, totals = features - center, counts.sum(1, keepdim=True)
         means = counts @ centred / totals
-        covariances = torch.stack([(centred * row[:, None]).T @ centred for row in counts])
-        covariances = (covariances - totals[:, :, None] * means[:, :, None] * means[:, None, :]) / (totals - 1)[
-            :, :, None
-        ]
-        return self.distance(means + center, covariances)
+        sums = torch.stack([(centred * row[:, None]).T @ centred for row in counts])
+        sums = sums - totals[:, :, None] * means[:, :, None] * means[:, None, :]
+        covariances = sums / (totals - 1)[:, :, None]
+        cross = torch.linalg.eigvalsh(self._root @ covariances @ self._root).clamp(min=0).sqrt().sum(-1)
+        traces = covariances.diagonal(dim1=-2, dim2=-1).sum(-1) + self.covariance.trace()
+        return ((means + center - self.mean).square().sum(-1) + traces - 2 * cross).clamp(min=0)
 
 
 @dataclass(frozen=True)
@@ -78,9 +73,6 @@ class Measured:
     value: float
     uncorrected: float
     draws: Tensor
-
-    def interval(self, level: float = LEVEL) -> tuple[float, float]:
-        return interval(self.draws, level)
 
 
 def interval(draws: Tensor, level: float = LEVEL) -> tuple[float, float]:
@@ -100,7 +92,7 @@ def measure_distance(features: Tensor, target: TargetSet, counts: Tensor) -> Mea
 
 
 def measure_share(right: Tensor, counts: Tensor) -> Measured:
-    """The share of samples that are right, bool [N]."""
+    """The share of samples that are right, bool or 0..1 [N]; counts [R, N]."""
     right = right.double().cpu()
     value = float(right.mean())
     return Measured(value, value, counts @ right / counts.sum(1))
@@ -116,7 +108,7 @@ def reaches(share: Tensor | float, at_least: Tensor | float) -> Tensor | bool:
 
 def lowest(distances: Tensor, shares: Tensor, at_least: Tensor | float) -> Tensor:
     """The lowest distance among the points [P, R] whose share is at least `at_least`, [R] or a number: [R] or inf."""
-    return distances.where(reaches(shares, at_least), torch.inf).amin(0)
+    return distances.where(shares > at_least - ROUNDING, torch.inf).amin(0)
 
 
 def ratio_of_lowest(
@@ -128,29 +120,22 @@ def ratio_of_lowest(
     return torch.where(theirs.isinf(), ours.isinf().to(ours), ours / theirs)
 
 
-def worst_ratio(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> Tensor:
-    """The largest ratio, over the shares that both sets reach, of the first's lowest distance to the second's: [R].
+def worst_ratio(
+    distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The largest ratio [R], over the shares that both sets reach, of the first's lowest distance to the second's, and
+    the largest share [R] at which it is that large.
 
     Points [P, R] and [Q, R]. Below 1, the first set is nearer at every share that both reach. Both lowest distances
-    change only at shares that occur, so those are all that has to be looked at.
+    change only at shares that occur, so only those are looked at.
     """
     both = torch.minimum(shares.amax(0), other_shares.amax(0))
-    largest = torch.zeros_like(both)
+    largest, at = torch.zeros_like(both), torch.zeros_like(both)
     for level in [*shares, *other_shares]:
         ratio = ratio_of_lowest(distances, shares, other_distances, other_shares, level)
-        largest = torch.where(level <= both, torch.maximum(largest, ratio), largest)
-    return largest
-
-
-def worst_share(distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor) -> float:
-    """The largest share at which `worst_ratio` is reached. Points [P, 1] and [Q, 1]."""
-    worst = worst_ratio(distances, shares, other_distances, other_shares)
-    both = min(float(shares.max()), float(other_shares.max()))
-    levels = [float(share) for share in (*shares[:, 0], *other_shares[:, 0]) if share <= both]
-    return max(
-        (at for at in levels if ratio_of_lowest(distances, shares, other_distances, other_shares, at) >= worst),
-        default=0.0,
-    )
+        worse = (level <= both) & ((ratio > largest) | ((ratio == largest) & (level > at)))
+        largest, at = torch.where(worse, ratio, largest), torch.where(worse, level, at)
+    return largest, at
 
 
 def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Tensor:
@@ -169,9 +154,8 @@ def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Ten
     return ((following - near) * best_share).sum(0) / worst_distance
 
 
-def is_on_front(distances: list[float], shares: list[float]) -> list[bool]:
-    """Whether no other point is at least as near and at least as right, and better in one."""
-    pairs = list(zip(distances, shares))
+def is_on_front(pairs: Sequence[tuple[float, float]]) -> list[bool]:
+    """Of (distance, share) pairs: whether no other is at least as near and at least as right, and better in one."""
     return [
         not any(d <= distance and s >= share and (d, s) != (distance, share) for d, s in pairs)
         for distance, share in pairs

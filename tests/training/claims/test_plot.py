@@ -25,7 +25,7 @@ def test_points_fronts_and_intervals_are_where_they_belong():
         [(10.0, 0.2), (100.0, 0.8), (90.0, 0.1)],
         [((8.0, 12.0), (0.1, 0.3))] + [((90.0, 100.0), (0.5, 0.9))] * 2,
     )
-    image = plot.draw_panels([plot.Panel("Title", "x", "y", [series])], width_px=600, height_px=400)
+    image = plot.draw_panels([plot.Panel("Title", "x", "y", [series], front=True)], width=600, height=400)
     black = ImageColor.getrgb(plot.COLOURS[0])
     for point in series.points:
         assert colour_at(image, *place(600, 400, 8, 100, *point)) == black
@@ -38,10 +38,9 @@ def test_points_fronts_and_intervals_are_where_they_belong():
 
 
 def test_panels_stand_side_by_side_with_one_legend():
-    panels = [
-        plot.Panel(name, "x", "y", [plot.Series("a", [(1.0, 0.5)]), plot.Series("b", [(2.0, 0.5)])]) for name in "pqr"
-    ]
-    image = plot.draw_panels(panels, width_px=400, height_px=300)
+    series = [plot.Series("a", [(1.0, 0.5)]), plot.Series("b", [(2.0, 0.5)])]
+    panels = [plot.Panel(name, "x", "y", series, front=True) for name in "pqr"]
+    image = plot.draw_panels(panels, width=400, height=300)
     assert image.width == 800 and image.height > 600
     found = {colour for _, colour in image.getcolors(1 << 20)}
     assert {ImageColor.getrgb(colour) for colour in plot.COLOURS[:2]} <= found
@@ -61,8 +60,8 @@ def test_ticks_are_round_and_never_too_few():
 
 def test_curves_join_their_points_from_left_to_right_on_linear_axes():
     series = plot.Series("ours", [(100.0, 0.5), (0.0, 0.0), (50.0, 1.0)], [((100, 100), (0.4, 0.6))] * 3)
-    panel = plot.Curves("Title", "steps", "share", [series], top=1.0, level=0.9)
-    image = plot.draw_panels([panel], width_px=600, height_px=400)
+    panel = plot.Panel("Title", "steps", "share", [series], top=1.0, level=0.9)
+    image = plot.draw_panels([panel], width=600, height=400)
     black = ImageColor.getrgb(plot.COLOURS[0])
 
     def place(x, y):

@@ -54,7 +54,7 @@ def test_intervals_of_the_distance_cover_the_truth_where_plain_percentiles_miss_
         features = mean + torch.randn(count, WIDTH, generator=generator, dtype=torch.float64) * scales
         counts = stats.resampling_counts(torch.zeros(count, dtype=torch.long), 100, seed=trial)
         measured = stats.measure_distance(features, target, counts)
-        low, high = measured.interval()
+        low, high = stats.interval(measured.draws)
         covered += low <= truth <= high
         low, high = stats.interval(target.distances(features, counts))
         plain_covered += low <= truth <= high
@@ -72,7 +72,7 @@ def test_the_interval_of_a_share_is_the_binomial_one():
     measured = stats.measure_share(right, counts)
     half = 1.96 * math.sqrt(0.25 * 0.75 / 400)
     assert measured.value == measured.uncorrected == 0.25
-    assert measured.interval() == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
+    assert stats.interval(measured.draws) == pytest.approx((0.25 - half, 0.25 + half), abs=0.006)
 
 
 def test_an_interval_may_end_at_infinity_and_holds_all_but_five_percent():
@@ -125,16 +125,20 @@ def test_a_share_that_single_precision_rounds_is_still_reached():
 def test_worst_ratio_looks_at_every_share_that_both_reach():
     mine = columns([10, 30]), columns([0.5, 0.9])
     # Up to .4: 10/25. Up to .5: 10/40. Above, up to .7: 30/40; beyond .7 only the first set has points.
-    assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.4, 0.7]))) == pytest.approx(0.75)
+    assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.4, 0.7]))[0]) == pytest.approx(0.75)
     # A fine-tune that is nearer at one share only is found.
-    assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.6, 0.7]))) == pytest.approx(30 / 25)
+    assert float(stats.worst_ratio(*mine, columns([25, 40]), columns([0.6, 0.7]))[0]) == pytest.approx(30 / 25)
+
+
+def worst_share(*points) -> float:
+    return float(stats.worst_ratio(*points)[1])
 
 
 def test_the_worst_share_is_where_the_worst_ratio_is():
     mine = columns([10, 30]), columns([0.5, 0.9])
-    assert stats.worst_share(*mine, columns([25, 40]), columns([0.4, 0.7])) == pytest.approx(0.7)  # 30 / 40
-    assert stats.worst_share(*mine, columns([25, 40]), columns([0.6, 0.7])) == pytest.approx(0.6)  # 30 / 25
-    assert stats.worst_share(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.4)  # 10 / 5
+    assert worst_share(*mine, columns([25, 40]), columns([0.4, 0.7])) == pytest.approx(0.7)  # 30 / 40
+    assert worst_share(*mine, columns([25, 40]), columns([0.6, 0.7])) == pytest.approx(0.6)  # 30 / 25
+    assert worst_share(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.4)  # 10 / 5
 
 
 def test_ratios_where_only_one_set_has_a_point():
@@ -147,8 +151,8 @@ def test_columns_are_compared_with_themselves_only():
     distances = torch.tensor([[10.0, 1.0], [20.0, 2.0]]).double()
     shares = torch.tensor([[0.5, 0.9], [0.9, 0.5]]).double()
     assert stats.lowest(distances, shares, 0.8).tolist() == [20.0, 1.0]
-    assert stats.worst_ratio(distances, shares, distances, shares).tolist() == [1.0, 1.0]
+    assert stats.worst_ratio(distances, shares, distances, shares)[0].tolist() == [1.0, 1.0]
 
 
 def test_the_front_is_what_nothing_dominates():
-    assert stats.is_on_front([10, 20, 25, 30], [0.5, 0.7, 0.6, 0.9]) == [True, True, False, True]
+    assert stats.is_on_front([(10, 0.5), (20, 0.7), (25, 0.6), (30, 0.9)]) == [True, True, False, True]

@@ -1,1 +1,1 @@
-"""In-domain guidance's claims (arXiv 2312.08195), measured on the mini world: ``python run.py claims idg``."""
+"""The claims of in-domain guidance (arXiv 2312.08195), measured on the mini world."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from indomain_guidance.training.claims.idg import study
 from indomain_guidance.training.claims.idg.confirming import confirming
 from indomain_guidance.training.claims.idg.models import ModelSpec
-from indomain_guidance.training.claims.idg.points import Point, Row
+from indomain_guidance.training.claims.idg.points import Point
+from indomain_guidance.training.claims.idg.study import IdgStudy
 from indomain_guidance.training.claims.idg.sweep import PLANS
+from indomain_guidance.training.claims.keeping import Row
 
 DOMAIN, SHORTER = (ModelSpec("domain", "handwriting", steps) for steps in (1000, 100))
 TUNED = ModelSpec("full", "handwriting", 300, "a digit")
@@ -17,7 +18,7 @@ TUNED = ModelSpec("full", "handwriting", 300, "a digit")
 def row(method: str, distance: float, share: float, model=None, question="handwriting", cost=3.0, **settings) -> Row:
     point = Point.of(question, method, model, **(settings or {"scale": distance}))
     numbers = {"distance": distance, "digit": share, "both_colours": share, "samples_per_step": cost}
-    return Row(point, None, numbers, {}, {})
+    return Row(point, numbers, {}, {})
 
 
 def test_the_nearest_are_drawn_anew_with_every_training_seed():
@@ -33,12 +34,12 @@ def test_the_nearest_are_drawn_anew_with_every_training_seed():
     tuned, beaten = row("fine_tune", 40, 0.7, TUNED, scale=1.5), row("fine_tune_prior_u", 50, 0.6, TUNED, scale=1.5)
     other_seed = near.point.with_seed(1)
     rows = [near, worse, few, exact, nearer, cheap, dear, costly, *prior, shipped, tuned, beaten]
-    plan = replace(PLANS["full"](), points=(*(one.point for one in rows), other_seed, worse.point.with_seed(1)))
+    plan = replace(PLANS["full"], points=(*(one.point for one in rows), other_seed, worse.point.with_seed(1)))
     found = confirming(plan, rows)
     # What is nearest at no accuracy and the shipped model's are left; all priors are what others are held against, and
     # schedules are held against constant weights of their own model.
-    expected = [*prior, near, nearer, costly, tuned, dear, exact]
-    assert list(found.points[:-1]) == [*dict.fromkeys(one.point for one in expected)] and found.points[-1] == other_seed
+    expected = {row.point for row in (*prior, near, nearer, costly, tuned, dear, exact)}
+    assert set(found.points[:-1]) == expected and len(found.points) == 9 and found.points[-1] == other_seed
     assert (found.sampling.samples, found.sampling.seed) == (2000, 1) and found.sampling.precision == "bf16"
     assert (
         found.options == " --confirm"
@@ -47,5 +48,5 @@ def test_the_nearest_are_drawn_anew_with_every_training_seed():
 
 
 def test_the_study_takes_the_sweep_as_far_as_it_is_measured(tmp_path):
-    found = study.open_study("confirm", tmp_path, 500)
-    assert found.points == () and found.plan.options == " --confirm --samples 500"
+    found = IdgStudy.open("confirm", tmp_path, 500)
+    assert found.plan.points == () and found.plan.options == " --confirm --samples 500"

@@ -6,6 +6,8 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, read_state_dict
 from indomain_guidance.training.claims.idg.models import Models, ModelSpec, with_additions
+from indomain_guidance.training.claims.keeping import key_of, trained_weights
+from indomain_guidance.training.engine.engine import Result
 from indomain_guidance.training.engine.lock import Busy, locked
 from indomain_guidance.training.mini_world import assets
 
@@ -25,12 +27,11 @@ def test_lengths_of_one_run_share_it_and_everything_else_does_not(world, tmp_pat
         ModelSpec("full", "handwriting", 100, seed=1),
         ModelSpec("low_rank", "handwriting", 100),
         ModelSpec("domain", "handwriting", 100),
-        ModelSpec("domain", "handwriting", 100, form="constant"),
     ]
     assert len({spec.run_name for spec in specs}) == len(specs) - 1 and specs[0].run_name == specs[1].run_name
-    assert len({models.path(spec) for spec in specs}) == len(specs)
-    assert models.path(ModelSpec("shipped", "narrow")).is_file()
-    assert Models(tmp_path, world, batch=8).path(specs[0]) != models.path(specs[0])
+    assert len({str(models.facts(spec)) for spec in specs}) == len(specs) - 1
+    assert models.file(ModelSpec("shipped", "narrow")).is_file()
+    assert Models(tmp_path, world, batch=8).facts(specs[0]) != models.facts(specs[0])
 
 
 @pytest.mark.parametrize("make", [lambda: ModelSpec("big", "handwriting", 1), lambda: ModelSpec("full", "handwriting")])
@@ -61,9 +62,8 @@ def test_a_stop_of_a_longer_run_is_the_shorter_run(world, tmp_path):
     """Trained to 1 and on to 2 steps, and to 2 at once: the same bits; and back to 1 after 2 as well."""
     stops, straight = (Models(tmp_path / name, world, images=8, batch=2) for name in ("stops", "straight"))
     short, long = ModelSpec("low_rank", "narrow", 1, "a digit"), ModelSpec("low_rank", "narrow", 2, "a digit")
-    assert not stops.exists(short)
-    first, second = (read_state_dict(stops.train(spec)) for spec in (short, long))
-    at_once, back = (read_state_dict(straight.train(spec)) for spec in (long, short))
+    first, second = (read_state_dict(stops.file(spec)) for spec in (short, long))
+    at_once, back = (read_state_dict(straight.file(spec)) for spec in (long, short))
     assert first.keys() == second.keys() == at_once.keys()
     assert all(torch.equal(second[key], at_once[key]) for key in second)
     assert all(torch.equal(first[key], back[key]) for key in first)
@@ -84,20 +84,23 @@ def test_wanted_stops_are_kept_in_passing(world, tmp_path):
         ModelSpec("full", "narrow", 1, "a digit"),
     ]
     models = Models(tmp_path, world, images=8, batch=2, wanted=[two, one, two, *others])
-    models.train(two)
-    assert models.exists(one) and models.exists(two) and not any(map(models.exists, others[1:]))
+    models.file(two)
+    assert sorted(path.stem.rpartition("-")[2] for path in tmp_path.glob("*.safetensors")) == ["1", "2"]
     assert [path.name for path in (tmp_path / "runs").iterdir() if path.name.endswith("-to-1")] == []
 
 
 def test_a_run_that_another_process_trains_is_left_to_it(world, tmp_path):
     models, spec = Models(tmp_path, world, images=8, batch=4), ModelSpec("domain", "narrow", 1)
-    with locked(tmp_path, f".{spec.run_name}-{models._setting_hash(spec)}.lock"), pytest.raises(Busy):
-        models.train(spec)
-    assert not models.exists(spec) and not (tmp_path / "runs").exists()
+    run = f"{spec.run_name}-{key_of(models.facts(spec))[:8]}"
+    with locked(tmp_path, f".{run}.lock"), pytest.raises(Busy):
+        models.file(spec)
+    assert not (tmp_path / "runs").exists()
 
 
-def test_an_interrupted_training_says_so_and_leaves_no_model(world, tmp_path):
-    models, spec = Models(tmp_path, world, images=4, batch=2), ModelSpec("full", "narrow", 3)
-    with pytest.raises(KeyboardInterrupt, match="stopped at step"):
-        models.train(spec, should_stop=lambda: True)
-    assert not models.exists(spec)
+def test_an_interrupted_training_says_so_and_leaves_no_model(tmp_path):
+    def stopped(place, step):
+        return Result("stopped", 1, None, place)
+
+    with pytest.raises(KeyboardInterrupt, match="stopped at step 1"):
+        trained_weights(tmp_path, "run", 3, stopped)
+    assert not list(tmp_path.glob("*.safetensors"))

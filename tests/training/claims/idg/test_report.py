@@ -6,11 +6,17 @@ import json
 import math
 from dataclasses import replace
 
+import pytest
 import torch
-from indomain_guidance.training.claims.idg import report, verdicts
+from indomain_guidance.training.claims import report as shared
+from indomain_guidance.training.claims.idg import report
 from indomain_guidance.training.claims.idg.models import ModelSpec
-from indomain_guidance.training.claims.idg.points import Point, Row, Sampling
+from indomain_guidance.training.claims.idg.points import Point
+from indomain_guidance.training.claims.idg.questions import Question
+from indomain_guidance.training.claims.idg.study import IdgStudy
 from indomain_guidance.training.claims.idg.sweep import PLANS
+from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.study import Sampling
 
 FLOORS = {
     "handwriting": {
@@ -39,7 +45,7 @@ def row(method: str, distance: float, digit: float, model: ModelSpec | None = No
     draws = {
         name: torch.full((10,), value, dtype=torch.float64) for name, value in {"distance": distance, **shares}.items()
     }
-    return Row(Point.of("handwriting", method, model, **settings), Sampling(2000), numbers, intervals, draws)
+    return Row(Point.of("handwriting", method, model, **settings), numbers, intervals, draws)
 
 
 TUNED = ModelSpec("low_rank", "handwriting", 300, "a digit")
@@ -51,11 +57,20 @@ ROWS = [
     *(row("fine_tune", 80.0 + 10 * seed, 0.9, replace(TUNED, seed=seed), scale=1.5) for seed in range(3)),
 ]
 
-VERDICTS = verdicts.all_verdicts(ROWS, FLOORS, PLANS["full"]())
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(IdgStudy, "floors", lambda self, rows: FLOORS)
+    return IdgStudy(PLANS["full"], tmp_path)
 
 
-def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
-    page = report.markdown(PLANS["full"](), ROWS, FLOORS, VERDICTS)
+def page_of(study: IdgStudy) -> str:
+    verdicts = study.verdicts(ROWS)
+    return "\n".join(shared.page("idg", study.plan, ROWS, verdicts, study.report(ROWS, verdicts)))
+
+
+def test_the_page_has_the_verdicts_the_fronts_and_the_seeds(study):
+    page = page_of(study)
     assert (
         "| (b) | handwriting | constant weights |" in page
         and "0.25 (0.25 to 0.25) | at most 0.5 | 3 of 35 | **confirmed so far** |" in page
@@ -78,16 +93,16 @@ def test_the_page_has_the_verdicts_the_fronts_and_the_seeds():
         assert not line.startswith("|") or line.endswith("|")
 
 
-def test_json_lines_are_strict_json_in_the_benchmarks_format():
-    lines = [report.row_line(one) for one in ROWS] + [
-        report.verdict_line(verdict, PLANS["full"]()) for verdict in VERDICTS
-    ]
-    lines += report.floor_lines(ROWS, FLOORS, PLANS["full"]()) + report.front_lines(ROWS, FLOORS, PLANS["full"]())
+def test_json_lines_are_strict_json_in_the_benchmarks_format(study, tmp_path):
+    _, paths = shared.write_report(tmp_path / "new", study, ROWS)
+    assert [path.name for path in paths] == ["idg.jsonl", "idg.png", "idg.md"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+    lines = paths[0].read_text().splitlines()
     for line in lines:
         record = json.loads(line, parse_constant=lambda name: (_ for _ in ()).throw(ValueError(name)))
         assert {"name", "value", "unit", "target", "better", "samples", "seed"} <= record.keys()
         assert record["name"].startswith("claims/idg/")
-    assert json.loads(report.json_line("x", math.inf, "ratio", 1, 0, low=-math.inf))["value"] is None
+    assert json.loads(shared.json_line("idg", "x", math.inf, "ratio", Sampling(1), low=-math.inf))["value"] is None
     (valid,) = [json.loads(line) for line in lines if "handwriting/valid/ceiling" in line]
     assert valid["valid"] is True and valid["target"] == 20 and valid["value"] == round(305 / 1.7, 5)
     (nearest,) = [json.loads(line) for line in lines if 'handwriting/nearest/multi-guidance"' in line]
@@ -96,22 +111,11 @@ def test_json_lines_are_strict_json_in_the_benchmarks_format():
     assert verdict["outcome"] == "confirmed so far" and verdict["value"] == 0.25 and verdict["interval"] == [0.25, 0.25]
 
 
-def test_the_page_names_the_command_that_makes_it():
-    plan = PLANS["full"]()
-    fewer = replace(plan, sampling=replace(plan.sampling, samples=500), options=" --samples 500")
-    assert "`python run.py claims idg`; do not" in report.markdown(plan, ROWS, FLOORS, VERDICTS)
-    page = report.markdown(fewer, ROWS, FLOORS, VERDICTS)
-    assert "`python run.py claims idg --samples 500`; do not" in page
-    assert "500 samples each (the sweep's own number is 2,000)" in page
-    assert "`python run.py claims idg --quick`; do not" in report.markdown(PLANS["quick"](), ROWS, FLOORS, VERDICTS)
-
-
-def test_a_number_that_is_none_is_said_in_words():
-    verdict = replace(VERDICTS[1], value=None, low=None, high=None, words="only the schedules reach it")
-    page = report.markdown(PLANS["full"](), ROWS, FLOORS, [verdict])
-    assert "| only the schedules reach it | at most" in page
-    record = json.loads(report.verdict_line(verdict, PLANS["full"]()))
-    assert record["value"] is None and record["words"] == "only the schedules reach it"
+def test_the_page_names_the_command_that_makes_it(study, tmp_path):
+    assert "`python run.py claims idg`; do not" in page_of(study)
+    page = page_of(IdgStudy(PLANS["full"].with_samples(500), tmp_path))
+    assert "`python run.py claims idg --samples 500`; do not" in page and "500 samples each" in page
+    assert "`python run.py claims idg --quick`; do not" in page_of(IdgStudy(PLANS["quick"], tmp_path))
 
 
 def test_families_tell_fine_tunes_apart():
@@ -122,7 +126,42 @@ def test_families_tell_fine_tunes_apart():
     assert names == ["scheduled terms", "scheduled terms, shipped model"]
 
 
-def test_the_report_is_written_whole(tmp_path):
-    paths = report.write_report(tmp_path / "new", PLANS["full"](), ROWS, FLOORS, VERDICTS)
-    assert [path.name for path in paths] == ["idg.jsonl", "idg.png", "idg.md"]
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == sorted(path.name for path in paths)
+# -------------------------------------------------------------------------------------------------------------- fronts
+
+
+def spread_row(method: str, distance: float, share: float, spread: float = 0.1) -> Row:
+    """Replicates spread evenly over +-spread of the distance; shares are exact."""
+    steps = torch.linspace(-1, 1, 100, dtype=torch.float64)
+    draws = {"distance": distance * (1 + spread * steps), "digit": torch.full_like(steps, share)}
+    model = None if method == "prior" else ModelSpec("domain", "handwriting", 1000)
+    point = Point.of("handwriting", method, model, scale=distance)
+    return Row(point, {"distance": distance, "digit": share}, {}, draws)
+
+
+def fronts(*rows: Row, ceiling: float = 100.0) -> dict[str, report.Front]:
+    question = Question("handwriting", "handwriting", True)
+    return {front.name: front for front in report.fronts_of(question, rows, ceiling)}
+
+
+def test_the_lowest_distance_at_every_level_with_its_interval():
+    found = fronts(spread_row("multi_guidance", 20, 0.55), spread_row("multi_guidance", 60, 0.92))["multi-guidance"]
+    at = dict(zip(report.LEVELS, found.at))
+    assert [at[level][0] for level in (0.3, 0.5, 0.6, 0.9)] == [20, 20, 60, 60] and found.points == 2
+    value, low, high = at[0.9]
+    assert low == pytest.approx(60 * 0.905, abs=0.2) and high == pytest.approx(60 * 1.095, abs=0.2)
+    assert math.isinf(at[0.95][0])
+    # The rectangle up to 100 and 1: 20 to 60 at .55, from there .92.
+    assert found.volume is not None and found.volume[0] == pytest.approx(0.4 * 0.55 + 0.4 * 0.92)
+
+
+def test_ratios_pair_the_replicates_and_cells_are_empty_where_nobody_is():
+    """Both spread alike, so that their ratio does not spread at all."""
+    rows = [spread_row("multi_guidance", 20, 0.6), spread_row("prior", 40, 0.82), spread_row("bands", 120, 0.92)]
+    found = fronts(*rows, ceiling=200.0)
+    ratio, ours = found["multi-guidance / prior"], found["all of ours"]
+    assert dict(zip(report.LEVELS, ratio.at))[0.5] == pytest.approx((0.5, 0.5, 0.5)) and ratio.volume is None
+    cells = [ratio.cell(index) for index in range(len(report.LEVELS))]
+    assert cells[0] == "0.50 (0.50 to 0.50)" and cells[4:] == ["not reached", "neither", "neither", "neither"]
+    assert ours.cell(0) == "20.0 (18.1 to 21.9)" and ours.cell(6) == "120 (108 to 132)" and ours.cell(7) == ""
+    assert found["all of ours / prior"].cell(4) == "3.00 (3.00 to 3.00)"
+    assert found["all of ours / prior"].cell(5) == "no rival"

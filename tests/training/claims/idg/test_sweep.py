@@ -11,13 +11,13 @@ from indomain_guidance.guidance.sampling import sigmas_uniform
 from indomain_guidance.guidance.schedules import weight_from_json
 from indomain_guidance.training.claims.idg import sweep
 from indomain_guidance.training.claims.idg.methods import METHODS
-from indomain_guidance.training.claims.idg.models import Models
+from indomain_guidance.training.claims.idg.models import FIXED_CAPTION, Models, ModelSpec
 from indomain_guidance.training.claims.idg.points import Point
 from indomain_guidance.training.claims.idg.questions import QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[4]
 
-PLANS = {name: make() for name, make in sweep.PLANS.items()}
+PLANS = sweep.PLANS
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -45,7 +45,7 @@ def test_the_full_sweep_asks_everything_of_everyone():
 def test_fine_tunes_have_every_kind_caption_length_and_scale_in_both_domains(question):
     points = [p for p in PLANS["full"].points if p.question == question and p.values.get("scale") != 1.0]
     tuned = [p for p in points if p.method == "fine_tune"]
-    captions = sweep.CAPTIONS if question == "handwriting" else (sweep.FIXED_CAPTION,)
+    captions = sweep.CAPTIONS if question == "handwriting" else (FIXED_CAPTION,)
     assert {(p.model.kind, p.model.caption, p.model.steps, p.values["scale"]) for p in tuned if not p.model.seed} == {
         (kind, caption, steps, scale)
         for kind in ("full", "low_rank")
@@ -68,10 +68,11 @@ def test_domain_models_and_fine_tunes_are_trained_alike():
     """Everything that the trainer is told, but for the caption, and for a LoRA's kind and rate."""
     models = Models(Path("unused"), world=None)
     names = {"name", "form", "caption"}
-    domain = models.settings(sweep.trained_domain("handwriting"))
-    full = models.settings(sweep.fine_tune("handwriting", "full", 1000, sweep.FIXED_CAPTION))
+    domain, full, low_rank = (
+        models.settings(ModelSpec(kind, "handwriting", 1000, "" if kind == "domain" else "a digit"))
+        for kind in ("domain", "full", "low_rank")
+    )
     assert {key for key in domain if domain[key] != full[key]} == names
-    low_rank = models.settings(sweep.fine_tune("handwriting", "low_rank", 1000, sweep.FIXED_CAPTION))
     assert {key for key in domain if domain[key] != low_rank[key]} == names | {"train", "learning_rate"}
 
 
@@ -109,29 +110,31 @@ def test_the_readme_states_what_the_sweeps_cost():
     assert f"makes {len(longest)} training runs, {sum(longest.values()):,} steps of {full.batch} images" in text
 
 
+def costs(settings: dict, steps: int) -> list[int]:
+    noise = NoiseSchedule.scaled_linear()
+    weights = {name: weight_from_json(value) for name, value in settings.items()}
+    guidance = in_domain(lambda: 0, lambda: 0, {}, {"c": 1}, weights["w_d"], weights["w_c"])
+    sigmas = sigmas_uniform(noise, steps)[:-1]
+    return [guidance.at(float(sigma), noise.percent_to_sigma).samples for sigma in sigmas]
+
+
 @pytest.mark.parametrize("steps", [15, 25])
-@pytest.mark.parametrize("schedule", sweep.SCHEDULES + sweep.LATE_TURNS)
+@pytest.mark.parametrize("schedule", sweep.CHEAP + sweep.MORE_CHEAP)
 def test_every_schedule_costs_at_most_two_samples_a_step(schedule, steps):
-    noise = NoiseSchedule.scaled_linear()
-    weights = {name: weight_from_json(value) for name, value in sweep.cheap_schedule(*schedule).items()}
-    guidance = in_domain(lambda: 0, lambda: 0, {}, {"c": 1}, weights["w_d"], weights["w_c"])
-    costs = [guidance.at(float(sigma), noise.percent_to_sigma).samples for sigma in sigmas_uniform(noise, steps)[:-1]]
-    assert sum(costs) / len(costs) <= 2.0
-    assert costs[-1] == 1 and max(costs) == 3
+    found = costs(schedule, steps)
+    assert sum(found) / len(found) <= 2.0
+    assert found[-1] == 1 and max(found) == 3
 
 
-@pytest.mark.parametrize("start", sweep.LATE + sweep.LATER)
+@pytest.mark.parametrize("start", sweep.LATE)
 def test_a_late_start_asks_the_control_alone_until_then(start):
-    noise = NoiseSchedule.scaled_linear()
-    weights = {name: weight_from_json(value) for name, value in sweep.late_start(*start).items()}
-    guidance = in_domain(lambda: 0, lambda: 0, {}, {"c": 1}, weights["w_d"], weights["w_c"])
-    costs = [guidance.at(noise.percent_to_sigma(step / 100), noise.percent_to_sigma).samples for step in range(1, 100)]
-    early = round(start[0] * 100)
-    assert set(costs[: early - 2]) == {2} and set(costs[early:]) == {3}
+    found, begins = costs(start, 100), start["w_d"]["points"][1][0]
+    early = round(begins * 100)
+    assert set(found[: early - 2]) == {2} and set(found[early + 2 :]) == {3}
 
 
 def test_the_settings_are_parts_of_the_point_and_readable():
-    point = sweep.scheduled("handwriting", sweep.SCHEDULES[:1], sweep.shipped("handwriting"))[0]
+    point = Point.of("handwriting", "scheduled", ModelSpec("shipped", "handwriting"), **sweep.CHEAP[0])
     assert str(point) == "handwriting: scheduled [shipped handwriting] w_c 4@0/0@0.6, w_d 0@0/2@0.2/1@0.6"
     assert (
         Point.of("narrow", "prior", scale=2.0)

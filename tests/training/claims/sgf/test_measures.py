@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.training.claims.sgf import measures, tasks
-from indomain_guidance.training.claims.statistics import resampling_counts
+from indomain_guidance.training.claims.statistics import interval
+from indomain_guidance.training.claims.study import Sampling
 from indomain_guidance.training.mini_world import assets, render
+from indomain_guidance.training.mini_world.classifier import judge
 from indomain_guidance.training.mini_world.distances import share_inside, within_class_diversity
 
 SAMPLES, REPLICATES = 80, 60
+SAMPLING = Sampling(SAMPLES, replicates=REPLICATES)
 TASK = tasks.COLOURS[0]
 
 
@@ -27,11 +30,11 @@ def source():
 
 @pytest.fixture(scope="module")
 def answers(judge_model, source):
-    return measures.answers_of(TASK, judge_model, source, SAMPLES, None)
+    return measures.answers_of(TASK, judge_model, source, SAMPLES, source)
 
 
 def examine(judge_model, answers, pictures):
-    return measures.examine(TASK, answers, judge_model, pictures, REPLICATES, 0)
+    return measures.examine(TASK, answers, (judge_model, judge_model), pictures, SAMPLING)
 
 
 def test_spread_is_the_metric_with_the_size_of_the_class_corrected():
@@ -54,7 +57,7 @@ def test_the_exact_answers_are_perfect(judge_model, source, answers):
     assert numbers["diversity"] == pytest.approx(1.0, rel=0.06) and numbers["accuracy"] > 0.95
     assert numbers["recall"] == 1.0 and numbers["precision"] == 1.0 and numbers["correspondence"] > 0.9
     assert numbers["distance"] < 3.0  # a part of the target set itself
-    low, high = measured["diversity"].interval()
+    low, high = interval(measured["diversity"].draws)
     assert low <= numbers["diversity"] <= high and high - low < 0.1  # paired with the answers, latent by latent
     assert numbers["ink_right"] > 0.95 and numbers["ground_right"] > 0.95
 
@@ -69,9 +72,9 @@ def test_the_source_has_everything_but_the_colours(judge_model, source, answers)
 def test_one_picture_of_each_digit_is_accurate_and_has_no_diversity(judge_model, source, answers):
     exact = TASK.answers(source, torch.zeros(len(source)))[0][:SAMPLES]
     first = {}
-    for index, digit in enumerate(answers.source["digit"].tolist()):
+    for index, digit in enumerate(answers.source["digit"][:SAMPLES].tolist()):
         first.setdefault(digit, index)
-    collapsed = exact[[first[digit] for digit in answers.source["digit"].tolist()]]
+    collapsed = exact[[first[digit] for digit in answers.source["digit"][:SAMPLES].tolist()]]
     _, numbers = examine(judge_model, answers, collapsed)
     assert numbers["accuracy"] > 0.9 and numbers["correspondence"] > 0.9
     assert numbers["diversity"] < 0.05 and numbers["recall"] < 0.5
@@ -82,23 +85,20 @@ def test_one_picture_of_each_digit_is_accurate_and_has_no_diversity(judge_model,
 
 def test_recall_is_the_metrics(judge_model, source, answers):
     pictures = TASK.answers(source, torch.zeros(len(source)))[0][SAMPLES : 2 * SAMPLES]
-    from indomain_guidance.training.mini_world.classifier import judge
-
     features = judge(judge_model, pictures)[0]
-    counts = resampling_counts(torch.zeros(SAMPLES, dtype=torch.long), REPLICATES, 0)
-    found = measures.recall(features, answers, counts, 0)
-    assert found.value == pytest.approx(share_inside(answers.features, features, measures.NEIGHBOURS))
+    found = examine(judge_model, answers, pictures)[0]["recall"]
+    assert found.value == pytest.approx(share_inside(answers.features, features))
     assert 0.3 < found.value < 1.0 and float(found.draws.mean()) == pytest.approx(found.value, abs=0.05)
 
 
 def test_answers_that_belong_to_no_latent_are_resampled_by_themselves(judge_model, source):
-    answers = measures.answers_of(tasks.SEVEN, judge_model, source, SAMPLES, None)
+    answers = measures.answers_of(tasks.SEVEN, judge_model, source, SAMPLES, source)
     assert not answers.paired
-    measured, numbers = measures.examine(tasks.SEVEN, answers, judge_model, source[:SAMPLES], REPLICATES, 0)
+    measured, numbers = measures.examine(tasks.SEVEN, answers, (judge_model, judge_model), source[:SAMPLES], SAMPLING)
     assert numbers["accuracy"] < 0.3 and numbers["correspondence"] == 1.0
     assert measured["recall"].draws.shape == (REPLICATES,)
     with pytest.raises(ValueError, match="draw more"):
-        measures.answers_of(tasks.SEVEN, judge_model, source[:1], 1, None)
+        measures.answers_of(tasks.SEVEN, judge_model, source[:1], 1, source)
 
 
 def test_what_changed_is_counted():

@@ -14,14 +14,16 @@ import pytest
 import torch
 from indomain_guidance.training import bootstrap
 from indomain_guidance.training.claims import command_line
-from indomain_guidance.training.claims.idg import points, sweep
-from indomain_guidance.training.claims.idg.models import Models, ModelSpec
-from indomain_guidance.training.claims.idg.points import Bench, Point, Sampling
-from indomain_guidance.training.claims.idg.questions import QUESTIONS, Examiner
-from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.idg import study, sweep
+from indomain_guidance.training.claims.idg.models import ModelSpec
+from indomain_guidance.training.claims.idg.points import Point
+from indomain_guidance.training.claims.idg.questions import QUESTIONS, examine, floors
+from indomain_guidance.training.claims.idg.study import IdgStudy
 from indomain_guidance.training.claims.statistics import TargetSet
+from indomain_guidance.training.claims.study import Plan, Sampling
 from indomain_guidance.training.engine.lock import Busy
 from indomain_guidance.training.mini_world import assets, render
+from indomain_guidance.training.mini_world.classifier import judge
 from indomain_guidance.training.mini_world.distances import frechet_distance
 from indomain_guidance.training.mini_world.prompts import target_pictures
 from indomain_guidance.training.mini_world.recipe.quality import score
@@ -41,16 +43,9 @@ def judge_model():
 
 
 @pytest.fixture
-def make_bench(world, judge_model, tmp_path):
-    def make(sampling: Sampling = TINY) -> Bench:
-        return Bench(
-            tmp_path / "points",
-            Models(tmp_path / "models", world),
-            world,
-            judge_model,
-            sampling,
-            assets.load_classifier(held_out=True),
-        )
+def make_study(tmp_path):
+    def make(sampling: Sampling = TINY) -> IdgStudy:
+        return IdgStudy(Plan("test", sampling, (PRIOR,)), tmp_path)
 
     return make
 
@@ -59,30 +54,30 @@ def refuse_to_sample(monkeypatch):
     def sample(*arguments, **options):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(points, "sample_prompts", sample)
+    monkeypatch.setattr(study, "sample_prompts", sample)
 
 
-def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_bench, monkeypatch):
-    first = make_bench().measure(PRIOR)
+def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_study, monkeypatch):
+    first = make_study().measure(PRIOR)
     assert first.numbers["samples_per_step"] == 2.0 and 0 <= first.numbers["digit_second_judge"] <= 1
     assert first.draws["distance"].shape == (20,) and first.column("digit").shape == (21,)
     low, high = first.intervals["distance"]
     assert low < first.numbers["distance"] < high < 400
     refuse_to_sample(monkeypatch)
-    again = make_bench().measure(PRIOR)
+    again = make_study().measure(PRIOR)
     assert again.numbers == first.numbers and again.intervals == first.intervals
     assert all(torch.equal(again.draws[name], first.draws[name]) for name in first.draws)
-    assert list(make_bench().folder.iterdir()) == [make_bench().folder / f"{make_bench().key(PRIOR)}.json"]
+    assert list(make_study().shelf.folder.iterdir()) == [make_study().shelf.folder / f"{make_study().key(PRIOR)}.json"]
 
 
-def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
-    bench = make_bench()
+def test_whatever_decides_the_numbers_is_in_the_key(make_study):
+    study_ = make_study()
     keys = [
-        bench.key(PRIOR),
-        bench.key(Point.of("handwriting", "prior", scale=2.5)),
-        bench.key(Point.of("narrow", "prior", scale=2.0)),
-        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
-        bench.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0)),
+        study_.key(PRIOR),
+        study_.key(Point.of("handwriting", "prior", scale=2.5)),
+        study_.key(Point.of("narrow", "prior", scale=2.0)),
+        study_.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "handwriting"), w_d=1.0, w_c=2.0)),
+        study_.key(Point.of("handwriting", "multi_guidance", ModelSpec("shipped", "narrow"), w_d=1.0, w_c=2.0)),
     ]
     for change in (
         {"samples": 21},
@@ -90,106 +85,53 @@ def test_whatever_decides_the_numbers_is_in_the_key(make_bench):
         {"seed": 1},
         {"replicates": 21},
         {"targets": 41},
-        {"sampler": "euler"},
         {"precision": "bf16"},
     ):
-        keys.append(make_bench(replace(TINY, **change)).key(PRIOR))
+        keys.append(make_study(replace(TINY, **change)).key(PRIOR))
     assert len(set(keys)) == len(keys)
 
 
-def test_half_precision_networks_hardly_move_a_point(make_bench):
-    full, half = (make_bench(replace(TINY, steps=4, precision=one)).measure(PRIOR).numbers for one in ("fp32", "bf16"))
+def test_half_precision_networks_hardly_move_a_point(make_study):
+    full, half = (make_study(replace(TINY, steps=4, precision=one)).measure(PRIOR).numbers for one in ("fp32", "bf16"))
     assert half["kernel"] != full["kernel"]
     assert half["kernel"] == pytest.approx(full["kernel"], rel=0.01) and half["ink"] == full["ink"]
-    with pytest.raises(ValueError, match="a precision of fp32, bf16, found 'int8'"):
-        Sampling(20, precision="int8")
 
 
-def test_a_point_that_another_process_measures_is_left_to_it(make_bench, monkeypatch):
-    bench = make_bench()
+def test_a_point_that_another_process_measures_is_left_to_it(make_study, monkeypatch):
+    study_ = make_study()
     refuse_to_sample(monkeypatch)
-    with make_bench().shelf.making(bench.key(PRIOR)), pytest.raises(Busy):
-        bench.measure(PRIOR)
-    assert not list(bench.folder.glob("*"))  # not even the folder, where the other process made none
-
-
-def test_two_processes_share_the_points(capsys, monkeypatch):
-    """What is busy is skipped, looked at again after the rest and then until it is there or time is up."""
-    waited = []
-    monkeypatch.setattr(command_line.time, "sleep", waited.append)
-
-    class Shared:
-        points = ("here", "there", "long", "also here")
-        kept: dict[str, Row] = {}
-        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3 + [Row]}
-
-        def find(self, point):
-            return self.kept.get(point)
-
-        def measure(self, point):
-            answer = self.answers.get(point, [Row]).pop(0)
-            if isinstance(answer, Busy):
-                raise answer
-            self.kept[point] = Row(point, None, {}, {}, {})
-            return self.kept[point]
-
-        def line(self, row):
-            return "{}"
-
-    options = command_line.parser().parse_args(["idg"])
-    rows, stopped = command_line.gather(Shared(), options)
-    assert [row.point for row in rows] == ["here", "there", "long", "also here"] and not stopped
-    assert capsys.readouterr().err.count("left to another process") == 4
-    assert waited == [command_line.WAIT_S]
-
-    Shared.answers["never"] = [Busy("at it")] * 9
-    monkeypatch.setattr(Shared, "points", ("here", "never"))
-    options.limit = 0
-    assert [row.point for row in command_line.gather(Shared(), options)[0]] == ["here"]
-    options.limit = None
-    monkeypatch.setattr(command_line.time, "sleep", interrupted)
-    rows, stopped = command_line.gather(Shared(), options)
-    assert [row.point for row in rows] == ["here"] and stopped
-
-
-def interrupted(seconds):
-    raise KeyboardInterrupt
+    with make_study().shelf.making(study_.key(PRIOR)), pytest.raises(Busy):
+        study_.measure(PRIOR)
+    assert not list(study_.folder.glob("*"))  # not even the folder, where the other process made none
 
 
 @pytest.mark.parametrize("damage", ["", "{", "[]", '{"numbers": {}}'])
-def test_a_damaged_file_counts_as_not_there(make_bench, damage):
-    bench = make_bench()
-    bench.folder.mkdir(parents=True)
-    (bench.folder / f"{bench.key(PRIOR)}.json").write_text(damage)
-    assert bench.find(PRIOR) is None
+def test_a_damaged_file_counts_as_not_there(make_study, damage):
+    study_ = make_study()
+    study_.shelf.folder.mkdir(parents=True)
+    (study_.shelf.folder / f"{study_.key(PRIOR)}.json").write_text(damage)
+    assert study_.find(PRIOR) is None
 
 
-def test_a_point_of_a_model_that_does_not_exist_is_not_found_and_trains_nothing(make_bench, tmp_path):
+def test_a_point_of_a_model_that_does_not_exist_is_not_found_and_trains_nothing(make_study, tmp_path):
     point = Point.of("handwriting", "multi_guidance", ModelSpec("domain", "handwriting", 5), w_d=1.0, w_c=2.0)
-    assert make_bench().find(point) is None and not (tmp_path / "models").exists()
+    assert make_study().find(point) is None and not (tmp_path / "models").exists()
 
 
-def test_the_measures_are_those_of_the_mini_world(world, judge_model):
-    question = QUESTIONS["handwriting_foreign"]
-    examiner, prompts = Examiner(question, judge_model, target_size=200), question.prompts(60, 0)
+def test_the_measures_are_those_of_the_mini_world(judge_model):
+    question, sampling = QUESTIONS["handwriting_foreign"], Sampling(60, replicates=50, targets=200)
+    target, prompts = judge(judge_model, question.answers(sampling))[0], question.prompts(60, 0)
     pictures = target_pictures(prompts.digits, prompts.pairs, render.TRAIN_ROWS).images
-    measured, numbers = points.examine(examiner, pictures, prompts, Sampling(60, replicates=50))
-    expected = score(judge_model, pictures, prompts, examiner.features)
+    judges = judge_model, assets.load_classifier(held_out=True)
+    numbers = examine(judges, target, pictures, prompts, sampling)[1]
+    expected = score(judge_model, pictures, prompts, target)
     assert numbers["distance_uncorrected"] == pytest.approx(expected.distance, rel=1e-6)
-    for ours, theirs in (
-        ("kernel", "kernel"),
-        ("digit", "digit"),
-        ("ink", "ink"),
-        ("both_colours", "both_colours"),
-        ("in_domain", "in_domain"),
-        ("diversity", "diversity"),
-    ):
-        assert numbers[ours] == pytest.approx(getattr(expected, theirs), rel=1e-6), ours
+    for name in ("kernel", "digit", "ink", "both_colours", "in_domain", "diversity"):
+        assert numbers[name] == pytest.approx(getattr(expected, name), rel=1e-6), name
     # Training handwriting in the asked colours is nearly right: few samples make it seem far, the correction less.
     assert numbers["distance"] < 0.7 * numbers["distance_uncorrected"]
     assert numbers["digit"] > 0.9 and numbers["both_colours"] == 1.0
-    second = points.second_opinion(assets.load_classifier(held_out=True), pictures, prompts)
-    assert second["digit_second_judge"] > 0.8 and second["in_domain_second_judge"] > 0.8
+    assert numbers["digit_second_judge"] > 0.8 and numbers["in_domain_second_judge"] > 0.8
 
 
 def test_targets_wear_the_asked_colours_and_floors_are_in_order(world, judge_model):
@@ -198,8 +140,8 @@ def test_targets_wear_the_asked_colours_and_floors_are_in_order(world, judge_mod
         assert all(ink != ground for ink, ground in pairs)
         assert (pairs == own) if question.own_colours else not any(pair in own for pair in pairs)
     assert len(QUESTIONS["narrow_foreign"].pairs) == 43
-    floors = Examiner(QUESTIONS["narrow"], judge_model, target_size=120).floors(world.autoencoder)
-    assert floors["autoencoder_floor"] < floors["floor_uncorrected"] < 0.2 * floors["ceiling"]
+    found = floors(QUESTIONS["narrow"], judge_model, world.autoencoder, Sampling(120, targets=120))
+    assert found["autoencoder_floor"] < found["floor_uncorrected"] < 0.2 * found["ceiling"]
 
 
 def test_the_target_set_gives_the_distance_of_the_metrics():
@@ -243,5 +185,5 @@ def test_a_killed_run_keeps_its_points_and_goes_on(tmp_path, monkeypatch, capsys
     refuse_to_sample(monkeypatch)
     assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--report-only"]) == 0
     assert command_line.main(["idg", "--tiny", "--work", str(tmp_path), "--list"]) == 0
-    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"]().points) :]
+    listed = capsys.readouterr().out.splitlines()[-len(sweep.PLANS["tiny"].points) :]
     assert sum(line.startswith("measured ") for line in listed) == len(kept) + 1

@@ -1,0 +1,250 @@
+"""The claims as a table, and the few numbers that they ask for.
+
+All is decided on domain models of the fine-tunes' own trainer and images. The shipped domain models come from another
+recipe (more coloured pictures, another rate); they have verdicts of their own, which say nothing about fine-tuning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..deciding import Claim, Details, Number, Sides, outcome_of
+from ..keeping import Row, columns
+from ..statistics import hypervolume, interval, lowest, ratio_of_lowest, reaches, worst_ratio
+from .methods import BEYOND, FINE_TUNES, PAPER
+from .points import Point
+from .questions import QUESTIONS
+
+Floors = Mapping[str, Mapping[str, float]]  # by question, as `questions.floors`
+DIGIT_TOLERANCE, COLOURS_RIGHT, AFFORDABLE_SAMPLES = 0.03, 0.8, 2.0
+LEAST_CEILING = 20.0  # of the ceiling over the floor
+MOST_AUTOENCODER = 0.05  # of the autoencoder's floor over the prior's lowest distance
+
+
+def points_of(rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+    """Distances and shares of right answers of one question's rows, each [P, 1 + R]."""
+    return columns(rows, "distance"), columns(rows, share_of(rows))
+
+
+def share_of(rows: Sequence[Row]) -> str:
+    return QUESTIONS[rows[0].point.question].share
+
+
+def asked_share(sides: Sides) -> Tensor:
+    """The share that (b), (d) and (e) ask for: both colours, or nearly the digits of the prior's best scale."""
+    if share_of(sides["ours"]) == "digit":
+        return columns(sides["prior"], "digit").amax(0) - DIGIT_TOLERANCE
+    return torch.tensor([COLOURS_RIGHT], dtype=torch.float64)
+
+
+def nearest(rows: Sequence[Row], share: str, at_least: float) -> Row | None:
+    """The row of the lowest distance among those whose share is at least so high."""
+    good = [row for row in rows if reaches(row.numbers[share], at_least)]
+    return min(good, key=lambda row: row.numbers["distance"], default=None)
+
+
+def best_point(rows: Sequence[Row], asked: Tensor) -> Details:
+    """The nearest point at the share asked for."""
+    share, at_least = share_of(rows), float(asked[0])
+    row = nearest(rows, share, at_least)
+    if row is None:
+        return {"accuracy asked for": at_least, "best point": "none qualifies"}
+    numbers = {"its distance": row.numbers["distance"], f"its {share}": row.numbers[share]}
+    cost = {"its samples per step": row.numbers["samples_per_step"]}
+    return {"accuracy asked for": at_least, "best point": str(row.point), **numbers, **cost}
+
+
+def worst_over_theirs(claim: Claim, sides: Sides) -> Number:
+    """The largest ratio of our lowest distance to theirs, over every share that both reach."""
+    ours, theirs = sides["ours"], sides["theirs"]
+    values, at = worst_ratio(*points_of(ours), *points_of(theirs))
+    where = [nearest(rows, share_of(rows), float(at[0])) for rows in (ours, theirs)]
+    words = [f"{row.numbers['distance']:.1f} ({str(row.point).partition(': ')[2]})" for row in where if row]
+    return Number(values, {"worst at an accuracy of": f"{float(at[0]):.1%}, {' against '.join(words)}"})
+
+
+def nearest_over_prior(claim: Claim, sides: Sides) -> Number:
+    """Our lowest distance at the share asked for, over the prior's lowest at any."""
+    asked, best = asked_share(sides), columns(sides["prior"], "distance").amin(0)
+    details = {"prior's best distance": float(best[0]), **best_point(sides["ours"], asked)}
+    return Number(lowest(*points_of(sides["ours"]), asked) / best, details)
+
+
+def cheap_over_constant(claim: Claim, sides: Sides) -> Number:
+    """The lowest distance of schedules at plain CFG's cost, over that of constant weights of the same models, at the
+    share asked for. Where only one of the two reaches it, the ratio is 0 or infinite and is said in words."""
+    cheap = [row for row in sides["ours"] if row.numbers["samples_per_step"] <= AFFORDABLE_SAMPLES]
+    models = {row.point.model for row in cheap}  # other training lengths have no schedules
+    constant = [row for row in sides["theirs"] if row.point.model in models]
+    if not cheap or not constant:
+        return Number()
+    asked, ours, theirs = asked_share(sides), points_of(cheap), points_of(constant)
+    best = [float(lowest(*points, asked)[0]) for points in (ours, theirs)]
+    if all(map(math.isinf, best)):
+        return Number(reason="neither reaches the accuracy asked for")
+    only = {0: "only constant weights reach it", 1: "only the schedules reach it"}
+    words = next((only[side] for side in only if math.isinf(best[side])), "")
+    details = {"best distance of constant weights": best[1], **best_point(cheap, asked)}
+    return Number(ratio_of_lowest(*ours, *theirs, asked), details, words)
+
+
+def gain_in_hypervolume(claim: Claim, sides: Sides) -> Number:
+    """Our hypervolume less theirs at the settings that both have of a model, mean over the models."""
+    gains = {}
+    for model in dict.fromkeys(row.point.model for row in sides["theirs"]):
+        ours, theirs = (
+            {row.point.settings: row for row in sides[side] if row.point.model == model} for side in ("ours", "theirs")
+        )
+        both = [settings for settings in theirs if settings in ours]
+        if both:
+            points = [points_of([rows[settings] for settings in both]) for rows in (ours, theirs)]
+            volumes = [hypervolume(*some, claim.facts["ceiling"]) for some in points]
+            gains[model] = volumes[0] - volumes[1]
+    if not gains:
+        return Number()
+    ranges = {str(model): (float(gain[0]), *interval(gain[1:])) for model, gain in gains.items()}
+    outcomes = [outcome_of(*found, 0.0, "higher") for found in ranges.values()]
+    counts = {"compared": len(gains), "better": outcomes.count("confirmed"), "worse": outcomes.count("refuted")}
+    words = {model: "{:.2f} ({:.2f} to {:.2f})".format(*found) for model, found in ranges.items()}
+    return Number(torch.stack(list(gains.values())).mean(0), {**counts, **words})
+
+
+OWN, FOREIGN = (tuple(name for name in QUESTIONS if QUESTIONS[name].own_colours is own) for own in (True, False))
+# about, of a row: what the page calls ours.
+A = Claim(
+    letter="a",
+    statement="at every digit accuracy that both reach, its distance over that of the best fine-tune is below 1",
+    target=1.0,
+    number=worst_over_theirs,
+    sides={"ours": PAPER, "theirs": FINE_TUNES},
+    questions=OWN,
+    awaits={"theirs": ("confirmed",)},
+    about=("constant weights",),
+)
+B = Claim(
+    letter="b",
+    statement="its best distance with digits within 3 points of the prior's, over the prior's best distance, is at "
+    "most 0.5",
+    target=0.5,
+    number=nearest_over_prior,
+    sides={"ours": PAPER, "prior": ("prior",)},
+    questions=OWN,
+    awaits={"ours": ("refuted",), "prior": ("confirmed",)},
+    about=("constant weights",),
+)
+C = Claim(
+    letter="c",
+    statement="hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {}, is above 0",
+    target=0.0,
+    better="higher",
+    unit="share",
+    number=gain_in_hypervolume,
+    sides={"ours": ("fine_tune_prior_u",), "theirs": ("fine_tune",)},
+    questions=OWN,
+)
+D = replace(
+    B,
+    letter="d",
+    statement="its best distance with both colours right in at least 80 %, over the prior's best distance, is at most "
+    "0.7",
+    target=0.7,
+    questions=FOREIGN,
+)
+E = Claim(
+    letter="e",
+    statement="{} colours: the best distance of schedules at an average of at most 2 samples a step, over the best of "
+    "constant weights, at the accuracy that ({}) asks for, is at most 1",
+    target=1.0,
+    number=cheap_over_constant,
+    sides={"ours": ("scheduled",), "theirs": PAPER, "prior": ("prior",)},
+    questions=OWN,
+    awaits={"ours": ("refuted",), "theirs": ("confirmed",)},
+    about=("schedules",),
+)
+
+
+def of_kind(kind: str, point: Point) -> bool:
+    return point.model is not None and point.model.kind == kind
+
+
+C_KINDS = [
+    replace(C, part=f", {title}", statement=C.statement.format(title), about=(title,), fits=partial(of_kind, kind))
+    for kind, title in (("full", "full fine-tunes"), ("low_rank", "LoRA fine-tunes"))
+]
+E_BOTH = [
+    replace(E, statement=E.statement.format("own", "b")),
+    replace(E, statement=E.statement.format("foreign", "d"), part=", foreign colours", questions=FOREIGN),
+]
+
+
+def with_beyond(claim: Claim) -> list[Claim]:
+    """A claim of the paper's method, and the same of everything that this project adds to it, too."""
+    return [claim, replace(claim, sides={**claim.sides, "ours": BEYOND}, part="/beyond", about=("all of ours",))]
+
+
+# By the kind of the domain models that are decided on.
+CLAIMS = {
+    "domain": [*with_beyond(A), *with_beyond(B), *C_KINDS, *with_beyond(D), *E_BOTH],
+    "shipped": [A, B, D, *E_BOTH],
+}
+
+
+def claims(floors: Floors, rows: Sequence[Row]) -> list[Claim]:
+    """Every claim of the table, of each domain."""
+    domains = dict.fromkeys(question.domain for question in QUESTIONS.values())
+    every = [(domain, models, claim) for domain in domains for models, table in CLAIMS.items() for claim in table]
+    return [bound(claim, domain, models, floors, rows) for domain, models, claim in every]
+
+
+def bound(claim: Claim, domain: str, models: str, floors: Floors, rows: Sequence[Row] = ()) -> Claim:
+    """A row of the table, asked of one domain and one kind of domain models."""
+    (question,) = (name for name in claim.questions if QUESTIONS[name].domain == domain)
+
+    def fits(point: Point) -> bool:
+        kinds = (models, "full", "low_rank")
+        return claim.fits(point) and (point.model is None or (point.model.kind in kinds and point.model.seed == 0))
+
+    valid = validity(question, floors, rows) if question in floors else None
+    shipped = models == "shipped"
+    return replace(
+        claim,
+        name=f"{domain}/{claim.letter}{claim.part}{'/shipped' * shipped}",
+        about=(domain, claim.about[0] + ", shipped model" * shipped),
+        questions=(question,),
+        fits=fits,
+        facts=floors.get(question),
+        invalid="" if valid is None or valid.holds else str(valid),
+    )
+
+
+class Validity(NamedTuple):
+    """Whether distances of a question mean anything. ceiling: the ceiling over the floor; autoencoder: the
+    autoencoder's floor over the prior's lowest distance, NaN while no prior is measured. Floors are the uncorrected
+    ones, which are too high if anything."""
+
+    ceiling: float
+    autoencoder: float
+
+    @property
+    def holds(self) -> bool:
+        return self.ceiling >= LEAST_CEILING and self.autoencoder <= MOST_AUTOENCODER
+
+    def __str__(self) -> str:
+        return (
+            f"ceiling / floor {self.ceiling:.0f} (at least {LEAST_CEILING:.0f}), autoencoder floor / prior "
+            f"{self.autoencoder:.2%} (at most {MOST_AUTOENCODER:.0%}): {'valid' if self.holds else 'not valid'}"
+        )
+
+
+def validity(question: str, floors: Floors, rows: Sequence[Row]) -> Validity:
+    values = floors[question]
+    best = min((row.numbers["distance"] for row in rows if row.point.name == f"{question}/prior"), default=math.nan)
+    share = values["autoencoder_floor_uncorrected"] / max(best, 1e-9)
+    return Validity(values["ceiling"] / max(values["floor_uncorrected"], 1e-9), share)
