@@ -14,7 +14,7 @@ def bucket_sizes(resolution: int, step: int = 64, max_ratio: float = 2.0) -> lis
     """Shapes (height, width) of at most resolution^2 pixels, sorted by height.
 
     The square of `resolution` is always one of them; the others have sides that are multiples of `step` and long sides
-    at most `max_ratio` times the short ones (1: the square alone). No shape fits into another. Raises ValueError.
+    at most `max_ratio` times the short ones (1: the square alone). No shape fits into another. Raises Problem.
     """
     if resolution < 1 or step < 1 or not 1.0 <= max_ratio < math.inf:
         raise Problem(
@@ -37,6 +37,12 @@ def assign(height: int, width: int, sizes: Sequence[Size]) -> Size:
     """The shape whose aspect ratio is nearest to the picture's (in its logarithm); of equally near ones the larger."""
     wanted = math.log(width / height)
     return min(sizes, key=lambda size: (round(abs(math.log(size[1] / size[0]) - wanted), 12), -size[0] * size[1], size))
+
+
+def cover(original: Size, size: Size) -> Size:
+    """(height, width) of a picture scaled, aspect ratio kept, until it just covers `size`."""
+    scale = max(size[0] / original[0], size[1] / original[1])
+    return max(size[0], round(original[0] * scale)), max(size[1], round(original[1] * scale))
 
 
 def removed(height: int, width: int, size: Size) -> float:

@@ -1,4 +1,4 @@
-"""What is known about image files that were read before: content hash and size, so that a run need not read all again.
+"""Content hash and size of image files that were read before, so that a run need not read all again.
 
 As in git's index, an entry counts as long as path, length and both times of change stay the same. It is a memory aid:
 lines of JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is
@@ -28,6 +28,7 @@ SETTLED_NS = 3_000_000_000
 SPARE_LINES = 1000
 LONGEST_LINE = 2**16  # bytes; a path has 4,096, each of which JSON may write as six
 LARGEST = 2**63
+INDEX = "content-index.jsonl"  # its name in the cache folder
 HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -59,8 +60,10 @@ class ContentIndex:
     def look_up(self, entry: Entry) -> Known | None:
         """What is known about the entry's present content; None when it is new or has changed."""
         stamp = entry.stamp()
-        found = None if stamp is None else self._known.get(stamp[0])
-        return found[1] if found is not None and found[0] == stamp[1:] else None
+        if stamp is None:
+            return None
+        state, known = self._known.get(stamp[0], ((), None))
+        return known if state == stamp[1:] else None
 
     def add(self, stamp: tuple[str, int, int, int] | None, known: Known) -> None:
         """Remember what was read from a file. stamp: the entry's from before it was read."""
@@ -91,7 +94,7 @@ class ContentIndex:
 
 def _entry(found: Any) -> tuple[str, tuple[tuple[int, ...], Known]] | None:
     """What a line says; None for one that `_line` did not write."""
-    if not isinstance(found, list) or [type(one) for one in found] != [str, int, int, int, str, int, int]:
+    if not isinstance(found, list) or [type(value) for value in found] != [str, int, int, int, str, int, int]:
         return None
     where, size, changed, moved, content, height, width = found
     if not HASH.fullmatch(content) or min(height, width) < 1 or max(map(abs, (*found[1:4], height, width))) >= LARGEST:

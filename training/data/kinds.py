@@ -1,4 +1,4 @@
-"""What the ending of a file's name says: a picture that is read, one that is not, a note that goes with one."""
+"""Endings of file names: pictures that are read, pictures that are not, notes that go with a picture."""
 
 from __future__ import annotations
 

@@ -106,18 +106,15 @@ class LatentCache:
         except OSError as error:
             self._complain(f"{path}: cannot be read ({error.strerror or error}); the image is encoded again.")
             return None
-        try:
+        with suppress(SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
             tensors = load(data)
             mean, std = tensors["mean"], tensors["std"]
-            whole = bytes(tensors["digest"].tolist()) == _digest(key, mean, std)
-        except (SafetensorError, KeyError, ValueError, TypeError, RuntimeError):
-            whole = False
-        if not whole:
-            self._complain(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
-            with suppress(OSError):
-                path.unlink()
-            return None
-        return mean.float(), std.float()
+            if bytes(tensors["digest"].tolist()) == _digest(key, mean, std):
+                return mean.float(), std.float()
+        self._complain(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
+        with suppress(OSError):
+            path.unlink()
+        return None
 
     def put(self, key: str, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
         """Store an entry and return (mean, std) as `get` will, which is another process' when that was first.
@@ -125,7 +122,7 @@ class LatentCache:
         Raises FileProblem when the disk is full or the folder cannot be written.
         """
         # Copies of their own: as parts of a batch they would keep all of it in memory.
-        mean, std = (one.detach().to("cpu", self.dtype, copy=True).contiguous() for one in (mean, std))
+        mean, std = (part.detach().to("cpu", self.dtype, copy=True).contiguous() for part in (mean, std))
         digest = torch.tensor(list(_digest(key, mean, std)), dtype=torch.uint8)
         path, temporary = self.path(key), self._scratch / uuid.uuid4().hex
         try:
@@ -182,5 +179,5 @@ def _place(temporary: Path, path: Path) -> bool:
 def _digest(key: str, mean: Tensor, std: Tensor) -> bytes:
     digest = hashlib.sha256(f"{key} {mean.dtype} {list(mean.shape)} {list(std.shape)}".encode())
     for tensor in (mean, std):
-        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()

@@ -8,22 +8,22 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-LARGE = 32 * 2**20  # bytes from which on it is worth while to ask for freed memory
+LARGE = 32 * 2**20  # bytes from which on freed memory is returned to the system
 
 
 @functools.lru_cache(maxsize=1)
-def _give_back() -> Callable[[int], object]:
-    """What returns freed memory to the system: Linux' C library keeps up to 64 MiB of it for every thread."""
+def _trim() -> Callable[[int], object]:
+    """Returns freed memory to the system: Linux' C library keeps up to 64 MiB of it for every thread."""
     try:
         return ctypes.CDLL(None).malloc_trim
     except (AttributeError, OSError, TypeError):  # other systems do it by themselves
         return lambda rest: None
 
 
-class Budget:
-    """So many bytes for all threads of the process; who finds too few left waits until others have given theirs back.
+class MemoryBudget:
+    """A number of bytes for all threads of the process; a thread that finds too few left waits for the others.
 
-    Nobody may ask for more while holding some, or two would wait for each other.
+    No thread may ask for more while it holds some, or two would wait for each other.
     """
 
     def __init__(self, total: int) -> None:
@@ -35,7 +35,7 @@ class Budget:
         """`size` bytes, at most `total`, within the block. Raises MemoryError at once for more."""
         if size > self.total:
             raise MemoryError(f"{size:,} bytes of {self.total:,}")
-        give_back = _give_back()
+        trim = _trim()
         with self._changed:
             self._changed.wait_for(lambda: self.held + size <= self.total)
             self.held += size
@@ -43,7 +43,7 @@ class Budget:
             yield
         finally:
             if size >= LARGE:
-                give_back(0)
+                trim(0)
             with self._changed:
                 self.held -= size
                 self._changed.notify_all()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from .walking import Cancelled
+from .problems import Cancelled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,7 +26,7 @@ def in_order(
     workers: int | None = None,
     should_stop: Callable[[], bool] | None = None,
     ahead: int | None = None,
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """`map` in threads, with at most `ahead` results waiting (None: two per thread), so that memory stays bounded.
 
     An exception of `function` comes out where its result would have. When the caller stops early, work that has not

@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from glob import has_magic
 from pathlib import Path
 
-from .images import DataProblem
+from .problems import DataProblem
 from .walking import Watch, walk
 
 MOST_NAMES = 100_000  # that one pattern may stand for

@@ -1,4 +1,4 @@
-"""What is worth saying of a set of images before it is learned from: the same sentences in a run and in check-data."""
+"""Sentences about a set of images before it is trained on: the same in a run and in check-data."""
 
 from __future__ import annotations
 
@@ -33,9 +33,8 @@ def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int
     if rest:
         said.append(f"also left out: {_counts(rest)}.")
     if cropped:
-        worst = sorted(cropped.items(), key=lambda one: (-one[1], one[0]))
-        named = ", ".join(f"{name} {share:.0%}" for name, share in worst[:SHOWN])
-        named += " ..." if len(worst) > SHOWN else ""
+        worst = [f"{name} {share:.0%}" for name, share in _most_first(cropped)]
+        named = ", ".join(worst[:SHOWN]) + (" ..." if len(worst) > SHOWN else "")
         said.append(
             f"{len(cropped)} of {count} images lose more than a third to cropping: {named}; a larger bucket_max_ratio "
             "adds longer shapes."
@@ -43,13 +42,20 @@ def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int
     return said
 
 
-def faults(skipped: Sequence[tuple[str, str]], kinds: Mapping[str, int]) -> str:
+def skipped_remark(skipped: Sequence[tuple[str, str]], kinds: Mapping[str, int]) -> str:
     """One sentence about images that cannot be used. kinds: how many for which reason ("too large")."""
+    return f"{len(skipped)} images cannot be used and are left out ({_counts(kinds)}): {named_first(skipped)}."
+
+
+def named_first(skipped: Sequence[tuple[str, str]]) -> str:
+    """The first few of (name, reason), and how many more there are."""
     named = "; ".join(f"{name} {reason}" for name, reason in skipped[:SHOWN])
-    more = f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else ""
-    return f"{len(skipped)} images cannot be used and are left out ({_counts(kinds)}): {named}{more}."
+    return named + (f"; and {len(skipped) - SHOWN} more" if len(skipped) > SHOWN else "")
 
 
 def _counts(counts: Mapping[str, int]) -> str:
-    most_first = sorted(counts.items(), key=lambda one: (-one[1], one[0]))
-    return ", ".join(f"{number} {kind}" for kind, number in most_first)
+    return ", ".join(f"{number} {kind}" for kind, number in _most_first(counts))
+
+
+def _most_first(numbers: Mapping[str, float]) -> list[tuple[str, float]]:
+    return sorted(numbers.items(), key=lambda item: (-item[1], item[0]))

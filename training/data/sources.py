@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import printable
-from .images import BadImage, DataProblem
 from .kinds import PACKED, SHARD, SUFFIXES, ending, masked
-from .memory import Budget
+from .memory import MemoryBudget
 from .patterns import expanded, nearly
+from .problems import BadImage, DataProblem
 from .remarks import MASK
 from .shards import Member, NoShard, members, open_plain
 from .walking import LOST_LINK, Watch, walk
 
 MOST_BYTES = 512 * 2**20  # of one image file, and of all that are in memory at once
-READING = Budget(MOST_BYTES)
+READING = MemoryBudget(MOST_BYTES)
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 LONGEST_NAME = 10_000  # characters of an image's name in messages; no system has longer paths
 

@@ -1,7 +1,7 @@
-"""Folders from top to bottom: one walk for whoever looks for images and for whoever asks whether they changed.
+"""Folders from top to bottom, for finding images and for noticing that they changed.
 
-A walk ends, whatever it is sent into: links are followed once, the system's own folders (``/proc``) are left out, and
-so is what leaves the folders that a caller confines it to. It asks `should_stop` often enough to stop within a blink.
+Every walk ends: links are followed once, the system's own folders (``/proc``) are left out, and so is what leaves the
+folders that a caller confines it to. It asks `should_stop` often enough to stop within a blink.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .images import DataProblem
+from .problems import Cancelled, DataProblem
 
 OF_A_RUN = {"config.json", "log.jsonl"}  # both lie in the folder of every run
-OF_THE_SYSTEM = ("/proc", "/sys", "/dev")  # nothing in them is anybody's image, and some lead back to everything
+OF_THE_SYSTEM = ("/proc", "/sys", "/dev")  # they hold no images, and some lead back to everything
 MOST_LOOKED = 5_000_000  # files and folders that one search looks at
 LOOKS = 64  # of them between two looks at should_stop
 LOST_LINK = "is a link to nothing; connect the drive or fetch the file that it stands for"
@@ -28,13 +28,9 @@ RUN, OUTSIDE, SYSTEM, SPECIAL = (
 )
 
 
-class Cancelled(Exception):
-    """Somebody asked to stop while images were looked for or read."""
-
-
 @dataclass
 class Watch:
-    """What every long search is given: whom to ask whether to stop, and where it may go.
+    """Bounds of a long search: `should_stop` ends it, and it goes no further than it may.
 
     within: folders outside of which nothing is opened, whatever links and patterns say; None: no bounds. most: files
     and folders that it looks at before it gives up.
@@ -47,11 +43,10 @@ class Watch:
     most: int = MOST_LOOKED
 
     def __post_init__(self) -> None:
-        if self.within is not None:
-            self.within = tuple(_real(one) for one in self.within)
+        self._bounds = [_real(folder) for folder in self.within or ()]
 
     def look(self) -> None:
-        """Count a file or folder. Raises Cancelled when somebody asked to, DataProblem when there is no end of them."""
+        """Count a file or folder. Raises Cancelled when somebody asked to stop, DataProblem when there are too many."""
         self.ask()
         self.looked += 1
         if self.looked > self.most:
@@ -61,7 +56,7 @@ class Watch:
             )
 
     def ask(self) -> None:
-        """Ask whether to stop, not each time. Raises Cancelled."""
+        """Ask should_stop, at every LOOKS-th call. Raises Cancelled."""
         if self.asked % LOOKS == 0 and self.should_stop is not None and self.should_stop():
             raise Cancelled
         self.asked += 1
@@ -71,12 +66,12 @@ class Watch:
         if self.within is None:
             return True
         real = _real(path)
-        return any(real == one or real.startswith(one.rstrip(os.sep) + os.sep) for one in self.within)
+        return any(real == folder or real.startswith(os.path.join(folder, "")) for folder in self._bounds)
 
 
 @dataclass(frozen=True)
-class Step:
-    """One thing that a walk comes upon.
+class WalkEntry:
+    """A file that a walk finds, or something that it cannot or may not go into.
 
     parts: its name below the root. note: of a "file" nothing, of a "fault" what is wrong with it, of something "left
     out" as what it counts (RUN, OUTSIDE, SYSTEM, SPECIAL).
@@ -88,17 +83,17 @@ class Step:
     note: str = ""
 
 
-def walk(root: Path, watch: Watch, unwanted: Callable[[str], bool] = lambda name: False) -> Iterator[Step]:
+def walk(root: Path, watch: Watch, unwanted: Callable[[str], bool] = lambda name: False) -> Iterator[WalkEntry]:
     """All files below a folder, folder by folder in the order of their names; links are followed, once.
 
-    unwanted: names of files and folders to pass over without a word. A folder below the root that is a training run's
+    unwanted: names of files and folders to pass over without mention. A folder below the root that is a training run's
     is left out. Raises what `Watch.look` does.
     """
     waiting, visited = [(Path(root), ())], {_real(root)}
     while waiting:
         folder, parts = waiting.pop()
         if _of_the_system(_real(folder)):
-            yield Step("left out", parts, folder, SYSTEM)
+            yield WalkEntry("left out", parts, folder, SYSTEM)
             continue
         entries = []
         try:
@@ -107,20 +102,22 @@ def walk(root: Path, watch: Watch, unwanted: Callable[[str], bool] = lambda name
                     watch.look()
                     entries.append(entry)
         except OSError as error:
-            yield Step("fault", parts, folder, f"cannot be read ({error.strerror or error}); check its permissions")
+            yield WalkEntry(
+                "fault", parts, folder, f"cannot be read ({error.strerror or error}); check its permissions"
+            )
             continue
         if parts and {entry.name for entry in entries} >= OF_A_RUN:
-            yield Step("left out", parts, folder, RUN)
+            yield WalkEntry("left out", parts, folder, RUN)
             continue
         deeper = []
         for entry in sorted(entries, key=lambda entry: entry.name):
             if unwanted(entry.name):
                 continue
-            step = _step(entry, (*parts, entry.name), watch)
-            if step is not None:
-                yield step
+            found = _looked_at(entry, (*parts, entry.name), watch)
+            if found is not None:
+                yield found
                 continue
-            # Links, and Windows' junctions, which do not look like links, may lead back to where it has been.
+            # Links, and Windows' junctions, which do not look like links, may lead back to a folder already visited.
             real = _real(entry.path)
             if real not in visited:
                 visited.add(real)
@@ -128,20 +125,20 @@ def walk(root: Path, watch: Watch, unwanted: Callable[[str], bool] = lambda name
         waiting.extend(reversed(deeper))
 
 
-def _step(entry: os.DirEntry, parts: tuple[str, ...], watch: Watch) -> Step | None:
+def _looked_at(entry: os.DirEntry, parts: tuple[str, ...], watch: Watch) -> WalkEntry | None:
     """What an entry of a folder is; None for a folder to go into."""
     path = Path(entry.path)
     try:
         link = entry.is_symlink()
         if (link or entry.is_dir()) and not watch.allows(path):  # a folder that is no link may be Windows' junction
-            return Step("left out", parts, path, OUTSIDE)
+            return WalkEntry("left out", parts, path, OUTSIDE)
         if entry.is_dir():
             return None
         if entry.is_file():
-            return Step("file", parts, path)
+            return WalkEntry("file", parts, path)
     except OSError as error:  # a link to itself, a drive that fails
-        return Step("fault", parts, path, f"cannot be read ({error.strerror or error})")
-    return Step("fault", parts, path, LOST_LINK) if link else Step("left out", parts, path, SPECIAL)
+        return WalkEntry("fault", parts, path, f"cannot be read ({error.strerror or error})")
+    return WalkEntry("fault", parts, path, LOST_LINK) if link else WalkEntry("left out", parts, path, SPECIAL)
 
 
 def _real(path: str | os.PathLike) -> str:
@@ -150,4 +147,4 @@ def _real(path: str | os.PathLike) -> str:
 
 
 def _of_the_system(real: str) -> bool:
-    return os.name != "nt" and any(real == one or real.startswith(one + "/") for one in OF_THE_SYSTEM)
+    return os.name != "nt" and any(real == folder or real.startswith(folder + "/") for folder in OF_THE_SYSTEM)

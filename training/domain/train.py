@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,18 @@ import torch
 from torch import Tensor
 
 from ...guidance.files import DTYPES
-from ..data import CachingStopped, Cancelled, DataProblem, LatentDataset, Watch, expanded, find_images, open_dataset
-from ..data.remarks import faults
+from ..data import (
+    CachingStopped,
+    Callbacks,
+    Cancelled,
+    DataProblem,
+    DataSettings,
+    LatentDataset,
+    Watch,
+    expanded,
+    find_images,
+    open_dataset,
+)
 from ..engine.engine import Engine, Result, check_resume, due
 from ..engine.events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
 from ..engine.memory import is_memory_problem
@@ -171,15 +182,14 @@ class _Run(Engine):
         dataset, stopped = None, 0.0
         try:
             with base.autoencoder_on(self.processes.device):
-                dataset = open_dataset(
-                    self.config,
-                    base,
-                    images,
+                callbacks = Callbacks(
                     progress=lambda done, total: self.tell(Caching(done, total)),
                     should_stop=self.should_stop,
                     warn=lambda text: self.tell(Warned(text)),
-                    turn=self.processes.rank,
-                    turns=self.processes.world,
+                )
+                settings = DataSettings(**{one.name: getattr(self.config, one.name) for one in fields(DataSettings)})
+                dataset = open_dataset(
+                    settings, base, images, callbacks, turn=self.processes.rank, turns=self.processes.world
                 )
         except CachingStopped:
             stopped = 1.0
@@ -195,14 +205,6 @@ class _Run(Engine):
             return None
         for note in dataset.notes:
             self.tell(Warned(note))
-        if dataset.skipped:
-            self.tell(Warned(faults(dataset.skipped, dataset.faults)))
-        if dataset.upscaled:
-            self.tell(
-                Warned(
-                    f"{dataset.upscaled} of {len(dataset)} images are smaller than the resolution and were enlarged."
-                )
-            )
         return dataset
 
     def _trainee(self, base: Prior, state: Mapping[str, Any] | None) -> Trainee | None:

@@ -6,9 +6,10 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
 from ...guidance.errors import Problem
@@ -28,6 +29,7 @@ from ...guidance.networks.unet_config import UNetConfig
 from .classifier import Classifier
 from .tokens import expand_embedding, tokenize
 
+Model = TypeVar("Model", bound=nn.Module)
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
 JUDGES = {"classifier", "classifier_held_out"}
 # What a component's file must say beside its weights.
@@ -70,16 +72,11 @@ def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     return state_dict, metadata
 
 
-def _fp32(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value.float() for key, value in state_dict.items()}
-
-
 def load_autoencoder() -> tuple[Autoencoder, float]:
     """The autoencoder in fp32 and its scale: diffusion latent = mean * scale."""
     state_dict, metadata = read_component("autoencoder")
-    model = Autoencoder(AutoencoderConfig.from_json(metadata["config"]))
-    model.load_state_dict(_fp32(state_dict))
-    return model.eval().requires_grad_(False), float(metadata["scale_factor"])
+    model = _ready(Autoencoder(AutoencoderConfig.from_json(metadata["config"])), state_dict)
+    return model, float(metadata["scale_factor"])
 
 
 @torch.no_grad()
@@ -92,33 +89,26 @@ def reconstruct(autoencoder: Autoencoder, images: Tensor, batch: int = 100) -> T
 def load_text_encoder() -> tuple[TextEncoder, TextEncoderConfig]:
     """The text encoder in fp32, its embedding expanded to CLIP's 49,408 token ids."""
     state_dict, metadata = read_component("text_encoder")
-    state_dict = _fp32(state_dict)
     state_dict[EMBEDDING] = expand_embedding(state_dict[EMBEDDING], json.loads(metadata["token_ids"]))
     config = TextEncoderConfig.from_json(metadata["config"])
-    model = TextEncoder(config)
-    model.load_state_dict(state_dict)
-    return model.eval().requires_grad_(False), config
+    return _ready(TextEncoder(config), state_dict), config
 
 
 def load_prior() -> tuple[dict[str, Tensor], UNetConfig]:
     """The prior's UNet in fp32 and its configuration."""
     state_dict, metadata = read_component("prior_unet")
-    return _fp32(state_dict), UNetConfig.from_json(metadata["config"])
+    return {key: value.float() for key, value in state_dict.items()}, UNetConfig.from_json(metadata["config"])
 
 
 def load_classifier(held_out: bool = False) -> Classifier:
     """The judge in fp32, or the second one, trained on the held-out fonts and rows alone."""
-    model = Classifier()
-    model.load_state_dict(_fp32(read_component("classifier_held_out" if held_out else "classifier")[0]))
-    return model.eval().requires_grad_(False)
+    return _ready(Classifier(), read_component("classifier_held_out" if held_out else "classifier")[0])
 
 
 def load_domain(name: str = "mini-handwriting") -> UNet:
     """A shipped domain model's text-free UNet in fp32."""
     state_dict, metadata = read_domain_file(domain_unets_dir() / f"{name}.safetensors")
-    model = UNet(metadata.config)
-    model.load_state_dict(_fp32(state_dict))
-    return model.eval().requires_grad_(False)
+    return _ready(UNet(metadata.config), state_dict)
 
 
 def load_generator(name: str = "mini-handwriting") -> StyleGAN2:
@@ -128,6 +118,12 @@ def load_generator(name: str = "mini-handwriting") -> StyleGAN2:
     ``render.paint(render.ink_of(pictures), pairs)``.
     """
     return read_generator(generators_dir() / f"{name}.safetensors").generator
+
+
+def _ready(model: Model, state_dict: dict[str, Tensor]) -> Model:
+    """The model, in fp32 as it was made, with weights of a file, frozen."""
+    model.load_state_dict(state_dict)
+    return model.eval().requires_grad_(False)
 
 
 @dataclass
@@ -167,7 +163,5 @@ def load_mini_world() -> MiniWorld:
     autoencoder, scale = load_autoencoder()
     text_encoder, _ = load_text_encoder()
     state_dict, config = load_prior()
-    unet = UNet(config)
-    unet.load_state_dict(state_dict)
-    prior = Denoiser(unet.eval().requires_grad_(False), NoiseSchedule.scaled_linear())
+    prior = Denoiser(_ready(UNet(config), state_dict), NoiseSchedule.scaled_linear())
     return MiniWorld(autoencoder, scale, text_encoder, prior)

@@ -91,27 +91,13 @@ def caption(digit: int | None, ink: int | None, ground: int | None) -> str:
     return text
 
 
-def vocabulary() -> tuple[str, ...]:
-    """Every word that a caption can contain, sorted."""
-    return tuple(sorted({"a", "an", "digit", "on", "background", *DIGITS, *COLOUR_NAMES}))
-
-
-@dataclass(frozen=True)
-class Glyphs:
-    """Rasterised fonts: masks uint8 [fonts, 10, 64, 64]; ``held_out`` fonts are for measuring only."""
-
-    masks: Tensor
-    names: tuple[str, ...]
-    held_out: bool
-
-
 @lru_cache(maxsize=2)
-def load_glyphs(held_out: bool = False) -> Glyphs:
-    """The trained or the held-out families of ``data/glyphs.npz``."""
+def load_glyphs(held_out: bool = False) -> Tensor:
+    """Rasterised digits of the trained or the held-out font families, uint8 [fonts, 10, 64, 64]."""
     with np.load(DATA / "glyphs.npz") as data:
-        masks, names = data["masks"], data["names"]
-    chosen = [i for i in range(len(names)) if (i % HELD_OUT_FONT_EVERY == HELD_OUT_FONT_EVERY - 1) == held_out]
-    return Glyphs(torch.from_numpy(masks[chosen]), tuple(str(names[i]) for i in chosen), held_out)
+        masks = data["masks"]
+    chosen = [i for i in range(len(masks)) if (i % HELD_OUT_FONT_EVERY == HELD_OUT_FONT_EVERY - 1) == held_out]
+    return torch.from_numpy(masks[chosen])
 
 
 @lru_cache(maxsize=1)
@@ -204,8 +190,8 @@ def rendered(
         digits = torch.randint(10, (count,), generator=generator)
     if pairs is None:
         pairs = _choose(colour_pairs(), count, generator)
-    font = torch.randint(len(glyphs.masks), (count,), generator=generator)
-    images = paint(place(glyphs.masks[font, digits], generator), pairs)
+    font = torch.randint(len(glyphs), (count,), generator=generator)
+    images = paint(place(glyphs[font, digits], generator), pairs)
     return Pictures(images, digits, pairs[:, 0], pairs[:, 1], torch.zeros(count, dtype=torch.long))
 
 

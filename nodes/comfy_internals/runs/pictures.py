@@ -73,8 +73,9 @@ def data_fingerprint(text: str) -> str | float:
     NaN, which equals nothing, where there is too much to look at or the folders cannot be trained on: the run finds
     out. ComfyUI asks before it executes anything.
     """
+    from ....training.data.problems import Cancelled
     from ....training.data.sources import fingerprint
-    from ....training.data.walking import Cancelled, Watch
+    from ....training.data.walking import Watch
 
     try:
         allowed = allowed_folders()

@@ -312,7 +312,7 @@ class Pictures(Reader):
         report = check_data([str(self.data)], workers=1)
         if report.nothing:
             return [report.nothing]
-        faults = {**report.corrupt, **report.truncated, **report.unreadable, **report.too_large, **report.too_small}
+        faults = {name: reason for found in report.faults.values() for name, reason in found.items()}
         if not faults and report.ok != 1:
             raise Silent(f"it counts neither as good nor as bad: {report.to_text()[:200]}")
         return [f"{name}: {reason}" for name, reason in faults.items()]

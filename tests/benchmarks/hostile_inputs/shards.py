@@ -351,12 +351,12 @@ class Shards(Reader):
 
 def warm_decoding() -> None:
     """Import all of Pillow's formats, also those that are not meant, and what gives back memory of large pictures."""
-    from indomain_guidance.training.data.images import load_image
+    from indomain_guidance.training.data.images import decode
 
     Image.init()
     out = io.BytesIO()
     Image.new("L", (7000, 7000)).save(out, "PNG")
-    load_image(out.getvalue())
+    decode(out.getvalue())
 
 
 def opened(folder: Path, data: list[str], said: list[str]):
@@ -364,8 +364,7 @@ def opened(folder: Path, data: list[str], said: list[str]):
     from types import SimpleNamespace
 
     import torch
-    from indomain_guidance.training.data.latent_dataset import open_dataset
-    from indomain_guidance.training.domain.config import TrainConfig
+    from indomain_guidance.training.data import Callbacks, DataSettings, open_dataset
 
     def encode(images):
         small = torch.nn.functional.avg_pool2d(images, 8)
@@ -376,14 +375,14 @@ def opened(folder: Path, data: list[str], said: list[str]):
             return iter([torch.zeros(1)])
 
     base = SimpleNamespace(encode=encode, vae_id="nothing", autoencoder=Encoder())
-    config = TrainConfig(base="mini_world", data=tuple(data), resolution=64, buckets=False, cache=str(folder / "cache"))
-    return open_dataset(config, base, warn=said.append, workers=1)
+    settings = DataSettings(data=tuple(data), resolution=64, buckets=False, cache=str(folder / "cache"))
+    return open_dataset(settings, base, None, Callbacks(warn=said.append), workers=1)
 
 
 def _said(report, path: Path) -> list[str]:
     """All that a report says about a file or what is in it."""
-    faults = {**report.places, **report.corrupt, **report.truncated, **report.unreadable, **report.too_large}
-    return [f"{name}: {reason}" for name, reason in faults.items()]
+    found = [report.places, *report.faults.values()]
+    return [f"{name}: {reason}" for faults in found for name, reason in faults.items()]
 
 
 def _holes() -> dict[str, Callable[[Path], None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from indomain_guidance.training.data import assign, bucket_sizes
+from indomain_guidance.training.data.buckets import assign, bucket_sizes
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indomain_guidance.training.data import DataProblem, check_data, sources
+from indomain_guidance.training.data import DataProblem, sources
+from indomain_guidance.training.data.check import check_data
 from indomain_guidance.training.data.remarks import MASK, remarks
 from PIL import Image, PngImagePlugin
 
@@ -62,12 +63,17 @@ def test_everything_is_found_and_nothing_is_touched(folder):
     assert {path: hashlib.sha256(path.read_bytes()).digest() for path in folder.rglob("*") if path.is_file()} == before
     assert (report.total, report.ok, report.bad) == (14, 10, 4)
     assert calls == [(number, 14) for number in range(1, 15)]
-    assert set(report.corrupt) == {"damaged.png", "empty.jpg"} and set(report.truncated) == {"broken.png"}
-    assert set(report.too_small) == {"small.png"} and "40 x 30" in report.too_small["small.png"]
+    assert set(report.faults["corrupt"]) == {"damaged.png", "empty.jpg"}
+    assert set(report.faults["truncated"]) == {"broken.png"}
+    assert set(report.faults["too_small"]) == {"small.png"} and "40 x 30" in report.faults["too_small"]["small.png"]
     assert report.upscaled == ["enlarged.png"]
     assert report.same_file == [["copy.png", "good.png"]] and report.same_picture == [["copy.png", "same.png"]]
-    assert report.alpha == ["clear.png"] and report.rotated == ["turned.jpg"] and report.sixteen_bit == ["deep.png"]
-    assert report.cmyk == ["print.jpg"] and report.animated == ["moving.gif"]
+    assert (
+        report.facts["alpha"] == ["clear.png"]
+        and report.facts["rotated"] == ["turned.jpg"]
+        and report.facts["sixteen_bit"] == ["deep.png"]
+    )
+    assert report.facts["cmyk"] == ["print.jpg"] and report.facts["animated"] == ["moving.gif"]
     assert report.formats == {"PNG": 7, "JPEG": 3, "GIF": 1}
     assert sum(report.buckets.values()) == report.ok and report.buckets["48x80"] == report.buckets["80x48"] == 1
     assert report.megapixels == {"below 0.1 MP": 11}
@@ -83,7 +89,7 @@ def test_long_lists_are_cut_in_the_text_only(tmp_path):
     for number in range(15):
         (tmp_path / f"{number:02d}.png").write_bytes(b"bad %d" % number)
     report = check_data([tmp_path])
-    assert len(report.corrupt) == 15 and report.ok == 0
+    assert len(report.faults["corrupt"]) == 15 and report.ok == 0
     assert "09.png" in report.to_text() and "10.png" not in report.to_text() and "... and 5 more" in report.to_text()
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.data import BadImage, load_image, to_tensor
-from indomain_guidance.training.data import images as module
-from indomain_guidance.training.data.images import cover, crop_to, decode, probe
+from indomain_guidance.training.data import BadImage, decoding
+from indomain_guidance.training.data.buckets import cover
+from indomain_guidance.training.data.images import crop_to, decode, probe, to_tensor
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 
@@ -246,7 +246,7 @@ def test_the_switch_for_truncated_files_comes_back_after_many_threads(monkeypatc
     for thread in threads:
         thread.join()
     assert sorted(map(str, results)) == ["(96, 96)"] * 8 + ["truncated"] * 8
-    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and module._strict_users == 0
+    assert ImageFile.LOAD_TRUNCATED_IMAGES is True and decoding._strict_users == 0
 
 
 def test_files_that_are_no_images():
@@ -286,16 +286,6 @@ def test_a_limit_that_other_code_sets_in_pillow_refuses_nothing_and_warns_of_not
                 monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30)
                 assert decode(data).size == (width, height), kind
                 monkeypatch.undo()
-
-
-def test_load_image_takes_paths_files_and_bytes(tmp_path):
-    path = tmp_path / "ä b.png"
-    pattern().save(path)
-    for source in (path, str(path), path.open("rb"), path.read_bytes()):
-        assert apart(load_image(source), pattern()) == 0.0
-    with pytest.raises(BadImage) as caught:
-        load_image(tmp_path / "missing.png")
-    assert caught.value.kind == "unreadable"
 
 
 def test_no_picture_is_opened_in_any_format_that_pillow_happens_to_know():

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem
-from indomain_guidance.training.data import LatentCache, default_cache_folder
+from indomain_guidance.training.data.latent_cache import LatentCache, default_cache_folder
 from safetensors.torch import load_file, save_file
 
 CONTENT = hashlib.sha256(b"an image").hexdigest()
@@ -178,7 +178,7 @@ spec = importlib.util.spec_from_file_location("bootstrap", sys.argv[1])
 bootstrap = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bootstrap)
 bootstrap.register()
-from indomain_guidance.training.data import LatentCache
+from indomain_guidance.training.data.latent_cache import LatentCache
 
 torch.set_num_threads(1)
 who, warned = int(sys.argv[3]), []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -17,26 +18,24 @@ import torch
 import torch.nn.functional as F
 from indomain_guidance.training.data import (
     CachingStopped,
+    Callbacks,
     DataProblem,
-    LatentCache,
+    DataSettings,
     LatentDataset,
-    bucket_sizes,
-    crop_to,
     find_images,
-    image_entries,
-    latent_dataset,
-    load_image,
+    latent_store,
     open_dataset,
-    to_tensor,
 )
+from indomain_guidance.training.data import preparing as module
+from indomain_guidance.training.data.buckets import cover
 from indomain_guidance.training.data.content_index import ContentIndex, Known
-from indomain_guidance.training.data.images import cover
-from indomain_guidance.training.data.latent_dataset import at_once_of
-from indomain_guidance.training.domain.config import TrainConfig
-from indomain_guidance.training.prior.opening import open_prior
+from indomain_guidance.training.data.images import crop_to, decode, to_tensor
+from indomain_guidance.training.data.latent_cache import LatentCache
+from indomain_guidance.training.data.latent_store import at_once
+from indomain_guidance.training.data.sources import image_entries
+from indomain_guidance.training.prior.opening import open_mini_world
 from PIL import Image, ImageOps
 
-SIZES = bucket_sizes(32, 8, 2.0)
 SPREAD = 0.25
 
 
@@ -73,10 +72,16 @@ def folder(tmp_path) -> Path:
 
 
 def prepare(folder, cache_folder, encoder=None, vae="vae", **options) -> LatentDataset:
+    """`preparing.prepare` with whatever of settings, callbacks and other options is given."""
+
+    def taken(kind, **more):
+        return kind(**more, **{f.name: options.pop(f.name) for f in dataclasses.fields(kind) if f.name in options})
+
     options.setdefault("warn", lambda text: pytest.fail(text))
     cache = LatentCache(cache_folder, vae, warn=options["warn"])
     entries = find_images([str(folder)]) if isinstance(folder, (str, Path)) else folder
-    return LatentDataset.prepare(entries, encoder or Encoder(), cache, sizes=SIZES, workers=2, **options)
+    settings, callbacks = taken(DataSettings, resolution=32, bucket_step=8), taken(Callbacks)
+    return module.prepare(entries, encoder or Encoder(), cache, settings, callbacks, workers=2, **options)
 
 
 def draw(seed: int) -> torch.Generator:
@@ -87,7 +92,7 @@ def test_every_image_equals_encoding_it_by_hand(folder, tmp_path):
     data = prepare(folder, tmp_path / "cache", posterior="mean")
     assert len(data) == 16 and data.skipped == []
     for index in range(16):
-        image = load_image(folder / data.name_of(index))
+        image = decode((folder / data.name_of(index)).read_bytes())
         sample = data.draw(index, draw(0))
         scaled = cover((image.height, image.width), sample.size)
         centre = ((scaled[0] - sample.size[0]) // 2, (scaled[1] - sample.size[1]) // 2)
@@ -98,16 +103,19 @@ def test_every_image_equals_encoding_it_by_hand(folder, tmp_path):
         assert data.size_of(index) == (sample.original, centre)
         assert data.content_of(index) == hashlib.sha256((folder / data.name_of(index)).read_bytes()).hexdigest()
         assert sample.latent.shape == (4, sample.size[0] // 8, sample.size[1] // 8)
-        assert torch.equal(data.mean(index), sample.latent) and torch.equal(data.latent(index, draw(1)), sample.latent)
+        assert torch.equal(data.mean(index), sample.latent) and torch.equal(
+            data.draw(index, draw(1)).latent, sample.latent
+        )
     assert sorted(index for group in data.groups.values() for index in group) == list(range(16))
     assert all(data.draw(index, draw(0)).size == size for size, group in data.groups.items() for index in group)
-    assert data.upscaled == 2  # of the eight shapes only 20 x 25 is smaller than its bucket
+    # Of the eight shapes only 20 x 25 is smaller than its bucket.
+    assert data.notes[-1] == "2 of 16 images are smaller than the resolution and were enlarged."
 
 
 def test_large_pictures_are_encoded_fewer_at_once(folder, tmp_path, monkeypatch):
-    assert [at_once_of(8, (side, side)) for side in (64, 512, 768, 1024, 2048)] == [8, 8, 3, 2, 1]
-    assert at_once_of(1, (4096, 4096)) == 1
-    monkeypatch.setattr(latent_dataset, "BATCH_AREA", 512)  # the smallest shapes here have 1024 pixels
+    assert [at_once(8, (side, side)) for side in (64, 512, 768, 1024, 2048)] == [8, 8, 3, 2, 1]
+    assert at_once(1, (4096, 4096)) == 1
+    monkeypatch.setattr(latent_store, "BATCH_AREA", 512)  # the smallest shapes here have 1024 pixels
     encoder = Encoder()
     few = prepare(folder, tmp_path / "few", encoder, batch=4)
     assert encoder.images == 16 and max(encoder.batches) <= 2
@@ -127,7 +135,7 @@ def test_images_are_encoded_once_for_all_runs(folder, tmp_path):
     two = prepare(moved, tmp_path / "cache", second)
     assert second.images == 0
     assert one.content_hash == two.content_hash and one.groups == two.groups
-    assert all(torch.equal(one.latent(i, draw(i)), two.latent(i, draw(i))) for i in range(16))
+    assert all(torch.equal(one.draw(i, draw(i)).latent, two.draw(i, draw(i)).latent) for i in range(16))
     # One image more, another VAE, another size: only what is new.
     save(moved / "new.png", 99)
     assert len(prepare(moved, tmp_path / "cache", third)) == 17 and third.images == 1
@@ -154,18 +162,18 @@ def test_an_edited_image_is_encoded_again_and_a_known_one_not_even_read(folder, 
 def test_randomness_comes_from_the_generator_alone(folder, tmp_path):
     data = prepare(folder, tmp_path / "cache", flip=True, random_crops=3)
     torch.manual_seed(0)
-    one = [data.latent(i, draw(7)) for i in range(16)]
+    one = [data.draw(i, draw(7)).latent for i in range(16)]
     torch.manual_seed(1)
     np.random.seed(5)
     again = prepare(folder, tmp_path / "cache", flip=True, random_crops=3, memory_limit=0)
-    assert all(torch.equal(again.latent(i, draw(7)), one[i]) for i in reversed(range(16)))
-    assert not torch.equal(data.latent(0, draw(8)), one[0])
+    assert all(torch.equal(again.draw(i, draw(7)).latent, one[i]) for i in reversed(range(16)))
+    assert not torch.equal(data.draw(0, draw(8)).latent, one[0])
 
 
 def test_posterior_sampling_has_the_vaes_spread(folder, tmp_path):
     data = prepare(folder, tmp_path / "cache")
     generator = draw(0)
-    draws = torch.stack([data.latent(0, generator) for _ in range(2000)])
+    draws = torch.stack([data.draw(0, generator).latent for _ in range(2000)])
     assert torch.allclose(draws.mean(0), data.mean(0), atol=5 * SPREAD / 2000**0.5)
     assert abs(float(draws.std()) - float((data.mean(0).var(correction=0) + SPREAD**2) ** 0.5)) < 0.01
     assert abs(float((draws - data.mean(0)).std()) - SPREAD) < 0.005
@@ -176,7 +184,7 @@ def test_flips_and_crops(folder, tmp_path):
     data = prepare(folder, tmp_path / "cache", encoder, flip=True, random_crops=3, posterior="mean")
     for index in range(16):
         original, _ = data.size_of(index)
-        image = load_image(folder / data.name_of(index))
+        image = decode((folder / data.name_of(index)).read_bytes())
         both = [image, ImageOps.mirror(image)]  # mirrored first, then cut where the sample says
         seen, mirrored = set(), []
         for seed in range(80):
@@ -304,7 +312,7 @@ def test_latents_can_be_trained_on_even_when_made_in_inference_mode(tmp_path):
 
         data = prepare(image_entries(batch), tmp_path / "cache", encode)
     trained = torch.nn.Parameter(torch.ones(4, 1, 1))
-    (data.latent(0, draw(0)) * trained).sum().backward()
+    (data.draw(0, draw(0)).latent * trained).sum().backward()
     (data.mean(1) * trained).sum().backward()
     assert trained.grad is not None
 
@@ -355,7 +363,7 @@ def test_exchanged_files_of_equal_length_and_time_are_noticed(tmp_path):
 
 @pytest.fixture(scope="module")
 def mini_world():
-    return open_prior("mini_world")
+    return open_mini_world()
 
 
 def test_latents_depend_on_the_image_alone(tmp_path, mini_world):
@@ -368,18 +376,17 @@ def test_latents_depend_on_the_image_alone(tmp_path, mini_world):
         shutil.rmtree(folder, ignore_errors=True), folder.mkdir()
         for path in (tmp_path / "images").glob(wanted):
             shutil.copy(path, folder)
-        config = TrainConfig(
-            base="mini_world", resolution=64, data=(str(folder),), cache=str(tmp_path / cache), **options
-        )
-        data = open_dataset(config, mini_world, workers=1, memory_limit=0, warn=lambda text: None)
-        return data, {data.name_of(i): data.latent(i, draw(3)) for i in range(len(data))}
+        settings = DataSettings(resolution=64, data=(str(folder),), cache=str(tmp_path / cache), **options)
+        silent = Callbacks(warn=lambda text: None)
+        data = open_dataset(settings, mini_world, None, silent, workers=1, memory_limit=0)
+        return data, {data.name_of(i): data.draw(i, draw(3)).latent for i in range(len(data))}
 
     data, expected = latents("one")
     latents("two", "0[3-7].png")  # another run has cached some, in a batch of its own
     for _, found in (latents("two"), latents("three", caching_batch=5), latents("four", "0[12].png")):
         assert found and all(torch.equal(latent, expected[name]) for name, latent in found.items())
     shutil.rmtree(tmp_path / "one")  # and when images are encoded while training
-    assert all(torch.equal(data.latent(i, draw(3)), expected[data.name_of(i)]) for i in range(11))
+    assert all(torch.equal(data.draw(i, draw(3)).latent, expected[data.name_of(i)]) for i in range(11))
     shutil.rmtree(tmp_path / "one"), shutil.rmtree(tmp_path / "images of one")
     with pytest.raises(DataProblem, match=r"\.png: expected the image of before, which was there when"):
         data.mean(0)
@@ -392,8 +399,8 @@ def test_places_that_cannot_be_read_to_their_end_are_said(tmp_path, mini_world):
             end = archive.offset
     os.truncate(tmp_path / "a.tar", end - 12000)  # in the fourth image
     warnings: list[str] = []
-    config = TrainConfig(base="mini_world", resolution=64, data=(str(tmp_path / "a.tar"),), cache=str(tmp_path / "c"))
-    data = open_dataset(config, mini_world, workers=1, warn=warnings.append)
+    settings = DataSettings(resolution=64, data=(str(tmp_path / "a.tar"),), cache=str(tmp_path / "c"))
+    data = open_dataset(settings, mini_world, None, Callbacks(warn=warnings.append), workers=1)
     assert len(data) == 3 and data.skipped == []
     assert len(warnings) == 1
     assert "1 folders, shards or links could not be read to their end:" in warnings[0]
@@ -404,18 +411,18 @@ def test_open_dataset_on_the_mini_world(tmp_path):
     """The whole way with a real autoencoder: configuration, folder and IMAGE batch, against the autoencoder itself."""
     save(tmp_path / "images" / "a.png", 1, 64, 64)
     folders = {"data": (str(tmp_path / "images"),), "cache": str(tmp_path / "cache")}
-    config = TrainConfig(base="mini_world", resolution=64, **folders)
-    base = open_prior(config.base)
+    settings = DataSettings(resolution=64, **folders)
+    base = open_mini_world()
     batch = torch.rand(3, 64, 64, 3, generator=draw(0)).mul(255).round().div(255)
-    data = open_dataset(config, base, batch, workers=1)
-    assert len(data) == 4 and list(data.groups) == [(64, 64)] and data.upscaled == 0
+    data = open_dataset(settings, base, batch, workers=1)
+    assert len(data) == 4 and list(data.groups) == [(64, 64)] and data.notes == []
     names = [data.name_of(i) for i in range(4)]
     assert set(names) == {"a.png", "image 1", "image 2", "image 3"}
     mean, std = base.encode(batch[1:2].permute(0, 3, 1, 2) * 2 - 1)
     index = names.index("image 2")
     assert torch.allclose(data.mean(index), mean[0], atol=1e-4)
     noise = torch.randn(mean[0].shape, generator=draw(3))
-    assert torch.allclose(data.latent(index, draw(3)), mean[0] + std[0] * noise, atol=1e-4)
+    assert torch.allclose(data.draw(index, draw(3)).latent, mean[0] + std[0] * noise, atol=1e-4)
 
 
 RUN = """
@@ -425,7 +432,9 @@ bootstrap = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bootstrap)
 bootstrap.register()
 import hashlib
-from indomain_guidance.training.data import LatentCache, LatentDataset, find_images
+from indomain_guidance.training.data import DataSettings, find_images
+from indomain_guidance.training.data.latent_cache import LatentCache
+from indomain_guidance.training.data.preparing import prepare
 
 torch.set_num_threads(1)
 who = int(sys.argv[4])
@@ -444,11 +453,11 @@ for turns in (1, 2):
     sys.stdin.readline()
     encoded = 0
     cache = LatentCache(f"{sys.argv[3]}{turns}", "vae")
-    options = dict(sizes=[(32, 32)], batch=4, turn=who % turns, turns=turns, workers=2)
-    data = LatentDataset.prepare(entries, encode, cache, **options)
+    options = dict(batch=4, turn=who % turns, turns=turns, workers=2)
+    data = prepare(entries, encode, cache, DataSettings(resolution=32, buckets=False), **options)
     digest = hashlib.sha256()
     for index in range(len(data)):
-        digest.update(data.latent(index, torch.Generator().manual_seed(index)).numpy().tobytes())
+        digest.update(data.draw(index, torch.Generator().manual_seed(index)).latent.numpy().tobytes())
     print(json.dumps([len(data), encoded, digest.hexdigest()]), flush=True)
 """
 

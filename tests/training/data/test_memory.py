@@ -11,14 +11,19 @@ import zlib
 
 import numpy as np
 import pytest
-from indomain_guidance.training.data import BadImage, LatentCache, LatentDataset, check_data, find_images, images
-from indomain_guidance.training.data.images import _Reading, cover, crop_to, decode, decoded, pixel_digest
-from indomain_guidance.training.data.memory import Budget
+from indomain_guidance.training.data import BadImage, DataSettings, decoding, find_images
+from indomain_guidance.training.data.buckets import cover
+from indomain_guidance.training.data.check import check_data
+from indomain_guidance.training.data.decoding import Decoding
+from indomain_guidance.training.data.images import crop_to, decode, decoded, pixel_digest
+from indomain_guidance.training.data.latent_cache import LatentCache
+from indomain_guidance.training.data.memory import MemoryBudget
+from indomain_guidance.training.data.preparing import prepare
 from PIL import Image
 
 
 def test_all_threads_together_hold_no_more_than_there_is():
-    budget, most, lock = Budget(100), [0], threading.Lock()
+    budget, most, lock = MemoryBudget(100), [0], threading.Lock()
 
     def work(seed: int) -> None:
         sizes = random.Random(seed)
@@ -69,7 +74,7 @@ def encoded(kind: str, height: int = 90, width: int = 160, mode: str = "RGB", **
     ],
 )
 def test_what_bombs_of_usual_sizes_will_take(name, data, at_most):
-    assert at_most / 1.2 < _Reading(data, (512, 512)).need < at_most <= images.MOST_DECODING
+    assert at_most / 1.2 < Decoding(data, (512, 512)).need < at_most <= decoding.MOST_DECODING
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -78,27 +83,32 @@ def test_what_alone_would_take_more_is_refused_by_name_and_counted(tmp_path, dat
     (tmp_path / "bomb.png").write_bytes(data)
     Image.new("RGB", (64, 64)).save(tmp_path / "good.png")
     report = check_data([tmp_path], resolution=64)
-    assert report.ok == 1 and list(report.too_large) == ["bomb.png"]
-    assert "pixels, which take" in report.too_large["bomb.png"] and "more than 400; scale it down" in report.to_text()
+    assert report.ok == 1 and list(report.faults["too_large"]) == ["bomb.png"]
+    assert (
+        "pixels, which take" in report.faults["too_large"]["bomb.png"]
+        and "more than 400; scale it down" in report.to_text()
+    )
     entries = find_images([tmp_path])
     encode = lambda pixels: (pixels[:, :, ::8, ::8],) * 2  # noqa: E731
-    dataset = LatentDataset.prepare(entries, encode, LatentCache(tmp_path / "cache", "vae"), sizes=[(64, 64)])
-    assert [name for name, _ in dataset.skipped] == ["bomb.png"] and dataset.faults == {"too large": 1}
-    assert images.DECODING.held == 0
+    dataset = prepare(
+        entries, encode, LatentCache(tmp_path / "cache", "vae"), DataSettings(resolution=64, buckets=False)
+    )
+    assert [name for name, _ in dataset.skipped] == ["bomb.png"] and "(1 too large)" in dataset.notes[0]
+    assert decoding.DECODING.held == 0
 
 
 def test_memory_is_given_back_whatever_happens():
     data = encoded("PNG")
     with decoded(data):
-        assert images.DECODING.held > 90 * 160 * 4
+        assert decoding.DECODING.held > 90 * 160 * 4
         with pytest.raises(ZeroDivisionError), decoded(data):
             raise ZeroDivisionError
-        assert images.DECODING.held > 0
+        assert decoding.DECODING.held > 0
     for bad in (data[:-200], data[:60] + b"\xff" * 9 + data[69:]):
         for read in (decode, pixel_digest):
             with pytest.raises(BadImage):
                 read(bad)
-    assert images.DECODING.held == 0
+    assert decoding.DECODING.held == 0
 
 
 @pytest.mark.parametrize(
@@ -124,7 +134,7 @@ def test_tiles_make_the_same_picture_whatever_their_size(monkeypatch, kind, opti
         data = encoded(kind, 90, 161, **options, **more)
         whole, small = decode(data), decode(data, (20, 20))
         for tile in (7, 161, 1000):
-            monkeypatch.setattr(images, "TILE", tile)
+            monkeypatch.setattr(decoding, "TILE", tile)
             assert np.array_equal(np.asarray(decode(data)), np.asarray(whole))
             assert np.array_equal(np.asarray(decode(data, (20, 20))), np.asarray(small))
         monkeypatch.undo()
@@ -150,8 +160,8 @@ def test_large_pictures_are_made_small_while_they_are_converted_and_look_the_sam
     cut = [np.asarray(crop_to(one, (800, 1200), (64, 64), (0, 16)), float) for one in (small, whole)]
     assert np.abs(cut[0] - cut[1]).mean() < 1.0
     # With too little memory for twice the size it becomes smaller still, and never smaller than what is needed.
-    monkeypatch.setattr(images, "MOST_DECODING", 4 * 960_000 + 6_000_000)
-    monkeypatch.setattr(images, "TILE", 1000)
+    monkeypatch.setattr(decoding, "MOST_DECODING", 4 * 960_000 + 6_000_000)
+    monkeypatch.setattr(decoding, "TILE", 1000)
     assert decode(file.getvalue(), (400, 600)).size == (1200, 800)
-    monkeypatch.setattr(images, "MOST_DECODING", _Reading(file.getvalue(), (400, 600)).need - 1)
+    monkeypatch.setattr(decoding, "MOST_DECODING", Decoding(file.getvalue(), (400, 600)).need - 1)
     assert decode(file.getvalue(), (400, 600)).size == (600, 400)

@@ -12,8 +12,9 @@ import pytest
 from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.data import patterns as module
 from indomain_guidance.training.data.patterns import expanded
+from indomain_guidance.training.data.problems import Cancelled
 from indomain_guidance.training.data.sources import search
-from indomain_guidance.training.data.walking import Cancelled, Watch
+from indomain_guidance.training.data.walking import Watch
 
 
 def touch(path: Path) -> Path:

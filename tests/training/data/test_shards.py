@@ -9,9 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from indomain_guidance.training.data.problems import Cancelled
 from indomain_guidance.training.data.shards import NoShard, members
 from indomain_guidance.training.data.sources import search
-from indomain_guidance.training.data.walking import Cancelled, Watch
+from indomain_guidance.training.data.walking import Watch
 
 BLOCK = 512
 

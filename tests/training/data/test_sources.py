@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.data import BadImage, DataProblem, find_images, image_entries, load_image
-from indomain_guidance.training.data.sources import search
+from indomain_guidance.training.data import BadImage, DataProblem
+from indomain_guidance.training.data.images import decode
+from indomain_guidance.training.data.sources import find_images, image_entries, search
 from PIL import Image
 
 
@@ -290,10 +291,10 @@ def test_images_in_memory_are_shared_and_read_as_files():
     assert len(entries) == 3 and entries[0].pixels.data_ptr() == batch.data_ptr()
     assert len({entry.name for entry in entries}) == 3
     for entry in entries:
-        assert np.array_equal(np.asarray(load_image(entry.read())), values)
+        assert np.array_equal(np.asarray(decode(entry.read())), values)
     clear = torch.zeros(1, 2, 2, 4)
     clear[0, 0, 0, 3] = 1.0
-    pixels = np.asarray(load_image(image_entries(clear)[0].read()))
+    pixels = np.asarray(decode(image_entries(clear)[0].read()))
     assert pixels[0, 0].max() == 0 and pixels[1, 1].min() == 255
     with pytest.raises(BadImage, match="NaN"):
         image_entries(torch.full((1, 2, 2, 3), float("nan")))[0].read()

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from indomain_guidance.training.data import DataProblem
+from indomain_guidance.training.data import Cancelled, DataProblem
 from indomain_guidance.training.data.sources import fingerprint, search
-from indomain_guidance.training.data.walking import Cancelled, Watch, walk
+from indomain_guidance.training.data.walking import Watch, walk
 
 
 def touch(path: Path, data: bytes = b"x") -> Path:

@@ -21,7 +21,8 @@ from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.null_text import load_unet
-from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset, check_data
+from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
+from indomain_guidance.training.data.check import check_data
 from indomain_guidance.training.data.remarks import remarks
 from indomain_guidance.training.domain.config import ConfigProblem
 from indomain_guidance.training.domain.learner import Learner, NonFiniteLoss

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Generator, Tensor
 
@@ -45,36 +42,26 @@ def accuracies_by_colour(named: dict[str, Tensor], prompts: Prompts) -> dict[str
     return found
 
 
-@dataclass(frozen=True)
-class Score:
-    """One set of pictures against its target set; accuracies and in_domain are shares of 0..1."""
+def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor | None = None) -> dict[str, float]:
+    """Pictures [N, 3, 64, 64] of the prompts against their exact targets, whose features [M, 64] may be given.
 
-    distance: float
-    kernel: float
-    digit: float
-    ink: float
-    ground: float
-    both_colours: float
-    in_domain: float
-    diversity: float
-
-
-def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor | None = None) -> Score:
-    """Measure pictures [N, 3, 64, 64] of the prompts against their exact targets' features [M, 64]."""
+    distance: Frechet, kernel: KID, diversity within digits; the others are shares of 0..1 that the judge names as
+    prompted.
+    """
     if target is None:
         target = judge(model, target_pictures(prompts.digits, prompts.pairs).images)[0]
     features, named = judge(model, pictures)
     ink, ground = named["ink"] == prompts.pairs[:, 0], named["ground"] == prompts.pairs[:, 1]
-    return Score(
-        distance=frechet_distance(features, target),
-        kernel=kernel_distance(features, target),
-        digit=_mean(named["digit"] == prompts.digits),
-        ink=_mean(ink),
-        ground=_mean(ground),
-        both_colours=_mean(ink & ground),
-        in_domain=_mean(named["world"] == 1),
-        diversity=within_class_diversity(features, named["digit"]),
-    )
+    return {
+        "distance": frechet_distance(features, target),
+        "kernel": kernel_distance(features, target),
+        "digit": _mean(named["digit"] == prompts.digits),
+        "ink": _mean(ink),
+        "ground": _mean(ground),
+        "both_colours": _mean(ink & ground),
+        "in_domain": _mean(named["world"] == 1),
+        "diversity": within_class_diversity(features, named["digit"]),
+    }
 
 
 def unseen_pictures(count: int, seed: int = 0, *, trained: bool = False) -> dict[str, render.Pictures]:
@@ -137,65 +124,41 @@ def generated(generator: StyleGAN2, count: int, seed: int = 0, batch: int = 100)
     return torch.cat([generator(part).clamp(-1, 1) for part in latents.split(batch)])
 
 
-@dataclass(frozen=True)
-class GeneratorQuality:
-    """A generator's pictures against held-out handwriting, white on black; ``*_floor`` is training handwriting's.
-
-    precision: share of pictures among the held-out ones, recall: the reverse (arXiv 1904.06991), both of as many as
-    are measured. in_domain: share judged handwritten. digits [10]: share of the pictures that are that digit;
-    digit_recall [10]: of each digit's held-out pictures; digit_diversity [10]: mean distance to the digit's mean, over
-    that of the held-out ones.
-    """
-
-    distance: float
-    kernel: float
-    floor: float
-    precision: float
-    precision_floor: float
-    recall: float
-    recall_floor: float
-    in_domain: float
-    digits: tuple[float, ...]
-    digit_recall: tuple[float, ...]
-    digit_recall_floor: tuple[float, ...]
-    digit_diversity: tuple[float, ...]
-
-
 def generator_quality(
     generator: StyleGAN2, model: Classifier, count: int = VALIDITY_PICTURES, seed: int = 0
-) -> GeneratorQuality:
-    """Measure ``count`` pictures of a generator of white-on-black handwriting."""
+) -> dict[str, tuple[float, float | None]]:
+    """{measure: (of ``count`` pictures of white-on-black handwriting, of as much training handwriting)}.
+
+    Both are compared with held-out handwriting. precision: share of pictures among the held-out ones, recall: the
+    reverse (arXiv 1904.06991). in_domain: share judged handwritten. share/DIGIT: of the pictures that are that digit;
+    recall/DIGIT: of the digit's held-out pictures; diversity/DIGIT: mean distance to the digit's mean, over that of the
+    held-out ones.
+    """
     pairs = render.domain_pairs("narrow")
     real = render.handwritten(render.HELD_OUT_ROWS, pairs, None)
     trained = render.handwritten(slice(render.TRAIN_ROWS.start, render.TRAIN_ROWS.start + count), pairs, None)
     target, own = (judge(model, pictures.images)[0] for pictures in (real, trained))
     made, named = judge(model, generated(generator, count, seed))
-    digits = named["digit"]
-
-    def by_digit(number: Callable[[Tensor, Tensor], float], features: Tensor, labels: Tensor) -> tuple[float, ...]:
-        return tuple(number(features[labels == digit], target[real.digit == digit]) for digit in range(10))
+    found: dict[str, tuple[float, float | None]] = {
+        "distance": (frechet_distance(made, target), frechet_distance(own, target)),
+        "kernel_distance": (kernel_distance(made, target), None),
+        "in_domain": (_mean(named["world"] == 1), None),
+        "precision": (share_inside(made, target), share_inside(own, target)),
+        "recall": (share_inside(target, made), share_inside(target, own)),
+    }
 
     def recall(part: Tensor, reference: Tensor) -> float:
         return share_inside(reference, part) if len(part) > 3 else 0.0
 
-    def diversity(part: Tensor, reference: Tensor) -> float:
-        spread, wanted = (within_class_diversity(x, torch.zeros(len(x))) for x in (part, reference))
-        return spread / wanted
+    def spread(part: Tensor) -> float:
+        return within_class_diversity(part, torch.zeros(len(part)))
 
-    return GeneratorQuality(
-        distance=frechet_distance(made, target),
-        kernel=kernel_distance(made, target),
-        floor=frechet_distance(own, target),
-        precision=share_inside(made, target),
-        precision_floor=share_inside(own, target),
-        recall=share_inside(target, made),
-        recall_floor=share_inside(target, own),
-        in_domain=_mean(named["world"] == 1),
-        digits=tuple(_mean(digits == digit) for digit in range(10)),
-        digit_recall=by_digit(recall, made, digits),
-        digit_recall_floor=by_digit(recall, own, trained.digit),
-        digit_diversity=by_digit(diversity, made, digits),
-    )
+    for digit in range(10):
+        part, reference = made[named["digit"] == digit], target[real.digit == digit]
+        found[f"share/{digit}"] = _mean(named["digit"] == digit), None
+        found[f"recall/{digit}"] = recall(part, reference), recall(own[trained.digit == digit], reference)
+        found[f"diversity/{digit}"] = spread(part) / spread(reference), None
+    return found
 
 
 def _mean(right: Tensor) -> float:

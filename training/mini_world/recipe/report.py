@@ -147,31 +147,26 @@ class Report:
             for name, value in floors.items():
                 better = "higher" if name == "ceiling" else "lower"
                 self.line(f"{domain}_{name}", value, "frechet", better, samples=count)
-            self.line(f"{domain}_prior_distance", result.distance, "frechet", "lower")
-            self.line(f"{domain}_prior_kernel_distance", result.kernel, "kid", "lower")
+            self.line(f"{domain}_prior_distance", result["distance"], "frechet", "lower")
+            self.line(f"{domain}_prior_kernel_distance", result["kernel"], "kid", "lower")
             ratio = floors["ceiling"] / floors["floor"]
             self.line(f"{domain}_ceiling_over_floor", ratio, "ratio", target=20.0, samples=count)
-            ratio = floors["autoencoder_floor"] / result.distance
+            ratio = floors["autoencoder_floor"] / result["distance"]
             self.line(f"{domain}_autoencoder_floor_over_prior", ratio, "ratio", "lower", target=0.05)
 
     def part_generator(self) -> None:
         """The generator's pictures against held-out handwriting: distance, precision, recall, every digit's share."""
         count = quality.VALIDITY_PICTURES
         found = quality.generator_quality(load_generator(), self.judges[""], count, self.seed)
-
-        def line(name: str, value: float, unit: str = "share", better: str = "higher", **more: Any) -> None:
-            more = {key: round(number, 5) for key, number in more.items()}
+        units = {
+            "distance": ("frechet", "lower"),
+            "kernel_distance": ("kid", "lower"),
+            "diversity": ("ratio", "higher"),
+        }
+        for name, (value, of_training) in found.items():
+            more = {} if of_training is None else {"training_rows": round(of_training, 5)}
+            unit, better = units.get(name.split("/")[0], ("share", "higher"))
             self.line(f"generator_{name}", value, unit, better, samples=count, **more)
-
-        line("distance", found.distance, "frechet", "lower", floor=found.floor)
-        line("kernel_distance", found.kernel, "kid", "lower")
-        line("in_domain", found.in_domain)
-        line("precision", found.precision, training_rows=found.precision_floor)
-        line("recall", found.recall, training_rows=found.recall_floor)
-        for digit in range(10):
-            line(f"share/{digit}", found.digits[digit])
-            line(f"recall/{digit}", found.digit_recall[digit], training_rows=found.digit_recall_floor[digit])
-            line(f"diversity/{digit}", found.digit_diversity[digit], "ratio")
 
 
 PARTS: dict[str, Callable[[Report], None]] = {

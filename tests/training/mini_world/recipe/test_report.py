@@ -89,7 +89,7 @@ def test_domains_are_compared_with_floors_and_ceiling(check):
 
 def test_the_generator_is_measured_digit_by_digit(check):
     found = check("--part", "generator")
-    assert found["generator_distance"]["floor"] > 0 and found["generator_distance"]["samples"] == 70
+    assert found["generator_distance"]["training_rows"] > 0 and found["generator_distance"]["samples"] == 70
     shares = [found[f"generator_share/{digit}"]["value"] for digit in range(10)]
     assert sum(shares) == pytest.approx(1.0, abs=1e-3)
     assert all(0 <= found[f"generator_recall/{digit}"]["training_rows"] <= 1 for digit in range(10))
