@@ -1,8 +1,7 @@
 """Content hash and size of image files that were read before, so that a run need not read all again.
 
-As in git's index, an entry counts as long as path, length and both times of change stay the same. It is a memory aid:
-lines of JSON that any process may append to; lines that cannot be read are skipped, and without the file everything is
-read again.
+As in git's index, an entry counts as long as path, length and both times of change stay the same. Any process may
+append lines of JSON; lines that cannot be read are skipped, and without the file everything is read again.
 """
 
 from __future__ import annotations

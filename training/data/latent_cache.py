@@ -1,10 +1,9 @@
 """Encoded images on disk, shared by all runs: keyed by content, VAE, size, crop and flip; safe for several processes.
 
-One small safetensors file per encoded picture, with a digest over name and numbers. Files appear under a temporary name
-and are renamed, and where the file system has hard links the first one written stays, so that processes that meet in
-one folder read the same numbers; elsewhere the last one does, which differs only where the VAE's own numbers do.
-Nothing is flushed to the disk on purpose: an entry that a power failure tears fails its digest and is encoded again,
-which costs far less than thousands of flushes.
+One small safetensors file per encoded picture, with a digest over name and numbers. Files are written under a temporary
+name and renamed; where the file system has hard links the first one written stays, so that processes that share a
+folder read the same numbers. Nothing is flushed to the disk: an entry that a power failure tears fails its digest and
+is encoded again, which costs far less than thousands of flushes.
 """
 
 from __future__ import annotations
@@ -44,9 +43,8 @@ def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
         try:
             root = Path.home() / ".cache" / "indomain-guidance"
         except RuntimeError as error:  # a user without an entry, as in some containers
-            raise FileProblem(
-                "Expected a home folder to keep latents in, found none; set cache, or INDOMAIN_CACHE, to a folder."
-            ) from error
+            text = "Expected a home folder to keep latents in, found none; set cache, or INDOMAIN_CACHE, to a folder."
+            raise FileProblem(text) from error
     return root / "latents"
 
 
@@ -56,23 +54,16 @@ def log_warning(text: str) -> None:
 
 
 class LatentCache:
-    """Posterior mean and standard deviation of encoded pictures, under a folder.
+    """Posterior mean and standard deviation of encoded pictures, fp32, under a folder that may be deleted at any time.
 
-    vae_id: content hash of the autoencoder. The folder may be deleted at any time. dtype of the stored numbers: float32
-    keeps what the VAE gave; float16 halves the files and rounds by up to 5e-4 of each number's size. warn gets a
-    sentence for each of the first damaged entries. Raises FileProblem when the folder cannot be made.
+    vae_id: content hash of the autoencoder. warn gets a sentence for each of the first damaged entries. Raises
+    FileProblem when the folder cannot be made.
     """
 
-    def __init__(
-        self,
-        folder: str | os.PathLike,
-        vae_id: str,
-        dtype: torch.dtype = torch.float32,
-        warn: Callable[[str], None] = log_warning,
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike, vae_id: str, warn: Callable[[str], None] = log_warning) -> None:
         self.root = Path(folder)
         self.folder = self.root / hashlib.sha256(vae_id.encode()).hexdigest()[:20]
-        self.vae_id, self.dtype, self._warn, self._warned = vae_id, dtype, warn, 0
+        self.vae_id, self._warn, self._warned = vae_id, warn, 0
         self._scratch = self.folder / "unfinished"
         try:
             self._scratch.mkdir(parents=True, exist_ok=True)
@@ -85,7 +76,7 @@ class LatentCache:
 
     def key(self, content: str, size: Size, crop: tuple[int, int] = (0, 0), flipped: bool = False) -> str:
         """Name of one encoded picture. content: SHA-256 of the image file; size, crop: (height, width), (top, left)."""
-        parts = (PIPELINE, content, self.vae_id, *size, *crop, bool(flipped), str(self.dtype))
+        parts = (PIPELINE, content, self.vae_id, *size, *crop, bool(flipped))
         return hashlib.sha256("\n".join(map(str, parts)).encode()).hexdigest()
 
     def path(self, key: str) -> Path:
@@ -110,7 +101,7 @@ class LatentCache:
             tensors = load(data)
             mean, std = tensors["mean"], tensors["std"]
             if bytes(tensors["digest"].tolist()) == _digest(key, mean, std):
-                return mean.float(), std.float()
+                return mean, std
         self._complain(f"{path}: expected cached latents, found a damaged file; the image is encoded again.")
         with suppress(OSError):
             path.unlink()
@@ -122,7 +113,7 @@ class LatentCache:
         Raises FileProblem when the disk is full or the folder cannot be written.
         """
         # Copies of their own: as parts of a batch they would keep all of it in memory.
-        mean, std = (part.detach().to("cpu", self.dtype, copy=True).contiguous() for part in (mean, std))
+        mean, std = (part.detach().to("cpu", torch.float32, copy=True).contiguous() for part in (mean, std))
         digest = torch.tensor(list(_digest(key, mean, std)), dtype=torch.uint8)
         path, temporary = self.path(key), self._scratch / uuid.uuid4().hex
         try:
@@ -139,7 +130,7 @@ class LatentCache:
             with suppress(OSError):
                 temporary.unlink()
         other = None if placed else self.get(key)
-        return other or (mean.float(), std.float())
+        return other or (mean, std)
 
     def _complain(self, text: str) -> None:
         """Warn, but not once per image of a cache that is damaged altogether."""

@@ -1,9 +1,8 @@
-"""The paths that a pattern of braces and wildcards stands for: few enough, one after the other, and as on the disk."""
+"""The paths that a pattern of braces and wildcards stands for, bounded in number and spelled as on the disk."""
 
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import re
 import unicodedata
@@ -35,33 +34,32 @@ def expanded(pattern: str, watch: Watch | None = None) -> Iterator[Path]:
         raise DataProblem("Expected a folder of images or a shard, found an empty path; . is the folder you are in.")
     if len(pattern) > MOST_CHARACTERS:
         raise DataProblem(f"Expected a path of at most {MOST_CHARACTERS:,} characters, found {len(pattern):,}.")
-    watch, path = watch or Watch(), pattern
+    watch, path, found = watch or Watch(), pattern, 0
     with suppress(ValueError):  # a user whose name is no text that systems know
         path = os.path.expanduser(pattern)
     if os.path.exists(path):
         yield Path(path)
         return
-    found = 0
-    for one in _without_braces(path):
+    for name in _without_braces(path):
         watch.look()
-        if os.path.exists(one) or not has_magic(one):
-            matches = iter([Path(one) if os.path.lexists(one) else as_on_disk(one, watch)])
+        if os.path.lexists(name):
+            matches = [Path(name)]
         else:
-            matches = _matches(one, watch)
-        fits = 0
-        for fits, match in enumerate(matches, start=1):  # noqa: B007
-            yield match
-        if not fits:
-            raise DataProblem(f"{one}: expected images or shards, found nothing that fits the pattern; check the path.")
-        found += fits
+            matches = _matches(name, watch) if has_magic(name) else [as_on_disk(name, watch)]
+        if not matches:
+            raise DataProblem(
+                f"{name}: expected images or shards, found nothing that fits the pattern; check the path."
+            )
+        yield from matches
+        found += len(matches)
         if found > MOST_NAMES:
             raise _too_many(pattern, found)
 
 
 def as_on_disk(path: str, watch: Watch) -> Path:
-    """The path as this disk writes it: accents composed otherwise, backslashes; itself where there is no such one."""
-    for one in dict.fromkeys((path, path.replace("\\", "/"))):
-        found = _written(one, lambda name: unicodedata.normalize("NFC", name), watch)
+    """The path as this disk writes it (accents composed otherwise, slashes); itself where nothing like it is there."""
+    for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
+        found = _written(spelling, lambda name: unicodedata.normalize("NFC", name), watch)
         if found is not None:
             return found
     return Path(path)
@@ -91,74 +89,64 @@ def _written(path: str, key: Callable[[str], str], watch: Watch) -> Path | None:
 
 
 def _too_many(pattern: str, count: int) -> DataProblem:
+    many = f"{count:,}" if count < 10**12 else "more than a trillion"
     return DataProblem(
-        f"{pattern}: expected a pattern of at most {MOST_NAMES:,} names, found one of {_count(count)}; name the folder "
-        "that they lie in."
+        f"{pattern}: expected a pattern of at most {MOST_NAMES:,} names, found one of {many}; name the folder that "
+        "they lie in."
     )
 
 
-def _count(number: int) -> str:
-    return f"{number:,}" if number < 10**12 else "more than a trillion"
-
-
 def _without_braces(pattern: str) -> Iterator[str]:
-    parts = BRACES.split(pattern)  # text, choice, text, choice, ..., text
-    choices = [[part] if index % 2 == 0 else _choices(part) for index, part in enumerate(parts)]
-    if math.prod(map(len, choices)) > MOST_NAMES:
-        raise _too_many(pattern, math.prod(map(len, choices)))
+    choices, count = [], 1
+    for index, part in enumerate(BRACES.split(pattern)):  # text, choice, text, choice, ..., text
+        choices.append([part] if index % 2 == 0 else _choices(pattern, part))
+        count *= len(choices[-1])
+        if count > MOST_NAMES:
+            raise _too_many(pattern, count)
     return map("".join, itertools.product(*choices))
 
 
-class _Numbers:
-    """The numbers of ``{first..last}`` as texts, made when asked for."""
-
-    def __init__(self, first: str, last: str) -> None:
-        step = 1 if int(last) >= int(first) else -1
-        self._width = len(first) if first.startswith("0") or len(first) == len(last) else 0
-        self._numbers = range(int(first), int(last) + step, step)
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def __iter__(self) -> Iterator[str]:
-        return (str(number).zfill(self._width) for number in self._numbers)
-
-
-def _choices(inside: str) -> list[str] | _Numbers:
+def _choices(pattern: str, inside: str) -> list[str]:
+    """What stands for one pair of braces."""
     numbers = RANGE.fullmatch(inside)
-    if numbers is not None:
-        return _Numbers(*numbers.groups())
-    return inside.split(",") if "," in inside else ["{" + inside + "}"]
+    if numbers is None:
+        return inside.split(",") if "," in inside else ["{" + inside + "}"]
+    first, last = numbers.groups()
+    low, high = sorted((int(first), int(last)))
+    if high - low >= MOST_NAMES:
+        raise _too_many(pattern, high - low + 1)
+    width = len(first) if first.startswith("0") or len(first) == len(last) else 0
+    names = [str(number).zfill(width) for number in range(low, high + 1)]
+    return names if int(first) == low else names[::-1]
 
 
-def _matches(pattern: str, watch: Watch) -> Iterator[Path]:
+def _matches(pattern: str, watch: Watch) -> list[Path]:
     """The paths that fit a pattern's wildcards, level by level, each folder once."""
-    path = Path(pattern)
-    level = [path.anchor] if path.anchor else [""]
-    parts = path.parts[1 if path.anchor else 0 :]
+    anchor = Path(pattern).anchor
+    level, parts = [anchor], Path(pattern).parts[1 if anchor else 0 :]
     for depth, part in enumerate(parts):
         last = depth == len(parts) - 1
         deeper: dict[str, str] = {}
         for folder in level:
-            for one in _step_into(folder, part, last, watch):
+            for path in _step_into(folder, part, last, watch):
                 watch.look()
                 # What lies elsewhere by a link or by ".." counts once per level, or "*/../*/.." would have no end.
-                deeper.setdefault(one if last else os.path.realpath(one), one)
+                deeper.setdefault(path if last else os.path.realpath(path), path)
                 if len(deeper) > MOST_NAMES:
                     raise _too_many(pattern, len(deeper))
         level = list(deeper.values())
-    return map(Path, sorted(level))
+    return [Path(name) for name in sorted(level)]
 
 
 def _step_into(folder: str, part: str, last: bool, watch: Watch) -> Iterator[str]:
     """What fits one name of a pattern in a folder; all but the last name stand for folders."""
     if part == "**":
         yield folder
-        for step in walk(Path(folder or "."), watch, lambda name: name.startswith(".")):
-            for end in range(1, len(step.parts)):
-                yield os.path.join(folder, *step.parts[:end])
-            if last and step.kind == "file":
-                yield os.path.join(folder, *step.parts)
+        for found in walk(Path(folder or "."), watch, lambda name: name.startswith(".")):
+            for end in range(1, len(found.parts)):
+                yield os.path.join(folder, *found.parts[:end])
+            if last and found.kind == "file":
+                yield os.path.join(folder, *found.parts)
     elif not has_magic(part):
         there = os.path.join(folder, part)
         if os.path.lexists(there) if last else os.path.isdir(there):

@@ -1,8 +1,8 @@
-"""What lies where in a .tar file: the headers alone, read so that no damage can mislead, hang or cost memory.
+"""Which files lie where in a .tar file, from its headers alone; no damage can mislead, hang or cost memory.
 
-Python's own reader takes a damaged header for the end, goes round in circles over a negative size and raises errors of
-many kinds. This one knows what WebDataset, GNU tar, bsdtar and Python write: ustar, GNU and pax headers with long names
-and large sizes; sparse files and links are noted, folders and devices passed over.
+Python's own reader takes a damaged header for the end, loops forever over a negative size and raises errors of many
+kinds. This one reads what WebDataset, GNU tar, bsdtar and Python write: ustar, GNU and pax headers with long names and
+large sizes; sparse files and links are noted, folders and devices passed over.
 """
 
 from __future__ import annotations
@@ -38,7 +38,12 @@ class Member:
 
 
 class _Damage(Exception):
-    """What is wrong with a header."""
+    """What is wrong; "{}" stands for the number of members before it."""
+
+
+CUT_OFF = "is cut off after {}; copy it again"
+DAMAGED = "is damaged or cut off after {}; copy it again"
+NO_SIZE = "is damaged after {} (a header without a readable size); copy it again"
 
 
 class NoShard(Exception):
@@ -48,8 +53,7 @@ class NoShard(Exception):
 def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
     """(the files whose bytes are all there, what is wrong: "" for a sound shard).
 
-    Folders and devices are not among them; links and sparse files are, with a note. The fault says after how many
-    members, folders and links counted. Raises NoShard, OSError, Cancelled.
+    Folders and devices are not among them; links and sparse files are, with a note. Raises NoShard, OSError, Cancelled.
     """
     found: list[Member] = []
     with open_plain(path) as file:
@@ -65,7 +69,7 @@ def members(path: Path, watch: Watch) -> tuple[list[Member], str]:
         except OSError as error:
             fault = f"cannot be read after {{}} ({error.strerror or error}); copy it again"
         if reader.count == 0 and reader.first_is_none:
-            raise NoShard(_kind(reader.start, reader.size))
+            raise NoShard(_other_kind(reader.start, reader.size))
     count = f"{reader.count} member" + "s" * (reader.count != 1)
     return found, fault.replace("{}", count)
 
@@ -99,7 +103,7 @@ class _Headers:
             header = self._header(number)
             if header is None:
                 if name is not None or size is not None:
-                    raise _Damage("is damaged or cut off after {}; copy it again")
+                    raise _Damage(DAMAGED)
                 return
             kind, length = header[156:157], _number(header[124:136])
             if kind in LONG_NAME or kind == PAX or kind in OTHER_PAX:
@@ -142,7 +146,7 @@ class _Headers:
             sound = False
         if not sound:
             self.first_is_none = number == 0
-            raise _Damage("is damaged or cut off after {}; copy it again")
+            raise _Damage(DAMAGED)
         self.offset += BLOCK
         return header
 
@@ -151,7 +155,7 @@ class _Headers:
             raise _Damage("is damaged after {} (a name or header of impossible length); copy it again")
         data = self.file.read(length)
         if len(data) < length:
-            raise _Damage("is cut off after {}; copy it again")
+            raise _Damage(CUT_OFF)
         self.offset += -(-length // BLOCK) * BLOCK
         return data
 
@@ -161,15 +165,13 @@ class _Headers:
             self.watch.ask()
             block = self.file.read(BLOCK)
             if len(block) < BLOCK:
-                raise _Damage("is cut off after {}; copy it again")
+                raise _Damage(CUT_OFF)
             self.offset, more = self.offset + BLOCK, block[504]
 
 
-def _kind(start: bytes, size: int) -> str:
-    if not size:
-        return "an empty file"
+def _other_kind(start: bytes, size: int) -> str:
     packed = (f"a file packed with {name}" for mark, name in PACKED.items() if start.startswith(mark))
-    return next(packed, "another file")
+    return next(packed, "another file") if size else "an empty file"
 
 
 def _fault_at_end(file: BinaryIO, offset: int) -> str:
@@ -179,7 +181,7 @@ def _fault_at_end(file: BinaryIO, offset: int) -> str:
     if not mark:
         return "ends after {} without an end mark, so more of them may be missing; copy it again"
     if len(mark) < BLOCK or any(mark):
-        return "is damaged or cut off after {}; copy it again"
+        return DAMAGED
     if any(rest):
         return "goes on behind the end mark after {}, of which nothing is read; make one tar of all"
     return ""
@@ -190,14 +192,14 @@ def _number(field: bytes) -> int:
     if field[0] == 0x80:
         return int.from_bytes(field[1:], "big")
     digits = field.split(b"\0", 1)[0].strip(b" ")
-    if any(one not in b"01234567" for one in digits):
-        raise _Damage("is damaged after {} (a header without a readable size); copy it again")
+    if digits.strip(b"01234567"):
+        raise _Damage(NO_SIZE)
     return int(digits or b"0", 8)
 
 
 def _decimal(text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= 20):
-        raise _Damage("is damaged after {} (a header without a readable size); copy it again")
+        raise _Damage(NO_SIZE)
     return int(text)
 
 
@@ -205,7 +207,7 @@ def _sums(header: bytes) -> tuple[int, int]:
     """The checksum of a header, and as some old programs counted it, with signed bytes."""
     body = header[:148] + b" " * 8 + header[156:]
     total = sum(body)
-    return total, total - 256 * sum(one > 127 for one in body)
+    return total, total - 256 * sum(byte > 127 for byte in body)
 
 
 def _text(data: bytes) -> str:

@@ -28,6 +28,8 @@ READING = MemoryBudget(MOST_BYTES)
 ADDRESS = re.compile(r"(https?|ftp|s3|gs|hf):/", re.IGNORECASE)
 LONGEST_NAME = 10_000  # characters of an image's name in messages; no system has longer paths
 
+Places = Sequence[str | os.PathLike]
+
 
 @dataclass(frozen=True)
 class ImageEntry:
@@ -58,18 +60,16 @@ class ImageEntry:
         return data
 
     def stamp(self) -> tuple[str, int, int, int] | None:
-        """(identity, bytes, time of change, time of change of the entry itself, in ns), None: unknown.
+        """(path, bytes, time of change, the system's own time of change, in ns); None when the file cannot be asked.
 
-        As long as it stays the same, so has the content. Programs set the first time as they like, unpackers to one
-        that is in the archive; the second is the system's own. On Windows, which gives a new file the second time of
-        the one whose name it takes, it is the file's number instead.
+        While it stays the same, the content does. Programs set the first time as they like, the second they cannot. On
+        Windows, where a new file takes over the second time with a name, it is the file's number instead.
         """
         try:
             status = os.stat(self.path)
         except OSError:
             return None
-        where = str(self.path.absolute())
-        where = f"{where}!{self.offset}" if self.in_shard else where
+        where = f"{self.path.absolute()}" + (f"!{self.offset}" if self.in_shard else "")
         own = status.st_ino % 2**63 if os.name == "nt" else status.st_ctime_ns
         return where, status.st_size, status.st_mtime_ns, own
 
@@ -110,10 +110,10 @@ def content(entry: Entry) -> Iterator[bytes]:
 
 @dataclass
 class Found:
-    """What a search came upon.
+    """What a search found.
 
     skipped: (name, reason) of folders, shards and links that could not be read. ignored: how many files of which ending
-    were no images, and how many images and folders were left out for what else.
+    are no images, and how many images and folders were left out for another reason.
     """
 
     entries: list[ImageEntry] = field(default_factory=list)
@@ -121,7 +121,7 @@ class Found:
     ignored: Counter[str] = field(default_factory=Counter)
 
 
-def find_images(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> list[ImageEntry]:
+def find_images(data: Places, watch: Watch | None = None) -> list[ImageEntry]:
     """All images under folders, files and .tar shards; see `search`. Raises DataProblem when there are none."""
     found = search(data, watch)
     if not found.entries:
@@ -129,68 +129,64 @@ def find_images(data: Sequence[str | os.PathLike], watch: Watch | None = None) -
     return found.entries
 
 
-def nothing_found(data: Sequence[str | os.PathLike], found: Found) -> str:
-    """One sentence about a search that came upon no image."""
-    where = ", ".join(str(one) for one in data) or "data"
+def nothing_found(data: Places, found: Found) -> str:
+    """One sentence about a search that found no image."""
+    where = ", ".join(map(str, data)) or "data"
     others = ", ".join(f"{count} {kind or 'without ending'}" for kind, count in found.ignored.most_common(5))
     also = f", only other files ({others})" if others else ""
     if found.skipped:
         place, reason = found.skipped[0]
         also += f"; what could not be read ({len(found.skipped)}): {place} {reason}"
         also += " ..." if len(found.skipped) > 1 else ""
-    kinds = ", ".join(SUFFIXES)
     cure = " Unpack archives first." if any(kind in PACKED for kind in found.ignored) else ""
+    kinds = ", ".join(SUFFIXES)
     return f"{where}: expected images ({kinds}), found none{also}. Name a folder with images or .tar shards.{cure}"
 
 
-def search(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> Found:
+def search(data: Places, watch: Watch | None = None) -> Found:
     """Look for images in folders (recursively, symbolic links followed once), single files and .tar shards.
 
     Patterns like ``shard-{0000..0003}.tar``, ``{train,more}/*.tar`` and ``~`` are expanded. Hidden files and folders
-    and macOS' ``__MACOSX`` are left out, and so are training runs below a place, whose pictures show what was learned
-    from the others, and masks that lie beside their pictures. Each place's images are sorted by name; a file that is
-    named twice counts once. Nothing is opened but shards, and of those only the headers are read. A shard that is
-    damaged, or none, is among the skipped.
+    and macOS' ``__MACOSX`` are left out, and so are training runs below a place, whose pictures are made by a model,
+    and masks that lie beside their pictures. Each place's images are sorted by name; a file that is named twice counts
+    once. Of shards the headers are read, other files are not opened. A damaged shard is among the skipped.
 
-    watch: whom to ask whether to stop, and the folders that must not be left. Raises DataProblem for a place that does
-    not exist or lies outside of those, and what `Watch.look` does.
+    Raises DataProblem for a place that does not exist or lies outside of the watch's folders, and what `Watch.look`
+    does.
     """
-    found, seen, watch = Found(), set(), watch or Watch()
-    for one in data:
-        for place in expanded(os.fspath(one), watch):
-            watch.look()
-            if not watch.allows(place):
-                raise DataProblem(f"{place}: expected a place in the folders that may be read, found one outside.")
-            if os.path.isdir(place):
-                _search_folder(place, found, seen, watch)
-            elif not os.path.isfile(place):
-                raise DataProblem(_not_there(place, watch))
-            else:
-                _search_file(place, str(place) if ending(place.name) == SHARD else place.name, found, seen, watch)
-    return found
+    searching = _Search(watch or Watch())
+    for place, allowed in searching.places(data):
+        if not allowed:
+            raise DataProblem(f"{place}: expected a place in the folders that may be read, found one outside.")
+        if os.path.isdir(place):
+            searching.folder(place)
+        elif os.path.isfile(place):
+            searching.file(place, str(place) if ending(place.name) == SHARD else place.name)
+        else:
+            raise DataProblem(_not_there(place, searching.watch))
+    return searching.found
 
 
-def fingerprint(data: Sequence[str | os.PathLike], watch: Watch | None = None) -> str:
+def fingerprint(data: Places, watch: Watch | None = None) -> str:
     """Changes when a file that `search` would see is added, removed, changed or replaced by another one.
 
     A file replaced by one of the same size and time counts as another. Nothing is opened; what is not there is passed
     over. Raises DataProblem for patterns without end, and what `Watch.look` does.
     """
-    digest, watch = hashlib.sha256(), watch or Watch()
-    for one in data:
-        for place in expanded(os.fspath(one), watch):
-            if not watch.allows(place):
-                continue
-            steps = walk(place, watch, _unwanted) if os.path.isdir(place) else ()
-            for path in (place, *(step.path for step in steps if step.kind == "file")):
-                stamp = ImageEntry("", path, 0).stamp()
-                if stamp is not None and not os.path.isdir(path):
-                    digest.update(f"{stamp}\n".encode("utf-8", "surrogatepass"))
+    digest, searching = hashlib.sha256(), _Search(watch or Watch())
+    for place, allowed in searching.places(data):
+        if not allowed:
+            continue
+        inside = walk(place, searching.watch, _unwanted) if os.path.isdir(place) else ()
+        for path in (place, *(entry.path for entry in inside if entry.kind == "file")):
+            stamp = ImageEntry("", path, 0).stamp()
+            if stamp is not None and not os.path.isdir(path):
+                digest.update(f"{stamp}\n".encode("utf-8", "surrogatepass"))
     return digest.hexdigest()
 
 
 def image_entries(images: Tensor | Sequence[Tensor], name: str = "image") -> list[MemoryEntry]:
-    """Entries for images in memory: [B, H, W, C] or any number of [H, W, C] or [B, H, W, C], C = 3 or 4, in 0..1.
+    """Entries for images in memory: [B, H, W, C], or any number of [H, W, C] or [B, H, W, C], C = 3 or 4, in 0..1.
 
     Raises DataProblem for other shapes and for no images at all.
     """
@@ -234,79 +230,83 @@ def _unwanted(name: str) -> bool:
     return (name.startswith(".") and name not in (".", "..")) or name == "__MACOSX"
 
 
-def _search_folder(root: Path, found: Found, seen: set[str], watch: Watch) -> None:
-    files: list[tuple[tuple[str, ...], Path]] = []
-    for step in walk(root, watch, _unwanted):
-        if step.kind == "left out":
-            found.ignored[step.note] += 1
-        elif step.kind == "fault":
-            _miss(step.path, step.note, found)
-        elif ending(step.path.name) in (*SUFFIXES, SHARD):
-            files.append((step.parts, step.path))
-        else:
-            found.ignored[ending(step.path.name)] += 1
-    pictures = {(*parts[:-1], Path(parts[-1]).stem) for parts, _ in files}
-    for parts, path in sorted(files):
-        of = masked(Path(parts[-1]).stem)
-        if of is not None and (*parts[:-1], of) in pictures:
-            found.ignored[MASK] += 1
-        else:
-            _search_file(path, "/".join(parts), found, seen, watch)
+class _Search:
+    """One search: what it has found, and which files it has seen."""
 
+    def __init__(self, watch: Watch) -> None:
+        self.watch, self.found, self.seen = watch, Found(), set()
 
-def _miss(path: Path, fault: str, found: Found) -> None:
-    """Tell of what is not there to look at; what its name says to be no image is ignored as if it were."""
-    if ending(path.name) in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
-        found.skipped.append((_label(path), fault))
-    else:
-        found.ignored[ending(path.name)] += 1
+    def places(self, data: Places) -> Iterator[tuple[Path, bool]]:
+        """(file or folder that a pattern stands for, whether it may be read)."""
+        for pattern in data:
+            for place in expanded(os.fspath(pattern), self.watch):
+                self.watch.look()
+                yield place, self.watch.allows(place)
 
+    def folder(self, root: Path) -> None:
+        files: list[tuple[tuple[str, ...], Path]] = []
+        for entry in walk(root, self.watch, _unwanted):
+            kind = ending(entry.path.name)
+            if entry.kind == "left out":
+                self.found.ignored[entry.note] += 1
+            elif entry.kind == "fault" and kind in (*SUFFIXES, SHARD, ""):  # without ending it may be a folder
+                self.found.skipped.append((_label(entry.path), entry.note))
+            elif entry.kind == "file" and kind in (*SUFFIXES, SHARD):
+                files.append((entry.parts, entry.path))
+            else:
+                self.found.ignored[kind] += 1
+        pictures = {(*parts[:-1], Path(parts[-1]).stem) for parts, _ in files}
+        for parts, path in sorted(files):
+            picture = masked(Path(parts[-1]).stem)
+            if picture is not None and (*parts[:-1], picture) in pictures:
+                self.found.ignored[MASK] += 1
+            else:
+                self.file(path, "/".join(parts))
 
-def _search_file(path: Path, name: str, found: Found, seen: set[str], watch: Watch) -> None:
-    """Add a file that may be an image or a shard; name: what to call it."""
-    kind, place = ending(path.name), _label(path)
-    if kind in PACKED:
-        found.skipped.append((place, "is a packed archive, and only folders and .tar are read; unpack it first"))
-        return
-    if kind not in (*SUFFIXES, SHARD):
-        found.ignored[kind] += 1
-        return
-    real = os.path.normcase(os.path.realpath(path))
-    if real in seen:
-        return
-    seen.add(real)
-    try:
-        if kind == SHARD:
-            _search_shard(path, name, found, watch)
-        else:
-            found.entries.append(ImageEntry(_label(name), path, path.stat().st_size))
-    except NoShard as error:
-        found.skipped.append((place, f"is no uncompressed tar of images but {error}; make it again"))
-    except OSError as error:
-        found.skipped.append((place, f"cannot be read ({error.strerror or error})"))
+    def file(self, path: Path, name: str) -> None:
+        """Add a file that may be an image or a shard; name: what to call it."""
+        kind, place = ending(path.name), _label(path)
+        if kind in PACKED:
+            reason = "is a packed archive, and only folders and .tar are read; unpack it first"
+            self.found.skipped.append((place, reason))
+            return
+        if kind not in (*SUFFIXES, SHARD):
+            self.found.ignored[kind] += 1
+            return
+        real = os.path.normcase(os.path.realpath(path))
+        if real in self.seen:
+            return
+        self.seen.add(real)
+        try:
+            if kind == SHARD:
+                self.shard(path, name)
+            else:
+                self.found.entries.append(ImageEntry(_label(name), path, path.stat().st_size))
+        except NoShard as error:
+            self.found.skipped.append((place, f"is no uncompressed tar of images but {error}; make it again"))
+        except OSError as error:
+            self.found.skipped.append((place, f"cannot be read ({error.strerror or error})"))
 
-
-def _search_shard(path: Path, name: str, found: Found, watch: Watch) -> None:
-    """Add a shard's images in the order they are in. Raises NoShard, OSError."""
-    plain, fault = members(path, watch)
-    if fault:
-        found.skipped.append((_label(path), fault))
-    wanted = [member for member in plain if not any(map(_unwanted, _parts(member.name)))]
-    # As unpacking leaves a name that was added again.
-    latest = {member.name: member for member in wanted if not member.note}
-    chosen = _one_per_key(list(latest.values()))
-    for member in wanted:
-        if member.note:
-            found.ignored[member.note if ending(member.name) in SUFFIXES else ending(member.name)] += 1
-        elif latest[member.name] is not member:
-            found.ignored["replaced by a later one of their name"] += 1
-        elif member.name in chosen and chosen[member.name] is member:
-            label = _label(f"{name}!{member.name}")
-            found.entries.append(ImageEntry(label, path, member.size, member.offset, True))
-        elif ending(member.name) not in SUFFIXES:
-            found.ignored[ending(member.name)] += 1
-        else:
-            found.ignored["of samples with another image"] += 1
+    def shard(self, path: Path, name: str) -> None:
+        """Add a shard's images in the order they are in. Raises NoShard, OSError."""
+        found, (plain, fault) = self.found, members(path, self.watch)
+        if fault:
+            found.skipped.append((_label(path), fault))
+        wanted = [member for member in plain if not any(map(_unwanted, _parts(member.name)))]
+        # As unpacking leaves a name that was added again.
+        latest = {member.name: member for member in wanted if not member.note}
+        chosen = _one_per_key(list(latest.values()))
+        for member in wanted:
+            kind = ending(member.name)
+            if member.note:
+                found.ignored[member.note if kind in SUFFIXES else kind] += 1
+            elif latest[member.name] is not member:
+                found.ignored["replaced by a later one of their name"] += 1
+            elif chosen.get(member.name) is member:
+                label = _label(f"{name}!{member.name}")
+                found.entries.append(ImageEntry(label, path, member.size, member.offset, True))
+            else:
+                found.ignored["of samples with another image" if kind in SUFFIXES else kind] += 1
 
 
 def _parts(name: str) -> list[str]:
