@@ -8,7 +8,7 @@ from pathlib import Path
 
 from .. import render
 from . import glyphs, stages
-from .report import PARTS, Report
+from .report import PARTS, WeightsReport
 
 
 def _count(text: str) -> int:
@@ -55,7 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         if options.command == "check":
-            report = Report(options.samples, options.seed, options.keep)
+            report = WeightsReport(options.samples, options.seed, options.keep)
             for name in options.part or PARTS:
                 PARTS[name](report)
         else:

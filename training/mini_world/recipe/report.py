@@ -23,7 +23,7 @@ TARGETS = {"digit": 0.97, "ink": 0.95, "ground": 0.95}  # shares that the prior'
 SECOND = "held_out_judge/"  # begins the names of what the second judge says
 
 
-class Report:
+class WeightsReport:
     """Measures the shipped weights; each part prints its lines. keep: a folder for sampled pictures, to continue from.
 
     samples: pictures or prompts of a measurement.
@@ -169,10 +169,10 @@ class Report:
             self.line(f"generator_{name}", value, unit, better, samples=count, **more)
 
 
-PARTS: dict[str, Callable[[Report], None]] = {
-    "judges": Report.part_judges,
-    "autoencoder": Report.part_autoencoder,
-    "prior": Report.part_prior,
-    "domains": Report.part_domains,
-    "generator": Report.part_generator,
+PARTS: dict[str, Callable[[WeightsReport], None]] = {
+    "judges": WeightsReport.part_judges,
+    "autoencoder": WeightsReport.part_autoencoder,
+    "prior": WeightsReport.part_prior,
+    "domains": WeightsReport.part_domains,
+    "generator": WeightsReport.part_generator,
 }

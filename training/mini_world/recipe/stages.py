@@ -31,7 +31,7 @@ from .. import MINI_WORLD, assets, render, tokens
 from ..classifier import HEADS, Classifier
 from . import train_autoencoder, train_classifier, train_domain, train_generator, train_prior
 from .kept_files import made_once, weights_hash
-from .loop import Model
+from .loop import LoopConfig, Model
 
 LICENCE = "Apache-2.0"
 STATISTICS_IMAGES = 2048  # on which the latents' scale and preview colours are measured
@@ -80,9 +80,10 @@ def staged_weights(work: Path) -> Path:
     return work / "weights"
 
 
-def _write(work: Path, name: str, state_dict: dict[str, Tensor], metadata: dict[str, str]) -> Path:
-    common = {"format": "indomain_guidance.mini_world", "licence": LICENCE, "data": json.dumps(DATA_LICENCES)}
-    return write_safetensors(staged_weights(work) / f"{name}.safetensors", half(state_dict), {**common, **metadata})
+def _write(work: Path, loop: LoopConfig, seed: int, name: str, model: torch.nn.Module, **metadata: str) -> None:
+    about = {"format": "indomain_guidance.mini_world", "licence": LICENCE, "data": json.dumps(DATA_LICENCES)}
+    about |= {"steps": str(loop.steps), "ema": str(loop.ema), "seed": str(seed), **metadata}
+    write_safetensors(staged_weights(work) / f"{name}.safetensors", half(model.state_dict()), about)
 
 
 def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
@@ -90,19 +91,10 @@ def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
     model = rounded(train_autoencoder.train(work, seed))
     source = f"autoencoder {weights_hash(model)}, {STATISTICS_IMAGES} images, seed {seed}"
     scale, factors, bias = made_once(work / "autoencoder.statistics", source, lambda: latent_statistics(model, seed))
-    _write(
-        work,
-        "autoencoder",
-        model.state_dict(),
-        {
-            "config": json.dumps(model.config.to_dict()),
-            "scale_factor": repr(scale),
-            "seed": str(seed),
-            "latent_rgb_factors": json.dumps(factors),
-            "latent_rgb_bias": json.dumps(bias),
-            "steps": str(train_autoencoder.LOOP.steps),
-        },
-    )
+    previews = {"latent_rgb_factors": json.dumps(factors), "latent_rgb_bias": json.dumps(bias)}
+    config = json.dumps(model.config.to_dict())
+    loop = train_autoencoder.LOOP
+    _write(work, loop, seed, "autoencoder", model, config=config, scale_factor=repr(scale), **previews)
     return model, scale
 
 
@@ -110,37 +102,18 @@ def make_classifier(work: Path, seed: int = 0, held_out: bool = False) -> Classi
     """Stage 2: the judge; with ``held_out`` the second one, trained on the held-out fonts and rows alone."""
     model = rounded(train_classifier.train(work, seed, held_out=held_out))
     loop = train_classifier.HELD_OUT_LOOP if held_out else train_classifier.LOOP
-    _write(
-        work,
-        loop.name,
-        model.state_dict(),
-        {
-            "heads": json.dumps(HEADS),
-            "steps": str(loop.steps),
-            "seed": str(seed),
-            "trained_on": "held-out fonts and rows" if held_out else "trained fonts and rows",
-        },
-    )
+    images = "held-out fonts and rows" if held_out else "trained fonts and rows"
+    _write(work, loop, seed, loop.name, model, heads=json.dumps(HEADS), trained_on=images)
     return model
 
 
 def make_prior(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> train_prior.PriorNetworks:
     """Stage 3: UNet and text encoder."""
-    model = rounded(train_prior.train(work, autoencoder, scale, seed))
-    about = {"steps": str(train_prior.LOOP.steps), "seed": str(seed), "ema": str(train_prior.LOOP.ema)}
-    _write(
-        work,
-        "prior_unet",
-        model.unet.state_dict(),
-        {"config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": MINI_WORLD, **about},
-    )
-    shipped = {**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN}
-    _write(
-        work,
-        "text_encoder",
-        model.text.state_dict(),
-        {"config": json.dumps(shipped), "token_ids": json.dumps(list(tokens.ROW_IDS)), **about},
-    )
+    model, loop = rounded(train_prior.train(work, autoencoder, scale, seed)), train_prior.LOOP
+    about = {"config": train_prior.UNET.to_json(), "prediction_type": "epsilon", "latent_format": MINI_WORLD}
+    _write(work, loop, seed, "prior_unet", model.unet, **about)
+    config = json.dumps({**train_prior.TEXT.to_dict(), "vocab_size": END_TOKEN + 1, "end_token": END_TOKEN})
+    _write(work, loop, seed, "text_encoder", model.text, config=config, token_ids=json.dumps(list(tokens.ROW_IDS)))
     return model
 
 

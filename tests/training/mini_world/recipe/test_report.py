@@ -57,9 +57,9 @@ def test_kept_pictures_are_those_of_the_same_scale_prompts_and_seed(tmp_path, mo
         return torch.full((1,), float(len(drawn))), 2.0
 
     monkeypatch.setattr(report, "sample_prompts", sample_prompts)
-    first = report.Report(10, 0, tmp_path)
+    first = report.WeightsReport(10, 0, tmp_path)
     asked = [first.sample(first.prompts, scale, "prior") for scale in (2.0, 2.0, 3.0)]
-    other = report.Report(10, 1, tmp_path)
+    other = report.WeightsReport(10, 1, tmp_path)
     asked.append(other.sample(other.prompts, 3.0, "prior"))
     assert [int(pictures) for pictures in asked] == [1, 1, 2, 3] and drawn == [0, 0, 1]
 
@@ -125,7 +125,7 @@ def test_the_best_scale_is_the_one_whose_worst_reading_is_best_and_the_others_ar
         return {"digit": digit, "ink": (red * 5 + 15) / 20, "ground": 1.0, "by_colour": colours}
 
     monkeypatch.setattr(report, "SCALES", tuple(readings))
-    monkeypatch.setattr(report.Report, "obedience", obedience)
+    monkeypatch.setattr(report.WeightsReport, "obedience", obedience)
     found = check("--part", "prior")
     assert found["prior_best_scale"]["value"] == 2.0 and found["prior_digit_accuracy"]["value"] == 0.98
     assert found["prior_ink_accuracy/worst"]["value"] == 0.96 and found["prior_ink_accuracy/worst"]["colour"] == "red"
