@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: a few shapes of about the same area, so that pictures keep most of themselves in a batch."""
+"""Aspect-ratio buckets: a few shapes of about the same area, so that cropping to one of them removes little."""
 
 from __future__ import annotations
 

@@ -22,12 +22,12 @@ MASKS = ("-masklabel", "-condlabel", "_masklabel", ".masklabel", ".mask", "_mask
 
 
 def ending(name: str) -> str:
-    """The ending of a file's name in small letters, spaces and dots behind it (which Windows drops) left away."""
+    """The ending of a file's name in small letters, without trailing spaces and dots, which Windows drops."""
     return PurePath(name.replace("\\", "/").rstrip(" .")).suffix.lower()
 
 
 def masked(stem: str) -> str | None:
-    """The name without ending of the picture that a mask of this name belongs to; None when it is no mask's name."""
+    """For the name of a mask, without ending: the name of the picture it belongs to. None for other names."""
     for mark in MASKS:
         if stem.lower().endswith(mark) and len(stem) > len(mark):
             return stem[: -len(mark)]

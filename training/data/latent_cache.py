@@ -49,7 +49,7 @@ def default_cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
 
 
 def log_warning(text: str) -> None:
-    """Where warnings go unless the caller wants them."""
+    """Where warnings go unless the caller takes them."""
     logger(__name__).warning(text)
 
 
@@ -84,7 +84,7 @@ class LatentCache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether there is a file for the key; only reading tells whether it is whole."""
+        """Whether there is a file for the key, damaged or not."""
         return self.path(key).is_file()
 
     def get(self, key: str) -> tuple[Tensor, Tensor] | None:

@@ -12,7 +12,7 @@ from .problems import Cancelled
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-PATIENCE_S = 0.2  # between two looks at should_stop while a result is waited for
+ASK_EVERY_S = 0.2  # should_stop, while a result is waited for
 
 
 def default_workers() -> int:
@@ -29,9 +29,9 @@ def in_order(
 ) -> Generator[Result, None, None]:
     """`map` in threads, with at most `ahead` results waiting (None: two per thread), so that memory stays bounded.
 
-    An exception of `function` comes out where its result would have. When the caller stops early, work that has not
-    begun is dropped. should_stop is asked while a result is waited for; Cancelled is raised at once when it says so,
-    and what the threads are at is left to end by itself.
+    An exception of `function` is raised where its result would have come. When the caller stops early, work that has
+    not begun is dropped. should_stop is asked while a result is waited for; when it says so, Cancelled is raised at
+    once, and the threads end by themselves after the item they work on.
     """
     workers = workers or default_workers()
     ahead = 2 * workers if ahead is None else max(1, min(ahead, 2 * workers))
@@ -42,7 +42,7 @@ def in_order(
 
     def first() -> Result:
         future = waiting.popleft()
-        while should_stop is not None and not wait([future], PATIENCE_S).done:
+        while should_stop is not None and not wait([future], ASK_EVERY_S).done:
             if should_stop():
                 raise Cancelled
         return future.result()

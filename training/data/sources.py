@@ -314,10 +314,10 @@ def _parts(name: str) -> list[str]:
 
 
 def _one_per_key(members: Sequence[Member]) -> dict[str, Member]:
-    """The image of each WebDataset sample: members of one key (the name up to the first dot) belong together.
+    """The images of WebDataset samples, by name: members of one key (the name up to the first dot) are one sample.
 
     A sample's ``KEY.jpg`` (or the first of the other endings) is its image, and ``KEY.mask.png`` beside it is not.
-    Without a plain one all its images count, because then the dots are just part of file names.
+    Where no name is KEY and an ending alone, dots are part of the file names, and all are images.
     """
     samples: dict[str, list[tuple[str, Member]]] = {}
     for member in members:

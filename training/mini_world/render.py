@@ -1,4 +1,4 @@
-"""The two worlds of the miniature: rendered digits with captions, handwritten ones without, as coloured 64 px images.
+"""The two worlds of the miniature: rendered digits with captions, handwritten ones without, in colour at 64 px.
 
 An image is a mask (how much ink, 0..1) painted with an ink and a ground colour, so the exact picture of any prompt in
 the other world's shapes exists: that is what distances are measured against.

@@ -1,4 +1,4 @@
-"""The recipe's loop for two networks that train against each other: generator and discriminator, as in StyleGAN2."""
+"""Training of two networks against each other: generator and discriminator, as in StyleGAN2."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .loop import LoopConfig, run_steps, update_average
 
 @dataclass(frozen=True)
 class AdversarialConfig(LoopConfig):
-    """What one stage trains with; both networks share rate and schedule: constant, then down to 0 over the last part.
+    """Settings of one stage; both networks share rate and schedule: constant, then down to 0 over the last part.
 
     gamma: of the gradient penalties R1 and R2 (0: none), evaluated every ``lazy`` steps. fall: share of the steps over
     which the rate falls; 0 keeps it, for a stage that another one continues. ``clip`` and ``weight_decay`` are not
@@ -49,15 +49,15 @@ def pair_of(generator: StyleGAN2, discriminator: Discriminator) -> Pair:
 def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     """Relativistic pairing loss (arXiv 1807.00734, section 4.1): logits [B] of real pictures above those of made ones.
 
-    Each made picture is told from a real one of its own, rather than all from one bound for everything: a generator
-    that draws two of ten digits cannot stay where it is (arXiv 2501.05441, section 2). The penalties at real and at
-    made pictures are what that paper needs for it to settle.
+    Each made picture is compared with a real one, instead of all with one threshold, so that a generator which draws
+    only some of the digits keeps a gradient towards the others (arXiv 2501.05441, section 2). It converges with the
+    penalties at real and at made pictures.
     """
     return F.softplus(fake.float() - real.float()).mean()
 
 
 def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """The same with the roles exchanged."""
+    """`discriminator_loss` with the roles exchanged."""
     return discriminator_loss(fake, real)
 
 

@@ -1,4 +1,4 @@
-"""The adversary of the mini world's generator: a small StyleGAN2 discriminator, for training alone."""
+"""A small StyleGAN2 discriminator; it only trains the mini world's generator and does not ship."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """The plain resumable training loop of the mini world's recipe: atomic checkpoints, AdamW, one-cycle rate, an average.
 
-The production trainer is a different thing; this one exists so that every shipped weight can be made again from a seed.
+It is independent of `training.domain`, so that every shipped weight can be made again from a seed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoopConfig:
-    """What one stage trains with; ``rate`` is the peak of a one-cycle schedule, ``ema`` 0 keeps no average."""
+    """Settings of one stage; ``rate`` is the peak of a one-cycle schedule, ``ema`` 0 keeps no average."""
 
     name: str
     steps: int

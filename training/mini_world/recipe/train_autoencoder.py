@@ -44,7 +44,7 @@ def reconstruction_loss(model: Autoencoder, generator: Generator, step: int) -> 
     return loss, {"psnr": psnr, "kl": float(kl.detach()), "std": float(mean.detach().std())}
 
 
-def train(work: Path, seed: int = 0, steps: int | None = None) -> Autoencoder:
+def train(work: Path, seed: int = 0) -> Autoencoder:
     """Train (or finish) the autoencoder in folder ``work``."""
     torch.manual_seed(seed)
-    return run_loop(replace(LOOP, seed=seed, steps=steps or LOOP.steps), Autoencoder(CONFIG), reconstruction_loss, work)
+    return run_loop(replace(LOOP, seed=seed), Autoencoder(CONFIG), reconstruction_loss, work)

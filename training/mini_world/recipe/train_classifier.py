@@ -54,9 +54,8 @@ def classification_loss(
     return sum(losses[1:], losses[0]) + 1e-3 * features.float().square().mean(), right
 
 
-def train(work: Path, seed: int = 0, steps: int | None = None, held_out: bool = False) -> Classifier:
+def train(work: Path, seed: int = 0, held_out: bool = False) -> Classifier:
     """Train (or finish) a judge in folder ``work``: on the trained fonts and rows, or on the held-out ones alone."""
     loop, seed = (HELD_OUT_LOOP, seed + 8) if held_out else (LOOP, seed + 4)
     torch.manual_seed(seed)
-    loop = replace(loop, seed=seed, steps=steps or loop.steps)
-    return run_loop(loop, Classifier(), partial(classification_loss, held_out=held_out), work)
+    return run_loop(replace(loop, seed=seed), Classifier(), partial(classification_loss, held_out=held_out), work)

@@ -48,7 +48,6 @@ def train(
     autoencoder: Autoencoder,
     scale: float,
     seed: int = 0,
-    steps: int | None = None,
 ) -> UNet:
     """Train (or finish) the ``cached`` text-free copy of the prior on one domain in folder ``work``."""
     weights, text_free = build_cached(prior, config, null_context)
@@ -63,5 +62,5 @@ def train(
         return (error * loss_weight(schedule, timesteps)).mean(), {}
 
     seed += 6 + DOMAINS.index(domain)
-    loop = replace(LOOP, name=f"domain-{domain}", seed=seed, steps=steps or LOOP.steps)
+    loop = replace(LOOP, name=f"domain-{domain}", seed=seed)
     return run_loop(loop, model, loss_of, work)

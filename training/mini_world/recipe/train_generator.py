@@ -1,8 +1,9 @@
 """Stage 5 of the recipe: a StyleGAN2 generator of handwritten digits, white on black, without any labels.
 
-It grows once. At 32 px, which hold nearly all that 28 px scans have to say, a step costs two thirds; the blocks of 64
-px then join without changing the picture at first and learn to sharpen it. The networks see one grey channel; as every
-picture is grey, the shipped generator's three channels are that one, so that recolouring its samples is exact.
+It grows once: a step at 32 px costs two thirds of one at 64 px, and 28 px scans hold hardly more detail. The blocks of
+64 px are then added, which changes nothing at first, and learn to sharpen the picture. The networks see one grey
+channel; as every picture is grey, the shipped generator's three channels are that one, so that recolouring its samples
+is exact.
 """
 
 from __future__ import annotations
@@ -80,12 +81,11 @@ def shipped_form(grey: StyleGAN2, seed: int) -> StyleGAN2:
     return model.eval().requires_grad_(False)
 
 
-def train(work: Path, seed: int = 0, small_steps: int | None = None, steps: int | None = None) -> StyleGAN2:
+def train(work: Path, seed: int = 0) -> StyleGAN2:
     """Train (or finish) the generator in folder ``work``, first at 32 px, then at 64 px; the average, in fp32."""
     seed, side = seed + 10, render.SIDE_PX
-    small_loop = replace(SMALL_LOOP, seed=seed, steps=small_steps or SMALL_LOOP.steps)
     small = run_adversarial(
-        small_loop,
+        replace(SMALL_LOOP, seed=seed),
         fresh_pair(side // 2, seed),
         lambda count, generator: real_pictures(count, generator, side // 2),
         latents,
@@ -95,5 +95,5 @@ def train(work: Path, seed: int = 0, small_steps: int | None = None, steps: int 
     pair.discriminator.grown_from(small.discriminator)
     for name in ("generator", "average"):
         grown(getattr(pair, name), getattr(small, name))
-    loop = replace(LOOP, seed=seed + 1, steps=steps or LOOP.steps)
+    loop = replace(LOOP, seed=seed + 1)
     return shipped_form(run_adversarial(loop, pair, real_pictures, latents, work).average, seed)

@@ -158,7 +158,7 @@ def noised(
     return abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, noise
 
 
-def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0, steps: int | None = None) -> PriorNetworks:
+def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> PriorNetworks:
     """Train (or finish) the prior in folder ``work``; ``scale`` makes the latents unit variance."""
     latents = rendered_latents(work, autoencoder, seed) * scale
     every, schedule = kinds(), NoiseSchedule.scaled_linear()
@@ -177,4 +177,4 @@ def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0, ste
         return loss + PROBE_WEIGHT * probe, {"denoising": loss.item(), "probe": probe.item()}
 
     torch.manual_seed(seed + 2)
-    return run_loop(replace(LOOP, seed=seed + 2, steps=steps or LOOP.steps), PriorNetworks(), loss_of, work)
+    return run_loop(replace(LOOP, seed=seed + 2), PriorNetworks(), loss_of, work)
