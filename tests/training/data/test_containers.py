@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from indomain_guidance.training.data import BadImage, containers, decoding, stripping
 from indomain_guidance.training.data.containers import FORMATS, contents
-from indomain_guidance.training.data.exif import orientation
 from indomain_guidance.training.data.images import decode, probe
 from PIL import Image, features
 
@@ -217,23 +216,6 @@ def test_files_of_countless_pieces_are_refused(monkeypatch):
     packed[30] = 1
     with pytest.raises(BadImage, match="packed BMP of more than 1,000 bytes"):
         decode(bytes(packed))
-
-
-@pytest.mark.parametrize("order", "<>")
-@pytest.mark.parametrize("kind", [3, 4])
-def test_orientation_is_read_from_exif_and_else_from_xmp(order, kind):
-    for value in range(1, 9):
-        entry = (
-            struct.pack(f"{order}HHIHH", 274, 3, 1, value, 0)
-            if kind == 3
-            else struct.pack(f"{order}HHII", 274, 4, 1, value)
-        )
-        exif = directory([], order=order)[:8] + struct.pack(f"{order}H", 1) + entry + bytes(4)
-        assert orientation(exif, b"") == orientation(b"Exif\0\0" + exif, b'tiff:Orientation="3"') == value
-        assert orientation(b"", b"<x tiff:Orientation='%d'>" % value) == value
-        assert orientation(b"", b"<tiff:Orientation>%d</tiff:Orientation>" % value) == value
-    for damaged in (b"", b"II", exif[:10], exif[:-6], b"XX" + exif[2:], b"II*\0\xff\xff\xff\xff"):
-        assert orientation(damaged, b"") == 1
 
 
 def test_orientation_of_a_png_from_every_place_it_may_stand_in():

@@ -28,7 +28,7 @@ from indomain_guidance.training.data import (
 )
 from indomain_guidance.training.data import preparing as module
 from indomain_guidance.training.data.buckets import cover
-from indomain_guidance.training.data.content_index import ContentIndex, Known
+from indomain_guidance.training.data.content_index import ContentIndex
 from indomain_guidance.training.data.images import crop_to, decode, to_tensor
 from indomain_guidance.training.data.latent_cache import LatentCache
 from indomain_guidance.training.data.latent_store import at_once
@@ -324,30 +324,6 @@ def test_a_vae_that_overflows_is_named(tmp_path):
 
     with pytest.raises(DataProblem, match="found NaN or infinity from the VAE"):
         prepare(image_entries(torch.rand(1, 32, 32, 3)), tmp_path / "cache", encode)
-
-
-def test_index_survives_torn_lines_and_shrinks(tmp_path):
-    path = save(tmp_path / "a.png", 0)
-    os.utime(path, (1e9, 1e9))
-    (entry,) = find_images([str(path)])
-    known = Known("0" * 64, 40, 60)
-    index = ContentIndex(tmp_path / "index.jsonl")
-    assert index.look_up(entry) is None
-    index.add(entry.stamp(), known)
-    index.close()
-    with open(tmp_path / "index.jsonl", "ab") as file:
-        file.write(b'["torn", 12, \xff\n[]\n{}\nnull\n["a"')
-    index = ContentIndex(tmp_path / "index.jsonl")
-    assert index.look_up(entry) == known
-    for number in range(1500):
-        index.add(("/gone", number, 5, 5), known)
-    index.close()
-    assert len(ContentIndex(tmp_path / "index.jsonl")._known) == 2
-    assert (tmp_path / "index.jsonl").read_text().count("\n") == 2
-    os.utime(path)  # changed just now: neither trusted nor remembered
-    assert index.look_up(entry) is None
-    index.add(entry.stamp(), known)
-    assert index.look_up(entry) is None
 
 
 def test_exchanged_files_of_equal_length_and_time_are_noticed(tmp_path):

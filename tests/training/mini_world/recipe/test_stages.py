@@ -1,8 +1,6 @@
 """The one command from nothing: every stage with a handful of steps, then again without training anything."""
 
-import io
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +16,6 @@ from indomain_guidance.training.mini_world.prompts import cfg_of, draw_prompts, 
 from indomain_guidance.training.mini_world.recipe import __main__ as command
 from indomain_guidance.training.mini_world.recipe import stages as recipe
 from indomain_guidance.training.mini_world.recipe import (
-    status_line,
     train_autoencoder,
     train_classifier,
     train_domain,
@@ -130,25 +127,3 @@ def test_latents_of_another_autoencoder_or_other_pictures_are_made_again(tiny):
     assert not torch.equal(get(second, "seed 0"), kept)
     with pytest.raises(TypeError):  # asked for other pictures, it draws
         train_prior.cached_latents(tiny, "some", second, 1, None, "seed 1")
-
-
-def test_the_two_judges_never_see_each_others_pictures(monkeypatch):
-    seen = []
-    rendered, handwritten = render.rendered, render.handwritten
-    monkeypatch.setattr(render, "rendered", lambda *a, **k: seen.append(k["held_out"]) or rendered(*a, **k))
-    monkeypatch.setattr(render, "handwritten", lambda rows, *a, **k: seen.append(rows) or handwritten(rows, *a, **k))
-    for held_out in (False, True):
-        assert len(train_classifier.draw_batch(4, torch.Generator().manual_seed(0), held_out)) == 4
-    assert seen == [False, render.TRAIN_ROWS, True, render.HELD_OUT_ROWS]
-
-
-def test_progress_is_said_now_and_then_where_there_is_no_terminal(monkeypatch):
-    clock = iter(range(0, 1000, 5))
-    monkeypatch.setattr(status_line, "time", SimpleNamespace(monotonic=lambda: float(next(clock))))
-    stream = io.StringIO()
-    progress = status_line.StatusLine("stage", stream, first=100)
-    for done in range(200, 1001, 100):
-        progress.update(done, 1000)
-    said = [line.split("] ")[1].split() for line in stream.getvalue().splitlines()]
-    # Every 20 s at 5 s for a hundred, and the end.
-    assert [(done, left) for done, left, *_ in said] == [("500/1000", "0.4"), ("900/1000", "0.1"), ("1000/1000", "0.0")]
