@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 from ....guidance.errors import Problem
 from ....guidance.files.atomic import replacing
@@ -46,8 +47,6 @@ def package_of(family: str) -> str:
 
 def rasterise_digit(font_bytes: bytes, digit: int) -> np.ndarray:
     """One digit as uint8 [64, 64], white on black, centred, its longer side GLYPH_PX pixels."""
-    from PIL import Image, ImageDraw, ImageFont
-
     font = ImageFont.truetype(io.BytesIO(font_bytes), 256)
     canvas = Image.new("L", (512, 512), 0)
     ImageDraw.Draw(canvas).text((256, 256), str(digit), font=font, fill=255, anchor="mm")
