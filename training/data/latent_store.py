@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..engine.memory import available_memory
 from .buckets import Size
 from .latent_cache import LatentCache
 from .problems import BadImage, DataProblem
 from .records import Cut, ImageRecord
 
 Encode = Callable[[Tensor], tuple[Tensor, Tensor]]
-MOST_MEMORY = 8 * 2**30  # bytes of latents kept in memory, or a quarter of the machine's, whichever is less
+MOST_MEMORY, UNKNOWN_MEMORY = 8 * 2**30, 2 * 2**30  # bytes of latents in memory; where nobody says what is free
 BATCH_AREA = 512 * 512  # pixels of an image up to which a whole batch is encoded at once
 
 
@@ -87,19 +86,6 @@ def at_once(batch: int, size: Size) -> int:
 
 
 def default_room() -> int:
-    """Bytes of latents to keep in memory: a quarter of the machine's, at most MOST_MEMORY."""
-    try:
-        installed = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # Windows
-        installed = _windows_memory()
-    return min(MOST_MEMORY, installed // 4)
-
-
-def _windows_memory() -> int:
-    import ctypes
-
-    kilobytes = ctypes.c_ulonglong(8 * 2**20)  # stays 8 GiB where the system does not say
-    with suppress(AttributeError, OSError):
-        windll = ctypes.windll  # pyright: ignore[reportAttributeAccessIssue]
-        windll.kernel32.GetPhysicallyInstalledSystemMemory(ctypes.byref(kilobytes))
-    return kilobytes.value * 1024
+    """Bytes of latents to keep in memory: a quarter of what is free, at most MOST_MEMORY."""
+    free = available_memory()
+    return min(MOST_MEMORY, (4 * UNKNOWN_MEMORY if free is None else free) // 4)

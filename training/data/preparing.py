@@ -29,6 +29,8 @@ from .walking import Watch
 MOST_WAITING = 2**29  # bytes of pixels that wait to be encoded, unless a single image has more
 LOOKS = 64  # files between two looks at should_stop while reading
 
+_Job = tuple[ImageRecord, Cut, Tensor, bool]  # a cut, its pixels [3, H, W], and whether it is the image's last
+
 
 @dataclass(frozen=True)
 class Callbacks:
@@ -104,7 +106,7 @@ def prepare(
     batch: images of up to 512 x 512 pixels that the encoder gets at once; of larger ones fewer. turn of turns:
     processes that prepare the same images at once begin at different places and take over what the others have done.
     ignored: other files that were found, by ending, for the notes. memory_limit: bytes of latents to keep in memory
-    (None: a quarter of the machine's, at most 8 GiB); the rest is read from the cache when drawn.
+    (None: a quarter of what is free, at most 8 GiB); the rest is read from the cache when drawn.
 
     Raises DataProblem when nothing can be used, CachingStopped when should_stop said so, FileProblem for a cache that
     cannot be written.
@@ -206,7 +208,6 @@ class _Preparation:
         self.total = len(self.records)
         self.copies = Counter(record.content for record in self.records)  # copies of one image are encoded once
         jobs = self._lacking()
-        self.lacking = {record.content: {cut.key for cut in cuts} for record, cuts in jobs}
         self.bad: dict[str, BadImage] = {}
         self.done = self.total - sum(self.copies[record.content] for record, _ in jobs)
         self.callbacks.progress(self.done, self.total)
@@ -216,7 +217,7 @@ class _Preparation:
         jobs = jobs[start:] + jobs[:start]
         largest = max((len(cuts) * record.size[0] * record.size[1] for record, cuts in jobs), default=1)
         ahead = MOST_WAITING // (3 * 4 * largest)
-        waiting: dict[Size, list[tuple[ImageRecord, Cut, Tensor]]] = defaultdict(list)
+        waiting: dict[Size, list[_Job]] = defaultdict(list)
         with closing(in_order(self._read_cuts, jobs, self.workers, self.callbacks.should_stop, ahead)) as results:
             for record, found in results:
                 self._ask()
@@ -227,9 +228,10 @@ class _Preparation:
                     continue
                 stored, read = found
                 for key, latents in stored.items():
-                    self._finish(record, key, *latents)
+                    self.store.keep(key, *latents)
+                self.done += 0 if read else self.copies[record.content]
                 batch, most = waiting[record.size], at_once(self.batch, record.size)
-                batch += [(record, cut, pixels) for cut, pixels in read]
+                batch += [(record, cut, pixels, cut is read[-1][0]) for cut, pixels in read]
                 while len(batch) >= most:
                     self._encode(batch[:most])
                     del batch[:most]
@@ -284,15 +286,9 @@ class _Preparation:
         except BadImage as error:
             return record, error
 
-    def _encode(self, jobs: Sequence[tuple[ImageRecord, Cut, Tensor]]) -> None:
-        means, stds = self.store.encoded([pixels for _, _, pixels in jobs], jobs[0][0])
-        for (record, cut, _), mean, std in zip(jobs, means, stds):
-            self._finish(record, cut.key, *self.store.cache.put(cut.key, mean, std))
+    def _encode(self, jobs: Sequence[_Job]) -> None:
+        means, stds = self.store.encoded([pixels for _, _, pixels, _ in jobs], jobs[0][0])
+        for (record, cut, _, last), mean, std in zip(jobs, means, stds):
+            self.store.keep(cut.key, *self.store.cache.put(cut.key, mean, std))
+            self.done += self.copies[record.content] if last else 0
         self.callbacks.progress(self.done, self.total)
-
-    def _finish(self, record: ImageRecord, key: str, mean: Tensor, std: Tensor) -> None:
-        self.store.keep(key, mean, std)
-        lacking = self.lacking[record.content]
-        lacking.discard(key)
-        if not lacking:
-            self.done += self.copies[record.content]

@@ -31,7 +31,6 @@ from indomain_guidance.training.data.buckets import cover
 from indomain_guidance.training.data.content_index import ContentIndex
 from indomain_guidance.training.data.images import crop_to, decode, to_tensor
 from indomain_guidance.training.data.latent_cache import LatentCache
-from indomain_guidance.training.data.latent_store import at_once
 from indomain_guidance.training.data.sources import image_entries
 from indomain_guidance.training.prior.opening import open_mini_world
 from PIL import Image, ImageOps
@@ -113,8 +112,6 @@ def test_every_image_equals_encoding_it_by_hand(folder, tmp_path):
 
 
 def test_large_pictures_are_encoded_fewer_at_once(folder, tmp_path, monkeypatch):
-    assert [at_once(8, (side, side)) for side in (64, 512, 768, 1024, 2048)] == [8, 8, 3, 2, 1]
-    assert at_once(1, (4096, 4096)) == 1
     monkeypatch.setattr(latent_store, "BATCH_AREA", 512)  # the smallest shapes here have 1024 pixels
     encoder = Encoder()
     few = prepare(folder, tmp_path / "few", encoder, batch=4)
