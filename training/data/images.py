@@ -43,17 +43,19 @@ def probe(data: bytes) -> ImageFacts:
     with reading(data):
         header = opened(data)
         image, (height, width) = header.image, header.size
-        bits = image.tag_v2.get(BITS, 8) if image.format == "TIFF" else 8
+        deep = is_deep_grey(image)
         if image.format == "PNG":
-            bits = data[24]  # bit depth in IHDR; Pillow hands 16-bit colour over as 8-bit
+            deep = data[24:25] == b"\x10"  # bit depth in IHDR; Pillow hands 16-bit colour over as 8-bit
+        elif image.format == "TIFF":
+            bits = image.tag_v2.get(BITS, 8)
+            deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
         return ImageFacts(
             height=height,
             width=width,
             format=str(image.format),
             rotated=header.turned != 1,
             alpha=has_alpha(image),
-            sixteen_bit=max(bits if isinstance(bits, tuple) else (bits,)) > 8
-            or (image.format not in ("PNG", "TIFF") and is_deep_grey(image)),
+            sixteen_bit=deep,
             cmyk=image.mode == "CMYK",
             animated=header.contents.animated
             or (image.format in ("WEBP", "AVIF") and bool(getattr(image, "is_animated", False))),
