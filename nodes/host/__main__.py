@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from .server import CHECKOUT, PACK_NAME, ComfyServer, ServerProblem
@@ -123,19 +124,12 @@ def mini_world(order: dict) -> int:
     return _child([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.mini_world.recipe", *order["rest"]])
 
 
-def indomain(order: dict) -> int:
-    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance", *order["rest"]])
-
-
-def claims(order: dict) -> int:
-    return _become([sys.executable, str(BOOTSTRAP), "indomain_guidance.training.claims", *order["rest"]])
-
-
-def _become(command: list[str]) -> int:
-    """Run `command` in the place of this process, so that it gets every signal once and may take its time to save.
+def _become(module: str, order: dict) -> int:
+    """Run a module in the place of this process, so that it gets every signal once and may take its time to save.
 
     Windows has no such thing: there this process waits, and leaves Ctrl+C to the command, which shares the console.
     """
+    command = [sys.executable, str(BOOTSTRAP), module, *order["rest"]]
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name != "nt":
@@ -173,8 +167,8 @@ COMMANDS = {
     "lint": lint,
     "bench": bench,
     "mini-world": mini_world,
-    "indomain": indomain,
-    "claims": claims,
+    "indomain": partial(_become, "indomain_guidance"),
+    "claims": partial(_become, "indomain_guidance.training.claims"),
 }
 
 

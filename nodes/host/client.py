@@ -17,8 +17,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from .progress import Bar
-
 Prompt = Mapping[str, Mapping[str, Any]]
 
 # The first four bytes of a binary message that is a line of text for a node; all others are pictures.
@@ -89,8 +87,6 @@ class ComfyClient:
         # A proxy set for the internet must not be asked for an address on this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    # ---------------------------------------------------------------------------------------------- plain requests
-
     def get_bytes(self, path: str, *, timeout_s: float = 60.0, **query: str) -> bytes:
         suffix = "?" + urllib.parse.urlencode(query) if query else ""
         with self._opener.open(self.url + path + suffix, timeout=timeout_s) as answer:
@@ -124,10 +120,6 @@ class ComfyClient:
         """Interrupt the run in progress."""
         self.post("/interrupt")
 
-    def free(self) -> None:
-        """Have the server drop its cached results and loaded models."""
-        self.post("/free", {"unload_models": True, "free_memory": True})
-
     def image(self, reference: Mapping[str, str]) -> bytes:
         """The file behind one image reference of a run's outputs."""
         return self.get_bytes(
@@ -137,35 +129,25 @@ class ComfyClient:
             type=reference.get("type", "output"),
         )
 
-    # ---------------------------------------------------------------------------------------------------- running
-
     def run(
         self,
         prompt: Prompt,
         *,
-        bar: Bar | None = None,
-        on_event: Callable[[str, dict[str, Any]], None] | None = None,
+        on_event: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
         timeout_s: float = 900.0,
     ) -> Run:
-        """Submit `prompt` (API format) and follow it to its end.
+        """Submit `prompt` (API format) and follow it to its end, for at most `timeout_s`.
 
-        Args:
-            bar: shows the progress of each node.
-            on_event: called with every event of this run (its type and data), for instance to interrupt it.
-            timeout_s: how long the whole run may take.
-
-        Raises:
-            PromptRejected: nothing ran, or a part of it was refused.
-            ExecutionFailed: a node raised.
-            ExecutionInterrupted: somebody interrupted the run.
-            TimeoutError, ConnectionError: it took too long, or the server went away.
+        on_event gets every event of this run (its type and data). Raises PromptRejected when a part of it was refused,
+        ExecutionFailed when a node raised, ExecutionInterrupted, and TimeoutError or ConnectionError when it took too
+        long or the server went away.
         """
         try:
-            return asyncio.run(asyncio.wait_for(self._run(prompt, bar, on_event), timeout_s))
+            return asyncio.run(asyncio.wait_for(self._run(prompt, on_event), timeout_s))
         except asyncio.TimeoutError:  # a class of its own before Python 3.11
             raise TimeoutError(f"The run did not end within {timeout_s:.0f} s.") from None
 
-    async def _run(self, prompt, bar, on_event) -> Run:
+    async def _run(self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None]) -> Run:
         import aiohttp
 
         client_id = uuid.uuid4().hex
@@ -175,11 +157,7 @@ class ComfyClient:
             async with session.ws_connect(f"{self.url}/ws", params={"clientId": client_id}, max_msg_size=0) as socket:
                 prompt_id = await self._submit(session, prompt, client_id)
                 run = Run(prompt_id)
-                try:
-                    failure = await self._follow(socket, prompt, run, bar, on_event)
-                finally:
-                    if bar is not None:
-                        bar.close()
+                failure = await self._follow(socket, run, on_event)
         run.seconds = time.monotonic() - started
         try:
             await self._collect(run)
@@ -208,7 +186,7 @@ class ComfyClient:
             raise PromptRejected(describe_rejection(answered, prompt), answered["node_errors"])
         return answered["prompt_id"]
 
-    async def _follow(self, socket, prompt: Prompt, run: Run, bar, on_event) -> Exception | None:
+    async def _follow(self, socket: Any, run: Run, on_event: Callable[[str, dict[str, Any]], None]) -> Exception | None:
         """Follow the run to its last event; what made it fail, if anything did."""
         import aiohttp
 
@@ -227,12 +205,9 @@ class ComfyClient:
             kind, data = event.get("type", ""), event.get("data") or {}
             if data.get("prompt_id") != run.prompt_id:
                 continue
-            if on_event is not None:
-                on_event(kind, data)
+            on_event(kind, data)
             if kind == "execution_cached":
                 run.cached = list(data.get("nodes", []))
-            elif kind == "progress" and bar is not None:
-                bar.update(_title(prompt, data.get("node")), data.get("value", 0), data.get("max", 0))
             elif kind == "execution_error":
                 failure = ExecutionFailed(data)
             elif kind == "execution_interrupted":
@@ -251,8 +226,3 @@ class ComfyClient:
                 return
             await asyncio.sleep(0.05)
         raise ConnectionError(f"The finished run {run.prompt_id} did not appear in ComfyUI's history.")
-
-
-def _title(prompt: Prompt, node_id: str | None) -> str:
-    node = prompt.get(str(node_id), {})
-    return node.get("_meta", {}).get("title") or node.get("class_type") or ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import sys
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from .client import ComfyClient, Prompt
-from .progress import Bar
 from .server import CHECKOUT, ComfyServer
 
 WORKFLOW = CHECKOUT / "workflows" / "api" / "in_domain_text_to_image.json"
@@ -78,7 +76,7 @@ def prompt_nodes(prompt: Prompt) -> list[str]:
 
 
 def with_text(prompt: Prompt, text: str) -> dict[str, dict[str, Any]]:
-    changed = copy.deepcopy(dict(prompt))
+    changed = json.loads(json.dumps(prompt))
     for node_id in prompt_nodes(changed):
         changed[node_id]["inputs"]["text"] = text
     return changed
@@ -155,7 +153,8 @@ def make_pictures(client: ComfyClient, output: Path, prompts: Sequence[str] = PR
     rows, saved, cost = [], [], dict.fromkeys(savers)
     for number, text in enumerate(texts, 1):
         prompt = with_text(workflow, text)
-        run = client.run(prompt, bar=Bar(prefix=f"{number}/{len(texts)} "))
+        print(f"{number}/{len(texts)} {text}", file=sys.stderr, flush=True)
+        run = client.run(prompt)
         cells: dict[str, list[Any]] = {}
         for title, node_id in savers.items():
             cells[title] = []

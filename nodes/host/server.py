@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ import time
 import urllib.error
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from .client import ComfyClient
 
@@ -64,31 +66,27 @@ def unlink_folder(link: Path) -> None:
         os.rmdir(link)  # a junction goes, a real folder with content stays and raises
 
 
-def _die_with_parent() -> None:
-    # Linux only: the kernel ends the server when this process is killed without a chance to do it.
-    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-_LIBC = None
-if sys.platform == "linux":
-    import ctypes
-
+def _libc() -> ctypes.CDLL | None:
     with contextlib.suppress(OSError):
-        _LIBC = ctypes.CDLL(None)
+        return ctypes.CDLL(None) if sys.platform == "linux" else None
+    return None
+
+
+_LIBC = _libc()
+
+
+def _die_with_parent() -> None:
+    """Linux only: the kernel ends the server when this process is killed without a chance to do it."""
+    assert _LIBC is not None
+    _LIBC.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 class ComfyServer:
     """Context manager: a running ComfyUI with this checkout as its only custom node pack.
 
-    Args:
-        comfyui: the folder with ComfyUI's main.py.
-        base: its base directory (models, input, output, user, database); None makes one that is removed afterwards.
-        python: the Python to run it with.
-        flags: further command line flags for it.
-        port: a fixed port, or 0 for any free one.
-        start_timeout_s: how long it may take until it answers.
-
-    Attributes: ``url``, ``base``, ``client``, ``log_path``. Raises ServerProblem with the end of the log.
+    comfyui: the folder with ComfyUI's main.py. base: its base directory (models, input, output, user, database); None
+    makes one that is removed afterwards. python, flags: what runs it, and further command line flags. port: 0 for any
+    free one. It has `url`, `base`, `client` and `log_path`. Raises ServerProblem with the end of the log.
     """
 
     def __init__(
@@ -127,8 +125,6 @@ class ComfyServer:
     def __exit__(self, *exception: object) -> None:
         self.stop()
 
-    # ------------------------------------------------------------------------------------------------ starting
-
     def _prepare_base(self) -> None:
         for name in ("custom_nodes", "input", "models", "output", "temp", "user"):
             (self.base / name).mkdir(parents=True, exist_ok=True)
@@ -141,21 +137,11 @@ class ComfyServer:
 
     def _command(self, port: int) -> list[str]:
         return [
-            self.python,
-            str(self.comfyui / "main.py"),
-            "--listen",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--base-directory",
-            str(self.base),
-            "--database-url",
-            f"sqlite:///{(self.base / 'comfyui.db').as_posix()}",
-            "--disable-all-custom-nodes",
-            "--whitelist-custom-nodes",
-            PACK_NAME,
-            "--disable-api-nodes",
-            "--disable-auto-launch",
+            *(self.python, str(self.comfyui / "main.py"), "--listen", "127.0.0.1", "--port", str(port)),
+            *("--base-directory", str(self.base)),
+            *("--database-url", f"sqlite:///{(self.base / 'comfyui.db').as_posix()}"),
+            *("--disable-all-custom-nodes", "--whitelist-custom-nodes", PACK_NAME),
+            *("--disable-api-nodes", "--disable-auto-launch"),
             *([] if {"--cpu", "--directml"} & set(self.flags) or has_accelerator() else ["--cpu"]),
             *self.flags,
         ]
@@ -173,20 +159,16 @@ class ComfyServer:
                 raise ServerProblem(f"{self.log_tail()}\nComfyUI ended before it answered{where}; its log is above.")
 
     def _spawn(self, port: int) -> None:
-        environ = {
-            key: value
-            for key, value in os.environ.items()
-            if key not in ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONSAFEPATH", "COMFYUI_PATH")
-        }
-        environ.update(PYTHONUTF8="1", PYTHONUNBUFFERED="1")
-        own_group: dict = {"start_new_session": True}
+        unwanted = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "PYTHONSAFEPATH", "COMFYUI_PATH")
+        environ = {key: value for key, value in os.environ.items() if key not in unwanted}
+        own_group: dict[str, Any] = {"start_new_session": True}
         if os.name == "nt":
             own_group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
         with open(self.log_path, "wb") as log:
             self._process = subprocess.Popen(
                 self._command(port),
                 cwd=self.comfyui,
-                env=environ,
+                env={**environ, "PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -202,7 +184,7 @@ class ComfyServer:
         started = time.monotonic()
         news = started + _NEWS_EVERY_S
         while time.monotonic() < started + self.start_timeout_s:
-            if self._process.poll() is not None:
+            if not self.alive():
                 return False
             with contextlib.suppress(urllib.error.URLError, OSError, json.JSONDecodeError):
                 stats = self.client.get("/system_stats", timeout_s=5.0)
@@ -221,8 +203,6 @@ class ComfyServer:
         log = self.log_tail(400).lower()
         return any(sign in log for sign in ("already in use", "errno 98", "errno 48", "10048", "10013"))
 
-    # ------------------------------------------------------------------------------------------------ looking
-
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
@@ -238,12 +218,11 @@ class ComfyServer:
 
     def wait(self) -> int:
         """Block until the server's process ends; its exit status."""
+        assert self._process is not None
         # Not Popen.wait(), which on Windows lets no Ctrl+C through until the process has ended.
         while (status := self._process.poll()) is None:
             time.sleep(0.2)
         return status
-
-    # ------------------------------------------------------------------------------------------------ ending
 
     def stop(self) -> None:
         """End the server with everything it started, and remove the base directory if it was made here."""
