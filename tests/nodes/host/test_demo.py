@@ -35,9 +35,9 @@ def test_only_the_prompt_is_replaced_and_the_empty_base_stays(workflow):
 
 
 def test_demo_prompts_use_only_words_that_the_mini_world_knows():
-    from indomain_guidance.training.mini_world.render import vocabulary
+    from indomain_guidance.training.mini_world.tokens import TOKEN_IDS
 
-    assert set(" ".join(demo.PROMPTS).split()) <= set(vocabulary())
+    assert set(" ".join(demo.PROMPTS).split()) <= TOKEN_IDS.keys()
     assert len(set(demo.PROMPTS)) == len(demo.PROMPTS)
 
 
