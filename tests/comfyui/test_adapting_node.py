@@ -368,7 +368,7 @@ def test_another_conditioning_is_another_run(adapt, mini):
     adapt(steps=1)
     with torch.inference_mode():
         other = mini.encode("a blue three")
-    with pytest.raises(ValueError, match="prompts and terms, found one whose term 0 at timestep"):
+    with pytest.raises(ValueError, match="prompts and terms, found one whose term 1 at timestep"):
         adapt(positive=other)
 
 
