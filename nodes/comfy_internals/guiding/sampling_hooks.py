@@ -1,4 +1,4 @@
-"""Hooks of the sampling function under multi-guidance: they see one plain CFG of the same result.
+"""Hooks of the sampling function under multi-guidance: they are given one plain CFG of the same result.
 
 A multi-guidance step equals a CFG of scale W = sum w_i on the effective condition c_eff = D_u + sum w_i (D_i - R_i) /
 W. Core's hooks know a (cond, uncond, scale) triple, so they get (c_eff, D_u, W). What that means for each kind:
@@ -7,10 +7,10 @@ W. Core's hooks know a (cond, uncond, scale) triple, so they get (c_eff, D_u, W)
 * `sampler_pre_cfg_function`, `sampler_cfg_function`, `sampler_post_cfg_function`: called with c_eff as the conditional
   prediction, D_u as the unconditional one and W as the scale; `cond` and `uncond` are the control and base
   conditionings.
-* a hook that runs the model again on `cond` (PAG, SLG) compares what it gets with c_eff, while the model itself would
-  answer D_control. Inside hooks the answer is therefore moved by c_eff - D_control: an undisturbed run answers exactly
-  c_eff, a disturbed one differs from it by the model's own difference. Runs on `uncond` (SAG) answer as they are, since
-  D_u is the prior's own prediction.
+* a hook that runs the model again on `cond` (PAG, SLG) compares the result with c_eff, while the model itself would
+  predict D_control. Inside hooks the prediction is therefore moved by c_eff - D_control: an undisturbed run gives
+  exactly c_eff, a disturbed one differs from it by the model's own difference. Runs on `uncond` (SAG) are left as they
+  are, since D_u is the prior's own prediction.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .calls import KEY, NEGATIVE, POSITIVE, Calls, Conditionings
 
-_PREDICTION_HOOKS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
+PREDICTION_HOOKS = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
 CALC_COND_BATCH = "sampler_calc_cond_batch_function"
 
 
 def has_prediction_hooks(model_options: dict[str, Any]) -> bool:
     """Whether a hook wants to see (cond, uncond, scale)."""
-    return any(model_options.get(key) for key in _PREDICTION_HOOKS)
+    return any(model_options.get(key) for key in PREDICTION_HOOKS)
 
 
 def has_hooks(model_options: dict[str, Any]) -> bool:

@@ -19,6 +19,7 @@ from ....guidance.errors import Problem
 from ....guidance.terms import Term
 from ..guiding.compatibility import display_name, noise_family
 from ..guiding.predictions import SOURCE, UNWANTED, PredictionGuider, Predictions
+from ..guiding.sampling_hooks import PREDICTION_HOOKS
 from ..models.domain_info import domain_info
 from ..models.loading import LATENT_FORMATS
 from .encoder import gradient_encoder, ordinary_weights
@@ -177,5 +178,4 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
 
 def ignored_hooks(model: ModelPatcher) -> list[str]:
     """Hooks of the sampling function on the MODEL, which have no meaning in a distillation."""
-    names = ("sampler_pre_cfg_function", "sampler_cfg_function", "sampler_post_cfg_function")
-    return [name for name in names if model.model_options.get(name)]
+    return [name for name in PREDICTION_HOOKS if model.model_options.get(name)]
