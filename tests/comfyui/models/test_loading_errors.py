@@ -221,6 +221,11 @@ def test_domain_folder_comes_before_diffusion_models(comfyui, folders, domain):
     assert info.name == "from domain_unets" and info.metadata.latent_format == "sd15"
 
 
+def test_unknown_weight_dtype_is_refused(folders, node):
+    with pytest.raises(ValueError, match="weight_dtype to be one of .*fp8_e4m3fn.*found 'int3'"):
+        node.execute("any.safetensors", "int3")
+
+
 def test_a_replaced_file_is_loaded_again(folders, node, domain):
     path = write(folders / "again.safetensors", *domain)
     before = node.fingerprint_inputs("again.safetensors", "default")
