@@ -12,7 +12,7 @@ from ..guidance.errors import printable
 from .comfy_internals.runs.pictures import load_image, or_skipped
 
 if TYPE_CHECKING:
-    from ..training.engine.engine import Result
+    from ..training.engine.run import Result
 
 
 def picture_outputs(grid: str) -> list:

@@ -103,7 +103,9 @@ def _step(default: float, largest: float) -> float:
 
 def option_names(settings: type, elsewhere: Collection[str]) -> list[str]:
     """The fields of a configuration that its options node offers: all but those that are decided `elsewhere`."""
-    return [field.name for field in dataclasses.fields(settings) if field.name not in elsewhere]
+    from ..training.engine.settings import fields_of
+
+    return [field.name for field in fields_of(settings) if field.name not in elsewhere]
 
 
 def given_options(options: Any, known: Collection[str], node: str) -> dict[str, Any]:

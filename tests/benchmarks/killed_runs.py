@@ -18,7 +18,8 @@ from pathlib import Path
 
 from indomain_guidance.tests.training.tiny_run import fingerprint
 from indomain_guidance.training.engine.checkpoints import latest_checkpoint
-from indomain_guidance.training.engine.events import Step, Validated, read_log
+from indomain_guidance.training.engine.events import Step, Validated
+from indomain_guidance.training.engine.log import read_log
 
 from .reporting import BOOTSTRAP
 

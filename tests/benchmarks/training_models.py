@@ -16,7 +16,7 @@ from indomain_guidance.guidance.null_text import NullContext, build_cached, fold
 from indomain_guidance.training.data.buckets import bucket_sizes
 from indomain_guidance.training.data.latent_dataset import Sample
 from indomain_guidance.training.domain.config import TrainConfig
-from indomain_guidance.training.domain.learner import Learner
+from indomain_guidance.training.domain.learner import DomainLearner
 from torch import Generator, Tensor, nn
 
 POOLED = 1280
@@ -229,7 +229,7 @@ class Ours(Contestant):
             self._arguments["y"] = size_vector()
         unet = unet_of(shape, form, seed)
         self.parameters = sum(one.numel() for one in unet.parameters())
-        self.learner = Learner(
+        self.learner = DomainLearner(
             config,
             unet,
             Latents.of(sides, max(4 * batch, 16) // len(sides) or 1, seed),

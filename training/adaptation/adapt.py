@@ -1,15 +1,13 @@
-"""An adaptation from a generator to the domain of a prompt: what command line, node and separate process call."""
+"""An adaptation from a generator to the domain of a prompt: what the command line and the node call."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.objective import Objective
@@ -18,27 +16,22 @@ from ...guidance.errors import Problem
 from ...guidance.files import TRAINING
 from ...guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ...guidance.networks.stylegan2 import StyleGAN2
-from ..domain.previews import save_png
-from ..engine.engine import Engine, Result, check_resume, due
-from ..engine.events import Listener, Sampled, Started, Warned
-from ..engine.processes import OneProcess, open_processes
+from ..engine.events import Listener
+from ..engine.folder import SAMPLES
+from ..engine.run import Report, Result, Run
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_prior
 from ..prior.prior import Prior
-from .adapter import Adapter, Encode, check_generator, describe_terms, describe_trained, learning_names, trained_names
-from .config import AdaptConfig, prompt_text
-from .critic import (
-    Distance,
-    Domain,
-    first_opinion,
-    judged_resolution,
-    latent_encoder,
-    make_objective,
-    open_critic,
-    open_domain,
-)
+from .adapter import Adapter, check_generator
+from .config import AdaptConfig
+from .critic import Distance, Domain, judged_resolution, latent_encoder, make_objective, open_critic, open_domain
 from .estimate import estimate_adaptation
+from .layers import describe_trained, learning_names, trained_names
+from .opinion import Encode, describe_terms
 from .previews import BeforeAfter
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Result", "adapt", "open_generator"]
 
@@ -67,14 +60,13 @@ def adapt(
     Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
     NonFiniteLoss.
     """
-    check_resume(resume)
-    if (critic is None) != (encode is None):
+    if critic is None and encode is None:
+        given = None
+    elif critic is not None and encode is not None:
+        given = critic, encode
+    else:
         raise Problem("Expected a critic and its encode together, got one of them.")
-    # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        run = _Adaptation(config, open_processes(config.device), listener, should_stop, critic is not None)
-        parts = _Parts(generator, critic, encode, base, distance)
-        return run.dry(resume, parts) if dry_run else run.adapt(resume, parts)
+    return _Adaptation(config, listener, should_stop, generator, given, base, distance)(resume, dry_run)
 
 
 def open_generator(name: str) -> LoadedGenerator:
@@ -86,153 +78,122 @@ def open_generator(name: str) -> LoadedGenerator:
     return read_generator(name)
 
 
-@dataclasses.dataclass
-class _Parts:
-    """What the caller brings, and what is opened in its place."""
-
-    generator: StyleGAN2 | LoadedGenerator | None
-    critic: Critic | None
-    encode: Encode | None
-    base: Prior | None
-    distance: Distance | None
-    domain: Domain | None = None
-
-    def open(self, config: AdaptConfig) -> LoadedGenerator:
-        """The generator; unless there is a critic the base and its domain model, too."""
-        if self.critic is None:
-            config.check_prompts()
-            self.base = self.base or open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
-            self.base.check_prompts((config.prompt, config.negative, config.source_prompt))
-            self.domain = open_domain(config, self.base)
-        if isinstance(self.generator, StyleGAN2):
-            return LoadedGenerator(self.generator, GeneratorMetadata(name="generator"), ())
-        return self.generator or open_generator(config.generator)
-
-
-class _Adaptation(Engine):
+class _Adaptation(Run[AdaptConfig]):
     """One call of `adapt`."""
 
-    blame = "lower learning_rate or scale, or set latent_clamp and image_quantile"
+    advice = "lower learning_rate or scale, or set latent_clamp and image_quantile"
+    source: LoadedGenerator
+    adapter: Adapter
 
     def __init__(
         self,
         config: AdaptConfig,
-        processes: OneProcess,
         listener: Listener,
         should_stop: Callable[[], bool],
-        has_critic: bool,
+        generator: StyleGAN2 | LoadedGenerator | None,
+        critic: tuple[Critic, Encode] | None,
+        prior: Prior | None,
+        distance: Distance | None,
     ) -> None:
-        super().__init__(config, processes, listener, should_stop)
-        self.has_critic = has_critic
-        self.loaded: LoadedGenerator | None = None
-        self.grids: BeforeAfter | None = None
+        super().__init__(config, listener, should_stop)
+        self.given, self.critic, self.prior, self.distance = generator, critic, prior, distance
+        self.domain: Domain | None = None
 
     # ---- beginning
 
-    def dry(self, resume: bool | str, parts: _Parts) -> Result:
-        """Everything that can be known before the first step, also of the run that it would go on with."""
-        start, _ = self.begin(resume)
-        self.loaded = parts.open(self.config)
-        self._announce(start, parts)
-        return Result("dry_run", 0, None, self.folder)
-
-    def adapt(self, resume: bool | str, parts: _Parts) -> Result:
-        with ExitStack() as stack:
-            self.take_place(stack)
-            start, found = self.begin(resume)
-            self.loaded = parts.open(self.config)
-            self.open_reports(stack, start)
-            self._announce(start, parts)
-            self.settle(start)
-            objective, encode = self._objective(stack, parts)
-            device, source = self.processes.device, self.loaded.generator
-            origin = first_opinion(objective, encode, source, device)
-            adapter = Adapter(self.config, source, objective, encode, origin=origin, processes=self.processes)
-            self.go_on(adapter, start, found)
-            del found  # what lies in the checkpoint's file has been copied out of it
-            if self.config.sample_every and self.processes.is_main:
-                folder = self.samples_path(0).parent
-                self.grids = BeforeAfter(self.config, adapter.frozen, folder, anew=start == 0)
-            return self.loop()
-
-    def _resolve(self, state: dict[str, Any] | None) -> None:
-        """As every run, but a critic that is given computes in a precision of its own, which stands in it as auto."""
+    def settle(self, state: Mapping[str, Any] | None) -> None:
+        """As every run, but a critic that is given computes in a precision of its own, which stands there as auto."""
         began = None if state is None else state["config"]["precision"]
-        if self.has_critic:
+        if self.critic is not None:
             self.config = self.config.with_changes(precision="auto")
         else:
-            super()._resolve(None if began == "auto" else state)
-        if "auto" in (began, self.config.precision) and state is not None:
+            super().settle(None if began == "auto" else state)
+        if state is not None and "auto" in (began, self.config.precision):
             # What nobody chose, then or now, is no other configuration; the facts tell the difference.
             state["config"]["precision"] = self.config.precision
 
-    def _objective(self, stack: ExitStack, parts: _Parts) -> tuple[Objective, Encode]:
-        """The critic's objective and the encoder, on this process' device while `stack` is open."""
-        config, device = self.config, self.processes.device
-        critic, encode = parts.critic, parts.encode
-        if critic is None:
-            base = parts.base
-            resolution = judged_resolution(config, base, self.loaded.generator)
-            stack.enter_context(base.autoencoder_on(device))
-            critic = open_critic(config, base, resolution, device, parts.domain)
-            parts.domain = None  # the critic has its weights now
-            encode = latent_encoder(base, resolution, config.precision)
-        return make_objective(config, critic, encode, device, parts.distance), encode
+    def open(self) -> Sequence[str]:
+        config = self.config
+        if self.critic is None:
+            config.check_prompts()
+            self.prior = self.prior or open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
+            self.prior.check_prompts((config.prompt, config.negative, config.source_prompt))
+            self.domain = open_domain(config, self.prior)
+        if isinstance(self.given, StyleGAN2):
+            self.source = LoadedGenerator(self.given, GeneratorMetadata(name="generator"), ())
+        else:
+            self.source = self.given or open_generator(config.generator)
+        check_generator(config, self.source.generator, self.processes.world)
+        return [*self.source.notes, *(self.prior.notes if self.prior is not None else ())]
 
-    def _announce(self, step: int, parts: _Parts) -> None:
-        """Say what begins, and exactly what will learn, before anything takes long."""
-        config, source = self.config, self.loaded.generator
-        check_generator(config, source, self.processes.world)
-        for note in (*self.loaded.notes, *(parts.base.notes if parts.base is not None else ())):
-            self.tell(Warned(note))
+    def announce(self, start: int) -> tuple[int, str]:
+        """No images; exactly what will learn, and who judges."""
+        config, source, prior = self.config, self.source.generator, self.prior
         names = trained_names(source, config.train, config.freeze_bias)
         text = describe_trained(source, names, config.layers)
-        if parts.base is not None:
-            size = sum(tensor.numel() for tensor in parts.base.unet.values())
-            side = judged_resolution(config, parts.base, source)
-            trained = sum(one.numel() for name, one in source.named_parameters() if name in names)
-            needs = estimate_adaptation(
-                config, source, trained, parts.base, side, self.processes.device, self.processes.world
-            )
-            text += f"\njudged by {parts.base.name} ({size / 1e6:.1f} M parameters) at {side} px\n{needs.to_text()}"
-        self.tell(Started(str(self.folder), config.to_dict(), step, config.steps, 0, text))
-        self.warn_beforehand(step)
+        if prior is None:
+            return 0, text
+        size = sum(tensor.numel() for tensor in prior.unet.values())
+        side = judged_resolution(config, prior, source)
+        trained = sum(weight.numel() for name, weight in source.named_parameters() if name in names)
+        needs = estimate_adaptation(config, source, trained, prior, side, self.processes.device, self.processes.world)
+        return 0, f"{text}\njudged by {prior.name} ({size / 1e6:.1f} M parameters) at {side} px\n{needs.to_text()}"
 
     def pace(self, config: AdaptConfig, step: int) -> dict[str, float]:
         timesteps = Timesteps(config.t_min, config.t_max, config.t_schedule)
         return {**super().pace(config, step), "the largest timestep": timesteps.upper(step, config.steps)}
 
+    def make_learner(self, stack: ExitStack, state: Mapping[str, Any] | None) -> Adapter:
+        objective, encode = self._objective(stack)
+        self.adapter = Adapter(self.config, self.source.generator, objective, encode, processes=self.processes)
+        return self.adapter
+
+    def _objective(self, stack: ExitStack) -> tuple[Objective, Encode]:
+        """The critic's objective and the encoder, on this process' device while `stack` is open."""
+        config, device, prior = self.config, self.processes.device, self.prior
+        if self.critic is not None:
+            critic, encode = self.critic
+        else:
+            assert prior is not None
+            resolution = judged_resolution(config, prior, self.source.generator)
+            stack.enter_context(prior.autoencoder_on(device))
+            critic = open_critic(config, prior, resolution, device, self.domain)
+            self.domain = None  # the critic has its weights now
+            encode = latent_encoder(prior, resolution, config.precision)
+        return make_objective(config, critic, encode, device, self.distance), encode
+
     # ---- what becomes of it
 
-    def report(self, step: int) -> bool:
-        config = self.config
-        if not due(step, config.sample_every, config.steps):
-            return False
-        continued = step == self.start > 0  # then this may have been done before
-        if self.grids is not None and not (continued and self.samples_path(step).exists()):
-            with self.learner.shown() as generator:
-                picture = self.grids.draw(generator, step)
-            self.tell(Sampled(step, str(save_png(picture, self.samples_path(step)))))
-        return self.anywhere(float(self.should_stop()))
+    def make_reports(self) -> list[Report]:
+        wanted = self.config.sample_every and self.processes.is_main
+        frozen, folder = self.adapter.frozen, self.folder / SAMPLES
+        grids = BeforeAfter(self.config, frozen, folder, anew=self.start == 0) if wanted else None
+
+        def draw(step: int) -> Image:
+            assert grids is not None
+            with self.adapter.shown() as generator:
+                return grids.draw(generator, step)
+
+        return [self.sample_report(draw)]
 
     def write(self, places: Sequence[Path]) -> None:
-        config, metadata = self.config, self._metadata()
-        with self.learner.shown() as generator:
+        metadata = self._metadata()
+        with self.adapter.shown() as generator:
             for place in places:
-                write_generator(place, generator, metadata, config.file_dtype)
+                write_generator(place, generator, metadata, self.config.file_dtype)
 
     def _metadata(self) -> GeneratorMetadata:
         """What the finished file tells of itself: its source, and how it was adapted."""
-        config, before = self.config, self.loaded.metadata
+        config, before, adapter = self.config, self.source.metadata, self.adapter
         stage = {
-            "prompt": prompt_text(config.prompt),
+            "prompt": config.prompt,
             "method": config.method,
             "scale": config.scale,
-            "terms": describe_terms(self.learner.objective.critic.guidance),
-            "steps": self.learner.step,
+            "terms": describe_terms(adapter.objective.critic.guidance),
+            "steps": adapter.step,
             "parent": before.name,
-            "parent_sha256": self.learner.source_hash,
-            "trained": list(learning_names(self.learner.generator, list(self.learner.parameters), config.layers)),
+            "parent_sha256": adapter.source_hash,
+            "trained": list(learning_names(adapter.generator, list(adapter.parameters), config.layers)),
         }
         return dataclasses.replace(
             before,

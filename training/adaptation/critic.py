@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -23,11 +22,10 @@ from ...guidance.files import DTYPES, DomainMetadata, read_domain_file
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.null_text import load_unet
 from ...guidance.terms import Source, Term
-from ..engine.memory import is_memory_problem
 from ..engine.settings import ConfigProblem
 from ..prior.prior import ImageSize, Prior
-from .adapter import Encode, fixed_picture, opinion
 from .config import AdaptConfig
+from .opinion import Encode
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 Domain = tuple[dict[str, Tensor], DomainMetadata]
@@ -142,62 +140,3 @@ def make_objective(
         perceptual,
         way_back=config.way_back if config.way_back >= 0 else None,
     )
-
-
-def first_opinion(
-    objective: Objective, encode: Encode, generator: StyleGAN2, device: torch.device | str
-) -> Mapping[str, Tensor]:
-    """`opinion` of a picture of the generator's size, before anything is trained.
-
-    Raises ConfigProblem, in one sentence, where VAE, diffusion model and conditioning do not fit each other.
-    """
-    picture = fixed_picture(generator, device)
-    try:
-        with torch.no_grad():
-            latents = encode(picture)
-    except (RuntimeError, ValueError) as problem:
-        if isinstance(problem, RuntimeError) and is_memory_problem(problem):
-            raise
-        raise ConfigProblem(
-            f"resolution: expected images of {generator.config.resolution} px that the VAE can encode, found that it "
-            f"cannot ({_first_line(problem)}); set another resolution, or connect another VAE."
-        ) from problem
-    if latents.ndim != 4 or not bool(latents.isfinite().all()):
-        found = f"latents of shape {list(latents.shape)}" if latents.ndim != 4 else "NaN or infinity in its latents"
-        raise ConfigProblem(f"vae: expected finite latents [B, C, h, w] of an image, found {found}; use another VAE.")
-    try:
-        return opinion(objective, encode, picture)
-    except (RuntimeError, ValueError) as problem:
-        if isinstance(problem, RuntimeError) and is_memory_problem(problem):
-            raise
-        raise ConfigProblem(_misfit(problem, latents)) from problem
-
-
-# How this project's networks, and torch's convolutions and linear layers, tell of too few or too many channels.
-_LATENT = re.compile(r"expected a latent \[B, (\d+), H, W\], got \[\d+, (\d+),")
-_CHANNELS = re.compile(r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels")
-_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
-_TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
-
-
-def _misfit(problem: Exception, latents: Tensor) -> str:
-    told = str(problem)
-    if channels := _LATENT.search(told) or _CHANNELS.search(told):
-        return (
-            f"vae: expected a VAE of the diffusion model's latent space, of {channels[1]} channels, found one with "
-            f"{channels[2]}; use the VAE that belongs to the model."
-        )
-    if widths := _TEXT.search(told) or _WIDTHS.search(told):
-        wanted, found = (widths[1], widths[2]) if widths.re is _TEXT else (widths[2], widths[1])
-        return (
-            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode "
-            "the prompts with the text encoder (CLIP) that belongs to the model."
-        )
-    return (
-        f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
-        f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
-    )
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...guidance.files.atomic import replacing
 from ...guidance.networks.seeds import latents_of_seeds
 from ...guidance.networks.stylegan2 import StyleGAN2
-from ..domain.previews import grid
+from ..engine.grids import grid
 from .config import AdaptConfig
 
 if TYPE_CHECKING:

@@ -14,8 +14,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ...guidance.errors import printable
-from ..adaptation.config import configuration_kind
-from ..engine.events import Caching, Event, Started, Step, Stopped, Warned, describe
+from ..engine.events import Event, Preparing, Started, Step, Stopped, Warned, describe
+from .kinds import KINDS
 
 if TYPE_CHECKING:
     from ..domain.train import Result
@@ -48,7 +48,7 @@ class Console:
             return
         if self._as_json:
             self._event(json.dumps(event.to_dict()))
-        if isinstance(event, (Caching, Step)):
+        if isinstance(event, (Preparing, Step)):
             done, total = (event.step, event.steps) if isinstance(event, Step) else (event.done, event.total)
             self._progress(describe(event), done >= total)
         elif isinstance(event, Started):
@@ -60,8 +60,8 @@ class Console:
         if self._dry_run and not self._as_json:
             self._out(f"{_settings(event.config)}\n\n{describe(event)}")
         else:
-            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(configuration_kind(event.config))}
-            chosen = {name: value for name, value in event.config.items() if value != defaults[name]}
+            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(KINDS[event.kind])}
+            chosen = {name: value for name, value in event.config.items() if value != defaults.get(name)}
             self._say(f"{_settings(chosen)}\n(the other settings are the defaults)\n{describe(event)}")
 
     def warn(self, text: str) -> None:

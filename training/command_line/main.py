@@ -20,13 +20,15 @@ from typing import Any, NoReturn
 
 from ...guidance.errors import Problem, printable
 from ...guidance.files import FileProblem
-from ..adaptation.config import AdaptConfig, configuration_kind
-from ..domain.config import TrainConfig, field_kinds
+from ..adaptation.config import AdaptConfig
+from ..domain.config import TrainConfig
 from ..engine.paths import is_of_windows, meant_path
-from ..engine.settings import ConfigProblem, Settings, kinds_of, read_values
+from ..engine.settings import ConfigProblem, Settings, fields_of, kinds_of
 from ..engine.signals import StopRequest
+from ..engine.small_files import read_values
 from ..mini_world import MINI_WORLD
 from .console import Console, own_command
+from .kinds import kind_of
 
 DONE, PROBLEM, USAGE = 0, 1, 2
 EXIT_CODES = """exit status:
@@ -157,7 +159,7 @@ def _add_fields(
 ) -> None:
     """An option for every field of `settings` that `keep` accepts; options that are not given leave no trace."""
     kinds = kinds_of(settings)
-    kept = [one for one in dataclasses.fields(settings) if keep(one)]
+    kept = [one for one in fields_of(settings) if keep(one)]
     names = dict.fromkeys(one.metadata["group"] for one in kept)
     groups = {name: command.add_argument_group(GROUP_TITLES[name] + note) for name in names}
     for one in kept:
@@ -311,10 +313,10 @@ def _resume(options: argparse.Namespace) -> int:
     settings = folder / "config.json"
     if not settings.is_file():
         raise UsageProblem(f"{folder}: expected a run's folder, found no config.json in it; runs lie in runs/NAME.")
-    kind = _usage(lambda: configuration_kind(read_values(settings)))
+    kind = _usage(lambda: kind_of(read_values(settings), str(settings)))
     if kind is AdaptConfig:
         options.memory_full = MEMORY_FULL_ADAPTING
-    given = _given(options, {**field_kinds(), **kinds_of(AdaptConfig)})
+    given = _given(options, {**kinds_of(TrainConfig), **kinds_of(AdaptConfig)})
     config = _usage(lambda: kind.read(settings, **given, output=str(folder)))
     _usage(config.check_files)
     return _learn(config, options, True if _has_saved(folder, config.name) else "auto")
@@ -323,7 +325,8 @@ def _resume(options: argparse.Namespace) -> int:
 def _has_saved(folder: Path, name: str) -> bool:
     """Whether the run in a folder ever saved something; one that was stopped before its first step has not."""
     from ..engine.checkpoints import find_checkpoints
-    from ..engine.events import Saved, read_log
+    from ..engine.events import Saved
+    from ..engine.log import read_log
 
     if find_checkpoints(folder) or (folder / f"{name}.safetensors").exists():
         return True
@@ -342,7 +345,7 @@ def _read_settings(kind: type[Settings], path: str, values: dict[str, Any]) -> S
 
 def _given(options: argparse.Namespace, names: Iterable[str] | None = None) -> dict[str, Any]:
     """The fields of TrainConfig (or those of `names`) that were given as options."""
-    return {name: getattr(options, name) for name in names or field_kinds() if hasattr(options, name)}
+    return {name: getattr(options, name) for name in names or kinds_of(TrainConfig) if hasattr(options, name)}
 
 
 def _learn(config: TrainConfig | AdaptConfig, options: argparse.Namespace, resume: bool | str) -> int:
@@ -395,7 +398,7 @@ def _add_check_data(commands: Any) -> None:
         metavar="PATH",
         help="the prior that will be trained, a file or mini_world: what it was made for is the default resolution",
     )
-    kinds = field_kinds()
+    kinds = kinds_of(TrainConfig)
     for one in dataclasses.fields(TrainConfig):
         if one.name in CHECKED_BY:
             _add_field(command, one, kinds[one.name])

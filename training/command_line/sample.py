@@ -23,16 +23,18 @@ from ...guidance.files import (
 )
 from ...guidance.files.atomic import replacing
 from ...guidance.networks.seeds import latents_of_seeds
-from ..adaptation.config import AdaptConfig, configuration_kind
-from ..domain.config import TrainConfig, read_values
+from ..adaptation.config import AdaptConfig
+from ..domain.config import TrainConfig
 from ..engine.checkpoints import find_checkpoints
-from ..engine.engine import CONFIG
+from ..engine.folder import CONFIG
 from ..engine.processes import pick_device, pick_precision
 from ..engine.settings import ConfigProblem
+from ..engine.small_files import read_values
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_prior
 from .console import Console, own_command
 from .drawing import Artist, DrawingSettings, Drawn
+from .kinds import kind_of
 
 
 def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
@@ -159,7 +161,7 @@ def _run_in(folder: Path) -> tuple[TrainConfig | AdaptConfig, Path]:
     settings = folder / CONFIG
     if not settings.is_file():
         raise FileProblem(f"{folder}: expected a model's file or a run's folder, found no {CONFIG} in it.")
-    config = configuration_kind(read_values(settings)).read(settings)
+    config = kind_of(read_values(settings), str(settings)).read(settings)
     return config, folder / f"{config.name}.safetensors"
 
 

@@ -1,39 +1,32 @@
-"""The configuration of a training run: one flat, validated, frozen dataclass (`settings` says what its fields tell)."""
+"""The configuration of a training run: how a domain model learns a folder of images."""
 
 from __future__ import annotations
 
-from dataclasses import MISSING, dataclass
+from dataclasses import dataclass
 from typing import ClassVar
 
-from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, Settings, kinds_of, option, read_values
+from ..engine.run_settings import RunSettings
+from ..engine.settings import ConfigProblem, changed, option
+from ..prior.settings import PriorSettings
 
-__all__ = ["ConfigProblem", "TrainConfig", "field_kinds", "read_values"]
-
-GROUPS = ("what", "model", "data", "optimisation", "reporting")
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
 MIN_RESOLUTION, RESOLUTION_STEP = 64, 8
 
 
-@dataclass(frozen=True)
-class TrainConfig(Settings):
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(PriorSettings):
     """Everything that decides a training run.
 
     Raises ConfigProblem (a ValueError) for a field out of its range and for combinations that make no sense.
     """
 
+    kind: ClassVar[str] = "training"
     command: ClassVar[str] = "indomain train"
+    groups: ClassVar[tuple[str, ...]] = ("what", "model", "data", "optimisation", "reporting")
     required: ClassVar[dict[str, tuple[str, str]]] = {"base": ("a checkpoint file or mini_world", "the prior")}
 
     # what
-    base: str = option(
-        MISSING,
-        "what",
-        "prior to start from: a checkpoint (.safetensors in LDM layout: SD 1.x, 2.x, SDXL) or mini_world",
-        path=True,
-        free=True,
-        names=("mini_world", CONNECTED_PREFIX),
-    )
     data: tuple[str, ...] = option(
         (),
         "what",
@@ -41,31 +34,15 @@ class TrainConfig(Settings):
         path=True,
         free=True,
     )
-    name: str = option("domain", "what", "name of the domain model; the finished file is NAME.safetensors", free=True)
-    output: str = option(
-        "",
-        "what",
-        "folder of the run (log, samples, checkpoints, finished file); empty: runs/NAME",
-        path=True,
-        free=True,
+    name: str = changed(
+        RunSettings, "name", "domain", help="name of the domain model; the finished file is NAME.safetensors"
     )
-    export_to: str = option(
+    export_to: str = changed(
+        RunSettings,
+        "export_to",
         "",
-        "what",
-        "folder the finished file is also put in, for instance ComfyUI's "
-        "models/domain_unets; empty: only the run's folder",
-        path=True,
-        free=True,
-    )
-    vae: str = option(
-        "", "what", "file with another VAE than the checkpoint's own; empty: the checkpoint's", path=True, free=True
-    )
-    tokenizer: str = option(
-        "",
-        "what",
-        "folder with CLIP's vocab.json and merges.txt; only needed to draw samples with prompts from published models",
-        path=True,
-        free=True,
+        help="folder the finished file is also put in, for instance ComfyUI's models/domain_unets; empty: only the "
+        "run's folder",
     )
 
     # model
@@ -93,11 +70,12 @@ class TrainConfig(Settings):
         min=0.0,
         max=4096.0,
     )
-    gradient_checkpointing: bool = option(
+    gradient_checkpointing: bool = changed(
+        RunSettings,
+        "gradient_checkpointing",
         False,
-        "model",
-        "compute activations twice instead of storing them: about a third slower, far less memory",
-        free=True,
+        group="model",
+        help="compute activations twice instead of storing them: about a third slower, far less memory",
     )
     prediction: str = option(
         "auto",
@@ -163,10 +141,7 @@ class TrainConfig(Settings):
     )
 
     # optimisation
-    steps: int = option(2000, "optimisation", "optimizer steps in all", min=1, max=10_000_000, free=True)
-    batch_size: int = option(
-        4, "optimisation", "images in one forward pass, over all processes together", min=1, max=65536
-    )
+    steps: int = changed(RunSettings, "steps", 2000)
     accumulation: int = option(
         1,
         "optimisation",
@@ -174,33 +149,15 @@ class TrainConfig(Settings):
         min=1,
         max=4096,
     )
-    learning_rate: float = option(
-        1e-5, "optimisation", "peak learning rate; about 1e-5 for all weights, 1e-4 for low_rank", min=0.0, max=1.0
+    learning_rate: float = changed(
+        RunSettings, "learning_rate", 1e-5, help="peak learning rate; about 1e-5 for all weights, 1e-4 for low_rank"
     )
     optimizer: str = option(
         "adamw", "optimisation", "adamw, or adamw8bit (needs bitsandbytes): less memory", choices=("adamw", "adamw8bit")
     )
-    beta1: float = option(0.9, "optimisation", "Adam's decay of the mean gradient", min=0.0, max=0.9999999)
-    beta2: float = option(0.999, "optimisation", "Adam's decay of the squared gradient", min=0.0, max=0.9999999)
-    eps: float = option(1e-8, "optimisation", "added to Adam's denominator", min=1e-16, max=1.0)
     weight_decay: float = option(0.01, "optimisation", "decoupled weight decay; 0: none", min=0.0, max=10.0)
-    schedule: str = option(
-        "constant",
-        "optimisation",
-        "learning rate after the warm-up: constant, or falling to 0 at the last step",
-        choices=("constant", "cosine", "linear"),
-    )
-    warmup: int = option(
-        100, "optimisation", "steps over which the learning rate rises from 0; 0: none", min=0, max=1_000_000
-    )
-    clip: float = option(1.0, "optimisation", "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
-    ema: float = option(
-        0.999,
-        "optimisation",
-        "decay of the average of the weights that is sampled and exported, warmed up as (1+n)/(10+n); 0: no average",
-        min=0.0,
-        max=0.9999999,
-    )
+    warmup: int = changed(RunSettings, "warmup", 100)
+    clip: float = changed(RunSettings, "clip", 1.0)
     min_snr_gamma: float = option(
         5.0, "optimisation", "min-SNR loss weights (arXiv 2303.09556), usually 5; 0: the plain loss", min=0.0, max=1e6
     )
@@ -220,29 +177,13 @@ class TrainConfig(Settings):
         min=0.0,
         max=1.0,
     )
-    precision: str = option(
-        "auto",
-        "optimisation",
-        "of the forward and backward pass (the weights stay fp32); auto: bf16 on GPUs that have it, else fp32",
-        choices=("auto", "fp32", "bf16", "fp16"),
-    )
-    seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
-    device: str = option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
 
     # reporting
-    checkpoint_every: int = option(
-        250, "reporting", "steps between checkpoints to resume from; 0: none by steps", min=0, max=10_000_000, free=True
-    )
-    keep_checkpoints: int = option(
-        3, "reporting", "how many of the latest checkpoints stay", min=1, max=10_000, free=True
-    )
-    sample_every: int = option(
+    sample_every: int = changed(
+        RunSettings,
+        "sample_every",
         250,
-        "reporting",
-        "steps between sample grids, drawn with multi-guidance against the prior, the first at step 0; 0: none",
-        min=0,
-        max=10_000_000,
-        free=True,
+        help="steps between sample grids, drawn with multi-guidance against the prior, the first at step 0; 0: none",
     )
     sample_prompts: tuple[str, ...] = option(
         (),
@@ -250,9 +191,6 @@ class TrainConfig(Settings):
         "prompts of the sample grid, a row each, at most 64; none: the domain model alone",
         free=True,
         max=64,
-    )
-    sample_count: int = option(
-        4, "reporting", "images per row of the grid, each with its own fixed seed", min=1, max=64, free=True
     )
     sample_steps: int = option(20, "reporting", "sampling steps of the grid", min=1, max=1000, free=True)
     domain_weight: float = option(
@@ -272,22 +210,7 @@ class TrainConfig(Settings):
         min=0.0,
         max=0.5,
     )
-    log_every: int = option(10, "reporting", "steps between lines of the log", min=1, max=1_000_000, free=True)
-    tensorboard: bool = option(False, "reporting", "also write events for TensorBoard (needs tensorboard)", free=True)
-    file_dtype: str = option(
-        "fp16", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"), free=True
-    )
-    licence: str = option("", "reporting", "licence written into the finished file", free=True)
-    # New fields come last: they are inputs of a published node in this order.
-    checkpoint_minutes: float = option(
-        10.0,
-        "reporting",
-        "also save a checkpoint when the last one is this many "
-        "minutes old, which is the most that a crash can cost; 0: by steps only",
-        min=0.0,
-        max=100_000.0,
-        free=True,
-    )
+    file_dtype: str = changed(RunSettings, "file_dtype", "fp16")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -311,7 +234,10 @@ class TrainConfig(Settings):
         """Images per optimizer step, over all processes and passes."""
         return self.batch_size * self.accumulation
 
-
-def field_kinds() -> dict[str, type]:
-    """The kinds of `TrainConfig`'s fields; see `kinds_of`."""
-    return kinds_of(TrainConfig)
+    @property
+    def memory_advice(self) -> str:
+        return (
+            f"Training ran out of memory with batch size {self.batch_size} at {self.resolution} px; use gradient "
+            "checkpointing, with which this run can go on, or in a run of another name a smaller batch size with more "
+            "accumulation, the form constant, train low_rank at learning_rate 1e-4, or a lower resolution."
+        )

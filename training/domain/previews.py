@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,11 +11,10 @@ from torch import Tensor, nn
 
 from ...guidance.combination import Guidance
 from ...guidance.diffusion import Denoiser
-from ...guidance.files.atomic import replacing
 from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.presets import cfg, domain_guidance, in_domain
 from ...guidance.sampling import sample, sigmas_uniform
-from ..engine.lettering import default_font, write
+from ..engine.grids import grid
 from ..engine.processes import computes_in_bf16
 from ..prior.prior import ImageSize, Prior
 from ..prior.text_encoders import Text
@@ -29,8 +25,6 @@ if TYPE_CHECKING:
     from .config import TrainConfig
 
 METHOD = "dpmpp_2m"  # as the paper samples
-SMALLEST_TILE, LARGEST_TILE = 128, 512  # px; small pictures are enlarged by a whole factor, large ones reduced
-MARGIN, LABEL_WIDTH = 6, 150  # px
 
 
 @dataclass(frozen=True)
@@ -106,18 +100,6 @@ class Preview:
         pictures += [grey] * (len(rows) - len(pictures))
         return grid(pictures, [row.label for row in rows], [f"seed {seed}" for seed in self.seeds], title)
 
-    def save(
-        self,
-        unet: nn.Module,
-        path: str | os.PathLike,
-        text: Text | None = None,
-        *,
-        title: str = "",
-        should_stop: Callable[[], bool] = lambda: False,
-    ) -> Path:
-        """`draw` into a PNG file that is there completely or not at all."""
-        return save_png(self.draw(unet, text, title=title, should_stop=should_stop), path)
-
     @property
     def seeds(self) -> range:
         return range(self.config.seed, self.config.seed + self.config.sample_count)
@@ -179,44 +161,3 @@ def preview_dtype(device: torch.device) -> torch.dtype:
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if computes_in_bf16(device) else torch.float16
-
-
-def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image:
-    """Pictures [B, 3, H, W] in -1..1, one tensor a row, as a labelled table."""
-    from PIL import Image, ImageDraw
-
-    count = max(len(row) for row in pictures)
-    height, width = pictures[0].shape[-2:]
-    scale = max(1, -(-SMALLEST_TILE // max(height, width)))
-    if max(height, width) > LARGEST_TILE:
-        scale = LARGEST_TILE / max(height, width)
-    tile = (round(width * scale), round(height * scale))
-    font = default_font(13)
-    line = 17
-    heading = MARGIN + (line if title else 0) + line
-    size = (LABEL_WIDTH + count * (tile[0] + MARGIN), heading + len(pictures) * (tile[1] + MARGIN))
-    sheet = Image.new("RGB", size, (250, 250, 250))
-    draw = ImageDraw.Draw(sheet)
-    if title:
-        write(draw, (MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
-    for index, label in enumerate(columns):
-        write(draw, (LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
-    for at, (row, label) in enumerate(zip(pictures, rows)):
-        top = heading + at * (tile[1] + MARGIN)
-        wrapped = textwrap.wrap(label, width=20)[: max(1, tile[1] // line)]
-        for number, part in enumerate(wrapped):
-            write(draw, (MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
-        for index, picture in enumerate(row):
-            values = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-            image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())
-            if scale != 1:
-                image = image.resize(tile, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
-            sheet.paste(image, (LABEL_WIDTH + index * (tile[0] + MARGIN), top))
-    return sheet
-
-
-def save_png(image: Image, path: str | os.PathLike) -> Path:
-    """Write a picture as PNG, completely or not at all."""
-    with replacing(path) as file:
-        image.save(file, format="PNG")
-    return Path(path)

@@ -1,4 +1,4 @@
-"""A training run from images to a domain model: what command line, node and separate process call."""
+"""A training run from images to a domain model: what the command line and the node call."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ...guidance.files import DTYPES
@@ -25,28 +24,32 @@ from ..data import (
     find_images,
     open_dataset,
 )
-from ..engine.engine import Engine, Result, check_resume, due
-from ..engine.events import Caching, Listener, Measuring, Sampled, Started, Validated, Warned
+from ..engine.events import Event, Listener, Preparing, Validated
 from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
-from ..engine.processes import OneProcess, check_batch, open_processes
+from ..engine.processes import check_batch
+from ..engine.run import Report, Result, Run
 from ..engine.settings import ConfigProblem
 from ..engine.tracing import size_text
 from ..prior.opening import open_prior
 from ..prior.prior import ImageSize, Prior
 from ..prior.same_prior import prior_traits
 from .config import TrainConfig
-from .estimate import estimate
+from .estimate import Estimate, estimate
 from .export import write_domain_model, write_low_rank
 from .held_out import held_out_loss
-from .learner import Learner
-from .previews import Preview, save_png
+from .learner import DomainLearner
+from .previews import Preview
 from .trainee import Trainee, start_model
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 __all__ = ["Result", "train"]
 
 SMALL = 0.75  # of the side in pixels that the prior was made for
 HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
+Images = Sequence[Tensor] | Tensor | None
 
 
 def train(
@@ -54,7 +57,7 @@ def train(
     *,
     resume: bool | str = "auto",
     base: Prior | None = None,
-    images: Sequence[Tensor] | Tensor | None = None,
+    images: Images = None,
     listener: Listener = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     dry_run: bool = False,
@@ -74,91 +77,53 @@ def train(
     Raises ConfigProblem for a configuration that does not fit the run, FileProblem for files, DataProblem when no image
     can be used, NonFiniteLoss.
     """
-    check_resume(resume)
-    # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
-    with torch.inference_mode(False), torch.enable_grad():
-        run = _Run(config, open_processes(config.device), listener, should_stop)
-        return run.dry(resume, base, images) if dry_run else run.train(resume, base, images)
+    return _Training(config, listener, should_stop, base, images)(resume, dry_run)
+
+
+def _begun(state: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+    """What was settled when a run began (`_Training.begun`), out of its checkpoint. Raises ConfigProblem."""
+    begun = {"constants": {}, "null_text_error": {}} | ((state or {}).get("start") or {})
+    for name, kind in (("constants", Tensor), ("null_text_error", (int, float))):
+        if not all(isinstance(value, kind) for value in begun[name].values()):
+            raise ConfigProblem(f"start: expected what this trainer writes into a checkpoint, found other {name}.")
+    return begun
 
 
 class _MeasuringStopped(Exception):
     """Somebody asked to stop while the prior was measured."""
 
 
-class _Run(Engine):
+class _Training(Run[TrainConfig]):
     """One call of `train`."""
 
-    blame = "lower the learning rate or look at these images"
+    advice = "lower the learning rate or look at these images"
+    prior: Prior
+    learner: DomainLearner
+    trainee: Trainee
+    held_out: LatentDataset
 
     def __init__(
-        self, config: TrainConfig, processes: OneProcess, listener: Listener, should_stop: Callable[[], bool]
+        self,
+        config: TrainConfig,
+        listener: Listener,
+        should_stop: Callable[[], bool],
+        prior: Prior | None,
+        images: Images,
     ) -> None:
-        super().__init__(config, processes, listener, should_stop)
-        self.trainee: Trainee | None = None
+        super().__init__(config, listener, should_stop)
+        self.given, self.images = prior, images
+        self.needs: Estimate | None = None  # known in the first process
 
     # ---- beginning
 
-    def dry(self, resume: bool | str, base: Prior | None, images: Sequence[Tensor] | Tensor | None) -> Result:
-        """Everything that can be known before the first image is read, also of the run that it would go on with."""
-        self._check_beforehand()
-        start, _ = self.begin(resume)
-        base = base or self._open_prior()
-        for note in base.notes:
-            self.tell(Warned(note))
-        self._announce(start, base, images)
-        return Result("dry_run", 0, None, self.folder)
-
-    def train(self, resume: bool | str, base: Prior | None, images: Sequence[Tensor] | Tensor | None) -> Result:
-        self._check_beforehand()
-        with ExitStack() as stack:
-            self.take_place(stack)
-            start, found = self.begin(resume)
-            state = None if found is None else found[1]
-            base = base or self._open_prior()
-            self.open_reports(stack, start)
-            for note in base.notes:
-                self.tell(Warned(note))
-            self._announce(start, base, images)
-            self.settle(start)
-            dataset = self._dataset(base, images)
-            if dataset is None:
-                return self.stopped_early(start, found)
-            learning, held_out = dataset.split(self.config.held_out_share)
-            self.base, self.learning = base, learning
-            self.trainee = trainee = self._trainee(base, state)
-            if trainee is None:
-                return self.stopped_early(start, found)
-            learner = stack.enter_context(
-                Learner(
-                    self.config,
-                    trainee.unet,
-                    learning,
-                    base.schedule,
-                    base.prediction_type,
-                    lambda sizes: base.conditioning(sizes, trainee.text),
-                    prior=base.prior_hash,
-                    traits=prior_traits(base, trainee.text),
-                    processes=self.processes,
-                )
-            )
-            self.go_on(learner, start, found)
-            del state, found  # what lies in the checkpoint's file has been copied out of it
-            self.reports = _Reports(self, base, held_out)
-            return self.loop()
-
-    def _open_prior(self) -> Prior:
+    def check(self) -> None:
         config = self.config
-        return open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer, prediction=config.prediction)
-
-    def _check_beforehand(self) -> None:
-        """Refuse what would otherwise be found out when all images are encoded, or never."""
-        config = self.config
-        check_optimizer(config)
+        check_optimizer(config.optimizer)
         check_batch(config.batch_size, self.processes.world)
-        for one in config.data:
+        for folder in config.data:
             # Nothing there, or somebody asked to stop: told when images are looked for.
             with suppress(DataProblem, Cancelled):
-                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(one, self._watch())):
+                if os.path.realpath(self.folder) in map(os.path.realpath, expanded(folder, self._watch())):
                     raise ConfigProblem(
                         f"output: expected a folder of the run's own, found {self.folder}, the folder of images, which "
                         "would learn its own sample grids; choose another output."
@@ -167,32 +132,104 @@ class _Run(Engine):
     def _watch(self) -> Watch:
         return Watch(self.should_stop, self.config.within or None)
 
-    def _resolve(self, state: Mapping[str, Any] | None) -> None:
-        super()._resolve(state)
+    def settle(self, state: Mapping[str, Any] | None) -> None:
+        super().settle(state)
         if not self.config.validate_every:
             # Nobody looks at their loss: a new run learns from all images, one that goes on from those of before.
             share = 0.0 if state is None else TrainConfig.from_mapping(state["config"]).held_out_share
             self.config = self.config.with_changes(held_out_share=share)
 
+    def open(self) -> Sequence[str]:
+        config = self.config
+        self.prior = self.given or open_prior(
+            config.base, vae=config.vae, tokenizer=config.tokenizer, prediction=config.prediction
+        )
+        return self.prior.notes
+
+    def announce(self, start: int) -> tuple[int, str]:
+        config, prior = self.config, self.prior
+        # In every process: one that failed alone would let the others wait.
+        prior.check_prompts((config.caption, *(config.sample_prompts if config.sample_every else ())))
+        if not self.processes.is_main:
+            return 0, ""
+        count = 0
+        with suppress(Cancelled):
+            count = len(find_images(config.data, self._watch())) if config.data else 0
+        given = [self.images] if isinstance(self.images, Tensor) else self.images or ()
+        count += sum(len(batch) if batch.ndim == 4 else 1 for batch in given)
+        left = config.with_changes(steps=max(1, config.steps - start))
+        self.needs = estimate(prior, left, count, device=self.processes.device, processes=self.processes.world)
+        return count, self.needs.to_text()
+
+    def remark(self, start: int) -> None:
+        config, prior, needs = self.config, self.prior, self.needs
+        if start >= config.steps or needs is None:
+            return
+        if prior.zero_snr and config.min_snr_gamma:
+            self.warn(
+                "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
+                "overall brightness is learned from the levels before it; 0 weighs all levels alike."
+            )
+        native = prior.native_resolution
+        if native is not None and config.resolution < SMALL * native:
+            self.warn(
+                f"{prior.name} was made for images of {native} px, and this run learns them at {config.resolution} px, "
+                f"where its pictures are poor; set resolution to {native} unless that is meant."
+            )
+        too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
+        if too_much and self.processes.device.type == "cpu":
+            # Other devices say that memory ran out; here the system would kill the process, and whatever else it holds
+            # (ComfyUI), without a word.
+            raise ConfigProblem(
+                f"Expected a run that fits into memory, found that it needs about {size_text(needs.peak)} with "
+                f"batch_size {config.batch_size} at resolution {config.resolution}. {needs.advice}"
+            )
+
+    def make_learner(self, stack: ExitStack, state: Mapping[str, Any] | None) -> DomainLearner | None:
+        dataset = self._dataset()
+        if dataset is None:
+            return None
+        learning, self.held_out = dataset.split(self.config.held_out_share)
+        trainee = self._trainee(_begun(state))
+        if trainee is None:
+            return None
+        self.trainee, prior = trainee, self.prior
+        learner = DomainLearner(
+            self.config,
+            trainee.unet,
+            learning,
+            prior.schedule,
+            prior.prediction_type,
+            lambda sizes: prior.conditioning(sizes, trainee.text),
+            prior=prior.prior_hash,
+            traits=prior_traits(prior, trainee.text),
+            processes=self.processes,
+        )
+        self.learner = stack.enter_context(learner)
+        return learner
+
     def begun(self) -> dict[str, Any]:
         return {"constants": dict(self.trainee.constants), "null_text_error": dict(self.trainee.null_text_error)}
 
-    def _dataset(self, base: Prior, images: Sequence[Tensor] | Tensor | None) -> LatentDataset | None:
+    def _dataset(self) -> LatentDataset | None:
         """The images as latents; None when somebody asked to stop meanwhile."""
-        dataset, stopped = None, 0.0
+        dataset, stopped = None, False
         try:
-            with base.autoencoder_on(self.processes.device):
-                callbacks = Callbacks(
-                    progress=lambda done, total: self.tell(Caching(done, total)),
-                    should_stop=self.should_stop,
-                    warn=lambda text: self.tell(Warned(text)),
-                )
-                settings = DataSettings(**{one.name: getattr(self.config, one.name) for one in fields(DataSettings)})
+            with self.prior.autoencoder_on(self.processes.device):
                 dataset = open_dataset(
-                    settings, base, images, callbacks, turn=self.processes.rank, turns=self.processes.world
+                    DataSettings(**{known.name: getattr(self.config, known.name) for known in fields(DataSettings)}),
+                    self.prior,
+                    self.images,
+                    Callbacks(
+                        progress=lambda done, total: self.tell(Preparing("encoding images", done, total)),
+                        should_stop=self.should_stop,
+                        warn=self.warn,
+                    ),
+                    turn=self.processes.rank,
+                    turns=self.processes.world,
                 )
         except CachingStopped:
-            stopped = 1.0
+            stopped = True
         except (RuntimeError, MemoryError) as problem:
             if not is_memory_problem(problem):
                 raise
@@ -201,30 +238,27 @@ class _Run(Engine):
                 f"Encoding the images ran out of memory at {self.config.resolution} px; set caching_batch to 1 (it "
                 "counts on GPUs alone), close other programs that use the device, or train at a lower resolution."
             ) from problem.with_traceback(None)
-        if self.anywhere(stopped):
+        if self.processes.anywhere(stopped) or dataset is None:
             return None
         for note in dataset.notes:
-            self.tell(Warned(note))
+            self.warn(note)
         return dataset
 
-    def _trainee(self, base: Prior, state: Mapping[str, Any] | None) -> Trainee | None:
+    def _trainee(self, begun: Mapping[str, Any]) -> Trainee | None:
         """The UNet that learns; None when somebody asked to stop meanwhile.
 
-        The prior is measured for form constant only when a run begins.
+        begun: what was settled when a run began that goes on now: the prior is measured (form constant) only then.
         """
 
         def measured(done: int, total: int) -> None:
-            self.tell(Measuring(done, total))
+            self.tell(Preparing("measuring the prior", done, total))
             if self.should_stop():
                 raise _MeasuringStopped
 
-        config, begun = self.config, (state or {}).get("start") or {}
-        # Copies: the checkpoint's file must not stay open, nor be read again.
-        constants = {name: one.clone() for name, one in (begun.get("constants") or {}).items()}
-        trainee = None
+        config, trainee = self.config, None
         with suppress(_MeasuringStopped):
             trainee = start_model(
-                base,
+                self.prior,
                 config.form,
                 config.train,
                 caption=config.caption,
@@ -234,138 +268,85 @@ class _Run(Engine):
                 resolution=config.resolution,
                 seed=config.seed,
                 device=self.processes.device,
-                constants=constants or None,
-                null_text_error=begun.get("null_text_error"),
+                # Copies: the checkpoint's file must not stay open, nor be read again.
+                constants={name: tensor.clone() for name, tensor in begun["constants"].items()} or None,
+                null_text_error=begun["null_text_error"],
                 on_probe=measured,
             )
-        return None if self.anywhere(float(trainee is None)) else trainee
-
-    def _announce(self, step: int, base: Prior, images: Sequence[Tensor] | Tensor | None) -> None:
-        """Say what begins and what it will need, before anything takes long."""
-        # In every process: one that failed alone would let the others wait.
-        base.check_prompts((self.config.caption, *(self.config.sample_prompts if self.config.sample_every else ())))
-        if self.processes.is_main:
-            config, left = self.config, max(1, self.config.steps - step)
-            count = 0
-            with suppress(Cancelled):
-                count = len(find_images(self.config.data, self._watch())) if self.config.data else 0
-            given = [images] if isinstance(images, Tensor) else images or ()
-            count += sum(len(one) if one.ndim == 4 else 1 for one in given)
-            needs = estimate(
-                base,
-                config.with_changes(steps=left),
-                count,
-                device=self.processes.device,
-                processes=self.processes.world,
-            )
-            self.tell(Started(str(self.folder), self.config.to_dict(), step, self.config.steps, count, needs.to_text()))
-            self.warn_beforehand(step)
-            if step < config.steps and base.zero_snr and config.min_snr_gamma:
-                self.tell(
-                    Warned(
-                        "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: "
-                        "the overall brightness is learned from the levels before it; 0 weighs all levels alike."
-                    )
-                )
-            native = base.native_resolution
-            if step < config.steps and native is not None and config.resolution < SMALL * native:
-                self.tell(
-                    Warned(
-                        f"{base.name} was made for images of {native} px, and this run learns them at "
-                        f"{config.resolution} px, where its pictures are poor; set resolution "
-                        f"to {native} unless that is meant."
-                    )
-                )
-            too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
-            if too_much and self.processes.device.type == "cpu" and step < self.config.steps:
-                # Other devices say that memory ran out; here the system would kill the process, and whatever else it
-                # holds (ComfyUI), without a word.
-                raise ConfigProblem(
-                    f"Expected a run that fits into memory, found that it needs about {size_text(needs.peak)} with "
-                    f"batch_size {config.batch_size} at resolution {config.resolution}. {needs.advice}"
-                )
+        return None if self.processes.anywhere(trainee is None) else trainee
 
     # ---- what becomes of it
 
-    def report(self, step: int) -> bool:
-        return self.reports(step)
+    def make_reports(self) -> list[Report]:
+        return [self._held_out_report(), self._grid_report()]
+
+    @property
+    def _batch(self) -> int:
+        """What this process has memory for."""
+        return max(1, self.config.batch_size // self.processes.world)
+
+    def _held_out_report(self) -> Report:
+        """The loss on held-out images, with the averaged weights."""
+        config, prior, held_out = self.config, self.prior, self.held_out
+        every = config.validate_every if len(held_out) else 0
+        indices = range(len(held_out) if every and self.processes.is_main else 0)
+        latents = [held_out.mean(index) for index in indices]
+        sizes = [
+            ImageSize(*held_out.size_of(index), (latent.shape[-2] * prior.factor, latent.shape[-1] * prior.factor))
+            for index, latent in enumerate(latents)
+        ]
+        keys = [held_out.content_of(index) for index in indices]
+
+        def validate(step: int) -> Event | None:
+            with self.trainee.using(self.learner.values()) as unet:
+                loss, levels = held_out_loss(
+                    unet,
+                    prior.schedule,
+                    prior.prediction_type,
+                    latents,
+                    lambda sizes: prior.conditioning(sizes, self.trainee.text),
+                    sizes,
+                    keys=keys,
+                    seed=config.seed,
+                    batch=self._batch,
+                    device=self.processes.device,
+                    dtype=DTYPES[config.precision],
+                    should_stop=self.should_stop,
+                )
+            return Validated(step, loss, {str(level): value for level, value in levels.items()}) if levels else None
+
+        return Report(every, validate, lambda step: step in self.curve.held_out)
+
+    def _grid_report(self) -> Report:
+        """Sample grids, with the averaged weights."""
+        config, device = self.config, self.processes.device
+        wanted = config.sample_every and self.processes.is_main
+        preview = Preview(self.prior, config, device, self._batch) if wanted else None
+
+        def draw(step: int) -> Image | None:
+            assert preview is not None
+            with self.trainee.using(self.learner.values()) as unet:
+                title = f"{config.name}, step {step}"
+                picture = preview.draw(unet, self.trainee.text, title=title, should_stop=self.should_stop)
+            return None if self.should_stop() else picture  # one that was broken off is drawn again
+
+        return self.sample_report(draw)
 
     def write(self, places: Sequence[Path]) -> None:
-        config, trainee, base = self.config, self.trainee, self.base
-        values = self.learner.values()
-        facts: dict[str, Any] = {"config": config, "steps": self.learner.step, "dataset_size": len(self.learning)}
+        config, trainee, learner = self.config, self.trainee, self.learner
+        values = learner.values()
+        facts: dict[str, Any] = {"config": config, "steps": learner.step, "dataset_size": len(learner.dataset)}
         for place in places:
             if trainee.form == "full" and trainee.train == "low_rank":
-                write_low_rank(place, trainee, base, values=values, **facts)
+                write_low_rank(place, trainee, self.prior, values=values, **facts)
             else:
                 write_domain_model(
                     place,
                     trainee.weights(values),
                     trainee.config,
-                    base,
-                    dataset_hash=self.learning.content_hash,
+                    self.prior,
+                    dataset_hash=learner.dataset.content_hash,
                     ema=config.ema or None,
                     null_text_error=trainee.null_text_error,
                     **facts,
                 )
-
-
-class _Reports:
-    """Held-out loss and sample grids where they are due, with the averaged weights; the first process makes them."""
-
-    def __init__(self, run: _Run, base: Prior, held_out: LatentDataset) -> None:
-        config, main = run.config, run.processes.is_main
-        self.run, self.base, self.trainee = run, base, run.trainee
-        self.batch = max(1, config.batch_size // run.processes.world)  # what this process has memory for
-        self.validates = config.validate_every if len(held_out) else 0
-        self.held = [held_out.mean(index) for index in range(len(held_out))] if main and self.validates else []
-        self.sizes = [
-            ImageSize(*held_out.size_of(index), (latent.shape[-2] * base.factor, latent.shape[-1] * base.factor))
-            for index, latent in enumerate(self.held)
-        ]
-        self.keys = [held_out.content_of(index) for index in range(len(self.held))]
-        wanted = config.sample_every and main
-        self.preview = Preview(base, config, run.processes.device, self.batch) if wanted else None
-
-    def __call__(self, step: int) -> bool:
-        """Report on a step, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
-        run, config = self.run, self.run.config
-        validates, samples = due(step, self.validates, config.steps), due(step, config.sample_every, config.steps)
-        if not validates and not samples:
-            return False
-        if run.processes.is_main:
-            continued = step == run.start > 0  # then this may have been done before
-            if validates and not (continued and step in run.curve.held_out):
-                self._validate(step)
-            if samples and not (continued and run.samples_path(step).exists()):
-                self._sample(step)
-        return run.anywhere(float(run.should_stop()))
-
-    def _validate(self, step: int) -> None:
-        run, base = self.run, self.base
-        with self.trainee.using(run.learner.values()) as unet:
-            loss, levels = held_out_loss(
-                unet,
-                base.schedule,
-                base.prediction_type,
-                self.held,
-                lambda sizes: base.conditioning(sizes, self.trainee.text),
-                self.sizes,
-                keys=self.keys,
-                seed=run.config.seed,
-                batch=self.batch,
-                device=run.processes.device,
-                dtype=DTYPES[run.config.precision],
-                should_stop=run.should_stop,
-            )
-        if levels:  # else it was asked to stop
-            run.tell(Validated(step, loss, {str(level): value for level, value in levels.items()}))
-
-    def _sample(self, step: int) -> None:
-        run, path = self.run, self.run.samples_path(step)
-        with self.trainee.using(run.learner.values()) as unet:
-            picture = self.preview.draw(
-                unet, self.trainee.text, title=f"{run.config.name}, step {step}", should_stop=run.should_stop
-            )
-        if not run.should_stop():  # a grid that was broken off is drawn again when the run goes on
-            run.tell(Sampled(step, str(save_png(picture, path))))

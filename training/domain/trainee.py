@@ -20,6 +20,7 @@ from ...guidance.networks.unet import UNet
 from ...guidance.networks.unet_config import UNetConfig
 from ...guidance.null_text import build_cached, fold_constants
 from ...guidance.probes import AttentionStatistics, Probes, collect_probes, measure_cross_attention
+from ..engine.average import swapped
 from ..prior.prior import ImageSize, Prior
 from ..prior.text_encoders import Text
 from .config import FORMS, TRAINS
@@ -71,17 +72,13 @@ class Trainee:
     def using(self, values: Mapping[str, Tensor] | None) -> Iterator[UNet]:
         """The UNet in evaluation mode with other values of what learns (None: its own), and back again exactly."""
         self._check(values)
-        parameters, training = self.named_trainable(), self.unet.training
-        before = {name: parameters[name].data for name in values or {}}
-        for name, value in (values or {}).items():
-            parameters[name].data = value.to(parameters[name])
-        self.unet.eval()
-        try:
-            yield self.unet
-        finally:
-            for name, value in before.items():
-                parameters[name].data = value
-            self.unet.train(training)
+        training = self.unet.training
+        with swapped(self.named_trainable(), values or {}):
+            self.unet.eval()
+            try:
+                yield self.unet
+            finally:
+                self.unet.train(training)
 
     def _check(self, values: Mapping[str, Tensor] | None) -> None:
         unknown = sorted(set(values or {}) - set(self.named_trainable()))

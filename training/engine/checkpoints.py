@@ -29,20 +29,16 @@ from .small_files import open_regular
 
 FORMAT, VERSION = "indomain_guidance_checkpoint", 1
 FOLDER, NAME = "checkpoints", re.compile(r"step-(\d+)\.ckpt")
-# What a state must hold to be resumed from; see Learner.state.
+# What a state must hold to be resumed from; see `Learner.state`.
 FIELDS: dict[str, tuple[type, ...]] = {
     "step": (int,),
     "config": (dict,),
-    "prior": (str,),
-    "dataset": (dict,),
     "facts": (dict,),
     "weights": (dict,),
     "average": (dict, type(None)),
     "optimizer": (dict,),
     "scaler": (dict, type(None)),
 }
-# What its "start" may hold; see `Engine.begun`.
-STARTS: dict[str, type | tuple[type, ...]] = {"constants": torch.Tensor, "null_text_error": (int, float)}
 
 
 class CheckpointProblem(FileProblem):
@@ -136,7 +132,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
         ("weights", state["weights"], torch.Tensor),
         ("facts", state["facts"], str),
         ("start", start, dict),
-        *(("start", start.get(name), kind) for name, kind in STARTS.items() if type(start) is dict and name in start),
+        *(("start", part, (torch.Tensor, int, float)) for part in (start.values() if type(start) is dict else ())),
     ):
         if name not in wrong and not (type(part) is dict and all(isinstance(one, kind) for one in part.values())):
             wrong.append(name)

@@ -8,8 +8,7 @@ from pathlib import Path, PurePosixPath
 
 import torch
 
-from ..adaptation.config import AdaptConfig
-from ..domain.config import TrainConfig
+from .run_settings import RunSettings
 
 
 def is_memory_problem(error: BaseException) -> bool:
@@ -20,21 +19,9 @@ def is_memory_problem(error: BaseException) -> bool:
     )
 
 
-def memory_problem(error: BaseException, config: TrainConfig | AdaptConfig) -> str | None:
-    """One sentence when `error` says that memory ran out, else None."""
-    if not is_memory_problem(error):
-        return None
-    if isinstance(config, AdaptConfig):
-        side = f" at {config.resolution} px" if config.resolution else ""
-        return (
-            f"Adapting ran out of memory with batch size {config.batch_size}{side}; use a smaller batch size or a "
-            "lower resolution in a run of another name, or gradient checkpointing, with which this one can go on."
-        )
-    return (
-        f"Training ran out of memory with batch size {config.batch_size} at {config.resolution} px; use gradient "
-        "checkpointing, with which this run can go on, or in a run of another name a smaller batch size with more "
-        "accumulation, the form constant, train low_rank at learning_rate 1e-4, or a lower resolution."
-    )
+def memory_problem(error: BaseException, config: RunSettings) -> str | None:
+    """What to tell the user when `error` says that memory ran out, else None."""
+    return config.memory_advice if is_memory_problem(error) else None
 
 
 def available_memory(system: Path = Path("/")) -> int | None:

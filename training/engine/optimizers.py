@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..domain.config import TrainConfig
+from .run_settings import RunSettings
 from .settings import ConfigProblem
 
-if TYPE_CHECKING:
-    from ..adaptation.config import AdaptConfig
 
-
-def check_optimizer(config: TrainConfig) -> None:
+def check_optimizer(name: str) -> None:
     """Raise ConfigProblem for an optimizer whose package is missing or broken."""
-    if config.optimizer == "adamw8bit":
+    if name == "adamw8bit":
         _adamw8bit()
 
 
@@ -33,7 +30,9 @@ def _adamw8bit() -> type[torch.optim.Optimizer]:
     return AdamW8bit
 
 
-def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+def build_optimizer(
+    config: RunSettings, parameters: Iterable[nn.Parameter], name: str = "adamw", weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
     """AdamW (arXiv 1711.05101) over the parameters; weight decay spares vectors (biases and norms).
 
     "adamw8bit" keeps its state in 8 bits (arXiv 2110.02861) and needs the optional package bitsandbytes. Raises
@@ -41,12 +40,12 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
     """
     parameters = list(parameters)
     groups = [
-        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": weight_decay},
         {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
-    if config.optimizer == "adamw8bit":
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    if name == "adamw8bit":
         return _adamw8bit()(groups, **options)
     # One pass over the weights instead of a dozen; every backend this runs on has it for fp32.
     fused = all(one.device.type in ("cpu", "cuda", "mps", "xpu") for one in parameters)
@@ -56,7 +55,7 @@ def build_optimizer(config: TrainConfig, parameters: Iterable[nn.Parameter]) -> 
         return torch.optim.AdamW(groups, **options)
 
 
-def rate_at(config: TrainConfig | AdaptConfig, step: int) -> float:
+def rate_at(config: RunSettings, step: int) -> float:
     """The learning rate of optimizer step `step` (0 is the first).
 
     It rises linearly over `warmup` steps to the peak at step `warmup` - 1, then stays ("constant") or falls as half a

@@ -50,6 +50,10 @@ class OneProcess:
         values[self.rank] = value
         return self.total(values).tolist()
 
+    def anywhere(self, flag: bool) -> bool:
+        """Whether any process raised its flag."""
+        return flag if self.world == 1 else bool(self.total(torch.tensor([float(flag)], device=self.device)).item())
+
     def wait(self) -> None:
         """Until every process is here."""
 

@@ -67,7 +67,8 @@ class ModelFolder:
         node: whose message a refusal is. Raises FileProblem for names outside the folder, links followed, and those
         that some system cannot take.
         """
-        from ....training.engine.settings import ConfigProblem, check_name
+        from ....training.engine.names import check_name
+        from ....training.engine.settings import ConfigProblem
 
         folder = self.own()
         name = filename.strip().removesuffix(".safetensors")

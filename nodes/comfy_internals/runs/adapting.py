@@ -28,7 +28,7 @@ from .progress import RunProgress
 
 if TYPE_CHECKING:
     from ....training.adaptation.config import AdaptConfig
-    from ....training.engine.engine import Result
+    from ....training.engine.run import Result
 
 RUNS = "generator_adaptation"
 

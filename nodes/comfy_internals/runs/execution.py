@@ -14,7 +14,7 @@ from .progress import RunProgress
 if TYPE_CHECKING:
     from ....training.adaptation.config import AdaptConfig
     from ....training.domain.config import TrainConfig
-    from ....training.engine.engine import Result
+    from ....training.engine.run import Result
 
 
 def free_memory() -> None:

@@ -56,7 +56,7 @@ def _weights_digest(path: Path) -> bytes:
 @contextmanager
 def run_folder(folder: Path) -> Iterator[None]:
     """Around a run and what is written into its folder: a run that is refused leaves no new folder behind."""
-    from ....training.engine.engine import has_learned
+    from ....training.engine.folder import has_learned
     from ....training.engine.lock import locked
 
     new = not folder.exists()

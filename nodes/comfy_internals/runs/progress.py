@@ -34,7 +34,7 @@ class RunProgress:
     def __call__(self, event: Event) -> None:
         from ....training.engine import events
 
-        if isinstance(event, (events.Step, events.Caching)):
+        if isinstance(event, (events.Step, events.Preparing)):
             done, total = (event.step, event.steps) if isinstance(event, events.Step) else (event.done, event.total)
             self._update(done, total)
             self.text(describe(event), last=done == total)
@@ -102,10 +102,8 @@ def describe(event: Event) -> str:
     if isinstance(event, events.Step):
         left = "" if event.eta_s is None else f", {events.duration(event.eta_s)} left"
         return f"step {event.step} of {event.steps}: loss {event.loss:.4f}{left}"
-    if isinstance(event, events.Measuring):
-        return f"measuring the prior: {event.done} of {event.total}"
-    if isinstance(event, events.Caching):
-        return f"encoding images: {event.done} of {event.total}"
+    if isinstance(event, events.Preparing):
+        return f"{event.what}: {event.done} of {event.total}"
     if isinstance(event, events.Started):
         if event.step == event.steps:
             return f"already trained for {event.steps} steps; raise steps to go on, or choose another name"

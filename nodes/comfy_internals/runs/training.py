@@ -26,7 +26,7 @@ from .progress import RunProgress
 
 if TYPE_CHECKING:
     from ....training.domain.config import TrainConfig
-    from ....training.engine.engine import Result
+    from ....training.engine.run import Result
     from ....training.prior.prior import Prior
 
 RUNS = "domain_training"

@@ -185,7 +185,9 @@ class Logs(Reader):
         return kind, path
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
-        from indomain_guidance.training.engine.events import LossCurve, Saved, read_log
+        from indomain_guidance.training.engine.events import Saved
+        from indomain_guidance.training.engine.log import read_log
+        from indomain_guidance.training.engine.loss_curve import LossCurve
 
         events = read_log(path)
         if not kind.startswith("torn") and sum(isinstance(event, Saved) for event in events) < 2:

@@ -128,12 +128,13 @@ class Settings(Reader):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.errors import Problem
-        from indomain_guidance.training.adaptation.config import AdaptConfig, configuration_kind
+        from indomain_guidance.training.adaptation.config import AdaptConfig
+        from indomain_guidance.training.command_line.kinds import kind_of
         from indomain_guidance.training.domain.config import TrainConfig
-        from indomain_guidance.training.engine.settings import read_values
+        from indomain_guidance.training.engine.small_files import read_values
 
         kinds = (TrainConfig, AdaptConfig, None)
-        config = (dice.choice(kinds) or configuration_kind(read_values(path))).read(path)
+        config = (dice.choice(kinds) or kind_of(read_values(path))).read(path)
         try:
             config.absolute().public_dict()
         except Problem as problem:  # speaks of a setting, whose file is known to whoever gave it

@@ -30,6 +30,6 @@ def test_the_steps_of_a_run_are_shown_after_its_images_were_encoded(comfyui, mon
     )
     progress = shown_by.RunProgress()
     for done in range(1, 25):
-        progress(events.Caching(done=done, total=24))
+        progress(events.Preparing("encoding images", done=done, total=24))
     progress(events.Step(step=1, steps=12, loss=0.5, rate=1e-5, gradient_norm=1.0, seconds_per_step=0.1))
     assert (24, 24) in shown and shown[-1] == (1, 12)

@@ -12,7 +12,7 @@ from indomain_guidance.guidance.files import read_generator, write_generator
 from indomain_guidance.guidance.networks.stylegan2 import random_generator
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterrupted, PromptRejected
-from indomain_guidance.training.engine.events import read_log
+from indomain_guidance.training.engine.log import read_log
 from PIL import Image
 
 NAMES = (f"adapted_{number}" for number in itertools.count())

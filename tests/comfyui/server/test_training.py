@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from indomain_guidance.guidance.files import read_domain_file
 from indomain_guidance.nodes.host.client import ExecutionFailed, ExecutionInterrupted, PromptRejected
-from indomain_guidance.training.engine.events import read_log
+from indomain_guidance.training.engine.log import read_log
 from PIL import Image
 
 NAMES = (f"run_{number}" for number in itertools.count())

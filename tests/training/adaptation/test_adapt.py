@@ -24,19 +24,10 @@ from indomain_guidance.guidance.files import (
 from indomain_guidance.training.adaptation.adapt import adapt
 from indomain_guidance.training.adaptation.critic import latent_encoder, open_critic
 from indomain_guidance.training.engine.checkpoints import checkpoint_path, find_checkpoints, load_checkpoint
-from indomain_guidance.training.engine.engine import NonFiniteLoss
-from indomain_guidance.training.engine.events import (
-    Distilled,
-    Failed,
-    Finished,
-    Sampled,
-    Saved,
-    Started,
-    Stopped,
-    Warned,
-    read_log,
-)
+from indomain_guidance.training.engine.events import Failed, Finished, Sampled, Saved, Started, Step, Stopped, Warned
+from indomain_guidance.training.engine.learner import NonFiniteLoss
 from indomain_guidance.training.engine.lock import locked
+from indomain_guidance.training.engine.log import read_log
 from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.prior.text_encoders import Text
 from PIL import Image
@@ -95,7 +86,7 @@ def by_base(base, **more):
 def stop_after(step):
     """(should_stop, listener) of somebody who asks to stop once a step is reported."""
     seen = []
-    return (lambda: step in seen), (lambda event: seen.append(event.step) if isinstance(event, Distilled) else None)
+    return (lambda: step in seen), (lambda event: seen.append(event.step) if isinstance(event, Step) else None)
 
 
 def same(left, right):
@@ -138,11 +129,11 @@ def test_a_generator_becomes_another(run, tmp_path, tiny_adaptation):
     assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
     assert [event.step for event in events if isinstance(event, Sampled)] == [0, 2, 4, 6]
     assert isinstance(events[0], Started) and isinstance(events[-1], Finished)
-    steps = [event for event in events if isinstance(event, Distilled)]
+    steps = [event for event in events if isinstance(event, Step)]
     assert [event.step for event in steps] == list(range(1, 7))
     assert all(10 <= event.parts["t"] <= 500 for event in steps)
     assert {"sds", "directional", "norm image", "clamped sds"} <= set(steps[0].parts)
-    logged = [event for event in read_log(out / "log.jsonl") if isinstance(event, Distilled)]
+    logged = [event for event in read_log(out / "log.jsonl") if isinstance(event, Step)]
     assert [event.parts for event in logged] == [event.parts for event in steps]
 
     assert same(before, source.state_dict())  # the caller's own is left alone
@@ -210,7 +201,7 @@ def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
     (stage,) = read_generator(result.path).metadata.history
     assert "synthesis.b4.conv1.weight" in stage["trained"] and "synthesis.b4.const" not in stage["trained"]
     assert "b4.const" not in events[0].estimate.partition("left as they are")[0]
-    (step,) = [event for event in events if isinstance(event, Distilled)]
+    (step,) = [event for event in events if isinstance(event, Step)]
     chosen = {name.removeprefix("trained ") for name in step.parts if name.startswith("trained ")}
     assert 1 <= len(chosen) <= 2 and len({source.ws_index[name] for name in chosen}) == 1
     moved = changed(source, read_generator(result.path).generator)
@@ -226,7 +217,7 @@ def test_layer_selection_passes_over_layers_of_which_nothing_trains(run, monkeyp
 
     monkeypatch.setattr(layer_selection, "rank_layers", coarsest_first)
     result, events = run(steps=1, layers=1, train="released", checkpoint_every=0)
-    (step,) = [event for event in events if isinstance(event, Distilled)]
+    (step,) = [event for event in events if isinstance(event, Step)]
     assert result.status == "finished" and [name for name in step.parts if "trained" in name] == ["trained b8.conv0"]
 
 
@@ -235,7 +226,7 @@ def test_layers_are_chosen_anew_in_every_step(run):
     chosen = [
         frozenset(name for name in event.parts if name.startswith("trained "))
         for event in events
-        if isinstance(event, Distilled)
+        if isinstance(event, Step)
     ]
     assert len(set(chosen)) > 1
 
@@ -334,7 +325,7 @@ def test_two_processes_adapt_like_one(tiny_adaptation, tmp_path, monkeypatch):
     ran = subprocess.run([sys.executable, *launch, *command(tmp_path / "two")], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     logs = [read_log(tmp_path / name / "run" / "log.jsonl") for name in ("one", "two")]
-    one, two = ([event for event in log if isinstance(event, Distilled)] for log in logs)
+    one, two = ([event for event in log if isinstance(event, Step)] for log in logs)
     assert len(one) == len(two) == 12 and ran.stdout.count('"event": "finished"') == 1
     for left, right in zip(one, two):
         assert {name for name in left.parts if "trained" in name} == {name for name in right.parts if "trained" in name}
@@ -385,7 +376,7 @@ def test_any_failure_leaves_the_last_step(run, tmp_path):
         pass
 
     def cancel(event):
-        if isinstance(event, Distilled) and event.step == 3:
+        if isinstance(event, Step) and event.step == 3:
             raise Cancelled
 
     with pytest.raises(Cancelled):
@@ -432,7 +423,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
     for changes, told in [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"method": "csd"}, "method was 'sds'"),
-        ({"prompt": "x"}, "prompt was"),
+        ({"scale": 2.0}, "scale was 1.0 and is 2.0"),
     ]:
         with pytest.raises(ConfigProblem, match=told):
             run(**changes)
@@ -443,7 +434,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
     with locked(tmp_path / "run"), pytest.raises(FileProblem, match="another process is training"):
         run()
     other = tiny_run.tiny_config(tmp_path, output=str(tmp_path / "run"))
-    with pytest.raises(ConfigProblem, match="expected a run of `indomain train`, found one of another command"):
+    with pytest.raises(ConfigProblem, match="kind: expected training, settings of `indomain train`, found .adaptation"):
         from indomain_guidance.training.domain.train import train
 
         train(other, base=tiny_run.tiny_base())
@@ -462,9 +453,9 @@ def test_a_try_that_was_killed_before_its_first_checkpoint_leaves_nothing_in_the
 def test_finished_it_can_be_made_longer(run):
     run(steps=2)
     again, events = run(steps=2)
-    assert again.status == "finished" and not [event for event in events if isinstance(event, Distilled)]
+    assert again.status == "finished" and not [event for event in events if isinstance(event, Step)]
     longer, events = run(steps=3)
-    assert longer.step == 3 and [event.step for event in events if isinstance(event, Distilled)] == [3]
+    assert longer.step == 3 and [event.step for event in events if isinstance(event, Step)] == [3]
 
 
 def test_a_stage_that_was_kept_becomes_the_generator_and_later_ones_stay(run, tmp_path):
@@ -472,7 +463,7 @@ def test_a_stage_that_was_kept_becomes_the_generator_and_later_ones_stay(run, tm
     kept = {path: path.read_bytes() for _, path in find_checkpoints(tmp_path / "run")}
     stage, events = run(steps=4, sample_every=2, keep_checkpoints=1)
     assert (stage.status, stage.step) == ("finished", 4) and stage.samples.name == "step-000004.png"
-    assert not [event for event in events if isinstance(event, (Distilled, Sampled))]
+    assert not [event for event in events if isinstance(event, (Step, Sampled))]
     assert any("has done 6" in event.text and "step 4" in event.text for event in events if isinstance(event, Warned))
     loaded = read_generator(stage.path)
     (stage,) = loaded.metadata.history
@@ -546,7 +537,7 @@ def test_a_base_judges_with_prompt_negative_and_source(run, base, tmp_path):
         more |= {"scale": 5.0, "steps": 1, "output": output, "resolution": 32}
         result, events = run(method=method, parts=parts, **more)
         assert result.status == "finished" and math.isfinite(result.loss), method
-        assert [event for event in events if isinstance(event, Distilled)][0].gradient_norm > 0
+        assert [event for event in events if isinstance(event, Step)][0].gradient_norm > 0
     for changes, told in [
         ({"prompt": ""}, "prompt: expected"),
         ({"method": "bridge"}, "source_prompt: expected"),
@@ -568,7 +559,7 @@ def test_perceptual_distances_of_any_features(run, base, tmp_path):
     assert seen == [((2, 3, 16, 16), (2, 3, 16, 16))]
     changes = {"features": "latents", "resolution": 32, "output": str(tmp_path / "latents")}
     _, events = run(steps=1, perceptual=0.5, parts=by_base(base), **changes)
-    assert "perceptual" in [event for event in events if isinstance(event, Distilled)][0].parts
+    assert "perceptual" in [event for event in events if isinstance(event, Step)][0].parts
 
 
 def test_parts_that_do_not_fit_are_told_in_a_sentence(run, base, tiny_run, tiny_adaptation):
@@ -676,4 +667,4 @@ def test_another_number_of_steps_is_told_before_the_first(run, t_schedule, sched
     told = [event.text for event in events if isinstance(event, Warned) and "steps was 4 and is 8" in event.text]
     assert len(told) == bool(moved) and all(what in told[0] for what in moved)
     assert sum("was" in text.split("so that")[1] for text in told) == bool(moved)
-    assert [type(event) for event in events].index(Distilled) > (0 if moved else -1)
+    assert [type(event) for event in events].index(Step) > (0 if moved else -1)

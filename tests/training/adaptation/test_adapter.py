@@ -4,15 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from indomain_guidance.training.adaptation.adapter import (
-    Adapter,
-    check_generator,
-    describe_trained,
-    fixed_picture,
-    generator_hash,
-    trained_names,
-)
+from indomain_guidance.training.adaptation.adapter import Adapter, check_generator, generator_hash
 from indomain_guidance.training.adaptation.critic import make_objective
+from indomain_guidance.training.adaptation.layers import describe_trained, trained_names
+from indomain_guidance.training.adaptation.opinion import fixed_picture
 from indomain_guidance.training.engine.settings import ConfigProblem
 
 

@@ -35,7 +35,7 @@ def started(monkeypatch):
     calls = []
 
     def adapt(config, **keywords):
-        from indomain_guidance.training.engine.engine import Result
+        from indomain_guidance.training.engine.run import Result
 
         calls.append((config, keywords))
         return Result("dry_run", 0, None, config.run_folder)
@@ -87,7 +87,9 @@ def test_settings_of_the_miniature_and_of_files(started, tmp_path):
 
 def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_path):
     settings = tmp_path / "mine" / "config.json"
-    AdaptConfig("g.pkl", "mini_world", "a cat", name="cat", output=str(settings.parent)).write_json(settings)
+    AdaptConfig(
+        generator="g.pkl", base="mini_world", prompt="a cat", name="cat", output=str(settings.parent)
+    ).write_json(settings)
     for options, folder in ((["-n", "dog", "-p", "a dog"], tmp_path / "dog"), (["--steps", "9"], settings.parent)):
         status, _, err = run("adapt", "--config", settings, *options)
         assert status == 0 and started[-1][0].output == str(folder), (options, err)
@@ -95,7 +97,9 @@ def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_
 
 def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     generator = tmp_path / "g.pkl"
-    AdaptConfig(generator, "mini_world", "a cat", name="cat", output="/elsewhere").write_json(tmp_path / "config.json")
+    AdaptConfig(generator=generator, base="mini_world", prompt="a cat", name="cat", output="/elsewhere").write_json(
+        tmp_path / "config.json"
+    )
     status, _, err = run("resume", tmp_path)
     assert status == 2 and "found nothing at" in err and "say where it is with --generator" in err
     generator.touch()
@@ -105,7 +109,7 @@ def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     assert keywords["resume"] == "auto"  # nothing was saved yet
     status, _, err = run("resume", tmp_path, "--data", "x")  # of the other kind
     assert status == 2 and "'data' is no field" in err
-    TrainConfig("mini_world", ("/images",)).write_json(tmp_path / "config.json")
+    TrainConfig(base="mini_world", data=("/images",)).write_json(tmp_path / "config.json")
     status, _, err = run("resume", tmp_path, "--sample-truncation", "0.5")
     assert status == 2 and "'sample_truncation' is no field" in err
 

@@ -3,7 +3,7 @@
 import io
 
 from indomain_guidance.training.command_line.console import Console
-from indomain_guidance.training.engine.events import Caching, Warned
+from indomain_guidance.training.engine.events import Preparing, Warned
 
 
 def test_names_that_are_no_text_are_shown_escaped():
@@ -11,7 +11,7 @@ def test_names_that_are_no_text_are_shown_escaped():
     console = Console(errors=terminal)
     console(Warned("bad\udcfe\x1b[2J.png cannot be read;\nleft out"))
     console.count("evil\x1b[1A", 1, 1)
-    console(Caching(2, 2))
+    console(Preparing("encoding images", 2, 2))
     terminal.flush()
     shown = terminal.buffer.getvalue().decode()
     assert "bad\\udcfe\\x1b[2J.png cannot be read;\nleft out" in shown and "evil\\x1b[1A [###" in shown

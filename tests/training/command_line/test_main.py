@@ -19,9 +19,10 @@ import torch
 from indomain_guidance.guidance.files import read_domain_file
 from indomain_guidance.training.command_line import console
 from indomain_guidance.training.command_line import main as command_line
-from indomain_guidance.training.domain.config import TrainConfig, field_kinds
+from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.engine.checkpoints import checkpoint_path, save_checkpoint
-from indomain_guidance.training.engine.engine import Result
+from indomain_guidance.training.engine.run import Result
+from indomain_guidance.training.engine.settings import kinds_of
 from indomain_guidance.training.mini_world.assets import domain_unets_dir
 from PIL import Image
 
@@ -59,7 +60,7 @@ def started(monkeypatch):
 
 def other_value(one: dataclasses.Field):
     """A valid value of a field that is not its default."""
-    kind, about = field_kinds()[one.name], one.metadata
+    kind, about = kinds_of(TrainConfig)[one.name], one.metadata
     if "choices" in about:
         return next(choice for choice in about["choices"] if choice != one.default)
     if kind is bool:
@@ -124,7 +125,9 @@ def test_file_and_options_together_and_options_come_first(started, tmp_path):
 
 def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_path):
     settings = tmp_path / "runs" / "porcelain" / "config.json"
-    TrainConfig("mini_world", ("/images",), "porcelain", output=str(settings.parent)).write_json(settings)
+    TrainConfig(base="mini_world", data=("/images",), name="porcelain", output=str(settings.parent)).write_json(
+        settings
+    )
     for options, folder in (
         (["-n", "teapots", "-d", "/teapots"], tmp_path / "runs" / "teapots"),
         (["-n", "teapots", "-o", tmp_path / "here"], tmp_path / "here"),
@@ -172,7 +175,9 @@ def test_prompts_and_captions_find_comfyuis_tokenizer(started, monkeypatch, opti
 def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_path):
     moved = tmp_path / "moved"
     moved.mkdir()
-    TrainConfig("mini_world", ("/images",), "porcelain", output="/elsewhere", steps=5).write_json(moved / "config.json")
+    TrainConfig(base="mini_world", data=("/images",), name="porcelain", output="/elsewhere", steps=5).write_json(
+        moved / "config.json"
+    )
     assert run("resume", moved, "--steps", "8")[0] == 0
     config, keywords = started[0]
     # Stopped before anything was saved, it begins.
@@ -185,7 +190,7 @@ def test_resume_reads_the_runs_settings_and_takes_its_own_folder(started, tmp_pa
 
 def test_resume_says_which_file_of_a_run_was_moved(started, tmp_path):
     base = tmp_path / "sd15.safetensors"
-    TrainConfig(str(base), ("/images",), "porcelain").write_json(tmp_path / "config.json")
+    TrainConfig(base=str(base), data=("/images",), name="porcelain").write_json(tmp_path / "config.json")
     status, _, err = run("resume", tmp_path)
     assert status == 2 and f"base: expected the file that the run began with, found nothing at {base}" in err
     assert "say where it is with --base" in err and not started
@@ -197,14 +202,14 @@ def test_resume_says_which_file_of_a_run_was_moved(started, tmp_path):
 
 @pytest.mark.parametrize("left", ["checkpoints/step-000250.ckpt", "porcelain.safetensors", "log.jsonl"])
 def test_resume_never_begins_a_run_anew_that_had_saved_something(started, tmp_path, left):
-    TrainConfig("mini_world", ("/images",), "porcelain").write_json(tmp_path / "config.json")
+    TrainConfig(base="mini_world", data=("/images",), name="porcelain").write_json(tmp_path / "config.json")
     (tmp_path / left).parent.mkdir(exist_ok=True)
     (tmp_path / left).write_text(json.dumps({"event": "saved", "step": 250, "path": "x"}) + "\n", encoding="utf-8")
     assert run("resume", tmp_path)[0] == 0 and started[0][1]["resume"] is True
 
 
 def test_a_run_from_connected_models_says_what_it_needs(tmp_path):
-    TrainConfig("connected: SD15", (str(tmp_path),), "porcelain").write_json(tmp_path / "config.json")
+    TrainConfig(base="connected: SD15", data=(str(tmp_path),), name="porcelain").write_json(tmp_path / "config.json")
     settings = ["--config", tmp_path / "config.json", "-o", tmp_path / "run", "--dry-run"]
     status, _, err = run("train", *settings)
     assert status == 2 and "--base FILE" in err and "'connected: SD15'" in err
@@ -239,7 +244,7 @@ def test_advice_is_a_command_as_the_user_calls_it(monkeypatch, tmp_path, around,
     errors = io.StringIO()
     console.Console(errors=errors).result(Result("stopped", 3, None, tmp_path))
     assert errors.getvalue().startswith(expected)
-    TrainConfig("mini_world", name="mine").write_json(tmp_path / "config.json")
+    TrainConfig(base="mini_world", name="mine").write_json(tmp_path / "config.json")
     called = around.get("INDOMAIN_COMMAND", "indomain")
     assert f"{called} resume {tmp_path}" in run("sample", tmp_path)[2]
     assert f"help: {called} train --help" in run("train", "--nonsense")[2]
@@ -608,7 +613,7 @@ def test_sample_needs_the_right_base(tmp_path):
     run_folder.mkdir()
     status, _, err = run("sample", run_folder)
     assert status == 1 and "config.json" in err
-    TrainConfig("mini_world", name="mine").write_json(run_folder / "config.json")
+    TrainConfig(base="mini_world", name="mine").write_json(run_folder / "config.json")
     status, _, err = run("sample", run_folder)
     assert status == 1 and "indomain resume" in err
     shutil.copy(SHIPPED, run_folder / "mine.safetensors")

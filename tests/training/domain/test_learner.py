@@ -10,14 +10,15 @@ import pytest
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.training.data import DataProblem
-from indomain_guidance.training.domain.config import ConfigProblem
-from indomain_guidance.training.domain.learner import Learner, NonFiniteLoss
+from indomain_guidance.training.domain.learner import DomainLearner
 from indomain_guidance.training.domain.losses import min_snr_weight
 from indomain_guidance.training.domain.previews import preview_dtype
 from indomain_guidance.training.engine.average import ema_decay
 from indomain_guidance.training.engine.checkpoints import load_checkpoint, save_checkpoint
+from indomain_guidance.training.engine.learner import NonFiniteLoss
 from indomain_guidance.training.engine.optimizers import rate_at
 from indomain_guidance.training.engine.processes import OneProcess, pick_device, pick_precision, refuse_sharding
+from indomain_guidance.training.engine.settings import ConfigProblem
 
 SCHEDULE = NoiseSchedule.scaled_linear()
 
@@ -28,7 +29,7 @@ def learn(tiny_unet, latents):
     made = []
 
     def make(config, unet=None, prediction="epsilon", **more):
-        made.append(Learner(config, unet or tiny_unet(), latents, SCHEDULE, prediction, prior="p", **more))
+        made.append(DomainLearner(config, unet or tiny_unet(), latents, SCHEDULE, prediction, prior="p", **more))
         return made[-1]
 
     yield make
@@ -51,7 +52,7 @@ def test_a_step_is_adamw_on_the_weighted_loss_of_its_batch(configure, learn, tin
     learner = learn(config, prediction="v_prediction")
     unet = tiny_unet()
     for step in range(3):
-        (one,) = learner._load(step)
+        (one,) = learner._load_passes(step)
         abar = SCHEDULE.alphas_cumprod[one.timesteps]
         root, rest = (part.reshape(-1, 1, 1, 1) for part in (abar.sqrt(), (1 - abar).sqrt()))
         output = unet(root * one.latents + rest * one.noise, one.timesteps)
@@ -237,7 +238,7 @@ def test_conditioning_follows_the_images(configure, tiny_unet, latents):
         return {"y": torch.tensor(seen[-1], dtype=torch.float32)}
 
     unet = tiny_unet(adm_in_channels=2)
-    with Learner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning) as learner:
+    with DomainLearner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning) as learner:
         learner.take_step()
         indices = learner.plan.batch_for(0).indices
         assert seen == [[latents.draw(index, torch.Generator()).original for index in indices]]
@@ -258,8 +259,8 @@ def test_rate_warms_up_and_falls():
 
 def test_noisy_share_moves_timesteps_up(configure, learn):
     plain, noisy = learn(configure(batch_size=16)), learn(configure(batch_size=16, noisy_share=1.0))
-    low = torch.cat([plain._load(step)[0].timesteps for step in range(12)])
-    high = torch.cat([noisy._load(step)[0].timesteps for step in range(12)])
+    low = torch.cat([plain._load_passes(step)[0].timesteps for step in range(12)])
+    high = torch.cat([noisy._load_passes(step)[0].timesteps for step in range(12)])
     assert int(low.min()) < 120 and int(high.min()) >= 500 and int(high.max()) > 900
     assert float(min_snr_weight("epsilon", SCHEDULE.alphas_cumprod[high], 5.0).min()) == 1.0
 
@@ -280,13 +281,13 @@ def test_a_batch_that_does_not_divide_among_processes_is_refused(configure, lear
 
 def test_passes_of_different_shapes_make_one_step(configure, learn):
     learner = learn(configure(batch_size=3, accumulation=4))
-    steps = [[tuple(one.latents.shape) for one in learner._load(step)] for step in range(12)]
+    steps = [[tuple(one.latents.shape) for one in learner._load_passes(step)] for step in range(12)]
     assert all(len(step) == 4 for step in steps) and any(len(set(step)) == 2 for step in steps)
     assert all(shape[0] == 3 for step in steps for shape in step)
     mixed = next(number for number, step in enumerate(steps) if len(set(step)) == 2)
     learner.step = mixed
     with torch.no_grad():
-        expected = torch.cat([learner._losses(one) for one in learner._load(mixed)]).mean()
+        expected = torch.cat([learner._losses(one) for one in learner._load_passes(mixed)]).mean()
     assert learner.take_step().loss == pytest.approx(float(expected), rel=1e-5)
 
 

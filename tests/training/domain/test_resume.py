@@ -9,7 +9,8 @@ import sys
 
 import pytest
 from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
-from indomain_guidance.training.engine.events import Step, read_log
+from indomain_guidance.training.engine.events import Step
+from indomain_guidance.training.engine.log import read_log
 
 
 @pytest.fixture(autouse=True)

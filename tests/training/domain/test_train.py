@@ -24,8 +24,7 @@ from indomain_guidance.guidance.null_text import load_unet
 from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
 from indomain_guidance.training.data.check import check_data
 from indomain_guidance.training.data.remarks import remarks
-from indomain_guidance.training.domain.config import ConfigProblem
-from indomain_guidance.training.domain.learner import Learner, NonFiniteLoss
+from indomain_guidance.training.domain.learner import DomainLearner
 from indomain_guidance.training.domain.train import train
 from indomain_guidance.training.engine.checkpoints import (
     checkpoint_path,
@@ -34,10 +33,9 @@ from indomain_guidance.training.engine.checkpoints import (
     save_checkpoint,
 )
 from indomain_guidance.training.engine.events import (
-    Caching,
     Failed,
     Finished,
-    Measuring,
+    Preparing,
     Sampled,
     Saved,
     Started,
@@ -45,10 +43,12 @@ from indomain_guidance.training.engine.events import (
     Stopped,
     Validated,
     Warned,
-    read_log,
 )
+from indomain_guidance.training.engine.learner import NonFiniteLoss
 from indomain_guidance.training.engine.lock import locked
+from indomain_guidance.training.engine.log import read_log
 from indomain_guidance.training.engine.processes import OneProcess
+from indomain_guidance.training.engine.settings import ConfigProblem
 from PIL import Image
 
 
@@ -143,7 +143,7 @@ def test_a_folder_of_images_becomes_a_domain_file(run, folder, base):
     assert [event.step for event in events if isinstance(event, Saved)] == [2, 4, 6]
     assert kinds(events)[0] is Started and kinds(events)[-1] is Finished
     assert events[0].images == 12 and "memory" in events[0].estimate
-    assert [event for event in events if isinstance(event, Caching)][-1].done == 12
+    assert [event for event in events if isinstance(event, Preparing)][-1].done == 12
     assert json.loads((out / "config.json").read_text())["steps"] == 6
     assert [type(event) for event in read_log(out / "log.jsonl")].count(Step) == 6
 
@@ -175,7 +175,7 @@ def test_stopped_it_saves_and_goes_on_to_the_same_bits(run, folder):
 
 def test_a_checkpoint_is_saved_when_the_last_one_is_too_old(run, folder, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("indomain_guidance.training.engine.engine.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("indomain_guidance.training.engine.saving.time.monotonic", lambda: now[0])
 
     def pass_time(event):
         if isinstance(event, Step):
@@ -325,14 +325,14 @@ def test_a_finished_run_does_not_pass_for_one_on_other_images(run, folder, tiny_
 
 @pytest.mark.parametrize("done", [0, 1])
 def test_a_loss_that_is_not_finite_names_weights_that_are_there(run, folder, monkeypatch, done):
-    real = Learner.take_step
+    real = DomainLearner.take_step
 
     def fails(self, should_stop):
         if self.step == done:
             raise NonFiniteLoss("the loss", done + 1, ["circle-1.png"])
         return real(self, should_stop)
 
-    monkeypatch.setattr(Learner, "take_step", fails)
+    monkeypatch.setattr(DomainLearner, "take_step", fails)
     with pytest.raises(NonFiniteLoss) as caught:
         run(checkpoint_every=0)
     found, said = find_checkpoints(folder / "run"), str(caught.value)
@@ -442,9 +442,9 @@ def test_a_step_that_runs_out_of_memory_is_forgotten_before_the_last_one_is_save
             raise FileProblem("the disk is full")
         return save_checkpoint(path, state)
 
-    losses, disk_full = Learner._losses, False
-    monkeypatch.setattr(Learner, "_losses", broken)
-    monkeypatch.setattr("indomain_guidance.training.engine.engine.save_checkpoint", save)
+    losses, disk_full = DomainLearner._losses, False
+    monkeypatch.setattr(DomainLearner, "_losses", broken)
+    monkeypatch.setattr("indomain_guidance.training.engine.saving.save_checkpoint", save)
     with pytest.raises(torch.OutOfMemoryError):
         run(checkpoint_every=0)
     assert seen == [True] and [step for step, _ in find_checkpoints(folder / "run")] == [2]
@@ -469,7 +469,7 @@ def test_measuring_the_prior_is_reported_and_can_be_stopped(run, folder):
     seen = []
 
     def listener(event):
-        if isinstance(event, Measuring):
+        if isinstance(event, Preparing) and event.what == "measuring the prior":
             seen.append((event.done, event.total))
 
     result, events = run(form="constant", should_stop=lambda: len(seen) == 3, listener=listener)
@@ -491,14 +491,14 @@ def test_a_run_goes_on_without_validating(run, folder):
 
 
 def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(run, folder, monkeypatch):
-    real = Learner._losses
+    real = DomainLearner._losses
     calls = []
 
     def broken(self, one):
         calls.append(1)
         return real(self, one) * (math.nan if len(calls) == 3 else 1.0)
 
-    monkeypatch.setattr(Learner, "_losses", broken)
+    monkeypatch.setattr(DomainLearner, "_losses", broken)
     with pytest.raises(NonFiniteLoss) as caught:
         run(checkpoint_every=0, schedule="constant")
     text = str(caught.value)
@@ -511,7 +511,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_weights(run, folder,
 
 
 def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, folder, monkeypatch):
-    real = Learner.take_step
+    real = DomainLearner.take_step
 
     def explode(self, should_stop):
         outcome = real(self, should_stop)
@@ -520,7 +520,7 @@ def test_weights_that_are_not_finite_never_replace_a_checkpoint(run, folder, mon
                 next(iter(self.parameters.values())).fill_(math.inf)
         return outcome
 
-    monkeypatch.setattr(Learner, "take_step", explode)
+    monkeypatch.setattr(DomainLearner, "take_step", explode)
     with pytest.raises(NonFiniteLoss, match=r"the weights became NaN .* at step 4 .*step-000002\.ckpt"):
         run()
     assert [step for step, _ in find_checkpoints(folder / "run")] == [2]
@@ -583,7 +583,7 @@ def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, chang
         processes.rank = rank
         with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
             run(dry_run=dry_run, listener=told.append, steps=1, **changes)
-    assert not any(isinstance(event, Caching) for event in told)
+    assert not any(isinstance(event, Preparing) for event in told)
 
 
 @pytest.mark.parametrize(
@@ -766,7 +766,7 @@ def refused(run, folder, message, **changes):
         seen = []
         with pytest.raises(ConfigProblem, match=message):
             run(dry_run=dry_run, listener=seen.append, **changes)
-        assert Caching not in kinds(seen) and not (folder / "cache").exists(), dry_run
+        assert Preparing not in kinds(seen) and not (folder / "cache").exists(), dry_run
         assert not (folder / "run" / "checkpoints").exists()
 
 
@@ -846,8 +846,8 @@ def test_what_others_put_into_a_refused_runs_folder_stays(run, folder):
 
 
 def test_a_run_that_failed_in_its_first_step_keeps_its_log(run, folder, monkeypatch):
-    real = Learner._losses
-    monkeypatch.setattr(Learner, "_losses", lambda self, one: real(self, one) * math.nan)
+    real = DomainLearner._losses
+    monkeypatch.setattr(DomainLearner, "_losses", lambda self, one: real(self, one) * math.nan)
     with pytest.raises(NonFiniteLoss):
         run()
     assert isinstance(read_log(folder / "run" / "log.jsonl")[-1], Failed)

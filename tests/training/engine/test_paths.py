@@ -6,8 +6,9 @@ import os
 import unicodedata
 
 import pytest
-from indomain_guidance.training.domain.config import ConfigProblem, TrainConfig
+from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.engine.paths import meant_path
+from indomain_guidance.training.engine.settings import ConfigProblem
 
 posix = pytest.mark.skipif(os.name != "posix", reason="readings of POSIX")
 

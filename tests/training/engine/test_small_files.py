@@ -13,19 +13,12 @@ from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.adaptation.config import AdaptConfig
 from indomain_guidance.training.data.content_index import ContentIndex, Known
-from indomain_guidance.training.domain.config import ConfigProblem, TrainConfig
+from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.engine.checkpoints import load_checkpoint
-from indomain_guidance.training.engine.events import (
-    Distilled,
-    LogFile,
-    LossCurve,
-    Saved,
-    Started,
-    Step,
-    Validated,
-    draw_losses,
-    read_log,
-)
+from indomain_guidance.training.engine.events import Saved, Started, Step, Validated
+from indomain_guidance.training.engine.log import LogFile, read_log
+from indomain_guidance.training.engine.loss_curve import LossCurve, draw_losses
+from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.engine.small_files import MOST_TOML, read_lines, read_values
 
 TRAIN = TrainConfig(base="m", data=("a", "b"), caption="x", form="full", sample_prompts=("a cat",))
@@ -318,9 +311,9 @@ def test_long_lines_are_left_out_without_being_held(tmp_path):
 def test_a_damaged_log_gives_events_that_can_be_drawn(tmp_path):
     dice, path = random.Random(13), tmp_path / "log.jsonl"
     events = [
-        Started("runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"),
+        Started("training", "runs/a", {"steps": 9, "data": ["x"]}, 0, 9, 3, "an estimate"),
         Step(1, 9, 0.5, 1e-4, None, 0.1, 0.8),
-        Distilled(2, 9, 0.4, 1e-4, 1.0, 0.1, None, {"t": 300.5}),
+        Step(2, 9, 0.4, 1e-4, 1.0, 0.1, None, {"t": 300.5}),
         Validated(3, 0.4, {"50": 0.1}),
         Saved(3, "c.ckpt"),
     ]
@@ -351,7 +344,7 @@ def test_a_damaged_log_gives_events_that_can_be_drawn(tmp_path):
 def test_a_line_of_other_types_is_no_event(tmp_path, changes):
     (tmp_path / "log.jsonl").write_text(json.dumps({**Step(1, 9, 0.5, 1e-4, 1.0, 0.1).to_dict(), **changes}))
     assert read_log(tmp_path / "log.jsonl") == []
-    parts = {**Distilled(1, 9, 0.5, 1e-4, 1.0, 0.1).to_dict(), "parts": [1]}
+    parts = {**Step(1, 9, 0.5, 1e-4, 1.0, 0.1).to_dict(), "parts": [1]}
     (tmp_path / "log.jsonl").write_text(json.dumps(parts) + "\n" + json.dumps({**parts, "parts": {"t": "x"}}))
     assert read_log(tmp_path / "log.jsonl") == []
 

@@ -1,0 +1,90 @@
+"""The loss curve: what it shows, of how many steps, and that it ends no run."""
+
+from __future__ import annotations
+
+import pytest
+from indomain_guidance.training.engine.events import Saved, Step, Validated
+from indomain_guidance.training.engine.loss_curve import LossCurve, draw_losses, smoothed, thinned
+from PIL import Image
+
+
+def at(number, loss, steps=100):
+    return Step(number, steps, loss, 1e-4, 1.0, 0.1)
+
+
+def colours(image):
+    return {colour for _, colour in image.convert("RGB").getcolors(1 << 20)}
+
+
+def test_the_loss_curve_is_drawn_and_forgets_what_a_killed_run_repeats(tmp_path):
+    history = [at(number, 1.0) for number in range(1, 31)] + [Validated(20, 0.9, {}), Validated(30, 0.8, {})]
+    curve = LossCurve(tmp_path / "loss.png", history, start=20)
+    assert max(curve.train) == 20 and curve.held_out == {20: 0.9}
+    curve(at(21, float("nan")))
+    curve(at(22, 0.7))
+    assert 21 not in curve.train and not (tmp_path / "loss.png").exists()
+    curve(Saved(22, "c"))
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (960, 480)
+        assert {(31, 95, 191), (224, 124, 24)} <= colours(image)
+    LossCurve(tmp_path / "empty.png").draw()
+    assert not (tmp_path / "empty.png").exists()
+
+
+def test_a_curve_that_cannot_be_written_ends_no_run(tmp_path):
+    """As on Windows while a viewer has the picture open: it is drawn again with the next event."""
+    curve = LossCurve(tmp_path / "loss.png", [at(1, 1.0), at(2, 0.9)], start=2)
+    (tmp_path / "loss.png").mkdir()
+    curve(Saved(2, "c"))
+    (tmp_path / "loss.png").rmdir()
+    assert not list(tmp_path.iterdir())
+    curve(Saved(2, "c"))
+    assert (tmp_path / "loss.png").is_file()
+
+
+def blue_heights(image):
+    """Mean row of the running mean's pixels in each column that has any."""
+    pixels = image.load()
+    found = {}
+    for x in range(image.width):
+        rows = [y for y in range(image.height) if pixels[x, y] == (31, 95, 191)]
+        if rows:
+            found[x] = sum(rows) / len(rows)
+    return found
+
+
+def test_the_curve_falls_as_the_loss_falls():
+    heights = blue_heights(draw_losses({step: 2.0 - step / 400 for step in range(1, 401)}, {}))
+    columns = sorted(heights)
+    assert columns[-1] - columns[0] > 800
+    assert all(heights[a] <= heights[b] + 1 for a, b in zip(columns, columns[1:]))  # rows count downwards
+    assert heights[columns[-1]] - heights[columns[0]] > 300
+
+
+@pytest.mark.parametrize(
+    "train, held_out",
+    [
+        ({5: 0.25}, {}),
+        ({}, {0: 0.3}),
+        ({1: 0.5, 2: 0.5}, {0: 0.5}),
+        ({1: 0.0, 2: 0.0}, {}),
+        ({1: -1.0, 2: 1e6}, {3: 1e-9}),
+    ],
+)
+def test_degenerate_curves_can_be_drawn(train, held_out):
+    assert draw_losses(train, held_out).size == (960, 480)
+
+
+def test_smoothing_keeps_lines_and_means():
+    line = [float(value) for value in range(200)]
+    assert smoothed(line) == pytest.approx(line)
+    assert smoothed([]) == [] and smoothed([3.0]) == [3.0]
+    rough = [0.0, 1.0] * 100
+    assert max(abs(value - 0.5) for value in smoothed(rough)[20:-20]) < 0.06
+
+
+def test_thinning_keeps_the_last_step_and_the_mean():
+    values = {step: float(step) for step in range(1, 5001)}
+    fewer = thinned(values, 1000)
+    assert len(fewer) == 1000 and max(fewer) == 5000 and fewer[5000] == 4998.0
+    assert thinned({3: 1.0}) == {3: 1.0} and thinned({}) == {}

@@ -1,0 +1,167 @@
+"""What a critic thinks of a fixed picture, by which a run that goes on notices another model, VAE, prompt or term."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...guidance.combination import Guidance
+from ...guidance.distillation.critic import Critic
+from ...guidance.distillation.objective import Objective
+from ...guidance.networks.stylegan2 import StyleGAN2
+from ...guidance.terms import BASE, Source
+from ..engine.memory import is_memory_problem
+from ..engine.settings import ConfigProblem
+from ..prior.same_prior import relative_difference
+
+Encode = Callable[[Tensor], Tensor]
+
+# Another VAE's, model's or prompt's opinion of a fixed picture differs by far more; on another device or in half
+# precision it differs by about a thousandth, and where there is little noise, by what bf16 rounds the picture under it.
+SAME_OPINION, ROUNDING = 0.02, 2.0**-8
+PROBE_SEED = 20
+OTHERS = ("source prompt", "unwanted prompt")  # what some methods ask for beside the guidance
+
+
+def fixed_picture(generator: StyleGAN2, device: torch.device | str) -> Tensor:
+    """A picture [1, 3, H, W] of colour ramps in -1..1, of the generator's size."""
+    sides = (generator.config.width, generator.config.height)
+    across, down = torch.meshgrid(*(torch.linspace(-1, 1, side, device=device) for side in sides), indexing="xy")
+    return torch.stack([across, down, -across * down])[None]
+
+
+def opinion(
+    objective: Objective, encode: Encode, generator: StyleGAN2, device: torch.device | str
+) -> dict[str, Tensor]:
+    """What the critic makes of a picture of the generator's size, on the CPU.
+
+    Its `latents`, and what each of the critic's sources predicts at the least, a middle and the largest timestep, of
+    those that act there: "base at timestep 10". One source at a time, because guidance enlarges their last bits. Raises
+    ConfigProblem, in one sentence, where VAE, diffusion model and conditioning do not fit each other.
+    """
+    try:
+        with torch.no_grad():
+            latents = encode(fixed_picture(generator, device)).float()
+    except (RuntimeError, ValueError) as problem:
+        if is_memory_problem(problem):
+            raise
+        raise ConfigProblem(
+            f"resolution: expected images of {generator.config.resolution} px that the VAE can encode, found that it "
+            f"cannot ({_first_line(problem)}); set another resolution, or connect another VAE."
+        ) from problem
+    if latents.ndim != 4 or not bool(latents.isfinite().all()):
+        found = f"latents of shape {list(latents.shape)}" if latents.ndim != 4 else "NaN or infinity in its latents"
+        raise ConfigProblem(f"vae: expected finite latents [B, C, h, w] of an image, found {found}; use another VAE.")
+    try:
+        return {"latents": latents.cpu(), **_predictions(objective, latents)}
+    except (RuntimeError, ValueError) as problem:
+        if is_memory_problem(problem):
+            raise
+        raise ConfigProblem(_misfit(problem, latents)) from problem
+
+
+@torch.no_grad()
+def _predictions(objective: Objective, z: Tensor) -> dict[str, Tensor]:
+    critic, timesteps = objective.critic, objective.timesteps
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(z)
+    asked = list(dict.fromkeys((timesteps.t_min, (timesteps.t_min + timesteps.t_max) // 2, timesteps.t_max)))
+    levels = [critic.schedule.sigma(float(step)) for step in asked]
+    plans = [critic.guidance.at(level, critic.percent_to_sigma, keep_base=True) for level in levels]
+    found: dict[str, Tensor] = {}
+    for name, source in _sources(critic).items():
+        steps = [step for step, plan in zip(asked, plans) if name in OTHERS or source in plan.needed]
+        if steps:
+            t = torch.tensor(steps)
+            z_t = critic.noisy(z.expand(len(t), -1, -1, -1), noise.expand(len(t), -1, -1, -1), t)
+            made = critic.noise_prediction(source, z_t, t).cpu().split(1)
+            found |= {f"{name} at timestep {step}": prediction for step, prediction in zip(steps, made)}
+    return found
+
+
+def check_opinion(objective: Objective, now: Mapping[str, Tensor], state: Mapping[str, Any], source: str) -> list[str]:
+    """Raise ConfigProblem where a run began with other terms, or with a critic of another opinion.
+
+    Smaller differences of the opinion come back as warnings. state: a checkpoint's; source: its file.
+    """
+    terms, before = describe_terms(objective.critic.guidance), state["terms"]
+    if _nameless(terms) != _nameless(before):
+        is_now, was = (json.dumps(found, ensure_ascii=False) for found in (terms, before))
+        raise ConfigProblem(
+            f"{source}: expected a run with the same guidance terms, found that they were {was} and are {is_now}; use "
+            "the earlier ones, or start a new run."
+        )
+    warnings = []
+    for name, earlier in state["origin"].items():
+        if name not in now:
+            continue  # of what the method does not ask for
+        difference = relative_difference(now[name], earlier)
+        _, at, t = name.partition(" at timestep ")
+        if difference > SAME_OPINION + (ROUNDING / objective.critic.schedule.sigma(float(t)) if at else 0.0):
+            raise ConfigProblem(
+                f"{source}: expected a run with the same diffusion model, VAE, prompts and terms, found one whose "
+                f"{name} differs for the same picture; use those that the run began with, or start a new run."
+            )
+        if difference > 0:
+            warnings.append(
+                f"the critic's {name} differs by {difference:.1e} from when {source} was written; the run goes on, but "
+                "its weights can differ from an uninterrupted run's in their last bits."
+            )
+    return warnings
+
+
+def _sources(critic: Critic) -> dict[str, Source]:
+    """All that a critic can ask, by its part; a graph's terms and a configuration's may be called otherwise."""
+    guidance = critic.guidance
+    found = {"base": guidance.base} | {f"term {at}": term.source for at, term in enumerate(guidance.terms, 1)}
+    others = (None if critic.source is None else critic.source.terms[-1].source, critic.unwanted)
+    return found | {name: source for name, source in zip(OTHERS, others) if source is not None}
+
+
+def describe_terms(guidance: Guidance) -> list[dict[str, Any]]:
+    """The terms of a guidance as plain values: name, weight (`Weight.to_json`), reference, and shaping if any."""
+    return [
+        {"name": term.name, "weight": term.weight.to_json(), "reference": term.reference or BASE}
+        | ({"shaping": repr(term.shaping)} if term.shaping is not None else {})
+        for term in guidance.terms
+    ]
+
+
+def _nameless(terms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Described terms that go by their places, which a graph and a configuration have in common."""
+    places = {term["name"]: place for place, term in enumerate(terms, 1)}
+    return [{**term, "name": None, "reference": places.get(term["reference"])} for term in terms]
+
+
+# How this project's networks, and torch's convolutions and linear layers, tell of too few or too many channels.
+_LATENT = re.compile(r"expected a latent \[B, (\d+), H, W\], got \[\d+, (\d+),")
+_CHANNELS = re.compile(r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels")
+_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
+_TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
+
+
+def _misfit(problem: Exception, latents: Tensor) -> str:
+    told = str(problem)
+    if channels := _LATENT.search(told) or _CHANNELS.search(told):
+        return (
+            f"vae: expected a VAE of the diffusion model's latent space, of {channels[1]} channels, found one with "
+            f"{channels[2]}; use the VAE that belongs to the model."
+        )
+    if widths := _TEXT.search(told) or _WIDTHS.search(told):
+        wanted, found = (widths[1], widths[2]) if widths.re is _TEXT else (widths[2], widths[1])
+        return (
+            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode "
+            "the prompts with the text encoder (CLIP) that belongs to the model."
+        )
+    return (
+        f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
+        f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
+    )
+
+
+def _first_line(problem: Exception) -> str:
+    return (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,130 @@
+"""The loss curve of a run as a picture: loss.png."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...guidance.files import FileProblem
+from ...guidance.files.atomic import replacing
+from .events import Event, Finished, Saved, Step, Stopped, Validated
+from .lettering import default_font
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class LossCurve:
+    """Listener that keeps the losses and draws loss.png (with Pillow): the mean loss, and held-out losses as dots.
+
+    `history`: events of an earlier part of the run; those after step `start` are dropped, because a run that was killed
+    repeats them.
+    """
+
+    def __init__(self, path: str | os.PathLike, history: Iterable[Event] = (), start: int = 0, every: int = 10) -> None:
+        self.path, self.every = Path(path), every
+        self.train: dict[int, float] = {}
+        self.held_out: dict[int, float] = {}
+        for event in history:
+            if getattr(event, "step", 0) <= start:
+                self._keep(event)
+
+    def __call__(self, event: Event) -> None:
+        self._keep(event)
+        if isinstance(event, (Validated, Saved, Stopped, Finished)):
+            # On Windows a viewer may hold the picture; the next event draws it again, a full disk is told by others.
+            with suppress(FileProblem):
+                self.draw()
+
+    def _keep(self, event: Event) -> None:
+        if isinstance(event, Step) and math.isfinite(event.loss):
+            self.train[event.step] = event.loss
+        elif isinstance(event, Validated) and math.isfinite(event.loss):
+            self.held_out[event.step] = event.loss
+
+    def draw(self) -> None:
+        """Write the picture, complete or not at all; nothing while there is nothing to draw. Raises FileProblem."""
+        if self.train or self.held_out:
+            with replacing(self.path) as file:
+                draw_losses(thinned(self.train), self.held_out).save(file, format="PNG")
+
+
+def thinned(values: Mapping[int, float], most: int = 2000) -> dict[int, float]:
+    """At most about `most` values by step: means of neighbours under the step of the last."""
+    steps = sorted(values)
+    size = -(-len(steps) // most)
+    parts = [steps[at : at + size] for at in range(0, len(steps), size or 1)]
+    return {part[-1]: sum(values[step] for step in part) / len(part) for part in parts}
+
+
+def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
+    """Running mean over `share` of the values on both sides (of few values over more), fewer at the ends."""
+    reach = max(int(len(values) * share), min(10, len(values) // 8))
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    result = []
+    for index in range(len(values)):
+        near = min(reach, index, len(values) - 1 - index)
+        result.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
+    return result
+
+
+def draw_losses(
+    train: Mapping[int, float], held_out: Mapping[int, float], width: int = 960, height: int = 480
+) -> Image:
+    """The loss curve as a Pillow image: single steps grey, their running mean blue, held-out losses orange."""
+    from PIL import Image, ImageDraw
+
+    steps = sorted(train)
+    mean = smoothed([train[step] for step in steps])
+    # The range follows the means: single steps scatter widely and would flatten the curve.
+    shown = sorted(mean + list(held_out.values()))
+    spread = sorted(train.values())
+    low = min(shown[0], spread[len(spread) // 20] if spread else shown[0])
+    high = max(shown[-1], spread[len(spread) * 19 // 20] if spread else shown[-1])
+    ticks = _ticks(low, high if high > low else low + max(abs(low) * 0.1, 1e-6))
+    low, high = min(ticks[0], low), max(ticks[-1], high)
+    first, last = min([*steps, *held_out]), max([*steps, *held_out])
+
+    image = Image.new("RGB", (width, height), "white")
+    draw, font = ImageDraw.Draw(image), default_font(13)
+    left, top, right, bottom = 70, 40, width - 24, height - 44
+
+    def place(step: float, loss: float) -> tuple[float, float]:
+        x = left + (right - left) * (step - first) / max(1, last - first)
+        return x, min(max(bottom - (bottom - top) * (loss - low) / (high - low), top), bottom)
+
+    for tick in ticks:
+        y = place(first, tick)[1]
+        draw.line([(left, y), (right, y)], fill=(225, 225, 225))
+        draw.text((left - 8, y), f"{tick:g}", fill=(90, 90, 90), font=font, anchor="rm")
+    for tick in _ticks(first, max(last, first + 1)):
+        if first <= tick <= last and tick == int(tick):
+            x = place(tick, low)[0]
+            draw.line([(x, bottom), (x, bottom + 5)], fill=(90, 90, 90))
+            draw.text((x, bottom + 8), f"{int(tick)}", fill=(90, 90, 90), font=font, anchor="mt")
+    draw.line([(left, top), (left, bottom), (right, bottom)], fill=(90, 90, 90))
+    if len(steps) > 1:
+        draw.line([place(step, train[step]) for step in steps], fill=(205, 213, 225), width=1)
+        draw.line([place(step, loss) for step, loss in zip(steps, mean)], fill=(31, 95, 191), width=2)
+    for step, loss in held_out.items():
+        x, y = place(step, loss)
+        draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=(224, 124, 24))
+    label = f"loss at step {last}: {mean[-1]:.4f}" if mean else f"loss at step {last}"
+    if held_out:
+        label += f"     held out: {held_out[max(held_out)]:.4f} (dots)"
+    draw.text((left, 14), label, fill=(40, 40, 40), font=font)
+    return image
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Four to nine round numbers that cover low..high."""
+    size = 10.0 ** math.floor(math.log10((high - low) / 4))
+    step = next(size * factor for factor in (1, 2, 5, 10, 20) if (high - low) / (size * factor) <= 6)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [round(index * step, 12) for index in range(first, last + 1)]

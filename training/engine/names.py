@@ -1,0 +1,43 @@
+"""Which names a run, and so its finished file, may have: those that every file system takes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .settings import ConfigProblem, is_unicode
+
+# Characters that some file system refuses, control characters, and those that make a text read backwards.
+FORBIDDEN = (
+    set('<>:"/\\|?*')
+    | {chr(code) for code in (*range(32), *range(127, 160))}
+    | set("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
+)
+# Devices on Windows, whatever the file's ending.
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789\u00b9\u00b2\u00b3"
+}
+# What Python, and ComfyUI in a node's text field, make of JSON's true, false, null and empty brackets.
+WORDS_OF_JSON = {"True", "False", "None", "{}", "[]"}
+LONGEST = 200  # bytes; file systems take 255, and the file's ending and temporary names of it need some
+
+
+def check_name(name: Any) -> None:
+    """Raise ConfigProblem for anything that is no file name (without ending) on every system."""
+    if not isinstance(name, str) or not is_unicode(name):
+        raise ConfigProblem(f"name: expected a plain file name, found {name!r:.80}; use letters, digits, - and _.")
+    if name in WORDS_OF_JSON:
+        raise ConfigProblem(f"name: expected a plain file name, found {name}, a value of another kind; use a text.")
+    if not name.strip() or set(name) & FORBIDDEN or name.strip(". ") != name:
+        raise ConfigProblem(
+            f"name: expected a plain file name without folders or ending, found {name!r:.80}; use letters, "
+            "digits, - and _."
+        )
+    if name.partition(".")[0].strip().lower() in DEVICES:
+        raise ConfigProblem(
+            f"name: expected a plain file name, found {name!r}, which is a device on Windows; choose another."
+        )
+    size = len(name.encode())
+    if size > LONGEST:
+        raise ConfigProblem(
+            f"name: expected a plain file name of at most {LONGEST} bytes, found {size}; choose a shorter one."
+        )

@@ -1,0 +1,143 @@
+"""The settings that every kind of run has: where its files go, how it steps, what it reports.
+
+A kind of run is a subclass that adds its own fields; `kind`, `required`, `betas` and `memory_advice` are its words.
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from .names import check_name
+from .settings import ConfigProblem, Settings, option, shown
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings(Settings, ABC):
+    """What decides a run, of whichever kind. Raises ConfigProblem for values that make no sense."""
+
+    kind: ClassVar[str]  # what such a run is called in its config.json and log, such as "training"
+    groups: ClassVar[tuple[str, ...]] = ("what", "optimisation", "reporting")
+
+    name: str = option("run", "what", "name of the run; the finished file is NAME.safetensors", free=True)
+    output: str = option(
+        "",
+        "what",
+        "folder of the run (log, samples, checkpoints, finished file); empty: runs/NAME",
+        path=True,
+        free=True,
+    )
+    export_to: str = option(
+        "", "what", "folder the finished file is also put in; empty: only the run's folder", path=True, free=True
+    )
+    steps: int = option(1000, "optimisation", "optimizer steps in all", min=1, max=10_000_000, free=True)
+    batch_size: int = option(
+        4, "optimisation", "images in one forward pass, over all processes together", min=1, max=65536
+    )
+    learning_rate: float = option(1e-4, "optimisation", "peak learning rate", min=0.0, max=1.0)
+    beta1: float = option(0.9, "optimisation", "Adam's decay of the mean gradient", min=0.0, max=0.9999999)
+    beta2: float = option(0.999, "optimisation", "Adam's decay of the squared gradient", min=0.0, max=0.9999999)
+    eps: float = option(1e-8, "optimisation", "added to Adam's denominator", min=1e-16, max=1.0)
+    schedule: str = option(
+        "constant",
+        "optimisation",
+        "learning rate after the warm-up: constant, or falling to 0 at the last step",
+        choices=("constant", "cosine", "linear"),
+    )
+    warmup: int = option(
+        0, "optimisation", "steps over which the learning rate rises from 0; 0: none", min=0, max=1_000_000
+    )
+    clip: float = option(0.0, "optimisation", "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
+    ema: float = option(
+        0.999,
+        "optimisation",
+        "decay of the average of the weights that is sampled and exported, warmed up as (1+n)/(10+n); 0: no average",
+        min=0.0,
+        max=0.9999999,
+    )
+    precision: str = option(
+        "auto",
+        "optimisation",
+        "of the forward and backward pass (the weights stay fp32); auto: bf16 on GPUs that have it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    gradient_checkpointing: bool = option(
+        False, "optimisation", "compute activations twice instead of storing them: slower, far less memory", free=True
+    )
+    seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
+    device: str = option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
+    checkpoint_every: int = option(
+        250, "reporting", "steps between checkpoints to resume from; 0: none by steps", min=0, max=10_000_000, free=True
+    )
+    checkpoint_minutes: float = option(
+        10.0,
+        "reporting",
+        "also save a checkpoint when the last one is this many minutes old, which is the most that a crash can cost; "
+        "0: by steps only",
+        min=0.0,
+        max=100_000.0,
+        free=True,
+    )
+    keep_checkpoints: int = option(
+        3, "reporting", "how many of the latest checkpoints stay", min=1, max=10_000, free=True
+    )
+    sample_every: int = option(
+        250, "reporting", "steps between sample grids, the first at step 0; 0: none", min=0, max=10_000_000, free=True
+    )
+    sample_count: int = option(
+        4, "reporting", "images per row of the grid, each with its own fixed seed", min=1, max=64, free=True
+    )
+    log_every: int = option(10, "reporting", "steps between lines of the log", min=1, max=1_000_000, free=True)
+    tensorboard: bool = option(False, "reporting", "also write events for TensorBoard (needs tensorboard)", free=True)
+    file_dtype: str = option(
+        "fp32", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"), free=True
+    )
+    licence: str = option("", "reporting", "licence written into the finished file", free=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name(self.name)
+        kind, colon, index = self.device.partition(":")
+        if kind not in DEVICES or (colon and (kind == "auto" or not index.isdigit())):
+            raise ConfigProblem(f"device: expected auto, cpu, cuda, cuda:N, mps or xpu, found {self.device!r}.")
+
+    @property
+    @abstractmethod
+    def memory_advice(self) -> str:
+        """What to tell somebody whose run did not fit into memory: one sentence."""
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run keeps its files."""
+        return Path(self.output) if self.output else Path("runs") / self.name
+
+    def absolute(self) -> Self:
+        """As `Settings.absolute`; the run's folder is written out."""
+        config = super().absolute()
+        return config.with_changes(output=config.output or os.path.abspath(config.run_folder))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The kind of run, and the fields as plain JSON values; `from_mapping` inverts it."""
+        return {"kind": self.kind, **super().to_dict()}
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any], source: str = "configuration") -> Self:
+        """As `Settings.from_mapping`; a "kind" among the values must be this one. Raises ConfigProblem."""
+        if isinstance(values, Mapping) and "kind" in values:
+            kind, values = values["kind"], {name: value for name, value in values.items() if name != "kind"}
+            if kind != cls.kind:
+                where = "" if source == "configuration" else f"{source}: "
+                raise ConfigProblem(
+                    f"{where}kind: expected {cls.kind}, settings of `{cls.command}`, found {shown(kind)}; use the "
+                    "command of that kind of run, or choose another name or output."
+                )
+        return super().from_mapping(values, source)

@@ -1,0 +1,39 @@
+"""The settings of runs that need a prior: which checkpoint, with which VAE and tokenizer."""
+
+from __future__ import annotations
+
+from abc import ABC
+from dataclasses import dataclass
+
+from ..engine.run_settings import RunSettings
+from ..engine.settings import CONNECTED_PREFIX, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorSettings(RunSettings, ABC):
+    """A run's settings with the prior's."""
+
+    base: str = option(
+        "",
+        "what",
+        "the prior: a checkpoint (.safetensors in LDM layout: SD 1.x, 2.x, SDXL) or mini_world",
+        path=True,
+        model=True,
+        free=True,
+        names=("mini_world", CONNECTED_PREFIX),
+    )
+    vae: str = option(
+        "",
+        "what",
+        "file with another VAE than the checkpoint's own; empty: the checkpoint's",
+        path=True,
+        model=True,
+        free=True,
+    )
+    tokenizer: str = option(
+        "",
+        "what",
+        "folder with CLIP's vocab.json and merges.txt, which prompts of published models need",
+        path=True,
+        free=True,
+    )
