@@ -10,9 +10,9 @@ from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.prior.opening import open_checkpoint
 
 
-def trained(base, rank, alpha):
+def trained(base, rank):
     """A low-rank trainee whose additions are no longer zero."""
-    trainee = parts.start_model(base, "full", "low_rank", rank=rank, alpha=alpha)
+    trainee = parts.start_model(base, "full", "low_rank", rank=rank)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainee.parameters():
@@ -23,7 +23,7 @@ def trained(base, rank, alpha):
 @pytest.mark.parametrize("family, core_family", [("sd1", "SD15"), ("sd2", "SD20"), ("sdxl", "SDXL")])
 def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, tiny_checkpoint, tmp_path):
     base = open_checkpoint(tiny_checkpoint(family).path, prediction="epsilon")
-    trainee = trained(base, 4, 2.0)
+    trainee = trained(base, 4)
     path = tmp_path / "lora.safetensors"
     export.write_low_rank(path, trainee, base, steps=7, dataset_size=3, file_dtype="fp32")
     config = base.config
@@ -54,7 +54,7 @@ def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, t
         assert torch.allclose(weight, own, atol=1e-5), key
         assert not torch.allclose(own, base.unet[key.removeprefix("diffusion_model.")].float(), atol=1e-3)
     metadata = read_metadata(path)
-    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("4", "2.0", "7")
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("4", "4.0", "7")
     about = export.inspect(path)
     assert (about["kind"], about["ranks"], about["layers"]) == ("LoRA", [4], len(touched))
 

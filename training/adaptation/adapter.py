@@ -20,6 +20,7 @@ from ...guidance.distillation.objective import Draws, NotFinite, Objective, Repo
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ..engine.average import swapped
 from ..engine.learner import Learner
+from ..engine.optimizers import EPS
 from ..engine.processes import OneProcess, check_batch
 from ..engine.randomness import sample_generator
 from ..engine.settings import ConfigProblem
@@ -59,9 +60,7 @@ class Adapter(Learner[AdaptConfig]):
         parameters = {name: weight for name, weight in self.generator.named_parameters() if weight.requires_grad}
         if not parameters:
             raise ConfigProblem(f"train: expected a generator with {config.train} to train, found none; train all.")
-        optimizer = torch.optim.Adam(
-            parameters.values(), lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps
-        )
+        optimizer = torch.optim.Adam(parameters.values(), config.learning_rate, config.betas, EPS)
         super().__init__(config, parameters, optimizer, processes)
         self._report, self._chosen, self._timesteps = Report(), (), ""  # of the step that is being taken
 

@@ -44,6 +44,7 @@ class AdaptConfig(PriorSettings):
 
     kind: ClassVar[str] = "adaptation"
     command: ClassVar[str] = "indomain adapt"
+    betas: ClassVar[tuple[float, float]] = (0.0, 0.99**0.8)
     groups: ClassVar[tuple[str, ...]] = ("what", "distillation", "generator", "optimisation", "reporting")
     required: ClassVar[dict[str, tuple[str, str]]] = {
         "generator": ("a generator file or mini_world", "the generator to adapt"),
@@ -249,8 +250,6 @@ class AdaptConfig(PriorSettings):
     learning_rate: float = changed(
         RunSettings, "learning_rate", 0.0008, help="peak learning rate; the paper's is 0.0008"
     )
-    beta1: float = changed(RunSettings, "beta1", 0.0)
-    beta2: float = changed(RunSettings, "beta2", 0.99**0.8)
     ema: float = changed(
         RunSettings,
         "ema",
@@ -272,9 +271,6 @@ class AdaptConfig(PriorSettings):
         RunSettings, "sample_every", 50, help="steps between before/after grids, the first at step 0; 0: none"
     )
     sample_count: int = changed(RunSettings, "sample_count", 6)
-    sample_rows: int = option(
-        4, "reporting", "at most so many stages of the run in the grid, the newest last", min=1, max=32, free=True
-    )
     sample_truncation: float = option(
         0.7, "reporting", "truncation of the grid's latents; 1: none", min=0.0, max=2.0, free=True
     )

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 ROWS = "rows"
+ROWS_SHOWN = 4  # stages of the run in a grid, beside the source
 HOW = "indomain"  # PNG text field that says how a strip was drawn
 LARGEST_TILE = 256  # px; larger images are reduced
 ROW_NAME = re.compile(r"step-(\d+)\.png")
@@ -47,7 +48,7 @@ class BeforeAfter:
         config = self.config
         if step > 0:
             self._keep(self._strip(generator), self._path(step))
-        stages = evenly([at for at in self._kept() if at <= step], config.sample_rows)
+        stages = evenly([at for at in self._kept() if at <= step], ROWS_SHOWN)
         rows = [self.before, *(self._read(at) for at in stages)]
         labels = ["before", *(f"step {at}" for at in stages)]
         title = f"{config.name}: {config.prompt}" if config.prompt else config.name

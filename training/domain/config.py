@@ -63,13 +63,6 @@ class TrainConfig(PriorSettings):
         choices=TRAINS,
     )
     rank: int = option(16, "model", "train low_rank only: rank of the additions, usually 4 to 64", min=1, max=1024)
-    low_rank_alpha: float = option(
-        0.0,
-        "model",
-        "train low_rank only: additions are scaled by this over the rank; 0: the rank, a scale of 1",
-        min=0.0,
-        max=4096.0,
-    )
     gradient_checkpointing: bool = changed(
         RunSettings,
         "gradient_checkpointing",

@@ -100,7 +100,7 @@ def estimate(
 
     def prepared() -> UNet:
         unet = UNet(unet_config)
-        choose_trainable(unet.train(), config.train, config.rank, config.low_rank_alpha)
+        choose_trainable(unet.train(), config.train, config.rank)
         return unet
 
     traced = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=False)

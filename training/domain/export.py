@@ -135,7 +135,7 @@ def write_low_rank(
     metadata = {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(layer.rank),
-        "ss_network_alpha": repr(layer.alpha),
+        "ss_network_alpha": repr(float(layer.rank)),
         "ss_base_model_version": _KOHYA_BASES.get(base.config.context_dim, base.latent_format),
         "ss_steps": str(steps),
         "ss_v2": str(base.config.context_dim == 1024),

@@ -1,4 +1,4 @@
-"""Low-rank adaptation, W + (alpha / r) B A, of the attention projections (arXiv 2106.09685, section 4.1).
+"""Low-rank adaptation, W + B A, of the attention projections (arXiv 2106.09685, section 4.1, with alpha = r).
 
 Files use kohya's layout, which ComfyUI and most other tools load: per layer `NAME.lora_down.weight` [r, in] (A),
 `NAME.lora_up.weight` [out, r] (B) and `NAME.alpha`.
@@ -27,44 +27,42 @@ class LowRankLinear(nn.Linear):
     """A frozen linear layer with a trainable low-rank addition; `weight` and `bias` keep their names.
 
     lora_down [rank, in] starts uniform within 1 / sqrt(in), as a linear layer does; lora_up [out, rank] starts at zero,
-    so that nothing changes before the first step. The addition is scaled by alpha / rank.
+    so that nothing changes before the first step.
     """
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator) -> None:
+    def __init__(self, linear: nn.Linear, rank: int, generator: torch.Generator) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
-        self.rank, self.alpha = rank, alpha
+        self.rank = rank
         bound = 1 / math.sqrt(self.in_features)
         down = torch.rand(rank, self.in_features, generator=generator) * (2 * bound) - bound
         self.lora_down = nn.Parameter(down.to(self.weight.device))
         self.lora_up = nn.Parameter(torch.zeros(self.out_features, rank, device=self.weight.device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        added = F.linear(F.linear(x, self.lora_down), self.lora_up)
-        return F.linear(x, self.weight, self.bias) + added * (self.alpha / self.rank)
+    def forward(self, input: Tensor) -> Tensor:
+        added = F.linear(F.linear(input, self.lora_down), self.lora_up)
+        return F.linear(input, self.weight, self.bias) + added
 
 
-def add_low_rank(unet: nn.Module, rank: int, alpha: float, seed: int = 0) -> list[str]:
+def add_low_rank(unet: nn.Module, rank: int, seed: int = 0) -> list[str]:
     """Give every attention projection of a UNet a low-rank addition, in place; the names of those layers.
 
-    rank: 1 and up, typically 4 to 64; larger than a layer is wide gains nothing. alpha: typically rank or half of it.
-    Raises ValueError for other numbers and for a UNet without attention.
+    rank: 1 and up, typically 4 to 64; larger than a layer is wide gains nothing. Raises ValueError for a UNet without
+    attention.
     """
-    if rank < 1 or not alpha > 0:
-        raise Problem(f"Low rank: expected a rank of at least 1 and a positive alpha, got {rank} and {alpha}.")
+    if rank < 1:
+        raise Problem(f"Low rank: expected a rank of at least 1, got {rank}.")
     generator = torch.Generator().manual_seed(seed)
     modules = dict(unet.named_modules())
-    names = [
-        name
-        for name, module in modules.items()
-        if ATTENTION_PROJECTION.fullmatch(name) and isinstance(module, nn.Linear)
-    ]
+    names = []
+    for name, module in modules.items():
+        if ATTENTION_PROJECTION.fullmatch(name) and isinstance(module, nn.Linear):
+            parent, _, last = name.rpartition(".")
+            setattr(modules[parent], last, LowRankLinear(module, rank, generator))
+            names.append(name)
     if not names:
         raise Problem("Low rank: expected a UNet with attention layers, found none; train all weights.")
-    for name in names:
-        parent, _, last = name.rpartition(".")
-        setattr(modules[parent], last, LowRankLinear(modules[name], rank, alpha, generator))
     return names
 
 
@@ -75,18 +73,17 @@ def low_rank_layers(unet: nn.Module) -> dict[str, LowRankLinear]:
 
 @torch.no_grad()
 def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The complete weights under LDM keys, W + (alpha / r) B A in place of the parts (in fp64, on the CPU).
+    """The complete weights under LDM keys, W + B A in place of the parts (in fp64, on the CPU).
 
     values: tensors to use instead of the module's own, by name, such as an average of the additions.
     """
     own = {**unet.state_dict(), **(values or {})}
-    layers = low_rank_layers(unet)
     weights = {key: tensor for key, tensor in own.items() if not key.endswith((f".{DOWN}", f".{UP}"))}
-    for name, layer in layers.items():
+    for name in low_rank_layers(unet):
         weight = weights[f"{name}.weight"]
         # Some devices (MPS) have no fp64.
         wide, up, down = (part.cpu().double() for part in (weight, own[f"{name}.{UP}"], own[f"{name}.{DOWN}"]))
-        weights[f"{name}.weight"] = (wide + up @ down * (layer.alpha / layer.rank)).to(weight.dtype)
+        weights[f"{name}.weight"] = (wide + up @ down).to(weight.dtype)
     return weights
 
 
@@ -103,7 +100,7 @@ def kohya_tensors(
         public = f"lora_unet_{naming.get(place, place)}_transformer_blocks_{rest}".replace(".", "_")
         tensors[f"{public}.lora_down.weight"] = own[f"{name}.{DOWN}"].detach().cpu().to(dtype)
         tensors[f"{public}.lora_up.weight"] = own[f"{name}.{UP}"].detach().cpu().to(dtype)
-        tensors[f"{public}.alpha"] = torch.tensor(float(layer.alpha), dtype=dtype)
+        tensors[f"{public}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
     return tensors
 
 

@@ -263,7 +263,6 @@ class _Training(Run[TrainConfig]):
                 config.train,
                 caption=config.caption,
                 rank=config.rank,
-                alpha=config.low_rank_alpha,
                 gradient_checkpointing=config.gradient_checkpointing,
                 resolution=config.resolution,
                 seed=config.seed,

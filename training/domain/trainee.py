@@ -93,7 +93,6 @@ def start_model(
     *,
     caption: str = "",
     rank: int = 16,
-    alpha: float = 0.0,
     gradient_checkpointing: bool = False,
     resolution: int = 512,
     seed: int = 0,
@@ -107,7 +106,7 @@ def start_model(
     form: "cached" and "constant" are text-free (`guidance.null_text`); "full" takes the text of `caption`, one prompt
     for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.6 M of SD 1.5's
     860 M, so a seventeenth of the memory for gradients, optimizer and average); "low_rank" additions of `rank` to all
-    attention projections, scaled by alpha / rank (alpha 0 is rank, a scale of 1), drawn from `seed`.
+    attention projections, drawn from `seed`.
 
     `constant` runs the prior for 56 passes at `resolution` pixels on `device`; give the `constants` (and
     `null_text_error`) of an earlier start to skip them. on_probe(done, of) reports these passes. Raises ValueError.
@@ -136,15 +135,15 @@ def start_model(
             unet = UNet(config)
         unet.load_state_dict(weights, strict=True, assign=True)
         unet.gradient_checkpointing = gradient_checkpointing
-        choose_trainable(unet.train(), train, rank, alpha, seed)
+        choose_trainable(unet.train(), train, rank, seed)
         return Trainee(unet, form, train, text, folded, errors)
 
 
-def choose_trainable(unet: UNet, train: str, rank: int = 16, alpha: float = 0.0, seed: int = 0) -> None:
+def choose_trainable(unet: UNet, train: str, rank: int = 16, seed: int = 0) -> None:
     """Let exactly the parameters that `train` names require gradients, in place; see `start_model`."""
     unet.requires_grad_(train == "all")
     if train == "low_rank":
-        add_low_rank(unet, rank, alpha or float(rank), seed)
+        add_low_rank(unet, rank, seed)
     learns = {"self_attention": SELF_ATTENTION, "low_rank": LOW_RANK}.get(train)
     if learns is not None:
         for name, parameter in unet.named_parameters():

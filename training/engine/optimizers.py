@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from .run_settings import RunSettings
 from .settings import ConfigProblem
 
+EPS = 1e-8  # added to Adam's denominator
+
 
 def check_optimizer(name: str) -> None:
     """Raise ConfigProblem for an optimizer whose package is missing or broken."""
@@ -44,7 +46,7 @@ def build_optimizer(
         {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    options: dict[str, Any] = {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.eps}
+    options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": EPS}
     if name == "adamw8bit":
         return _adamw8bit()(groups, **options)
     # One pass over the weights instead of a dozen; every backend this runs on has it for fp32.

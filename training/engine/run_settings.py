@@ -27,6 +27,7 @@ class RunSettings(Settings, ABC):
 
     kind: ClassVar[str]  # what such a run is called in its config.json and log, such as "training"
     groups: ClassVar[tuple[str, ...]] = ("what", "optimisation", "reporting")
+    betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # Adam's decay of the mean and the squared gradient
 
     name: str = option("run", "what", "name of the run; the finished file is NAME.safetensors", free=True)
     output: str = option(
@@ -44,9 +45,6 @@ class RunSettings(Settings, ABC):
         4, "optimisation", "images in one forward pass, over all processes together", min=1, max=65536
     )
     learning_rate: float = option(1e-4, "optimisation", "peak learning rate", min=0.0, max=1.0)
-    beta1: float = option(0.9, "optimisation", "Adam's decay of the mean gradient", min=0.0, max=0.9999999)
-    beta2: float = option(0.999, "optimisation", "Adam's decay of the squared gradient", min=0.0, max=0.9999999)
-    eps: float = option(1e-8, "optimisation", "added to Adam's denominator", min=1e-16, max=1.0)
     schedule: str = option(
         "constant",
         "optimisation",

@@ -84,6 +84,6 @@ def test_it_comes_back_from_json_and_is_told_from_a_training(tmp_path):
 
 def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
     config = AdaptConfig(**NEEDED)
-    assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_rows=9, device="cpu")) == {}
+    assert config.differences(config.with_changes(steps=5, generator="moved.pkl", sample_count=9, device="cpu")) == {}
     other = config.with_changes(scale=7.5, prompt="x")  # another prompt is noticed by what the critic thinks
     assert config.differences(other) == {"scale": (100.0, 7.5)}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from indomain_guidance.training.adaptation import previews
 from indomain_guidance.training.adaptation.previews import BeforeAfter, evenly
 from PIL import Image
 
@@ -24,9 +25,10 @@ def test_stages_are_spread_and_end_with_the_last(steps, count, expected):
     assert evenly(steps, count) == expected
 
 
-def test_rows_are_the_source_and_the_stages(tiny_adaptation, tmp_path):
+def test_rows_are_the_source_and_the_stages(tiny_adaptation, tmp_path, monkeypatch):
+    monkeypatch.setattr(previews, "ROWS_SHOWN", 2)
     source, other = tiny_adaptation.tiny_generator(), tiny_adaptation.tiny_generator(1)
-    config = tiny_adaptation.tiny_config(tmp_path, sample_count=2, sample_rows=2, sample_truncation=0.5, seed=7)
+    config = tiny_adaptation.tiny_config(tmp_path, sample_count=2, sample_truncation=0.5, seed=7)
     grids = BeforeAfter(config, source, tmp_path)
     first = np.asarray(grids.draw(source, 0))
     for step in (2, 4, 6):

@@ -13,6 +13,7 @@ from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.domain.learner import DomainLearner
 from indomain_guidance.training.domain.losses import min_snr_weight
 from indomain_guidance.training.domain.previews import preview_dtype
+from indomain_guidance.training.engine import optimizers
 from indomain_guidance.training.engine.average import ema_decay
 from indomain_guidance.training.engine.checkpoints import load_checkpoint, save_checkpoint
 from indomain_guidance.training.engine.learner import NonFiniteLoss
@@ -45,10 +46,11 @@ def same_bits(left, right):
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_a_step_is_adamw_on_the_weighted_loss_of_its_batch(configure, learn, tiny_unet):
+def test_a_step_is_adamw_on_the_weighted_loss_of_its_batch(configure, learn, tiny_unet, monkeypatch):
     """Against the same step written out with plain autograd and torch's AdamW from its formula."""
     # A large eps: Adam would blow rounding up where gradients vanish.
-    config = configure(eps=1e-3, clip=0.5, noise_offset=0.1, weight_decay=0.1, warmup=0)
+    monkeypatch.setattr(optimizers, "EPS", 1e-3)
+    config = configure(clip=0.5, noise_offset=0.1, weight_decay=0.1, warmup=0)
     learner = learn(config, prediction="v_prediction")
     unet = tiny_unet()
     for step in range(3):
@@ -71,7 +73,7 @@ def test_a_step_is_adamw_on_the_weighted_loss_of_its_batch(configure, learn, tin
                 m.lerp_(gradient, 0.1)
                 v.mul_(0.999).addcmul_(gradient, gradient, value=0.001)
                 p.mul_(1 - config.learning_rate * (config.weight_decay if p.ndim > 1 else 0.0))
-                size = m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + config.eps)
+                size = m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.999 ** (step + 1))).sqrt() + optimizers.EPS)
                 p.sub_(config.learning_rate * size)
         outcome = learner.take_step()
         assert outcome.loss == pytest.approx(float(loss), rel=1e-5)

@@ -21,13 +21,13 @@ CONFIG = UNetConfig(
 
 def test_equals_its_formula_and_merges_exactly():
     linear = torch.nn.Linear(6, 4)
-    layer = low_rank.LowRankLinear(linear, 2, 3.0, torch.Generator().manual_seed(0))
+    layer = low_rank.LowRankLinear(linear, 2, torch.Generator().manual_seed(0))
     x = torch.randn(5, 6)
     assert torch.equal(layer(x), linear(x))  # nothing before the first step
     assert float(layer.lora_down.detach().abs().max()) <= 6**-0.5
     with torch.no_grad():
         layer.lora_up.normal_()
-    expected = x @ (linear.weight + 1.5 * layer.lora_up @ layer.lora_down).T + linear.bias
+    expected = x @ (linear.weight + layer.lora_up @ layer.lora_down).T + linear.bias
     assert torch.allclose(layer(x), expected, atol=1e-6)
     merged = low_rank.merged_weights(torch.nn.ModuleDict({"one": layer}))
     assert list(merged) == ["one.weight", "one.bias"]
@@ -37,7 +37,7 @@ def test_equals_its_formula_and_merges_exactly():
 def test_every_attention_projection_and_nothing_else():
     unet = UNet(CONFIG)
     names = set(dict(unet.named_modules()))
-    layers = low_rank.add_low_rank(unet, 4, 4.0)
+    layers = low_rank.add_low_rank(unet, 4)
     assert len(layers) == 7 * 8  # 7 transformers, two attentions of four projections each
     assert all(".attn1.to_" in name or ".attn2.to_" in name for name in layers)
     assert set(low_rank.low_rank_layers(unet)) == set(layers) and set(dict(unet.named_modules())) == names
@@ -47,7 +47,7 @@ def test_gradients_reach_the_additions_only():
     unet = UNet(CONFIG)
     torch.nn.init.normal_(unet.out[2].weight)
     unet.requires_grad_(False)
-    low_rank.add_low_rank(unet, 4, 4.0)
+    low_rank.add_low_rank(unet, 4)
     unet(torch.randn(1, 4, 8, 8), torch.tensor([3.0]), context=torch.randn(1, 5, 24)).sum().backward()
     got = {name for name, parameter in unet.named_parameters() if parameter.grad is not None}
     assert got == {name for name, _ in unet.named_parameters() if ".lora_" in name}

@@ -90,7 +90,7 @@ def test_constant_is_measured_and_can_be_given_back(base, probe):
 
 
 def test_weights_are_complete_and_merged(base, probe):
-    trainee = parts.start_model(base, "cached", "low_rank", rank=3, alpha=6.0)
+    trainee = parts.start_model(base, "cached", "low_rank", rank=3)
     generator = torch.Generator().manual_seed(1)
     shapes = {name: one.shape for name, one in trainee.named_trainable().items()}
     averages = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
