@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -177,7 +177,7 @@ class Adapter(Learner[AdaptConfig]):
     @contextmanager
     def shown(self) -> Iterator[StyleGAN2]:
         """The generator as it would be finished now, and back again exactly."""
-        mean_style = self.generator.mapping.w_avg
+        mean_style = cast(Tensor, self.generator.mapping.w_avg)
         before = mean_style.clone()
         with swapped(self.parameters, self.values()):
             try:
@@ -224,7 +224,7 @@ class _WithNoise:
         self.style_layers, self.ws_index = generator.style_layers, generator.ws_index
         self.synthesis = generator.synthesis
 
-    def synthesize(self, ws: Tensor) -> Tensor:
+    def synthesize(self, ws: Tensor, *args: Any, **more: Any) -> Tensor:
         return self._adapter._images(self._generator, ws, 0)
 
 

@@ -271,9 +271,6 @@ class AdaptConfig(PriorSettings):
         RunSettings, "sample_every", 50, help="steps between before/after grids, the first at step 0; 0: none"
     )
     sample_count: int = changed(RunSettings, "sample_count", 6)
-    sample_truncation: float = option(
-        0.7, "reporting", "truncation of the grid's latents; 1: none", min=0.0, max=2.0, free=True
-    )
     licence: str = changed(
         RunSettings, "licence", "", help="licence written into the finished file; empty: the source generator's"
     )

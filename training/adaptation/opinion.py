@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +13,7 @@ from ...guidance.combination import Guidance
 from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.objective import Objective
 from ...guidance.networks.stylegan2 import StyleGAN2
+from ...guidance.schedules import as_weight
 from ...guidance.terms import BASE, Source
 from ..engine.memory import is_memory_problem
 from ..engine.settings import ConfigProblem
@@ -62,7 +62,10 @@ def opinion(
     except (RuntimeError, ValueError) as problem:
         if is_memory_problem(problem):
             raise
-        raise ConfigProblem(_misfit(problem, latents)) from problem
+        raise ConfigProblem(
+            f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
+            f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
+        ) from problem
 
 
 @torch.no_grad()
@@ -70,7 +73,7 @@ def _predictions(objective: Objective, z: Tensor) -> dict[str, Tensor]:
     critic, timesteps = objective.critic, objective.timesteps
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(PROBE_SEED)).to(z)
     asked = list(dict.fromkeys((timesteps.t_min, (timesteps.t_min + timesteps.t_max) // 2, timesteps.t_max)))
-    levels = [critic.schedule.sigma(float(step)) for step in asked]
+    levels = [float(critic.schedule.sigma(float(step))) for step in asked]
     plans = [critic.guidance.at(level, critic.percent_to_sigma, keep_base=True) for level in levels]
     found: dict[str, Tensor] = {}
     for name, source in _sources(critic).items():
@@ -125,7 +128,7 @@ def _sources(critic: Critic) -> dict[str, Source]:
 def describe_terms(guidance: Guidance) -> list[dict[str, Any]]:
     """The terms of a guidance as plain values: name, weight (`Weight.to_json`), reference, and shaping if any."""
     return [
-        {"name": term.name, "weight": term.weight.to_json(), "reference": term.reference or BASE}
+        {"name": term.name, "weight": as_weight(term.weight).to_json(), "reference": term.reference or BASE}
         | ({"shaping": repr(term.shaping)} if term.shaping is not None else {})
         for term in guidance.terms
     ]
@@ -135,32 +138,6 @@ def _nameless(terms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Described terms that go by their places, which a graph and a configuration have in common."""
     places = {term["name"]: place for place, term in enumerate(terms, 1)}
     return [{**term, "name": None, "reference": places.get(term["reference"])} for term in terms]
-
-
-# How this project's networks, and torch's convolutions and linear layers, tell of too few or too many channels.
-_LATENT = re.compile(r"expected a latent \[B, (\d+), H, W\], got \[\d+, (\d+),")
-_CHANNELS = re.compile(r"expected input\[.*?\] to have (\d+) channels, but got (\d+) channels")
-_WIDTHS = re.compile(r"mat1 and mat2 shapes cannot be multiplied \(\d+x(\d+) and (\d+)x\d+\)")
-_TEXT = re.compile(r"expected encoded text \[.*, (\d+)\], got .*?(\d+)\]")
-
-
-def _misfit(problem: Exception, latents: Tensor) -> str:
-    told = str(problem)
-    if channels := _LATENT.search(told) or _CHANNELS.search(told):
-        return (
-            f"vae: expected a VAE of the diffusion model's latent space, of {channels[1]} channels, found one with "
-            f"{channels[2]}; use the VAE that belongs to the model."
-        )
-    if widths := _TEXT.search(told) or _WIDTHS.search(told):
-        wanted, found = (widths[1], widths[2]) if widths.re is _TEXT else (widths[2], widths[1])
-        return (
-            f"prompt: expected text encoded for the diffusion model, of width {wanted}, found width {found}; encode "
-            "the prompts with the text encoder (CLIP) that belongs to the model."
-        )
-    return (
-        f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
-        f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
-    )
 
 
 def _first_line(problem: Exception) -> str:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROWS = "rows"
 ROWS_SHOWN = 4  # stages of the run in a grid, beside the source
-HOW = "indomain"  # PNG text field that says how a strip was drawn
+TRUNCATION = 0.7  # of the latents
 LARGEST_TILE = 256  # px; larger images are reduced
 ROW_NAME = re.compile(r"step-(\d+)\.png")
 
@@ -32,14 +32,14 @@ class BeforeAfter:
 
     Seeds are config.seed, config.seed + 1, ..., and mean what they mean in Generator Sample and `indomain sample`; a
     conditional generator shows its classes in turn, or the one that is trained on. Each stage is kept as a strip of
-    images in `folder`/rows, with how it was drawn, so that a run that goes on shows its past.
-    anew: whether the run begins, and stages that an earlier try left in the folder are none of its own.
+    images in `folder`/rows, so that a run that goes on shows its past. anew: the run begins, and what an earlier
+    try left there goes.
     """
 
     def __init__(self, config: AdaptConfig, source: StyleGAN2, folder: Path, *, anew: bool = False) -> None:
         self.config, self.folder = config, folder / ROWS
         if anew:
-            for path in self._strips():
+            for path in self._strips().values():
                 path.unlink(missing_ok=True)
         self.before = self._strip(source)
 
@@ -47,13 +47,14 @@ class BeforeAfter:
         """The grid after `step`, whose stage is kept."""
         config = self.config
         if step > 0:
-            self._keep(self._strip(generator), self._path(step))
-        stages = evenly([at for at in self._kept() if at <= step], ROWS_SHOWN)
-        rows = [self.before, *(self._read(at) for at in stages)]
+            self._keep(self._strip(generator), step)
+        kept = {at: self._read(path) for at, path in sorted(self._strips().items()) if at <= step}
+        strips = {at: strip for at, strip in kept.items() if strip is not None}
+        stages = evenly(list(strips), ROWS_SHOWN)
+        pictures = [_tiles(strip, config.sample_count) for strip in (self.before, *(strips[at] for at in stages))]
         labels = ["before", *(f"step {at}" for at in stages)]
         title = f"{config.name}: {config.prompt}" if config.prompt else config.name
-        pictures = [_tiles(row, config.sample_count) for row in rows]
-        return grid(pictures, labels, [f"seed {one}" for one in self.seeds], title)
+        return grid(pictures, labels, [f"seed {seed}" for seed in self.seeds], title)
 
     @property
     def seeds(self) -> range:
@@ -66,13 +67,13 @@ class BeforeAfter:
 
         config, about = self.config, generator.config
         device = next(generator.parameters()).device
-        images = []
+        noise, images = "none" if config.noise == "none" else "const", []
         for number, seed in enumerate(self.seeds):  # one at a time, to save memory
             z = latents_of_seeds([seed], about.z_dim).to(device)
             c = None
             if about.c_dim:
                 c = torch.eye(about.c_dim)[[number % about.c_dim if config.label < 0 else config.label]].to(device)
-            pixels = generator(z, c, config.sample_truncation, self._noise)[0].expand(3, -1, -1)
+            pixels = generator(z, c, TRUNCATION, noise)[0].expand(3, -1, -1)
             values = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
             image = Image.fromarray(np.ascontiguousarray(values))
             if image.width > LARGEST_TILE:
@@ -80,43 +81,27 @@ class BeforeAfter:
             images.append(np.asarray(image))
         return np.concatenate(images, axis=1)
 
-    @property
-    def _noise(self) -> str:
-        return "none" if self.config.noise == "none" else "const"
+    def _strips(self) -> dict[int, Path]:
+        """The kept stages' files, by step."""
+        found = ((ROW_NAME.fullmatch(path.name), path) for path in self.folder.glob("step-*.png"))
+        return {int(name[1]): path for name, path in found if name}
 
-    @property
-    def _how(self) -> str:
-        """How strips are drawn: those of other latents or settings do not belong under one heading."""
-        return f"latents of seeds, truncation {self.config.sample_truncation!r}, noise {self._noise}"
+    def _keep(self, strip: np.ndarray, step: int) -> None:
+        from PIL import Image
 
-    def _path(self, step: int) -> Path:
-        return self.folder / f"step-{step:06d}.png"
+        with replacing(self.folder / f"step-{step:06d}.png") as file:
+            Image.fromarray(strip).save(file, format="PNG")
 
-    def _strips(self) -> list[Path]:
-        return [path for path in self.folder.glob("step-*.png") if ROW_NAME.fullmatch(path.name)]
-
-    def _kept(self) -> list[int]:
-        """The steps whose stages can be shown: drawn as the source's row is, and as wide."""
-        steps = (int(ROW_NAME.fullmatch(path.name)[1]) for path in self._strips())
-        return sorted(step for step in steps if self._read(step) is not None)
-
-    def _keep(self, strip: np.ndarray, path: Path) -> None:
-        from PIL import Image, PngImagePlugin
-
-        text = PngImagePlugin.PngInfo()
-        text.add_text(HOW, self._how)
-        with replacing(path) as file:
-            Image.fromarray(strip).save(file, format="PNG", pnginfo=text)
-
-    def _read(self, step: int) -> np.ndarray | None:
+    def _read(self, path: Path) -> np.ndarray | None:
+        """A kept strip; None for one of other sizes, or no picture at all."""
         from PIL import Image
 
         try:
-            with Image.open(self._path(step), formats=("PNG",)) as image:
-                values, how = np.asarray(image.convert("RGB")), image.info.get(HOW)
+            with Image.open(path, formats=("PNG",)) as image:
+                values = np.asarray(image.convert("RGB"))
         except OSError:  # no picture, or one that was cut off
             return None
-        return values if values.shape == self.before.shape and how == self._how else None
+        return values if values.shape == self.before.shape else None
 
 
 def evenly(steps: Sequence[int], count: int) -> list[int]:

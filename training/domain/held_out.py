@@ -70,7 +70,7 @@ def held_out_loss(
                 clean = torch.stack([latents[index].float() for index in part])
                 cond = {}
                 if conditioning is not None:
-                    shape = tuple(8 * side for side in clean.shape[-2:])
+                    shape = 8 * clean.shape[-2], 8 * clean.shape[-1]
                     told = [ImageSize(shape) if sizes is None else sizes[index] for index in part]
                     cond = {name: value.to(device) for name, value in conditioning(told).items()}
                 for t, level in levels.items():

@@ -17,6 +17,7 @@ from torch import Generator, Tensor, nn
 from ...guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import DTYPES
+from ...guidance.networks.unet import UNet
 from ..data import BadImage, DataProblem, Sample
 from ..engine.learner import Learner
 from ..engine.optimizers import build_optimizer
@@ -92,7 +93,7 @@ class DomainLearner(Learner[TrainConfig]):
         self.prior, self.traits = prior, dict(traits or {})
         self.plan = BatchPlan(config.seed, list(dataset.groups.values()), config.batch_size, config.accumulation)
         self.unet = unet.to(processes.device).train()
-        if hasattr(self.unet, "gradient_checkpointing"):
+        if isinstance(self.unet, UNet):
             self.unet.gradient_checkpointing = config.gradient_checkpointing
         parameters = {name: weight for name, weight in self.unet.named_parameters() if weight.requires_grad}
         if not parameters:

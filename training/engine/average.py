@@ -45,7 +45,7 @@ class WeightAverage:
         """average <- decay average + (1 - decay) weights."""
         decay = ema_decay(self.limit, self.updates)
         current = [weight.detach().float() for weight in self._parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - decay)
+        torch._foreach_lerp_(list(self.average.values()), current, 1.0 - decay)  # pyright: ignore[reportPrivateImportUsage]
         self.updates += 1
 
     def state(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -82,7 +82,7 @@ def save_checkpoint(path: str | os.PathLike, state: Mapping[str, Any]) -> Path:
     with replacing(path) as file:
         hashing = _Hashing(file)
         try:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, hashing)
+            torch.save({"format": FORMAT, "version": VERSION, **state}, cast("IO[bytes]", hashing))
         except RuntimeError:  # torch wraps a full disk into its own error; others, of the device, stay what they are
             if hashing.problem is None:
                 raise
@@ -99,16 +99,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
     """
     path = Path(path)
     try:
-        whole = _is_whole(path)
+        _check_digest(path)
     except OSError as error:
         reason = error.strerror or error
         raise CheckpointProblem(f"{path}: cannot be read ({reason}); move it away to go on.") from error
-    if whole is None:
-        raise DamagedCheckpoint(
-            f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was written."
-        )
-    if not whole:
-        raise DamagedCheckpoint(f"{path}: expected the checkpoint that was written, found one damaged since.")
     try:
         state = read_torch_pickle(path, TRAILER, mapped=True)
     except (OSError, MemoryError) as error:
@@ -123,23 +117,24 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             f"{path}: expected a checkpoint of version {VERSION}, found {state.get('version')}; resume with the "
             "program that wrote it."
         )
-    missing = [name for name in FIELDS if name not in state]
-    if missing:
-        raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {missing[0]} is missing.")
-    wrong = [name for name, kinds in FIELDS.items() if type(state[name]) not in kinds]
+    for name, kinds in FIELDS.items():
+        if name not in state:
+            raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {name} is missing.")
+        if type(state[name]) not in kinds:
+            raise _other(path, name)
     start = {} if state.get("start") is None else state["start"]
-    for name, part, kind in (
-        ("weights", state["weights"], torch.Tensor),
-        ("facts", state["facts"], str),
-        ("start", start, dict),
-        *(("start", part, (torch.Tensor, int, float)) for part in (start.values() if type(start) is dict else ())),
-    ):
-        if name not in wrong and not (type(part) is dict and all(isinstance(one, kind) for one in part.values())):
-            wrong.append(name)
-    if wrong or state["step"] < 0:
-        name = wrong[0] if wrong else "step"
-        raise DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found another {name} than it writes.")
+    parts = [("weights", state["weights"], torch.Tensor), ("facts", state["facts"], str), ("start", start, dict)]
+    parts += [("start", part, (torch.Tensor, int, float)) for part in (start.values() if type(start) is dict else ())]
+    for name, part, kind in parts:
+        if type(part) is not dict or not all(isinstance(value, kind) for value in part.values()):
+            raise _other(path, name)
+    if state["step"] < 0:
+        raise _other(path, "step")
     return state
+
+
+def _other(path: Path, name: str) -> DamagedCheckpoint:
+    return DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found another {name} than it writes.")
 
 
 def find_checkpoints(run: str | os.PathLike) -> list[tuple[int, Path]]:
@@ -214,22 +209,21 @@ def different_facts(before: Mapping[str, str], now: Mapping[str, str]) -> str:
     )
 
 
-def _is_whole(path: Path) -> bool | None:
-    """True when the digest at the end is that of the rest, False when not, None when there is no digest."""
-    size = path.stat().st_size
+def _check_digest(path: Path) -> None:
+    """Raise DamagedCheckpoint unless the digest at the end is that of the rest."""
+    size = path.stat().st_size - TRAILER
+    digest = hashlib.sha256()
     with open_regular(path) as file:
-        if size <= TRAILER:
-            return None
-        file.seek(size - TRAILER)
+        file.seek(max(0, size))
         trailer = file.read(TRAILER)
-        if not trailer.startswith(MARK):
-            return None
+        if size < 0 or not trailer.startswith(MARK):
+            raise DamagedCheckpoint(
+                f"{path}: expected a checkpoint of this trainer, found another file or one cut off while it was "
+                "written."
+            )
         file.seek(0)
-        digest, left = hashlib.sha256(), size - TRAILER
-        while left:
-            chunk = file.read(min(left, 1 << 22))
-            if not chunk:
-                return False
+        while size > 0 and (chunk := file.read(min(size, 1 << 22))):
             digest.update(chunk)
-            left -= len(chunk)
-    return digest.digest() == trailer[len(MARK) :]
+            size -= len(chunk)
+    if digest.digest() != trailer[len(MARK) :]:
+        raise DamagedCheckpoint(f"{path}: expected the checkpoint that was written, found one damaged since.")

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 
 from ...guidance.errors import Problem
 from .average import WeightAverage
@@ -79,7 +80,7 @@ class Learner(ABC, Generic[Config]):
         self.config, self.processes, self.device = config, processes, processes.device
         self.parameters, self.optimizer = dict(parameters), optimizer
         self.average = WeightAverage(self.parameters, config.ema) if config.ema else None
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.scaler = GradScaler(self.device.type, enabled=scaled)
         self.step, self.intact = 0, True
 
     # ---- what a learner must say, and may

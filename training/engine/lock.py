@@ -29,11 +29,13 @@ def locked(folder: Path, name: str = NAME) -> Iterator[None]:
     network shares) are used without one.
     """
     made: list[Path] = []
-    for last in (False,) * TRIES + (True,):
-        made += _missing(folder)
+    tries = 0
+    while True:
+        made += [path for path in (folder, *folder.parents) if not path.exists()]
         handle = _open(folder, name)
         held = _try_lock(handle, folder)
-        if last or _is_at(handle, folder / name):
+        tries += 1
+        if tries > TRIES or _is_at(handle, folder / name):
             break
         os.close(handle)  # whoever held it has just taken the folder away
     try:
@@ -62,11 +64,6 @@ def _try_lock(handle: int, folder: Path) -> bool:
     return True
 
 
-def _missing(folder: Path) -> list[Path]:
-    """The folder and those above it that are not there yet, the innermost first."""
-    return [one for one in (folder, *folder.parents) if not one.exists()]
-
-
 def _open(folder: Path, name: str) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -93,8 +90,8 @@ def _remove_if_alone(folder: Path, name: str, made: list[Path]) -> None:
     with suppress(OSError):
         if made and os.listdir(folder) == [name]:
             (folder / name).unlink()
-            for one in made:
-                one.rmdir()
+            for path in made:  # the innermost first
+                path.rmdir()
 
 
 def _lock(handle: int) -> None:

@@ -53,13 +53,14 @@ def _control_groups(system: Path) -> Iterator[tuple[Path, str, str, str]]:
         _, _, rest = line.partition(":")
         controllers, _, path = rest.partition(":")
         if controllers == "":
-            root, files = system / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+            root = system / "sys/fs/cgroup"
+            limit, used, cache = "memory.max", "memory.current", "inactive_file"
         elif "memory" in controllers.split(","):
             root = system / "sys/fs/cgroup/memory"
-            files = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+            limit, used, cache = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
         else:
             continue
         # Inside a container the path may be the host's, and only its root is there.
         own = PurePosixPath(path.strip("/"))
         for group in (own, *own.parents):
-            yield (root / group, *files)
+            yield root / group, limit, used, cache

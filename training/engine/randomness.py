@@ -81,13 +81,9 @@ class BatchPlan:
         """The global batch of optimizer step `step`, counted from 0."""
         draws: list[Draw] = []
         for number in range(step * self.accumulation, (step + 1) * self.accumulation):
-            epoch, position = self._place(number)
+            epoch, position = self.place(number)
             draws += self._epoch(epoch)[position]
         return Batch(step, tuple(draws))
-
-    def place(self, step: int) -> tuple[int, int]:
-        """(epoch, passes of it that are done) before step `step`."""
-        return self._place(step * self.accumulation)
 
     def passes(self, epoch: int) -> list[tuple[Draw, ...]]:
         """The passes of one epoch, each of `batch` draws from one group, in the order they are taken in."""
@@ -95,10 +91,10 @@ class BatchPlan:
         for number, group in enumerate(self.groups):
             if not group:
                 continue
-            turn, row = None, []
-            for one in range(self._whole(epoch, group), self._whole(epoch + 1, group)):
+            turn, row = -1, []
+            for number_of_pass in range(self._whole(epoch, group), self._whole(epoch + 1, group)):
                 draws = []
-                for at in range(one * self.batch, (one + 1) * self.batch):
+                for at in range(number_of_pass * self.batch, (number_of_pass + 1) * self.batch):
                     if at // len(group) != turn:
                         turn = at // len(group)
                         order = sample_generator(self.seed, turn, number, "order")
@@ -116,7 +112,7 @@ class BatchPlan:
         """Passes of all groups in the epochs before `epoch`."""
         return sum(self._whole(epoch, group) for group in self.groups)
 
-    def _place(self, number: int) -> tuple[int, int]:
+    def place(self, number: int) -> tuple[int, int]:
         """(epoch, position in it) of the run's pass `number`."""
         # Each group lacks less than one pass of its share, so the epoch after `most` begins behind the pass.
         most = (number + 1 + len(self.groups)) * self.batch // self.images + 1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import os
 import re
@@ -142,10 +141,6 @@ class Settings:
     def binding(self) -> dict[str, Any]:
         """The fields that decide the trained numbers, which a resumed run must share."""
         return {own.name: getattr(self, own.name) for own in dataclasses.fields(self) if not own.metadata["free"]}
-
-    def binding_hash(self) -> str:
-        """SHA-256 of `binding`."""
-        return hashlib.sha256(json.dumps(self.binding(), sort_keys=True).encode()).hexdigest()
 
     def differences(self: Own, other: Own) -> dict[str, tuple[Any, Any]]:
         """The binding fields in which two configurations differ: name -> (own value, the other's)."""

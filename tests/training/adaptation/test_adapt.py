@@ -577,9 +577,11 @@ def test_parts_that_do_not_fit_are_told_in_a_sentence(run, base, tiny_run, tiny_
     def four(images):
         return torch.cat([tiny_adaptation.shrink(images), tiny_adaptation.shrink(images)[:, :1]], 1)
 
-    with pytest.raises(ConfigProblem, match="vae: .*latent space, of 4 channels, found one with 8"):
+    with pytest.raises(
+        ConfigProblem, match=r"judge latents \[1, 8, .*expected a latent \[B, 4, .*that belong together"
+    ):
         run(parts={"critic": critic(32), "encode": wide})
-    with pytest.raises(ConfigProblem, match="prompt: .* of width 32, found width 48"):
+    with pytest.raises(ConfigProblem, match="judge latents .*expected encoded text .*32.*48"):
         run(parts={"critic": critic(48), "encode": four})
     with pytest.raises(ConfigProblem, match="vae: expected finite latents"):
         run(parts={"encode": lambda images: tiny_adaptation.shrink(images) / 0})

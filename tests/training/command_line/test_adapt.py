@@ -103,15 +103,15 @@ def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
     status, _, err = run("resume", tmp_path)
     assert status == 2 and "found nothing at" in err and "say where it is with --generator" in err
     generator.touch()
-    assert run("resume", tmp_path, "--steps", "8", "--sample-truncation", "0.5")[0] == 0
+    assert run("resume", tmp_path, "--steps", "8", "--prompt", "a dog")[0] == 0
     config, keywords = started[0]
-    assert (config.name, config.output, config.steps, config.sample_truncation) == ("cat", str(tmp_path), 8, 0.5)
+    assert (config.name, config.output, config.steps, config.prompt) == ("cat", str(tmp_path), 8, "a dog")
     assert keywords["resume"] == "auto"  # nothing was saved yet
     status, _, err = run("resume", tmp_path, "--data", "x")  # of the other kind
     assert status == 2 and "'data' is no field" in err
     TrainConfig(base="mini_world", data=("/images",)).write_json(tmp_path / "config.json")
-    status, _, err = run("resume", tmp_path, "--sample-truncation", "0.5")
-    assert status == 2 and "'sample_truncation' is no field" in err
+    status, _, err = run("resume", tmp_path, "--prompt", "a dog")
+    assert status == 2 and "'prompt' is no field" in err
 
 
 @pytest.mark.parametrize(

@@ -123,10 +123,9 @@ def test_every_field_can_be_shown():
 def test_only_fields_that_change_the_numbers_bind_a_resumed_run():
     config = TrainConfig(base="m")
     free = config.with_changes(steps=5, name="other", output="o", sample_every=1, checkpoint_every=9, device="cpu")
-    assert config.differences(free) == {} and config.binding_hash() == free.binding_hash()
+    assert config.differences(free) == {}
     bound = config.with_changes(seed=1, batch_size=8)
     assert config.differences(bound) == {"seed": (0, 1), "batch_size": (4, 8)}
-    assert config.binding_hash() != bound.binding_hash()
     assert config.differences(config.with_changes(validate_every=0)) == {}
     assert config.differences(config.with_changes(held_out_share=0.0)) == {"held_out_share": (0.05, 0.0)}
 

@@ -80,7 +80,7 @@ def test_a_plan_is_a_function_of_the_step():
     assert [jumping.batch_for(step) for step in reversed(range(20))] == straight[::-1]
     # 3 + 1 passes in the first epoch, 4 + 2 in the second: 7 and 3 images, of which one each was left over.
     assert [len(plan.passes(epoch)) for epoch in range(4)] == [4, 6, 4, 6]
-    assert [plan.place(step) for step in range(5)] == [(0, 0), (0, 3), (1, 2), (1, 5), (2, 2)]
+    assert [plan.place(3 * step) for step in range(5)] == [(0, 0), (0, 3), (1, 2), (1, 5), (2, 2)]
     assert plan.batch_for(10**9).step == 10**9
 
 
