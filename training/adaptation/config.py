@@ -176,9 +176,8 @@ class AdaptConfig(PriorSettings):
     normalize_directional: bool = option(
         False,
         "distillation",
-        "bring the directional regularizer's predictions to "
-        "unit spread first, so that the scale does not set its strength; released "
-        "with layer selection and for EG3D",
+        "bring the directional regularizer's predictions to unit spread first, so that the scale does not set its "
+        "strength; released with layer selection and for EG3D",
     )
     latent_clamp: float = option(
         1.0, "distillation", "largest value of each term's gradient on latents; 0: no limit", min=0.0, max=1e6
@@ -189,9 +188,8 @@ class AdaptConfig(PriorSettings):
     way_back: float = option(
         -1.0,
         "distillation",
-        "how much of the gradient that leads back pixels beyond white and "
-        "black keep, 0 to 1; 0: none, as StyleGAN-Fusion was released, so that an image that is "
-        "all black stays so; -1: 0.01, or 0 with the mode sgf",
+        "how much of the gradient that leads back pixels beyond white and black keep, 0 to 1; 0: none, as "
+        "StyleGAN-Fusion was released, so that an image that is all black stays so; -1: 0.01, or 0 with the mode sgf",
         min=-1.0,
         max=1.0,
     )
@@ -200,18 +198,16 @@ class AdaptConfig(PriorSettings):
     train: str = option(
         "convolutions",
         "generator",
-        "what learns: the learned constant and all 3x3 convolutions; "
-        "released: the convolutions from 8 px on, as the paper's code does; synthesis: colour layers "
-        "too; all: the mapping too",
+        "what learns: the learned constant and all 3x3 convolutions; released: the convolutions from 8 px on, as the "
+        "paper's code does; synthesis: colour layers too; all: the mapping too",
         choices=TRAINS,
     )
     layers: int = option(
         0,
         "generator",
-        "train only this many layers, those whose styles matter most, chosen anew at "
-        "every step; 0: all. Fewer need more steps: as released 12: 1201, 6: 3001, 3: 5001, 1: 10001, "
-        "where a layer that is chosen seldom takes 1.4 to 4 times larger steps than here, and where "
-        "the layer before the one that matters is trained",
+        "train only this many layers, those whose styles matter most, chosen anew at every step; 0: all. Fewer need "
+        "more steps: as released 12: 1201, 6: 3001, 3: 5001, 1: 10001, where a layer that is chosen seldom takes 1.4 "
+        "to 4 times larger steps than here, and where the layer before the one that matters is trained",
         min=0,
         max=64,
     )

@@ -125,9 +125,8 @@ class TrainConfig(PriorSettings):
     caching_batch: int = option(
         8,
         "data",
-        "images the VAE encodes at once while filling the cache, on a GPU; of more "
-        "than 512 x 512 pixels fewer, as their area says; on the CPU always one, so that a "
-        "latent depends on its image alone",
+        "images the VAE encodes at once while filling the cache, on a GPU; of more than 512 x 512 pixels fewer, as "
+        "their area says; on the CPU always one, so that a latent depends on its image alone",
         min=1,
         max=256,
         free=True,

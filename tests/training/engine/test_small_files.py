@@ -97,7 +97,7 @@ def damaged(text, dice):
 )
 def test_a_damaged_configuration_is_read_or_refused_by_name(tmp_path, kind, ending):
     text = toml(kind) if ending == "toml" else json.dumps(kind.to_dict())
-    path, dice, read = tmp_path / f"c.{ending}", random.Random(13), 0
+    path, dice, read = tmp_path / f"c.{ending}", random.Random(15), 0
     for _ in range(400):
         path.write_bytes(damaged(text, dice))
         try:

@@ -119,7 +119,8 @@ class MosaicRun(Run[MosaicConfig]):
 def mosaic(tmp_path):
     """Runs a mosaic in a folder of its name; (result, events). stop: the step after which it is asked to stop."""
     random = np.random.default_rng(0)
-    Image.fromarray(random.integers(0, 255, (16, 16, 3), dtype=np.uint8)).save(tmp_path / "picture.png")
+    colours = random.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize((16, 16), Image.Resampling.NEAREST).save(tmp_path / "picture.png")
 
     def run(name="mosaic", resume="auto", stop=None, dry_run=False, **changes):
         values = {
