@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...guidance.distillation.layer_selection import select_layers
 from ...guidance.distillation.methods import METHODS
@@ -221,8 +221,9 @@ class _WithNoise:
 
     def __init__(self, adapter: Adapter, generator: StyleGAN2) -> None:
         self._adapter, self._generator = adapter, generator
-        self.style_layers, self.ws_index = generator.style_layers, generator.ws_index
-        self.synthesis = generator.synthesis
+        self.style_layers: Sequence[str] = generator.style_layers
+        self.ws_index: dict[str, int] = generator.ws_index
+        self.synthesis: nn.Module = generator.synthesis
 
     def synthesize(self, ws: Tensor, *args: Any, **more: Any) -> Tensor:
         return self._adapter._images(self._generator, ws, 0)

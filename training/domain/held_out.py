@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,20 +18,12 @@ from .losses import abar_at, add_noise, target_of
 TIMESTEPS = (50, 200, 400, 600, 800, 950)
 
 
-class Latents(Protocol):
-    """Scaled latents [C, h, w] by index; shapes may differ."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Tensor: ...
-
-
 @torch.no_grad()
 def held_out_loss(
     unet: nn.Module,
     schedule: NoiseSchedule,
     prediction_type: str,
-    latents: Latents | Sequence[Tensor],
+    latents: Sequence[Tensor],
     conditioning: Callable[[Sequence[ImageSize]], Mapping[str, Tensor]] | None = None,
     sizes: Sequence[ImageSize] | None = None,
     *,
@@ -46,21 +37,21 @@ def held_out_loss(
 ) -> tuple[float, dict[int, float]]:
     """(mean over noise levels, {timestep: loss}): mean squared error on the prior's own parameterisation, unweighted.
 
-    The noise of an image at a level depends on (seed, key, timestep) alone, so that it stays the same when other images
-    are held out, too. keys: one per latent that stands for the image's content (`LatentDataset.content_of`); None: a
-    hash of the latent. conditioning(sizes): what the UNet takes beside x and t (`Base.conditioning`); sizes: one per
-    latent, needed where that depends on them. timesteps refer to 1000 levels and are scaled to the schedule's number.
-    batch: images per forward pass, of one shape each. The UNet is used in evaluation mode and left as it was. NaN when
-    should_stop() asks to stop. Raises ValueError without latents.
+    latents: scaled, [C, h, w] each, of any shapes. The noise of an image at a level depends on (seed, key, timestep)
+    alone, so that it stays the same when other images are held out, too. keys: for each latent what stands for its
+    image (`LatentDataset.content_of`); None: a hash of the latent. conditioning(sizes): what the UNet takes beside x
+    and t (`Prior.conditioning`); sizes: of each image, needed where that depends on them. timesteps refer to 1000
+    levels and are scaled to the schedule's number. batch: images per forward pass, of one shape each. The UNet is used
+    in evaluation mode and left as it was. NaN when should_stop() asks to stop. Raises ValueError without latents.
     """
     if len(latents) == 0:
         raise Problem("Held-out loss: expected at least one latent, found none; raise held_out_share.")
     levels = {t: round(t * (len(schedule) - 1) / 999) for t in timesteps}
     totals = dict.fromkeys(timesteps, 0.0)
-    keys = [_key(latents[index]) for index in range(len(latents))] if keys is None else keys
+    keys = [_key(latent) for latent in latents] if keys is None else keys
     groups: dict[tuple[int, ...], list[int]] = {}
-    for index in range(len(latents)):
-        groups.setdefault(tuple(latents[index].shape), []).append(index)
+    for index, latent in enumerate(latents):
+        groups.setdefault(tuple(latent.shape), []).append(index)
     training = unet.training
     unet.eval()
     try:

@@ -9,16 +9,16 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Generator, Tensor, nn
+from torch import Tensor, nn
 
 from ...guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import DTYPES
 from ...guidance.networks.unet import UNet
-from ..data import BadImage, DataProblem, Sample
+from ..data import BadImage, DataProblem, LatentDataset
 from ..engine.learner import Learner
 from ..engine.optimizers import build_optimizer
 from ..engine.processes import OneProcess, check_batch
@@ -28,21 +28,6 @@ from ..prior.prior import ImageSize
 from ..prior.same_prior import check_same_prior
 from .config import TrainConfig
 from .losses import abar_at, add_noise, draw_noise, draw_timestep, min_snr_weight, sample_losses, target_of
-
-
-class LatentSource(Protocol):
-    """What the learner needs of a dataset; `data.LatentDataset` is one."""
-
-    content_hash: str
-
-    def __len__(self) -> int: ...
-
-    @property
-    def groups(self) -> Mapping[tuple[int, int], Sequence[int]]: ...
-
-    def draw(self, index: int, generator: Generator) -> Sample: ...
-
-    def name_of(self, index: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -68,7 +53,7 @@ class DomainLearner(Learner[TrainConfig]):
         self,
         config: TrainConfig,
         unet: nn.Module,
-        dataset: LatentSource,
+        dataset: LatentDataset,
         schedule: NoiseSchedule,
         prediction_type: str,
         conditioning: Callable[[Sequence[ImageSize]], dict[str, Tensor]] | None = None,

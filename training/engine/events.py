@@ -123,10 +123,7 @@ class Failed(Event):
     text: str
 
 
-EVENTS: dict[str, type[Event]] = {
-    kind.__name__.lower(): kind
-    for kind in (Started, Preparing, Step, Validated, Sampled, Saved, Warned, Stopped, Finished, Failed)
-}
+EVENTS: dict[str, type[Event]] = {kind.__name__.lower(): kind for kind in Event.__subclasses__()}
 Listener = Callable[[Event], None]
 
 
