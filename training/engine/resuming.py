@@ -6,9 +6,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ...guidance.files.tensors import torch_reads_safely
 from .checkpoints import DamagedCheckpoint, find_checkpoints, latest_checkpoint, load_checkpoint
 from .run_settings import RunSettings
 from .settings import ConfigProblem
@@ -74,7 +71,7 @@ def _earlier_checkpoint(
 
 
 def forewarnings(config: RunSettings, before: RunSettings | None, start: int, pace: Pace) -> list[str]:
-    """What is odd about the run to come: that it cannot go on, a rate that only rises or jumps to another.
+    """What is odd about the run to come: a rate that only rises, or jumps to another.
 
     before: the settings of the checkpoint to go on from at step `start`. pace: what optimizer step `step` takes from
     how many steps the run has, by name.
@@ -82,11 +79,6 @@ def forewarnings(config: RunSettings, before: RunSettings | None, start: int, pa
     if start >= config.steps:
         return []
     warnings = []
-    if not torch_reads_safely():
-        warnings.append(
-            f"checkpoints are read by torch 2.10 or newer, and this is torch {torch.__version__}: a run that is "
-            "stopped goes on once torch is updated."
-        )
     if config.warmup >= config.steps:
         warnings.append(
             f"the learning rate rises over {config.warmup} steps, and this run has {config.steps}: it ends at "

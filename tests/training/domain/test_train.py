@@ -871,15 +871,6 @@ def test_another_number_of_steps_is_told_with_both_rates_before_the_first(run, s
         )
 
 
-def test_a_torch_that_cannot_go_on_is_told_beforehand(run, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", "2.9.1")
-    result, events = run(steps=1)
-    assert result.status == "finished"
-    assert [event.text for event in events if isinstance(event, Warned) and "this is torch 2.9.1" in event.text]
-    with pytest.raises(FileProblem, match="update torch to go on"):
-        run(steps=2)
-
-
 def test_the_same_number_of_steps_is_told_nothing(run):
     should_stop, listener = stop_after(3)
     run(steps=6, schedule="cosine", should_stop=should_stop, listener=listener)
