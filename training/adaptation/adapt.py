@@ -18,7 +18,8 @@ from ...guidance.files.generator import GeneratorMetadata, LoadedGenerator, read
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ..engine.events import Listener
 from ..engine.folder import SAMPLES
-from ..engine.run import Report, Result, Run
+from ..engine.reports import Report
+from ..engine.run import Result, Run
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_prior
 from ..prior.prior import Prior

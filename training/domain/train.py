@@ -28,7 +28,8 @@ from ..engine.events import Event, Listener, Preparing, Validated
 from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
 from ..engine.processes import check_batch
-from ..engine.run import Report, Result, Run
+from ..engine.reports import Report
+from ..engine.run import Result, Run
 from ..engine.settings import ConfigProblem
 from ..engine.tracing import size_text
 from ..prior.opening import open_prior

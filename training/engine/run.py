@@ -7,12 +7,10 @@ the same way.
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -24,7 +22,7 @@ import torch
 from ...guidance.errors import Problem
 from ...guidance.files.atomic import clear_unfinished, clear_unfinished_file
 from .checkpoints import FOLDER
-from .events import Event, Failed, Finished, Listener, Sampled, Started, Step, Stopped, Warned
+from .events import Event, Failed, Finished, Listener, Sampled, Started, Stopped, Warned
 from .folder import BOARD, CONFIG, LOG, PLOT, SAMPLES, clear_refused, last_samples, samples_path
 from .grids import save_png
 from .learner import Config, Learner, NonFiniteLoss, Outcome, check_same_settings
@@ -34,6 +32,8 @@ from .log import LogFile, read_log
 from .loss_curve import LossCurve
 from .optimizers import rate_at
 from .processes import open_processes, pick_precision
+from .progress import Progress
+from .reports import Report, Reports
 from .resuming import Found, checkpoint_to_resume, forewarnings
 from .saving import Saver
 from .settings import ConfigProblem
@@ -41,8 +41,6 @@ from .tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-RECENT = 50  # steps that the reported loss and speed are means of
 
 
 @dataclass(frozen=True)
@@ -63,19 +61,6 @@ class Result:
     plot: Path | None = None
 
 
-@dataclass(frozen=True)
-class Report:
-    """Something that a run reports at step 0, every `every` steps (0: never) and after the last.
-
-    make(step): the event, None where it was broken off because somebody asked to stop; called in the first process.
-    made(step): whether an earlier process of a run that goes on has made it.
-    """
-
-    every: int
-    make: Callable[[int], Event | None]
-    made: Callable[[int], bool]
-
-
 class Run(ABC, Generic[Config]):
     """One call of a kind of run: who listens, where things are, what is due."""
 
@@ -88,11 +73,10 @@ class Run(ABC, Generic[Config]):
         self.listeners: list[Listener] = [listener]
         self.curve = LossCurve(self.folder / PLOT)
         self.start = 0
-        self.reports: list[Report] = []
+        self.progress = Progress(config.steps)
         self._saver: Saver | None = None  # once there is a learner
         self._took_part = False  # whether more was done than to prepare
         self._before: Config | None = None  # the settings of the checkpoint to go on from
-        self._recent: deque[tuple[float, float]] = deque(maxlen=RECENT)  # loss, seconds
 
     # ---- what a kind of run must say, and may
 
@@ -173,8 +157,8 @@ class Run(ABC, Generic[Config]):
             del found  # what lies in the checkpoint's file has been copied out of it
             self.start = start
             self._saver = saver = Saver(self.config, learner, self.begun(), self.tell, self.advice)
-            self.reports = self.make_reports()
-            return self._loop(learner, saver)
+            reports = Reports(self.make_reports(), start, self.config.steps, self.processes, self.tell)
+            return self._loop(learner, saver, reports)
 
     # ---- beginning
 
@@ -244,19 +228,19 @@ class Run(ABC, Generic[Config]):
 
     # ---- the steps
 
-    def _loop(self, learner: Learner, saver: Saver) -> Result:
+    def _loop(self, learner: Learner, saver: Saver, reports: Reports) -> Result:
         """All steps that are left, and the finished file."""
         steps = self.config.steps
         if self.processes.anywhere(self.should_stop()):
             return self._stop(saver)
         self._took_part = True
-        if self._report(learner.step) and learner.step < steps:
+        if reports(learner.step, self.should_stop) and learner.step < steps:
             return self._stop(saver)
         while learner.step < steps:
             outcome = self._step(learner, saver)
             saver.save_if_due()
             # Whoever asks to stop gets what is due now when the run goes on, of the last step too.
-            if (outcome.stop or self._report(learner.step)) and learner.step < steps:
+            if (outcome.stop or reports(learner.step, self.should_stop)) and learner.step < steps:
                 return self._stop(saver)
         places = self.places()
         if self.processes.is_main:
@@ -271,36 +255,8 @@ class Run(ABC, Generic[Config]):
             outcome = learner.take_step(self.should_stop)
         except NonFiniteLoss as problem:
             raise NonFiniteLoss(problem.what, problem.step, problem.names, saver.keep_last_good()) from None
-        self._recent.append((outcome.loss, time.perf_counter() - began))
-        seconds = sum(duration for _, duration in self._recent) / len(self._recent)
-        left = seconds * (self.config.steps - outcome.step)
-        self.tell(
-            Step(
-                step=outcome.step,
-                steps=self.config.steps,
-                loss=outcome.loss,
-                rate=outcome.rate,
-                gradient_norm=outcome.gradient_norm if math.isfinite(outcome.gradient_norm) else None,
-                seconds_per_step=seconds,
-                eta_s=left if len(self._recent) > 1 else None,
-                parts=dict(outcome.parts),
-            )
-        )
+        self.tell(self.progress.took(outcome, time.perf_counter() - began))
         return outcome
-
-    def _report(self, step: int) -> bool:
-        """Report on a step, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
-        due = [report for report in self.reports if is_due(step, report.every, self.config.steps)]
-        if not due:
-            return False
-        if self.processes.is_main:
-            for report in due:
-                if step == self.start > 0 and report.made(step):
-                    continue
-                event = report.make(step)
-                if event is not None:
-                    self.tell(event)
-        return self.processes.anywhere(self.should_stop())
 
     def sample_report(self, draw: Callable[[int], Image | None]) -> Report:
         """A report of sample grids; draw(step): the picture, None where it was broken off."""
@@ -320,11 +276,10 @@ class Run(ABC, Generic[Config]):
         return self._result("stopped", step)
 
     def _result(self, status: str, step: int, path: Path | None = None) -> Result:
-        loss = sum(loss for loss, _ in self._recent) / len(self._recent) if self._recent else None
         # Grids that an earlier process drew are not shown to somebody who wants none now.
         samples = last_samples(self.folder, step) if self.config.sample_every else None
         plot = self.folder / PLOT
-        return Result(status, step, path, self.folder, loss, samples, plot if plot.exists() else None)
+        return Result(status, step, path, self.folder, self.progress.loss, samples, plot if plot.exists() else None)
 
     def _refused(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         """At the end of a run in a new folder: where it was refused, its files go; the folder goes with the lock."""
@@ -365,11 +320,6 @@ class Run(ABC, Generic[Config]):
     def warn(self, text: str) -> None:
         """Report a warning."""
         self.tell(Warned(text))
-
-
-def is_due(step: int, every: int, steps: int) -> bool:
-    """Step 0, every `every` steps, and the last; never with every 0."""
-    return every > 0 and (step % every == 0 or step == steps)
 
 
 def _words(error: BaseException) -> str:

@@ -27,7 +27,8 @@ from indomain_guidance.training.engine.memory import memory_problem
 from indomain_guidance.training.engine.optimizers import build_optimizer
 from indomain_guidance.training.engine.processes import OneProcess
 from indomain_guidance.training.engine.randomness import sample_generator
-from indomain_guidance.training.engine.run import Report, Run
+from indomain_guidance.training.engine.reports import Report
+from indomain_guidance.training.engine.run import Run
 from indomain_guidance.training.engine.run_settings import RunSettings
 from indomain_guidance.training.engine.settings import ConfigProblem, changed, option
 from PIL import Image

@@ -1,0 +1,46 @@
+"""What a run reports every so many steps beside its losses: sample grids, held-out losses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from .events import Event
+from .processes import OneProcess
+
+
+@dataclass(frozen=True)
+class Report:
+    """Something that a run reports at step 0, every `every` steps (0: never) and after the last.
+
+    make(step): the event, None where it was broken off because somebody asked to stop; called in the first process.
+    made(step): whether an earlier process of a run that goes on has made it.
+    """
+
+    every: int
+    make: Callable[[int], Event | None]
+    made: Callable[[int], bool]
+
+
+class Reports:
+    """All reports of a run that goes on from `start`."""
+
+    def __init__(
+        self, reports: Sequence[Report], start: int, steps: int, processes: OneProcess, tell: Callable[[Event], None]
+    ) -> None:
+        self.reports, self.start, self.steps, self.processes, self._tell = reports, start, steps, processes, tell
+
+    def __call__(self, step: int, should_stop: Callable[[], bool]) -> bool:
+        """Make what is due, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
+        due = [report for report in self.reports if is_due(step, report.every, self.steps)]
+        for report in due if self.processes.is_main else ():
+            if not (step == self.start > 0 and report.made(step)):
+                event = report.make(step)
+                if event is not None:
+                    self._tell(event)
+        return bool(due) and self.processes.anywhere(should_stop())
+
+
+def is_due(step: int, every: int, steps: int) -> bool:
+    """Step 0, every `every` steps, and the last; never with every 0."""
+    return every > 0 and (step % every == 0 or step == steps)
