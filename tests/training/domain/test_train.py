@@ -404,7 +404,7 @@ def test_any_failure_leaves_the_last_step_and_says_what_it_was(run, folder, monk
         with pytest.raises(torch.OutOfMemoryError):
             run(output=str(folder / "begun"), sample_every=2)  # at step 0 nothing is lost
         monkeypatch.setattr(
-            "indomain_guidance.training.domain.train.due", lambda step, every, steps: every and step == 2
+            "indomain_guidance.training.engine.reports.is_due", lambda step, every, steps: every and step == 2
         )
         kind, text, done = torch.OutOfMemoryError, "no memory for a grid", 2
     else:
@@ -578,7 +578,7 @@ def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
 def test_prompts_that_cannot_be_encoded_are_refused_before_the_images(run, changes, monkeypatch):
     """In every process, so that none waits for one that has failed; and by a dry run."""
     told, processes = [], OneProcess("cpu")
-    monkeypatch.setattr("indomain_guidance.training.domain.train.open_processes", lambda device: processes)
+    monkeypatch.setattr("indomain_guidance.training.engine.run.open_processes", lambda device: processes)
     for rank, dry_run in ((0, True), (0, False), (1, False)):
         processes.rank = rank
         with pytest.raises(ValueError, match="expected a tokenizer to encode the prompt 'a cat'"):
@@ -604,7 +604,7 @@ def test_of_several_processes_none_holds_the_batch_of_all(run, monkeypatch, chan
         batches.append(len(x))
         return real(self, x, *args, **more)
 
-    monkeypatch.setattr("indomain_guidance.training.domain.train.open_processes", lambda device: Two("cpu"))
+    monkeypatch.setattr("indomain_guidance.training.engine.run.open_processes", lambda device: Two("cpu"))
     monkeypatch.setattr(UNet, "forward", forward)
     assert run(steps=1, batch_size=2, checkpoint_every=0, **changes)[0].status == "finished"
     assert max(batches) == 1
