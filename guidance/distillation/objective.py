@@ -92,14 +92,15 @@ class Objective:
             raise GuidanceError(f"Expected the mode to be one of {', '.join(MODES)}, got {self.mode!r}.")
         if not callable(self.weighting) and self.weighting not in WEIGHTINGS:
             raise GuidanceError(f"Expected the weighting to be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
-        if self.latent_clamp is not None and not self.latent_clamp > 0:
-            raise GuidanceError(f"Expected latent_clamp above 0, or none, got {self.latent_clamp}.")
-        if self.image_quantile is not None and not 0 < self.image_quantile <= 1:
-            raise GuidanceError(f"Expected image_quantile above 0 and at most 1, or none, got {self.image_quantile}.")
-        if self.bound is not None and not 0 < self.bound < math.inf:
-            raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
-        if self.way_back is not None and not 0 <= self.way_back <= 1:
-            raise GuidanceError(f"Expected way_back to be 0 to 1, or none, got {self.way_back}.")
+        for name, fits, expected in (
+            ("latent_clamp", lambda value: value > 0, "above 0"),
+            ("image_quantile", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("bound", lambda value: 0 < value < math.inf, "finite and above 0"),
+            ("way_back", lambda value: 0 <= value <= 1, "0 to 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise GuidanceError(f"Expected {name} to be {expected}, or none, got {value}.")
         for term in (*self.regularizers, *([self.perceptual] if self.perceptual else [])):
             if not math.isfinite(term.weight):
                 raise GuidanceError(f"Expected the weight of {term.name} to be finite, got {term.weight}.")
@@ -261,11 +262,8 @@ class Objective:
         del encoded  # and with it the graph that float16 keeps for a second try
         gradient = gradient / len(images)
         if perceptual is not None and frozen is not None:
-            with torch.enable_grad():
-                perceived = judged.detach().requires_grad_()
-                value = perceptual.loss(perceived, frozen)
-            loss["perceptual"] = value.detach()
-            gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
+            loss["perceptual"], own = perceptual.gradient(judged.detach(), frozen)
+            gradient = gradient + own
         if self.bound is not None:
             default = 0.0 if self.mode == "sgf" else WAY_BACK
             share = default if self.way_back is None else self.way_back

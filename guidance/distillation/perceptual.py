@@ -34,9 +34,12 @@ class Perceptual:
         if not math.isfinite(self.scale):
             raise GuidanceError(f"Expected the scale of the perceptual term to be finite, got {self.scale}.")
 
-    def loss(self, images: Tensor, frozen: Tensor) -> Tensor:
-        """The weighted distance, a scalar with a graph to `images`."""
-        return self.distance(images, frozen.detach()).float().mean() * self.scale * self.weight
+    def gradient(self, images: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted distance, a scalar, and its gradient on images [B, 3, H, W] in float32."""
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            loss = self.distance(leaf, frozen.detach()).float().mean() * self.scale * self.weight
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0].float()
 
 
 class FeatureDistance:
