@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from indomain_guidance.guidance.diffusion import NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant, fold_constants, load_unet
@@ -23,7 +22,6 @@ SMALL = UNetConfig(
     num_heads=4,
 )
 SDXL = replace(SMALL, use_linear_in_transformer=True, adm_in_channels=40)
-SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 @pytest.fixture
