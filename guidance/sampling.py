@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .diffusion import NoiseSchedule
-from .schedules import GuidanceError
+from .errors import GuidanceError
 
 SAMPLERS = ("euler", "ddim", "dpmpp_2m")
 

@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .objective import Encode, Objective
 
 

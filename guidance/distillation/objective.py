@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .context import Context, Draws, contexts_of
 from .critic import Critic
 from .gradients import clamp_image_gradient, clamp_latent_gradient, inject, lead_back

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 
 Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 
 WEIGHTINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "1-abar": lambda abar: 1 - abar,

@@ -9,9 +9,10 @@ import pytest
 import torch
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.diffusion import NoiseSchedule
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
 from indomain_guidance.guidance.sampling import SAMPLERS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
-from indomain_guidance.guidance.schedules import GuidanceError, Interval, Keyframes
+from indomain_guidance.guidance.schedules import Interval, Keyframes
 
 SPREAD = 0.7
 SCHEDULE = NoiseSchedule.scaled_linear()

@@ -19,8 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....guidance.combination import Guidance, Step
-from ....guidance.errors import logger
-from ....guidance.schedules import Constant, GuidanceError, Interval, WeightLike
+from ....guidance.errors import GuidanceError, logger
+from ....guidance.schedules import Constant, Interval, WeightLike
 from ....guidance.terms import Source, Term
 from . import compatibility, remarks, sampling_hooks
 from .branch import own_copies

@@ -21,7 +21,7 @@ from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, 
 from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 from torch.nn import functional as F
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "sgf_update.npz"))

@@ -12,7 +12,7 @@ from indomain_guidance.guidance.distillation.directional import Directional
 from indomain_guidance.guidance.distillation.normalize import normalize
 from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
 from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 
 
 def context(schedule, gaussian, mean, seed: int = 0) -> Context:

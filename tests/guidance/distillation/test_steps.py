@@ -12,7 +12,7 @@ from indomain_guidance.guidance.distillation.gradients import (
 )
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.distillation.weighting import weigh
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 
 
 def test_uniform_timesteps_include_both_ends():
