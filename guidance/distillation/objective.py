@@ -18,7 +18,7 @@ from .image_encoder import ImageEncoder
 from .method import LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
 from .timesteps import Timesteps
-from .weighting import WEIGHTINGS, Weighting, weigh
+from .weighting import WEIGHTINGS
 
 MODES = ("shared", "sgf")
 WAY_BACK = 0.01  # the default of `Objective.way_back`
@@ -78,7 +78,7 @@ class Objective:
     method: Method
     regularizers: Sequence[Regularizer] = ()
     timesteps: Timesteps = field(default_factory=Timesteps)
-    weighting: Weighting = "1-abar"
+    weighting: str = "1-abar"
     latent_clamp: float | None = None
     image_quantile: float | None = None
     mode: str = "shared"
@@ -90,7 +90,7 @@ class Objective:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise GuidanceError(f"Expected the mode to be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if not callable(self.weighting) and self.weighting not in WEIGHTINGS:
+        if self.weighting not in WEIGHTINGS:
             raise GuidanceError(f"Expected the weighting to be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
         for name, fits, expected in (
             ("latent_clamp", lambda value: value > 0, "above 0"),
@@ -284,7 +284,7 @@ class Objective:
         """A term's gradient on z as it is, the same weighted and clamped, and the share that the clamp changed."""
         raw = term.gradient(context)
         weight = term.weight if isinstance(term, Regularizer) else 1.0
-        weighted = raw * (weigh(self.weighting, context.abar) * weight)
+        weighted = raw * (WEIGHTINGS[self.weighting](context.abar) * weight)
         if not bool(weighted.isfinite().all()):
             raise NotFinite(
                 f"The gradient of {term.name} has values that are not finite at timesteps {context.t.tolist()}; lower "
