@@ -9,6 +9,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,7 +97,7 @@ class DomainMetadata:
             "zero_snr": "true" if self.zero_snr else "false",
             "steps": str(self.steps),
         }
-        for name in ("latent_format", "prediction_type", "prior_hash", "domain_name", "dataset_hash", "licence"):
+        for name in _TEXTS:
             if getattr(self, name):
                 values[name] = getattr(self, name)
         for name in ("dataset_size", "ema", "resolution"):
@@ -123,27 +124,9 @@ class DomainMetadata:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
         reader = MetadataReader(values, FORMAT, "domain model", source)
         reader.rest.pop("null_text", None)  # the configuration states it
-        config = reader.take("config", UNetConfig.from_json, None)
-        assert config is not None  # MetadataReader refuses a file without it
+        fields = reader.take(_READERS)
         try:
-            described = cls(
-                config=config,
-                latent_format=reader.take("latent_format", str, None),
-                prediction_type=reader.take("prediction_type", str, None),
-                zero_snr=reader.take("zero_snr", _flag, False),
-                null_text_error=reader.take("null_text_error", _errors, {}),
-                null_context=reader.take("null_context", _context, {}),
-                prior_hash=reader.take("prior_hash", str, None),
-                domain_name=reader.take("domain_name", str, ""),
-                dataset_size=reader.take("dataset_size", _whole, None),
-                dataset_hash=reader.take("dataset_hash", str, None),
-                steps=reader.take("steps", _whole, 0),
-                ema=reader.take("ema", _share, None),
-                resolution=reader.take("resolution", _side, None),
-                licence=reader.take("licence", str, ""),
-            )
-        except FileProblem:
-            raise
+            described = cls(**fields)
         except ValueError as error:
             raise FileProblem(f"{source}: {error}") from error
         derived = described._modelspec()
@@ -186,6 +169,20 @@ def _context(text: str) -> dict[str, str | int]:
     if not isinstance(found, dict) or any(isinstance(value, (list, dict)) for value in found.values()):
         raise Problem("expected texts and numbers by name")
     return found
+
+
+_TEXTS = ("latent_format", "prediction_type", "prior_hash", "domain_name", "dataset_hash", "licence")
+_READERS: dict[str, Callable[[str], Any]] = {
+    "config": UNetConfig.from_json,
+    **dict.fromkeys(_TEXTS, str),
+    "zero_snr": _flag,
+    "null_text_error": _errors,
+    "null_context": _context,
+    "dataset_size": _whole,
+    "steps": _whole,
+    "ema": _share,
+    "resolution": _side,
+}
 
 
 def read_domain_file(
