@@ -19,8 +19,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .errors import GuidanceError
-from .schedules import Constant, PercentToSigma
+from .schedules import Constant, GuidanceError, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from .batching import Piece, evaluate, for_rows
 from .combination import Guidance, Step
-from .errors import GuidanceError
-from .schedules import PercentToSigma
+from .schedules import GuidanceError, PercentToSigma
 from .terms import Source
 
 

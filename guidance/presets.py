@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from .combination import Guidance
-from .errors import GuidanceError
-from .schedules import WeightLike
+from .schedules import GuidanceError, WeightLike
 from .terms import Source, Term
 
 

@@ -10,8 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .errors import GuidanceError
-from .schedules import Weight, WeightLike, as_weight
+from .schedules import GuidanceError, Weight, WeightLike, as_weight
 from .shaping import Shaping
 
 BASE = "base"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import json
 import os
 import shutil
@@ -110,8 +109,20 @@ def test_wheel_holds_the_modules_the_data_and_nothing_else(wheel):
     assert expected <= set(names)
     assert data <= set(names), data - set(names)
     surplus = set(names) - expected - data
-    allowed = ("indomain_guidance/training/mini_world/*",)
-    assert [n for n in surplus if not any(fnmatch.fnmatch(n, pattern) for pattern in allowed)] == []
+    assert [name for name in surplus if not name.startswith("indomain_guidance/training/mini_world/data/")] == []
+
+
+def test_the_registrys_archive_holds_what_runs_and_no_pages_or_tests():
+    """Its packer leaves out what .comfyignore names, in the language of .gitignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-ci", "-X", ".comfyignore"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    left_out = {path.split("/")[0] for path in listed}
+    assert left_out == {".ci", ".github", ".pre-commit-config.yaml", "docs", "tests", "CONTRIBUTING.md", "run.py"}
+    packed = {path.relative_to(ROOT).as_posix() for path in tracked_files()} - set(listed)
+    assert {"__init__.py", "README.md", "LICENSE", "nodes/web/docs/InDomainSampler.md"} <= packed
+    assert not [path for path in packed if "claims/" in path and not path.endswith(".py")]
+    assert sum((ROOT / path).stat().st_size for path in packed) < 40e6
 
 
 def test_wheel_imports_from_where_it_is_installed(wheel, tmp_path):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import GuidanceError
+from ..schedules import GuidanceError
 
 T_SCHEDULES = ("uniform", "annealed", "falling")
 
