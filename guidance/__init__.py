@@ -10,7 +10,8 @@ from typing import Any
 _MODULE_OF_NAME = {
     name: module
     for module, names in {
-        "schedules": ("Constant", "GuidanceError", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
+        "errors": ("GuidanceError",),
+        "schedules": ("Constant", "Interval", "Keyframes", "Weight", "as_weight", "weight_from_json"),
         "terms": ("Source", "Term"),
         "shaping": ("InOrder", "Shaping"),
         "shapings": ("make_shaping",),

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from .schedules import GuidanceError
+from .errors import GuidanceError
 from .terms import Source
 
 

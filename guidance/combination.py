@@ -19,7 +19,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from .schedules import Constant, GuidanceError, PercentToSigma
+from .errors import GuidanceError
+from .schedules import Constant, PercentToSigma
 from .shaping import Shaping
 from .terms import BASE, Source, Term
 

@@ -41,6 +41,10 @@ class Problem(ValueError):
         super().__init__(printable(message))
 
 
+class GuidanceError(Problem):
+    """A guidance that cannot work: one sentence with what was expected and what was found."""
+
+
 class FileProblem(Problem):
     """A file that cannot be used: one sentence with the file, what was expected, what was found, what to do."""
 

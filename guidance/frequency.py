@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .errors import GuidanceError
 from .options import option
-from .schedules import GuidanceError
 from .shaping import Shaping
 
 

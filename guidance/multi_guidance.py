@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .batching import Piece, evaluate, for_rows
 from .combination import Guidance, Step
-from .schedules import GuidanceError, PercentToSigma
+from .errors import GuidanceError
+from .schedules import PercentToSigma
 from .terms import Source
 
 

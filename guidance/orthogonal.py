@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import GuidanceError
 from .options import option
-from .schedules import GuidanceError
 from .shaping import Shaping
 
 PER = ("image", "position")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from .errors import Problem
+from .errors import GuidanceError
 
 UNITS = ("percent", "sigma")
 
@@ -22,10 +22,6 @@ PercentToSigma = Callable[[float], float]
 
 # Models jump to huge and zero sigmas at exactly 0 and 1 percent; the scale is looked up just inside.
 _EDGE = 1e-6
-
-
-class GuidanceError(Problem):
-    """A guidance that cannot work: the message says in one sentence what was expected and what was found."""
 
 
 def needed(percent_to_sigma: PercentToSigma | None, percent: float) -> PercentToSigma:

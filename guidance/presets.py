@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .combination import Guidance
-from .schedules import GuidanceError, WeightLike
+from .errors import GuidanceError
+from .schedules import WeightLike
 from .terms import Source, Term
 
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from .diffusion import NoiseSchedule
-from .schedules import GuidanceError
+from .errors import GuidanceError
 
-METHODS = ("euler", "ddim", "dpmpp_2m")
+SAMPLERS = ("euler", "ddim", "dpmpp_2m")
 
 Denoise = Callable[..., Tensor]
 
@@ -32,7 +32,7 @@ def sigmas_karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tens
     steps: model calls, at least 1. rho: 7 as published. Returns [steps + 1] in float64.
     """
     _check_steps(steps)
-    high, low = float(schedule.sigma_max) ** (1 / rho), float(schedule.sigma_min) ** (1 / rho)
+    high, low = schedule.sigma_max ** (1 / rho), schedule.sigma_min ** (1 / rho)
     sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
 
@@ -59,9 +59,9 @@ def sigmas_sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
 
 def _at_even_timesteps(schedule: NoiseSchedule, count: int) -> Tensor:
     """`count` levels from sigma_max to sigma_min, then 0."""
-    first, last = float(schedule.timestep(schedule.sigma_max)), float(schedule.timestep(schedule.sigma_min))
+    first, last = schedule.timestep(schedule.sigma_max), schedule.timestep(schedule.sigma_min)
     timesteps = torch.linspace(first, last, count, dtype=torch.float64).tolist()
-    return torch.tensor([*(float(schedule.sigma(timestep)) for timestep in timesteps), 0.0], dtype=torch.float64)
+    return torch.tensor([*map(schedule.sigma, timesteps), 0.0], dtype=torch.float64)
 
 
 def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
@@ -108,8 +108,8 @@ def sample(
     the caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method, sigmas that
     do not fall, or an eta outside 0 to 1 or with another method than "ddim".
     """
-    if method not in METHODS:
-        raise GuidanceError(f"Expected the sampling method to be one of {', '.join(METHODS)}, got {method!r}.")
+    if method not in SAMPLERS:
+        raise GuidanceError(f"Expected the sampling method to be one of {', '.join(SAMPLERS)}, got {method!r}.")
     if not 0.0 <= eta <= 1.0:
         raise GuidanceError(f"Expected eta between 0 and 1, got {eta}.")
     if eta > 0.0 and method != "ddim":

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
-from .positions import UNITS, GuidanceError, PercentToSigma, needed, reached, sigma_to_percent
+from .errors import GuidanceError
+from .positions import UNITS, PercentToSigma, needed, reached, sigma_to_percent
 
 RAMPS = ("linear", "cosine", "step")
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .schedules import GuidanceError
+from .errors import GuidanceError
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from .errors import GuidanceError
 from .frequency import Bands, Mean
 from .orthogonal import Orthogonal
-from .schedules import GuidanceError
 from .shaping import Shaping
 
 SHAPINGS: dict[str, type[Shaping]] = {shaping.name: shaping for shaping in (Bands, Mean, Orthogonal)}

@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .schedules import GuidanceError, Weight, WeightLike, as_weight
+from .errors import GuidanceError
+from .schedules import Weight, WeightLike, as_weight
 from .shaping import Shaping
 
 BASE = "base"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..guidance.schedules import GuidanceError
+from ..guidance.errors import GuidanceError
 from .comfy_internals.guiding.guider import TermGuider, in_domain_guider
 from .comfy_internals.guiding.latents import sample_latent
 from .inputs import checked

@@ -9,8 +9,9 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..guidance.errors import GuidanceError
 from ..guidance.options import options_of
-from ..guidance.schedules import GuidanceError, Interval, Keyframes, WeightLike
+from ..guidance.schedules import Interval, Keyframes, WeightLike
 from ..guidance.shaping import InOrder
 from ..guidance.shapings import SHAPINGS, make_shaping
 from ..guidance.terms import Term

@@ -1,6 +1,5 @@
 """Score distillation: gradients for an image generator from a diffusion model's predictions.
 
-`Critic` asks the diffusion models, a method (`SDS` and its family) and regularizers turn their predictions into
-gradients on the latents, and `Objective` brings those to the images a generator made. The public names are exported
-by `guidance`.
+`Critic` makes the diffusion models' predictions, a method of the list `methods.METHODS` and regularizers turn them into
+gradients on the latents, and `Objective` brings those to the images a generator made.
 """

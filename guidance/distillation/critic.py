@@ -18,8 +18,9 @@ from torch import Tensor
 from ..batching import Piece, evaluate, for_rows
 from ..combination import Guidance, Step
 from ..diffusion import NoiseSchedule
+from ..errors import GuidanceError
 from ..presets import cfg
-from ..schedules import GuidanceError, PercentToSigma
+from ..schedules import PercentToSigma
 from ..terms import Source
 
 PREDICTIONS = ("e", "e_u", "e_c", "e_unwanted", "e_source", "e_source_c")

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .context import Context
 from .critic import Critic
 from .method import Method

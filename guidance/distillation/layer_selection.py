@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .objective import Encode, Objective
 
 
@@ -28,21 +28,18 @@ class Stylized(Protocol):
 
 
 def rank_layers(
-    synthesize: Callable[[Tensor], Tensor],
-    ws: Tensor,
-    image_gradient: Callable[[Tensor], Tensor],
-    learning_rate: float = 0.01,
+    synthesize: Callable[[Tensor], Tensor], ws: Tensor, image_gradient: Callable[[Tensor], Tensor]
 ) -> Tensor:
     """Scores [num_ws] of StyleGAN-NADA's layer selection (arXiv 2108.00946): mean |delta w| of each layer's style.
 
-    After one SGD step on W+, with the critic of StyleGAN-Fusion (arXiv 2212.04473). synthesize: ws [B, num_ws, w] ->
-    images. image_gradient: images -> the gradient on them. learning_rate: 0.01 as released; it scales all scores alike.
+    After one SGD step of rate 0.01 on W+, with the critic of StyleGAN-Fusion (arXiv 2212.04473). synthesize: ws [B,
+    num_ws, w] -> images. image_gradient: images -> the gradient on them.
     """
     leaf = ws.detach().clone().requires_grad_()
     with torch.enable_grad():
         images = synthesize(leaf)
     (gradient,) = torch.autograd.grad(images, leaf, image_gradient(images.detach()).to(images.dtype))
-    return (learning_rate * gradient.float()).abs().mean(dim=-1).mean(dim=0)
+    return (0.01 * gradient.float()).abs().mean(dim=-1).mean(dim=0)
 
 
 def select_layers(
@@ -58,7 +55,6 @@ def select_layers(
     t: Tensor | None = None,
     frozen: Stylized | None = None,
     among: Sequence[str] | None = None,
-    learning_rate: float = 0.01,
 ) -> tuple[str, ...]:
     """The names of the layers whose styles are among the k that the method alone moves most, in order of synthesis.
 
@@ -94,6 +90,6 @@ def select_layers(
             images, reference, encode, step=step, steps=steps, generator=randomness, t=t, regularize=False
         )[0]
 
-    scores = rank_layers(generator.synthesize, ws, gradient, learning_rate)
+    scores = rank_layers(generator.synthesize, ws, gradient)
     chosen = {styles[index] for index in scores[torch.tensor(styles, device=scores.device)].topk(k).indices.tolist()}
     return tuple(name for name in allowed if generator.ws_index[name] in chosen)

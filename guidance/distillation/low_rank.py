@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 
 ATTENTION_PROJECTION = r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .bridge import SDSBridge
 from .critic import Critic
 from .csd import CSD

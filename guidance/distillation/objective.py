@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 from .context import Context, Draws, contexts_of
 from .critic import Critic
 from .gradients import clamp_image_gradient, clamp_latent_gradient, inject, lead_back
@@ -18,7 +18,7 @@ from .image_encoder import ImageEncoder
 from .method import LatentTerm, Method, Regularizer
 from .perceptual import Perceptual
 from .timesteps import Timesteps
-from .weighting import WEIGHTINGS, Weighting, weigh
+from .weighting import WEIGHTINGS
 
 MODES = ("shared", "sgf")
 WAY_BACK = 0.01  # the default of `Objective.way_back`
@@ -78,7 +78,7 @@ class Objective:
     method: Method
     regularizers: Sequence[Regularizer] = ()
     timesteps: Timesteps = field(default_factory=Timesteps)
-    weighting: Weighting = "1-abar"
+    weighting: str = "1-abar"
     latent_clamp: float | None = None
     image_quantile: float | None = None
     mode: str = "shared"
@@ -90,16 +90,17 @@ class Objective:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise GuidanceError(f"Expected the mode to be one of {', '.join(MODES)}, got {self.mode!r}.")
-        if not callable(self.weighting) and self.weighting not in WEIGHTINGS:
+        if self.weighting not in WEIGHTINGS:
             raise GuidanceError(f"Expected the weighting to be one of {', '.join(WEIGHTINGS)}, got {self.weighting!r}.")
-        if self.latent_clamp is not None and not self.latent_clamp > 0:
-            raise GuidanceError(f"Expected latent_clamp above 0, or none, got {self.latent_clamp}.")
-        if self.image_quantile is not None and not 0 < self.image_quantile <= 1:
-            raise GuidanceError(f"Expected image_quantile above 0 and at most 1, or none, got {self.image_quantile}.")
-        if self.bound is not None and not 0 < self.bound < math.inf:
-            raise GuidanceError(f"Expected the bound of images to be finite and above 0, or none, got {self.bound}.")
-        if self.way_back is not None and not 0 <= self.way_back <= 1:
-            raise GuidanceError(f"Expected way_back to be 0 to 1, or none, got {self.way_back}.")
+        for name, fits, expected in (
+            ("latent_clamp", lambda value: value > 0, "above 0"),
+            ("image_quantile", lambda value: 0 < value <= 1, "above 0 and at most 1"),
+            ("bound", lambda value: 0 < value < math.inf, "finite and above 0"),
+            ("way_back", lambda value: 0 <= value <= 1, "0 to 1"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not fits(value):
+                raise GuidanceError(f"Expected {name} to be {expected}, or none, got {value}.")
         for term in (*self.regularizers, *([self.perceptual] if self.perceptual else [])):
             if not math.isfinite(term.weight):
                 raise GuidanceError(f"Expected the weight of {term.name} to be finite, got {term.weight}.")
@@ -261,11 +262,8 @@ class Objective:
         del encoded  # and with it the graph that float16 keeps for a second try
         gradient = gradient / len(images)
         if perceptual is not None and frozen is not None:
-            with torch.enable_grad():
-                perceived = judged.detach().requires_grad_()
-                value = perceptual.loss(perceived, frozen)
-            loss["perceptual"] = value.detach()
-            gradient = gradient + torch.autograd.grad(value, perceived)[0].float()
+            loss["perceptual"], own = perceptual.gradient(judged.detach(), frozen)
+            gradient = gradient + own
         if self.bound is not None:
             default = 0.0 if self.mode == "sgf" else WAY_BACK
             share = default if self.way_back is None else self.way_back
@@ -286,7 +284,7 @@ class Objective:
         """A term's gradient on z as it is, the same weighted and clamped, and the share that the clamp changed."""
         raw = term.gradient(context)
         weight = term.weight if isinstance(term, Regularizer) else 1.0
-        weighted = raw * (weigh(self.weighting, context.abar) * weight)
+        weighted = raw * (WEIGHTINGS[self.weighting](context.abar) * weight)
         if not bool(weighted.isfinite().all()):
             raise NotFinite(
                 f"The gradient of {term.name} has values that are not finite at timesteps {context.t.tolist()}; lower "

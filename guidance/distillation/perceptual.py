@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 
 Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
 
@@ -20,23 +19,20 @@ class Perceptual:
 
     distance: `distance(images, frozen) -> [B]` on images [B, 3, H, W] as they are judged, both resized and clamped to
     -1..1: a `FeatureDistance` of any network, or `lpips_distance()`. weight: lambda, 0.3 to 1 as published, 0 is off.
-    scale: the published 2000, which brings LPIPS to the size of the latent gradients. Raises GuidanceError for a scale
-    that is not finite.
+    The published 2000 brings LPIPS to the size of the latent gradients.
     """
 
     distance: Callable[[Tensor, Tensor], Tensor]
     weight: float = 1.0
-    scale: float = 2000.0
 
     name = "perceptual"
 
-    def __post_init__(self) -> None:
-        if not math.isfinite(self.scale):
-            raise GuidanceError(f"Expected the scale of the perceptual term to be finite, got {self.scale}.")
-
-    def loss(self, images: Tensor, frozen: Tensor) -> Tensor:
-        """The weighted distance, a scalar with a graph to `images`."""
-        return self.distance(images, frozen.detach()).float().mean() * self.scale * self.weight
+    def gradient(self, images: Tensor, frozen: Tensor) -> tuple[Tensor, Tensor]:
+        """The weighted distance, a scalar, and its gradient on images [B, 3, H, W] in float32."""
+        with torch.enable_grad():
+            leaf = images.detach().requires_grad_()
+            loss = self.distance(leaf, frozen.detach()).float().mean() * 2000 * self.weight
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0].float()
 
 
 class FeatureDistance:

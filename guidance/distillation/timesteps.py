@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..schedules import GuidanceError
+from ..errors import GuidanceError
 
 T_SCHEDULES = ("uniform", "annealed", "falling")
 

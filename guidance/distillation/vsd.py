@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import GuidanceError
 from ..options import option
-from ..schedules import GuidanceError
 from ..terms import Source
 from .context import Context
 from .critic import Critic

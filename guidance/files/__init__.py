@@ -1,14 +1,8 @@
 """Reading and writing weights: safetensors, pickles read as plain data, checkpoint layouts, domain model files."""
 
 from ..errors import FileProblem
-from .domain import (
-    LATENT_FORMATS,
-    DomainMetadata,
-    check_latent_format,
-    prior_content_hash,
-    read_domain_file,
-    write_domain_file,
-)
+from .domain import check_latent_format, prior_content_hash, read_domain_file, write_domain_file
+from .domain_metadata import LATENT_FORMATS, DomainMetadata
 from .file_metadata import TRAINING
 from .generator import convert_generator, holds_generator, read_generator, write_generator
 from .generator_metadata import GeneratorMetadata

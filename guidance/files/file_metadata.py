@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any
 
 from ..errors import FileProblem, Problem, first_line
 from .inert_pickle import shown
@@ -12,7 +12,6 @@ from .inert_pickle import shown
 VERSION = "1"
 # The field with the settings of the run that made a file, as JSON (ASCII: paths may hold what UTF-8 cannot).
 TRAINING = "training"
-T = TypeVar("T")
 
 
 def modelspec(architecture: str, code: str, title: str, licence: str, size: tuple[int, int] | None) -> dict[str, str]:
@@ -61,15 +60,17 @@ class MetadataReader:
         if "config" not in self.rest:
             raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
 
-    def take(self, name: str, read: Callable[[str], T], default: T) -> T:
-        """The field as `read` makes it of its text, `default` where the file has none. Raises FileProblem."""
-        text = self.rest.pop(name, None)
-        if text is None:
-            return default
-        try:
-            return read(text)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise FileProblem(
-                f"{self.source}: the metadata field {name} cannot be read ({first_line(error)}); the file is damaged, "
-                "make it again."
-            ) from error
+    def take(self, readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
+        """The fields that the file has, as their readers make them of their texts. Raises FileProblem."""
+        fields = {}
+        for name, read in readers.items():
+            if name not in self.rest:
+                continue
+            try:
+                fields[name] = read(self.rest.pop(name))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise FileProblem(
+                    f"{self.source}: the metadata field {name} cannot be read ({first_line(error)}); the file is "
+                    "damaged, make it again."
+                ) from error
+        return fields

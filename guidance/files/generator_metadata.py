@@ -14,6 +14,7 @@ from ..plain_json import parse_json
 from .file_metadata import VERSION, MetadataReader, modelspec, with_extra
 
 FORMAT = "indomain_guidance.generator"
+_TEXTS = ("name", "licence", "class_name", "source_format", "source_sha256", "source_code_sha256")
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class GeneratorMetadata:
     def to_strings(self, config: GeneratorConfig) -> dict[str, str]:
         """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""
         values = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
-        for name in ("name", "licence", "class_name", "source_format", "source_sha256", "source_code_sha256"):
+        for name in _TEXTS:
             if getattr(self, name):
                 values[name] = getattr(self, name)
         if self.history:
@@ -57,17 +58,9 @@ class GeneratorMetadata:
     ) -> tuple[GeneratorMetadata, GeneratorConfig]:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
         reader = MetadataReader(values, FORMAT, "generator", source)
-        config = reader.take("config", GeneratorConfig.from_json, None)
-        assert config is not None  # MetadataReader refuses a file without it
-        described = cls(
-            name=reader.take("name", str, ""),
-            licence=reader.take("licence", str, ""),
-            class_name=reader.take("class_name", str, ""),
-            source_format=reader.take("source_format", str, ""),
-            source_sha256=reader.take("source_sha256", str, ""),
-            source_code_sha256=reader.take("source_code_sha256", str, ""),
-            history=reader.take("history", _history, ()),
-        )
+        fields = reader.take({"config": GeneratorConfig.from_json, **dict.fromkeys(_TEXTS, str), "history": _history})
+        config = fields.pop("config")
+        described = cls(**fields)
         derived = described._modelspec(config)
         return replace(described, extra={key: text for key, text in reader.rest.items() if key not in derived}), config
 

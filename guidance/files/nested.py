@@ -7,6 +7,7 @@ average beside the weights it averages. The name of one tensor that every genera
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,16 +108,14 @@ def _tensors(level: Mapping) -> dict[str, Tensor]:
 def _levels(content: Any) -> Iterator[tuple[str, Mapping, tuple[Mapping, ...]]]:
     """(where, dictionary, those around it) of the content and what is nested in it, each dictionary once."""
     seen: set[int] = set()
-    waiting: list[tuple[str, Any, tuple[Mapping, ...]]] = [("", content, ())]
+    waiting: deque[tuple[str, Any, tuple[Mapping, ...]]] = deque([("", content, ())])
     while waiting:
-        place, level, parents = waiting.pop(0)
+        place, level, parents = waiting.popleft()
         if not isinstance(level, Mapping) or id(level) in seen:
             continue
         seen.add(id(level))
         yield place, level, parents
         if len(parents) < MAX_NESTING:
-            waiting += [
-                (f"{place}.{key}" if place else key, value, (*parents, level))
-                for key, value in level.items()
-                if isinstance(key, str)
-            ]
+            for key, value in level.items():
+                if isinstance(key, str):
+                    waiting.append((f"{place}.{key}" if place else key, value, (*parents, level)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.batching import Piece, evaluate, in_few_calls
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.terms import Source
 
 

@@ -8,7 +8,8 @@ import random
 import pytest
 import torch
 from indomain_guidance.guidance.combination import Guidance, combine
-from indomain_guidance.guidance.schedules import GuidanceError, Interval, Keyframes
+from indomain_guidance.guidance.errors import GuidanceError
+from indomain_guidance.guidance.schedules import Interval, Keyframes
 from indomain_guidance.guidance.terms import Source, Term
 
 

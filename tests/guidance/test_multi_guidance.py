@@ -6,10 +6,11 @@ import pytest
 import torch
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.networks.unet_config import UNetConfig
-from indomain_guidance.guidance.schedules import GuidanceError, Interval, Keyframes
+from indomain_guidance.guidance.schedules import Interval, Keyframes
 from indomain_guidance.guidance.terms import Source, Term
 
 

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from indomain_guidance.guidance.null_text import NullContext, build_cached, build_constant, fold_constants, load_unet
-from indomain_guidance.guidance.probes import Probes, collect_probes, measure_cross_attention, unconditional_error
+from indomain_guidance.guidance.probes import Probes, measure_cross_attention, unconditional_error
 
 SMALL = UNetConfig(
     model_channels=32,
@@ -23,7 +22,6 @@ SMALL = UNetConfig(
     num_heads=4,
 )
 SDXL = replace(SMALL, use_linear_in_transformer=True, adm_in_channels=40)
-SCHEDULE = NoiseSchedule.scaled_linear()
 
 
 @pytest.fixture
@@ -179,45 +177,6 @@ def test_statistics_of_cores_unet_are_the_same(prior, core, relative_error):
     own, _, own_report = build_constant(prior.state_dict(), SMALL, context, probes)
     assert all(torch.allclose(by_core[key], own[key], atol=1e-4) for key in own)
     assert report == pytest.approx(own_report, rel=1e-3)
-
-
-# ---- probes -----------------------------------------------------------------------------------------------------
-
-
-def test_probes_are_the_priors_unconditional_trajectory(prior):
-    context = null_context()
-    denoiser = Denoiser(prior, SCHEDULE)
-    probes = collect_probes(denoiser, context.tensor, (2, 4, 8, 8))
-    # the DDIM recursion in its own variables (arXiv 2010.02502, eq. 12), starting from the same noise
-    timesteps = torch.linspace(999, 0, 20).round()
-    abar = SCHEDULE.alphas_cumprod[timesteps.long()].double()
-    x = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).double()
-    x = x * (1 - abar[0]).sqrt()
-    visited = []
-    with torch.no_grad():
-        for step in range(20):
-            visited.append(x)
-            at = timesteps[step].expand(2)
-            eps = prior(x.float(), at, context.tensor.expand(2, -1, -1)).double()
-            following = abar[step + 1] if step < 19 else torch.ones(())
-            x0 = (x - (1 - abar[step]).sqrt() * eps) / abar[step].sqrt()
-            x = following.sqrt() * x0 + (1 - following).sqrt() * eps
-    used = [0, 3, 5, 8, 11, 14, 16, 19]
-    assert probes.timesteps.tolist() == timesteps[used].repeat_interleave(2).tolist()
-    expected = torch.cat([visited[step] for step in used]).float()
-    assert torch.allclose(probes.x, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-
-
-def test_probes_depend_on_the_seed_only(prior):
-    context, denoiser, steps = null_context(), Denoiser(prior, SCHEDULE), []
-    report = lambda done, total: steps.append((done, total))  # noqa: E731
-    first = collect_probes(denoiser, context.tensor, (1, 4, 8, 8), steps=5, use=2, on_step=report)
-    again = collect_probes(denoiser, context.tensor, (1, 4, 8, 8), steps=5, use=2)
-    other = collect_probes(denoiser, context.tensor, (1, 4, 8, 8), steps=5, use=2, seed=1)
-    assert torch.equal(first.x, again.x) and not torch.allclose(first.x, other.x)
-    assert len(first) == 2 and steps == [(done, 5) for done in (1, 2, 3, 4, 5)]
-    with pytest.raises(ValueError, match="1 to 5 steps"):
-        collect_probes(denoiser, context.tensor, (1, 4, 8, 8), steps=5, use=6)
 
 
 # ---- SDXL -------------------------------------------------------------------------------------------------------

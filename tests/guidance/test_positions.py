@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.positions import GuidanceError, needed, reached, sigma_to_percent
+from indomain_guidance.guidance.errors import GuidanceError
+from indomain_guidance.guidance.positions import needed, reached, sigma_to_percent
 
 SCHEDULES = {
     "scaled linear": NoiseSchedule.scaled_linear(),

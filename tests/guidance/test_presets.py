@@ -8,8 +8,9 @@ import pytest
 import torch
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.combination import Guidance
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
-from indomain_guidance.guidance.schedules import GuidanceError, Interval
+from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.guidance.terms import Source, Term
 
 U, M, C = ({"shift": torch.full((1, 1), value, dtype=torch.float64)} for value in (0.3, -1.1, 2.0))

@@ -9,9 +9,10 @@ import pytest
 import torch
 from indomain_guidance.guidance import presets
 from indomain_guidance.guidance.diffusion import NoiseSchedule
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
-from indomain_guidance.guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
-from indomain_guidance.guidance.schedules import GuidanceError, Interval, Keyframes
+from indomain_guidance.guidance.sampling import SAMPLERS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
+from indomain_guidance.guidance.schedules import Interval, Keyframes
 
 SPREAD = 0.7
 SCHEDULE = NoiseSchedule.scaled_linear()
@@ -201,7 +202,7 @@ def guided_gaussians(**weights) -> MultiGuidance:
     return MultiGuidance(presets.in_domain(prior, domain, empty, prompt, **weights), SCHEDULE.percent_to_sigma)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SAMPLERS)
 def test_guided_gaussians_arrive_at_the_guided_mean(method):
     """D_u + w_d (D_d - D_u) + w_c (D_c - D_u) is the denoiser of mean 1 + 2 w_d + 1 w_c, exactly."""
     x, sigmas = noise(3, 4), sigmas_uniform(SCHEDULE, 25)

@@ -7,14 +7,8 @@ import math
 
 import pytest
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.guidance.schedules import (
-    Constant,
-    GuidanceError,
-    Interval,
-    Keyframes,
-    as_weight,
-    weight_from_json,
-)
+from indomain_guidance.guidance.errors import GuidanceError
+from indomain_guidance.guidance.schedules import Constant, Interval, Keyframes, as_weight, weight_from_json
 
 SCHEDULES = {
     "scaled linear": NoiseSchedule.scaled_linear(),

@@ -7,11 +7,12 @@ import math
 import pytest
 import torch
 from indomain_guidance.guidance.combination import Guidance
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.frequency import Bands, Mean, blur
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
 from indomain_guidance.guidance.options import options_of
 from indomain_guidance.guidance.orthogonal import Orthogonal
-from indomain_guidance.guidance.schedules import GuidanceError, Interval
+from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.guidance.shaping import InOrder, Shaping
 from indomain_guidance.guidance.shapings import SHAPINGS, make_shaping
 from indomain_guidance.guidance.terms import Source, Term

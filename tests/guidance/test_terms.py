@@ -9,7 +9,8 @@ import math
 import pytest
 import torch
 from indomain_guidance.guidance.combination import Guidance
-from indomain_guidance.guidance.schedules import Constant, GuidanceError, Interval
+from indomain_guidance.guidance.errors import GuidanceError
+from indomain_guidance.guidance.schedules import Constant, Interval
 from indomain_guidance.guidance.terms import Source, Term
 
 

@@ -15,7 +15,7 @@ from ...guidance.errors import Problem
 from ...guidance.files import DomainMetadata
 from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.null_text import load_unet
-from ...guidance.sampling import METHODS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
+from ...guidance.sampling import SAMPLERS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
 from ..prior.prior import ImageSize, Prior
@@ -30,9 +30,8 @@ class DrawingSettings:
     """How to sample. Weights as in `presets.in_domain`: 0 leaves a part out and saves its predictions.
 
     domain_start, domain_end: share of sampling (0 start, 1 end) in which the domain model takes part. method: one of
-    `guidance.sampling.METHODS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (that of the paper's
-    code) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at
-    once.
+    `guidance.sampling.SAMPLERS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (that of the
+    paper's code) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at once.
     """
 
     domain_weight: float = 2.5
@@ -46,9 +45,9 @@ class DrawingSettings:
     batch: int = 4
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS or self.spacing not in SPACINGS:
+        if self.method not in SAMPLERS or self.spacing not in SPACINGS:
             raise Problem(
-                f"Expected a method of {', '.join(METHODS)} and a spacing of {', '.join(SPACINGS)}, got "
+                f"Expected a method of {', '.join(SAMPLERS)} and a spacing of {', '.join(SPACINGS)}, got "
                 f"{self.method!r} and {self.spacing!r}."
             )
         if not 0.0 <= self.domain_start <= self.domain_end <= 1.0:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.errors import printable
+from ..engine.paths import is_of_windows
 from .kinds import PACKED, SHARD, SUFFIXES, ending, masked
 from .memory import MemoryBudget
 from .patterns import expanded, nearly
@@ -213,7 +214,7 @@ def _not_there(place: Path, watch: Watch) -> str:
     if os.path.lexists(place):
         fault = LOST_LINK if os.path.islink(place) else "is neither a file nor a folder"
         return f"{text}something that {fault}."
-    if os.name != "nt" and re.match(r"[A-Za-z]:[\\/]|//[^/]", str(place.name if place.parent == Path() else place)):
+    if is_of_windows(str(place)) or (os.name == "posix" and str(place).startswith("//")):
         return f"{text}a path as Windows writes it; write it as this system does (/mnt/... in WSL)."
     if ADDRESS.match(str(place)):
         return f"{text}the address of a server; download what lies there first."

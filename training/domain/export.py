@@ -34,7 +34,7 @@ from ...guidance.files import (
     write_domain_file,
     write_safetensors,
 )
-from ...guidance.files.domain import FORMAT as DOMAIN_FORMAT
+from ...guidance.files.domain_metadata import FORMAT as DOMAIN_FORMAT
 from ...guidance.files.generator_metadata import FORMAT as GENERATOR_FORMAT
 from ...guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES, unet_prefix
 from ...guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict

@@ -17,7 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....guidance.schedules import GuidanceError
+from ....guidance.errors import GuidanceError
 from .calls import POSITIVE, Calls, Conditionings, controls, entries
 from .cost import Cost
 from .patch_copies import PatchCopies, share_code

@@ -104,6 +104,13 @@ class Branches:
         holders = [(self.prior, self._prior_weights), *((branch.patcher, branch.weights) for branch in self.loaded)]
         self._in_module = {id(patcher.model): (patcher, weights) for patcher, weights in holders}
 
+    def start(self, *inputs: Any) -> None:
+        """Start each branch (`Branch.start`) with its weights in place; afterwards the prior's are."""
+        for branch in self:
+            self.activate(branch)
+            branch.start(*inputs)
+        self.activate(None)
+
     def end(self) -> None:
         self._in_module, self._beside = {}, []
 

@@ -15,7 +15,7 @@ import comfy.samplers
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ....guidance.schedules import GuidanceError
+from ....guidance.errors import GuidanceError
 from .memories import SharedPlaces, attributes, holds_memories
 from .patch_copies import PatchCopies, callables
 

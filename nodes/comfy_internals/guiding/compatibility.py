@@ -12,7 +12,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 
 from ....guidance.combination import Guidance
-from ....guidance.schedules import GuidanceError
+from ....guidance.errors import GuidanceError
 from ..models.domain_info import domain_info
 from .gaps import limited_to_area
 

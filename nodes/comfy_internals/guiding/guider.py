@@ -19,8 +19,8 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor
 
 from ....guidance.combination import Guidance, Step
-from ....guidance.errors import logger
-from ....guidance.schedules import Constant, GuidanceError, Interval, WeightLike
+from ....guidance.errors import GuidanceError, logger
+from ....guidance.schedules import Constant, Interval, WeightLike
 from ....guidance.terms import Source, Term
 from . import compatibility, remarks, sampling_hooks
 from .branch import own_copies
@@ -112,10 +112,6 @@ class TermGuider(SourceGuider):
         """Predictions of the last run, by term."""
         return self.cost.evaluations
 
-    def report(self) -> str:
-        """The cost of the last run in words."""
-        return str(self.cost)
-
     def _start_counting(self, steps: int) -> None:
         self.cost = Cost(steps)
         self.calls = Calls(list(self.original_conds), "the prior")
@@ -139,7 +135,7 @@ class TermGuider(SourceGuider):
             self.conds = self._visible_to_loading()
             with large_enough(latent_image):
                 output = super().outer_sample(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        LOG.info("Multi-guidance: %s", self.report())
+        LOG.info("Multi-guidance: %s", self.cost)
         return output
 
     def _notice_changes(self) -> None:
@@ -193,21 +189,10 @@ class TermGuider(SourceGuider):
         latent = latent_image
         if len(self.branches) and latent is not None and torch.count_nonzero(latent) > 0:
             latent = self.inner_model.process_latent_in(latent)
-        for branch in self.branches:
-            self.branches.activate(branch)
-            branch.start(
-                noise,
-                latent,
-                device,
-                sigmas,
-                denoise_mask,
-                seed,
-                kwargs.get("latent_shapes"),
-                set(controls(self.conds)),
-                shared_options,
-                self.cost,
-            )
-        self.branches.activate(None)
+        shapes, own_controls = kwargs.get("latent_shapes"), set(controls(self.conds))
+        self.branches.start(
+            noise, latent, device, sigmas, denoise_mask, seed, shapes, own_controls, shared_options, self.cost
+        )
         self.calls.prime(self.inner_model, self.model_options)
         all_calls = [self.calls, *(branch.calls for branch in self.branches)]
         for calls in all_calls:

@@ -12,9 +12,8 @@ from ....guidance.errors import Problem
 from .progress import RunProgress
 
 if TYPE_CHECKING:
-    from ....training.adaptation.config import AdaptConfig
-    from ....training.domain.config import TrainConfig
     from ....training.engine.run import Result
+    from ....training.engine.run_settings import RunSettings
 
 
 def free_memory() -> None:
@@ -28,7 +27,7 @@ def free_memory() -> None:
 
 
 def finish_run(
-    node: str, config: TrainConfig | AdaptConfig, progress: RunProgress, learn: Callable[[], Result]
+    node: str, config: RunSettings, progress: RunProgress, learn: Callable[[], Result]
 ) -> tuple[Result, list[str]]:
     """(result, warnings) of `learn`, with memory freed before and after it.
 

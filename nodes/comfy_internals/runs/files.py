@@ -14,16 +14,15 @@ from ....guidance.files import FileProblem
 from ..progress import uncancelled
 
 if TYPE_CHECKING:
-    from ....training.adaptation.config import AdaptConfig
-    from ....training.domain.config import TrainConfig
+    from ....training.engine.run_settings import RunSettings
 
 
-def finished_file(config: TrainConfig | AdaptConfig) -> Path:
+def finished_file(config: RunSettings) -> Path:
     """Where the finished file of a run is put for ComfyUI."""
     return Path(config.export_to) / f"{config.name}.safetensors"
 
 
-def check_claim(config: TrainConfig | AdaptConfig, replaceable: Callable[[Path], bool] = lambda path: False) -> None:
+def check_claim(config: RunSettings, replaceable: Callable[[Path], bool] = lambda path: False) -> None:
     """Refuse to replace a finished file that another run made. Raises FileProblem.
 
     A file is the run's own once the run has checkpoints, or when the weights are those it finished with. A folder that

@@ -7,8 +7,9 @@ import torch
 from indomain_guidance.guidance.combination import Guidance
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.distillation.critic import Critic, Request
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.presets import in_domain
-from indomain_guidance.guidance.schedules import GuidanceError, Interval
+from indomain_guidance.guidance.schedules import Interval
 from indomain_guidance.guidance.terms import Source, Term
 
 U, C = (0.0, 0.5, -1.0, 2.0), (1.0, -1.0, 0.0, 2.5)

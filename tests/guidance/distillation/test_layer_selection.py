@@ -10,9 +10,9 @@ from indomain_guidance.guidance.distillation.layer_selection import rank_layers,
 from indomain_guidance.guidance.distillation.methods import make_method
 from indomain_guidance.guidance.distillation.objective import Objective
 from indomain_guidance.guidance.distillation.sds import SDS
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.networks.stylegan2 import random_generator
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
-from indomain_guidance.guidance.schedules import GuidanceError
 
 
 @pytest.fixture(scope="module")

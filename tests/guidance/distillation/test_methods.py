@@ -17,8 +17,8 @@ from indomain_guidance.guidance.distillation.normalize import normalize
 from indomain_guidance.guidance.distillation.objective import Draws, Objective
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
+from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.options import option, options_of
-from indomain_guidance.guidance.schedules import GuidanceError
 
 U, C, NEGATIVE, SOURCE, SCALE = -0.5, 1.0, 2.0, 0.25, 7.5
 T = torch.tensor([20, 199, 200, 600])

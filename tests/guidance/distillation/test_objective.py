@@ -21,7 +21,7 @@ from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, 
 from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 from torch.nn import functional as F
 
 GOLDENS = dict(np.load(Path(__file__).parent / "goldens" / "sgf_update.npz"))
@@ -463,10 +463,10 @@ def test_what_cannot_work_is_refused(schedule, encode, gaussian, mean):
     for settings, message in (
         (dict(mode="both"), "shared, sgf, got 'both'"),
         (dict(weighting="none"), "got 'none'"),
-        (dict(latent_clamp=0.0), "latent_clamp above 0"),
+        (dict(latent_clamp=0.0), "latent_clamp to be above 0"),
         (dict(image_quantile=1.5), "image_quantile"),
-        (dict(image_quantile=0.0), "image_quantile above 0"),
-        (dict(bound=0.0), "bound of images to be finite and above 0"),
+        (dict(image_quantile=0.0), "image_quantile to be above 0"),
+        (dict(bound=0.0), "bound to be finite and above 0"),
         (dict(bound=1.0, way_back=1.5), "way_back to be 0 to 1"),
         (dict(regularizers=[Directional(), Directional(0.5)]), "each regularizer once"),
         (dict(regularizers=[Directional(float("nan"))]), "weight of directional to be finite"),

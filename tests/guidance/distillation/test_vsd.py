@@ -10,7 +10,7 @@ from indomain_guidance.guidance.distillation.low_rank import LowRankAddition
 from indomain_guidance.guidance.distillation.methods import make_method
 from indomain_guidance.guidance.distillation.objective import Objective
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
-from indomain_guidance.guidance.schedules import GuidanceError
+from indomain_guidance.guidance.errors import GuidanceError
 from torch import nn
 
 

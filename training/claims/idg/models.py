@@ -16,7 +16,7 @@ from torch import Tensor
 from ....guidance.diffusion import Denoiser
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, read_domain_file, read_state_dict
-from ....guidance.networks.unet import UNetConfig
+from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import load_unet
 from ...domain.config import TrainConfig
 from ...domain.train import train

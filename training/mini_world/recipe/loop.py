@@ -1,6 +1,6 @@
 """The plain resumable training loop of the mini world's recipe: atomic checkpoints, AdamW, one-cycle rate, an average.
 
-It is independent of `training.domain`, so that every shipped weight can be made again from a seed.
+The trainers of users change with their needs; this loop stays, so that every shipped weight can be made again.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem
+from ...engine.average import ema_decay
 from ..render import step_generator
 from .kept_files import load_saved, save_atomically
 from .status_line import StatusLine
@@ -91,10 +92,9 @@ def run_steps(
 
 @torch.no_grad()
 def update_average(average: nn.Module, model: nn.Module, ema: float, step: int) -> None:
-    """Move the average of the weights towards the model's; a young average forgets faster than ``ema`` says."""
-    decay = min(ema, (step + 1) / (step + 10))
+    """Move the average of the weights towards the model's."""
     for kept, new in zip(average.parameters(), model.parameters()):
-        kept.lerp_(new, 1.0 - decay)
+        kept.lerp_(new, 1.0 - ema_decay(ema, step))
 
 
 def run_loop(

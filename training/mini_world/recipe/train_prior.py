@@ -16,6 +16,7 @@ from ....guidance.networks.autoencoder import Autoencoder
 from ....guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
 from ....guidance.networks.unet import UNet
 from ....guidance.networks.unet_config import UNetConfig
+from ...domain.losses import add_noise
 from .. import render, tokens
 from .kept_files import made_once, weights_hash
 from .loop import LoopConfig, run_loop
@@ -146,7 +147,7 @@ def loss_weight(schedule: NoiseSchedule, timesteps: Tensor) -> Tensor:
 def noised(
     latents: Tensor, schedule: NoiseSchedule, generator: Generator, noisy_share: float = 0.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x_t = sqrt(abar) x0 + sqrt(1 - abar) noise (arXiv 2006.11239, eq. 4): (x_t, timesteps [B], noise).
+    """Latents [B, C, h, w] at random noise levels: (x_t of `add_noise`, timesteps [B], noise).
 
     Timesteps are uniform, but a ``noisy_share`` (0: none) of them falls into the noisier half of the schedule.
     """
@@ -154,8 +155,7 @@ def noised(
     half, noisier = len(schedule) // 2, int(noisy_share * len(latents))
     timesteps[:noisier] = half + timesteps[:noisier] // 2
     noise = torch.randn(latents.shape, generator=generator)
-    abar = schedule.alphas_cumprod[timesteps][:, None, None, None]
-    return abar.sqrt() * latents + (1 - abar).sqrt() * noise, timesteps, noise
+    return add_noise(latents, noise, schedule.alphas_cumprod[timesteps]), timesteps, noise
 
 
 def train(work: Path, autoencoder: Autoencoder, scale: float, seed: int = 0) -> PriorNetworks:

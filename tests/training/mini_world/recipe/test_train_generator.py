@@ -55,9 +55,3 @@ def test_both_sizes_are_trained_and_what_ships_is_grey_and_continues_without_tra
     monkeypatch.setattr(torch.optim.Adam, "step", None)
     again = train_generator.train(tmp_path, seed=0)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), again.state_dict().values()))
-
-
-def test_masks_of_white_on_black_pictures_repaint_them_exactly():
-    masks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
-    pictures = render.paint(masks, render.domain_pairs("narrow").expand(3, 2))
-    assert torch.allclose(render.ink_of(pictures), masks, atol=1e-6)
