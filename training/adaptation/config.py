@@ -13,7 +13,7 @@ from ...guidance.distillation.timesteps import T_SCHEDULES
 from ...guidance.distillation.weighting import WEIGHTINGS
 from ...guidance.options import options_of
 from ..engine.run_settings import RunSettings
-from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, option
+from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, check_multiple, option
 from ..prior.settings import PriorSettings
 
 TRAINS = ("convolutions", "released", "synthesis", "all")
@@ -275,11 +275,7 @@ class AdaptConfig(PriorSettings):
         super().__post_init__()
         if self.t_min > self.t_max:
             raise ConfigProblem(f"t_min: expected at most t_max, found {self.t_min} and {self.t_max}; exchange them.")
-        if self.resolution % RESOLUTION_STEP:
-            raise ConfigProblem(
-                f"resolution: expected a multiple of {RESOLUTION_STEP} pixels, found {self.resolution}; the nearest is "
-                f"{max(1, round(self.resolution / RESOLUTION_STEP)) * RESOLUTION_STEP}."
-            )
+        check_multiple("resolution", self.resolution, RESOLUTION_STEP, RESOLUTION_STEP)
 
     @property
     def memory_advice(self) -> str:

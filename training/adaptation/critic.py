@@ -31,29 +31,29 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 Domain = tuple[dict[str, Tensor], DomainMetadata]
 
 
-def judged_resolution(config: AdaptConfig, base: Prior | None, generator: StyleGAN2) -> int:
-    """The side in pixels at which images are judged: as configured, the base's own, else the generator's."""
-    if base is None:
+def judged_resolution(config: AdaptConfig, prior: Prior | None, generator: StyleGAN2) -> int:
+    """The side in pixels at which images are judged: as configured, the prior's own, else the generator's."""
+    if prior is None:
         return config.resolution or generator.config.resolution
-    return max(config.resolution or base.native_resolution or generator.config.resolution, base.factor)
+    return max(config.resolution or prior.native_resolution or generator.config.resolution, prior.factor)
 
 
-def open_domain(config: AdaptConfig, base: Prior) -> Domain | None:
+def open_domain(config: AdaptConfig, prior: Prior) -> Domain | None:
     """Weights and metadata of the domain model that judges too, None where there is none or its weight is 0.
 
-    Raises FileProblem, and ValueError where `base` could not encode the caption that the model was trained with.
+    Raises FileProblem, and ValueError where `prior` could not encode the caption that the model was trained with.
     """
     if not config.domain or not config.domain_weight:
         return None
-    weights, metadata = read_domain_file(config.domain, latent_format=base.latent_format)
-    base.check_prompts([metadata.caption or ""])
+    weights, metadata = read_domain_file(config.domain, latent_format=prior.latent_format)
+    prior.check_prompts([metadata.caption or ""])
     return weights, metadata
 
 
 def open_critic(
-    config: AdaptConfig, base: Prior, resolution: int, device: torch.device | str, domain: Domain | None = None
+    config: AdaptConfig, prior: Prior, resolution: int, device: torch.device | str, domain: Domain | None = None
 ) -> Critic:
-    """The guidance that a configuration describes, with the base's models on `device` in the run's precision.
+    """The guidance that a configuration describes, with the prior's models on `device` in the run's precision.
 
     The base prediction is on the negative prompt (on the empty one with a method that compares with it, nfsd); the
     terms are the domain model, where there is one, and the prompt. domain: from `open_domain`, which is asked
@@ -62,50 +62,50 @@ def open_critic(
     config.check_prompts()
     dtype = DTYPES.get(config.precision, torch.float32)
     size = ImageSize((resolution, resolution))
-    prior = Denoiser(base.load_unet(dtype).to(device), base.schedule, base.prediction_type)
+    judge = Denoiser(prior.load_unet(dtype).to(device), prior.schedule, prior.prediction_type)
 
     def cond(prompt: str) -> dict[str, Tensor]:
-        named = base.conditioning([size], base.encode_text([prompt]))
+        named = prior.conditioning([size], prior.encode_text([prompt]))
         return {name: value.to(device) for name, value in named.items()}
 
     uncond = cond("" if config.needs("unwanted") else config.negative)
     terms = []
-    domain = domain or open_domain(config, base)
+    domain = domain or open_domain(config, prior)
     if domain is not None:
         weights, metadata = domain
-        judge = Denoiser(
+        domain_judge = Denoiser(
             load_unet(weights, metadata.config, dtype).to(device),
-            base.schedule,
-            metadata.prediction_type or base.prediction_type,
+            prior.schedule,
+            metadata.prediction_type or prior.prediction_type,
         )
         caption = metadata.caption
         own = uncond if caption is None else cond(caption)
-        terms.append(Term("domain", judge, own, config.domain_weight))
+        terms.append(Term("domain", domain_judge, own, config.domain_weight))
     if config.prompt:
-        terms.append(Term("control", prior, cond(config.prompt), config.scale))
+        terms.append(Term("control", judge, cond(config.prompt), config.scale))
     source = None
     if config.source_prompt:
-        source = Guidance(Source(prior, uncond), [Term("control", prior, cond(config.source_prompt), config.scale)])
-    unwanted = Source(prior, cond(config.negative)) if config.needs("unwanted") else None
-    return Critic(Guidance(Source(prior, uncond), terms), base.schedule, unwanted=unwanted, source=source)
+        source = Guidance(Source(judge, uncond), [Term("control", judge, cond(config.source_prompt), config.scale)])
+    unwanted = Source(judge, cond(config.negative)) if config.needs("unwanted") else None
+    return Critic(Guidance(Source(judge, uncond), terms), prior.schedule, unwanted=unwanted, source=source)
 
 
-def latent_encoder(base: Prior, resolution: int, precision: str = "fp32") -> ImageEncoder:
+def latent_encoder(prior: Prior, resolution: int, precision: str = "fp32") -> ImageEncoder:
     """Images judged at `resolution` -> scaled posterior means [B, C, h, w], where the VAE is.
 
     The VAE runs in bf16 when that is the precision, else in fp32 (SDXL's overflows in fp16). Raises ConfigProblem for a
     resolution that the VAE cannot encode.
     """
-    if resolution % base.factor:
+    if resolution % prior.factor:
         raise ConfigProblem(
-            f"resolution: expected a multiple of {base.factor} px for {base.name}, found {resolution}; give another."
+            f"resolution: expected a multiple of {prior.factor} px for {prior.name}, found {resolution}; give another."
         )
 
     def encode(images: Tensor) -> Tensor:
         half = torch.autocast(images.device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
         with half:
-            mean, _ = base.autoencoder.encode(images)
-        return mean.float() * base.latent_scale
+            mean, _ = prior.autoencoder.encode(images)
+        return mean.float() * prior.latent_scale
 
     return ImageEncoder(encode, resolution)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from ..engine.run_settings import RunSettings
-from ..engine.settings import ConfigProblem, changed, option
+from ..engine.settings import ConfigProblem, changed, check_multiple, option
 from ..prior.settings import PriorSettings
 
 FORMS = ("cached", "constant", "full")
@@ -206,15 +206,8 @@ class TrainConfig(PriorSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.resolution % RESOLUTION_STEP:
-            raise ConfigProblem(
-                f"resolution: expected a multiple of {RESOLUTION_STEP} pixels, found {self.resolution}; the nearest is "
-                f"{max(round(self.resolution / RESOLUTION_STEP) * RESOLUTION_STEP, MIN_RESOLUTION)}."
-            )
-        if self.bucket_step % RESOLUTION_STEP:
-            raise ConfigProblem(
-                f"bucket_step: expected a multiple of {RESOLUTION_STEP} pixels, found {self.bucket_step}; usual is 64."
-            )
+        check_multiple("resolution", self.resolution, RESOLUTION_STEP, MIN_RESOLUTION)
+        check_multiple("bucket_step", self.bucket_step, RESOLUTION_STEP, RESOLUTION_STEP)
         if self.caption and self.form != "full":
             raise ConfigProblem(
                 f"caption: expected none with form {self.form}, which takes no text, found {self.caption!r}; remove it "

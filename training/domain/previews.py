@@ -45,18 +45,18 @@ class Preview:
     drawn at once, None for the configuration's.
 
     The prior is built for a drawing and let go again, so that training keeps the memory. Raises ValueError for prompts
-    that the base cannot encode, when it is made and not in the middle of a run.
+    that the prior cannot encode, when it is made and not in the middle of a run.
     """
 
     def __init__(
-        self, base: Prior, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
+        self, prior: Prior, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
     ) -> None:
-        self.base = base
+        self.prior = prior
         self.config = config
         self.batch = config.batch_size if batch is None else batch
         self.device = torch.device(device)
         self.prompts = tuple(config.sample_prompts)
-        self.texts = [base.encode_text([prompt]) for prompt in self.prompts]
+        self.texts = [prior.encode_text([prompt]) for prompt in self.prompts]
         self.dtype = preview_dtype(self.device)
 
     @torch.no_grad()
@@ -72,18 +72,18 @@ class Preview:
 
         The UNet is used where and as it is. should_stop() ends the drawing after a row; the rest stays grey.
         """
-        config, base = self.config, self.base
+        config, prior = self.config, self.prior
         size = ImageSize((config.resolution, config.resolution))
-        prior = None if text is not None else self._prior()
-        rows = self._rows(unet, prior, size, text)
-        side = config.resolution // base.factor
+        untrained = None if text is not None else self._prior()
+        rows = self._rows(unet, untrained, size, text)
+        side = config.resolution // prior.factor
         noise = torch.cat(
             [
-                torch.randn((1, base.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
+                torch.randn((1, prior.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
                 for seed in self.seeds
             ]
         )
-        sigmas = sigmas_uniform(base.schedule, config.sample_steps).float()
+        sigmas = sigmas_uniform(prior.schedule, config.sample_steps).float()
         drawn: list[Tensor] = []
         for row in rows:
             if should_stop():
@@ -93,9 +93,9 @@ class Preview:
                 sample(denoiser, part.to(self.device), sigmas, METHOD).float() for part in noise.split(self.batch)
             ]
             drawn.append(torch.cat(latents))
-        del prior
-        with base.autoencoder_on(self.device):
-            pictures = [base.decode(latents).cpu() for latents in drawn]
+        del untrained
+        with prior.autoencoder_on(self.device):
+            pictures = [prior.decode(latents).cpu() for latents in drawn]
         grey = torch.zeros(len(noise), 3, config.resolution, config.resolution)
         pictures += [grey] * (len(rows) - len(pictures))
         return grid(pictures, [row.label for row in rows], [f"seed {seed}" for seed in self.seeds], title)
@@ -105,14 +105,14 @@ class Preview:
         return range(self.config.seed, self.config.seed + self.config.sample_count)
 
     def _prior(self) -> nn.Module:
-        return self.base.load_unet(self.dtype).to(self.device)
+        return self.prior.load_unet(self.dtype).to(self.device)
 
-    def _rows(self, unet: nn.Module, prior: nn.Module | None, size: ImageSize, text: Text | None) -> list[Row]:
-        base, config = self.base, self.config
-        null = self._cond(size, base.null_text)
+    def _rows(self, unet: nn.Module, untrained: nn.Module | None, size: ImageSize, text: Text | None) -> list[Row]:
+        prior, config = self.prior, self.config
+        null = self._cond(size, prior.null_text)
         conds = [self._cond(size, one) for one in self.texts]
-        trained = Denoiser(_Autocast(unet, self.dtype), base.schedule, base.prediction_type)
-        if prior is None:
+        trained = Denoiser(_Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
+        if untrained is None:
             assert text is not None
             if not self.prompts:
                 return [Row("the model alone", cfg(trained, null, self._cond(size, text), 1.0))]
@@ -123,25 +123,25 @@ class Preview:
                 )
                 for prompt, cond in zip(self.prompts, conds)
             ]
-        untrained = Denoiser(prior, base.schedule, base.prediction_type)
+        before = Denoiser(untrained, prior.schedule, prior.prediction_type)
         if not self.prompts:
             return [
-                Row("domain model alone", domain_guidance(untrained, trained, null, scale=1.0)),
+                Row("domain model alone", domain_guidance(before, trained, null, scale=1.0)),
                 Row(
                     f"domain {config.domain_weight:g} against the prior",
-                    domain_guidance(untrained, trained, null, scale=config.domain_weight),
+                    domain_guidance(before, trained, null, scale=config.domain_weight),
                 ),
             ]
         return [
             Row(
                 f"{prompt or 'empty prompt'} (domain {config.domain_weight:g}, control {config.control_weight:g})",
-                in_domain(untrained, trained, null, cond, config.domain_weight, config.control_weight),
+                in_domain(before, trained, null, cond, config.domain_weight, config.control_weight),
             )
             for prompt, cond in zip(self.prompts, conds)
         ]
 
     def _cond(self, size: ImageSize, text: Text) -> Mapping[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.base.conditioning([size], text).items()}
+        return {name: value.to(self.device) for name, value in self.prior.conditioning([size], text).items()}
 
 
 class _Autocast(nn.Module):

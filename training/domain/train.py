@@ -163,20 +163,11 @@ class _Training(Run[TrainConfig]):
         return count, self.needs.to_text()
 
     def remark(self, start: int) -> None:
-        config, prior, needs = self.config, self.prior, self.needs
+        config, needs = self.config, self.needs
         if start >= config.steps or needs is None:
             return
-        if prior.zero_snr and config.min_snr_gamma:
-            self.warn(
-                "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the "
-                "overall brightness is learned from the levels before it; 0 weighs all levels alike."
-            )
-        native = prior.native_resolution
-        if native is not None and config.resolution < SMALL * native:
-            self.warn(
-                f"{prior.name} was made for images of {native} px, and this run learns them at {config.resolution} px, "
-                f"where its pictures are poor; set resolution to {native} unless that is meant."
-            )
+        for remark in _remarks(config, self.prior):
+            self.warn(remark)
         too_much = needs.available is not None and needs.peak > HOPELESS * needs.available
         if too_much and self.processes.device.type == "cpu":
             # Other devices say that memory ran out; here the system would kill the process, and whatever else it holds
@@ -350,3 +341,19 @@ class _Training(Run[TrainConfig]):
                     null_text_error=trainee.null_text_error,
                     **facts,
                 )
+
+
+def _remarks(config: TrainConfig, prior: Prior) -> list[str]:
+    """What is odd about learning from a prior with these settings."""
+    remarks, native = [], prior.native_resolution
+    if prior.zero_snr and config.min_snr_gamma:
+        remarks.append(
+            "min_snr_gamma gives the last, image-free noise level of a zero-SNR model next to no weight: the overall "
+            "brightness is learned from the levels before it; 0 weighs all levels alike."
+        )
+    if native is not None and config.resolution < SMALL * native:
+        remarks.append(
+            f"{prior.name} was made for images of {native} px, and this run learns them at {config.resolution} px, "
+            f"where its pictures are poor; set resolution to {native} unless that is meant."
+        )
+    return remarks

@@ -1,4 +1,4 @@
-"""What of a base is trained: its text-free or full UNet, and which of the weights learn.
+"""What of a prior is trained: its text-free or full UNet, and which of the weights learn.
 
 "Image is All You Need to Empower Large-scale Diffusion Models for In-Domain Generation" (arXiv 2312.08195), section
 3.2, for the text-free forms; `full` keeps the text and is what fine-tuning baselines train.
@@ -87,7 +87,7 @@ class Trainee:
 
 
 def start_model(
-    base: Prior,
+    prior: Prior,
     form: str = "cached",
     train: str = "all",
     *,
@@ -101,7 +101,7 @@ def start_model(
     null_text_error: Mapping[str, float] | None = None,
     on_probe: Callable[[int, int], None] | None = None,
 ) -> Trainee:
-    """The UNet that learns, made from a base.
+    """The UNet that learns, made from a prior.
 
     form: "cached" and "constant" are text-free (`guidance.null_text`); "full" takes the text of `caption`, one prompt
     for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.6 M of SD 1.5's
@@ -118,19 +118,19 @@ def start_model(
         raise Problem(f"Expected no caption with the text-free form {form}, got {caption!r}; use form full.")
     with torch.inference_mode(False), torch.enable_grad():
         text, folded, errors = None, {}, dict(null_text_error or {})
-        # Copies: training must never reach the prior, whose tensors the base shares.
-        weights = {key: tensor.detach().to(torch.float32, copy=True) for key, tensor in base.unet.items()}
-        config = base.config
+        # Copies: training must never reach the prior, whose tensors these are.
+        weights = {key: tensor.detach().to(torch.float32, copy=True) for key, tensor in prior.unet.items()}
+        config = prior.config
         if form == "cached":
-            weights, config = build_cached(weights, config, base.null_context)
+            weights, config = build_cached(weights, config, prior.null_context)
         elif form == "constant":
             if constants is None:
-                folded, errors = measured_constants(base, resolution, device, on_probe)
+                folded, errors = measured_constants(prior, resolution, device, on_probe)
             else:
                 folded = dict(constants)
-            weights, config = fold_constants(weights, config, base.null_context, folded)
+            weights, config = fold_constants(weights, config, prior.null_context, folded)
         else:
-            text = base.encode_text([caption])
+            text = prior.encode_text([caption])
         with torch.device("meta"):
             unet = UNet(config)
         unet.load_state_dict(weights, strict=True, assign=True)
@@ -153,16 +153,19 @@ def choose_trainable(unet: UNet, train: str, rank: int = 16, seed: int = 0) -> N
 
 
 def measured_constants(
-    base: Prior, resolution: int, device: torch.device | str = "cpu", on_probe: Callable[[int, int], None] | None = None
+    prior: Prior,
+    resolution: int,
+    device: torch.device | str = "cpu",
+    on_probe: Callable[[int, int], None] | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Each block's mean cross-attention output on the prior's own unconditional trajectory, and its error on another.
 
     The trajectories are those of the design (8 of 20 DDIM steps, seeds 0 and 1) at square latents of `resolution`.
     """
-    prior = base.load_unet().to(device)
-    side = resolution // base.factor
-    y = base.vector([ImageSize((resolution, resolution))], base.null_context.pooled)
-    denoiser = Denoiser(prior, base.schedule, base.prediction_type)
+    unet = prior.load_unet().to(device)
+    side = resolution // prior.factor
+    y = prior.vector([ImageSize((resolution, resolution))], prior.null_context.pooled)
+    denoiser = Denoiser(unet, prior.schedule, prior.prediction_type)
     total, done = 2 * (PROBE_STEPS + PROBE_USE), 0
 
     def progress(*_: int) -> None:
@@ -174,8 +177,8 @@ def measured_constants(
     def statistics(seed: int) -> dict[str, AttentionStatistics]:
         probes: Probes = collect_probes(
             denoiser,
-            base.null_context.tensor,
-            (1, base.config.in_channels, side, side),
+            prior.null_context.tensor,
+            (1, prior.config.in_channels, side, side),
             y=y,
             steps=PROBE_STEPS,
             use=PROBE_USE,
@@ -183,7 +186,7 @@ def measured_constants(
             device=device,
             on_step=progress,
         )
-        return measure_cross_attention(prior, base.null_context.tensor, probes, on_probe=progress)
+        return measure_cross_attention(unet, prior.null_context.tensor, probes, on_probe=progress)
 
     constants = {block: seen.mean for block, seen in statistics(0).items()}
     unseen = statistics(1)

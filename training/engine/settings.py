@@ -148,6 +148,13 @@ class Settings:
         return {name: (value, theirs[name]) for name, value in self.binding().items() if theirs[name] != value}
 
 
+def check_multiple(name: str, value: int, step: int, least: int = 0) -> None:
+    """Raise ConfigProblem for a number of pixels that is no multiple of `step`; least: the smallest to propose."""
+    if value % step:
+        nearest = max(round(value / step) * step, least)
+        raise ConfigProblem(f"{name}: expected a multiple of {step} pixels, found {value}; the nearest is {nearest}.")
+
+
 def fields_of(settings: type[Settings]) -> list[dataclasses.Field]:
     """The fields by groups, those that must be given first."""
     groups, required = settings.groups, settings.required
