@@ -147,7 +147,7 @@ class Process:
                 event = json.loads(line)
             except ValueError:  # the line that the kill tore
                 continue
-            if event["event"] in ("started", "step", "distilled"):
+            if event["event"] in ("started", "step"):
                 self.step, self.stepped = event["step"], time.monotonic()
             elif event["event"] == "result":
                 self.done = event["status"]

@@ -283,7 +283,7 @@ def test_killed_it_goes_on_to_the_same_bits(tiny_adaptation, tmp_path, monkeypat
         with subprocess.Popen(command(killed), stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 event = json.loads(line)
-                if event["event"] == "distilled" and event["step"] >= at:
+                if event["event"] == "step" and event["step"] >= at:
                     process.kill()
                     break
             process.stdout.read()

@@ -165,7 +165,7 @@ def test_adapted_resumed_and_sampled(tiny_adaptation, tmp_path):
     status, text, err = run("adapt", *common, "--steps", "1", "--json")
     assert status == 0, err
     lines = [json.loads(line) for line in text.splitlines()]
-    assert [line["event"] for line in lines][:2] == ["started", "distilled"] and lines[-1]["status"] == "finished"
+    assert [line["event"] for line in lines][:2] == ["started", "step"] and lines[-1]["status"] == "finished"
     assert "trains 16 of 42 tensors" in lines[0]["estimate"]
     status, text, err = run("resume", out, "--steps", "2")
     assert status == 0 and text.strip() == str(out / "red.safetensors") and "2/2" in err

@@ -141,7 +141,7 @@ def test_stopped_run_goes_on_to_the_same_bits(place, uninterrupted, name, status
     run = place / "runs" / f"stopped-{name}"
     assert found == status, err
     kinds = [event["event"] for event in events]
-    assert kinds[0] == "started" and "caching" in kinds and kinds[-2:] == ["stopped", "result"]
+    assert kinds[0] == "started" and "preparing" in kinds and kinds[-2:] == ["stopped", "result"]
     result = events[-1]
     assert result["status"] == "stopped" and 7 <= result["step"] < 12 and result["path"] is None
     assert Path(events[-2]["path"]).is_file() and f"{shlex.join(INDOMAIN)} resume {run}" in err
