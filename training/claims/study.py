@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ...guidance.errors import Problem
 from ..engine.lock import Busy
 from ..mini_world.assets import load_classifier, load_mini_world, weights_dir
 from .deciding import Claim, Verdict, decide
@@ -25,7 +24,6 @@ VERSION = 3
 WAIT_S = 10  # before looking again at what other processes measure
 # The shipped files that every number depends on: prior, autoencoder, text encoder, judges.
 WORLD_FILES = ("prior_unet", "text_encoder", "autoencoder", "classifier", "classifier_held_out")
-PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -33,8 +31,7 @@ class Sampling:
     """How a point's pictures are drawn and measured; all of it is part of its key.
 
     samples: pictures of a point. steps: of the sampler. targets: pictures that right answers are taken from.
-    replicates: of the bootstrap. precision: of the UNets, "fp32" or "bf16"; everything around them is float32.
-    rendered: the prior's own pictures of a prompt (StyleGAN-Fusion).
+    replicates: of the bootstrap. precision: of the UNets, "fp32" or "bf16". rendered: the prior's pictures of a prompt.
     """
 
     samples: int
@@ -44,10 +41,6 @@ class Sampling:
     seed: int = 0
     precision: str = "fp32"
     rendered: int = 500
-
-    def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise Problem(f"expected a precision of {', '.join(PRECISIONS)}, found {self.precision!r}")
 
 
 @dataclass(frozen=True)

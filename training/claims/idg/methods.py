@@ -7,8 +7,7 @@ in METHODS and its points in `sweep.py`.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ....guidance import presets
 from ....guidance.combination import Guidance
@@ -18,72 +17,86 @@ from ....guidance.schedules import Weight, weight_from_json
 from ....guidance.terms import Source, Term
 
 
-@dataclass(frozen=True)
-class Method:
+class Given(NamedTuple):
+    """What a method makes its guidance of: the prior, a trained model, settings, and the two conditionings."""
+
+    prior: Any
+    model: Any
+    settings: Mapping[str, Any]
+    uncond: Any
+    cond: Any
+
+    def weight(self, name: str) -> Weight:
+        return weight_from_json(self.settings[name])
+
+    def with_control(self, *terms: Term) -> Guidance:
+        """Terms, and classifier-free guidance of the prior."""
+        control = Term("control", self.prior, self.cond, self.weight("w_c"))
+        return Guidance(Source(self.prior, self.uncond), [*terms, control])
+
+
+class Method(NamedTuple):
     """A way of sampling. role: "prior" (what everything is held against), "paper" (multi-guidance as the paper has it),
-    "beyond" (what this project adds to it), "fine_tune" (the paper's rival) or "domain". guidance(prior, model, weight,
-    settings, uncond, cond): weight(name) is a setting as a weight."""
+    "beyond" (what this project adds to it), "fine_tune" (the paper's rival) or "domain". title: in tables; of
+    fine-tunes what stands after their kind."""
 
     name: str
     role: str
     title: str
-    guidance: Callable[..., Guidance]
-
-    def guide(self, prior: Any, model: Any, settings: Mapping[str, Any], uncond: Any, cond: Any) -> Guidance:
-        """The guidance of a prior and a trained model under two conditionings."""
-
-        def weight(name: str) -> Weight:
-            return weight_from_json(settings[name])
-
-        return self.guidance(prior, model, weight, settings, uncond, cond)
+    guidance: Callable[[Given], Guidance]
 
 
-def in_domain(prior, model, w, s, u, c) -> Guidance:
-    return presets.in_domain(prior, model, u, c, w("w_d"), w("w_c"))
+def in_domain(given: Given) -> Guidance:
+    return given.with_control(Term("domain", given.model, given.uncond, given.weight("w_d")))
 
 
-def orthogonal(prior, model, w, s, u, c) -> Guidance:
+def orthogonal(given: Given) -> Guidance:
     """The domain direction loses (a share of) its component along the control direction."""
-    shaping = Orthogonal(("control",), **{key: s[key] for key in ("share", "only_opposing", "per") if key in s})
-    terms = [Term("domain", model, u, w("w_d"), shaping=shaping), Term("control", prior, c, w("w_c"))]
-    return Guidance(Source(prior, u), terms)
+    options = {key: given.settings[key] for key in ("share", "only_opposing", "per") if key in given.settings}
+    shaping = Orthogonal(("control",), **options)
+    return given.with_control(Term("domain", given.model, given.uncond, given.weight("w_d"), shaping=shaping))
 
 
-def bands(prior, model, w, s, u, c) -> Guidance:
+def bands(given: Given) -> Guidance:
     """The domain direction has one weight for its low and one for its high spatial frequencies, split at a width in
     latent pixels; the text "inf" makes the low band each channel's mean."""
-    width = float(s["width"])
-    terms = [
-        Term("domain, low", model, u, w("w_low"), shaping=Bands(width, 1.0, 0.0)),
-        Term("domain, high", model, u, w("w_high"), shaping=Bands(width, 0.0, 1.0)),
-        Term("control", prior, c, w("w_c")),
-    ]
-    return Guidance(Source(prior, u), terms)
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("prior", "prior", "prior", lambda prior, model, w, s, u, c: presets.cfg(prior, u, c, w("scale"))),
-        Method(
-            "domain",
-            "domain",
-            "domain model alone",
-            lambda prior, model, w, s, u, c: presets.domain_guidance(prior, model, u, scale=w("scale")),
-        ),
-        Method("multi_guidance", "paper", "multi-guidance", in_domain),
-        Method("scheduled", "beyond", "scheduled terms", in_domain),
-        Method("orthogonal", "beyond", "orthogonal domain term", orthogonal),
-        Method("bands", "beyond", "domain term by frequency", bands),
-        Method("fine_tune", "fine_tune", "", lambda prior, model, w, s, u, c: presets.cfg(model, u, c, w("scale"))),
-        Method(
-            "fine_tune_prior_u",
-            "fine_tune",
-            ", prior's u",
-            lambda prior, model, w, s, u, c: presets.unconditional_prior(prior, model, u, c, w("scale")),
-        ),
+    parts = {"low": (1.0, 0.0), "high": (0.0, 1.0)}
+    shapings = {part: Bands(float(given.settings["width"]), *shares) for part, shares in parts.items()}
+    return given.with_control(
+        *(
+            Term(f"domain, {part}", given.model, given.uncond, given.weight(f"w_{part}"), shaping=shaping)
+            for part, shaping in shapings.items()
+        )
     )
-}
+
+
+def domain(given: Given) -> Guidance:
+    return presets.domain_guidance(given.prior, given.model, given.uncond, scale=given.weight("scale"))
+
+
+def prior(given: Given) -> Guidance:
+    return presets.cfg(given.prior, given.uncond, given.cond, given.weight("scale"))
+
+
+def fine_tune(given: Given) -> Guidance:
+    return presets.cfg(given.model, given.uncond, given.cond, given.weight("scale"))
+
+
+def fine_tune_prior_u(given: Given) -> Guidance:
+    return presets.unconditional_prior(given.prior, given.model, given.uncond, given.cond, given.weight("scale"))
+
+
+_ROWS = (
+    Method("prior", "prior", "prior", prior),
+    Method("domain", "domain", "domain model alone", domain),
+    Method("multi_guidance", "paper", "multi-guidance", in_domain),
+    Method("scheduled", "beyond", "scheduled terms", in_domain),
+    Method("orthogonal", "beyond", "orthogonal domain term", orthogonal),
+    Method("bands", "beyond", "domain term by frequency", bands),
+    Method("fine_tune", "fine_tune", "", fine_tune),
+    Method("fine_tune_prior_u", "fine_tune", ", prior's u", fine_tune_prior_u),
+)
+METHODS = {method.name: method for method in _ROWS}
 
 
 def methods_of(*roles: str) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from typing import Any
 from torch import Tensor
 
 from ....guidance.diffusion import Denoiser
-from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, read_domain_file, read_state_dict
 from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import load_unet
@@ -30,7 +29,6 @@ from ..keeping import file_hash, key_of, trained_weights
 # The caption that fits every image of the domain and that the prior understands.
 FIXED_CAPTION = "a digit"
 RATES = {"domain": 3e-4, "full": 3e-4, "low_rank": 1e-3}
-KINDS = ("shipped", *RATES)
 SETTINGS: dict[str, Any] = {
     "base": "mini_world",
     "resolution": 64,
@@ -58,12 +56,6 @@ class ModelSpec:
     steps: int = 0
     caption: str = ""
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise Problem(f"expected a model of kind {', '.join(KINDS)}, found {self.kind!r}")
-        if self.kind != "shipped" and self.steps < 1:
-            raise Problem(f"expected at least 1 training step for a model of kind {self.kind}, found {self.steps}")
 
     @property
     def run_name(self) -> str:

@@ -6,10 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ....guidance.errors import Problem
-from .methods import METHODS
 from .models import ModelSpec
-from .questions import QUESTIONS
 
 
 @dataclass(frozen=True)
@@ -26,10 +23,6 @@ class Point:
 
     @classmethod
     def of(cls, question: str, method: str, model: ModelSpec | None = None, **settings: Any) -> Point:
-        if question not in QUESTIONS:
-            raise Problem(f"expected one of the questions {', '.join(QUESTIONS)}, found {question!r}")
-        if method not in METHODS:
-            raise Problem(f"expected one of the methods {', '.join(METHODS)}, found {method!r}")
         return cls(question, method, json.dumps(settings, sort_keys=True), model)
 
     @property

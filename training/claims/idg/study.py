@@ -21,7 +21,7 @@ from ..statistics import Measured
 from ..study import Plan, Study
 from .claims import Floors, claims
 from .confirming import confirming
-from .methods import METHODS
+from .methods import METHODS, Given
 from .models import Models
 from .points import Point
 from .questions import QUESTIONS, examine, floors
@@ -63,7 +63,7 @@ class IdgStudy(Study):
         prompts = question.prompts(sampling.samples, sampling.seed)
         pictures, cost = sample_prompts(
             self.world,
-            lambda uncond, cond: METHODS[point.method].guide(prior, model, point.values, uncond, cond),
+            lambda uncond, cond: METHODS[point.method].guidance(Given(prior, model, point.values, uncond, cond)),
             prompts,
             steps=sampling.steps,
             seed=sampling.seed,

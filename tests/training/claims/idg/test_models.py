@@ -34,12 +34,6 @@ def test_lengths_of_one_run_share_it_and_everything_else_does_not(world, tmp_pat
     assert Models(tmp_path, world, batch=8).facts(specs[0]) != models.facts(specs[0])
 
 
-@pytest.mark.parametrize("make", [lambda: ModelSpec("big", "handwriting", 1), lambda: ModelSpec("full", "handwriting")])
-def test_models_that_cannot_be(make):
-    with pytest.raises(ValueError, match="expected"):
-        make()
-
-
 def test_additions_are_merged_as_their_formula_says():
     generator = torch.Generator().manual_seed(0)
     weights = {
