@@ -37,7 +37,7 @@ def test_every_command_is_understood():
     found = commands("\n".join(BLOCKS))
     assert {words[0] for words in found} == {"mini-data", "train", "sample", "check-data", "adapt"} and len(found) >= 7
     for words in found:
-        command_line.parse(words)  # leaves the process when it does not understand
+        command_line.build_parser().parse(words)  # leaves the process when it does not understand
 
 
 def test_every_option_and_command_named_in_the_text_exists():

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_metadata, read_state_dict
-from indomain_guidance.training.domain import export
+from indomain_guidance.training.command_line.inspect import inspect
 from indomain_guidance.training.domain import trainee as parts
+from indomain_guidance.training.domain.finished import write_low_rank
+from indomain_guidance.training.domain.low_rank import low_rank_layers
 from indomain_guidance.training.prior.opening import open_checkpoint
 
 
@@ -25,7 +27,7 @@ def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, t
     base = open_checkpoint(tiny_checkpoint(family).path, prediction="epsilon")
     trainee = trained(base, 4)
     path = tmp_path / "lora.safetensors"
-    export.write_low_rank(path, trainee, base, steps=7, dataset_size=3, file_dtype="fp32")
+    write_low_rank(path, trainee, base, steps=7, dataset_size=3, file_dtype="fp32")
     config = base.config
     model = tiny.prior(
         family=core_family,
@@ -45,7 +47,7 @@ def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, t
     expected = trainee.weights()
     weights = model.model.state_dict()
     touched = set(patched.patches)
-    assert touched == {f"diffusion_model.{name}.weight" for name in export.low_rank_layers(trainee.unet)}
+    assert touched == {f"diffusion_model.{name}.weight" for name in low_rank_layers(trainee.unet)}
     assert 3 * len(touched) == len(lora)
     for key in touched:
         weight = weights[key].clone()
@@ -55,7 +57,7 @@ def test_core_patches_equal_merged_weights(family, core_family, comfyui, tiny, t
         assert not torch.allclose(own, base.unet[key.removeprefix("diffusion_model.")].float(), atol=1e-3)
     metadata = read_metadata(path)
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"], metadata["ss_steps"]) == ("4", "4.0", "7")
-    about = export.inspect(path)
+    about = inspect(path)
     assert (about["kind"], about["ranks"], about["layers"]) == ("LoRA", [4], len(touched))
 
 
@@ -63,5 +65,5 @@ def test_only_what_fits_the_prior_is_a_lora(tiny_checkpoint, tmp_path):
     base = open_checkpoint(tiny_checkpoint("sd1").path)
     free = parts.start_model(base, "cached", "low_rank")
     with pytest.raises(ValueError, match="expected a model of form full trained with low_rank, got form cached"):
-        export.write_low_rank(tmp_path / "x.safetensors", free, base)
+        write_low_rank(tmp_path / "x.safetensors", free, base)
     assert not list(tmp_path.iterdir())

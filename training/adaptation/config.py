@@ -278,6 +278,10 @@ class AdaptConfig(PriorSettings):
         check_multiple("resolution", self.resolution, RESOLUTION_STEP, RESOLUTION_STEP)
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.prompt, self.negative, self.source_prompt)
+
+    @property
     def memory_advice(self) -> str:
         side = f" at {self.resolution} px" if self.resolution else ""
         return (

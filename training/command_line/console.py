@@ -18,7 +18,7 @@ from ..engine.events import Event, Preparing, Started, Step, Stopped, Warned, de
 from .kinds import KINDS
 
 if TYPE_CHECKING:
-    from ..domain.train import Result
+    from ..engine.run import Result
 
 # A log file gets a line this often instead of a moving bar.
 QUIET_SECONDS = 15.0
@@ -26,7 +26,7 @@ MOST_AT_ONCE = 20_000  # characters, such as all settings with many folders of i
 
 
 class Console:
-    """A listener of a run, for one terminal; call it with each event, and `result` at the end.
+    """Shows a run in a terminal: called with each event, and `result` at the end.
 
     as_json: events and the result as JSON lines on standard output, else the finished file's path alone. quiet: only
     warnings on standard error. dry_run: all settings and the estimate are the result. Of several processes only the
@@ -58,9 +58,9 @@ class Console:
 
     def _started(self, event: Started) -> None:
         if self._dry_run and not self._as_json:
-            self._out(f"{_settings(event.config)}\n\n{describe(event)}")
+            _out(f"{_settings(event.config)}\n\n{describe(event)}")
         else:
-            defaults = {one.name: _plain(one.default) for one in dataclasses.fields(KINDS[event.kind])}
+            defaults = {field.name: _plain(field.default) for field in dataclasses.fields(KINDS[event.kind])}
             chosen = {name: value for name, value in event.config.items() if value != defaults.get(name)}
             self._say(f"{_settings(chosen)}\n(the other settings are the defaults)\n{describe(event)}")
 
@@ -85,9 +85,9 @@ class Console:
         if not self._speaks:
             return
         if self._as_json:
-            self._out(json.dumps({"event": "result", **vars(result)}, default=str))
+            _out(json.dumps({"event": "result", **vars(result)}, default=str))
         elif result.path is not None:
-            self._out(str(result.path))
+            _out(str(result.path))
         if result.status == "stopped":
             # Several processes go on as several.
             alone = int(os.environ.get("WORLD_SIZE", "1")) == 1
@@ -96,16 +96,13 @@ class Console:
 
     def _event(self, line: str) -> None:
         try:
-            self._out(line)
+            _out(line)
         except (OSError, ValueError):
             # The reader has gone. What is left in the buffer, and all that follows, goes nowhere.
             with suppress(OSError, ValueError):
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, sys.stdout.fileno())
                 os.close(nowhere)
-
-    def _out(self, line: str) -> None:
-        print(line, flush=True)
 
     def _say(self, text: str, always: bool = False) -> None:
         if not self._quiet or always:
@@ -133,6 +130,10 @@ class Console:
         with suppress(OSError, ValueError):
             self._errors.write(text)
             self._errors.flush()
+
+
+def _out(line: str) -> None:
+    print(line, flush=True)
 
 
 def own_command(*words: object) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,44 +18,46 @@ from ...guidance.null_text import load_unet
 from ...guidance.sampling import SAMPLERS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
+from ..engine.settings import ConfigProblem, Settings, option
 from ..prior.prior import ImageSize, Prior
 from ..prior.text_encoders import Text
 
 SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
-METHOD = "dpmpp_2m"
 
 
-@dataclass(frozen=True)
-class DrawingSettings:
+@dataclass(frozen=True, kw_only=True)
+class DrawingSettings(Settings):
     """How to sample. Weights as in `presets.in_domain`: 0 leaves a part out and saves its predictions.
 
-    domain_start, domain_end: share of sampling (0 start, 1 end) in which the domain model takes part. method: one of
-    `guidance.sampling.SAMPLERS`; spacing of the noise levels: "uniform" in timesteps, "sgm_uniform" (that of the
-    paper's code) or "karras". size (height, width) in pixels. batch: pictures of one prompt that are sampled at once.
+    Raises ConfigProblem for a value out of its range.
     """
 
-    domain_weight: float = 2.5
-    control_weight: float = 2.5
-    domain_start: float = 0.0
-    domain_end: float = 1.0
-    steps: int = 25
-    method: str = METHOD
-    spacing: str = "uniform"
-    size: tuple[int, int] = (512, 512)
-    batch: int = 4
+    command: ClassVar[str] = "indomain sample"
+    groups: ClassVar[tuple[str, ...]] = ("drawing",)
+
+    domain_weight: float = option(2.5, "drawing", "weight of the domain model, usually 0 to 5", min=-1000.0, max=1000.0)
+    control_weight: float = option(2.5, "drawing", "weight of the prompt, usually 0 to 8", min=-1000.0, max=1000.0)
+    domain_start: float = option(0.0, "drawing", "share of sampling at which the domain model begins", min=0.0, max=1.0)
+    domain_end: float = option(1.0, "drawing", "share of sampling at which it ends", min=0.0, max=1.0)
+    steps: int = option(25, "drawing", "model steps", min=1, max=1000)
+    method: str = option("dpmpp_2m", "drawing", "sampler", choices=SAMPLERS)
+    spacing: str = option(
+        "uniform",
+        "drawing",
+        "of the noise levels, as ComfyUI has them: uniform (there called normal), sgm_uniform (the released code's of "
+        "the paper), karras",
+        choices=tuple(SPACINGS),
+    )
+    width: int = option(512, "drawing", "in pixels, a multiple of 8", min=8, max=16384)
+    height: int = option(512, "drawing", "in pixels, a multiple of 8", min=8, max=16384)
+    batch_size: int = option(4, "drawing", "pictures of one prompt drawn at once", min=1, max=4096)
 
     def __post_init__(self) -> None:
-        if self.method not in SAMPLERS or self.spacing not in SPACINGS:
-            raise Problem(
-                f"Expected a method of {', '.join(SAMPLERS)} and a spacing of {', '.join(SPACINGS)}, got "
-                f"{self.method!r} and {self.spacing!r}."
+        super().__post_init__()
+        if self.domain_start > self.domain_end:
+            raise ConfigProblem(
+                f"domain_start: expected at most domain_end, {self.domain_end}, found {self.domain_start}."
             )
-        if not 0.0 <= self.domain_start <= self.domain_end <= 1.0:
-            raise Problem(
-                f"Expected the domain's part of sampling between 0 and 1, got {self.domain_start} to {self.domain_end}."
-            )
-        if self.steps < 1 or self.batch < 1:
-            raise Problem(f"Expected at least 1 step and 1 picture at once, got {self.steps} and {self.batch}.")
 
     def domain_term(self) -> WeightLike:
         """The domain model's weight over sampling."""
@@ -83,19 +85,17 @@ class Artist:
 
     def __init__(
         self,
-        base: Prior,
+        prior: Prior,
         weights: Mapping[str, Tensor],
         metadata: DomainMetadata,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.base, self.device, self.metadata = base, torch.device(device), metadata
-        prior = base.load_unet(dtype).to(self.device)
+        self.prior, self.device, self.metadata = prior, torch.device(device), metadata
+        self.base = Denoiser(prior.load_unet(dtype).to(self.device), prior.schedule, prior.prediction_type)
         domain = load_unet(weights, metadata.config, dtype).to(self.device)
-        self.prior = Denoiser(prior, base.schedule, base.prediction_type)
-        self.domain = Denoiser(domain, base.schedule, metadata.prediction_type or base.prediction_type)
-        self.caption = metadata.caption
+        self.domain = Denoiser(domain, prior.schedule, metadata.prediction_type or prior.prediction_type)
 
     @torch.no_grad()
     def draw(
@@ -112,16 +112,17 @@ class Artist:
         rounding). negative: the prompt of the base prediction, "" as in the paper. on_step(done, total) counts model
         steps over all pictures.
         """
-        height, width = settings.size
-        factor = self.base.factor
+        width, height = settings.width, settings.height
+        factor = self.prior.factor
         if height % factor or width % factor or min(height, width) < factor:
             raise Problem(f"Expected a width and height that are multiples of {factor} px, got {width}x{height}.")
         size = ImageSize((height, width))
-        base_cond = self._cond(size, self.base.encode_text([negative]))
-        own = base_cond if self.caption is None else self._cond(size, self.base.encode_text([self.caption]))
-        texts = [self.base.encode_text([prompt]) for prompt in prompts]
-        sigmas = SPACINGS[settings.spacing](self.base.schedule, settings.steps).float()
-        parts = [list(seeds[at : at + settings.batch]) for at in range(0, len(seeds), settings.batch)]
+        base_cond = self._cond(size, self.prior.encode_text([negative]))
+        caption = self.metadata.caption
+        domain_cond = base_cond if caption is None else self._cond(size, self.prior.encode_text([caption]))
+        texts = [self.prior.encode_text([prompt]) for prompt in prompts]
+        sigmas = SPACINGS[settings.spacing](self.prior.schedule, settings.steps).float()
+        parts = [list(seeds[at : at + settings.batch_size]) for at in range(0, len(seeds), settings.batch_size)]
         total, done = len(prompts) * len(parts) * settings.steps, 0
 
         def count(_: dict[str, Any]) -> None:
@@ -130,27 +131,29 @@ class Artist:
             on_step(done, total)
 
         for prompt, text in zip(prompts, texts):
-            # A prompt equal to the base's says nothing: its term is 0 and needs no prediction.
+            # The term of a prompt equal to the base's is 0 and needs no prediction.
             control = settings.control_weight if prompt != negative else 0.0
             guidance = Guidance(
-                Source(self.prior, base_cond),
+                Source(self.base, base_cond),
                 [
-                    Term("domain", self.domain, own, settings.domain_term()),
-                    Term("control", self.prior, self._cond(size, text), control),
+                    Term("domain", self.domain, domain_cond, settings.domain_term()),
+                    Term("control", self.base, self._cond(size, text), control),
                 ],
             )
             for part in parts:
                 noise = torch.cat([self._noise(seed, height // factor, width // factor) for seed in part])
-                guided = MultiGuidance(guidance, self.base.schedule.percent_to_sigma)
+                guided = MultiGuidance(guidance, self.prior.schedule.percent_to_sigma)
                 latents = sample(guided, noise.to(self.device), sigmas, settings.method, count)
-                with self.base.autoencoder_on(self.device):
-                    pictures = self.base.decode(latents).cpu()
+                with self.prior.autoencoder_on(self.device):
+                    pictures = self.prior.decode(latents).cpu()
                 cost = sum(guided.samples_per_step) / len(guided.samples_per_step)
                 for seed, pixels in zip(part, pictures):
                     yield Drawn(prompt, seed, pixels, cost)
 
     def _noise(self, seed: int, height: int, width: int) -> Tensor:
-        return torch.randn((1, self.base.latent_channels, height, width), generator=torch.Generator().manual_seed(seed))
+        return torch.randn(
+            (1, self.prior.latent_channels, height, width), generator=torch.Generator().manual_seed(seed)
+        )
 
     def _cond(self, size: ImageSize, text: Text) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.base.conditioning([size], text).items()}
+        return {name: value.to(self.device) for name, value in self.prior.conditioning([size], text).items()}

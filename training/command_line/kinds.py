@@ -7,13 +7,13 @@ from typing import Any
 
 from ..adaptation.config import AdaptConfig
 from ..domain.config import TrainConfig
-from ..engine.run_settings import RunSettings
 from ..engine.settings import ConfigProblem
+from ..prior.settings import PriorSettings
 
-KINDS: dict[str, type[RunSettings]] = {kind.kind: kind for kind in (TrainConfig, AdaptConfig)}
+KINDS: dict[str, type[PriorSettings]] = {kind.kind: kind for kind in (TrainConfig, AdaptConfig)}
 
 
-def kind_of(values: Mapping[str, Any], source: str = "configuration") -> type[RunSettings]:
+def kind_of(values: Mapping[str, Any], source: str = "configuration") -> type[PriorSettings]:
     """The kind of run whose settings these are, by their field "kind". Raises ConfigProblem without a known one."""
     kind = KINDS.get(str(values.get("kind")))
     if kind is None:

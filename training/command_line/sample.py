@@ -1,4 +1,4 @@
-"""``indomain sample``: finds the files that its options name, draws, and saves pictures that say how they were made."""
+"""``indomain sample``: pictures of a domain model or an image generator, saved with how they were made."""
 
 from __future__ import annotations
 
@@ -7,88 +7,168 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ...guidance.files import (
-    DTYPES,
-    DomainMetadata,
-    FileProblem,
-    check_latent_format,
-    holds_generator,
-    read_domain_file,
-)
+from ...guidance.files import DTYPES, DomainMetadata, check_latent_format, read_domain_file
 from ...guidance.files.atomic import replacing
 from ...guidance.networks.seeds import latents_of_seeds
-from ..adaptation.config import AdaptConfig
+from ..adaptation.adapt import open_generator
 from ..domain.config import TrainConfig
-from ..engine.checkpoints import find_checkpoints
-from ..engine.folder import CONFIG
 from ..engine.processes import pick_device, pick_precision
-from ..engine.settings import ConfigProblem
-from ..engine.small_files import read_values
+from ..engine.settings import ConfigProblem, fields_of, kinds_of
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_prior
-from .console import Console, own_command
+from ..prior.prior import Prior
+from .console import Console
 from .drawing import Artist, DrawingSettings, Drawn
-from .kinds import kind_of
+from .models import comfyui_tokenizer, find_domain, find_generator
+from .parser import (
+    DONE,
+    add_command,
+    add_device,
+    add_number,
+    add_output,
+    add_setting,
+    given,
+    path,
+    print_result,
+    text,
+    whole,
+)
+
+# Settings of `DrawingSettings` whose default depends on the model.
+SIZE = {"width": "the resolution it was trained at, else what the prior was made for", "height": "the width"}
 
 
-def run(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
-    """Draw what the options of ``indomain sample`` say; a description of each picture once its file is there."""
-    if options.count < 1:
-        raise ConfigProblem(f"count: expected at least 1 picture, found {options.count}.")
+def add_sample(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "sample",
+        _sample,
+        "draw pictures with a base and a domain model, or with an image generator",
+        "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
+        "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
+        "the files that adapt takes, only count, seed, truncation, output and device matter.",
+    )
+
+    command.add_argument(
+        "domain",
+        type=path,
+        metavar="MODEL",
+        help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting (domain model), "
+        "mini_world (generator)",
+    )
+    command.add_argument("-b", "--base", type=path, metavar="PATH", help="the prior (default: the run's)")
+    command.add_argument(
+        "-p",
+        "--prompt",
+        type=text,
+        action="append",
+        metavar="TEXT",
+        help="what to draw; again for more (default: none)",
+    )
+    command.add_argument("--negative", type=text, default="", metavar="TEXT", help="the base's prompt (default: empty)")
+    command.add_argument(
+        "-o",
+        "--output",
+        type=path,
+        default="pictures",
+        metavar="DIR",
+        help="folder (default: pictures); a picture whose name is taken gets a number behind it",
+    )
+    add_number(command, "--count", 4, 1, 1_000_000, "pictures per prompt")
+    add_number(command, "--seed", 0, 0, 2**62, "of the first; the next one has N + 1")
+    kinds = kinds_of(DrawingSettings)
+    for field in fields_of(DrawingSettings):
+        if field.name not in SIZE:
+            add_setting(command, field, kinds[field.name])
+    for name, otherwise in SIZE.items():
+        command.add_argument(f"--{name}", type=whole(64, 16384), metavar="PIXELS", help=f"(default: {otherwise})")
+    command.add_argument(
+        "--truncation",
+        type=float,
+        default=0.7,
+        metavar="X",
+        help="image generators only: 1 none, 0 the mean image (default 0.7)",
+    )
+    command.add_argument("--vae", type=path, default="", metavar="PATH", help="another VAE than the checkpoint's")
+    command.add_argument(
+        "--tokenizer",
+        type=path,
+        default="",
+        metavar="PATH",
+        help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)",
+    )
+    command.add_argument(
+        "--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on GPUs that have it, else fp32"
+    )
+    add_device(command)
+    add_output(command, "one JSON object a picture")
+
+
+def _sample(options: argparse.Namespace) -> int:
+    for picture in draw(options, Console(quiet=options.quiet)):
+        print_result(picture if options.json else picture["path"])
+    return DONE
+
+
+def draw(options: argparse.Namespace, console: Console) -> Iterator[dict[str, Any]]:
+    """Draw what the options say; a description of each picture once its file is there."""
     generator = find_generator(options.domain)
     if generator is not None:
-        yield from _run_generator(options, generator, console)
+        yield from _draw_with_generator(options, generator, console)
         return
-    path, trained = find_domain(options.domain)
-    weights, metadata = read_domain_file(path)
-    config = base_config(options, metadata, trained, path)
-    settings = DrawingSettings(
-        options.domain_weight,
-        options.control_weight,
-        options.domain_start,
-        options.domain_end,
-        options.steps,
-        options.method,
-        options.spacing,
-        batch=options.batch_size,
-    )
+    file, trained = find_domain(options.domain)
+    weights, metadata = read_domain_file(file)
+    settings = DrawingSettings(**given(options, kinds_of(DrawingSettings).keys() - SIZE))
     device = pick_device(options.device)
-    base = open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
-    width = options.width or metadata.resolution or base.native_resolution or 512
-    settings = replace(settings, size=(options.height or width, width))
-    check_latent_format(metadata, base.latent_format, path)
-    if metadata.prior_hash and metadata.prior_hash != base.prior_hash:
-        console.warn(f"{path.name} was made from another prior than {base.name}; pictures may suffer.")
-    artist = Artist(base, weights, metadata, device=device, dtype=DTYPES[pick_precision(options.precision, device)])
+    prior = _open_prior(options, metadata, trained, file)
+    width = options.width or metadata.resolution or prior.native_resolution or 512
+    settings = settings.with_changes(width=width, height=options.height or width)
+    check_latent_format(metadata, prior.latent_format, file)
+    if metadata.prior_hash and metadata.prior_hash != prior.prior_hash:
+        console.warn(f"{file.name} was made from another prior than {prior.name}; pictures may suffer.")
+    artist = Artist(prior, weights, metadata, device=device, dtype=DTYPES[pick_precision(options.precision, device)])
     del weights
-    prompts = options.prompt or [""]
-    seeds = range(options.seed, options.seed + options.count)
     pictures = artist.draw(
-        prompts, seeds, settings, options.negative, lambda done, total: console.count("drawing", done, total)
+        options.prompt or [""],
+        range(options.seed, options.seed + options.count),
+        settings,
+        options.negative,
+        lambda done, total: console.count("drawing", done, total),
     )
     for number, drawn in enumerate(pictures):
-        prompt_number = number // options.count
-        target = Path(options.output) / f"{prompt_number + 1:02d}-{slug(drawn.prompt)}-{drawn.seed}.png"
-        about = describe(drawn, settings, options.negative, path, base.name)
-        yield {"path": str(save(drawn, target, about)), **about}
+        name = f"{number // options.count + 1:02d}-{slug(drawn.prompt)}-{drawn.seed}.png"
+        about = describe(drawn, settings, options.negative, file, prior.name)
+        yield {"path": str(save(drawn, Path(options.output) / name, about)), **about}
 
 
-def _run_generator(options: argparse.Namespace, path: str, console: Console) -> Iterator[dict[str, Any]]:
+def _open_prior(
+    options: argparse.Namespace, metadata: DomainMetadata, trained: TrainConfig | None, file: Path
+) -> Prior:
+    """The prior of a domain model, its VAE and tokenizer: from the options, the run, or what the file says."""
+    base = options.base or (trained.base if trained else "")
+    if not base and metadata.latent_format == MINI_WORLD:
+        base = MINI_WORLD
+    if not base:
+        raise ConfigProblem(f"expected --base FILE, the checkpoint that {file.name} was made from.")
+    vae = options.vae or (trained.vae if trained and not options.base else "")
+    return open_prior(
+        base, vae=vae, tokenizer=options.tokenizer or (trained.tokenizer if trained else "") or comfyui_tokenizer()
+    )
+
+
+def _draw_with_generator(options: argparse.Namespace, file: str, console: Console) -> Iterator[dict[str, Any]]:
     """Pictures of an image generator, one a seed; a conditional one draws its classes in turn."""
-    from ..adaptation.adapt import open_generator
-
     if any(options.prompt or ()) or options.negative:
         raise ConfigProblem("prompt: expected none for an image generator, which makes what it was adapted to.")
-    loaded = open_generator(path)
+    loaded = open_generator(file)
     for note in loaded.notes:
         console.warn(note)
-    generator, name = loaded.generator.to(pick_device(options.device)), Path(path).name
+    generator, name = loaded.generator.to(pick_device(options.device)), Path(file).name
     config, device = generator.config, next(generator.parameters()).device
     for number, seed in enumerate(range(options.seed, options.seed + options.count)):
         z = latents_of_seeds([seed], config.z_dim).to(device)
@@ -98,100 +178,9 @@ def _run_generator(options: argparse.Namespace, path: str, console: Console) -> 
             pixels = generator(z, c, options.truncation)[0].expand(3, -1, -1).cpu()
         about = {"generator": name, "seed": seed, "truncation": options.truncation, "label": label}
         about |= {"width": config.width, "height": config.height}
-        target = Path(options.output) / f"{slug(Path(path).stem)}-{seed}.png"
-        target = save(Drawn("", seed, pixels, 0.0), target, about)
+        target = save(Drawn("", seed, pixels, 0.0), Path(options.output) / f"{slug(Path(file).stem)}-{seed}.png", about)
         console.count("drawing", number + 1, options.count)
         yield {"path": str(target), **about}
-
-
-def find_generator(name: str) -> str | None:
-    """The generator that a name stands for: a file, a run's folder, mini_world; None where it is something else.
-
-    Raises FileProblem for the folder of an adaptation that is not finished.
-    """
-    path = Path(name)
-    if path.is_dir():
-        if not (path / CONFIG).is_file():
-            return None
-        config, file = _run_in(path)
-        return str(_finished(file, path, "generator")) if isinstance(config, AdaptConfig) else None
-    if name == MINI_WORLD:
-        return name
-    return name if path.is_file() and holds_generator(path) else None
-
-
-def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
-    """The file a name stands for, and the configuration of its run where the name is a run's folder.
-
-    A file, a run's folder, or the name of a domain model that ships. Raises FileProblem where nothing is.
-    """
-    path = Path(name)
-    if path.is_dir():
-        config, file = _run_in(path)
-        return _finished(file, path, "domain model"), config
-    if not path.exists() and path.name == name:
-        from ..mini_world.assets import domain_unets_dir
-
-        shipped = domain_unets_dir() / f"{name}.safetensors"
-        if shipped.is_file():
-            return shipped, None
-    return path, None
-
-
-def find_model(name: str, unfinished: bool = False) -> str:
-    """The file of whatever model a name stands for: all that `find_generator` and `find_domain` know.
-
-    unfinished: a run that is not finished stands for its last checkpoint. Raises FileProblem.
-    """
-    path = Path(name)
-    if unfinished and (path / CONFIG).is_file():
-        file = _run_in(path)[1]
-        kept = find_checkpoints(path)
-        if kept and not file.is_file():
-            return str(kept[-1][1])
-    if name == MINI_WORLD:
-        from ..mini_world.assets import generators_dir
-
-        return str(generators_dir() / "mini-handwriting.safetensors")
-    return find_generator(name) or str(find_domain(name)[0])
-
-
-def _run_in(folder: Path) -> tuple[TrainConfig | AdaptConfig, Path]:
-    """The configuration of the run in a folder, and where its finished file is or will be. Raises FileProblem."""
-    settings = folder / CONFIG
-    if not settings.is_file():
-        raise FileProblem(f"{folder}: expected a model's file or a run's folder, found no {CONFIG} in it.")
-    config = kind_of(read_values(settings), str(settings)).read(settings)
-    return config, folder / f"{config.name}.safetensors"
-
-
-def _finished(file: Path, folder: Path, what: str) -> Path:
-    if not file.is_file():
-        raise FileProblem(
-            f"{file}: expected the run's finished {what}, found none; go on with {own_command('resume', folder)}."
-        )
-    return file
-
-
-def base_config(
-    options: argparse.Namespace, metadata: DomainMetadata, trained: TrainConfig | None, path: Path
-) -> TrainConfig:
-    """What `open_prior` needs: the prior, its VAE and tokenizer, from the options, the run, or what the file says."""
-    base = options.base or (trained.base if trained else "")
-    if not base and metadata.latent_format == "mini_world":
-        base = MINI_WORLD
-    if not base:
-        raise ConfigProblem(f"expected --base FILE, the checkpoint that {path.name} was made from.")
-    vae = options.vae or (trained.vae if trained and not options.base else "")
-    tokenizer = options.tokenizer or (trained.tokenizer if trained else "") or comfyui_tokenizer()
-    return TrainConfig(base=base, vae=vae, tokenizer=tokenizer)
-
-
-def comfyui_tokenizer() -> str:
-    """The folder of CLIP's tokenizer in the ComfyUI that run.py found, "" where there is none."""
-    comfyui = os.environ.get("INDOMAIN_COMFYUI_PATH", "")
-    folder = os.path.join(comfyui, "comfy", "sd1_tokenizer") if comfyui else ""
-    return folder if folder and os.path.isfile(os.path.join(folder, "vocab.json")) else ""
 
 
 def slug(prompt: str) -> str:
@@ -202,24 +191,8 @@ def slug(prompt: str) -> str:
 
 def describe(drawn: Drawn, settings: DrawingSettings, negative: str, domain: Path, base: str) -> dict[str, Any]:
     """How a picture was made, as JSON values."""
-    height, width = settings.size
-    return {
-        "prompt": drawn.prompt,
-        "negative": negative,
-        "seed": drawn.seed,
-        "base": base,
-        "domain": domain.name,
-        "domain_weight": settings.domain_weight,
-        "control_weight": settings.control_weight,
-        "domain_start": settings.domain_start,
-        "domain_end": settings.domain_end,
-        "steps": settings.steps,
-        "method": settings.method,
-        "spacing": settings.spacing,
-        "width": width,
-        "height": height,
-        "samples_per_step": round(drawn.samples_per_step, 4),
-    }
+    asked = {"prompt": drawn.prompt, "negative": negative, "seed": drawn.seed, "base": base, "domain": domain.name}
+    return {**asked, **settings.to_dict(), "samples_per_step": round(drawn.samples_per_step, 4)}
 
 
 def free_path(path: Path) -> Path:

@@ -220,6 +220,10 @@ class TrainConfig(PriorSettings):
         return self.batch_size * self.accumulation
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        return (self.caption, *self.sample_prompts)
+
+    @property
     def memory_advice(self) -> str:
         return (
             f"Training ran out of memory with batch size {self.batch_size} at {self.resolution} px; use gradient "

@@ -37,7 +37,7 @@ from ..prior.prior import ImageSize, Prior
 from ..prior.same_prior import prior_traits
 from .config import TrainConfig
 from .estimate import Estimate, estimate
-from .export import write_domain_model, write_low_rank
+from .finished import write_domain_model, write_low_rank
 from .held_out import held_out_loss
 from .learner import DomainLearner
 from .previews import Preview

@@ -47,15 +47,15 @@ def resolve_prediction(
     zero_snr = asked == V_ZERO_SNR or (asked == "auto" and is_marked_zero_snr)
     if is_marked_zero_snr and not zero_snr:
         notes.append(
-            f"{name} says that it was trained to zero SNR (marker ztsnr), and prediction asks for {prediction} on the "
-            "plain schedule; v_prediction_zero_snr takes it as it says."
+            f"{name} is marked as trained to zero terminal SNR (ztsnr), but prediction asks for {prediction} on the "
+            "plain schedule; set prediction to v_prediction_zero_snr to follow the marker."
         )
     elif zero_snr and prediction == "epsilon":
         # The last step of zero SNR shows the noise itself: there an epsilon model has nothing to predict.
         zero_snr = False
         notes.append(
-            f"{name} has the marker of zero SNR (ztsnr) but not that of v-prediction (v_pred): it is taken for an "
-            "epsilon model on the plain schedule. Set prediction to v_prediction_zero_snr if it is a v-model."
+            f"{name} has the marker of zero terminal SNR (ztsnr) but not that of v-prediction (v_pred): it is used as "
+            "an epsilon model on the plain schedule. Set prediction to v_prediction_zero_snr if it is a v-model."
         )
     return prediction, zero_snr, notes
 

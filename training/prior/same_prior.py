@@ -38,7 +38,7 @@ def prior_traits(prior: Prior, text: Text | None) -> dict[str, Any]:
 
 
 def _fixed_picture() -> Tensor:
-    """[1, 3, S, S] in -1..1, the same for ever: coarse and fine, so that every scale of an encoder has a say."""
+    """[1, 3, S, S] in -1..1, the same for ever: coarse and fine, so that it shows every scale of an encoder."""
     random = torch.Generator().manual_seed(PICTURE_SEED)
     sides = [8 * 2**power for power in range((PICTURE_SIDE // 8).bit_length())]
     parts = [torch.rand(1, 3, side, side, generator=random) for side in sides]
@@ -58,7 +58,7 @@ def check_same_prior(now: Mapping[str, Any], before: Mapping[str, Any], source: 
         other = moved > SAME_LATENTS
         if not other:
             warnings.append(
-                f"the VAE's weights are rounded otherwise than when {source} was written (its latents differ by "
+                f"the VAE's weights are rounded differently than when {source} was written (its latents differ by "
                 f"{moved:.1e}); the run goes on, but its weights will differ from an uninterrupted run's."
             )
     if other:
@@ -68,8 +68,8 @@ def check_same_prior(now: Mapping[str, Any], before: Mapping[str, Any], source: 
         )
     if "noise" in both and now["noise"] != before["noise"]:
         raise ConfigProblem(
-            f"{source}: expected a run of the same noise, found {before['noise']} where the prior is now taken for "
-            f"{now['noise']}; set prediction as before, or start a new run."
+            f"{source}: expected a run whose prior predicts {now['noise']}, found {before['noise']}; set prediction as "
+            "before, or start a new run."
         )
     texts = both & {"context", "pooled"}
     difference = max((relative_difference(now[name], before[name]) for name in texts), default=0.0)
@@ -80,8 +80,8 @@ def check_same_prior(now: Mapping[str, Any], before: Mapping[str, Any], source: 
         )
     if difference > 0:
         warnings.append(
-            f"the text is encoded by {difference:.1e} otherwise than when {source} was written; the run goes on, but "
-            "its weights can differ from an uninterrupted run's in their last bits."
+            f"the encoded text differs by {difference:.1e} from when {source} was written; the run goes on, but its "
+            "weights can differ from an uninterrupted run's in their last bits."
         )
     return warnings
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from abc import ABC
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ..engine.run_settings import RunSettings
@@ -37,3 +37,8 @@ class PriorSettings(RunSettings, ABC):
         path=True,
         free=True,
     )
+
+    @property
+    @abstractmethod
+    def prompts(self) -> tuple[str, ...]:
+        """The prompts that the run encodes, of which any may be empty."""

@@ -107,7 +107,7 @@ class RunCheckpoints(Reader):
         return kind, path
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
-        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.command_line.inspect import inspect_text
         from indomain_guidance.training.engine.checkpoints import latest_checkpoint
 
         way, said = dice.random(), []

@@ -75,7 +75,7 @@ class Generators(ModelFiles):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.files import read_generator
-        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.command_line.inspect import inspect_text
 
         (inspect_text if dice.random() < 0.2 else read_generator)(path)
         return []
@@ -145,7 +145,7 @@ class DomainFiles(ModelFiles):
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
         from indomain_guidance.guidance.files import read_domain_file
-        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.command_line.inspect import inspect_text
 
         (inspect_text if dice.random() < 0.2 else read_domain_file)(path)
         return []
@@ -197,7 +197,7 @@ class Bases(ModelFiles):
         return f"whole: {kind}", path
 
     def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
-        from indomain_guidance.training.domain.export import inspect_text
+        from indomain_guidance.training.command_line.inspect import inspect_text
         from indomain_guidance.training.prior.opening import open_checkpoint
 
         if dice.random() < 0.15:

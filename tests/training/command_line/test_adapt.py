@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import json
 from pathlib import Path
 
@@ -12,21 +10,9 @@ import pytest
 import torch
 from indomain_guidance.guidance.files import read_generator, write_generator
 from indomain_guidance.training.adaptation.config import AdaptConfig
-from indomain_guidance.training.command_line import main as command_line
 from indomain_guidance.training.domain.config import TrainConfig
 from indomain_guidance.training.engine.settings import kinds_of
 from PIL import Image
-
-
-def run(*arguments: object) -> tuple[int, str, str]:
-    """(exit status, standard output, standard error) of one command."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            status = command_line.main([str(part) for part in arguments])
-        except SystemExit as ending:
-            status = ending.code
-    return status, out.getvalue(), err.getvalue()
 
 
 @pytest.fixture
@@ -40,7 +26,7 @@ def started(monkeypatch):
         calls.append((config, keywords))
         return Result("dry_run", 0, None, config.run_folder)
 
-    monkeypatch.setattr("indomain_guidance.training.adaptation.adapt.adapt", adapt)
+    monkeypatch.setattr("indomain_guidance.training.command_line.runs.adapt", adapt)
     return calls
 
 
@@ -56,7 +42,7 @@ def other_value(one: dataclasses.Field, kind: type):
     return {"device": "cpu"}.get(one.name, "other")
 
 
-def test_every_field_of_the_configuration_is_an_option(started):
+def test_every_field_of_the_configuration_is_an_option(run, started):
     kinds = kinds_of(AdaptConfig)
     values = {one.name: other_value(one, kinds[one.name]) for one in dataclasses.fields(AdaptConfig)} | {"t_max": 900}
     wanted, options = AdaptConfig(**values), []
@@ -74,7 +60,7 @@ def test_every_field_of_the_configuration_is_an_option(started):
             assert own == getattr(wanted, one.name) != one.default, one.name
 
 
-def test_settings_of_the_miniature_and_of_files(started, tmp_path):
+def test_settings_of_the_miniature_and_of_files(run, started, tmp_path):
     assert run("adapt", "--config", "mini_world", "-p", "a blue digit", "--steps", "3", "--dry-run")[0] == 0
     config, keywords = started[0]
     assert (config.generator, config.base, config.prompt) == ("mini_world", "mini_world", "a blue digit")
@@ -85,7 +71,7 @@ def test_settings_of_the_miniature_and_of_files(started, tmp_path):
     assert (started[1][0].scale, started[1][0].prompt, started[1][1]["resume"]) == (9.0, "a blue digit", False)
 
 
-def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_path):
+def test_another_name_is_another_run_also_with_the_settings_of_one(run, started, tmp_path):
     settings = tmp_path / "mine" / "config.json"
     AdaptConfig(
         generator="g.pkl", base="mini_world", prompt="a cat", name="cat", output=str(settings.parent)
@@ -95,7 +81,7 @@ def test_another_name_is_another_run_also_with_the_settings_of_one(started, tmp_
         assert status == 0 and started[-1][0].output == str(folder), (options, err)
 
 
-def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
+def test_resume_finds_out_what_kind_of_run_it_is(run, started, tmp_path):
     generator = tmp_path / "g.pkl"
     AdaptConfig(generator=generator, base="mini_world", prompt="a cat", name="cat", output="/elsewhere").write_json(
         tmp_path / "config.json"
@@ -124,21 +110,21 @@ def test_resume_finds_out_what_kind_of_run_it_is(started, tmp_path):
         (["-g", "g.pkl", "-b", "mini_world", "-p", "x", "--methot", "sds"], ["--methot", "--method"]),
     ],
 )
-def test_what_makes_no_sense_is_told(arguments, words):
+def test_what_makes_no_sense_is_told(run, arguments, words):
     status, _, err = run("adapt", *arguments)
     assert status == 2 and all(word in err for word in words), err
 
 
-def test_memory_that_runs_out_says_what_to_lower(monkeypatch):
+def test_memory_that_runs_out_says_what_to_lower(run, monkeypatch):
     def adapt(config, **keywords):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("indomain_guidance.training.adaptation.adapt.adapt", adapt)
+    monkeypatch.setattr("indomain_guidance.training.command_line.runs.adapt", adapt)
     status, _, err = run("adapt", "-g", "g.pkl", "-b", "mini_world", "-p", "x")
-    assert status == 1 and "--batch-size 1" in err and "--accumulation" not in err
+    assert status == 1 and "smaller batch size" in err and "accumulation" not in err
 
 
-def test_adapted_resumed_and_sampled(tiny_adaptation, tmp_path):
+def test_adapted_resumed_and_sampled(run, tiny_adaptation, tmp_path):
     source = tmp_path / "source.safetensors"
     write_generator(source, tiny_adaptation.tiny_generator())
     out = tmp_path / "run"

@@ -56,7 +56,7 @@ def test_train_inspect_sample_convert(family, form, tiny_checkpoint, tmp_path, m
     assert metadata == noted and all(torch.equal(weights[key], kept[key]) for key in weights | kept)
 
     (about,) = indomain("inspect", exported)
-    assert (about["name"], about["form"], about["steps"], about["licence"]) == ("porcelain", form, 3, "CC0-1.0")
+    assert (about["domain_name"], about["form"], about["steps"], about["licence"]) == ("porcelain", form, 3, "CC0-1.0")
     assert about["training"]["steps"] == 3 and about["training"]["base"] == checkpoint.name  # no folders in files
 
     drawn = indomain("sample", exported, "--base", checkpoint, "--steps", 2, "--count", 1, "-o", "out", "--height", 96)
@@ -95,10 +95,10 @@ def test_sizes_that_nobody_gives_are_the_priors_own(tiny_checkpoint, tmp_path, m
             pass
 
         def draw(self, prompts, seeds, settings, *_):
-            asked.append(settings.size)
+            asked.append((settings.height, settings.width))
             return iter(())
 
-    monkeypatch.setattr("indomain_guidance.training.domain.export.start_model", start_model)
+    monkeypatch.setattr("indomain_guidance.training.command_line.convert.start_model", start_model)
     monkeypatch.setattr("indomain_guidance.training.command_line.sample.Artist", Artist)
     indomain("convert", sdxl, free, "--form", "constant")
     indomain("convert", sdxl, free, "--form", "constant", "--resolution", 512, "--overwrite")

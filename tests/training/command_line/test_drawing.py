@@ -12,6 +12,7 @@ from indomain_guidance.training.command_line.main import build_parser
 from indomain_guidance.training.mini_world.assets import domain_unets_dir, load_mini_world
 from indomain_guidance.training.prior.opening import open_mini_world
 
+SETTINGS = {"domain_weight": 1.2, "control_weight": 3.0, "method": "euler", "width": 64, "height": 64}
 FILE = domain_unets_dir() / "mini-handwriting.safetensors"
 
 
@@ -44,7 +45,7 @@ def by_hand(
 def test_pictures_follow_the_formula(artist, interval):
     prompt, settings = (
         "a red seven on a yellow background",
-        DrawingSettings(1.2, 3.0, *interval, steps=6, method="euler", size=(64, 64)),
+        DrawingSettings(domain_start=interval[0], domain_end=interval[1], steps=6, **SETTINGS),
     )
     (drawn,) = artist.draw([prompt], [5], settings)
     expected = by_hand(prompt, 5, 1.2, 3.0, 6, interval)
@@ -54,7 +55,7 @@ def test_pictures_follow_the_formula(artist, interval):
 
 
 def test_the_papers_noise_levels_leave_the_least_one_out(artist):
-    settings = DrawingSettings(1.2, 3.0, steps=6, method="euler", spacing="sgm_uniform", size=(64, 64))
+    settings = DrawingSettings(steps=6, spacing="sgm_uniform", **SETTINGS)
     (drawn,) = artist.draw(["a red seven"], [5], settings)
     assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6, least=999 / 6)).abs().max() < 1e-3
     assert (drawn.pixels - by_hand("a red seven", 5, 1.2, 3.0, 6)).abs().max() > 5e-3
@@ -68,7 +69,7 @@ def test_the_command_line_offers_every_spacing():
 
 def test_order_and_count_of_pictures(artist):
     counted = []
-    settings = DrawingSettings(steps=2, size=(64, 64), batch=2)
+    settings = DrawingSettings(steps=2, width=64, height=64, batch_size=2)
     drawn = list(
         artist.draw(["a", "b"], [0, 1, 2], settings, on_step=lambda done, total: counted.append((done, total)))
     )
@@ -87,10 +88,10 @@ def test_caption_of_a_full_model_is_what_it_was_trained_with(artist):
     "wrong", [{"method": "magic"}, {"spacing": "odd"}, {"domain_start": 0.9, "domain_end": 0.1}, {"steps": 0}]
 )
 def test_settings_are_checked(wrong):
-    with pytest.raises(ValueError, match="Expected"):
+    with pytest.raises(ValueError, match="expected"):
         DrawingSettings(**wrong)
 
 
 def test_size_must_fit_the_latents(artist):
     with pytest.raises(ValueError, match="multiples of 8"):
-        next(artist.draw([""], [0], DrawingSettings(size=(60, 64))))
+        next(artist.draw([""], [0], DrawingSettings(width=64, height=60)))
