@@ -17,7 +17,7 @@ from ..mini_world.first_runs import FIRST_RUN
 from ..prior.families import NATIVE_RESOLUTIONS, native_resolution
 from .console import Console
 from .inspect import inspect
-from .parser import DONE, PROBLEM, add_command, add_output, add_setting, as_usage, given, path, print_result
+from .parser import DONE, PROBLEM, add_command, add_option, add_output, add_setting, as_usage, given, print_result
 
 # What becomes of the images depends on these settings.
 CHECKED_BY = ("resolution", "min_side", "buckets", "bucket_step", "bucket_max_ratio")
@@ -33,22 +33,11 @@ def add_check_data(commands: Any) -> None:
         "changed. The exit status is 1 when an image has to be left out, a folder, shard or link cannot be read to its "
         "end, or no image can be used.",
     )
-    command.add_argument(
-        "data", nargs="+", type=path, metavar="PATH", help="folders, searched recursively, or .tar shards"
-    )
-    command.add_argument(
-        "--config",
-        type=path,
-        metavar="FILE",
-        help="judge by these settings of train: a .toml or .json file, or mini_world",
-    )
-    command.add_argument(
-        "-b",
-        "--base",
-        type=path,
-        metavar="PATH",
-        help="the prior that will be trained, a file or mini_world: what it was made for is the default resolution",
-    )
+    add_option(command, "data", "folders, searched recursively, or .tar shards", nargs="+")
+    config = "judge by these settings of train: a .toml or .json file, or mini_world"
+    add_option(command, "--config", config, metavar="FILE")
+    base = "the prior that will be trained, a file or mini_world: what it was made for is the default resolution"
+    add_option(command, "-b --base", base)
     kinds = kinds_of(TrainConfig)
     for field in dataclasses.fields(TrainConfig):
         if field.name in CHECKED_BY:

@@ -35,7 +35,7 @@ from ..prior.opening import open_checkpoint, open_mini_world
 from .console import Console
 from .inspect import form_of, inspect
 from .models import find_model
-from .parser import DONE, add_command, add_device, add_output, as_usage, path, print_result, text, whole
+from .parser import DONE, add_command, add_device, add_option, add_output, as_usage, print_result, text, whole
 
 
 def add_convert(commands: Any) -> None:
@@ -49,14 +49,12 @@ def add_convert(commands: Any) -> None:
         "domain model: the same in another number format. From a StyleGAN2 generator (NVIDIA's .pkl, rosinality's or "
         "StyleGAN-NADA's .pt): the generator as .safetensors, read without running anything that the file contains.",
     )
-    command.add_argument(
-        "source",
-        type=path,
-        metavar="FROM",
-        help="a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: "
-        "mini_world (checkpoint), mini-handwriting (domain model)",
+    what = (
+        "a checkpoint, a domain model, a generator, a finished run's folder, or one that ships: mini_world "
+        "(checkpoint), mini-handwriting (domain model)"
     )
-    command.add_argument("target", type=path, metavar="TO", help="the .safetensors file to write")
+    add_option(command, "source", what, metavar="FROM")
+    add_option(command, "target", "the .safetensors file to write", metavar="TO")
     command.add_argument(
         "--form",
         choices=FORMS,
@@ -67,16 +65,12 @@ def add_convert(commands: Any) -> None:
         "--file-dtype", choices=DTYPES, default="", help="numbers of the file (default fp16; a generator's fp32)"
     )
     command.add_argument("--prediction", choices=prediction["choices"], default="auto", help=prediction["help"])
-    command.add_argument(
-        "--resolution",
-        type=whole(64, 8192),
-        metavar="PIXELS",
-        help="form constant: size of the pictures it is measured on (default: what the checkpoint was "
-        "made for, 512 for SD 1.5, 1024 for SDXL)",
+    side = (
+        "form constant: size of the pictures it is measured on (default: what the checkpoint was made for, 512 for SD "
+        "1.5, 1024 for SDXL)"
     )
-    command.add_argument(
-        "--name", type=text, default="", metavar="TEXT", help="what to call the model (default: the file's name)"
-    )
+    add_option(command, "--resolution", side, whole(64, 8192), metavar="PIXELS")
+    add_option(command, "--name", "what to call the model (default: the file's name)", text, default="")
     add_device(command)
     command.add_argument("--overwrite", action="store_true", help="replace TO if it exists")
     add_output(command, "what inspect says of the new file")

@@ -35,7 +35,7 @@ from ..domain.config import FORMS
 from ..engine.checkpoints import MARK, TRAILER, load_checkpoint
 from ..prior.families import FAMILIES
 from .models import find_model
-from .parser import DONE, add_command, add_output, path, print_result
+from .parser import DONE, add_command, add_option, add_output, print_result
 
 MOST_SHOWN = 10_000  # characters of one fact of a file
 CHECKPOINT_SUFFIX = ".ckpt"  # of old model files, and of this trainer's runs
@@ -51,13 +51,11 @@ def add_inspect(commands: Any) -> None:
         "tell everything a model file knows about itself",
         "Domain models of every form, LoRAs, checkpoints and UNets, and StyleGAN2 generators of every readable format.",
     )
-    command.add_argument(
-        "file",
-        type=path,
-        metavar="MODEL",
-        help="a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one "
-        "that ships: mini-handwriting (domain model), mini_world (generator)",
+    what = (
+        "a .safetensors file, a generator's .pkl or .pt, a run's folder or checkpoint, or one that ships: "
+        "mini-handwriting (domain model), mini_world (generator)"
     )
+    add_option(command, "file", what, metavar="MODEL")
     add_output(command, "all of it as one JSON object", quiet=False)
 
 

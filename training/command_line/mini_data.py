@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..mini_world.pictures import export_pictures
-from .parser import DONE, add_command, add_number, add_output, path, print_result
+from .parser import DONE, add_command, add_option, add_output, print_result, whole
 
 
 def add_mini_data(commands: Any) -> None:
@@ -19,15 +19,15 @@ def add_mini_data(commands: Any) -> None:
         "write images of the mini world, to try training on",
         "Handwritten digits as PNG files of 64 x 64 pixels, without captions: a domain for --base mini_world.",
     )
-    command.add_argument("folder", type=path, metavar="DIR", help="a new or empty folder")
+    add_option(command, "folder", "a new or empty folder", metavar="DIR")
     command.add_argument(
         "--domain",
         choices=("handwriting", "narrow"),
         default="handwriting",
         help="handwriting: in 16 pairs of colours (default); narrow: white on black",
     )
-    add_number(command, "--count", 500, 1, 8000, "how many, 1 to 8000")
-    add_number(command, "--seed", 0, 0, 2**63 - 1, "of the colours")
+    add_option(command, "--count", "how many (default 500; 1 to 8000)", whole(1, 8000), default=500)
+    add_option(command, "--seed", "of the colours (default 0)", whole(0, 2**63 - 1), default=0)
     add_output(command, "folder and count as one JSON object", quiet=False)
 
 

@@ -43,7 +43,6 @@ SHORT = {
     "--steps": "-s",
     "--generator": "-g",
     "--prompt": "-p",
-    "--count": "-c",
 }
 Made = TypeVar("Made")
 
@@ -101,11 +100,13 @@ def add_device(command: argparse.ArgumentParser) -> None:
     command.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda, cuda:1, mps, xpu")
 
 
-def add_number(command: argparse.ArgumentParser, flag: str, default: int, least: int, most: int, what: str) -> None:
-    """A whole number from `least` to `most`."""
-    flags = [SHORT[flag], flag] if flag in SHORT else [flag]
-    more: dict[str, Any] = {"type": whole(least, most), "default": default, "metavar": "N"}
-    command.add_argument(*flags, help=f"{what} (default {default})", **more)
+def add_option(
+    command: argparse.ArgumentParser, flags: str, help: str, reader: Callable[[str], Any] | None = None, **more: Any
+) -> None:
+    """An option, or an argument without dashes. reader: of its value, a path where it is None."""
+    reader = reader or path
+    metavar = {path: "PATH", text: "TEXT", float: "X"}.get(reader, "N")
+    command.add_argument(*flags.split(), **{"type": reader, "metavar": metavar, "help": help, **more})
 
 
 # ---- readers

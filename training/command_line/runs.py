@@ -29,7 +29,7 @@ from ..prior.settings import PriorSettings
 from .console import Console
 from .kinds import KINDS, kind_of
 from .models import comfyui_tokenizer
-from .parser import DONE, UsageProblem, add_command, add_output, add_settings, as_usage, given, path
+from .parser import DONE, UsageProblem, add_command, add_option, add_output, add_settings, as_usage, given
 
 AGAIN = "as options or in a file of settings. Called again with the same settings, a stopped run goes on where it was."
 Kind = TypeVar("Kind", bound=PriorSettings)
@@ -69,7 +69,7 @@ def add_resume(commands: Any) -> None:
         "The options are those that do not change what is learned: with --steps a finished run learns on.",
     )
     command.usage = "indomain resume RUN [OPTION ...]"
-    command.add_argument("folder", type=path, metavar="RUN", help="the run's folder, which holds its config.json")
+    add_option(command, "folder", "the run's folder, which holds its config.json", metavar="RUN")
     _add_run_options(command)
     known: set[str] = {"output", "name"}
     for number, kind in enumerate(KINDS.values()):
@@ -81,14 +81,12 @@ def add_resume(commands: Any) -> None:
 
 def _add_start_options(command: argparse.ArgumentParser) -> None:
     """What every command that starts a run takes."""
-    command.add_argument(
-        "--config",
-        type=path,
-        metavar="FILE",
-        help="settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a "
-        "first run on the miniature; options given here come first. With another --name the run's folder is NAME "
-        "beside the file's output, where it names one",
+    config = (
+        "settings from a .toml or .json file, such as another run's config.json, or mini_world for those of a first "
+        "run on the miniature; options given here come first. With another --name the run's folder is NAME beside the "
+        "file's output, where it names one"
     )
+    add_option(command, "--config", config, metavar="FILE")
     _add_run_options(command)
     command.add_argument(
         "--resume",

@@ -25,19 +25,7 @@ from ..prior.prior import Prior
 from .console import Console
 from .drawing import Artist, DrawingSettings, Drawn
 from .models import comfyui_tokenizer, find_domain, find_generator
-from .parser import (
-    DONE,
-    add_command,
-    add_device,
-    add_number,
-    add_output,
-    add_setting,
-    given,
-    path,
-    print_result,
-    text,
-    whole,
-)
+from .parser import DONE, add_command, add_device, add_option, add_output, add_setting, given, print_result, text, whole
 
 # Settings of `DrawingSettings` whose default depends on the model.
 SIZE = {"width": "the resolution it was trained at, else what the prior was made for", "height": "the width"}
@@ -54,54 +42,29 @@ def add_sample(commands: Any) -> None:
         "the files that adapt takes, only count, seed, truncation, output and device matter.",
     )
 
-    command.add_argument(
-        "domain",
-        type=path,
-        metavar="MODEL",
-        help="a domain model or generator file, a run's folder, or one that ships: mini-handwriting (domain model), "
-        "mini_world (generator)",
+    what = (
+        "a domain model or generator file, a run's folder, or one that ships: mini-handwriting (domain model), "
+        "mini_world (generator)"
     )
-    command.add_argument("-b", "--base", type=path, metavar="PATH", help="the prior (default: the run's)")
-    command.add_argument(
-        "-p",
-        "--prompt",
-        type=text,
-        action="append",
-        metavar="TEXT",
-        help="what to draw; again for more (default: none)",
-    )
-    command.add_argument("--negative", type=text, default="", metavar="TEXT", help="the base's prompt (default: empty)")
-    command.add_argument(
-        "-o",
-        "--output",
-        type=path,
-        default="pictures",
-        metavar="DIR",
-        help="folder (default: pictures); a picture whose name is taken gets a number behind it",
-    )
-    add_number(command, "--count", 4, 1, 1_000_000, "pictures per prompt")
-    add_number(command, "--seed", 0, 0, 2**62, "of the first; the next one has N + 1")
+    add_option(command, "domain", what, metavar="MODEL")
+    add_option(command, "-b --base", "the prior, a file or mini_world (default: the run's)")
+    add_option(command, "-p --prompt", "what to draw; again for more (default: none)", text, action="append")
+    add_option(command, "--negative", "prompt of the base (default: empty)", text, default="")
+    where = "folder (default: pictures); a picture whose name is taken gets a number behind it"
+    add_option(command, "-o --output", where, default="pictures", metavar="DIR")
+    add_option(command, "-c --count", "pictures per prompt (default 4)", whole(1, 1_000_000), default=4)
+    add_option(command, "--seed", "of the first; the next one has N + 1", whole(0, 2**62), default=0)
     kinds = kinds_of(DrawingSettings)
     for field in fields_of(DrawingSettings):
         if field.name not in SIZE:
             add_setting(command, field, kinds[field.name])
     for name, otherwise in SIZE.items():
-        command.add_argument(f"--{name}", type=whole(64, 16384), metavar="PIXELS", help=f"(default: {otherwise})")
-    command.add_argument(
-        "--truncation",
-        type=float,
-        default=0.7,
-        metavar="X",
-        help="image generators only: 1 none, 0 the mean image (default 0.7)",
-    )
-    command.add_argument("--vae", type=path, default="", metavar="PATH", help="another VAE than the checkpoint's")
-    command.add_argument(
-        "--tokenizer",
-        type=path,
-        default="",
-        metavar="PATH",
-        help="folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)",
-    )
+        add_option(command, f"--{name}", f"(default: {otherwise})", whole(64, 16384), metavar="PIXELS")
+    truncation = "image generators only: 1 none, 0 the mean image (default 0.7)"
+    add_option(command, "--truncation", truncation, float, default=0.7)
+    add_option(command, "--vae", "another VAE than the checkpoint's", default="")
+    tokenizer = "folder with CLIP's vocab.json and merges.txt (default: the run's, else ComfyUI's)"
+    add_option(command, "--tokenizer", tokenizer, default="")
     command.add_argument(
         "--precision", choices=("auto", *DTYPES), default="auto", help="auto: bf16 on GPUs that have it, else fp32"
     )
