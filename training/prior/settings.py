@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ..engine.run_settings import RunSettings
 from ..engine.settings import CONNECTED_PREFIX, option
+from ..mini_world import MINI_WORLD
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class PriorSettings(RunSettings, ABC):
         path=True,
         model=True,
         free=True,
-        names=("mini_world", CONNECTED_PREFIX),
+        names=(MINI_WORLD, CONNECTED_PREFIX),
     )
     vae: str = option(
         "",

@@ -55,8 +55,7 @@ class TextEncoders:
 
     def encode(self, prompts: Sequence[str]) -> Text:
         """Prompts -> encoded text; each cut after 75 tokens, weights in brackets are read as words."""
-        if self.tokenizer is None:
-            raise Problem("Expected a tokenizer to encode prompts, found none; set tokenizer.")
+        assert self.tokenizer is not None, "a prior without a tokenizer encodes the empty prompt alone"
         ids = [self.tokenizer(prompt) for prompt in prompts]
 
         def tokens(encoder: TextEncoder, pad: int) -> Tensor:
