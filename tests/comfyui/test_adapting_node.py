@@ -111,7 +111,7 @@ def same_bits(a: dict, b: dict) -> bool:
 
 
 def log_of(world, name: str) -> list:
-    return module("training.engine.events").read_log(world.tmp / "output" / "generator_adaptation" / name / "log.jsonl")
+    return module("training.engine.log").read_log(world.tmp / "output" / "generator_adaptation" / name / "log.jsonl")
 
 
 # ---- inputs -----------------------------------------------------------------------------------------------------

@@ -379,7 +379,7 @@ def test_cancel_saves_and_the_next_run_ends_with_the_same_bits(comfyui, train, p
         with pytest.raises(comfyui.model_management.InterruptProcessingException):
             train(images=[pictures], name="parts", steps=6)
         assert 2 <= seen[-1] < 6 and not comfyui.model_management.processing_interrupted()
-    events = module("training.engine.events").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
+    events = module("training.engine.log").read_log(world.tmp / "output" / "domain_training" / "parts" / "log.jsonl")
     assert [event.step for event in events if type(event).__name__ == "Stopped"] == [seen[-1]]
     assert not (world.tmp / "models" / "domain_unets" / "parts.safetensors").exists()
     parts = train(images=[pictures], name="parts", steps=6, resume="continue")
