@@ -72,7 +72,7 @@ def test_commands_of_the_trainer_are_understood(page):
         for line in block.splitlines() if not kind else ():
             if "indomain" in line.split():  # what it does not understand ends the process
                 words = shlex.split(line)
-                command_line.parse(words[words.index("indomain") + 1 :])
+                command_line.build_parser().parse(words[words.index("indomain") + 1 :])
 
 
 def run_the_code_of(page: Path) -> list[dict]:
