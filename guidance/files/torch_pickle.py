@@ -4,7 +4,8 @@
 small file it makes a bytearray of any length, copies of containers without end, dictionaries whose keys collide for
 minutes, tensors of terabytes, and records that grow when unpacked. A check of the same instructions in front of it
 would be a second reader, and could be deceived where the two read one archive differently. So this is the only reader:
-`inert_pickle` with the names that checkpoints contain. What it makes is bounded by the size of the file.
+`inert_pickle` with the names that checkpoints contain. What it makes is bounded by the size of the file; each attack is
+in tests/guidance/files/test_torch_pickle_attacks.py.
 """
 
 from __future__ import annotations
