@@ -81,7 +81,63 @@ def test_template_opens_and_says_the_same_as_the_api_workflow(server, page, name
         }
 
     assert essence(prompt) == essence(shared)
+    # Below this scale the classic editor draws no text.
+    assert page.evaluate("() => window.app.canvas.ds.scale") >= 0.6
+    assert unreadable(page.evaluate(CLASSIC_BOXES)) == []
+    use_vue_nodes(page, True)
+    try:
+        assert unreadable(page.evaluate(VUE_BOXES)) == []
+    finally:
+        use_vue_nodes(page, False)
     assert page.problems == []
+
+
+# Groups and nodes as the editor shows them: [title, left, top, right, bottom]; notes lie outside of groups.
+NODES = "window.app.graph.nodes.filter(n => n.type !== 'MarkdownNote')"
+GROUPS = """window.app.graph.groups.map(g => {
+    const [x, y, w, h] = g.bounding ?? g._bounding;
+    return [g.title, x, y, x + w, y + h];
+})"""
+CLASSIC_BOXES = f"""() => ({{groups: {GROUPS}, nodes: {NODES}.map(n => {{
+    const [x, y] = n.pos, [w, h] = n.size;
+    return [n.title, x, y - 30, x + w, y + (n.flags?.collapsed ? 0 : h)];
+}})}})"""
+VUE_BOXES = f"""() => {{
+    const {{scale, offset}} = window.app.canvas.ds, canvas = window.app.canvas.canvas.getBoundingClientRect();
+    const x = value => (value - canvas.left) / scale - offset[0], y = value => (value - canvas.top) / scale - offset[1];
+    return {{groups: {GROUPS}, nodes: {NODES}.map(n => {{
+        const box = document.querySelector(`[data-node-id="${{n.id}}"]`).getBoundingClientRect();
+        return [n.title, x(box.left), y(box.top), x(box.right), y(box.bottom)];
+    }})}};
+}}"""
+
+
+def use_vue_nodes(page, wanted: bool) -> None:
+    """Nodes 2.0, or the classic ones, of the graph that is open."""
+    page.evaluate("wanted => window.app.extensionManager.setting.set('Comfy.VueNodes.Enabled', wanted)", wanted)
+    if wanted:
+        page.wait_for_function(
+            '() => window.app.graph.nodes.every(n => document.querySelector(`[data-node-id="${n.id}"]`))',
+            timeout=60_000,
+        )
+        page.wait_for_timeout(1000)
+
+
+def unreadable(shown: dict) -> list[str]:
+    """Nodes that lie outside of their group, or over each other; a few pixels do not matter."""
+    wrong = []
+    for index, (title, left, top, right, bottom) in enumerate(shown["nodes"]):
+        inside = [
+            group
+            for group, x, y, x2, y2 in shown["groups"]
+            if x - 2 <= left and y - 2 <= top and right <= x2 + 2 and bottom <= y2 + 2
+        ]
+        if len(inside) != 1:
+            wrong.append(f"{title} lies in {inside or 'no group'}: {left:.0f} {top:.0f} {right:.0f} {bottom:.0f}")
+        for other, left2, top2, right2, bottom2 in shown["nodes"][:index]:
+            if left + 2 < right2 and left2 + 2 < right and top + 2 < bottom2 and top2 + 2 < bottom:
+                wrong.append(f"{title} covers {other}")
+    return wrong
 
 
 @pytest.mark.parametrize("name", ["in_domain_text_to_image", "adapt_generator"])
