@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from ...guidance.distillation.critic import PROMPTS
 from ...guidance.distillation.method import prompts_of
@@ -21,9 +21,10 @@ FEATURES = ("vgg", "alex", "squeeze", "latents")
 RESOLUTION_STEP = 8
 # The settings that hold what methods need beside the prompt.
 FIELD_OF_PROMPT = {"source": "source_prompt", "unwanted": "negative"}
+Kind = TypeVar("Kind")
 
 
-def _with_options_of_methods(config: type) -> type:
+def _with_options_of_methods(config: type[Kind]) -> type[Kind]:
     """Give a class of settings a field METHOD_OPTION for each option of each distillation method."""
     for method in METHODS.values():
         for own in options_of(method):
