@@ -73,9 +73,10 @@ class DomainMetadata:
         if self.null_text != "none":
             return None
         try:
-            return parse_json(self.extra.get(TRAINING, "{}")).get("caption") or None
+            caption = parse_json(self.extra.get(TRAINING, "{}")).get("caption")
         except (ValueError, AttributeError):
             return None
+        return caption if isinstance(caption, str) and caption else None
 
     def to_strings(self) -> dict[str, str]:
         """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""

@@ -117,5 +117,7 @@ def _read_pickle(path: Path) -> tuple[dict[str, Tensor], list[str]]:
         loaded = loaded["state_dict"]
     if not isinstance(loaded, Mapping):
         raise FileProblem(f"{path}: expected a pickled dictionary of tensors, found {type(loaded).__name__}.")
-    tensors = {str(key): value for key, value in loaded.items() if isinstance(value, Tensor)}
+    # Tuples as keys may hold one long text a thousand times.
+    named = {str(key): value for key, value in loaded.items() if isinstance(key, (str, int))}
+    tensors = {key: value for key, value in named.items() if isinstance(value, Tensor)}
     return tensors, [] if tensors else all_names(loaded)

@@ -6,6 +6,7 @@ average beside the weights it averages. The name of one tensor that every genera
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -25,6 +26,8 @@ MARKS = {
 AVERAGED, ROUGH = ("g_ema", "G_ema", "params_ema"), ("g", "G", "params")  # where trainers keep theirs
 MEAN_STYLES = ("latent_avg", "mean_latent")
 MAX_NESTING = 8
+MAX_NAME = 1000  # characters of a name; longer ones, put before many others, would take any memory
+MAX_CANDIDATES = 50  # each takes the time of looking through its dictionary
 _AVERAGED = re.compile(r"(^|[^a-z])(ema|running|averaged?)([^a-z]|$)", re.IGNORECASE)
 _REWRITTEN = "style_conv1.bias"  # of GFPGAN's later versions, whose layers are others under the same names
 # A tri-plane network's first half: its images are planes of features.
@@ -56,7 +59,9 @@ def find_generator(content: Any) -> FoundGenerator | None:
 
     Raises Ambiguous for several that nothing tells apart.
     """
-    found = list(_candidates(content))
+    found = list(itertools.islice(_candidates(content), MAX_CANDIDATES))
+    if len(found) == MAX_CANDIDATES:
+        raise Ambiguous(f"{MAX_CANDIDATES} generators or more")
     averaged = [candidate for candidate in found if candidate.averaged]
     left = averaged or found
     if len(left) > 1:
@@ -102,7 +107,11 @@ def _candidates(content: Any) -> Iterator[FoundGenerator]:
 
 
 def _tensors(level: Mapping) -> dict[str, Tensor]:
-    return {key: value for key, value in level.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return {key: value for key, value in level.items() if _is_name(key) and isinstance(value, Tensor)}
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and len(key) <= MAX_NAME
 
 
 def _levels(content: Any) -> Iterator[tuple[str, Mapping, tuple[Mapping, ...]]]:
@@ -117,5 +126,5 @@ def _levels(content: Any) -> Iterator[tuple[str, Mapping, tuple[Mapping, ...]]]:
         yield place, level, parents
         if len(parents) < MAX_NESTING:
             for key, value in level.items():
-                if isinstance(key, str):
+                if _is_name(key) and isinstance(value, Mapping):
                     waiting.append((f"{place}.{key}" if place else key, value, (*parents, level)))

@@ -191,7 +191,7 @@ _FAMILIES: tuple[tuple[str, ...], ...] = (
     (
         "a language model",
         "text",
-        r"^(model\.|language_model\.|model\.language_model\.)*"
+        r"^(model\.|language_model\.)*"
         r"(layers\.\d+\.(self_attn|mlp|input_layernorm)|embed_tokens)\.",
     ),
     ("a CLIP model (text and image encoder)", "text", _P + r"(vision_model|visual)\.", _P + r"(text_model|ln_final)\."),

@@ -53,6 +53,8 @@ def read_header(path: Path) -> dict[str, Any]:
         )
     try:
         header = parse_json(text, HEADER_LIMIT)
+        if len(header) - ("__metadata__" in header) > MOST_TENSORS:  # escaped names are not counted above
+            raise Problem(f"more than {MOST_TENSORS} tensors")
         ends = [_end_of(entry) for key, entry in header.items() if key != "__metadata__"]
         notes = header.setdefault("__metadata__", {})
         if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):

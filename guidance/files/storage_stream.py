@@ -93,7 +93,9 @@ def described_storage(found: Any) -> Storage:
     if type(found) is not tuple or len(found) not in (5, 6) or found[0] != "storage":
         raise Refused("a persistent id that is not torch's ('storage', type, key, location, count, None)")
     _, kind, key, location, numel = found[:5]
-    if kind not in STORAGES or type(key) is not str or type(location) is not str or found[5:] not in ((), (None,)):
+    # The type of `kind` first: looking up nested tuples would recurse without a limit.
+    known = type(kind) is Name and kind in STORAGES
+    if not known or type(key) is not str or type(location) is not str or found[5:] not in ((), (None,)):
         raise Refused("a storage described by other types than torch writes")
     if type(numel) is not int or not 0 <= numel < 2**48:
         raise Refused("a storage with an impossible count of numbers")

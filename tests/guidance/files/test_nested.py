@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from indomain_guidance.guidance.files import FileProblem, holds_generator, read_generator
+from indomain_guidance.guidance.files import FileProblem, holds_generator, read_generator, read_state_dict
 from indomain_guidance.guidance.networks.stylegan2 import random_generator
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 
@@ -114,6 +114,19 @@ def test_several_generators_are_not_chosen_from(weights, tmp_path):
     assert "found 2 generators, under first, second.module; save the wanted one alone" in message
     message = refusal(tmp_path / "a.pt", {"state_dict": {**under("a.", weights), **under("b.", weights)}})
     assert "under state_dict.a, state_dict.b" in message
+
+
+def test_long_names_and_many_generators_take_no_memory_and_time(tmp_path):
+    """A long name goes before thousands of others, and each of thousands of generators would be looked for in all."""
+    long, mark, one = "k" * 10**6, "synthesis.b4.const", torch.ones(1)
+    path = tmp_path / "a.pt"
+    inner = {str(number): {} for number in range(20_000)}
+    assert "no tensors" in refusal(path, {long: inner})
+    assert "no tensors" in refusal(path, {str(number): {long: one} for number in range(5_000)})
+    assert "50 generators or more" in refusal(path, {f"{number}.{mark}": one for number in range(20_000)})
+    torch.save({(long, number): one for number in range(900)}, path)
+    with pytest.raises(FileProblem, match="expected weights, found none"):
+        read_state_dict(path)
 
 
 def test_what_is_inside_instead_is_said(weights, tmp_path):

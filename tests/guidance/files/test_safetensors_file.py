@@ -52,6 +52,14 @@ def test_views_shared_and_strided_tensors_are_written(tmp_path):
     assert all(torch.equal(read[key], odd[key]) for key in odd)
 
 
+def test_tensors_are_counted_however_their_fields_are_written(tmp_path):
+    path = tmp_path / "many.safetensors"
+    entry = '{"dtype": "F32", "shape": [0], "data\\u005foffsets": [0, 0]}'
+    path.write_bytes(raw_header("{" + ", ".join(f'"{number}": {entry}' for number in range(50_001)) + "}"))
+    with pytest.raises(FileProblem, match="more than 50000 tensors"):
+        read_state_dict(path)
+
+
 def test_each_fault_has_its_sentence(tmp_path):
     good = write_safetensors(tmp_path / "good.safetensors", TENSORS).read_bytes()
     overlapping = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}

@@ -43,6 +43,14 @@ ATTACKS = {
     "negative storage": (storage(-5), "impossible count"),
     "storage of no record": (storage(2, "7"), "a storage of 8 bytes|list of keys"),
     "two descriptions": (storage(4) + storage(2, kind=b"ctorch\nDoubleStorage\n") + b"\x86", "two descriptions"),
+    "storage of a list": (
+        b"(" + text("storage") + b"]" + text("0") + text("cpu") + number(4) + b"tQ",
+        "described by other types",
+    ),
+    "storage of nested tuples": (
+        b"(" + text("storage") + b")" + b"\x85" * 400_000 + text("0") + text("cpu") + number(4) + b"tQ",
+        "described by other types",
+    ),
     "view of a storage": (storage(4)[:-2] + b"NK\0K\1\x87tQ", "a persistent id|described by other types"),
     "tensor beyond its storage": (tensor(4, 10**9), "reaches to number 999999999"),
     "tensor with a far offset": (tensor(4, 2, offset=2**40), "out of bounds"),
@@ -55,6 +63,12 @@ ATTACKS = {
         .replace(number(0) + b"\x85", number(0) + number(2**60) + b"\x86")
         .replace(number(1) + b"\x85", number(1) + number(1) + b"\x86"),
         "impossible sizes",
+    ),
+    "empty of sizes beyond counting": (
+        tensor(4, 0)
+        .replace(number(0) + b"\x85", b"(" + number(2**20) * 7 + number(0) + b"t")
+        .replace(number(1) + b"\x85", b"(" + number(1) * 8 + b"t"),
+        "a tensor that torch cannot make",
     ),
     "counts of a text": (b"ccollections\nCounter\n" + text("abc") + b"\x85R", "other arguments than counts"),
     "set made again and again": (
