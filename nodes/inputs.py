@@ -27,6 +27,7 @@ LONGEST_FOREIGN = 20_000  # characters of a message that is not ours, such as to
 def checked(*files: str) -> Callable[[Callable], Callable]:
     """Decorator for a node's `execute`: raise Problem for input values that the node's schema does not allow.
 
+    An optional input that gets None, as over a link, has its default.
     Errors, with those that caused them, are made safe to print, since core writes them into its log.
 
     files: inputs that list files, whose choices change while ComfyUI runs; only that they are text is checked.
@@ -40,6 +41,8 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
             bound = signature.bind(cls, *args, **kwargs).arguments
             more = next((name for name, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD), None)
             check_inputs(cls, {**bound, **bound.get(more or "", {})}, files)
+            optional = {entry.id for entry in (cls.SCHEMA or cls.GET_SCHEMA()).inputs if entry.optional}
+            kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in optional}
             try:
                 return execute(cls, *args, **kwargs)
             except Exception as error:

@@ -169,6 +169,14 @@ def test_every_node_with_sockets_checks_them(sockets_of_the_pack):
                 node.execute(**values)
 
 
+def test_nothing_over_a_link_is_the_default_of_an_optional_input(comfyui):
+    terms = importlib.import_module("indomain_guidance.nodes.terms")
+    (term,) = chain = terms.GuidanceTerm.execute(name="a", weight=1.0, reference=None).result[0]
+    assert term.reference is None
+    (shaped,) = terms.ShapeGuidanceTerm.execute(terms=chain, mode="orthogonal", orthogonal_to=None).result[0]
+    assert shaped.shaping.others == ("control",)
+
+
 def test_what_other_nodes_give_comes_through(comfyui, tiny):
     import torch
 
