@@ -204,10 +204,10 @@ def _run_checkpoint(path: Path) -> dict[str, Any]:
     return {
         "kind": "training checkpoint",
         **_file(path, tensors),
-        "name": state["config"]["name"],
+        "name": state["config"].get("name"),
         "step": state["step"],
-        "dataset": dict(state["dataset"]),
-        "prior_hash": state["prior"],
+        "dataset": state.get("dataset"),  # of a training; an adaptation has neither images nor a prior to start from
+        "prior_hash": state.get("prior"),
         "facts": dict(state["facts"]),
         "training": dict(state["config"]),
     }

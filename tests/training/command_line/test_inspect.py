@@ -112,6 +112,9 @@ def test_inspects_the_checkpoint_of_a_run(tmp_path):
     assert (about["kind"], about["step"], about["name"]) == ("training checkpoint", 7, "porcelain")
     assert about["file"]["parameters"] == 6 and about["training"]["learning_rate"] == 1e-5
     assert "step:              7" in inspect_text(path)
+    adaptation = {name: value for name, value in state.items() if name not in ("dataset", "prior")}
+    about = inspect(save_checkpoint(tmp_path / "step-000008.ckpt", adaptation))
+    assert (about["kind"], about["dataset"], about["prior_hash"]) == ("training checkpoint", None, None)
     for read in (read_state_dict, read_generator):  # where a model is expected
         with pytest.raises(FileProblem, match="found the checkpoint of a run of this project; use the model that"):
             read(path)
