@@ -30,7 +30,9 @@ def temporary_path(path: str | os.PathLike) -> Iterator[Path]:
         mode = temporary.stat().st_mode  # the user's default, which some writers (safetensors) would make private
         yield temporary
         _flush(temporary)
-        os.chmod(temporary, mode)
+        if temporary.stat().st_mode != mode:
+            with suppress(OSError):  # some network drives refuse; the file is better private than lost
+                os.chmod(temporary, mode)
         os.replace(temporary, path)
         if os.name == "posix":
             with suppress(OSError):  # some network drives cannot; the file is in its place already

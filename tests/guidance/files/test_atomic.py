@@ -53,6 +53,16 @@ def test_a_written_file_is_as_readable_as_the_users_other_files(tmp_path):
     assert written.stat().st_mode == plain.stat().st_mode
 
 
+def test_a_drive_that_refuses_permissions_can_be_written(tmp_path, monkeypatch):
+    def refused(path, mode):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chmod", refused)
+    write_text(tmp_path / "config.json", "{}")
+    write_safetensors(tmp_path / "a.safetensors", TENSORS)
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "config.json"]
+
+
 def test_a_failed_write_leaves_the_old_file(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
