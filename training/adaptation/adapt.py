@@ -21,6 +21,7 @@ from ..engine.folder import SAMPLES
 from ..engine.reports import Report
 from ..engine.run import Result, Run
 from ..mini_world import MINI_WORLD
+from ..mini_world.assets import generators_dir
 from ..prior.opening import open_prior
 from ..prior.prior import Prior
 from .adapter import Adapter, check_generator
@@ -56,7 +57,7 @@ def adapt(
     -> latents, differentiable; an `ImageEncoder` says at which size they are judged): instead of `config.base`,
     prompts, domain, resolution and precision. base: an opened prior instead of `config.base`. distance: of the
     perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener, should_stop, dry_run and the
-    run's folder are those of `train.train`; an adaptation that was killed and goes on ends with the same bits too.
+    run's folder are those of `domain.train.train`; an adaptation that is killed and resumed ends with the same bits.
 
     Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
     NonFiniteLoss.
@@ -73,8 +74,6 @@ def adapt(
 def open_generator(name: str) -> LoadedGenerator:
     """The generator of a file, or the mini world's. Raises FileProblem."""
     if name == MINI_WORLD:
-        from ..mini_world.assets import generators_dir
-
         name = str(generators_dir() / "mini-handwriting.safetensors")
     return read_generator(name)
 
@@ -103,7 +102,7 @@ class _Adaptation(Run[AdaptConfig]):
     # ---- beginning
 
     def settle(self, state: Mapping[str, Any] | None) -> None:
-        """As every run, but a critic that is given computes in a precision of its own, which stands there as auto."""
+        """As `Run.settle`, but a critic that is given brings its own precision, and the setting is then auto."""
         began = None if state is None else state["config"]["precision"]
         if self.critic is not None:
             self.config = self.config.with_changes(precision="auto")
@@ -128,7 +127,7 @@ class _Adaptation(Run[AdaptConfig]):
         return [*self.source.notes, *(self.prior.notes if self.prior is not None else ())]
 
     def announce(self, start: int) -> tuple[int, str]:
-        """No images; exactly what will learn, and who judges."""
+        """No images; which weights will learn, and which diffusion model judges them."""
         config, source, prior = self.config, self.source.generator, self.prior
         names = trained_names(source, config.train, config.freeze_bias)
         text = describe_trained(source, names, config.layers)
@@ -184,7 +183,7 @@ class _Adaptation(Run[AdaptConfig]):
                 write_generator(place, generator, metadata, self.config.file_dtype)
 
     def _metadata(self) -> GeneratorMetadata:
-        """What the finished file tells of itself: its source, and how it was adapted."""
+        """The finished file's metadata: its source, and how it was adapted."""
         config, before, adapter = self.config, self.source.metadata, self.adapter
         stage = {
             "prompt": config.prompt,

@@ -113,7 +113,7 @@ def latent_encoder(prior: Prior, resolution: int, precision: str = "fp32") -> Im
 def make_objective(
     config: AdaptConfig, critic: Critic, encode: Encode, device: torch.device | str, distance: Distance | None = None
 ) -> Objective:
-    """What the configuration wants of a critic. distance: of the perceptual regularizer, instead of `config.features`.
+    """The objective of the settings for a critic. distance: the perceptual regularizer's, instead of `config.features`.
 
     Raises ValueError where the method needs what the critic lacks.
     """

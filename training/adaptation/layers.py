@@ -28,7 +28,7 @@ def trained_names(generator: StyleGAN2, train: str, freeze_bias: bool) -> tuple[
 
 
 def layer_of(name: str) -> str:
-    """The layer of a parameter as `Generator.style_layers` calls it; of others, what none of these is called."""
+    """The layer of a parameter, named as in `StyleGAN2.style_layers`; other parameters get a name that is not there."""
     return ".".join(name.removeprefix("synthesis.").split(".")[:2])
 
 

@@ -137,7 +137,7 @@ def _out(line: str) -> None:
 
 
 def own_command(*words: object) -> str:
-    """A command of this program, called as it was started: whoever starts it otherwise says so in INDOMAIN_COMMAND."""
+    """A command of this program as the user would type it; INDOMAIN_COMMAND says how the program was started."""
     return f"{os.environ.get('INDOMAIN_COMMAND', 'indomain')} {pasted([str(word) for word in words])}"
 
 

@@ -46,7 +46,7 @@ class CheckpointProblem(FileProblem):
 
 
 class DamagedCheckpoint(CheckpointProblem):
-    """One that is of no use to anybody: torn, altered, or no checkpoint at all. An earlier one may be used instead."""
+    """One that nothing can be read from: torn, altered, or no checkpoint at all. An earlier one may be used instead."""
 
 
 class _Hashing:

@@ -117,7 +117,7 @@ class Finished(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The run ended by an error after this step. In the log only: who called the run gets the error itself."""
+    """The run ended by an error after this step. In the log only: the caller of the run gets the error itself."""
 
     step: int
     text: str

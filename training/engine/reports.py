@@ -31,7 +31,7 @@ class Reports:
         self.reports, self.start, self.steps, self.processes, self._tell = reports, start, steps, processes, tell
 
     def __call__(self, step: int, should_stop: Callable[[], bool]) -> bool:
-        """Make what is due, also what a killed run did not come to; True when somebody asked to stop meanwhile."""
+        """Make what is due, also what a run that was killed lacks; True when somebody asked to stop meanwhile."""
         due = [report for report in self.reports if is_due(step, report.every, self.steps)]
         for report in due if self.processes.is_main else ():
             if not (step == self.start > 0 and report.made(step)):

@@ -62,7 +62,7 @@ class Result:
 
 
 class Run(ABC, Generic[Config]):
-    """One call of a kind of run: who listens, where things are, what is due."""
+    """One run: its settings, its folder, its listeners, and the order in which everything happens."""
 
     advice: ClassVar[str] = "lower the learning rate"  # what to do about numbers that are not finite
 
@@ -127,7 +127,10 @@ class Run(ABC, Generic[Config]):
     # ---- the whole
 
     def __call__(self, resume: bool | str = "auto", dry_run: bool = False) -> Result:
-        """Do it. Raises ConfigProblem, FileProblem, NonFiniteLoss and what the kind of run raises."""
+        """Train to the end, or until somebody asks to stop; `train` in domain/train.py says what the arguments mean.
+
+        Raises ConfigProblem, FileProblem, NonFiniteLoss and what the kind of run raises.
+        """
         # ComfyUI runs its nodes in inference mode, in which nothing can be trained.
         with torch.inference_mode(False), torch.enable_grad(), ExitStack() as stack:
             self.check()

@@ -1,5 +1,6 @@
-"""Small files of settings, logs and indices, read within bounds: nothing in their place blocks, fills the memory or
-ends in anything but a sentence.
+"""Small files of settings, logs and indices, read within bounds.
+
+Whatever lies in their place, such as a pipe, a huge file or one of a million brackets, is refused in one sentence.
 """
 
 from __future__ import annotations
