@@ -178,7 +178,9 @@ def rebuild_tensor(name: Name, arguments: tuple, budget: ReadingBudget, *, views
     tensor = StoredTensor(storage, offset, shape, stride)
     end = offset + tensor.extent
     if 0 in shape:
-        if not views and offset > storage.numel or max(shape) > max(storage.numel, MAX_EMPTY if views else 0):
+        too_large = max(shape) > max(storage.numel, MAX_EMPTY if views else 0)
+        uncountable = math.prod(max(size, 1) for size in shape) >= 2**60  # torch multiplies them all
+        if too_large or uncountable or (offset > storage.numel and not views):
             raise Refused("an empty tensor with impossible sizes")
     elif end > storage.numel:
         raise Refused(f"a tensor that reaches to number {end - 1} of a storage of {storage.numel} (out of bounds)")

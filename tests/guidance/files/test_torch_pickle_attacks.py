@@ -68,7 +68,7 @@ ATTACKS = {
         tensor(4, 0)
         .replace(number(0) + b"\x85", b"(" + number(2**20) * 7 + number(0) + b"t")
         .replace(number(1) + b"\x85", b"(" + number(1) * 8 + b"t"),
-        "a tensor that torch cannot make",
+        "impossible sizes",
     ),
     "counts of a text": (b"ccollections\nCounter\n" + text("abc") + b"\x85R", "other arguments than counts"),
     "set made again and again": (
