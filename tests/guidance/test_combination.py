@@ -255,6 +255,10 @@ def test_impossible_guidance_is_refused(terms, message):
         Guidance(Source(0, 0), terms)
 
 
+def test_terms_may_be_given_one_by_one():
+    assert [term.name for term in Guidance(Source(0, 0), (Term(name, 1, 1, 1) for name in "ab")).terms] == ["a", "b"]
+
+
 def test_a_base_that_is_no_source_is_refused():
     with pytest.raises(GuidanceError, match="Source"):
         Guidance(("model", "cond"), [Term("a", 1, 1, 1)])
