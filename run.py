@@ -449,7 +449,8 @@ COMMANDS = {
     "demo": "make images with the prior alone, the domain model alone and multi-guidance, side by side",
     "test": "run every test, the ones that drive a real ComfyUI server included, on all cores; --quick leaves the slow "
     "ones and the servers out (other arguments go to pytest, which then runs in one process)",
-    "lint": "check the code's style, format and types with ruff and pyright, as .ci/run does",
+    "lint": "check the code's style, format and types with ruff and pyright, as .ci/run does; --fix first mends what "
+    "ruff can",
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",
@@ -480,12 +481,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
             kept = "a folder that keeps models, images and settings (default: in the cache)"
             command.add_argument("--output", metavar="DIR", help=kept)
             command.add_argument("--port", type=int, default=0, help="a fixed port (default: any free one)")
+        if name == "lint":
+            command.add_argument("--fix", action="store_true", help="first mend what ruff can, format included")
         if name == "bench":
             command.add_argument("--list", action="store_true", help="list the benchmarks")
         if name in ("demo", "serve"):
             command.add_argument("flags", nargs="*", metavar="-- FLAG", help="further flags for ComfyUI, after --")
     known, rest = parser.parse_known_args(arguments)
-    if rest and known.command in ("demo", "serve"):
+    if rest and known.command in ("demo", "serve", "lint"):
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     known.rest = rest[1:] if rest[:1] == ["--"] else rest
     return known

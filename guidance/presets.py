@@ -98,7 +98,16 @@ def dual_cfg(
 
 PRESETS: dict[str, Callable[..., Guidance]] = {
     preset.__name__: preset
-    for preset in (cfg, in_domain, domain_guidance, unconditional_prior, autoguidance, personalization, dual_cfg)
+    for preset in (
+        cfg,
+        in_domain,
+        domain_guidance,
+        unconditional_prior,
+        autoguidance,
+        personalization,
+        dual_cfg,
+        # New presets at the end.
+    )
 }
 """The presets by name."""
 

@@ -9,8 +9,16 @@ from .frequency import Bands, Mean
 from .orthogonal import Orthogonal
 from .shaping import Shaping
 
-SHAPINGS: dict[str, type[Shaping]] = {shaping.name: shaping for shaping in (Bands, Mean, Orthogonal)}
-"""Name -> class: frequencies, mean, orthogonal. The node Shape Guidance Term has a mode and widgets for each."""
+SHAPINGS: dict[str, type[Shaping]] = {
+    shaping.name: shaping
+    for shaping in (
+        Bands,
+        Mean,
+        Orthogonal,
+        # New shapings at the end: saved graphs store the widgets of their options by position, in this order.
+    )
+}
+"""Name -> class. The node Shape Guidance Term has a mode and widgets for each."""
 
 
 def make_shaping(name: str, **options: Any) -> Shaping | None:

@@ -55,10 +55,14 @@ USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", 
 
 
 def options_of_adapting() -> list[str]:
-    """The fields of `AdaptConfig` that the options node offers."""
-    from ..training.adaptation.config import AdaptConfig
+    """The fields of `AdaptConfig` that the options node offers, in the order of its widgets.
 
-    return option_names(AdaptConfig, (*ON_THE_NODE, *DECIDED_HERE))
+    The options of methods come last: saved graphs store widgets by position, and a new method must shift none of them.
+    """
+    from ..training.adaptation.config import OPTIONS_OF_METHODS, AdaptConfig
+
+    settings = option_names(AdaptConfig, (*ON_THE_NODE, *DECIDED_HERE, *OPTIONS_OF_METHODS))
+    return [*settings, *OPTIONS_OF_METHODS]
 
 
 class AdaptGenerator(io.ComfyNode):

@@ -21,6 +21,7 @@ class CSD(Method):
     GuidanceError for weights that are not finite.
     """
 
+    # Not made with `option`: set in Python only; settings, command line and nodes leave the unwanted prompt out.
     unwanted_weight: float = 0.0
     unwanted_weight_end: float = 0.0
 

@@ -24,6 +24,7 @@ class ISM(Method):
     Usual with the weighting "sigma".
     """
 
+    # Not made with `option`: set in Python only; settings, command line and nodes use the published values.
     interval: int = 50
     stride: int = 200
 

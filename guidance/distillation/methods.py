@@ -1,4 +1,4 @@
-"""The list of distillation methods. A new method is added here, and nowhere else outside its own file."""
+"""The list of distillation methods. Beside its own file, the code of a new method is this list alone."""
 
 from __future__ import annotations
 
@@ -15,8 +15,20 @@ from .nfsd import NFSD
 from .sds import SDS
 from .vsd import VSD
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (SDS, CSD, NFSD, DDS, SDSBridge, ISM, VSD)}
-"""Name -> class: sds, csd, nfsd, dds, bridge, ism, vsd. Settings, command line and nodes read this list."""
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (
+        SDS,
+        CSD,
+        NFSD,
+        DDS,
+        SDSBridge,
+        ISM,
+        VSD,
+        # New methods at the end: saved graphs store the options of methods by position, in this order.
+    )
+}
+"""Name -> class. Settings, command line and nodes read this list."""
 
 
 def make_method(name: str, critic: Critic, seed: int = 0, **options: Any) -> Method:

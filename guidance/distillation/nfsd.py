@@ -23,6 +23,7 @@ class NFSD(Method):
     blurry, low quality, ..."). Raises GuidanceError for a threshold below 0.
     """
 
+    # Not made with `option`: set in Python only; settings, command line and nodes use the published value.
     threshold: int = 200
 
     name = "nfsd"

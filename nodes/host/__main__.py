@@ -79,8 +79,13 @@ def test(order: dict) -> int:
 
 
 def lint(order: dict) -> int:
-    """Everything that is wrong with the code's style, format and types; 0 where nothing is."""
+    """Everything that is wrong with the code's style, format and types; 0 where nothing is.
+
+    fix: first mend what ruff can.
+    """
+    fixes = (["ruff", "check", "--fix", "--quiet", "."], ["ruff", "format", "."]) if order.get("fix") else ()
     checks = (
+        *fixes,
         ["ruff", "check", "."],
         ["ruff", "format", "--check", "."],
         ["pyright", "--pythonpath", sys.executable, "--warnings"],

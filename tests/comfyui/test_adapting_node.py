@@ -131,6 +131,25 @@ def test_every_field_of_the_configuration_has_one_place(world):
     assert all(entry.tooltip for entry in main.values())
 
 
+# Published widgets keep their places: saved graphs store values by position.
+SETTINGS_OF_THE_OPTIONS_NODE = (
+    *("mode", "t_min", "t_max", "t_schedule", "weighting", "perceptual", "features", "normalize_directional"),
+    *("latent_clamp", "image_quantile", "way_back", "gradient_checkpointing", "train", "freeze_bias", "truncation"),
+    *("noise", "label", "resolution", "schedule", "warmup", "clip", "ema", "checkpoint_every", "checkpoint_minutes"),
+    *("keep_checkpoints", "sample_count", "log_every", "tensorboard", "file_dtype", "licence"),
+)
+
+
+def test_options_of_methods_are_the_last_widgets_in_the_order_of_the_methods(world):
+    from indomain_guidance.guidance.distillation.methods import METHODS
+    from indomain_guidance.guidance.options import options_of
+
+    names = [entry.id for entry in world.nodes.GeneratorAdaptOptions.define_schema().inputs]
+    of_methods = [f"{name}_{own.name}" for name, method in METHODS.items() for own in options_of(method)]
+    assert names == [*SETTINGS_OF_THE_OPTIONS_NODE, *of_methods]
+    assert of_methods[:3] == ["sds_normalize", "vsd_rank", "vsd_learning_rate"]
+
+
 def test_default_options_are_the_adaptations_own(world):
     from indomain_guidance.training.adaptation.config import AdaptConfig
 

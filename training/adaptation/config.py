@@ -24,13 +24,18 @@ FIELD_OF_PROMPT = {"source": "source_prompt", "unwanted": "negative"}
 Kind = TypeVar("Kind")
 
 
+OPTIONS_OF_METHODS = {
+    f"{method.name}_{own.name}": (method.name, own) for method in METHODS.values() for own in options_of(method)
+}
+"""Setting -> (method, the option of its class): METHOD_OPTION for each option of each method, in METHODS' order."""
+
+
 def _with_options_of_methods(config: type[Kind]) -> type[Kind]:
-    """Give a class of settings a field METHOD_OPTION for each option of each distillation method."""
-    for method in METHODS.values():
-        for own in options_of(method):
-            about = {**own.metadata, "help": f"method {method.name} only: {own.metadata['help']}"}
-            config.__annotations__[f"{method.name}_{own.name}"] = own.type
-            setattr(config, f"{method.name}_{own.name}", option(own.default, "distillation", **about))
+    """Give a class of settings the fields of OPTIONS_OF_METHODS."""
+    for name, (method, own) in OPTIONS_OF_METHODS.items():
+        about = {**own.metadata, "help": f"method {method} only: {own.metadata['help']}"}
+        config.__annotations__[name] = own.type
+        setattr(config, name, option(own.default, "distillation", **about))
     return config
 
 
@@ -107,14 +112,14 @@ class AdaptConfig(PriorSettings):
         "sds",
         "distillation",
         "how predictions become gradients: sds is the paper's, at a scale of about 100; "
-        f"{', '.join(name for name in METHODS if name != 'sds')} take scales of 5 to 30",
+        "nfsd, dds, bridge, ism and vsd are usual at 5 to 30; csd, which compares directions alone, takes any",
         choices=tuple(METHODS),
     )
     scale: float = option(
         100.0,
         "distillation",
         "weight of the prompt against the empty one (guidance scale); 100 "
-        "is the paper's for sds, the other methods take 5 to 30",
+        "is the paper's for sds; nfsd, dds, bridge, ism and vsd are usual at 5 to 30; csd takes any",
         min=0.0,
         max=1000.0,
     )

@@ -20,6 +20,7 @@ from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.options import option, options_of
 
+# The means of the Gaussians that stand for the empty, wanted, unwanted and source prompts; the guidance scale.
 U, C, NEGATIVE, SOURCE, SCALE = -0.5, 1.0, 2.0, 0.25, 7.5
 T = torch.tensor([20, 199, 200, 600])
 
@@ -39,10 +40,14 @@ class Case:
         self.x_frozen = self.frozen.double() + self.sigma * self.noise.double()
 
     def e(self, mu: float, x: torch.Tensor | None = None) -> torch.Tensor:
+        """The noise prediction for the Gaussian with the mean mu, such as U or C, on x (the noisy z unless given)."""
         return self.factor * ((self.x if x is None else x) - mu)
 
     def gradient(self, method, step: int = 0, steps: int = 1) -> torch.Tensor:
-        """What reaches z, per sample, with the weight taken off: the encoder is the identity here."""
+        """What the method's `gradient` gives for each sample: w(t) is 1 and the encoder the identity.
+
+        The objective means over the batch; the factor len(T) takes that back.
+        """
         objective = Objective(self.critic, method, weighting="uniform", timesteps=Timesteps(0, 999), bound=None)
         frozen = self.frozen if objective.needs_frozen else None
         draws = Draws(T, {method.name: self.noise})

@@ -50,6 +50,17 @@ def test_the_whole_suite_is_shared_out_file_by_file(monkeypatch):
     assert started == [["-n", "2", *by_file], ["tests/nodes"], ["-n", "4", *by_file], [], quick]
 
 
+def test_lint_mends_before_it_checks_only_where_asked(monkeypatch):
+    from indomain_guidance.nodes.host import __main__ as commands
+
+    started = []
+    monkeypatch.setattr(commands, "_child", lambda command, cwd: started.append(command[2:4]) or 0)
+    checks = [["ruff", "check"], ["ruff", "format"], ["pyright", "--pythonpath"]]
+    assert commands.lint({"fix": False}) == 0 and started == checks
+    started.clear()
+    assert commands.lint({"fix": True}) == 0 and started == [["ruff", "check"], ["ruff", "format"], *checks]
+
+
 def test_a_python_that_reads_no_variables_tests_alone():
     """Its testers would not find pytest."""
     code = (

@@ -212,7 +212,7 @@ def test_layer_selection_passes_over_layers_of_which_nothing_trains(run, monkeyp
     """`released` leaves b4.conv1 as it is: chosen alone, it would leave the step without a gradient."""
     from indomain_guidance.guidance.distillation import layer_selection
 
-    def coarsest_first(synthesize, ws, gradient, rate):
+    def coarsest_first(synthesize, ws, gradient):
         return torch.arange(ws.shape[1], 0, -1).float()
 
     monkeypatch.setattr(layer_selection, "rank_layers", coarsest_first)

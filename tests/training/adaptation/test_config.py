@@ -11,7 +11,7 @@ from indomain_guidance.guidance.distillation.objective import MODES
 from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES
 from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
 from indomain_guidance.guidance.options import options_of
-from indomain_guidance.training.adaptation.config import AdaptConfig
+from indomain_guidance.training.adaptation.config import OPTIONS_OF_METHODS, AdaptConfig
 from indomain_guidance.training.adaptation.layers import TRAINED
 from indomain_guidance.training.command_line.kinds import KINDS, kind_of
 from indomain_guidance.training.domain.config import TrainConfig
@@ -37,6 +37,11 @@ def test_each_option_of_a_method_is_a_field_and_comes_back_by_its_own_name():
     assert AdaptConfig(**NEEDED, method="vsd", vsd_rank=8).method_options() == {"rank": 8, "learning_rate": 1e-4}
     with pytest.raises(ConfigProblem, match="vsd_rank: expected a number from 1 to 256, found 0"):
         AdaptConfig(**NEEDED, vsd_rank=0)
+
+
+def test_options_of_methods_stand_in_the_order_of_the_methods():
+    assert list(OPTIONS_OF_METHODS) == [f"{name}_{one.name}" for name in METHODS for one in options_of(METHODS[name])]
+    assert set(OPTIONS_OF_METHODS) <= {one.name for one in dataclasses.fields(AdaptConfig)}
 
 
 def test_every_field_can_be_shown():
