@@ -52,11 +52,11 @@ def serve(order: dict) -> int:
     _say("starting ComfyUI ...")
     flags = ["--preview-method", "auto", *(order.get("flags") or ())]
     with ComfyServer(Path(order["comfyui"]), base, flags=flags, port=order.get("port") or 0) as server:
-        print(server.url, flush=True)
         _say(f"the graph editor is at {server.url}; to begin, open this graph and press Run:")
         _say(f"    {server.url}/?template=in_domain_text_to_image&source={PACK_NAME}")
         _say(f"more graphs: Templates (left bar) > Extensions > {PACK_NAME}")
         _say(f"models, images and server.log are in {base}; Ctrl+C ends the server")
+        print(server.url, flush=True)
         status = server.wait()
         raise ServerProblem(f"{server.log_tail()}\nComfyUI ended by itself (exit status {status}); its log is above.")
 

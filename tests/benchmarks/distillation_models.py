@@ -90,8 +90,8 @@ class Models:
         """SDS with the directional regularizer, batch 1, as released but for the mode."""
         limits = {} if clamps else {"latent_clamp": 0.0, "image_quantile": 0.0, "way_back": 0.0}
         return AdaptConfig(
-            "benchmark",
-            "benchmark",
+            generator="benchmark",
+            base="benchmark",
             prompt="benchmark",
             method="sds",
             scale=SCALE,

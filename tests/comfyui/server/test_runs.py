@@ -76,7 +76,7 @@ def test_interrupted_run_ends_and_the_next_one_is_undisturbed(server, graphs, pi
     assert server.client.queue() == {"queue_running": [], "queue_pending": []}
     again = graphs.in_domain(seed=8, steps=3)
     again["save"]["inputs"]["filename_prefix"] = "again"
-    server.client.free()
+    server.client.post("/free", {"unload_models": True, "free_memory": True})
     assert np.array_equal(before, pixels(server.client.run(again)))
 
 

@@ -36,7 +36,7 @@ def test_counts_blocks_by_their_type():
     blocks = found.blocks[nn.Linear]
     assert found.flops == blocks.flops == 2 * 3 * (4 * 8 + 8 * 2)
     assert (blocks.highest, blocks.shapes) == (2 * 3 * 4 * 8, ((3, 4),)) and blocks.module.in_features == 4
-    assert found.block_bytes == 3 * 8 * 4  # the second's input, which is the first's output after the sigmoid
+    assert found.block_bytes == 3 * 4 * 4  # the first's input; the second's is kept by the sigmoid before it
     assert trace(network, lambda module: module(torch.empty(3, 4))).flops == 0
 
 
