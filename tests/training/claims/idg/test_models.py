@@ -7,8 +7,8 @@ import torch
 from indomain_guidance.guidance.files import FileProblem, read_state_dict
 from indomain_guidance.training.claims.idg.models import Models, ModelSpec, with_additions
 from indomain_guidance.training.claims.keeping import key_of, trained_weights
-from indomain_guidance.training.engine.run import Result
 from indomain_guidance.training.engine.lock import Busy, locked
+from indomain_guidance.training.engine.run import Result
 from indomain_guidance.training.mini_world import assets
 
 
