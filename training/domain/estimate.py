@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,7 @@ from .trainee import choose_trainable
 OPTIMIZER_TRAFFIC = 60
 # Images in the timed batch: enough to fill a device, few enough that a batch too large to train is still timed.
 TIMED_BATCH = 8
+HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,9 @@ class Estimate:
             + ("" if self.available is None else f", {size_text(self.available)} available"),
             f"disk: {size_text(self.checkpoint)} per checkpoint, {size_text(self.file)} for the finished file, "
             f"{size_text(self.latents)} of cached latents",
-            f"time: about {_duration(self.seconds)} ({_duration(self.seconds_per_step)} per step, "
+            "time: not measured, for want of memory"
+            if math.isnan(self.seconds)
+            else f"time: about {_duration(self.seconds)} ({_duration(self.seconds_per_step)} per step, "
             f"{_duration(self.seconds_preview)} per sample grid, {_duration(self.seconds_caching)} to encode the "
             "images)",
         ]
@@ -126,16 +130,18 @@ def estimate(
         drawn = sum(tensor.numel() for tensor in prior.unet.values()) * preview_dtype(device).itemsize
         preview = fixed + drawn + int(3 * min(config.sample_count, batch) * traced.largest / batch)
 
-    per_step, forward_s = _step_seconds(traced, config, device, dtype, batch)
+    available = free_bytes(device)
+    # One block of a run that no memory holds may fill that memory by itself: not timed.
+    fits = available is None or peak <= HOPELESS * available
+    per_step, forward_s = _step_seconds(traced, config, device, dtype, batch) if fits else (math.nan, math.nan)
     predictions = 3 if config.sample_prompts else 1.5  # per image and step: base, domain, control
     pictures = max(2, len(config.sample_prompts)) * config.sample_count
     per_grid = pictures * config.sample_steps * predictions * forward_s if config.sample_every else 0.0
     grids = 1 + config.steps // config.sample_every if config.sample_every else 0
     encodings = (dataset_size or 0) * max(1, config.random_crops) * (2 if config.flip else 1)
-    caching = encodings * _encoding_seconds(prior, config.resolution, device) if encodings else 0.0
+    caching = encodings * _encoding_seconds(prior, config.resolution, device) if encodings and fits else 0.0
     validations = config.steps // config.validate_every if config.validate_every else 0
     held_out = min(256, config.held_out_share * (dataset_size or 0))
-    available = free_bytes(device)
     is_lora = config.form == "full" and config.train == "low_rank"  # its file is the additions alone
     return Estimate(
         parameters=total,

@@ -36,7 +36,7 @@ from ..prior.opening import open_prior
 from ..prior.prior import ImageSize, Prior
 from ..prior.same_prior import prior_traits
 from .config import TrainConfig
-from .estimate import Estimate, estimate
+from .estimate import HOPELESS, Estimate, estimate
 from .finished import write_domain_model, write_low_rank
 from .held_out import held_out_loss
 from .learner import DomainLearner
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
 __all__ = ["Result", "train"]
 
 SMALL = 0.75  # of the side in pixels that the prior was made for
-HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
 Images = Sequence[Tensor] | Tensor | None
 
 
