@@ -134,7 +134,7 @@ class Settings(Reader):
         from indomain_guidance.training.engine.small_files import read_values
 
         kinds = (TrainConfig, AdaptConfig, None)
-        config = (dice.choice(kinds) or kind_of(read_values(path))).read(path)
+        config = (dice.choice(kinds) or kind_of(read_values(path), str(path))).read(path)
         try:
             config.absolute().public_dict()
         except Problem as problem:  # speaks of a setting, whose file is known to whoever gave it
