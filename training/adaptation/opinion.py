@@ -12,6 +12,7 @@ from torch import Tensor
 from ...guidance.combination import Guidance
 from ...guidance.distillation.critic import Critic
 from ...guidance.distillation.objective import Objective
+from ...guidance.errors import first_line
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.schedules import as_weight
 from ...guidance.terms import BASE, Source
@@ -52,7 +53,7 @@ def opinion(
             raise
         raise ConfigProblem(
             f"resolution: expected images of {generator.config.resolution} px that the VAE can encode, found that it "
-            f"cannot ({_first_line(problem)}); set another resolution, or connect another VAE."
+            f"cannot ({first_line(problem)}); set another resolution, or connect another VAE."
         ) from problem
     if latents.ndim != 4 or not bool(latents.isfinite().all()):
         found = f"latents of shape {list(latents.shape)}" if latents.ndim != 4 else "NaN or infinity in its latents"
@@ -64,7 +65,7 @@ def opinion(
             raise
         raise ConfigProblem(
             f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
-            f"({_first_line(problem)}); use a model, VAE and text encoder that belong together."
+            f"({first_line(problem)}); use a model, VAE and text encoder that belong together."
         ) from problem
 
 
@@ -138,7 +139,3 @@ def _nameless(terms: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Described terms that go by their places, which a graph and a configuration have in common."""
     places = {term["name"]: place for place, term in enumerate(terms, 1)}
     return [{**term, "name": None, "reference": places.get(term["reference"])} for term in terms]
-
-
-def _first_line(problem: Exception) -> str:
-    return (str(problem) or type(problem).__name__).splitlines()[0].rstrip(".")

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...guidance.errors import first_line
 from ...guidance.files import FileProblem, ModelFile, check_finite
 from ...guidance.files.layouts import AUTOENCODER_PREFIX
 from ...guidance.files.recognise import AUTOENCODER, refusal
@@ -44,7 +45,6 @@ def build_autoencoder(weights: Mapping[str, Tensor], source: str | os.PathLike) 
         network.load_state_dict(plain, strict=True, assign=True)
     except (ValueError, RuntimeError, TypeError) as error:
         raise FileProblem(
-            f"{source}: its autoencoder cannot be read ({str(error).splitlines()[0].rstrip('.')}); name another file "
-            "as vae."
+            f"{source}: its autoencoder cannot be read ({first_line(error)}); name another file as vae."
         ) from error
     return network.eval().requires_grad_(False)

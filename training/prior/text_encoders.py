@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...guidance.errors import Problem
+from ...guidance.errors import Problem, first_line
 from ...guidance.files import FileProblem, ModelFile, check_finite
 from ...guidance.files.layouts import TEXT_ENCODER_PREFIXES
 from ...guidance.networks.text_encoder import (
@@ -105,8 +105,7 @@ class TextEncoders:
             encoder.load_state_dict({key: tensor.float() for key, tensor in named.items()}, strict=True, assign=True)
         except (ValueError, RuntimeError, KeyError, IndexError) as error:
             raise FileProblem(
-                f"{self.path}: its text encoder {name} cannot be read ({str(error).splitlines()[0].rstrip('.')}); "
-                "download the file again."
+                f"{self.path}: its text encoder {name} cannot be read ({first_line(error)}); download the file again."
             ) from error
         return encoder.eval().requires_grad_(False)
 
