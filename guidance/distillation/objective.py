@@ -13,12 +13,10 @@ from torch import Tensor
 from ..errors import GuidanceError
 from .context import Context, Draws, contexts_of
 from .critic import Critic
-from .gradients import clamp_image_gradient, clamp_latent_gradient, inject, lead_back
-from .image_encoder import ImageEncoder
+from .gradients import ImageEncoder, clamp_image_gradient, clamp_latent_gradient, inject, lead_back
 from .method import LatentTerm, Method, Regularizer
-from .perceptual import Perceptual
-from .timesteps import Timesteps
-from .weighting import WEIGHTINGS
+from .regularizers import Perceptual
+from .timesteps import WEIGHTINGS, Timesteps
 
 MODES = ("shared", "sgf")
 WAY_BACK = 0.01  # the default of `Objective.way_back`
