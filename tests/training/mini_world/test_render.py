@@ -1,5 +1,6 @@
 """The two worlds: pictures are what their labels say."""
 
+import numpy as np
 import pytest
 import torch
 from indomain_guidance.training.mini_world import render, tokens
@@ -62,3 +63,11 @@ def test_the_ink_of_white_on_black_pictures_repaints_them_exactly():
     masks = torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(0))
     pictures = render.paint(masks, render.domain_pairs("narrow").expand(3, 2))
     assert torch.allclose(render.ink_of(pictures), masks, atol=1e-6)
+
+
+def test_the_page_of_the_data_names_every_font_with_its_version():
+    listed = (render.DATA / "README.md").read_text(encoding="utf-8").replace("\n", " ")
+    with np.load(render.DATA / "glyphs.npz") as data:
+        fonts = [f"{name} {version}" for name, version in zip(data["names"], data["versions"])]
+        assert set(data["licences"].tolist()) == {"OFL-1.1", "Apache-2.0"}
+    assert len(fonts) == 96 and not [font for font in fonts if font not in listed]

@@ -28,20 +28,6 @@ def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]
     return {name: _mean(named[name] == wanted) for name, wanted in pictures.labels().items()}
 
 
-def accuracies_by_colour(named: dict[str, Tensor], prompts: Prompts) -> dict[str, dict[str, tuple[float, int]]]:
-    """Ink and ground accuracy of each colour by itself: {"ink": {"red": (share, pictures)}, "ground": ...}.
-
-    named: what `classifier.judge` named. Colours that no prompt asks for are left out.
-    """
-    found: dict[str, dict[str, tuple[float, int]]] = {}
-    for head, column in (("ink", 0), ("ground", 1)):
-        asked, found[head] = prompts.pairs[:, column], {}
-        for index in asked.unique().tolist():
-            right = named[head][asked == index] == index
-            found[head][render.COLOUR_NAMES[index]] = _mean(right), len(right)
-    return found
-
-
 def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor | None = None) -> dict[str, float]:
     """Pictures [N, 3, 64, 64] of the prompts against their exact targets, whose features [M, 64] may be given.
 
