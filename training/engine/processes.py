@@ -6,11 +6,14 @@ DistributedDataParallel. They share the run's folder, so machines need a common 
 
 from __future__ import annotations
 
+import atexit
 import os
+import time
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 
 import torch
+import torch.distributed
 from torch import Tensor, nn
 
 from .settings import ConfigProblem
@@ -73,6 +76,7 @@ class Accelerated(OneProcess):
         self._accelerator = Accelerator(
             cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)]
         )
+        atexit.register(leave_group)
         refuse_sharding(self._accelerator.distributed_type.name)
         self.device = self._accelerator.device
         self.rank, self.world = self._accelerator.process_index, self._accelerator.num_processes
@@ -88,6 +92,17 @@ class Accelerated(OneProcess):
 
     def wait(self) -> None:
         self._accelerator.wait_for_everyone()
+
+
+def leave_group() -> None:
+    """End this process's part in the group while Python still runs.
+
+    Gloo's threads let go of what they summed a moment after the sum is known. One that does so while the interpreter
+    ends aborts the process, and the launcher calls a finished run failed; torch has no call that waits for them.
+    """
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+        time.sleep(0.5)
 
 
 def refuse_sharding(kind: str) -> None:
