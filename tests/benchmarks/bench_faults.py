@@ -30,9 +30,11 @@ HERE = Path(__file__).resolve()
 
 @dataclass(frozen=True)
 class Plan:
-    """kills: of each kind of run, at most `per_run` of one run. prompts: readings of memory every `every` of them;
-    those after `warm` prompts and before as many from the end as are compared with it count as the beginning."""
+    """kinds: of runs that are killed. kills: of each, at most `per_run` of one run. prompts: readings of memory every
+    `every` of them; those after `warm` prompts and before as many from the end as are compared with it count as the
+    beginning."""
 
+    kinds: tuple[str, ...]
     kills: int
     per_run: int
     prompts: int
@@ -40,9 +42,10 @@ class Plan:
     every: int
 
 
-FULL = Plan(kills=50, per_run=5, prompts=1000, warm=150, every=25)
-QUICK = Plan(kills=5, per_run=5, prompts=100, warm=40, every=10)
-TINY = Plan(kills=1, per_run=1, prompts=12, warm=4, every=4)
+KINDS = ("train", "adapt")
+FULL = Plan(KINDS, kills=50, per_run=5, prompts=1000, warm=150, every=25)
+QUICK = Plan(KINDS, kills=5, per_run=5, prompts=100, warm=40, every=10)
+TINY = Plan(("adapt",), kills=1, per_run=1, prompts=12, warm=4, every=4)
 COMPARED = 6  # readings at the beginning and at the end, of whose medians the growth is
 
 
@@ -52,7 +55,7 @@ def part_kills(report: Report, plan: Plan) -> None:
     with tempfile.TemporaryDirectory(prefix="indomain-faults-") as name:
         folder = Path(name)
         runs.draw_digits(folder)
-        for kind in runs.COMMANDS:
+        for kind in plan.kinds:
             kill_runs(report, plan, folder, kind)
 
 

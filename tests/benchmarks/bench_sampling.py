@@ -47,6 +47,7 @@ class Plan:
     run_steps: int
     imports: int
     memory_of_steps: bool
+    memory_of_forms: tuple[str, ...] = ("full", "constant", "cached")
     tiny: bool = False
 
 
@@ -84,6 +85,7 @@ TINY = Plan(
     runs=2,
     run_steps=2,
     imports=1,
+    memory_of_forms=("full",),
     memory_of_steps=False,
     tiny=True,
 )
@@ -485,7 +487,7 @@ async def _import_pack(comfy_models: Any) -> float:
 
 def part_memory(report: Report, plan: Plan) -> None:
     """Peak memory of separate processes, above what they hold before the model is built."""
-    forms = {form: _memory(report, plan, "forward", form) for form in ("full", "constant", "cached")}
+    forms = {form: _memory(report, plan, "forward", form) for form in plan.memory_of_forms}
     for form, size in forms.items():
         report.line(f"memory/sd15_forward/{form}", size / 1e9, "GB", samples=1, over_full=size / forms["full"])
     if plan.memory_of_steps:

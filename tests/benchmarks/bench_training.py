@@ -46,6 +46,7 @@ class Plan:
     extra_rounds: int
     extra_budget: float
     saves: int
+    extra_shapes: tuple[str, ...] = ("sd15", "sdxl")
     tiny: bool = False
 
 
@@ -66,6 +67,7 @@ TINY = Plan(
     rounds=4,
     extra_rounds=3,
     extra_budget=math.inf,
+    extra_shapes=("sd15",),
     saves=1,
     tiny=True,
 )
@@ -289,7 +291,8 @@ def part_extras(report: Report, plan: Plan) -> None:
     """What EMA and buckets add to a step of `constant`, and what a checkpoint costs."""
     from . import training_models as models
 
-    for shape, ((side, batch, _), *_) in plan.sides.items():
+    for shape in plan.extra_shapes:
+        (side, batch, _), *_ = plan.sides[shape]
         plain, average, buckets = "constant", "constant with EMA", "constant in buckets"
         sizes = (side, batch, plan.extra_rounds, plan.extra_budget)
         times, ends = race(report, plan, shape, (plain, average), *sizes, saves=plan.saves)

@@ -25,13 +25,13 @@ def losses(run):
 
 @pytest.mark.slow
 def test_killed_at_random_it_ends_with_the_same_bits(tiny_run, tmp_path):
-    """Three kills in a run of 16 steps; `tiny_run.py kill --kills 10` does more."""
+    """Two kills in a run of 16 steps; `tiny_run.py kill --kills 10` does more."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     for folder in (whole, killed):
         tiny_run.draw_images(folder / "images")
     subprocess.run(tiny_run.command(whole), check=True, stdout=subprocess.DEVNULL)
-    died = tiny_run.run_killed(killed, 3, random.Random(seed := random.SystemRandom().getrandbits(32)))
-    assert len(died) == 3
+    died = tiny_run.run_killed(killed, 2, random.Random(seed := random.SystemRandom().getrandbits(32)))
+    assert len(died) == 2
     assert tiny_run.fingerprint(killed / "run") == tiny_run.fingerprint(whole / "run"), (seed, died)
     assert [step for step, _ in find_checkpoints(killed / "run")] == [14, 16]
     assert not list((killed / "run").rglob("*.tmp"))
