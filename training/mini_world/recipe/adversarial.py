@@ -42,7 +42,6 @@ class Pair:
 
 
 def pair_of(generator: StyleGAN2, discriminator: Discriminator) -> Pair:
-    """A fresh pair, whose average starts at the generator."""
     return Pair(generator, discriminator, copy.deepcopy(generator).requires_grad_(False).eval())
 
 
@@ -54,11 +53,6 @@ def discriminator_loss(real: Tensor, fake: Tensor) -> Tensor:
     penalties at real and at made pictures.
     """
     return F.softplus(fake.float() - real.float()).mean()
-
-
-def generator_loss(real: Tensor, fake: Tensor) -> Tensor:
-    """`discriminator_loss` with the roles exchanged."""
-    return discriminator_loss(fake, real)
 
 
 def gradient_penalty(logits: Tensor, pictures: Tensor) -> Tensor:
@@ -137,7 +131,7 @@ def _step(
 
     critic.requires_grad_(False)
     with torch.autocast("cpu", torch.bfloat16, enabled=config.bf16):
-        loss = generator_loss(critic(real.detach()), critic(made))
+        loss = discriminator_loss(critic(made), critic(real.detach()))  # with the roles exchanged
     numbers["generator"] = loss.item()
     _update(optimizers["generator_optimizer"], loss)
     critic.requires_grad_(True)

@@ -6,7 +6,6 @@ The trainers of users change with their needs; this loop stays, so that every sh
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -24,7 +23,6 @@ from ..render import step_generator
 from .kept_files import load_saved, save_atomically
 from .status_line import StatusLine
 
-LOG_EVERY = 25  # steps
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -59,35 +57,38 @@ def run_steps(
 ) -> None:
     """Take the steps of a run that are left; ``parts`` continue from ``folder/NAME.ckpt`` and are saved there.
 
-    take_step(generator, step) changes the parts and returns its losses and other numbers, which go to
-    ``folder/NAME.jsonl``. Raises Problem at a number that is not finite, and FileProblem for a checkpoint that is
-    damaged or of a run with other settings.
+    take_step(generator, step) changes the parts and returns its losses and other numbers, to be shown. Raises Problem
+    at a number that is not finite, and FileProblem for a checkpoint that is damaged or of a run with other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, start = folder / f"{config.name}.ckpt", 0
+    # What decides a run's numbers; how often it saves does not.
+    settings = {key: value for key, value in asdict(config).items() if key not in ("name", "save_every")}
     if checkpoint.exists():
         state = load_saved(checkpoint)
-        _check_same_run(checkpoint, state.get("settings"), config)
+        found = state.get("settings") or {}
+        wrong = next((key for key in settings if found.get(key) != settings[key]), None)
+        if wrong is not None:
+            raise FileProblem(
+                f"{checkpoint}: expected a run with {wrong} {settings[wrong]}, found {found.get(wrong)}; use another "
+                "working folder or delete the file"
+            )
         for name, part in parts.items():
             part.load_state_dict(state[name])
         start = state["step"]
     status = StatusLine(config.name, first=start)
-    with open(folder / f"{config.name}.jsonl", "a", encoding="utf-8") as log:
-        for step in range(start, config.steps):
-            numbers, done = take_step(step_generator(config.seed, step), step), step + 1
-            broken = [name for name, value in numbers.items() if not math.isfinite(value)]
-            if broken:
+    for step in range(start, config.steps):
+        numbers, done = take_step(step_generator(config.seed, step), step), step + 1
+        for name, value in numbers.items():
+            if not math.isfinite(value):
                 raise Problem(
-                    f"{broken[0]} of {config.name} became {numbers[broken[0]]} at step {step}; the last checkpoint is "
-                    f"{checkpoint}, lower the learning rate and run again"
+                    f"{name} of {config.name} became {value} at step {step}; lower the learning rate and run again from "
+                    f"the last checkpoint, {checkpoint}"
                 )
-            if done % LOG_EVERY == 0:
-                log.write(json.dumps({"step": done, **numbers}) + "\n")
-                log.flush()
-            status.update(done, config.steps, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
-            if done % config.save_every == 0 or done == config.steps:
-                state = {name: part.state_dict() for name, part in parts.items()}
-                save_atomically({**state, "step": done, "settings": _settings_of(config)}, checkpoint)
+        status.update(done, config.steps, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+        if done % config.save_every == 0 or done == config.steps:
+            state = {name: part.state_dict() for name, part in parts.items()}
+            save_atomically({**state, "step": done, "settings": settings}, checkpoint)
 
 
 @torch.no_grad()
@@ -105,7 +106,7 @@ def run_loop(
 ) -> Model:
     """Train ``model`` in place, see `run_steps`; returns the average of its weights if there is one, else it.
 
-    loss_of(model, generator, step) -> (scalar loss, further numbers to log).
+    loss_of(model, generator, step) -> (scalar loss, further numbers to show).
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=config.rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
@@ -128,19 +129,3 @@ def run_loop(
 
     run_steps(config, parts, take_step, folder)
     return (model if average is None else average).eval()
-
-
-def _settings_of(config: LoopConfig) -> dict[str, int | float | bool]:
-    """What decides a run's numbers; how often it saves does not."""
-    return {key: value for key, value in asdict(config).items() if key not in ("name", "save_every")}
-
-
-def _check_same_run(checkpoint: Path, found: dict | None, config: LoopConfig) -> None:
-    """Raise FileProblem unless the settings ``found`` in a checkpoint are those of ``config``."""
-    expected, found = _settings_of(config), found or {}
-    wrong = next((key for key in {**expected, **found} if found.get(key) != expected.get(key)), None)
-    if wrong is not None:
-        raise FileProblem(
-            f"{checkpoint}: expected a run with {wrong} {expected.get(wrong)}, found "
-            f"{found.get(wrong, 'none recorded')}; use another working folder or delete the file"
-        )

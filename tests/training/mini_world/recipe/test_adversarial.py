@@ -1,6 +1,5 @@
 """The recipe's loop for two networks: losses against closed forms, the same bits after a stop, and that it learns."""
 
-import json
 import math
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ from indomain_guidance.training.mini_world.recipe import adversarial
 from indomain_guidance.training.mini_world.recipe.adversarial import (
     AdversarialConfig,
     discriminator_loss,
-    generator_loss,
     gradient_penalty,
     pair_of,
     rate_share,
@@ -70,7 +68,6 @@ def test_the_losses_are_cross_entropies_of_the_paired_logits():
     real, fake = torch.tensor([1.0, 0.2]), torch.tensor([0.3, 1.2])
     told_apart = [1 / (1 + math.exp(-0.7)), 1 / (1 + math.exp(1.0))]
     assert float(discriminator_loss(real, fake)) == pytest.approx(-sum(map(math.log, told_apart)) / 2)
-    assert float(generator_loss(real, fake)) == pytest.approx(-sum(math.log(1 - share) for share in told_apart) / 2)
 
 
 def test_the_penalty_is_the_mean_squared_gradient_and_can_be_differentiated():
@@ -105,8 +102,6 @@ def test_the_generator_moves_to_where_the_real_ones_are(tmp_path):
     pair = run_adversarial(replace(CONFIG, steps=800, save_every=800, fall=0.5), toy_pair(), real, latents, tmp_path)
     average, last = (network.amount.item() for network in (pair.average, pair.generator))
     assert average == pytest.approx(3.0, abs=0.5) and average != last
-    lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 800 and {line["step"] % 4 for line in lines if "r1" in line} == {1}
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):

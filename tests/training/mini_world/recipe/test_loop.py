@@ -1,7 +1,5 @@
 """The recipe's loop: interrupted and continued runs end with the same bits."""
 
-import json
-
 import pytest
 import torch
 from indomain_guidance.guidance.errors import Problem
@@ -37,10 +35,16 @@ def test_a_run_killed_and_continued_ends_with_identical_bits(tmp_path):
     assert all(torch.equal(whole[key], continued[key]) for key in whole)
 
 
-def test_the_loop_learns_and_logs(tmp_path):
-    run_loop(LoopConfig(name="toy", steps=200, rate=0.05, bf16=False), _model(), _loss, tmp_path)
-    lines = [json.loads(line) for line in (tmp_path / "toy.jsonl").read_text().splitlines()]
-    assert lines[-1]["step"] == 200 and lines[-1]["loss"] < 0.05 * lines[0]["loss"]
+def test_the_loop_learns(tmp_path):
+    losses = []
+
+    def loss(model, generator, step):
+        value, numbers = _loss(model, generator, step)
+        losses.append(value.item())
+        return value, numbers
+
+    run_loop(LoopConfig(name="toy", steps=200, rate=0.05, bf16=False), _model(), loss, tmp_path)
+    assert len(losses) == 200 and losses[-1] < 0.05 * losses[0]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
