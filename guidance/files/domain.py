@@ -15,7 +15,7 @@ from ..networks.unet_config import UNetConfig, unet_config_from_state_dict
 from .domain_metadata import FORMAT, DomainMetadata
 from .layouts import check_unet, check_unet_shapes, stated_prediction, strip_unet_prefix, unet_layout, unet_prefix
 from .model_file import ModelFile
-from .recognise import UNET, recognise_names, refusal_of
+from .recognise import UNET, recognise_names, refusal
 from .safetensors_file import write_safetensors
 from .weights import check_finite
 
@@ -34,7 +34,7 @@ def read_domain_file(
     layout = unet_layout(keys, path, metadata=metadata)
     kind = recognise_names(keys, metadata)
     if kind.group == "quantised":
-        raise FileProblem(refusal_of(path, UNET, kind))
+        raise FileProblem(refusal(path, UNET, kind))
     own = metadata.get("format") == FORMAT
     described = DomainMetadata.from_strings(metadata, path) if own else None
     if described is not None:

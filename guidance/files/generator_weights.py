@@ -17,7 +17,7 @@ from . import rosinality
 from .generator_metadata import GeneratorMetadata
 from .inert_pickle import article, shown
 from .nested import AVERAGED, ROUGH, Ambiguous, FoundGenerator, all_names, find_generator
-from .recognise import GENERATOR, Kind, refusal, refusal_of
+from .recognise import GENERATOR, Kind, recognise_names, refusal
 from .weights import check_finite, check_shapes, shapes_of
 
 MAX_RESOLUTION = 2**14
@@ -47,9 +47,9 @@ def generator_in(path: Path, content: Any, metadata: GeneratorMetadata, stated: 
             f"{path}: expected one StyleGAN2 generator, found {problem}; save the wanted one alone."
         ) from None
     if found is None and not isinstance(content, Mapping):
-        raise FileProblem(refusal_of(path, GENERATOR, Kind(article(content))))
+        raise FileProblem(refusal(path, GENERATOR, Kind(article(content))))
     if found is None:
-        raise FileProblem(refusal(path, GENERATOR, all_names(content), stated))
+        raise FileProblem(refusal(path, GENERATOR, recognise_names(all_names(content), stated)))
     notes = []
     if found.place in ROUGH:
         notes.append(

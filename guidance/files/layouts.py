@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import FileProblem, Problem
 from ..networks.unet import UNet
 from ..networks.unet_config import UNetConfig
-from .recognise import UNET, refusal
+from .recognise import UNET, recognise_names, refusal
 from .weights import check_shapes, shapes_of
 
 T = TypeVar("T")
@@ -58,7 +58,7 @@ def unet_layout(
     prefix = unet_prefix(keys)
     # A ControlNet has the input half of such a UNet; only the output half makes an image.
     if f"{prefix}input_blocks.0.0.weight" not in keys or not any(k.startswith(f"{prefix}output_blocks.") for k in keys):
-        raise FileProblem(refusal(source, wanted, keys, metadata))
+        raise FileProblem(refusal(source, wanted, recognise_names(keys, metadata)))
     if any("time_stack." in key for key in keys):
         raise FileProblem(f"{source}: expected a UNet for images, found a video UNet; use one of the prior's family.")
     if any(key.endswith(".attn2.null_k") for key in keys):

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...guidance.errors import first_line
 from ...guidance.files import FileProblem, ModelFile, check_finite
 from ...guidance.files.layouts import AUTOENCODER_PREFIX
-from ...guidance.files.recognise import AUTOENCODER, refusal
+from ...guidance.files.recognise import AUTOENCODER, recognise_names, refusal
 from ...guidance.networks.autoencoder import Autoencoder, autoencoder_config_from_state_dict
 
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
@@ -23,7 +23,7 @@ def read_autoencoder(path: Path) -> Autoencoder:
     file = ModelFile(path)
     prefix = AUTOENCODER_PREFIX if any(key.startswith(AUTOENCODER_PREFIX) for key in file.keys) else ""
     if not any(key.startswith(f"{prefix}encoder.") for key in file.keys):
-        raise FileProblem(refusal(path, AUTOENCODER, file.keys, file.metadata))
+        raise FileProblem(refusal(path, AUTOENCODER, recognise_names(file.keys, file.metadata)))
     return build_autoencoder(file.tensors(prefix), path)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem, ModelFile, check_finite, check_unet, strip_unet_prefix, unet_layout
 from ...guidance.files.layouts import unet_prefix
-from ...guidance.files.recognise import BASE, recognise_names, refusal_of
+from ...guidance.files.recognise import BASE, recognise_names, refusal
 from ...guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from ...guidance.null_text import FLOAT8, NullContext
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem
@@ -166,7 +166,7 @@ def _check_kind(path: Path, keys: Sequence[str], metadata: Mapping[str, str]) ->
         )
     kind = recognise_names(keys, metadata)
     if kind.group in ("quantised", "unet", "domain"):
-        raise FileProblem(refusal_of(path, BASE, kind))
+        raise FileProblem(refusal(path, BASE, kind))
     for marker in ("edm_mean", "edm_vpred.sigma_max"):
         if marker in keys:
             raise FileProblem(

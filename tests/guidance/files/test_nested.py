@@ -135,21 +135,21 @@ def test_what_is_inside_instead_is_said(weights, tmp_path):
     for names, found in (
         (
             ["generator.module.from_rgb.weight", "generator.module.decode.0.conv1.weight", "mapping_network.module.a"],
-            "found a StarGAN v2",
+            "found another GAN's networks",
         ),
         (["g_ema.synthesis.input.freqs", "g_ema.synthesis.L0_36_512.weight"], "found a StyleGAN3 generator"),
         (["G_ema.backbone.synthesis.b4.const", "G_ema.superresolution.block0.conv0.weight"], "found an EG3D generator"),
-        (["generator.progression.0.conv1.conv.weight_orig"], "rosinality's first repositories"),
+        (["generator.progression.0.conv1.conv.weight_orig"], "found a generator of another GAN"),
         (["stylegan_decoder.style_convs.0.modulated_conv.weight", "conv_body_first.weight"], "found GFPGAN"),
         (
             ["stylegan_decoder.style_conv1.modulated_conv.modulation.weight", "stylegan_decoder.style_conv1.bias"],
             "found GFPGAN, whose generator is rewritten",
         ),
-        (["state_dict.generator_ema.style_mapping.1.weight"], "MMGeneration"),
-        (["GAN.G.initial_block", "GAN.G.blocks.0.to_style1.weight"], "lucidrains"),
-        (["conv1.conv.modulation.bias.x", "iwt.ll", "to_rgb1.iwt.ll"], "found a SWAGAN"),
+        (["state_dict.generator_ema.style_mapping.1.weight"], "found a generator of another GAN"),
+        (["GAN.G.initial_block", "GAN.G.blocks.0.to_style1.weight"], "found a generator of another GAN"),
+        (["conv1.conv.modulation.bias.x", "iwt.ll", "to_rgb1.iwt.ll"], "found a generator of another GAN"),
         (["d.b16.conv0.weight", "d.b4.fc.weight"], "found a file with tensors such as d.b16"),
-        (["b16.conv0.weight", "b4.fc.weight"], "found part of a GAN that is no generator"),
+        (["b16.fromrgb.weight", "b4.fc.weight"], "found another GAN's networks"),
         (
             [
                 "model.diffusion_model.input_blocks.0.0.weight",

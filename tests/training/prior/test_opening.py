@@ -139,16 +139,16 @@ def only(tensors, prefix):
             lambda t: (
                 {"model.diffusion_model.double_blocks.0.img_attn.qkv.weight": torch.ones(2)} | only(t, "first_stage")
             ),
-            "found a Flux model; flow models cannot be trained here, give one .safetensors",
+            "found a Flux model or one like it; flow models cannot be trained here, give one .safetensors",
         ),
-        (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA .kohya's names.; merge it into"),
+        (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA; merge it into"),
         (
             lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)},
-            "found a LoRA .PEFT's names.; merge it into",
+            "found a LoRA; merge it into",
         ),
         (
             lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)},
-            "found a LoRA .diffusers' names.",
+            "found a LoRA; merge",
         ),
         (
             lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)},
@@ -214,7 +214,7 @@ def test_folders_and_unfinished_files_beside_their_control_file(tiny_checkpoint,
             (folder / name).write_bytes(b"{}")
         with pytest.raises(FileProblem, match=says):
             open_checkpoint(folder)
-    with pytest.raises(FileProblem, match="one network in diffusers' layout"):
+    with pytest.raises(FileProblem, match="a folder in diffusers' layout"):
         open_checkpoint(folder / "unet")
     path = tmp_path / "sd1.safetensors"
     path.write_bytes(tiny_checkpoint("sd1").path.read_bytes())

@@ -82,8 +82,8 @@ def run_steps(
         for name, value in numbers.items():
             if not math.isfinite(value):
                 raise Problem(
-                    f"{name} of {config.name} became {value} at step {step}; lower the learning rate and run again from "
-                    f"the last checkpoint, {checkpoint}"
+                    f"{name} of {config.name} became {value} at step {step}; lower the learning rate and run again "
+                    f"from the last checkpoint, {checkpoint}"
                 )
         status.update(done, config.steps, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         if done % config.save_every == 0 or done == config.steps:
