@@ -11,12 +11,12 @@ from typing import Any
 
 from ..diffusion import PREDICTION_TYPES
 from ..errors import FileProblem, Problem
+from ..networks.configuration import TRUTH_VALUE, Rule, is_number, whole_number
 from ..networks.unet_config import UNetConfig
 from ..plain_json import parse_json
-from .file_metadata import TRAINING, VERSION, MetadataReader, modelspec, with_extra
+from .file_metadata import TRAINING, VERSION, json_field, modelspec, read_fields, with_extra
 
 FORMAT = "indomain_guidance.domain_unet"
-MOST_PIXELS = 65536  # of a side that a model says it was trained at
 LATENT_FORMATS = ("sd15", "sdxl", "mini_world")
 _ARCHITECTURES = {
     768: "stable-diffusion-v1",
@@ -85,12 +85,10 @@ class DomainMetadata:
             "version": VERSION,
             "config": self.config.to_json(),
             "null_text": self.null_text,
-            "zero_snr": "true" if self.zero_snr else "false",
+            "zero_snr": json.dumps(self.zero_snr),
             "steps": str(self.steps),
         }
-        for name in _TEXTS:
-            if getattr(self, name):
-                values[name] = getattr(self, name)
+        values |= {name: getattr(self, name) for name in _TEXTS if getattr(self, name)}
         for name in ("dataset_size", "ema", "resolution"):
             if getattr(self, name) is not None:
                 values[name] = json.dumps(getattr(self, name))
@@ -113,64 +111,33 @@ class DomainMetadata:
     @classmethod
     def from_strings(cls, values: Mapping[str, str], source: str | os.PathLike) -> DomainMetadata:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
-        reader = MetadataReader(values, FORMAT, "domain model", source)
-        reader.rest.pop("null_text", None)  # the configuration states it
-        fields = reader.take(_READERS)
+        fields, rest = read_fields(values, FORMAT, "domain model", source, _READERS)
+        rest.pop("null_text", None)  # the configuration states it
         try:
             described = cls(**fields)
         except ValueError as error:
             raise FileProblem(f"{source}: {error}") from error
         derived = described._modelspec()
-        return replace(described, extra={key: text for key, text in reader.rest.items() if derived.get(key) != text})
+        return replace(described, extra={key: text for key, text in rest.items() if derived.get(key) != text})
 
 
-def _flag(text: str) -> bool:
-    if text not in ("true", "false"):
-        raise Problem(f"expected true or false, found {text!r}")
-    return text == "true"
+def _are_errors(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(is_number, value.values()))
 
 
-def _errors(text: str) -> dict[str, float]:
-    return {str(block): float(error) for block, error in parse_json(text).items()}
-
-
-def _whole(text: str) -> int:
-    number = parse_json(text)
-    if type(number) is not int or not 0 <= number < 2**63:
-        raise Problem(f"expected a whole number, found {text!r:.40}")
-    return number
-
-
-def _share(text: str) -> float:
-    number = parse_json(text)
-    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
-        raise Problem(f"expected a number from 0 to 1, found {text!r:.40}")
-    return float(number)
-
-
-def _side(text: str) -> int:
-    side = _whole(text)
-    if not 0 < side <= MOST_PIXELS:
-        raise Problem(f"expected a side of 1 to {MOST_PIXELS} pixels, found {text!r:.40}")
-    return side
-
-
-def _context(text: str) -> dict[str, str | int]:
-    found = parse_json(text)
-    if not isinstance(found, dict) or any(isinstance(value, (list, dict)) for value in found.values()):
-        raise Problem("expected texts and numbers by name")
-    return found
+def _is_description(value: Any) -> bool:
+    return isinstance(value, dict) and not any(isinstance(entry, (list, dict)) for entry in value.values())
 
 
 _TEXTS = ("latent_format", "prediction_type", "prior_hash", "domain_name", "dataset_hash", "licence")
 _READERS: dict[str, Callable[[str], Any]] = {
     "config": UNetConfig.from_json,
     **dict.fromkeys(_TEXTS, str),
-    "zero_snr": _flag,
-    "null_text_error": _errors,
-    "null_context": _context,
-    "dataset_size": _whole,
-    "steps": _whole,
-    "ema": _share,
-    "resolution": _side,
+    "zero_snr": json_field(TRUTH_VALUE),
+    "null_text_error": json_field(Rule(_are_errors, "numbers by name")),
+    "null_context": json_field(Rule(_is_description, "texts and numbers by name")),
+    "dataset_size": json_field(whole_number(0)),
+    "steps": json_field(whole_number(0)),
+    "ema": json_field(Rule(lambda value: is_number(value) and 0 <= value <= 1, "a number from 0 to 1")),
+    "resolution": json_field(whole_number(1, 65536)),
 }

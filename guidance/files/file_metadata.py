@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..errors import FileProblem, Problem, first_line
+from ..networks.configuration import Rule
+from ..plain_json import parse_json
 from .inert_pickle import shown
 
 VERSION = "1"
@@ -37,40 +39,49 @@ def with_extra(values: Mapping[str, str], extra: Mapping[str, str], what: str) -
     return {**values, **extra}
 
 
-class MetadataReader:
-    """Takes the fields out of a file's metadata; `rest` is what is left. Raises FileProblem for another format.
+def json_field(rule: Rule) -> Callable[[str], Any]:
+    """The reader of a field that holds JSON which a rule accepts."""
 
-    `source` is what to call the file; format_: the name that its field "format" must have; what: of its format in
-    messages.
+    def read(text: str) -> Any:
+        value = parse_json(text)
+        if not rule.accepts(value):
+            raise Problem(f"expected {rule.words}, found {text!r:.40}")
+        return value
+
+    return read
+
+
+def read_fields(
+    values: Mapping[str, str],
+    format_: str,
+    what: str,
+    source: str | os.PathLike,
+    readers: Mapping[str, Callable[[str], Any]],
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """The fields that a file's metadata has, as their readers make them of their texts, and what is left of it.
+
+    format_: what the field "format" must say; what: its name in messages; source: what to call the file. Raises
+    FileProblem for another or a newer format, a missing architecture and fields that cannot be read.
     """
-
-    def __init__(self, values: Mapping[str, str], format_: str, what: str, source: str | os.PathLike) -> None:
-        self.rest, self.source = dict(values), source
-        found, version = (shown(self.rest.pop(name, "none")) for name in ("format", "version"))
-        if found != format_:
+    rest = dict(values)
+    found, version = (shown(rest.pop(name, "none")) for name in ("format", "version"))
+    if found != format_:
+        raise FileProblem(
+            f"{source}: expected metadata of the format {format_}, found '{found}'; make the file with this project."
+        )
+    if version != VERSION:
+        raise FileProblem(
+            f"{source}: expected version {VERSION} of the {what} format, found '{version}'; update In-Domain Guidance."
+        )
+    if "config" not in rest:
+        raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
+    fields = {}
+    for name in [name for name in readers if name in rest]:
+        try:
+            fields[name] = readers[name](rest.pop(name))
+        except ValueError as error:
             raise FileProblem(
-                f"{source}: expected metadata of the format {format_}, found '{found}'; make the file with this "
-                "project."
-            )
-        if version != VERSION:
-            raise FileProblem(
-                f"{source}: expected version {VERSION} of the {what} format, found '{version}'; update In-Domain "
-                "Guidance."
-            )
-        if "config" not in self.rest:
-            raise FileProblem(f"{source}: expected the architecture in the metadata field config, found none.")
-
-    def take(self, readers: Mapping[str, Callable[[str], Any]]) -> dict[str, Any]:
-        """The fields that the file has, as their readers make them of their texts. Raises FileProblem."""
-        fields = {}
-        for name, read in readers.items():
-            if name not in self.rest:
-                continue
-            try:
-                fields[name] = read(self.rest.pop(name))
-            except (ValueError, TypeError, AttributeError) as error:
-                raise FileProblem(
-                    f"{self.source}: the metadata field {name} cannot be read ({first_line(error)}); the file is "
-                    "damaged, make it again."
-                ) from error
-        return fields
+                f"{source}: the metadata field {name} cannot be read ({first_line(error)}); the file is damaged, make "
+                "it again."
+            ) from error
+    return fields, rest

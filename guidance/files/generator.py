@@ -21,7 +21,7 @@ from .inert_pickle import Refused
 from .model_file import ModelFile, load_checkpoint
 from .nested import MARKS
 from .network_pickle import other_family, read_network_pickle
-from .safetensors_file import read_header, read_safetensors, write_safetensors
+from .safetensors_file import write_safetensors
 from .torch_pickle import names_part
 from .weights import file_tensors
 
@@ -30,15 +30,11 @@ _FULL = ("can't allocate memory", "not enough memory")  # what torch says on the
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
 
 
-def read_generator(
-    path: str | os.PathLike, *, limit_bytes: int = LIMIT_BYTES, prefer_converted: bool = True
-) -> LoadedGenerator:
+def read_generator(path: str | os.PathLike, *, limit_bytes: int = LIMIT_BYTES) -> LoadedGenerator:
     """The StyleGAN2 generator in a file: safetensors, an NVIDIA `.pkl`, or a rosinality / StyleGAN-NADA `.pt`.
 
-    The moving average is taken where a file has one. limit_bytes: larger files are refused. prefer_converted: where a
-    conversion (`convert_generator`) of exactly this file lies beside it under its name with .safetensors, unrounded
-    and unchanged, read that.
-    Raises FileProblem, naming the reason, for every file that is no such generator.
+    The moving average is taken where a file has one. limit_bytes: larger files are refused. Raises
+    FileProblem, naming the reason, for every file that is no such generator.
     """
     path = existing_file(path)
     kind = _kind(path)
@@ -51,8 +47,6 @@ def read_generator(
     try:
         if kind == "safetensors":
             return _read_safetensors(path)
-        if prefer_converted and (converted := _converted(path)):
-            return converted
         return _read_torch(path) if kind == "torch" else _read_network_pickle(path)
     except (RecursionError, MemoryError, OverflowError, OSError, RuntimeError) as error:
         if type(error) is RuntimeError and not any(sign in str(error) for sign in _FULL):
@@ -91,7 +85,7 @@ def convert_generator(
     target = Path(target)
     if target.exists() and target.samefile(source):
         raise FileProblem(f"{target}: expected another file to write than the one to read; choose another name.")
-    loaded = read_generator(source, limit_bytes=limit_bytes, prefer_converted=False)
+    loaded = read_generator(source, limit_bytes=limit_bytes)
     metadata = replace(loaded.metadata, name=name) if name else loaded.metadata
     return write_generator(target, loaded.generator, metadata, dtype)
 
@@ -184,25 +178,6 @@ def _read_network_pickle(path: Path) -> LoadedGenerator:
         source_code_sha256=pickled.source_sha256,
     )
     return assemble_generator(path, tensors, metadata, list(pickled.notes), **pickled.hints)
-
-
-def _converted(path: Path) -> LoadedGenerator | None:
-    """The conversion of exactly this file that lies beside it, if there is one."""
-    beside = path.with_suffix(".safetensors")
-    if beside == path or not beside.is_file():
-        return None
-    try:
-        header = read_header(beside)
-        stated = header.pop("__metadata__")
-        if any(entry["dtype"] != "F32" for entry in header.values()):  # rounded, so read by its own name alone
-            return None
-        if stated.get("format") != FORMAT or stated.get("history") or stated.get("source_sha256") != _sha256(path):
-            return None
-        metadata, config = GeneratorMetadata.from_strings(stated, beside)
-        loaded = assemble_generator(beside, read_safetensors(beside), metadata, [], config=config)
-    except FileProblem:
-        return None
-    return replace(loaded, notes=(*loaded.notes, f"Read from its conversion {beside.name}."))
 
 
 def _sha256(path: Path) -> str:

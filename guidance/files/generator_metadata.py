@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from ..errors import Problem
+from ..networks.configuration import Rule
 from ..networks.stylegan2_config import GeneratorConfig
-from ..plain_json import parse_json
-from .file_metadata import VERSION, MetadataReader, modelspec, with_extra
+from .file_metadata import VERSION, json_field, modelspec, read_fields, with_extra
 
 FORMAT = "indomain_guidance.generator"
 _TEXTS = ("name", "licence", "class_name", "source_format", "source_sha256", "source_code_sha256")
+_HISTORY = Rule(
+    lambda value: isinstance(value, list) and all(isinstance(entry, dict) for entry in value), "a list of objects"
+)
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,7 @@ class GeneratorMetadata:
     def to_strings(self, config: GeneratorConfig) -> dict[str, str]:
         """The metadata of the file: strings only, absent fields left out; `from_strings` inverts it."""
         values = {"format": FORMAT, "version": VERSION, "config": config.to_json()}
-        for name in _TEXTS:
-            if getattr(self, name):
-                values[name] = getattr(self, name)
+        values |= {name: getattr(self, name) for name in _TEXTS if getattr(self, name)}
         if self.history:
             # ASCII: it names files, and a file's name in Python may hold what UTF-8 cannot.
             values["history"] = json.dumps([dict(entry) for entry in self.history])
@@ -57,16 +57,9 @@ class GeneratorMetadata:
         cls, values: Mapping[str, str], source: str | os.PathLike
     ) -> tuple[GeneratorMetadata, GeneratorConfig]:
         """Inverse of `to_strings`; `source` names the file. Raises FileProblem for other or newer formats."""
-        reader = MetadataReader(values, FORMAT, "generator", source)
-        fields = reader.take({"config": GeneratorConfig.from_json, **dict.fromkeys(_TEXTS, str), "history": _history})
+        readers = {"config": GeneratorConfig.from_json, **dict.fromkeys(_TEXTS, str), "history": json_field(_HISTORY)}
+        fields, rest = read_fields(values, FORMAT, "generator", source, readers)
         config = fields.pop("config")
-        described = cls(**fields)
+        described = cls(**{**fields, "history": tuple(fields.get("history", ()))})
         derived = described._modelspec(config)
-        return replace(described, extra={key: text for key, text in reader.rest.items() if key not in derived}), config
-
-
-def _history(text: str) -> tuple[Mapping[str, Any], ...]:
-    history = parse_json(text)
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise Problem("the history is no list of objects")
-    return tuple(history)
+        return replace(described, extra={key: text for key, text in rest.items() if key not in derived}), config

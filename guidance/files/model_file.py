@@ -30,20 +30,18 @@ class ModelFile:
     def __init__(self, path: str | os.PathLike) -> None:
         self.path = existing_file(path)
         self._pickled: dict[str, Tensor] | None = None
-        self._entries: dict[str, Any] = {}
+        self.metadata: dict[str, str] = {}
         nested: list[str] = []
         if _looks_pickled(self.path):
             self._pickled, nested = _read_pickle(self.path)
+            self._shapes = {key: (tuple(value.shape), str(value.dtype)[6:]) for key, value in self._pickled.items()}
         else:
-            self._entries = read_header(self.path)
-        self.metadata: dict[str, str] = self._entries.pop("__metadata__", {})
-        self.keys: list[str] = list(self._entries or self._pickled or nested)
+            self.metadata, self._shapes = read_header(self.path)
+        self.keys: list[str] = list(self._shapes or nested)
 
     def shapes(self) -> dict[str, tuple[tuple[int, ...], str]]:
         """Shape and number format (as the file calls it) of every tensor; for `.safetensors` from the header alone."""
-        if self._pickled is None:
-            return {key: (tuple(entry["shape"]), entry["dtype"]) for key, entry in self._entries.items()}
-        return {key: (tuple(tensor.shape), str(tensor.dtype)[6:]) for key, tensor in self._pickled.items()}
+        return self._shapes
 
     def tensors(self, prefix: str = "", device: str = "cpu") -> dict[str, Tensor]:
         """The tensors whose keys start with `prefix`, without it ("" keeps all). Raises FileProblem for none."""
@@ -68,7 +66,7 @@ def read_state_dict(path: str | os.PathLike, *, prefix: str = "", device: str = 
 def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The string metadata of a `.safetensors` file, without reading its tensors; empty for pickles."""
     path = existing_file(path)
-    return {} if _looks_pickled(path) else read_header(path)["__metadata__"]
+    return {} if _looks_pickled(path) else read_header(path)[0]
 
 
 def read_keys(path: str | os.PathLike) -> list[str]:

@@ -25,8 +25,9 @@ class Rule:
         return Rule(lambda value: value is None or self.accepts(value), f"{self.words} or none")
 
 
-def whole_number(least: int) -> Rule:
-    return Rule(lambda value: type(value) is int and value >= least, f"a whole number from {least}")
+def whole_number(least: int, most: int = 2**63 - 1) -> Rule:
+    words = f"a whole number from {least}" + (f" to {most}" if most < 2**63 - 1 else "")
+    return Rule(lambda value: type(value) is int and least <= value <= most, words)
 
 
 def whole_numbers(least: int) -> Rule:
@@ -44,12 +45,13 @@ def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+TRUTH_VALUE = Rule(lambda value: isinstance(value, bool), "true or false")
 POSITIVE = Rule(lambda value: is_number(value) and value > 0, "a positive number")
 _RULES_BY_TYPE = {
     "int": whole_number(1),
     "int | None": whole_number(1).or_none(),
     "tuple[int, ...]": whole_numbers(1),
-    "bool": Rule(lambda value: isinstance(value, bool), "true or false"),
+    "bool": TRUTH_VALUE,
 }
 
 

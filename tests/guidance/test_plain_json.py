@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import random
-import tracemalloc
+import time
 
 import pytest
-from indomain_guidance.guidance.plain_json import MOST_NESTED, MOST_VALUES, parse_json
+from indomain_guidance.guidance.plain_json import MOST_NESTED, parse_json
 
 
 @pytest.mark.parametrize(
@@ -62,25 +62,12 @@ def test_as_deep_as_allowed_and_one_deeper():
         parse_json("[" * (MOST_NESTED + 1) + "]" * (MOST_NESTED + 1))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        b'{"a":[' + b",".join([b"[]"] * 2 * MOST_VALUES) + b"]}",
-        b"[" + b"1," * 2 * MOST_VALUES + b"1]",
-        b'"' * 2**23,
-        b'"' + b"\\\\" * 2**22,
-        "[\U0001f600".encode() + b"[],[]," * 2**20,
-    ],
-    ids=["lists", "numbers", "quotes", "backslashes", "wide"],
-)
-def test_a_refusal_takes_no_more_than_some_copies_of_the_text(text):
-    tracemalloc.start()
-    try:
-        with pytest.raises(ValueError):
-            parse_json(text, 2**26)
-        assert tracemalloc.get_traced_memory()[1] < 2**20 + 10 * len(text)
-    finally:
-        tracemalloc.stop()
+@pytest.mark.parametrize("piece", ['"', "\\\\", '"\\"', "[],", "\\", '""['])
+def test_texts_that_are_nothing_but_one_piece_are_refused_at_once(piece):
+    started = time.perf_counter()
+    with pytest.raises(ValueError):
+        parse_json("[" * 70 + piece * (2**19 // len(piece)))
+    assert time.perf_counter() - started < 2
 
 
 def test_damaged_texts_give_values_or_reasons():

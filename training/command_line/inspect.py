@@ -173,7 +173,7 @@ def _generator(path: Path) -> dict[str, Any]:
         described, config = GeneratorMetadata.from_strings(file.metadata, path)
         tensors = [(math.prod(shape), dtype) for shape, dtype in file.shapes().values()]
     else:
-        loaded = read_generator(path, prefer_converted=False)
+        loaded = read_generator(path)
         described, config, notes = loaded.metadata, loaded.generator.config, loaded.notes
         tensors = [(tensor.numel(), "F32 as read") for tensor in loaded.generator.state_dict().values()]
     return {

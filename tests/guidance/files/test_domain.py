@@ -174,8 +174,8 @@ def test_refusals_when_reading(prior, tmp_path):
         (prior, {**metadata, "dataset_size": "true"}, "dataset_size cannot be read .*whole number"),
         (prior, {**metadata, "ema": "1e999"}, "ema cannot be read"),
         (prior, {**metadata, "ema": "2"}, "ema cannot be read .*from 0 to 1"),
-        (prior, {**metadata, "resolution": "0"}, "resolution cannot be read .*1 to 65536 pixels"),
-        (prior, {**metadata, "resolution": "1000000000000"}, "resolution cannot be read .*1 to 65536 pixels"),
+        (prior, {**metadata, "resolution": "0"}, "resolution cannot be read .*from 1 to 65536"),
+        (prior, {**metadata, "resolution": "1000000000000"}, "resolution cannot be read .*from 1 to 65536"),
         (prior, {**metadata, "prediction_type": "flow"}, "expected a prediction type out of"),
         (prior, described(cached_config).to_strings(), "says text-free form 'cached', its weights are of form 'none'"),
         (
@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_refused_before_its_tensors_are_made(prior, tmp_pat
             with pytest.raises(FileProblem, match=message):
                 read_domain_file(path)
     monkeypatch.setattr(safetensors_file, "MOST_TENSORS", 1000)
-    with pytest.raises(FileProblem, match="header of at most 1000 tensors, found 1"):
+    with pytest.raises(FileProblem, match="more than 1000 tensors"):
         read_domain_file(path)
 
 

@@ -374,7 +374,7 @@ def test_safetensors_of_others_and_damaged_ones(generator, tmp_path):
     assert "in the metadata field config, found none" in write(config=None)
     assert "unknown fields size" in write(config=json.dumps(CONFIG.to_dict() | {"size": 3}))
     assert "cannot be read" in write(config="[" * 100_000)
-    assert "no list of objects" in write(history='{"a": 1}')
+    assert "expected a list of objects" in write(history='{"a": 1}')
     assert "found [6, 4, 4]" in write(config=json.dumps(CONFIG.to_dict() | {"channels": [9, 5, 4]}))
     assert "mapping layers" in write(config=json.dumps(CONFIG.to_dict() | {"mapping_layers": 10**9}))
     giant = {"resolution": 2**61, "channels": [4] * 60}
@@ -392,30 +392,14 @@ def test_safetensors_of_others_and_damaged_ones(generator, tmp_path):
 # -------------------------------------------------------------------------------------------------------- conversion
 
 
-def test_conversion_is_one_way_and_preferred_afterwards(tmp_path):
+def test_conversion_is_one_way(tmp_path):
     source, target = tmp_path / "network.pkl", tmp_path / "network.safetensors"
     source.write_bytes((GOLDEN / "stylegan2_ada.pkl").read_bytes())
     direct = read_generator(source)
     assert convert_generator(source, target, name="cats") == target
-    converted = read_generator(source)
-    assert same(converted.generator, direct.generator) and "its conversion network.safetensors" in converted.notes[-1]
-    assert converted.metadata.name == "cats"
+    converted = read_generator(target)
+    assert same(converted.generator, direct.generator) and converted.metadata.name == "cats"
     assert replace(converted.metadata, name=direct.metadata.name) == direct.metadata
-    assert read_generator(source, prefer_converted=False).notes == direct.notes
-    # A rounded one, another source's, an adapted generator, or a damaged file is not its conversion.
-    for dtype in ("fp16", "bf16"):
-        convert_generator(source, target, dtype=dtype)
-        rounded = read_generator(source)
-        assert same(rounded.generator, direct.generator) and rounded.notes == direct.notes
-    convert_generator(source, target)
-    assert read_generator(source).notes != direct.notes
-    source.write_bytes((GOLDEN / "stylegan3.pkl").read_bytes())
-    assert read_generator(source).generator.config.c_dim == 2
-    source.write_bytes((GOLDEN / "stylegan2_ada.pkl").read_bytes())
-    write_generator(target, direct.generator, replace(direct.metadata, history=({"prompt": "x"},)))
-    assert read_generator(source).notes == direct.notes
-    target.write_bytes(target.read_bytes()[:-9])
-    assert read_generator(source).notes == direct.notes
     with pytest.raises(FileProblem, match="expected another file to write"):
         convert_generator(target, target)
 

@@ -14,7 +14,6 @@ from indomain_guidance.guidance.files import (
     read_keys,
     read_metadata,
     read_state_dict,
-    safetensors_file,
     write_safetensors,
 )
 
@@ -62,47 +61,36 @@ def test_tensors_are_counted_however_their_fields_are_written(tmp_path):
 
 def test_each_fault_has_its_sentence(tmp_path):
     good = write_safetensors(tmp_path / "good.safetensors", TENSORS).read_bytes()
-    overlapping = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} for name in "ab"}
-    unknown_type = {"a": {"dtype": "F33", "shape": [2], "data_offsets": [0, 8]}}
     faults = {
         "": "expected a model file, found an empty one",
-        good[:-5]: f"truncated: expected {len(good)} bytes, found {len(good) - 5}",
-        good[:40]: "truncated: expected a header of",
+        good[:-5]: "damaged or truncated one",
+        good[:40]: "damaged or truncated one",
         good[:5]: "expected a safetensors file, found something else",
-        good + b"tail": "found a damaged one",
+        good + b"tail": "damaged or truncated one",
         b"<!DOCTYPE html><title>Log in</title>": "found a web page",
         b"version https://git-lfs.github.com/spec/v1\noid sha256:0": "found a Git LFS pointer",
         b"GGUF" + bytes(300): "found a GGUF file",
         b"hello world, no weights in here": "found text; download",
-        header({"a": 1}): "found a damaged header",
-        header({"a": {"dtype": "F32", "shape": [2]}}): "found a damaged header",
-        struct.pack("<Q", 20) + b"{not json at all....": "found a damaged header",
-        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[": "found a damaged header (more than 64 lists",
-        header({"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
-        header({"a": {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]}}): "not described by dtype, shape",
-        header({"a": {"dtype": "F32", "shape": [2**63, 0], "data_offsets": [0, 0]}}): "not described by dtype, shape",
-        header(
-            {"a": {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}}
-        ): "65 dimensions, more than torch takes",
-        header(
-            {"a": {"dtype": "F32", "shape": [2**31, 2**31, 4], "data_offsets": [0, 8]}}
-        ): "more numbers than its bytes",
-        header({"a": {"dtype": "F32", "shape": [2**62, 0], "data_offsets": [0, 0]}}): "more numbers than its bytes",
-        header({"a": {"dtype": "F32", "shape": [1], "data_offsets": [8, 4]}}): "more numbers than its bytes",
-        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8.0]}}): "not described by dtype, shape",
-        header({"a": {"dtype": "F32", "shape": [2], "data_offsets": [8]}}): "not described by dtype, shape",
-        header({"a": {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]}}): "not described by dtype, shape",
-        header({"__metadata__": ["x"]}): "metadata that is no text",
-        header({"__metadata__": None}): "metadata that is no text",
-        raw_header('{"a": 1, "a": 2}'): "'a' stands twice",
-        raw_header('{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, %s]}}' % ("9" * 310)): "310 digits",
-        raw_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'): "no float holds",
-        raw_header('{"a": "%s"}' % ("x" * 2**25)): "a header of at most 32 MiB, found one of 32 MiB",
-        header(overlapping) + bytes(8): "found a damaged one",
-        header(unknown_type) + bytes(8): "found a damaged one",
         header({"__metadata__": {"a": "b"}}): "expected weights, found none",
-        struct.pack("<Q", 2**40) + b"{}": "found something else",
+        raw_header('{"a": "%s"}' % ("x" * 2**25)): "a header of at most 32 MiB, found one of 32 MiB",
     }
+    entry = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    damaged = [
+        header({"a": 1}),
+        header({"a": {"dtype": "F32", "shape": [2]}}),
+        struct.pack("<Q", 20) + b"{not json at all....",
+        struct.pack("<Q", 200_005) + b'{"a":' + 200_000 * b"[",
+        *(header({"a": entry | {"shape": shape}}) for shape in ([-2], 2, [2**63, 0], [2**31, 2**31, 4], [3])),
+        *(header({"a": entry | {"data_offsets": ends}}) for ends in ([8, 4], [0, 8.0], [8], [0, 2**70])),
+        header({"a": entry | {"dtype": ["F32"]}}),
+        header({"a": entry | {"dtype": "F33"}}) + bytes(8),
+        header({"a": entry, "b": entry}) + bytes(8),
+        header({"__metadata__": ["x"]}),
+        raw_header('{"a": 1, "a": 2}'),
+        raw_header('{"a": {"dtype": "F32", "shape": [1e999], "data_offsets": [0, 8]}}'),
+        struct.pack("<Q", 2**40) + b"{}",
+    ]
+    faults |= dict.fromkeys(damaged, "damaged or truncated one (Error while deserializing header")
     path = tmp_path / "faulty.safetensors"
     for content, message in faults.items():
         path.write_bytes(content or b"")
@@ -119,13 +107,10 @@ def test_each_fault_has_its_sentence(tmp_path):
         read_metadata(tmp_path)
 
 
-def test_a_header_is_read_once_whatever_is_asked(tmp_path, monkeypatch):
+def test_what_the_header_says(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", TENSORS, {"who": "me"})
-    reads = []
-    monkeypatch.setattr(safetensors_file, "parse_json", lambda text, most: reads.append(len(text)) or json.loads(text))
     file = ModelFile(path)
     assert file.metadata == {"who": "me"} and set(file.keys) == set(TENSORS) == set(file.tensors())
     assert file.shapes() == {"a.weight": ((2, 3), "F32"), "b.bias": ((4,), "F16")}
-    assert len(reads) == 1
     with pytest.raises(FileProblem, match="expected weights under 'c.'"):
         file.tensors("c.")

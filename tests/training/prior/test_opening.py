@@ -142,14 +142,8 @@ def only(tensors, prefix):
             "found a Flux model or one like it; flow models cannot be trained here, give one .safetensors",
         ),
         (lambda t: {"lora_unet_x.lora_up.weight": torch.ones(2)}, "found a LoRA; merge it into"),
-        (
-            lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)},
-            "found a LoRA; merge it into",
-        ),
-        (
-            lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)},
-            "found a LoRA; merge",
-        ),
+        (lambda t: {"base_model.model.unet.x.lora_A.weight": torch.ones(2)}, "found a LoRA; merge it into"),
+        (lambda t: {"unet.down_blocks.0.attentions.0.x.lora.up.weight": torch.ones(2)}, "found a LoRA; merge"),
         (
             lambda t: {"down_blocks.0.resnets.0.conv1.weight": torch.ones(2)},
             "found a UNet in diffusers' layout; convert",
