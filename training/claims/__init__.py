@@ -1,16 +1,7 @@
 """Claims of the papers, measured on the mini world: ``python run.py claims idg [--quick]``, ``claims sgf``.
 
 Once for every paper: `statistics` holds the uncertainty, `keeping` what is measured and trained, `study` the sweep,
-`deciding` goes from numbers to verdicts, `report` and `plot` show, `command_line` runs a paper's study. A paper has a
+`deciding` goes from numbers to verdicts, `report` writes them down, `command_line` runs a paper's study. A paper has a
 folder: its points, the table of its sweep, the table of its claims, what it measures, what its page shows, and a
 `study.Study` that holds them together. Results are in docs/claims.
 """
-
-from __future__ import annotations
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """The command line; imports happen here so that importing the package costs nothing."""
-    from .command_line import main as run
-
-    return run(arguments)

@@ -1,6 +1,6 @@
 import sys
 
-from . import main
+from .command_line import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -35,7 +35,7 @@ class Number:
     reason: str = "points not measured yet"
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Claim:
     """A claim: a row in a paper's table, bound to some of its questions by `replace`.
 
@@ -48,13 +48,13 @@ class Claim:
     """
 
     letter: str
-    part: str = ""
     statement: str
     target: float
-    better: str = "lower"
-    unit: str = "ratio"
     number: Callable[[Claim, Sides], Number]
     sides: Mapping[str, tuple[str, ...]]
+    part: str = ""
+    better: str = "lower"
+    unit: str = "ratio"
     awaits: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     questions: tuple[str, ...] = ()
     fits: Callable[[Any], bool] = lambda point: True
@@ -91,17 +91,8 @@ class Verdict:
             return self.words or "not measured"
         if math.isinf(self.value) and math.isinf(self.low or 0.0):
             return shown(self.value)
-        return f"{shown(self.value)} ({_end(self.low)} to {_end(self.high)})"
-
-    @property
-    def shown_target(self) -> str:
-        return f"{'at most' if self.claim.better == 'lower' else 'at least'} {self.claim.target:g}"
-
-    @property
-    def shown_details(self) -> str:
-        return "; ".join(
-            f"{name} {value if isinstance(value, str) else shown(value)}" for name, value in self.details.items()
-        )
+        low, high = ("none" if end is None or math.isinf(end) else shown(end) for end in (self.low, self.high))
+        return f"{shown(self.value)} ({low} to {high})"
 
 
 def decide(claim: Claim, rows: Sequence[Row], points: Iterable[Any] = (), coarse: bool = False) -> Verdict:
@@ -115,8 +106,7 @@ def decide(claim: Claim, rows: Sequence[Row], points: Iterable[Any] = (), coarse
     known = {row.point for row in rows}
     missing = [point for point in dict.fromkeys(points) if point not in known]
     turning = [side for name, side in claim.sides.items() if outcome in claim.awaits.get(name, EITHER)]
-    turning = (*turning, claim.frames)
-    open_still = any(claim.chooses(side, point) for side in turning for point in missing)
+    open_still = any(claim.chooses(side, point) for side in (*turning, claim.frames) for point in missing)
     if outcome != "undecided" and (coarse or open_still):
         outcome += " so far"
     if claim.invalid and outcome != "undecided":
@@ -141,10 +131,8 @@ def outcome_of(value: float, low: float, high: float, target: float, better: str
     return "confirmed" if below else "refuted" if above else "undecided"
 
 
-def shown(value: float) -> str:
-    """A number for people: three digits."""
+def shown(value: float | str) -> str:
+    """A number for people: three digits. Words stay as they are."""
+    if isinstance(value, str):
+        return value
     return "no point qualifies" if math.isinf(value) else f"{value:.3g}"
-
-
-def _end(value: float | None) -> str:
-    return "none" if value is None or math.isinf(value) else f"{value:.3g}"

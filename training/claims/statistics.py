@@ -19,8 +19,6 @@ from dataclasses import dataclass
 import torch
 from torch import Generator, Tensor
 
-from ...guidance.errors import Problem
-
 LEVEL = 0.95
 # Shares count samples, of which there are far fewer than a million, and some replicates are kept in single precision.
 ROUNDING = 1e-6
@@ -45,8 +43,6 @@ class TargetSet:
     """A fixed set of features [M, F], M above F, to measure Frechet distances to (arXiv 1706.08500, eq. 6)."""
 
     def __init__(self, features: Tensor) -> None:
-        if features.ndim != 2 or len(features) < 2:
-            raise Problem(f"expected the target's features [M, F] of at least two images, found {list(features.shape)}")
         features = features.detach().double().cpu()
         self.mean, self.covariance = features.mean(0), features.T.cov()
         values, vectors = torch.linalg.eigh(self.covariance)
@@ -98,9 +94,6 @@ def measure_share(right: Tensor, counts: Tensor) -> Measured:
     return Measured(value, value, counts @ right / counts.sum(1))
 
 
-# ------------------------------------------------------------------------------- sets of points, column by column
-
-
 def reaches(share: Tensor | float, at_least: Tensor | float) -> Tensor | bool:
     """Whether a share is at least `at_least`; equal but for the rounding of single precision is equal."""
     return share > at_least - ROUNDING
@@ -124,10 +117,9 @@ def worst_ratio(
     distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor
 ) -> tuple[Tensor, Tensor]:
     """The largest ratio [R], over the shares that both sets reach, of the first's lowest distance to the second's, and
-    the largest share [R] at which it is that large.
+    the largest share [R] at which it is that large. Points [P, R] and [Q, R].
 
-    Points [P, R] and [Q, R]. Below 1, the first set is nearer at every share that both reach. Both lowest distances
-    change only at shares that occur, so only those are looked at.
+    Both lowest distances change only at shares that occur, so only those are looked at.
     """
     both = torch.minimum(shares.amax(0), other_shares.amax(0))
     largest, at = torch.zeros_like(both), torch.zeros_like(both)
@@ -142,11 +134,8 @@ def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Ten
     """The share of the rectangle 0..worst_distance by 0..1 that points [P, R] dominate: [R] in 0..1, higher is better.
 
     A point dominates everything of larger distance and smaller share (Zitzler and Thiele 1998, two objectives).
+    There is at least one.
     """
-    if not worst_distance > 0:
-        raise Problem(f"expected the worst distance of a hypervolume to be above 0, found {worst_distance}")
-    if not len(distances):
-        return torch.zeros(distances.shape[1:], dtype=torch.float64)
     order = distances.argsort(0)
     near = distances.gather(0, order).clamp(0, worst_distance)
     best_share = shares.gather(0, order).clamp(0, 1).cummax(0).values  # of all points at least as near

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import sys
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -12,16 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..engine.lock import Busy
 from ..mini_world.assets import load_classifier, load_mini_world, weights_dir
 from .deciding import Claim, Verdict, decide
-from .keeping import Row, Shelf, file_hash, key_of
-from .report import Report, json_line, print_lines
+from .keeping import Row, file_hash, key_of, read_row, write_row
+from .report import Report
 from .statistics import Measured
 
 # Part of every key: raise it when the meaning of a stored number changes.
 VERSION = 3
-WAIT_S = 10  # before looking again at what other processes measure
 # The shipped files that every number depends on: prior, autoencoder, text encoder, judges.
 WORLD_FILES = ("prior_unet", "text_encoder", "autoencoder", "classifier", "classifier_held_out")
 
@@ -52,7 +49,6 @@ class Plan:
     measured. options: of the command that measures it. note: what its page says first.
     """
 
-    name: str
     sampling: Sampling
     points: tuple[Any, ...]
     images: int = 8000
@@ -85,15 +81,9 @@ class Study(ABC):
     paper = ""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
-        self.plan, self.folder, self.shelf = plan, folder, Shelf(folder / "points")
-        self.world, self.judge = load_mini_world(), load_classifier()
-        self.second_judge = load_classifier(held_out=True)
-
-    @cached_property
-    def world_hash(self) -> str:
-        """One hash over the shipped files that every number depends on."""
-        hashes = [file_hash(weights_dir() / f"{name}.safetensors") for name in WORLD_FILES]
-        return hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self.plan, self.folder, self.points_folder = plan, folder, folder / "points"
+        self.world = load_mini_world()
+        self.judges = load_classifier(), load_classifier(held_out=True)
 
     @abstractmethod
     def training(self, point: Any) -> dict[str, Any]:
@@ -101,16 +91,20 @@ class Study(ABC):
 
     @abstractmethod
     def examine(self, point: Any) -> tuple[dict[str, Measured], dict[str, float]]:
-        """(measures with bootstrap replicates, all numbers) of a point, whose weights are trained where they are
-        missing. Raises Busy while another process trains them."""
+        """(measures with bootstrap replicates, all numbers) of a point; trains its weights where they are missing."""
 
     @abstractmethod
     def claims(self, rows: Sequence[Row]) -> list[Claim]:
         """The paper's claims, to be decided from these rows."""
 
     @abstractmethod
-    def report(self, rows: Sequence[Row], verdicts: Sequence[Verdict]) -> Report:
+    def report(self, rows: Sequence[Row]) -> Report:
         """What the paper's page shows."""
+
+    @cached_property
+    def world_hash(self) -> str:
+        hashes = [file_hash(weights_dir() / f"{name}.safetensors") for name in WORLD_FILES]
+        return hashlib.sha256("".join(hashes).encode()).hexdigest()
 
     def key(self, point: Any) -> str:
         """The hash that names a point's file."""
@@ -118,76 +112,35 @@ class Study(ABC):
         return key_of({**facts, "sampling": asdict(self.plan.sampling), "world": self.world_hash})
 
     def find(self, point: Any) -> Row | None:
-        """The point as measured before, or None; a damaged file counts as not there."""
-        return self.shelf.find(self.key(point), point)
+        """The point as measured before, or None."""
+        return read_row(self.points_folder / f"{self.key(point)}.json", point)
 
     def measure(self, point: Any) -> Row:
-        """The point as measured before, or else measured now and kept. Raises Busy while another process is at it."""
-        key = self.key(point)
+        """The point as measured before, or else measured now and kept."""
         row = self.find(point)
         if row is None:
-            with self.shelf.making(key):
-                row = self.find(point)
-                if row is None:
-                    started = time.monotonic()
-                    measured, numbers = self.examine(point)
-                    self.shelf.put(key, point, {**numbers, "seconds": time.monotonic() - started}, measured)
-                    row = self.find(point)  # what a continued run will read, to the last digit
+            measured, numbers = self.examine(point)
+            write_row(self.points_folder / f"{self.key(point)}.json", point, numbers, measured)
+            row = self.find(point)  # what a continued run will read, to the last digit
         assert row is not None
         return row
-
-    def line(self, row: Row) -> str:
-        """A measured row as a JSON line."""
-        numbers = {key: value for key, value in row.numbers.items() if key != "distance"}
-        facts = {**row.point.facts, **numbers, "intervals": row.intervals}
-        return json_line(self.paper, row.point.name, row.numbers["distance"], "frechet", self.plan.sampling, **facts)
 
     def verdicts(self, rows: Sequence[Row]) -> list[Verdict]:
         """All claims, decided."""
         return [decide(claim, rows, self.plan.points, self.plan.coarse) for claim in self.claims(rows)]
 
-
-def gather(
-    study: Study, *, minutes: float | None = None, limit: int | None = None, measuring: bool = True
-) -> tuple[list[Row], bool]:
-    """(the rows in the plan's order, measured now where they are missing; whether Ctrl+C ended that).
-
-    minutes, limit: start no further point after so long, or after so many new ones. What another process is at is left
-    to it, and looked at again until it is there; should that process end without it, it is measured here.
-    """
-    points = study.plan.points
-    rows: dict[int, Row] = {}
-    left, measured, stopped, started = list(enumerate(points, 1)), 0, False, time.monotonic()
-
-    def done() -> bool:
-        late = minutes is not None and time.monotonic() - started >= 60 * minutes
-        return not measuring or stopped or late or measured == limit
-
-    while left:
-        busy, before = [], measured
-        for number, point in left:
-            row = study.find(point)
-            if row is None and not done():
-                passed = (time.monotonic() - started) / 60
-                print(f"{number}/{len(points)} after {passed:.1f} min: {point}", file=sys.stderr, flush=True)
+    def gather(self, measuring: bool = True) -> list[Row]:
+        """The rows in the plan's order, measured now where they are missing, until Ctrl+C."""
+        rows = []
+        for number, point in enumerate(self.plan.points, 1):
+            row = self.find(point)
+            if row is None and measuring:
+                print(f"{number}/{len(self.plan.points)}: {point}", file=sys.stderr, flush=True)
                 try:
-                    row = study.measure(point)
-                    measured += 1
-                    print_lines([study.line(row)])
-                except Busy:
-                    print("  another process is at it", file=sys.stderr, flush=True)
-                    busy.append((number, point))
+                    row = self.measure(point)
                 except KeyboardInterrupt:
-                    stopped = True
+                    measuring = False
                     print("stopped; the same command goes on from here", file=sys.stderr, flush=True)
             if row is not None:
-                rows[number] = row
-        left = busy
-        if left and measured == before:
-            if done():
-                break
-            try:
-                time.sleep(WAIT_S)
-            except KeyboardInterrupt:
-                stopped = True
-    return [rows[number] for number in sorted(rows)], stopped
+                rows.append(row)
+        return rows

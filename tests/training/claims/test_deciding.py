@@ -7,14 +7,13 @@ from dataclasses import replace
 
 from indomain_guidance.training.claims.deciding import Claim, Number, Verdict, outcome_of, shown
 
-CLAIM = Claim(letter="a", statement="s", target=0.5, number=lambda claim, sides: Number(), sides={})
+CLAIM = Claim("a", "s", 0.5, lambda claim, sides: Number(), {})
 
 
 def test_numbers_in_words():
-    assert [shown(value) for value in (math.inf, 0.12345)] == ["no point qualifies", "0.123"]
+    assert [shown(value) for value in (math.inf, 0.12345, "none")] == ["no point qualifies", "0.123", "none"]
     verdict = Verdict(CLAIM, "undecided", {"reason": "none", "a": 0.51234}, math.inf, 0.4871, math.inf)
-    assert verdict.shown == "no point qualifies (0.487 to none)" and verdict.shown_target == "at most 0.5"
-    assert verdict.shown_details == "reason none; a 0.512"
+    assert verdict.shown == "no point qualifies (0.487 to none)"
     assert replace(verdict, low=math.inf).shown == "no point qualifies"
     assert replace(verdict, value=None).shown == "not measured"
     assert replace(verdict, words="only one reaches it").shown == "only one reaches it"

@@ -17,8 +17,8 @@ from indomain_guidance.training.claims.idg.confirming import confirming
 from indomain_guidance.training.claims.idg.sweep import PLANS
 from indomain_guidance.training.claims.keeping import Row
 from indomain_guidance.training.claims.sgf import claims as sgf
-from indomain_guidance.training.claims.sgf.points import Point
 from indomain_guidance.training.claims.sgf.sweep import PLANS as SGF_PLANS
+from indomain_guidance.training.claims.sgf.sweep import Point
 from indomain_guidance.training.claims.study import Plan
 
 DOCS = Path(__file__).resolve().parents[3] / "docs" / "claims"
@@ -32,7 +32,7 @@ def lines_of(name: str) -> list[dict]:
 def row_of(point: object, line: dict) -> Row:
     numbers = {**{name: value for name, value in line.items() if isinstance(value, float)}, "distance": line["value"]}
     draws = {name: torch.full((4,), numbers[name], dtype=torch.float64) for name in line["intervals"]}
-    return Row(point, numbers, {}, draws)
+    return Row(point, numbers, draws)
 
 
 def idg_rows(name: str, plan: Plan) -> list[Row]:

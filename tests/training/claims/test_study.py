@@ -1,48 +1,56 @@
-"""Two processes share a sweep, and Ctrl+C keeps what is measured."""
+"""A sweep measures what is missing, in its order, and Ctrl+C keeps what is measured."""
 
 from __future__ import annotations
 
-from indomain_guidance.training.claims import study
+import pytest
+from indomain_guidance.training.claims import command_line
 from indomain_guidance.training.claims.keeping import Row
-from indomain_guidance.training.claims.study import Plan, Sampling
-from indomain_guidance.training.engine.lock import Busy
+from indomain_guidance.training.claims.study import Plan, Sampling, Study
+from indomain_guidance.training.engine.lock import Busy, locked
 
 
-def test_two_processes_share_the_points(capsys, monkeypatch):
-    """What is busy is skipped, looked at again after the rest and then until it is there or time is up."""
-    waited = []
-    monkeypatch.setattr(study.time, "sleep", waited.append)
+class Sweep(Study):
+    """A study whose points are words; `stop` is where Ctrl+C comes."""
 
-    class Shared:
-        plan = Plan("test", Sampling(1), ("here", "there", "long", "also here"))
-        kept: dict[str, Row] = {}
-        answers = {"there": [Busy("at it"), Row], "long": [Busy("at it")] * 3 + [Row]}
+    def __init__(self, *kept: str, stop: str = "") -> None:
+        self.plan = Plan(Sampling(1), ("first", "second", "third"))
+        self.rows, self.stop = {point: Row(point, {}, {}) for point in kept}, stop
 
-        def find(self, point):
-            return self.kept.get(point)
+    def find(self, point):
+        return self.rows.get(point)
 
-        def measure(self, point):
-            answer = self.answers.get(point, [Row]).pop(0)
-            if isinstance(answer, Busy):
-                raise answer
-            self.kept[point] = Row(point, {}, {}, {})
-            return self.kept[point]
+    def measure(self, point):
+        if point == self.stop:
+            raise KeyboardInterrupt
+        self.rows[point] = Row(point, {}, {})
+        return self.rows[point]
 
-        def line(self, row):
-            return "{}"
-
-    rows, stopped = study.gather(Shared())
-    assert [row.point for row in rows] == ["here", "there", "long", "also here"] and not stopped
-    assert capsys.readouterr().err.count("another process is at it") == 4
-    assert waited == [study.WAIT_S]
-
-    Shared.answers["never"] = [Busy("at it")] * 9
-    monkeypatch.setattr(Shared, "plan", Plan("test", Sampling(1), ("here", "never")))
-    assert [row.point for row in study.gather(Shared(), limit=0)[0]] == ["here"]
-    monkeypatch.setattr(study.time, "sleep", interrupted)
-    rows, stopped = study.gather(Shared())
-    assert [row.point for row in rows] == ["here"] and stopped
+    training = examine = claims = report = None
 
 
-def interrupted(seconds):
-    raise KeyboardInterrupt
+def test_what_is_missing_is_measured_in_the_plans_order(capsys):
+    assert [row.point for row in Sweep("second").gather()] == ["first", "second", "third"]
+    assert capsys.readouterr().err.splitlines() == ["1/3: first", "3/3: third"]
+    assert [row.point for row in Sweep("second").gather(measuring=False)] == ["second"]
+
+
+def test_ctrl_c_ends_the_measuring_and_keeps_the_rest(capsys):
+    assert [row.point for row in Sweep("third", stop="second").gather()] == ["first", "third"]
+    assert "the same command goes on from here" in capsys.readouterr().err
+
+
+def test_a_work_folder_belongs_to_one_process_at_a_time(tmp_path):
+    with locked(tmp_path), pytest.raises(Busy):
+        command_line.main(["idg", "--quick", "--work", str(tmp_path)])
+
+
+@pytest.mark.parametrize("options", [["sgf", "--confirm"], ["idg", "--samples", "9"], ["other"]])
+def test_options_that_fit_nothing_are_refused(options, capsys):
+    with pytest.raises(SystemExit):
+        command_line.main(options)
+    assert "error" in capsys.readouterr().err
+
+
+def test_nothing_measured_is_nothing_to_report(tmp_path, capsys):
+    assert command_line.main(["idg", "--quick", "--report-only", "--work", str(tmp_path)]) == 0
+    assert "nothing measured yet" in capsys.readouterr().err and not list(tmp_path.rglob("*.md"))

@@ -10,17 +10,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..deciding import Claim, Details, Number, Sides, outcome_of
+from ..deciding import Claim, Details, Number, Sides
 from ..keeping import Row, columns
 from ..statistics import hypervolume, interval, lowest, ratio_of_lowest, reaches, worst_ratio
 from .methods import BEYOND, FINE_TUNES, PAPER
-from .points import Point
 from .questions import QUESTIONS
+from .sweep import Point
 
 Floors = Mapping[str, Mapping[str, float]]  # by question, as `questions.floors`
 DIGIT_TOLERANCE, COLOURS_RIGHT, AFFORDABLE_SAMPLES = 0.03, 0.8, 2.0
@@ -56,9 +56,7 @@ def best_point(rows: Sequence[Row], asked: Tensor) -> Details:
     row = nearest(rows, share, at_least)
     if row is None:
         return {"accuracy asked for": at_least, "best point": "none qualifies"}
-    numbers = {"its distance": row.numbers["distance"], f"its {share}": row.numbers[share]}
-    cost = {"its samples per step": row.numbers["samples_per_step"]}
-    return {"accuracy asked for": at_least, "best point": str(row.point), **numbers, **cost}
+    return {"accuracy asked for": at_least, "best point": str(row.point), "its distance": row.numbers["distance"]}
 
 
 def worst_over_theirs(claim: Claim, sides: Sides) -> Number:
@@ -89,8 +87,8 @@ def cheap_over_constant(claim: Claim, sides: Sides) -> Number:
     best = [float(lowest(*points, asked)[0]) for points in (ours, theirs)]
     if all(map(math.isinf, best)):
         return Number(reason="neither reaches the accuracy asked for")
-    only = {0: "only constant weights reach it", 1: "only the schedules reach it"}
-    words = next((only[side] for side in only if math.isinf(best[side])), "")
+    words = "only constant weights reach it" if math.isinf(best[0]) else ""
+    words = "only the schedules reach it" if math.isinf(best[1]) else words
     details = {"best distance of constant weights": best[1], **best_point(cheap, asked)}
     return Number(ratio_of_lowest(*ours, *theirs, asked), details, words)
 
@@ -109,79 +107,55 @@ def gain_in_hypervolume(claim: Claim, sides: Sides) -> Number:
             gains[model] = volumes[0] - volumes[1]
     if not gains:
         return Number()
-    ranges = {str(model): (float(gain[0]), *interval(gain[1:])) for model, gain in gains.items()}
-    outcomes = [outcome_of(*found, 0.0, "higher") for found in ranges.values()]
-    counts = {"compared": len(gains), "better": outcomes.count("confirmed"), "worse": outcomes.count("refuted")}
-    words = {model: "{:.2f} ({:.2f} to {:.2f})".format(*found) for model, found in ranges.items()}
-    return Number(torch.stack(list(gains.values())).mean(0), {**counts, **words})
+    form = "{:.2f} ({:.2f} to {:.2f})"
+    details: Details = {str(model): form.format(float(gain[0]), *interval(gain[1:])) for model, gain in gains.items()}
+    return Number(torch.stack(list(gains.values())).mean(0), details)
 
 
-OWN, FOREIGN = (tuple(name for name in QUESTIONS if QUESTIONS[name].own_colours is own) for own in (True, False))
-# about, of a row: what the page calls ours.
-A = Claim(
-    letter="a",
-    statement="at every digit accuracy that both reach, its distance over that of the best fine-tune is below 1",
-    target=1.0,
-    number=worst_over_theirs,
-    sides={"ours": PAPER, "theirs": FINE_TUNES},
-    questions=OWN,
-    awaits={"theirs": ("confirmed",)},
-    about=("constant weights",),
+# Which outcomes missing points could still turn: more of ours can only lower (b), say. Where nothing stands, any.
+AWAITS: dict[Any, dict[str, tuple[str, ...]]] = {
+    worst_over_theirs: {"theirs": ("confirmed",)},
+    nearest_over_prior: {"ours": ("refuted",), "prior": ("confirmed",)},
+    cheap_over_constant: {"ours": ("refuted",), "theirs": ("confirmed",)},
+}
+LEADS = "at every digit accuracy that both reach, its distance over that of the best fine-tune is below 1"
+HALVES = "its best distance with digits within 3 points of the prior's, over the prior's best distance, is at most 0.5"
+KEEPS = "its best distance with both colours right in at least 80 %, over the prior's best distance, is at most 0.7"
+GAINS = "hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {}, is above 0"
+CHEAP = (
+    "{} colours: the best distance of schedules at an average of at most 2 samples a step, over the best of constant "
+    "weights, at the accuracy that ({}) asks for, is at most 1"
 )
-B = Claim(
-    letter="b",
-    statement="its best distance with digits within 3 points of the prior's, over the prior's best distance, is at "
-    "most 0.5",
-    target=0.5,
-    number=nearest_over_prior,
-    sides={"ours": PAPER, "prior": ("prior",)},
-    questions=OWN,
-    awaits={"ours": ("refuted",), "prior": ("confirmed",)},
-    about=("constant weights",),
-)
-C = Claim(
-    letter="c",
-    statement="hypervolume with the prior's u minus hypervolume with the fine-tune's u, mean over {}, is above 0",
-    target=0.0,
-    better="higher",
-    unit="share",
-    number=gain_in_hypervolume,
-    sides={"ours": ("fine_tune_prior_u",), "theirs": ("fine_tune",)},
-    questions=OWN,
-)
-D = replace(
-    B,
-    letter="d",
-    statement="its best distance with both colours right in at least 80 %, over the prior's best distance, is at most "
-    "0.7",
-    target=0.7,
-    questions=FOREIGN,
-)
-E = Claim(
-    letter="e",
-    statement="{} colours: the best distance of schedules at an average of at most 2 samples a step, over the best of "
-    "constant weights, at the accuracy that ({}) asks for, is at most 1",
-    target=1.0,
-    number=cheap_over_constant,
-    sides={"ours": ("scheduled",), "theirs": PAPER, "prior": ("prior",)},
-    questions=OWN,
-    awaits={"ours": ("refuted",), "theirs": ("confirmed",)},
-    about=("schedules",),
-)
+PRIOR, CONSTANT = ("prior",), "constant weights"
 
 
-def of_kind(kind: str, point: Point) -> bool:
+def row(
+    letter: str, about: str, statement: str, target: float, number: Any, *, own: bool = True, **sides: Any
+) -> Claim:
+    """A row of the table. about: what the page calls ours. own: whether the domain's own colours are asked."""
+    awaits = AWAITS.get(number, {})
+    return Claim(letter, statement, target, number, sides, about=(about,), awaits=awaits, facts=own)
+
+
+def of_tunes(kind: str, title: str) -> Claim:
+    """(c) of one kind of fine-tunes."""
+    sides: dict[str, Any] = {"ours": ("fine_tune_prior_u",), "theirs": ("fine_tune",)}
+    claim = row("c", title, GAINS.format(title), 0.0, gain_in_hypervolume, **sides)
+    fits = partial(is_of_kind, kind)
+    return replace(claim, part=f", {title}", better="higher", unit="share", fits=fits)
+
+
+def is_of_kind(kind: str, point: Point) -> bool:
     return point.model is not None and point.model.kind == kind
 
 
-C_KINDS = [
-    replace(C, part=f", {title}", statement=C.statement.format(title), about=(title,), fits=partial(of_kind, kind))
-    for kind, title in (("full", "full fine-tunes"), ("low_rank", "LoRA fine-tunes"))
-]
-E_BOTH = [
-    replace(E, statement=E.statement.format("own", "b")),
-    replace(E, statement=E.statement.format("foreign", "d"), part=", foreign colours", questions=FOREIGN),
-]
+A = row("a", CONSTANT, LEADS, 1.0, worst_over_theirs, ours=PAPER, theirs=FINE_TUNES)
+B = row("b", CONSTANT, HALVES, 0.5, nearest_over_prior, ours=PAPER, prior=PRIOR)
+C = [of_tunes("full", "full fine-tunes"), of_tunes("low_rank", "LoRA fine-tunes")]
+D = row("d", CONSTANT, KEEPS, 0.7, nearest_over_prior, own=False, ours=PAPER, prior=PRIOR)
+SCHEDULES = {"ours": ("scheduled",), "theirs": PAPER, "prior": PRIOR}
+E = row("e", "schedules", CHEAP.format("own", "b"), 1.0, cheap_over_constant, **SCHEDULES)
+E_FOREIGN = replace(E, part=", foreign colours", statement=CHEAP.format("foreign", "d"), facts=False)
 
 
 def with_beyond(claim: Claim) -> list[Claim]:
@@ -191,8 +165,8 @@ def with_beyond(claim: Claim) -> list[Claim]:
 
 # By the kind of the domain models that are decided on.
 CLAIMS = {
-    "domain": [*with_beyond(A), *with_beyond(B), *C_KINDS, *with_beyond(D), *E_BOTH],
-    "shipped": [A, B, D, *E_BOTH],
+    "domain": [*with_beyond(A), *with_beyond(B), *C, *with_beyond(D), E, E_FOREIGN],
+    "shipped": [A, B, D, E, E_FOREIGN],
 }
 
 
@@ -205,7 +179,8 @@ def claims(floors: Floors, rows: Sequence[Row]) -> list[Claim]:
 
 def bound(claim: Claim, domain: str, models: str, floors: Floors, rows: Sequence[Row] = ()) -> Claim:
     """A row of the table, asked of one domain and one kind of domain models."""
-    (question,) = (name for name in claim.questions if QUESTIONS[name].domain == domain)
+    asked = (domain, claim.facts)
+    (question,) = (name for name, found in QUESTIONS.items() if (found.domain, found.own_colours) == asked)
 
     def fits(point: Point) -> bool:
         kinds = (models, "full", "low_rank")

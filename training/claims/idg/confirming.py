@@ -1,7 +1,5 @@
-"""The best settings of a sweep, drawn anew: a number that was chosen for being the best says too much of itself.
-
-Which points are best was decided on the sweep's samples. Other noise, other prompts and more samples ask them again.
-"""
+"""The best settings of a sweep, drawn anew, from other noise and prompts: a number that was chosen for being the best
+says too much of itself."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from ..keeping import Row
 from ..study import Plan
 from .claims import AFFORDABLE_SAMPLES, COLOURS_RIGHT, DIGIT_TOLERANCE, nearest
 from .methods import BEYOND, FINE_TUNES, PAPER
-from .points import Point
 from .questions import QUESTIONS, Question
+from .sweep import Point
 
 SAMPLES, SEED = 2000, 1
 # Shares of right digits, or of both colours right, at which the nearest points are chosen.
@@ -31,29 +29,25 @@ def confirming(plan: Plan, rows: Sequence[Row]) -> Plan:
     chosen |= dict.fromkeys(point for question in QUESTIONS.values() for point in _nearest(question, rows, rivals=True))
     note = (
         f"These are {len(chosen)} of the {len(rows)} points that the sweep had measured (of {len(plan.points)}, "
-        f"{plan.sampling.samples:,} samples each): all priors, and the nearest of each kind at "
-        f"{', '.join(f'{level:.0%}' for level in AT)} of right answers and at the accuracy of (b), each also with "
-        f"{TO_SPARE:.0%} to spare, with what the sweep has of other training seeds, and the constant weights that (e) "
-        "holds schedules against. They are drawn anew, from other noise and other prompts. The verdicts are those of "
-        "these points alone."
+        f"{plan.sampling.samples:,} samples each): all priors, and the nearest of each kind (confirming.py). They are "
+        "drawn anew, from other noise and other prompts. The verdicts are those of these points alone."
     )
     sampling, options = replace(plan.sampling, samples=SAMPLES, seed=SEED), f" --confirm{plan.options}"
-    return replace(plan, name="confirm", sampling=sampling, points=(*chosen, *seeds), options=options, note=note)
+    return replace(plan, sampling=sampling, points=(*chosen, *seeds), options=options, note=note)
 
 
 def _nearest(question: Question, rows: Sequence[Row], rivals: bool = False) -> Iterator[Point]:
     """Every prior, and the nearest of constant weights, of all of ours, of all fine-tunes and of schedules that cost no
     more than CFG; rivals: instead the constant weights of each model that has such schedules, where (e) asks."""
     rows = [row for row in rows if row.point.question == question.name and row.point.seed == 0]
-    priors = [row for row in rows if row.point.method == "prior"]
     trained = [row for row in rows if row.point.model and row.point.model.kind == "domain"]
-    constant, ours = ([row for row in trained if row.point.method in methods] for methods in (PAPER, BEYOND))
-    tuned = [row for row in rows if row.point.method in FINE_TUNES]
-    cheap = [row for row in trained if row.point.method == "scheduled"]
+    priors, tuned = ([row for row in rows if row.point.method in some] for some in (("prior",), FINE_TUNES))
+    constant, ours, cheap = (
+        [row for row in trained if row.point.method in some] for some in (PAPER, BEYOND, ("scheduled",))
+    )
     cheap = [row for row in cheap if row.numbers["samples_per_step"] <= AFFORDABLE_SAMPLES]
-    asked = [COLOURS_RIGHT]
-    if question.own_colours:
-        asked = [max(row.numbers["digit"] for row in priors) - DIGIT_TOLERANCE] if priors else []
+    digits = sorted(row.numbers["digit"] - DIGIT_TOLERANCE for row in priors)
+    asked = digits[-1:] if question.own_colours else [COLOURS_RIGHT]
     if rivals:
         models, levels = dict.fromkeys(row.point.model for row in cheap), asked
         sets = [[row for row in constant if row.point.model == model] for model in models]

@@ -1,107 +1,72 @@
-"""The compared methods: a row each, with what it is called and the guidance that its settings make.
+"""The compared methods: a row each, with what it is called and the terms of its guidance.
 
-Weights in settings are numbers or the JSON form of a schedule (`guidance.schedules`). Another method or rival is a row
-in METHODS and its points in `sweep.py`.
+Another method or rival is a row in METHODS and its points in `sweep.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ....guidance import presets
 from ....guidance.combination import Guidance
 from ....guidance.frequency import Bands
 from ....guidance.orthogonal import Orthogonal
-from ....guidance.schedules import Weight, weight_from_json
+from ....guidance.schedules import weight_from_json
+from ....guidance.shaping import Shaping
 from ....guidance.terms import Source, Term
 
-
-class Given(NamedTuple):
-    """What a method makes its guidance of: the prior, a trained model, settings, and the two conditionings."""
-
-    prior: Any
-    model: Any
-    settings: Mapping[str, Any]
-    uncond: Any
-    cond: Any
-
-    def weight(self, name: str) -> Weight:
-        return weight_from_json(self.settings[name])
-
-    def with_control(self, *terms: Term) -> Guidance:
-        """Terms, and classifier-free guidance of the prior."""
-        control = Term("control", self.prior, self.cond, self.weight("w_c"))
-        return Guidance(Source(self.prior, self.uncond), [*terms, control])
+# A term: its name, the model and the conditioning of its prediction, and the setting that is its weight.
+Row = tuple[str, str, str, str]
+CONTROL: Row = ("control", "prior", "cond", "w_c")
+DOMAIN: Row = ("domain", "trained", "uncond", "w_d")
+LOW: Row = ("domain, low", "trained", "uncond", "w_low")
+HIGH: Row = ("domain, high", "trained", "uncond", "w_high")
 
 
 class Method(NamedTuple):
     """A way of sampling. role: "prior" (what everything is held against), "paper" (multi-guidance as the paper has it),
     "beyond" (what this project adds to it), "fine_tune" (the paper's rival) or "domain". title: in tables; of
-    fine-tunes what stands after their kind."""
+    fine-tunes what stands after their kind. base: the model whose unconditional prediction the terms start from."""
 
-    name: str
     role: str
     title: str
-    guidance: Callable[[Given], Guidance]
+    terms: tuple[Row, ...]
+    base: str = "prior"
 
 
-def in_domain(given: Given) -> Guidance:
-    return given.with_control(Term("domain", given.model, given.uncond, given.weight("w_d")))
-
-
-def orthogonal(given: Given) -> Guidance:
-    """The domain direction loses (a share of) its component along the control direction."""
-    options = {key: given.settings[key] for key in ("share", "only_opposing", "per") if key in given.settings}
-    shaping = Orthogonal(("control",), **options)
-    return given.with_control(Term("domain", given.model, given.uncond, given.weight("w_d"), shaping=shaping))
-
-
-def bands(given: Given) -> Guidance:
-    """The domain direction has one weight for its low and one for its high spatial frequencies, split at a width in
-    latent pixels; the text "inf" makes the low band each channel's mean."""
-    parts = {"low": (1.0, 0.0), "high": (0.0, 1.0)}
-    shapings = {part: Bands(float(given.settings["width"]), *shares) for part, shares in parts.items()}
-    return given.with_control(
-        *(
-            Term(f"domain, {part}", given.model, given.uncond, given.weight(f"w_{part}"), shaping=shaping)
-            for part, shaping in shapings.items()
-        )
-    )
-
-
-def domain(given: Given) -> Guidance:
-    return presets.domain_guidance(given.prior, given.model, given.uncond, scale=given.weight("scale"))
-
-
-def prior(given: Given) -> Guidance:
-    return presets.cfg(given.prior, given.uncond, given.cond, given.weight("scale"))
-
-
-def fine_tune(given: Given) -> Guidance:
-    return presets.cfg(given.model, given.uncond, given.cond, given.weight("scale"))
-
-
-def fine_tune_prior_u(given: Given) -> Guidance:
-    return presets.unconditional_prior(given.prior, given.model, given.uncond, given.cond, given.weight("scale"))
-
-
-_ROWS = (
-    Method("prior", "prior", "prior", prior),
-    Method("domain", "domain", "domain model alone", domain),
-    Method("multi_guidance", "paper", "multi-guidance", in_domain),
-    Method("scheduled", "beyond", "scheduled terms", in_domain),
-    Method("orthogonal", "beyond", "orthogonal domain term", orthogonal),
-    Method("bands", "beyond", "domain term by frequency", bands),
-    Method("fine_tune", "fine_tune", "", fine_tune),
-    Method("fine_tune_prior_u", "fine_tune", ", prior's u", fine_tune_prior_u),
+TUNED: Row = ("control", "trained", "cond", "scale")
+METHODS = {
+    "prior": Method("prior", "prior", (("control", "prior", "cond", "scale"),)),
+    "domain": Method("domain", "domain model alone", (("domain", "trained", "uncond", "scale"),)),
+    "multi_guidance": Method("paper", "multi-guidance", (DOMAIN, CONTROL)),
+    "scheduled": Method("beyond", "scheduled terms", (DOMAIN, CONTROL)),
+    "orthogonal": Method("beyond", "orthogonal domain term", (DOMAIN, CONTROL)),
+    "bands": Method("beyond", "domain term by frequency", (LOW, HIGH, CONTROL)),
+    "fine_tune": Method("fine_tune", "", (TUNED,), base="trained"),
+    "fine_tune_prior_u": Method("fine_tune", ", prior's u", (TUNED,)),
+}
+PAPER, BEYOND, FINE_TUNES = (
+    tuple(name for name, method in METHODS.items() if method.role in roles)
+    for roles in (("paper",), ("paper", "beyond"), ("fine_tune",))
 )
-METHODS = {method.name: method for method in _ROWS}
 
 
-def methods_of(*roles: str) -> tuple[str, ...]:
-    """The names of the methods in these roles."""
-    return tuple(method.name for method in METHODS.values() if method.role in roles)
+def guidance(method: str, settings: Mapping[str, Any], models: Mapping[str, Any], conds: Mapping[str, Any]) -> Guidance:
+    """The guidance of a method at some settings. Weights are numbers or the JSON form of a schedule
+    (`guidance.schedules`). models: "prior" and "trained"; conds: "uncond" and "cond"."""
+    terms = [
+        Term(name, models[model], conds[cond], weight_from_json(settings[weight]), shaping=_shaping(name, settings))
+        for name, model, cond, weight in METHODS[method].terms
+    ]
+    return Guidance(Source(models[METHODS[method].base], conds["uncond"]), terms)
 
 
-PAPER, BEYOND, FINE_TUNES = methods_of("paper"), methods_of("paper", "beyond"), methods_of("fine_tune")
+def _shaping(term: str, settings: Mapping[str, Any]) -> Shaping | None:
+    """What settings with "per" (the domain direction loses its component along the control's) or "width" (a weight for
+    its low and one for its high frequencies) change of a term."""
+    if term == DOMAIN[0] and "per" in settings:
+        options = {key: settings[key] for key in ("share", "only_opposing", "per") if key in settings}
+        return Orthogonal(("control",), **options)
+    if term in (LOW[0], HIGH[0]):
+        return Bands(float(settings["width"]), *((1.0, 0.0) if term == LOW[0] else (0.0, 1.0)))
+    return None

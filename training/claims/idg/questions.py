@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Generator, Tensor
 
@@ -18,13 +18,13 @@ from ..study import Sampling
 AUTOENCODED = 500
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """A domain, and whether it is asked for its own colours or for colours it never had."""
 
     name: str
     domain: str
     own_colours: bool
+    title: str
 
     @property
     def share(self) -> str:
@@ -42,11 +42,6 @@ class Question:
         every = render.colour_pairs()
         return every[(every != own).all(1)]
 
-    @property
-    def title(self) -> str:
-        domain = {"handwriting": "handwriting", "narrow": "narrow handwriting (white on black)"}[self.domain]
-        return f"{domain}, {'its own colours' if self.own_colours else 'colours it never had'}"
-
     def prompts(self, count: int, seed: int) -> Prompts:
         return draw_prompts(count, self.pairs, seed)
 
@@ -59,15 +54,14 @@ class Question:
         return target_pictures(asked.digits, asked.pairs, rows, sampling.seed).images
 
 
-QUESTIONS = {
-    question.name: question
-    for question in (
-        Question("handwriting", "handwriting", True),
-        Question("handwriting_foreign", "handwriting", False),
-        Question("narrow", "narrow", True),
-        Question("narrow_foreign", "narrow", False),
-    )
-}
+NARROW = "narrow handwriting (white on black)"
+_ROWS = (
+    Question("handwriting", "handwriting", True, "handwriting, its own colours"),
+    Question("handwriting_foreign", "handwriting", False, "handwriting, colours it never had"),
+    Question("narrow", "narrow", True, f"{NARROW}, its own colours"),
+    Question("narrow_foreign", "narrow", False, f"{NARROW}, colours it never had"),
+)
+QUESTIONS = {question.name: question for question in _ROWS}
 
 
 def floors(question: Question, model: Classifier, autoencoder: Autoencoder, sampling: Sampling) -> dict[str, float]:

@@ -1,20 +1,19 @@
-"""What the page of in-domain guidance shows: validity, training seeds, and of each question its fronts and plot."""
+"""What the page of in-domain guidance shows: validity, training seeds, and of each question its fronts and points."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
 
-from ..keeping import Row, columns
-from ..plot import Panel, Series, draw_panels
-from ..report import Column, Picture, Report, json_line, number, table
+from ..keeping import Row
+from ..report import Column, Report, capitalized, json_line, number, table
 from ..statistics import hypervolume, interval, is_on_front, lowest, ratio_of_lowest
 from ..study import Plan, Sampling
-from .claims import LEAST_CEILING, MOST_AUTOENCODER, Floors, validity
-from .methods import BEYOND, FINE_TUNES, METHODS
+from .claims import LEAST_CEILING, MOST_AUTOENCODER, Floors, points_of, validity
+from .methods import BEYOND, FINE_TUNES, METHODS, PAPER
 from .questions import QUESTIONS, Question
 
 # Shares of right digits (own colours) or of both colours right (foreign ones).
@@ -34,14 +33,13 @@ ABOUT_FLOORS = (
     f"anything. Valid is ceiling / floor of at least {LEAST_CEILING:.0f} and an autoencoder floor of at most "
     f"{MOST_AUTOENCODER:.0%} of the prior's lowest distance; claims of a question that is not stay undecided."
 )
+Range = tuple[float, float, float]  # value, low, high
 
 
 def family(row: Row) -> str:
-    """What a row is called in legends and tables: its method, and of fine-tunes also their kind."""
-    model, title = row.point.model, METHODS[row.point.method].title
-    if model is not None and model.kind in FINE_TUNE_TITLES:
-        return FINE_TUNE_TITLES[model.kind] + title
-    return title + (", shipped model" if model is not None and model.kind == "shipped" else "")
+    """What a row is called in tables: its method, and of fine-tunes also their kind."""
+    kind, title = row.point.model.kind if row.point.model else "", METHODS[row.point.method].title
+    return FINE_TUNE_TITLES.get(kind, "") + title + ", shipped model" * (kind == "shipped")
 
 
 def families_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -58,8 +56,8 @@ class Front(NamedTuple):
 
     name: str
     points: int
-    at: list[tuple[float, float, float]]
-    volume: tuple[float, float, float] | None = None
+    at: list[Range]
+    volume: Range | None = None
 
     def cell(self, index: int) -> str:
         value, low, high = self.at[index]
@@ -72,118 +70,86 @@ class Front(NamedTuple):
         return f"{value:{form}} ({low:{form}} to {'none' if math.isinf(high) else f'{high:{form}}'})"
 
 
-def fronts_of(question: Question, rows: Sequence[Row], ceiling: float) -> list[Front]:
+def fronts_of(rows: Sequence[Row], ceiling: float) -> Iterator[Front]:
     """What every family of a question reaches at fixed shares, and ours over the fine-tunes and the prior there.
 
     rows: of models of training seed 0.
     """
     trained = [row for row in rows if row.point.model and row.point.model.kind != "shipped"]
-    ours = {
-        "multi-guidance": [row for row in trained if row.point.method == "multi_guidance"],
-        "all of ours": [row for row in trained if row.point.method in BEYOND],
-    }
-    theirs = {
-        "all fine-tunes": [row for row in rows if row.point.method in FINE_TUNES],
-        "prior": [row for row in rows if row.point.method == "prior"],
-    }
-    found = []
+    ours, theirs = (
+        {name: own for name, methods in sets.items() if (own := [row for row in some if row.point.method in methods])}
+        for some, sets in (
+            (trained, {"multi-guidance": PAPER, "all of ours": BEYOND}),
+            (rows, {"all fine-tunes": FINE_TUNES, "prior": ("prior",)}),
+        )
+    )
     for name, own in {**ours, **theirs, **families_of(rows)}.items():
-        if own:
-            points = columns(own, "distance"), columns(own, question.share)
-            at = [_ranged(lowest(*points, level)) for level in LEVELS]
-            found.append(Front(name, len(own), at, _ranged(hypervolume(*points, ceiling))))
+        points = points_of(own)
+        at = [_ranged(lowest(*points, level)) for level in LEVELS]
+        yield Front(name, len(own), at, _ranged(hypervolume(*points, ceiling)))
     for other, rivals in theirs.items():
         for name, own in ours.items():
-            if own and rivals:
-                mine, others = ((columns(some, "distance"), columns(some, question.share)) for some in (own, rivals))
-                ratios = [_ranged(ratio_of_lowest(*mine, *others, level)) for level in LEVELS]
-                for index, level in enumerate(LEVELS):
-                    if bool(lowest(*mine, level)[0].isinf() & lowest(*others, level)[0].isinf()):
-                        ratios[index] = math.nan, math.nan, math.nan
-                found.append(Front(f"{name} / {other}", len(own) + len(rivals), ratios))
-    return found
+            yield Front(f"{name} / {other}", len(own) + len(rivals), [_ratio(own, rivals, level) for level in LEVELS])
 
 
-def _ranged(values: Tensor) -> tuple[float, float, float]:
+def _ratio(own: Sequence[Row], rivals: Sequence[Row], level: float) -> Range:
+    """The ratio of two families' lowest distances at a share; NaN where neither has a point."""
+    if all(math.isinf(float(lowest(*points_of(rows), level)[0])) for rows in (own, rivals)):
+        return math.nan, math.nan, math.nan
+    return _ranged(ratio_of_lowest(*points_of(own), *points_of(rivals), level))
+
+
+def _ranged(values: Tensor) -> Range:
     """(value, low, high) of a number with its replicates [1 + R], the value first."""
     return (float(values[0]), *interval(values[1:]))
 
 
 def report(plan: Plan, rows: Sequence[Row], floors: Floors) -> Report:
     """The description of the page."""
-    first = [row for row in rows if row.point.seed == 0]
-    by_question = {name: [row for row in first if row.point.question == name] for name in QUESTIONS}
-    fronts = {name: fronts_of(QUESTIONS[name], by_question[name], floors[name]["ceiling"]) for name in floors}
     more = ["## Validity", "", *_validity_table(floors, rows), ABOUT_FLOORS, "", *_seeds(rows)]
-    for question in QUESTIONS.values():
-        own = by_question[question.name]
+    lines = list(_floor_lines(plan.sampling, floors, rows))
+    for name, question in QUESTIONS.items():
+        own = [row for row in rows if row.point.seed == 0 and row.point.question == name]
         if own:
-            more += _section(question, own, fronts[question.name], str(validity(question.name, floors, rows)))
-    panels = draw_panels([_panel(question, by_question[question.name]) for question in QUESTIONS.values()])
-    return Report(
-        "The claims of in-domain guidance, measured",
-        ("domain", "methods"),
+            fronts = list(fronts_of(own, floors[name]["ceiling"]))
+            lines += [_front_line(plan.sampling, question, front) for front in fronts]
+            more += _section(question, own, fronts, str(validity(name, floors, rows)))
+    drawn = (
         f"{plan.sampling.steps} steps of dpmpp_2m, networks in {plan.sampling.precision}, sampling seed "
-        f"{plan.sampling.seed}, the same noise and prompts for every method",
-        [Picture("idg.png", "Distance against obedience", panels)],
-        more,
-        [*_floor_lines(plan.sampling, floors, rows), *_front_lines(plan.sampling, fronts)],
-        ABOUT_MODELS,
+        f"{plan.sampling.seed}, the same noise and prompts for every method"
     )
+    return Report("The claims of in-domain guidance, measured", ("domain", "methods"), drawn, more, lines, ABOUT_MODELS)
 
 
-def _floor_lines(sampling: Sampling, floors: Floors, rows: Sequence[Row]) -> list[str]:
-    found = []
+def _floor_lines(sampling: Sampling, floors: Floors, rows: Sequence[Row]) -> Iterator[str]:
     for question, values in floors.items():
         valid = validity(question, floors, rows)
-        found += [json_line("idg", f"{question}/{name}", value, "frechet", sampling) for name, value in values.items()]
+        for name, value in values.items():
+            yield json_line("idg", f"{question}/{name}", value, "frechet", sampling)
         for name, value, target, better in (
             ("ceiling_over_floor", valid.ceiling, LEAST_CEILING, "higher"),
             ("autoencoder_over_prior", valid.autoencoder, MOST_AUTOENCODER, "lower"),
         ):
-            name = f"{question}/valid/{name}"
-            found.append(json_line("idg", name, value, "ratio", sampling, target, better, valid=valid.holds))
-    return found
+            more = {"target": target, "better": better, "valid": valid.holds}
+            yield json_line("idg", f"{question}/valid/{name}", value, "ratio", sampling, **more)
 
 
-def _front_lines(sampling: Sampling, fronts: Mapping[str, Sequence[Front]]) -> list[str]:
+def _front_line(sampling: Sampling, question: Question, front: Front) -> str:
     """A line's value is the hypervolume; of ratios there is none."""
-    found = []
-    for question, front in ((question, front) for question, some in fronts.items() for front in some):
-        value, *ends = front.volume or (None,)
-        at = {f"{level:g}": list(numbers) for level, numbers in zip(LEVELS, front.at)}
-        more = {"interval": ends or None, "points": front.points, "over": QUESTIONS[question].share, "at": at}
-        name = f"{question}/nearest/{front.name}"
-        found.append(json_line("idg", name, value, "share", sampling, better="higher", **more))
-    return found
-
-
-def _panel(question: Question, rows: Sequence[Row]) -> Panel:
-    """Distance against what obeying means in a question."""
-    names = ("distance", question.share)
-    series = [
-        Series(
-            name,
-            [(row.numbers[names[0]], row.numbers[names[1]]) for row in own],
-            [(row.intervals[names[0]], row.intervals[names[1]]) for row in own],
-        )
-        for name, own in families_of(rows).items()
-    ]
-    label = "digits right" if question.own_colours else "both colours right"
-    title = question.title[0].upper() + question.title[1:]
-    return Panel(title, "Frechet distance to the exact targets", label, series, front=True)
+    value, *ends = front.volume or (None,)
+    at = {f"{level:g}": list(numbers) for level, numbers in zip(LEVELS, front.at)}
+    more = {"interval": ends or None, "points": front.points, "over": question.share, "at": at}
+    name = f"{question.name}/nearest/{front.name}"
+    return json_line("idg", name, value, "share", sampling, better="higher", **more)
 
 
 def _validity_table(floors: Floors, rows: Sequence[Row]) -> list[str]:
-    def value(head: str, name: str, form: str) -> Column:
-        return head, lambda question: f"{floors[question][name]:{form}}"
-
     valid = {question: validity(question, floors, rows) for question in floors}
     columns: list[Column] = [
         ("question", lambda question: QUESTIONS[question].title),
-        value("floor (training handwriting)", "floor_uncorrected", ".2f"),
-        value("autoencoder floor", "autoencoder_floor_uncorrected", ".2f"),
-        value("ceiling (held-out fonts)", "ceiling", ".0f"),
+        ("floor (training handwriting)", lambda question: f"{floors[question]['floor_uncorrected']:.2f}"),
+        ("autoencoder floor", lambda question: f"{floors[question]['autoencoder_floor_uncorrected']:.2f}"),
+        ("ceiling (held-out fonts)", lambda question: f"{floors[question]['ceiling']:.0f}"),
         ("ceiling / floor", lambda question: f"{valid[question].ceiling:.0f}"),
         ("autoencoder floor / prior", lambda question: f"{valid[question].autoencoder:.2%}"),
         ("valid", lambda question: "yes" if valid[question].holds else "no"),
@@ -232,5 +198,5 @@ def _section(question: Question, rows: Sequence[Row], fronts: Sequence[Front], v
     about = (
         f"Points on the front of their own family (distance against {share}), nearest first. Distances here: {valid}."
     )
-    title = f"## {question.title[0].upper()}{question.title[1:]}"
+    title = f"## {capitalized(question.title)}"
     return [title, "", ABOUT_FRONTS, "", *table(heads, fronts), about, "", *table(columns, [[row] for row in best])]

@@ -1,20 +1,102 @@
-"""Which points are measured, in which order: headline rows first, so that a full run is worth something early on.
+"""What a measured point is, and which are measured in which order: headline rows first, so that a full run is worth
+something early on.
 
 A sweep is a table. Each row asks some questions of some methods with every one of some models and settings.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from ....guidance.schedules import Keyframes
 from ..study import Plan, Sampling, each_once
 from .methods import FINE_TUNES
-from .models import FIXED_CAPTION, ModelSpec
-from .points import Point
 from .questions import QUESTIONS
+
+FIXED_CAPTION = "a digit"  # it fits every image of the domain, and the prior understands it
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model to compare.
+
+    kind: "shipped" (a domain model made by the mini world's recipe), "domain" (text-free, trained here), "full" or
+    "low_rank" (fine-tunes that keep the text). caption: of the fine-tunes, "" or one for all images. Shipped models
+    have no other steps and seeds than their own, written as 0.
+    """
+
+    kind: str
+    domain: str
+    steps: int = 0
+    caption: str = ""
+    seed: int = 0
+
+    @property
+    def run_name(self) -> str:
+        """The training run that this model is a stop of."""
+        caption = "cached" if self.kind == "domain" else "caption" if self.caption else "empty"
+        return f"{self.domain}-{self.kind}-{caption}-seed{self.seed}"
+
+    def __str__(self) -> str:
+        return f"shipped {self.domain}" if self.kind == "shipped" else f"{self.run_name}, {self.steps} steps"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What to measure: a question, a method, its settings and the model it uses besides the prior.
+
+    settings is JSON text, so that points can be compared and hashed.
+    """
+
+    question: str
+    method: str
+    settings: str
+    model: ModelSpec | None = None
+
+    @classmethod
+    def of(cls, question: str, method: str, model: ModelSpec | None = None, **settings: Any) -> Point:
+        return cls(question, method, json.dumps(settings, sort_keys=True), model)
+
+    @property
+    def values(self) -> dict[str, Any]:
+        return json.loads(self.settings)
+
+    @property
+    def seed(self) -> int:
+        """The training seed of the model; 0 where there is none."""
+        return self.model.seed if self.model else 0
+
+    def with_seed(self, seed: int) -> Point:
+        """The same point with its model trained from another seed."""
+        return replace(self, model=replace(self.model, seed=seed)) if self.model else self
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}/{self.method}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        model = {"model": str(self.model) if self.model else None, "training_seed": self.seed if self.model else None}
+        return {**model, "settings": self.values}
+
+    @property
+    def words(self) -> str:
+        """The settings in few characters: numbers as they are, schedules as value@start of each step."""
+        return ", ".join(f"{name} {_short(value)}" for name, value in self.values.items())
+
+    def __str__(self) -> str:
+        return f"{self.question}: {self.method}{f' [{self.model}]' if self.model else ''} {self.words}"
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return "/".join(f"{weight:g}@{position:g}" for position, weight in value["points"])
+    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
+
 
 Settings = dict[str, Any]
 # Questions, methods, models (fields of ModelSpec but for the domain; None: the prior alone), settings.
@@ -155,16 +237,6 @@ QUICK: tuple[Asked, ...] = (
     ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, [orthogonal(1.5, 3.0)]),
     ((NARROW_FOREIGN,), BANDS, SHIPPED, SPLIT[1:]),
 )
-# Shows that everything runs, in seconds; the numbers mean nothing.
-TINY: tuple[Asked, ...] = (
-    ((MAIN, FOREIGN), ("prior",), PRIOR, scales(2.0)),
-    ((MAIN,), MULTI, domain(1), HEADLINE[:1]),
-    ((MAIN,), FINE_TUNES, tuned(["full"], [1], [FIXED_CAPTION]) + tuned(["low_rank"], [2], [""]), scales(1.5)),
-    ((MAIN, FOREIGN), MULTI, SHIPPED, HEADLINE[:1]),
-    ((MAIN,), SCHEDULED, domain(1), CHEAP[:1]),
-    ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, [orthogonal(1.5, 3.0)]),
-    ((NARROW_FOREIGN,), BANDS, SHIPPED, SPLIT[1:]),
-)
 
 
 def points_of(table: Iterable[Asked]) -> Iterator[Point]:
@@ -175,23 +247,8 @@ def points_of(table: Iterable[Asked]) -> Iterator[Point]:
             yield Point.of(question, method, spec, **values)
 
 
+QUICK_SAMPLING = Sampling(200, replicates=200)
 PLANS = {
-    "full": Plan("full", Sampling(2000, precision="bf16"), each_once(points_of(FULL))),
-    "quick": Plan(
-        "quick",
-        Sampling(200, replicates=200),
-        each_once(points_of(QUICK)),
-        images=2000,
-        coarse=True,
-        options=" --quick",
-    ),
-    "tiny": Plan(
-        "tiny",
-        Sampling(20, steps=2, replicates=20, targets=40),
-        each_once(points_of(TINY)),
-        images=16,
-        batch=4,
-        coarse=True,
-        options=" --tiny",
-    ),
+    "full": Plan(Sampling(2000, precision="bf16"), each_once(points_of(FULL))),
+    "quick": Plan(QUICK_SAMPLING, each_once(points_of(QUICK)), 2000, coarse=True, options=" --quick"),
 }

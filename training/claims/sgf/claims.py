@@ -17,8 +17,8 @@ from torch import Generator, Tensor
 
 from ..deciding import Claim, Details, Number, Sides
 from ..keeping import Row, columns
-from .points import Point
 from .recipes import BEYOND, DIRECTIONAL, LAYERS, RECIPES, RECONSTRUCTION, SGF
+from .sweep import Point
 from .tasks import COLOURS, DARK, DOMAIN, INK, LONG, SEVEN, TASKS
 
 ACCURATE, DIVERSE = 0.9, 0.8
@@ -39,9 +39,7 @@ GROUPS = {
     "domain": (DOMAIN.name,),
 }
 PROMPTED = tuple(GROUPS)[:-1]
-
 OTHERS = tuple(name for name in (*DIRECTIONAL, *RECONSTRUCTION) if name not in SGF)  # SGF's settings too
-AT_END = ("accuracy", "diversity", "recall", "correspondence", "distance", "changed", "gflops")
 
 Key = tuple[str, int]  # task, seed
 Runs = dict[Key, list[Row]]  # the rows of each run of a recipe, in the order of steps
@@ -61,9 +59,14 @@ def mean(values: Mapping[Key, Tensor]) -> Tensor:
     return torch.stack(parts).mean(0)
 
 
-def at_end(runs: Runs, name: str) -> float:
-    """The mean over runs of a number at their last steps."""
-    return sum(rows[-1].numbers[name] for rows in runs.values()) / len(runs)
+def numbers_of(rows: Sequence[Row], name: str) -> Tensor:
+    """[P, 1] of a number without replicates."""
+    return torch.tensor([[row.numbers[name]] for row in rows]).double()
+
+
+def accurate(rows: Sequence[Row]) -> Tensor:
+    """Which stops of a run are accurate enough, in every replicate: bool [P, 1 + R]."""
+    return columns(rows, "accuracy") >= ACCURATE
 
 
 def ends(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
@@ -74,21 +77,15 @@ def ends(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
         reason = f"at the end of {silent} of {len(runs)} runs hardly any sample obeys: diversity is unknown"
         return Number(reason=reason)
     values = {key: rows[-1].column(name) for key, rows in runs.items()}
-    details: Details = {}
     for rival in claim.sides.get("rivals", ()):
         values = {key: value - rivals(rival)[key][-1].column(name) for key, value in values.items()}
-        details["with the prompt alone"] = at_end(rivals(rival), name)
-        details["distance with the prompt alone"] = at_end(rivals(rival), "distance")
-    return Number(mean(values), details)
+    return Number(mean(values))
 
 
 def kept(claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
     """The highest diversity among the stops that are accurate enough; 0 without any."""
-    best = {
-        key: columns(rows, "diversity").masked_fill(columns(rows, "accuracy") < ACCURATE, 0.0).amax(0)
-        for key, rows in runs.items()
-    }
-    reached = sum(any(row.numbers["accuracy"] >= ACCURATE for row in rows) for rows in runs.values())
+    best = {key: columns(rows, "diversity").where(accurate(rows), 0.0).amax(0) for key, rows in runs.items()}
+    reached = sum(bool(accurate(rows)[:, 0].any()) for rows in runs.values())
     return Number(mean(best), {"runs that reach 90 %": f"{reached} of {len(runs)}"})
 
 
@@ -96,9 +93,8 @@ def fewer(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
     """How much of the generator had changed at the first stop that is accurate enough, over the rival's."""
 
     def first(rows: Sequence[Row]) -> Tensor:
-        out = columns(rows, "accuracy") < ACCURATE
-        changed = torch.tensor([[row.numbers[name]] for row in rows]).double().expand(out.shape)
-        return changed.masked_fill(out, torch.inf).gather(0, out.long().argmin(0, keepdim=True))[0]
+        changed = numbers_of(rows, name).where(accurate(rows), torch.inf)
+        return changed.gather(0, accurate(rows).long().argmax(0, keepdim=True))[0]
 
     before = {key: first(rows) for key, rows in rivals(claim.sides["rivals"][0]).items()}
     usable = {key: rows for key, rows in runs.items() if torch.isfinite(before[key][0])}
@@ -109,29 +105,23 @@ def fewer(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
 def nearer(claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
     """The distance over that of the best rival, both at the stops that are accurate enough and within the operations of
     SGF's full run. Where only one side reaches it, the ratio is 0 or infinite and is said in words."""
-    # Within a millionth: budgets are products of rounded numbers.
-    last = {key: rows[-1] for key, rows in rivals(DEFAULT).items()}
-    budget = {key: row.point.step * row.numbers["gflops"] * 1.000001 for key, row in last.items()}
 
-    def nearest(rows: Sequence[Row], most_gflops: float) -> Tensor:
-        cost = torch.tensor([[row.point.step * row.numbers["gflops"]] for row in rows]).double()
-        out = (columns(rows, "accuracy") < ACCURATE) | (cost > most_gflops)
-        return columns(rows, "distance").masked_fill(out, torch.inf).amin(0)
+    def cost(rows: Sequence[Row]) -> Tensor:
+        return numbers_of(rows, "gflops") * torch.tensor([[row.point.step] for row in rows])
+
+    def nearest(key: Key, recipes: Sequence[Runs]) -> Tensor:
+        rows = [row for other in recipes for row in other.get(key, ())]
+        budget = cost(rivals(DEFAULT)[key][-1:]) * 1.000001  # within a millionth: products of rounded numbers
+        return columns(rows, "distance").where(accurate(rows) & (cost(rows) <= budget), torch.inf).amin(0)
 
     others = [rivals(name) for name in claim.sides["rivals"]]
-    ours = mean({key: nearest(rows, budget[key]) for key, rows in runs.items()})
-    theirs = mean(
-        {
-            key: torch.stack([nearest(other[key], budget[key]) for other in others if key in other]).amin(0)
-            for key in runs
-        }
-    )
+    ours, theirs = (mean({key: nearest(key, side) for key in runs}) for side in ([runs], others))
     if ours[0].isinf() and theirs[0].isinf():
         return Number(reason="neither side reaches 90 % in every run that both have")
     words = "only the method here reaches it in every run" if theirs[0].isinf() else ""
     words = "only SGF reaches it in every run" if ours[0].isinf() else words
     ratio = torch.where(theirs.isinf(), ours.isinf().double(), ours / theirs)
-    return Number(ratio, {"GFLOPs a step of SGF's": at_end(rivals(DEFAULT), "gflops")}, words)
+    return Number(ratio, {}, words)
 
 
 def best(measure: Measure, claim: Claim, sides: Sides) -> Number:
@@ -139,44 +129,41 @@ def best(measure: Measure, claim: Claim, sides: Sides) -> Number:
     not count: tasks are not equally hard."""
     runs_of = complete_runs([row for side in sides.values() for row in side], claim.facts["planned"])
     rivals = [runs_of(rival) for rival in claim.sides.get("rivals", ()) if rival not in OTHERS]
-    numbers: dict[str, Number] = {}
-    runs: dict[str, Runs] = {}
+    found: dict[str, tuple[Runs, Number, Tensor]] = {}
     reason = Number.reason
     for recipe in claim.sides["ours"]:
         own = {key: rows for key, rows in runs_of(recipe).items() if all(key in rival for rival in rivals)}
         number = measure(claim, own, runs_of) if own else Number()
-        if number.values is None:
-            reason = number.reason if own else reason
-        else:
-            numbers[recipe], runs[recipe] = number, own
-    if not numbers:
+        if number.values is not None:
+            found[recipe] = own, number, number.values
+        elif own:
+            reason = number.reason
+    tasks = {recipe: len({task for task, _ in own}) for recipe, (own, _, _) in found.items()}
+    compared = [recipe for recipe in found if tasks[recipe] == max(tasks.values())]
+    if not compared:
         return Number(reason=reason)
-    tasks = {recipe: len({task for task, _ in own}) for recipe, own in runs.items()}
-    compared = [recipe for recipe in numbers if tasks[recipe] == max(tasks.values())]
-    stacked = torch.stack([values for recipe in compared if (values := numbers[recipe].values) is not None])
+    stacked = torch.stack([found[recipe][2] for recipe in compared])
     values = stacked.amin(0) if claim.better == "lower" else stacked.amax(0)
     chosen = compared[int((stacked[:, 0] == values[0]).int().argmax())]
-    own = runs[chosen]
+    own, number, _ = found[chosen]
     names, seeds = dict.fromkeys(task for task, _ in own), {seed for _, seed in own}
-    about = f"{len(own)} ({', '.join(names)}; {len(seeds)} seeds)"
-    details: Details = {"runs": about, "setting": RECIPES[chosen].title, "settings compared": len(compared)}
-    details |= {f"{name} at the end": at_end(own, name) for name in AT_END}
-    return Number(values, {**details, **numbers[chosen].details, **claim.facts["left out"]}, numbers[chosen].words)
+    details: Details = {"runs": f"{len(own)} ({', '.join(names)}; {len(seeds)} seeds)"}
+    details |= {"setting": RECIPES[chosen].title, "settings compared": len(compared)}
+    return Number(values, {**details, **number.details, **claim.facts["left out"]}, number.words)
 
 
 def complete_runs(rows: Sequence[Row], planned: Sequence[Point]) -> RunsOf:
     """The runs of a recipe of which the last planned stop is measured."""
-    last: dict[tuple[str, str, int], int] = {}
+    last: dict[str, int] = {}
     for point in planned:
-        key = point.method, point.question, point.seed
-        last[key] = max(point.step, last.get(key, 0))
+        last[point.run] = max(point.step, last.get(point.run, 0))
     found: dict[str, Runs] = {}
     for row in sorted(rows, key=lambda row: row.point.step):
         found.setdefault(row.point.method, {}).setdefault((row.point.question, row.point.seed), []).append(row)
 
     def runs_of(recipe: str) -> Runs:
         runs = found.get(recipe, {})
-        return {key: rows for key, rows in runs.items() if rows[-1].point.step >= last.get((recipe, *key), 0)}
+        return {key: rows for key, rows in runs.items() if rows[-1].point.step >= last.get(rows[-1].point.run, 0)}
 
     return runs_of
 
@@ -187,8 +174,7 @@ def row(
     """A row of the table. sides: ours, and the rivals' where there are any; further fields as `deciding.Claim`."""
     more = {"better": "higher", "unit": "share", "about": PROMPTED, **more}
     named: dict[str, tuple[str, ...]] = dict(zip(("ours", "rivals"), sides))
-    number = partial(best, measure)
-    return Claim(letter=letter, part=part, statement=statement, target=target, number=number, sides=named, **more)
+    return Claim(letter, statement, target, partial(best, measure), named, part, **more)
 
 
 ENDS, SDS = partial(ends, "accuracy"), ("sds",)
@@ -209,15 +195,14 @@ CRITICS = {
     "fine-tuned model, way back": (("fine_tune_back",), ("sds_back",)),
 }
 LOWER: dict[str, Any] = {"better": "lower", "unit": "ratio"}
+MOVED, CHANGED = "distance moved", "parameters changed"
 CLAIMS = (
     row("a", "reaches the prompt", REACHES, ACCURATE, ENDS, SDS),
     row("a", "loses diversity", LOSES, DIVERSE, partial(ends, "diversity"), SDS, better="lower"),
     row("b", "directional", KEEPS.format("directional"), DIVERSE, kept, DIRECTIONAL),
     row("b", "reconstruction", KEEPS.format("reconstruction"), DIVERSE, kept, RECONSTRUCTION),
-    *(
-        row("c", part, CHANGES.format(part), FEWER, partial(fewer, name), LAYERS, SDS, **LOWER)
-        for part, name in (("parameters changed", "changed"), ("distance moved", "moved"))
-    ),
+    row("c", CHANGED, CHANGES.format(CHANGED), FEWER, partial(fewer, "changed"), LAYERS, SDS, **LOWER),
+    row("c", MOVED, CHANGES.format(MOVED), FEWER, partial(fewer, "moved"), LAYERS, SDS, **LOWER),
     *(row("d", part, PULLS.format(part), PULLED, ENDS, *sides, about=("domain",)) for part, sides in CRITICS.items()),
     row("e", "equal compute", NEARER, 1.0, nearer, BEYOND, (*SGF, *OTHERS), **LOWER),
 )
@@ -226,15 +211,13 @@ CLAIMS = (
 def claims(rows: Sequence[Row], points: Iterable[Point]) -> list[Claim]:
     """Every claim of the table, of each of its groups of tasks."""
     invalid, planned = invalid_tasks(rows), list(points)
-    return sorted(
-        (bound(claim, group, invalid, planned) for claim in CLAIMS for group in claim.about),
-        key=lambda claim: claim.letter,
-    )
+    bound = (in_group(claim, group, invalid, planned) for claim in CLAIMS for group in claim.about)
+    return sorted(bound, key=lambda claim: claim.letter)
 
 
-def bound(claim: Claim, group: str, invalid: Mapping[str, str], planned: Sequence[Point]) -> Claim:
+def in_group(claim: Claim, group: str, invalid: Mapping[str, str], planned: Sequence[Point]) -> Claim:
     """A row of the table, asked of one group of tasks."""
-    left_out = {f"left out: {task}": why for task, why in invalid.items() if task in GROUPS[group]}
+    left_out = {task: why for task, why in invalid.items() if task in GROUPS[group]}
     tasks = tuple(task for task in GROUPS[group] if task not in invalid)
     return replace(
         claim,
@@ -243,8 +226,8 @@ def bound(claim: Claim, group: str, invalid: Mapping[str, str], planned: Sequenc
         questions=tasks,
         # What a task is held against: an answer that the judge refuses, or a prompt unknown to the prior, voids it.
         frames=("exact", "prior"),
-        invalid="" if tasks else "; ".join(f"{task}: {invalid[task]}" for task in GROUPS[group]),
-        facts={"planned": planned, "left out": left_out},
+        invalid="" if tasks else "; ".join(f"{task}: {why}" for task, why in left_out.items()),
+        facts={"planned": planned, "left out": {f"left out: {task}": why for task, why in left_out.items()}},
     )
 
 

@@ -1,4 +1,5 @@
-"""Which points are measured, in which order: headline rows first, so that a run is worth something early on.
+"""What a measured point is, and which are measured in which order: headline rows first, so that a run is worth
+something early on.
 
 A sweep is a table. Each row adapts by every one of some recipes on some tasks from some training seeds.
 """
@@ -6,15 +7,50 @@ A sweep is a table. Each row adapts by every one of some recipes on some tasks f
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from ..study import Plan, Sampling, each_once
-from .points import Point
 from .recipes import FAINT, GUIDED, GUIDED_BACK, NOISIER, RECIPES, SGF, WAY_BACK, WEAK
-from .tasks import COLOURS, DARK, DOMAIN, LONG, SEVEN, Task
+from .tasks import COLOURS, DARK, DOMAIN, LONG, SEVEN, TASKS, Task
 
-SEEDS = (0, 1, 2)
-STOPS, TINY_STOPS = (75, 150, 300), (1, 2)
+
+@dataclass(frozen=True)
+class Point:
+    """What to measure: a recipe on a task after some steps from one training seed.
+
+    question: one of TASKS; method: one of RECIPES, or what frames them, without steps and seeds: "source" (the
+    generator as it is, where every run starts), "exact" (the exact answers) or "prior" (its pictures of the prompt).
+    """
+
+    question: str
+    method: str
+    step: int = 0
+    seed: int = 0
+
+    @property
+    def is_trained(self) -> bool:
+        return self.method in RECIPES
+
+    @property
+    def run(self) -> str:
+        """The training run that this point is a stop of."""
+        return f"{self.question}-{self.method}-seed{self.seed}"
+
+    @property
+    def name(self) -> str:
+        return f"{self.question}/{self.method}"
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        return {"step": self.step, "training_seed": self.seed, "prompt": TASKS[self.question].prompt}
+
+    def __str__(self) -> str:
+        return f"{self.question}: {self.method}" + (f", step {self.step}, seed {self.seed}" if self.is_trained else "")
+
+
+SEEDS, STOPS = (0, 1, 2), (75, 150, 300)
 RELEASED = (*SGF, *WEAK)
 USUAL = (*RELEASED, *FAINT, "first")
 TELLING = (*USUAL, "shared_directional_weak", "sds_layers_3", "csd")
@@ -52,45 +88,21 @@ QUICK: tuple[Asked, ...] = (
     ((FIRST,), (0,), ("shared_directional_weak", "bridge", "csd", "csd_directional", "sds_100")),
     ((FIRST,), SEEDS, ("sds", *WEAK)),
 )
-# Shows that everything runs, in seconds; the numbers mean nothing.
-TINY: tuple[Asked, ...] = (
-    ((FIRST,), (0,), (*SGF, "csd", "sds_layers_3")),
-    ((SEVEN,), (0,), ("nfsd", "bridge")),
-    ((DOMAIN,), (0,), ("sds", "domain")),
-)
 
 
-def points_of(table: Iterable[Asked], stops: tuple[int, ...]) -> Iterator[Point]:
+def points_of(table: Iterable[Asked]) -> Iterator[Point]:
     """Every stop of every run of a table, what frames them first, task by task, seed by seed, recipe by recipe."""
     for tasks, seeds, recipes in table:
         for task in tasks:
             # "a digit" says nothing of the domain, so the prior's pictures of it frame nothing.
             frames = ("prior", "source", "exact") if task != DOMAIN else ("source", "exact")
             yield from (Point(task.name, frame) for frame in frames)
-            for seed, recipe, step in product(seeds, recipes, stops):
+            for seed, recipe, step in product(seeds, recipes, STOPS):
                 yield Point(task.name, recipe, step, seed)
 
 
+COARSE = Sampling(300, steps=12, targets=1500, rendered=200, replicates=200)
 PLANS = {
-    "full": Plan("full", Sampling(1000), each_once(points_of(FULL, STOPS)), stops=STOPS),
-    "quick": Plan(
-        "quick",
-        Sampling(300, steps=12, targets=1500, rendered=200, replicates=200),
-        each_once(points_of(QUICK, STOPS)),
-        images=2000,
-        stops=STOPS,
-        coarse=True,
-        options=" --quick",
-    ),
-    "tiny": Plan(
-        "tiny",
-        Sampling(30, steps=2, targets=120, rendered=8, replicates=20),
-        each_once(points_of(TINY, TINY_STOPS)),
-        images=16,
-        batch=4,
-        stops=TINY_STOPS,
-        fine_tune=1,
-        coarse=True,
-        options=" --tiny",
-    ),
+    "full": Plan(Sampling(1000), each_once(points_of(FULL)), stops=STOPS),
+    "quick": Plan(COARSE, each_once(points_of(QUICK)), 2000, stops=STOPS, coarse=True, options=" --quick"),
 }

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from indomain_guidance.training.claims.idg.confirming import confirming
-from indomain_guidance.training.claims.idg.models import ModelSpec
-from indomain_guidance.training.claims.idg.points import Point
 from indomain_guidance.training.claims.idg.study import IdgStudy
-from indomain_guidance.training.claims.idg.sweep import PLANS
+from indomain_guidance.training.claims.idg.sweep import PLANS, ModelSpec, Point
 from indomain_guidance.training.claims.keeping import Row
 
 DOMAIN, SHORTER = (ModelSpec("domain", "handwriting", steps) for steps in (1000, 100))
@@ -18,7 +16,7 @@ TUNED = ModelSpec("full", "handwriting", 300, "a digit")
 def row(method: str, distance: float, share: float, model=None, question="handwriting", cost=3.0, **settings) -> Row:
     point = Point.of(question, method, model, **(settings or {"scale": distance}))
     numbers = {"distance": distance, "digit": share, "both_colours": share, "samples_per_step": cost}
-    return Row(point, numbers, {}, {})
+    return Row(point, numbers, {})
 
 
 def test_the_nearest_are_drawn_anew_with_every_training_seed():

@@ -7,8 +7,7 @@ import torch
 from indomain_guidance.training.claims.deciding import Verdict, decide
 from indomain_guidance.training.claims.keeping import Row
 from indomain_guidance.training.claims.sgf import claims
-from indomain_guidance.training.claims.sgf.points import Point
-from indomain_guidance.training.claims.sgf.sweep import PLANS
+from indomain_guidance.training.claims.sgf.sweep import PLANS, Point
 from indomain_guidance.training.claims.sgf.tasks import COLOURS, DARK, DOMAIN, LONG, SEVEN, TASKS
 
 REPLICATES = 100
@@ -32,7 +31,7 @@ def row(
     numbers = {"accuracy": accuracy, "diversity": diversity, "distance": distance, "recall": 0.5, "correspondence": 0.9}
     draws = {name: value * (1 + spread * steps) for name, value in numbers.items()}
     numbers |= {"changed": changed, "moved": changed / 10, "gflops": gflops}
-    return Row(Point(task, recipe, step, seed), numbers, {}, draws)
+    return Row(Point(task, recipe, step, seed), numbers, draws)
 
 
 def verdict(rows: list[Row], name: str, missing: tuple[Point, ...] = (), coarse: bool = False) -> Verdict:
@@ -129,7 +128,6 @@ def test_d_compares_the_share_in_the_domain_at_the_end():
     rows = [row("sds", 200, 0.1, 0.5, task=DOMAIN.name), row("domain", 200, 0.7, 0.5, task=DOMAIN.name)]
     found = verdict(rows, "domain/d/domain_model")
     assert found.outcome == "confirmed" and found.value == pytest.approx(0.6)
-    assert found.details["with the prompt alone"] == pytest.approx(0.1)
     assert verdict(rows, "domain/d/fine-tuned_model").outcome == "undecided"
     few = [rows[0], row("domain", 200, 0.13, 0.5, task=DOMAIN.name)]
     assert verdict(few, "domain/d/domain_model").outcome == "refuted"
@@ -173,7 +171,7 @@ def test_missing_points_and_coarse_sweeps_make_it_so_far():
 
 
 def test_tasks_whose_exact_answers_the_judge_refuses_are_left_out():
-    exact = Row(Point(FIRST, "exact"), {"accuracy": 0.6}, {}, {})
+    exact = Row(Point(FIRST, "exact"), {"accuracy": 0.6}, {})
     rows = [row("sds", 200, 0.99, 0.5), row("sds", 200, 0.2, 0.5, task=SECOND)]
     found = verdict([*rows, exact], "colours/a/reaches_the_prompt")
     assert found.value == pytest.approx(0.2) and "60%" in found.details[f"left out: {FIRST}"]
@@ -182,12 +180,12 @@ def test_tasks_whose_exact_answers_the_judge_refuses_are_left_out():
 def test_a_prompt_that_the_prior_does_not_know_decides_nothing():
     rows = [row("sds", 200, 0.99, 0.5, task=LONG.name)]
     assert verdict(rows, "long_prompt/a/loses_diversity").outcome == "confirmed"
-    prior = Row(Point(LONG.name, "prior"), {"accuracy": 0.4}, {}, {})
+    prior = Row(Point(LONG.name, "prior"), {"accuracy": 0.4}, {})
     found = verdict([*rows, prior], "long_prompt/a/loses_diversity")
     assert found.outcome == "undecided" and "prior's own pictures 40% obey" in found.details["reason"]
     # "a digit" says nothing of the domain, so the prior's pictures of it are no test of the prior.
     rows = [row("sds", 200, 0.1, 0.5, task=DOMAIN.name), row("domain", 200, 0.7, 0.5, task=DOMAIN.name)]
-    prior = Row(Point(DOMAIN.name, "prior"), {"accuracy": 0.1}, {}, {})
+    prior = Row(Point(DOMAIN.name, "prior"), {"accuracy": 0.1}, {})
     assert verdict([*rows, prior], "domain/d/domain_model").outcome == "confirmed"
 
 

@@ -97,12 +97,10 @@ def test_answers_that_belong_to_no_latent_are_resampled_by_themselves(judge_mode
     measured, numbers = measures.examine(tasks.SEVEN, answers, (judge_model, judge_model), source[:SAMPLES], SAMPLING)
     assert numbers["accuracy"] < 0.3 and numbers["correspondence"] == 1.0
     assert measured["recall"].draws.shape == (REPLICATES,)
-    with pytest.raises(ValueError, match="draw more"):
-        measures.answers_of(tasks.SEVEN, judge_model, source[:1], 1, source)
 
 
 def test_what_changed_is_counted():
     source = {"a": torch.tensor([1.0, 2.0, 2.0]), "b": torch.zeros(1)}
     adapted = {"a": torch.tensor([1.0, 2.0, 5.0]), "b": torch.zeros(1)}
     found = measures.changes(source, adapted)
-    assert found == {"changed": 0.25, "moved": pytest.approx(1.0), "parameters_changed": 1.0}
+    assert found == {"changed": 0.25, "moved": pytest.approx(1.0)}
