@@ -69,8 +69,7 @@ def open_critic(
     judge = Denoiser(prior.load_unet(dtype).to(device), prior.schedule, prior.prediction_type)
 
     def cond(prompt: str) -> dict[str, Tensor]:
-        named = prior.conditioning([size], prior.encode_text([prompt]))
-        return {name: value.to(device) for name, value in named.items()}
+        return prior.conditioning([size], prior.encode_text([prompt]), device)
 
     uncond = cond("" if config.needs("unwanted") else config.negative)
     terms = []

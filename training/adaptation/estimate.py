@@ -9,7 +9,7 @@ from torch import nn
 
 from ...guidance.networks.autoencoder import Autoencoder
 from ...guidance.networks.stylegan2 import StyleGAN2
-from ..engine.tracing import CUDA_CONTEXT, bytes_of, free_bytes, size_text, trace
+from ..engine.tracing import CUDA_CONTEXT, bytes_of, free_bytes, memory_text, trace
 from ..prior.prior import Prior
 from .config import AdaptConfig
 
@@ -34,14 +34,13 @@ class AdaptEstimate:
 
     def to_text(self) -> str:
         """A line to print before the first step, and advice where it will not fit."""
-        text = (
-            f"memory on {self.device}: about {size_text(self.peak)} at its highest (models {size_text(self.models)}, "
-            f"gradients, optimizer and average {size_text(self.optimizer)}, activations {size_text(self.activations)})"
-        )
-        if self.available is None:
-            return text
-        text += f", {size_text(self.available)} available"
-        if self.peak > self.available:
+        parts = {
+            "models": self.models,
+            "gradients, optimizer and average": self.optimizer,
+            "activations": self.activations,
+        }
+        text = memory_text(self.device, self.peak, parts, self.available)
+        if self.available is not None and self.peak > self.available:
             text += (
                 "\nThis is more than there is: try batch_size 1, gradient_checkpointing, a lower resolution, or (on a "
                 "GPU) precision bf16."

@@ -20,7 +20,6 @@ from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
 from ..engine.settings import ConfigProblem, Settings, option
 from ..prior.prior import ImageSize, Prior
-from ..prior.text_encoders import Text
 
 SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
 
@@ -117,10 +116,13 @@ class Artist:
         if height % factor or width % factor or min(height, width) < factor:
             raise Problem(f"Expected a width and height that are multiples of {factor} px, got {width}x{height}.")
         size = ImageSize((height, width))
-        base_cond = self._cond(size, self.prior.encode_text([negative]))
-        caption = self.metadata.caption
-        domain_cond = base_cond if caption is None else self._cond(size, self.prior.encode_text([caption]))
-        texts = [self.prior.encode_text([prompt]) for prompt in prompts]
+        base_cond, *conds = (
+            self.prior.conditioning([size], self.prior.encode_text([prompt]), self.device)
+            for prompt in (negative, *prompts)
+        )
+        domain_cond, caption = base_cond, self.metadata.caption
+        if caption is not None:
+            domain_cond = self.prior.conditioning([size], self.prior.encode_text([caption]), self.device)
         sigmas = SPACINGS[settings.spacing](self.prior.schedule, settings.steps).float()
         parts = [list(seeds[at : at + settings.batch_size]) for at in range(0, len(seeds), settings.batch_size)]
         total, done = len(prompts) * len(parts) * settings.steps, 0
@@ -130,18 +132,18 @@ class Artist:
             done += 1
             on_step(done, total)
 
-        for prompt, text in zip(prompts, texts):
+        for prompt, cond in zip(prompts, conds):
             # The term of a prompt equal to the base's is 0 and needs no prediction.
             control = settings.control_weight if prompt != negative else 0.0
             guidance = Guidance(
                 Source(self.base, base_cond),
                 [
                     Term("domain", self.domain, domain_cond, settings.domain_term()),
-                    Term("control", self.base, self._cond(size, text), control),
+                    Term("control", self.base, cond, control),
                 ],
             )
             for part in parts:
-                noise = torch.cat([self._noise(seed, height // factor, width // factor) for seed in part])
+                noise = self.prior.noise(part, height, width)
                 guided = MultiGuidance(guidance, self.prior.schedule.percent_to_sigma)
                 latents = sample(guided, noise.to(self.device), sigmas, settings.method, count)
                 with self.prior.autoencoder_on(self.device):
@@ -149,11 +151,3 @@ class Artist:
                 cost = sum(guided.samples_per_step) / len(guided.samples_per_step)
                 for seed, pixels in zip(part, pictures):
                     yield Drawn(prompt, seed, pixels, cost)
-
-    def _noise(self, seed: int, height: int, width: int) -> Tensor:
-        return torch.randn(
-            (1, self.prior.latent_channels, height, width), generator=torch.Generator().manual_seed(seed)
-        )
-
-    def _cond(self, size: ImageSize, text: Text) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.prior.conditioning([size], text).items()}

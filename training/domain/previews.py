@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,22 +26,13 @@ if TYPE_CHECKING:
 METHOD = "dpmpp_2m"  # as the paper samples
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row of a grid: what stands beside it, and the guidance it is sampled with."""
-
-    label: str
-    guidance: Guidance
-
-
 class Preview:
     """Draws the grid of a run: a row per prompt, a column per seed, always from the same noise.
 
     Rows follow `config.sample_prompts`: multi-guidance of prior, domain model and prompt with the configured weights.
     Without prompts there are two rows, the domain model alone, and the domain model against the prior. A model that
     takes text (form full) is sampled with its own classifier-free guidance instead, since that is how it is used.
-    Seeds are config.seed, config.seed + 1, ...; the noise is drawn on the CPU as ComfyUI draws it. batch: how many are
-    drawn at once, None for the configuration's.
+    Seeds are config.seed, config.seed + 1, ... batch: how many are drawn at once, None for the configuration's.
 
     The prior is built for a drawing and let go again, so that training keeps the memory. Raises ValueError for prompts
     that the prior cannot encode, when it is made and not in the middle of a run.
@@ -51,12 +41,10 @@ class Preview:
     def __init__(
         self, prior: Prior, config: TrainConfig, device: torch.device | str = "cpu", batch: int | None = None
     ) -> None:
-        self.prior = prior
-        self.config = config
+        self.prior, self.config = prior, config
         self.batch = config.batch_size if batch is None else batch
         self.device = torch.device(device)
-        self.prompts = tuple(config.sample_prompts)
-        self.texts = [prior.encode_text([prompt]) for prompt in self.prompts]
+        self.texts = {prompt: prior.encode_text([prompt]) for prompt in config.sample_prompts}
         self.dtype = preview_dtype(self.device)
 
     @torch.no_grad()
@@ -72,76 +60,55 @@ class Preview:
 
         The UNet is used where and as it is. should_stop() ends the drawing after a row; the rest stays grey.
         """
-        config, prior = self.config, self.prior
-        size = ImageSize((config.resolution, config.resolution))
-        untrained = None if text is not None else self._prior()
-        rows = self._rows(unet, untrained, size, text)
-        side = config.resolution // prior.factor
-        noise = torch.cat(
-            [
-                torch.randn((1, prior.latent_channels, side, side), generator=torch.Generator().manual_seed(seed))
-                for seed in self.seeds
-            ]
-        )
+        config, prior, side = self.config, self.prior, self.config.resolution
+        seeds = range(config.seed, config.seed + config.sample_count)
+        noise = prior.noise(seeds, side, side)
         sigmas = sigmas_uniform(prior.schedule, config.sample_steps).float()
+        rows = self._rows(unet, text)
+        labels = [label for label, _ in rows]
         drawn: list[Tensor] = []
-        for row in rows:
+        for _, guidance in rows:
             if should_stop():
                 break
-            denoiser = MultiGuidance(row.guidance)
-            latents = [
-                sample(denoiser, part.to(self.device), sigmas, METHOD).float() for part in noise.split(self.batch)
-            ]
-            drawn.append(torch.cat(latents))
-        del untrained
+            parts = [part.to(self.device) for part in noise.split(self.batch)]
+            drawn.append(torch.cat([sample(MultiGuidance(guidance), part, sigmas, METHOD).float() for part in parts]))
+        del rows  # the prior's memory, before the autoencoder needs some
         with prior.autoencoder_on(self.device):
             pictures = [prior.decode(latents).cpu() for latents in drawn]
-        grey = torch.zeros(len(noise), 3, config.resolution, config.resolution)
-        pictures += [grey] * (len(rows) - len(pictures))
-        return grid(pictures, [row.label for row in rows], [f"seed {seed}" for seed in self.seeds], title)
+        grey = torch.zeros(len(noise), 3, side, side)
+        pictures += [grey] * (len(labels) - len(pictures))
+        return grid(pictures, labels, [f"seed {seed}" for seed in seeds], title)
 
-    @property
-    def seeds(self) -> range:
-        return range(self.config.seed, self.config.seed + self.config.sample_count)
+    def _rows(self, unet: nn.Module, text: Text | None) -> list[tuple[str, Guidance]]:
+        """(what stands beside a row, the guidance it is sampled with)."""
+        prior, domain, control = self.prior, self.config.domain_weight, self.config.control_weight
+        size = ImageSize((self.config.resolution, self.config.resolution))
+        null = prior.conditioning([size], prior.null_text, self.device)
+        conds = {
+            prompt or "empty prompt": prior.conditioning([size], encoded, self.device)
+            for prompt, encoded in self.texts.items()
+        }
+        trained = Denoiser(_Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
+        if text is not None:
+            own = prior.conditioning([size], text, self.device)
+            return [
+                (f"{prompt} (guidance {control:g})", cfg(trained, null, cond, control))
+                for prompt, cond in conds.items()
+            ] or [("the model alone", cfg(trained, null, own, 1.0))]
+        before = Denoiser(self._prior(), prior.schedule, prior.prediction_type)
+        return [
+            (
+                f"{prompt} (domain {domain:g}, control {control:g})",
+                in_domain(before, trained, null, cond, domain, control),
+            )
+            for prompt, cond in conds.items()
+        ] or [
+            ("domain model alone", domain_guidance(before, trained, null, scale=1.0)),
+            (f"domain {domain:g} against the prior", domain_guidance(before, trained, null, scale=domain)),
+        ]
 
     def _prior(self) -> nn.Module:
         return self.prior.load_unet(self.dtype).to(self.device)
-
-    def _rows(self, unet: nn.Module, untrained: nn.Module | None, size: ImageSize, text: Text | None) -> list[Row]:
-        prior, config = self.prior, self.config
-        null = self._cond(size, prior.null_text)
-        conds = [self._cond(size, one) for one in self.texts]
-        trained = Denoiser(_Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
-        if untrained is None:
-            assert text is not None
-            if not self.prompts:
-                return [Row("the model alone", cfg(trained, null, self._cond(size, text), 1.0))]
-            return [
-                Row(
-                    f"{prompt or 'empty prompt'} (guidance {config.control_weight:g})",
-                    cfg(trained, null, cond, config.control_weight),
-                )
-                for prompt, cond in zip(self.prompts, conds)
-            ]
-        before = Denoiser(untrained, prior.schedule, prior.prediction_type)
-        if not self.prompts:
-            return [
-                Row("domain model alone", domain_guidance(before, trained, null, scale=1.0)),
-                Row(
-                    f"domain {config.domain_weight:g} against the prior",
-                    domain_guidance(before, trained, null, scale=config.domain_weight),
-                ),
-            ]
-        return [
-            Row(
-                f"{prompt or 'empty prompt'} (domain {config.domain_weight:g}, control {config.control_weight:g})",
-                in_domain(before, trained, null, cond, config.domain_weight, config.control_weight),
-            )
-            for prompt, cond in zip(self.prompts, conds)
-        ]
-
-    def _cond(self, size: ImageSize, text: Text) -> Mapping[str, Tensor]:
-        return {name: value.to(self.device) for name, value in self.prior.conditioning([size], text).items()}
 
 
 class _Autocast(nn.Module):

@@ -157,8 +157,7 @@ class _Training(Run[TrainConfig]):
             count = len(find_images(config.data, self._watch())) if config.data else 0
         given = [self.images] if isinstance(self.images, Tensor) else self.images or ()
         count += sum(len(batch) if batch.ndim == 4 else 1 for batch in given)
-        left = config.with_changes(steps=max(1, config.steps - start))
-        self.needs = estimate(prior, left, count, device=self.processes.device, processes=self.processes.world)
+        self.needs = estimate(prior, config, count, device=self.processes.device, processes=self.processes.world)
         return count, self.needs.to_text()
 
     def remark(self, start: int) -> None:

@@ -1,10 +1,8 @@
-"""What a step will need, found before it: memory by a forward pass on tensors without data, time by timing parts."""
+"""What a step will need, found before it by a forward pass on tensors without data."""
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -15,26 +13,14 @@ from torch import Tensor, nn
 from .memory import available_memory
 
 CUDA_CONTEXT = 600 * 2**20  # bytes: context, libraries' workspaces
-SHORTEST_TIMING_S = 0.15
-
-
-@dataclass(frozen=True)
-class Blocks:
-    """All blocks of one type: the FLOPs of all of them, and FLOPs, module and input shapes of the costliest."""
-
-    flops: int
-    highest: int
-    module: nn.Module
-    shapes: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """One forward pass without data: counts of parameters, bytes, FLOPs.
+    """One forward pass without data: counts of parameters, and bytes.
 
     kept: what autograd keeps for the backward pass beside parameters and buffers; largest: of it, the largest tensor;
-    block_bytes: of it, the most that one block keeps, which gradient checkpointing computes and holds again. flops and
-    blocks: 0 and empty where no types of blocks were asked for.
+    block_bytes: of it, the most that one block keeps, which gradient checkpointing computes and holds again.
     """
 
     parameters: int
@@ -42,8 +28,6 @@ class Trace:
     kept: int
     largest: int
     block_bytes: int
-    flops: int
-    blocks: dict[type, Blocks]
 
 
 def trace(
@@ -51,18 +35,12 @@ def trace(
 ) -> Trace:
     """Run `run(make())` on tensors without data, which takes neither memory nor the network's arithmetic.
 
-    block_types: modules to count the FLOPs and the kept bytes of.
+    block_types: the modules of `Trace.block_bytes`.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.utils.flop_counter import FlopCounterMode
 
     kept: dict[int, Tensor] = {}  # one tensor per storage; holding it keeps the identity unique
     per_block, block_bytes = [0], 0
-    calls: list[tuple[nn.Module, tuple[tuple[int, ...], ...]]] = []
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        per_block.append(0)
-        calls.append((module, tuple(tuple(value.shape) for value in inputs if isinstance(value, Tensor))))
 
     def leave(*_: Any) -> None:
         nonlocal block_bytes
@@ -82,54 +60,14 @@ def trace(
         with ExitStack() as stack:
             for module in network.modules():
                 if isinstance(module, block_types):
-                    stack.callback(module.register_forward_pre_hook(enter).remove)
+                    stack.callback(module.register_forward_pre_hook(lambda *_: per_block.append(0)).remove)
                     stack.callback(module.register_forward_hook(leave).remove)
-            counter = stack.enter_context(FlopCounterMode(display=False)) if block_types else None
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda nothing: nothing))
             run(network)
         sizes = [tensor.untyped_storage().nbytes() for tensor in kept.values()]
-        parameters = list(network.parameters())
-        return Trace(
-            sum(parameter.numel() for parameter in parameters),
-            sum(parameter.numel() for parameter in parameters if parameter.requires_grad),
-            sum(sizes),
-            max(sizes, default=0),
-            block_bytes,
-            counter.get_total_flops() if counter else 0,
-            _by_type(network, calls, counter.get_flop_counts()) if counter else {},
-        )
-
-
-def _by_type(
-    network: nn.Module, calls: list[tuple[nn.Module, tuple[tuple[int, ...], ...]]], counts: dict[str, dict[Any, int]]
-) -> dict[type, Blocks]:
-    """The blocks that were called with inputs of these shapes, by their type; counts: FLOPs by qualified name."""
-    names = {module: f"{type(network).__name__}.{name}" for name, module in network.named_modules()}
-    blocks: dict[type, Blocks] = {}
-    for module, shapes in calls:
-        flops = sum(counts.get(names[module], {}).values())
-        found = blocks.get(type(module), Blocks(0, -1, module, shapes))
-        highest = (flops, module, shapes) if flops > found.highest else (found.highest, found.module, found.shapes)
-        blocks[type(module)] = Blocks(found.flops + flops, *highest)
-    return blocks
-
-
-def timed(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, after one to warm up; the fastest of a few."""
-
-    def once() -> float:
-        begin = time.perf_counter()
-        run()
-        if device.type in ("cuda", "xpu", "mps"):
-            getattr(torch, device.type).synchronize()
-        return time.perf_counter() - begin
-
-    once()
-    best, started = math.inf, time.perf_counter()
-    while True:
-        best = min(best, once())
-        if time.perf_counter() - started > SHORTEST_TIMING_S:
-            return best
+        counts = [(parameter.numel(), parameter.requires_grad) for parameter in network.parameters()]
+    trainable = sum(count for count, learns in counts if learns)
+    return Trace(sum(count for count, _ in counts), trainable, sum(sizes), max(sizes, default=0), block_bytes)
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -142,6 +80,13 @@ def free_bytes(device: torch.device) -> int | None:
 def bytes_of(tensors: Iterable[Tensor]) -> int:
     """What tensors take, each counted on its own."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def memory_text(device: torch.device | str, peak: int, parts: Mapping[str, int], available: int | None) -> str:
+    """A line about a run's memory: its most, what it is made of, and what there is."""
+    named = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    text = f"memory on {device}: about {size_text(peak)} at its highest ({named})"
+    return text if available is None else f"{text}, {size_text(available)} available"
 
 
 def size_text(count: float) -> str:

@@ -7,7 +7,7 @@ trained on.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -172,16 +172,26 @@ class Prior:
             pooled = torch.zeros(1, self.config.adm_in_channels - embedded.shape[1])
         return torch.cat([pooled.to("cpu", torch.float32).expand(len(sizes), -1), embedded], dim=1)
 
-    def conditioning(self, sizes: Sequence[ImageSize], text: Text | None = None) -> dict[str, Tensor]:
+    def conditioning(
+        self, sizes: Sequence[ImageSize], text: Text | None = None, device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
         """Keyword arguments of the UNet for a batch of images: context [B, T, D] and y [B, A], where it takes them.
 
         text: one prompt for all ([1, T, D]) or one per image; None for a text-free UNet.
         """
         arguments: dict[str, Tensor] = {}
         if text is not None:
-            arguments["context"] = text.context.expand(len(sizes), -1, -1)
+            arguments["context"] = text.context.expand(len(sizes), -1, -1).to(device)
         y = self.vector(sizes, None if text is None else text.pooled)
-        return arguments if y is None else {**arguments, "y": y}
+        return arguments if y is None else {**arguments, "y": y.to(device)}
+
+    def noise(self, seeds: Iterable[int], height: int, width: int) -> Tensor:
+        """Standard normal latents [B, C, h, w] of pictures of height x width pixels, drawn on the CPU as ComfyUI does.
+
+        Each depends on its seed alone.
+        """
+        shape = (1, self.latent_channels, height // self.factor, width // self.factor)
+        return torch.cat([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
 
     def load_unet(self, dtype: torch.dtype = torch.float32) -> UNet:
         """Its UNet, untrained, as a module in evaluation mode; weights already in `dtype` are shared, not copied."""

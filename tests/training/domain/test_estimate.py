@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
-import time
 
 import pytest
 import torch
@@ -61,21 +59,7 @@ def test_memory_is_what_torchs_tracker_sees(changes, base):
     assert 0.95 < (found.peak - found.waiting) / peak < 1.15
 
 
-def test_time_is_of_the_right_size(base):
-    setting = config(batch_size=32)
-    step, *_ = one_step(parts.start_model(base), setting)
-    best = []
-    for _ in range(3):
-        found = estimate(base, setting).seconds_per_step
-        start = time.perf_counter()
-        step()
-        best.append(found / (time.perf_counter() - start))
-    assert 0.25 < sorted(best)[1] < 4, best  # other work on the machine disturbs both
-
-
-def test_counts_what_each_choice_costs(base, monkeypatch):
-    monkeypatch.setattr(tracing, "SHORTEST_TIMING_S", 0.0)
-
+def test_counts_what_each_choice_costs(base):
     def of(**changes):
         return estimate(base, config(sample_every=0, **changes), 100)
 
@@ -91,15 +75,14 @@ def test_counts_what_each_choice_costs(base, monkeypatch):
     assert of(batch_size=16).activations == 2 * all_of_it.activations
     assert of(random_crops=3, flip=True).latents == 6 * all_of_it.latents == 6 * 100 * 2 * 4 * 4 * 8 * 8
     assert 0 < of(gradient_checkpointing=True).activations < all_of_it.activations / 2
-    assert (all_of_it.preview, all_of_it.seconds_preview) == (0, 0.0) and estimate(base, config()).preview > 0
+    assert all_of_it.preview == 0 and estimate(base, config()).preview > 0
 
 
 def test_says_what_to_change_when_it_does_not_fit(base, monkeypatch):
-    monkeypatch.setattr(tracing, "SHORTEST_TIMING_S", 0.0)
     monkeypatch.setattr(module, "free_bytes", lambda device: 60 * 2**20)
     found = estimate(base, config(sample_every=0))
     text = found.to_text()
-    assert "trains 2.85 M of 2.85 M parameters (100.0 %)" in text and "time: about" in text
+    assert "trains 2.85 M of 2.85 M parameters (100.0 %)" in text
     # What the weights and all that goes with them take, no batch lowers.
     fixed = found.waiting + found.weights + found.gradients + found.optimizer + found.average
     assert f"than the 60.0 MiB available, and {tracing.size_text(fixed)} of it are needed whatever the batch" in text
@@ -123,7 +106,7 @@ def test_advice_names_only_what_is_left_to_lower(changes, told):
 
 
 def test_traces_stable_diffusion_without_its_memory():
-    """SD 1.5 at 512 px: the published 859.5 M parameters, and FLOPs counted by hand elsewhere (678 G at 64x64)."""
+    """SD 1.5 at 512 px: the published 859.5 M parameters."""
     config = UNetConfig(
         model_channels=320,
         channel_mult=(1, 2, 4, 4),
@@ -136,7 +119,7 @@ def test_traces_stable_diffusion_without_its_memory():
     )
     trace = trace_unet(lambda: UNet(config), 1, 64, 77, torch.float32, checkpointing=False)
     assert trace.parameters == trace.trainable == 859_520_964
-    assert 660e9 < trace.flops < 700e9 and 1 < trace.kept / 2**30 < 3
+    assert 1 < trace.kept / 2**30 < 3
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -163,11 +146,3 @@ def test_nothing_stays_in_memory_of_a_trace(checkpointing):
     )
     trace_unet(lambda: UNet(config), 1, 8, 7, torch.float32, checkpointing)
     assert alive() == before
-
-
-def test_a_run_that_no_memory_holds_is_not_timed(base, monkeypatch):
-    """One of its blocks may be too large by itself."""
-    monkeypatch.setattr(module, "free_bytes", lambda device: 1)
-    monkeypatch.setattr(module, "_seconds_per_flop", None)
-    found = estimate(base, config())
-    assert math.isnan(found.seconds) and "not measured" in found.to_text() and found.peak > 2

@@ -568,7 +568,7 @@ def test_a_dry_run_resolves_estimates_and_writes_nothing(run, folder):
     result, events = run(dry_run=True, precision="auto")
     assert result.status == "dry_run" and result.path is None
     assert kinds(events) == [Started] and events[0].config["precision"] == "fp32" and events[0].images == 12
-    assert "per step" in events[0].estimate
+    assert "per checkpoint" in events[0].estimate
     assert sorted(folder.rglob("*")) == before
 
 
