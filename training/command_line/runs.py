@@ -13,10 +13,7 @@ from ..adaptation.adapt import adapt
 from ..adaptation.config import AdaptConfig
 from ..domain.config import TrainConfig
 from ..domain.train import train
-from ..engine.checkpoints import find_checkpoints
-from ..engine.events import Saved
-from ..engine.folder import CONFIG
-from ..engine.log import read_log
+from ..engine.folder import CONFIG, has_saved
 from ..engine.memory import memory_problem
 from ..engine.paths import meant_path
 from ..engine.run import Result
@@ -127,7 +124,7 @@ def _resume(options: argparse.Namespace) -> int:
     values = given(options, {name for known in KINDS.values() for name in kinds_of(known)})
     config = as_usage(lambda: kind.read(file, **values, output=str(folder)))
     as_usage(config.check_files)
-    return _run(config, options, True if _has_saved(folder, config.name) else "auto")
+    return _run(config, options, True if has_saved(folder) else "auto")
 
 
 def _settings(options: argparse.Namespace, kind: type[Kind], first_run: Mapping[str, Any]) -> Kind:
@@ -151,13 +148,6 @@ def _read_settings(kind: type[Kind], file: str, values: dict[str, Any]) -> Kind:
         return config
     beside = os.path.dirname(os.path.abspath(meant_path(config.output)))
     return config.with_changes(output=os.path.join(beside, config.name))
-
-
-def _has_saved(folder: Path, name: str) -> bool:
-    """Whether the run in a folder ever saved something; one that was stopped before its first step has not."""
-    if find_checkpoints(folder) or (folder / f"{name}.safetensors").exists():
-        return True
-    return any(isinstance(event, Saved) for event in read_log(folder / "log.jsonl"))
 
 
 def _run(config: PriorSettings, options: argparse.Namespace, resume: bool | str) -> int:

@@ -11,15 +11,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from .buckets import Size, assign, bucket_sizes, cover, removed
-from .images import ImageFacts, pixel_digest, probe
+from .images import ImageFacts, decode, probe
 from .parallel import in_order
 from .problems import BadImage, Cancelled
 from .remarks import MUCH, remarks
 from .sources import Entry, content, nothing_found, search
 from .walking import Watch
 
-SIZE_CLASSES = {limit: f"below {limit:g} MP" for limit in (0.1, 0.25, 0.5, 1, 2, 4, 8, 16, 32)}  # megapixels
-SIZE_CLASSES[float("inf")] = "32 MP and more"
 # Kinds of images that are not used, and facts about images that are, with their titles in the text.
 FAULTS = {
     "corrupt": "damaged",
@@ -45,10 +43,9 @@ class DataReport:
 
     ok: how many would be trained on, of `total`; bad: how many not. faults: of those the reasons by name, by kind, see
     FAULTS. Used, but worth knowing: facts (names by FACTS), upscaled (smaller than their shape), cropped (what share is
-    cut away, 0..1, where it is more than a third), same_file and same_picture (groups of equal files, and of different
-    files with equal pixels). buckets: images per shape "WIDTHxHEIGHT". megapixels: images per size class. places:
-    folders, shards and links that could not be read. ignored: other files by ending, folders of runs. nothing: a
-    sentence where no image was found.
+    cut away, 0..1, where it is more than a third), same_file (groups of equal files). buckets: images per shape
+    "WIDTHxHEIGHT". places: folders, shards and links that could not be read. ignored: other files by ending, folders of
+    runs. nothing: a sentence where no image was found.
     """
 
     data: list[str]
@@ -62,10 +59,8 @@ class DataReport:
     upscaled: list[str] = field(default_factory=list)
     cropped: dict[str, float] = field(default_factory=dict)
     same_file: list[list[str]] = field(default_factory=list)
-    same_picture: list[list[str]] = field(default_factory=list)
     formats: dict[str, int] = field(default_factory=dict)
     buckets: dict[str, int] = field(default_factory=dict)
-    megapixels: dict[str, int] = field(default_factory=dict)
     places: dict[str, str] = field(default_factory=dict)
     ignored: dict[str, int] = field(default_factory=dict)
     stopped: bool = False
@@ -87,21 +82,12 @@ class DataReport:
         lines += _listed("folders, shards and links with faults", _reasons(self.places))
         lines += _listed(f"smaller than their shape at resolution {self.resolution}, enlarged", self.upscaled)
         lines += _listed("groups of equal files", [_equal(group) for group in self.same_file])
-        lines += _listed("groups of equal pictures in different files", [_equal(group) for group in self.same_picture])
         for fact, title in FACTS.items():
             lines += _listed(title, self.facts[fact])
-        for title, counts in (("formats", self.formats), ("shapes", self.buckets), ("sizes", self.megapixels)):
+        for title, counts in (("formats", self.formats), ("shapes", self.buckets)):
             if counts:
                 lines.append(f"{title}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
         return "\n".join([*lines, *remarks(self.ignored, self.cropped, self.ok)])
-
-
-@dataclass(frozen=True)
-class _Look:
-    entry: Entry
-    facts: ImageFacts | BadImage
-    content: str = ""
-    pixels: str = ""
 
 
 def check_data(
@@ -132,20 +118,17 @@ def check_data(
         report.nothing = nothing_found(data, found)
         return report
     by_content: dict[str, list[str]] = defaultdict(list)
-    by_pixels: dict[str, dict[str, str]] = defaultdict(dict)
-    formats, shapes, classes = Counter(), Counter(), Counter()
+    formats, shapes = Counter(), Counter()
     looked = in_order(lambda entry: _look(entry, sizes), found.entries, workers, should_stop)
     with suppress(Cancelled), closing(looked) as looks:
         report.stopped = True  # until all were seen
-        for look in looks:
-            name, facts, report.total = look.entry.name, look.facts, report.total + 1
+        for entry, facts, digest in looks:
+            name, report.total = entry.name, report.total + 1
             if isinstance(facts, BadImage):
                 report.faults[facts.kind.replace(" ", "_")][name] = str(facts)
             else:
-                by_content[look.content].append(name)
-                by_pixels[look.pixels].setdefault(look.content, name)
+                by_content[digest].append(name)
                 formats[facts.format] += 1
-                classes[_size_class(facts)] += 1
                 size = _sort_in(report, name, facts, sizes)
                 shapes[size] += name not in report.faults["too_small"]
             progress(report.total, len(found.entries))
@@ -156,32 +139,22 @@ def check_data(
     report.bad = sum(map(len, report.faults.values()))
     report.ok = report.total - report.bad
     report.same_file = [names for names in by_content.values() if len(names) > 1]
-    report.same_picture = [list(names.values()) for names in by_pixels.values() if len(names) > 1]
     report.formats = dict(formats.most_common())
     report.buckets = {f"{width}x{height}": count for (height, width), count in sorted(shapes.items()) if count}
-    report.megapixels = {name: classes[name] for name in SIZE_CLASSES.values() if classes[name]}
     return report
 
 
-def _look(entry: Entry, sizes: Sequence[Size]) -> _Look:
+def _look(entry: Entry, sizes: Sequence[Size]) -> tuple[Entry, ImageFacts | BadImage, str]:
+    """(entry, what it is, SHA-256 of its file), once all of it is decoded, as small as training would decode it."""
     try:
         with content(entry) as data:
             facts = probe(data)
-            return _Look(entry, facts, hashlib.sha256(data).hexdigest(), _pixels(data, facts, sizes))
+            original = (facts.height, facts.width)
+            decode(data, cover(original, assign(*original, sizes)))
+            return entry, facts, hashlib.sha256(data).hexdigest()
     except BadImage as error:
         # An empty file is one kind of damage; the reason says which.
-        return _Look(entry, BadImage("corrupt", str(error)) if error.kind == "empty" else error)
-
-
-def _pixels(data: bytes, facts: ImageFacts, sizes: Sequence[Size]) -> str:
-    """A digest of the picture; where all of it is too large, of it as small as training would decode it."""
-    try:
-        return pixel_digest(data)
-    except BadImage as error:
-        if error.kind != "too large":
-            raise
-        original = (facts.height, facts.width)
-        return pixel_digest(data, cover(original, assign(*original, sizes)))
+        return entry, BadImage("corrupt", str(error)) if error.kind == "empty" else error, ""
 
 
 def _sort_in(report: DataReport, name: str, facts: ImageFacts, sizes: Sequence[Size]) -> Size:
@@ -199,11 +172,6 @@ def _sort_in(report: DataReport, name: str, facts: ImageFacts, sizes: Sequence[S
         if getattr(facts, fact):
             names.append(name)
     return size
-
-
-def _size_class(facts: ImageFacts) -> str:
-    pixels = facts.height * facts.width / 1e6
-    return next(name for limit, name in SIZE_CLASSES.items() if pixels < limit)
 
 
 def _equal(names: Sequence[str]) -> str:

@@ -117,11 +117,11 @@ def _turned(inside: Contents, image: Any) -> int:
 class Decoding:
     """One picture while it is decoded and converted, tile by tile; within its block its memory is held.
 
-    at_least: see `images.decode`. whole: whether room for the whole result is needed. size: (width, height) of the
-    result. Raises BadImage when it would take more than there is for all.
+    at_least: see `images.decode`. size: (width, height) of the result. Raises BadImage when it would take more than
+    there is for all.
     """
 
-    def __init__(self, data: bytes, at_least: tuple[int, int] | None, whole: bool = True) -> None:
+    def __init__(self, data: bytes, at_least: tuple[int, int] | None) -> None:
         self.header = header = opened(data)
         self.image, self.turned = header.image, header.turned
         if at_least is not None and self.image.format == "JPEG":
@@ -135,7 +135,7 @@ class Decoding:
         decoding = _need(header) + TILE_BYTES * min(TILE, width * height)
         while True:
             self.size = -(-width // self.factor), -(-height // self.factor)
-            self.need = decoding + 4 * self.size[0] * self.size[1] * whole
+            self.need = decoding + 4 * self.size[0] * self.size[1]
             if self.need <= MOST_DECODING or self.factor >= most:
                 break
             self.factor += 1
@@ -163,16 +163,11 @@ class Decoding:
     def picture(self) -> Image.Image:
         """All of it, mode RGB."""
         picture = Image.new("RGB", self.size)
-        for box, tile in self.tiles():
-            picture.paste(tile, box)
-        return picture
-
-    def tiles(self) -> Iterator[tuple[Box, Image.Image]]:
-        """(where it lies in the result, a tile in mode RGB), row by row."""
         for full, box in self._boxes(self.factor):
             tile = self.convert(self.image.crop(_stored_box(full, self.full, self.turned)))
             tile = tile.transpose(TURNS[self.turned]) if self.turned in TURNS else tile
-            yield box, tile.reduce(self.factor) if self.factor > 1 else tile
+            picture.paste(tile.reduce(self.factor) if self.factor > 1 else tile, box)
+        return picture
 
     def _boxes(self, factor: int = 1) -> Iterator[tuple[Box, Box]]:
         """(box of the turned picture, box of the result), covering them with tiles of about TILE pixels."""

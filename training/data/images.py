@@ -8,7 +8,6 @@ EXIF orientation. Nothing is guessed about a damaged file: it is refused with th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -81,15 +80,6 @@ def decoded(data: bytes, at_least: Size | None = None) -> Iterator[Image.Image]:
         with reading(data):
             picture = stack.enter_context(Decoding(data, at_least)).picture()
         yield picture
-
-
-def pixel_digest(data: bytes, at_least: Size | None = None) -> str:
-    """A digest of the picture of `decode`: equal for equal pictures. Takes less memory than the picture would."""
-    with reading(data), Decoding(data, at_least, whole=False) as decoding:
-        digest = hashlib.sha256(f"{decoding.size}".encode())
-        for _, tile in decoding.tiles():
-            digest.update(tile.tobytes())
-        return digest.hexdigest()
 
 
 def to_tensor(image: Image.Image) -> Tensor:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import re
-import unicodedata
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatch
 from glob import has_magic
 from pathlib import Path
 
+from ..engine.paths import composed, found_as
 from .problems import DataProblem
 from .walking import Watch, walk
 
@@ -59,33 +59,16 @@ def expanded(pattern: str, watch: Watch | None = None) -> Iterator[Path]:
 def as_on_disk(path: str, watch: Watch) -> Path:
     """The path as this disk writes it (accents composed otherwise, slashes); itself where nothing like it is there."""
     for spelling in dict.fromkeys((path, path.replace("\\", "/"))):
-        found = _written(spelling, lambda name: unicodedata.normalize("NFC", name), watch)
-        if found is not None:
-            return found
+        found = found_as(spelling)
+        if found is not None and watch.allows(found):
+            return Path(found)
     return Path(path)
 
 
-def nearly(path: str, watch: Watch) -> Path | None:
+def nearly(path: str, watch: Watch) -> str | None:
     """A file or folder whose path differs only in capital letters and in spaces and dots at the end of a name."""
-    return _written(path, lambda name: unicodedata.normalize("NFC", name).casefold().strip(" ").rstrip("."), watch)
-
-
-def _written(path: str, key: Callable[[str], str], watch: Watch) -> Path | None:
-    """The first path that is there and allowed, and whose names are equal to those of `path` by `key`."""
-    where = Path(path).anchor
-    for part in Path(path).parts[1 if where else 0 :]:
-        there = os.path.join(where, part)
-        if not os.path.lexists(there):
-            try:
-                with os.scandir(where or ".") as listing:
-                    twins = sorted(entry.name for entry in listing if key(entry.name) == key(part))
-            except (OSError, ValueError):
-                return None
-            if not twins:
-                return None
-            there = os.path.join(where, twins[0])
-        where = there
-    return Path(where) if watch.allows(where) else None
+    found = found_as(path, lambda name: composed(name).casefold().strip(" ").rstrip("."))
+    return found if found is not None and watch.allows(found) else None
 
 
 def _too_many(pattern: str, count: int) -> DataProblem:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -39,7 +38,7 @@ def held_out_loss(
 
     latents: scaled, [C, h, w] each, of any shapes. The noise of an image at a level depends on (seed, key, timestep)
     alone, so that it stays the same when other images are held out, too. keys: for each latent what stands for its
-    image (`LatentDataset.content_of`); None: a hash of the latent. conditioning(sizes): what the UNet takes beside x
+    image (`LatentDataset.content_of`); None: its place. conditioning(sizes): what the UNet takes beside x
     and t (`Prior.conditioning`); sizes: of each image, needed where that depends on them. timesteps refer to 1000
     levels and are scaled to the schedule's number. batch: images per forward pass, of one shape each. The UNet is used
     in evaluation mode and left as it was. NaN when should_stop() asks to stop. Raises ValueError without latents.
@@ -48,7 +47,7 @@ def held_out_loss(
         raise Problem("Held-out loss: expected at least one latent, found none; raise held_out_share.")
     levels = {t: round(t * (len(schedule) - 1) / 999) for t in timesteps}
     totals = dict.fromkeys(timesteps, 0.0)
-    keys = [_key(latent) for latent in latents] if keys is None else keys
+    keys = [str(index) for index in range(len(latents))] if keys is None else keys
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, latent in enumerate(latents):
         groups.setdefault(tuple(latent.shape), []).append(index)
@@ -67,14 +66,8 @@ def held_out_loss(
                 for t, level in levels.items():
                     if should_stop():
                         return float("nan"), {}
-                    noise = torch.stack(
-                        [
-                            torch.randn(
-                                clean.shape[1:], generator=sample_generator(seed, 0, keys[index], f"held out/{t}")
-                            )
-                            for index in part
-                        ]
-                    )
+                    generators = [sample_generator(seed, 0, keys[index], f"held out/{t}") for index in part]
+                    noise = torch.stack([torch.randn(clean.shape[1:], generator=own) for own in generators])
                     steps = torch.full((len(part),), level, dtype=torch.long)
                     abar = abar_at(schedule, steps)
                     noisy = add_noise(clean, noise, abar)
@@ -86,7 +79,3 @@ def held_out_loss(
         unet.train(training)
     per_level = {t: total / len(latents) for t, total in totals.items()}
     return sum(per_level.values()) / len(per_level), per_level
-
-
-def _key(latent: Tensor) -> str:
-    return hashlib.sha256(latent.detach().to("cpu", torch.float32).contiguous().numpy().tobytes()).hexdigest()

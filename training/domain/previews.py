@@ -44,7 +44,7 @@ class Preview:
         self.prior, self.config = prior, config
         self.batch = config.batch_size if batch is None else batch
         self.device = torch.device(device)
-        self.texts = {prompt: prior.encode_text([prompt]) for prompt in config.sample_prompts}
+        self.texts = [(prompt or "empty prompt", prior.encode_text([prompt])) for prompt in config.sample_prompts]
         self.dtype = preview_dtype(self.device)
 
     @torch.no_grad()
@@ -72,7 +72,6 @@ class Preview:
                 break
             parts = [part.to(self.device) for part in noise.split(self.batch)]
             drawn.append(torch.cat([sample(MultiGuidance(guidance), part, sigmas, METHOD).float() for part in parts]))
-        del rows  # the prior's memory, before the autoencoder needs some
         with prior.autoencoder_on(self.device):
             pictures = [prior.decode(latents).cpu() for latents in drawn]
         grey = torch.zeros(len(noise), 3, side, side)
@@ -84,25 +83,16 @@ class Preview:
         prior, domain, control = self.prior, self.config.domain_weight, self.config.control_weight
         size = ImageSize((self.config.resolution, self.config.resolution))
         null = prior.conditioning([size], prior.null_text, self.device)
-        conds = {
-            prompt or "empty prompt": prior.conditioning([size], encoded, self.device)
-            for prompt, encoded in self.texts.items()
-        }
+        conds = [(prompt, prior.conditioning([size], encoded, self.device)) for prompt, encoded in self.texts]
         trained = Denoiser(_Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
         if text is not None:
             own = prior.conditioning([size], text, self.device)
-            return [
-                (f"{prompt} (guidance {control:g})", cfg(trained, null, cond, control))
-                for prompt, cond in conds.items()
-            ] or [("the model alone", cfg(trained, null, own, 1.0))]
+            rows = [(f"{prompt} (guidance {control:g})", cfg(trained, null, cond, control)) for prompt, cond in conds]
+            return rows or [("the model alone", cfg(trained, null, own, 1.0))]
         before = Denoiser(self._prior(), prior.schedule, prior.prediction_type)
-        return [
-            (
-                f"{prompt} (domain {domain:g}, control {control:g})",
-                in_domain(before, trained, null, cond, domain, control),
-            )
-            for prompt, cond in conds.items()
-        ] or [
+        told = f"(domain {domain:g}, control {control:g})"
+        rows = [(f"{prompt} {told}", in_domain(before, trained, null, cond, domain, control)) for prompt, cond in conds]
+        return rows or [
             ("domain model alone", domain_guidance(before, trained, null, scale=1.0)),
             (f"domain {domain:g} against the prior", domain_guidance(before, trained, null, scale=domain)),
         ]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from .checkpoints import FOLDER, find_checkpoints
-from .events import Failed, Saved, Step
+from .events import Saved
 from .log import read_log
 
 CONFIG, LOG, PLOT = WRITTEN = ("config.json", "log.jsonl", "loss.png")
@@ -28,11 +28,11 @@ def last_samples(folder: Path, step: int) -> Path | None:
     return None if last is None else samples_path(folder, last)
 
 
-def has_learned(folder: Path) -> bool:
-    """Whether the run in a folder ever finished a step, by its log and checkpoints."""
-    return bool(find_checkpoints(folder)) or any(
-        isinstance(event, (Step, Saved, Failed)) and event.step > 0 for event in read_log(folder / LOG)
-    )
+def has_saved(folder: Path) -> bool:
+    """Whether the run in a folder ever saved something, by its checkpoints, finished file and log."""
+    if find_checkpoints(folder) or any(folder.glob("*.safetensors")):
+        return True
+    return any(isinstance(event, Saved) for event in read_log(folder / LOG))
 
 
 def clear_refused(folder: Path) -> None:

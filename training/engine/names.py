@@ -23,21 +23,18 @@ LONGEST = 200  # bytes; file systems take 255, and the file's ending and tempora
 
 def check_name(name: Any) -> None:
     """Raise ConfigProblem for anything that is no file name (without ending) on every system."""
-    if not isinstance(name, str) or not is_unicode(name):
-        raise ConfigProblem(f"name: expected a plain file name, found {name!r:.80}; use letters, digits, - and _.")
-    if name in WORDS_OF_JSON:
-        raise ConfigProblem(f"name: expected a plain file name, found {name}, a value of another kind; use a text.")
-    if not name.strip() or set(name) & FORBIDDEN or name.strip(". ") != name:
-        raise ConfigProblem(
-            f"name: expected a plain file name without folders or ending, found {name!r:.80}; use letters, "
-            "digits, - and _."
-        )
-    if name.partition(".")[0].strip().lower() in DEVICES:
-        raise ConfigProblem(
-            f"name: expected a plain file name, found {name!r}, which is a device on Windows; choose another."
-        )
-    size = len(name.encode())
-    if size > LONGEST:
-        raise ConfigProblem(
-            f"name: expected a plain file name of at most {LONGEST} bytes, found {size}; choose a shorter one."
-        )
+    is_text = isinstance(name, str) and is_unicode(name)
+    if not is_text or not name.strip() or set(name) & FORBIDDEN or name.strip(". ") != name:
+        fault = ""
+    elif name in WORDS_OF_JSON:
+        fault = ", a value of another kind"
+    elif name.partition(".")[0].strip().lower() in DEVICES:
+        fault = ", which is a device on Windows"
+    elif len(name.encode()) > LONGEST:
+        fault = f" of more than {LONGEST} bytes"
+    else:
+        return
+    raise ConfigProblem(
+        f"name: expected a plain file name without folders or ending, found {name!r:.80}{fault}; use letters, digits, "
+        "- and _."
+    )

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
@@ -29,8 +30,8 @@ def meant_path(text: str) -> str:
         if os.path.lexists(reading):
             return reading
     for reading in readings:
-        spelled = _as_folders_spell(reading)
-        if os.path.lexists(spelled):
+        spelled = None if reading.isascii() else found_as(reading)
+        if spelled is not None:
             return spelled
     return readings[0]
 
@@ -76,19 +77,23 @@ def _readings(plain: str) -> Iterator[str]:
     yield filled
 
 
-def _as_folders_spell(path: str) -> str:
-    """The path with each name spelled as its folder has it, where that differs in the codes of its letters alone."""
-    if path.isascii():
-        return path
-    at, names = (os.sep, path.split(os.sep)[1:]) if os.path.isabs(path) else ("", path.split(os.sep))
-    for name in names:
-        there = os.path.join(at, name)
-        if not name.isascii() and not os.path.lexists(there):
-            wanted = unicodedata.normalize("NFC", name)
+def composed(name: str) -> str:
+    """A name with its accents composed as most systems write them."""
+    return unicodedata.normalize("NFC", name)
+
+
+def found_as(path: str, key: Callable[[str], str] = composed) -> str | None:
+    """The first path that is there and whose names are equal to those of `path` by `key`; None without one."""
+    where = Path(path).anchor
+    for part in Path(path).parts[1 if where else 0 :]:
+        there = os.path.join(where, part)
+        if not os.path.lexists(there):
             try:
-                found = [one for one in os.listdir(at or ".") if unicodedata.normalize("NFC", one) == wanted]
+                twins = sorted(name for name in os.listdir(where or ".") if key(name) == key(part))
             except (OSError, ValueError):
-                found = []
-            there = os.path.join(at, found[0]) if found else there
-        at = there
-    return at
+                return None
+            if not twins:
+                return None
+            there = os.path.join(where, twins[0])
+        where = there
+    return where

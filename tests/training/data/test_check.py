@@ -67,7 +67,7 @@ def test_everything_is_found_and_nothing_is_touched(folder):
     assert set(report.faults["truncated"]) == {"broken.png"}
     assert set(report.faults["too_small"]) == {"small.png"} and "40 x 30" in report.faults["too_small"]["small.png"]
     assert report.upscaled == ["enlarged.png"]
-    assert report.same_file == [["copy.png", "good.png"]] and report.same_picture == [["copy.png", "same.png"]]
+    assert report.same_file == [["copy.png", "good.png"]]
     assert (
         report.facts["alpha"] == ["clear.png"]
         and report.facts["rotated"] == ["turned.jpg"]
@@ -76,7 +76,6 @@ def test_everything_is_found_and_nothing_is_touched(folder):
     assert report.facts["cmyk"] == ["print.jpg"] and report.facts["animated"] == ["moving.gif"]
     assert report.formats == {"PNG": 7, "JPEG": 3, "GIF": 1}
     assert sum(report.buckets.values()) == report.ok and report.buckets["48x80"] == report.buckets["80x48"] == 1
-    assert report.megapixels == {"below 0.1 MP": 11}
     assert report.ignored == {".txt": 1} and list(report.places) == [str(folder / "shard.tar")]
     assert json.loads(json.dumps(report.to_dict()))["bad"] == 4
     text = report.to_text()
@@ -98,7 +97,7 @@ def test_many_copies_are_one_short_line(tmp_path):
     for number in range(1, 9):
         (tmp_path / f"{number}.png").write_bytes((tmp_path / "0.png").read_bytes())
     report = check_data([tmp_path], resolution=64)
-    assert len(report.same_file) == 1 and len(report.same_file[0]) == 9 and report.same_picture == []
+    assert len(report.same_file) == 1 and len(report.same_file[0]) == 9
     assert "groups of equal files (1):\n  0.png = 1.png = 2.png = 3.png and 5 more\n" in report.to_text()
 
 

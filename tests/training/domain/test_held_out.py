@@ -54,8 +54,7 @@ def test_noise_is_fixed_and_batches_do_not_matter():
     assert abs(other - 1) < 0.1  # the mean square of the noise itself
 
 
-@pytest.mark.parametrize("keyed", [False, True])
-def test_noise_belongs_to_the_image_and_not_to_its_place(keyed):
+def test_noise_belongs_to_the_image_and_not_to_its_place():
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(4, 8, 8, generator=generator) for _ in range(3)]
     seen = {}
@@ -68,7 +67,7 @@ def test_noise_belongs_to_the_image_and_not_to_its_place(keyed):
 
     def noisy(order):
         seen.clear()
-        keys = ["abc"[index] for index in order] if keyed else None
+        keys = ["abc"[index] for index in order]
         held_out_loss(Records(), SCHEDULE, "epsilon", [latents[index] for index in order], keys=keys)
         return {index: [seen[t][at] for t in TIMESTEPS] for at, index in enumerate(order)}
 
