@@ -16,12 +16,13 @@ from torch import Tensor
 
 from ...guidance.errors import printable
 from ..engine.paths import is_of_windows
+from ..engine.small_files import open_regular
 from .kinds import PACKED, SHARD, SUFFIXES, ending, masked
 from .memory import MemoryBudget
 from .patterns import expanded, nearly
 from .problems import BadImage, DataProblem
 from .remarks import MASK
-from .shards import Member, NoShard, members, open_plain
+from .shards import Member, NoShard, members
 from .walking import LOST_LINK, Watch, walk
 
 MOST_BYTES = 512 * 2**20  # of one image file, and of all that are in memory at once
@@ -45,7 +46,7 @@ class ImageEntry:
     def read(self) -> bytes:
         """The content of the image file. Raises BadImage if unreadable, too large or its shard is cut off."""
         try:
-            with open_plain(self.path) as file:
+            with open_regular(self.path) as file:
                 file.seek(self.offset)
                 size = self.size if self.in_shard else os.fstat(file.fileno()).st_size
                 if size > MOST_BYTES:

@@ -24,17 +24,16 @@ LONGEST = 200  # bytes; file systems take 255, and the file's ending and tempora
 def check_name(name: Any) -> None:
     """Raise ConfigProblem for anything that is no file name (without ending) on every system."""
     is_text = isinstance(name, str) and is_unicode(name)
-    if not is_text or not name.strip() or set(name) & FORBIDDEN or name.strip(". ") != name:
+    is_plain = is_text and name.strip() and not set(name) & FORBIDDEN and name.strip(". ") == name
+    if not is_plain or len(name.encode()) > LONGEST:
         fault = ""
     elif name in WORDS_OF_JSON:
         fault = ", a value of another kind"
     elif name.partition(".")[0].strip().lower() in DEVICES:
         fault = ", which is a device on Windows"
-    elif len(name.encode()) > LONGEST:
-        fault = f" of more than {LONGEST} bytes"
     else:
         return
     raise ConfigProblem(
-        f"name: expected a plain file name without folders or ending, found {name!r:.80}{fault}; use letters, digits, "
-        "- and _."
+        f"name: expected a plain file name of at most {LONGEST} bytes, without folders or ending, found "
+        f"{name!r:.80}{fault}; use letters, digits, - and _."
     )

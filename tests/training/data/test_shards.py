@@ -117,24 +117,24 @@ def pax(records: bytes) -> bytes:
 @pytest.mark.parametrize(
     "data, count, reason",
     [
-        (header(size=base256(-512)) + END, 1, "size"),
-        (header(size=base256(-(2**80))) + END, 1, "size"),
+        (header(size=base256(-512)) + END, 1, "damaged or cut off"),
+        (header(size=base256(-(2**80))) + END, 1, "damaged or cut off"),
         (header(size=base256(2**80)) + END, 2, "cut off within the last of its 2"),
         (header(size=base256(2**62)) + END, 2, "cut off within the last"),
-        (header(size=b"-0000000012\0") + END, 1, "size"),
-        (header(size=b"twelve bytes") + END, 1, "size"),
-        (header(size=b"99999999999\0") + END, 1, "size"),
-        (header(b"././@LongLink", b"77777777777\0", b"L") + END, 1, "impossible length"),
-        (header(b"././@LongLink", base256(2**15), b"L") + END, 1, "cut off"),
+        (header(size=b"-0000000012\0") + END, 1, "damaged or cut off"),
+        (header(size=b"twelve bytes") + END, 1, "damaged or cut off"),
+        (header(size=b"99999999999\0") + END, 1, "damaged or cut off"),
+        (header(b"././@LongLink", b"77777777777\0", b"L") + END, 1, "damaged or cut off"),
+        (header(b"././@LongLink", base256(2**15), b"L") + END, 1, "damaged or cut off"),
         (header(b"././@LongLink", b"00000000005\0", b"L") + padded(b"x.png") + END, 1, "damaged or cut off"),
-        (header(b"x", b"77777777777\0", b"x") + END, 1, "impossible length"),
-        (header(b"x", b"77777777777\0", b"g") + END, 1, "impossible length"),
-        (pax(b"nonsense") + header() + END, 1, "pax header"),
-        (pax(b"0 a=b\n") + header() + END, 1, "pax header"),
-        (pax(b"99999 path=b\n") + header() + END, 1, "pax header"),
-        (pax(b"18446744073709551616999999999 a=b\n") + header() + END, 1, "pax header"),
-        (pax(b"14 size=-5120\n") + header() + END, 1, "size"),
-        (pax(b"12 size=1e9\n") + header() + END, 1, "size"),
+        (header(b"x", b"77777777777\0", b"x") + END, 1, "damaged or cut off"),
+        (header(b"x", b"77777777777\0", b"g") + END, 1, "damaged or cut off"),
+        (pax(b"nonsense") + header() + END, 1, "damaged or cut off"),
+        (pax(b"0 a=b\n") + header() + END, 1, "damaged or cut off"),
+        (pax(b"99999 path=b\n") + header() + END, 1, "damaged or cut off"),
+        (pax(b"18446744073709551616999999999 a=b\n") + header() + END, 1, "damaged or cut off"),
+        (pax(b"14 size=-5120\n") + header() + END, 1, "damaged or cut off"),
+        (pax(b"12 size=1e9\n") + header() + END, 1, "damaged or cut off"),
         (pax(b"29 size=99999999999999999999\n") + header() + END, 2, "cut off within the last of its 2"),
         (header(kind=b"S")[:482] + b"\1" + bytes(29) + END, 1, "damaged or cut off"),
     ],
@@ -226,7 +226,7 @@ def test_a_pipe_in_a_shards_place_is_not_waited_for(tmp_path):
     assert search([tmp_path]).ignored == {"pipes and devices": 2}
     (tmp_path / "a.tar").unlink()
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(Exception, match="is no ordinary file"):
+    with pytest.raises(Exception, match="is a pipe"):
         entry.read()
 
 

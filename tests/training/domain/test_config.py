@@ -69,7 +69,7 @@ def test_paths_of_any_characters_come_back(tmp_path):
         ({"base": "m", "name": "None"}, "name: expected a plain file name.*found 'None', a value of another kind"),
         ({"base": "m", "name": "a\x7fb"}, "name: expected a plain file name"),
         ({"base": "m", "name": "\u202egnp.safe"}, "name: expected a plain file name"),
-        ({"base": "m", "name": "\u753b" * 67}, "name: .* of at most 200 bytes, found 201"),
+        ({"base": "m", "name": "\u753b" * 67}, "name: .* of at most 200 bytes"),
         ({"base": "m", "name": "caf\udce9"}, r"name: expected text, found 'caf\\udce9', which UTF-8 cannot hold"),
         ({"base": "m", "licence": "\ud800"}, "licence: expected text"),
         ({"base": "m", "caption": "a cat"}, "choose form full"),
