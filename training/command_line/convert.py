@@ -25,11 +25,10 @@ from ...guidance.files import (
 )
 from ...guidance.files.domain_metadata import FORMAT as DOMAIN_FORMAT
 from ...guidance.files.layouts import AUTOENCODER_PREFIX
-from ..domain.config import FORMS, MIN_RESOLUTION, RESOLUTION_STEP, TrainConfig
+from ..domain.config import FORMS, TrainConfig
 from ..domain.finished import write_domain_model
 from ..domain.trainee import start_model
 from ..engine.processes import pick_device
-from ..engine.settings import ConfigProblem
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_checkpoint, open_mini_world
 from .console import Console
@@ -118,10 +117,8 @@ def convert(
     """
     if form and form not in FORMS:
         raise Problem(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
-    if resolution is not None and (resolution < MIN_RESOLUTION or resolution % RESOLUTION_STEP):
-        raise ConfigProblem(
-            f"resolution: expected a multiple of {RESOLUTION_STEP} pixels from {MIN_RESOLUTION} on, found {resolution}."
-        )
+    if resolution is not None:
+        TrainConfig(base=MINI_WORLD, resolution=resolution)  # refuses one that no run could have
     target = Path(target)
     if str(source) == MINI_WORLD:
         prior = open_mini_world(prediction)

@@ -18,10 +18,11 @@ from ...guidance.null_text import load_unet
 from ...guidance.sampling import SAMPLERS, sample, sigmas_karras, sigmas_sgm_uniform, sigmas_uniform
 from ...guidance.schedules import Interval, WeightLike
 from ...guidance.terms import Source, Term
-from ..engine.settings import ConfigProblem, Settings, option
+from ..engine.settings import ConfigProblem, Settings, group
 from ..prior.prior import ImageSize, Prior
 
 SPACINGS = {"uniform": sigmas_uniform, "sgm_uniform": sigmas_sgm_uniform, "karras": sigmas_karras}
+drawing = group("drawing")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,22 +35,21 @@ class DrawingSettings(Settings):
     command: ClassVar[str] = "indomain sample"
     groups: ClassVar[tuple[str, ...]] = ("drawing",)
 
-    domain_weight: float = option(2.5, "drawing", "weight of the domain model, usually 0 to 5", min=-1000.0, max=1000.0)
-    control_weight: float = option(2.5, "drawing", "weight of the prompt, usually 0 to 8", min=-1000.0, max=1000.0)
-    domain_start: float = option(0.0, "drawing", "share of sampling at which the domain model begins", min=0.0, max=1.0)
-    domain_end: float = option(1.0, "drawing", "share of sampling at which it ends", min=0.0, max=1.0)
-    steps: int = option(25, "drawing", "model steps", min=1, max=1000)
-    method: str = option("dpmpp_2m", "drawing", "sampler", choices=SAMPLERS)
-    spacing: str = option(
+    domain_weight: float = drawing(2.5, "weight of the domain model, usually 0 to 5", min=-1000.0, max=1000.0)
+    control_weight: float = drawing(2.5, "weight of the prompt, usually 0 to 8", min=-1000.0, max=1000.0)
+    domain_start: float = drawing(0.0, "share of sampling at which the domain model begins", min=0.0, max=1.0)
+    domain_end: float = drawing(1.0, "share of sampling at which it ends", min=0.0, max=1.0)
+    steps: int = drawing(25, "model steps", min=1, max=1000)
+    method: str = drawing("dpmpp_2m", "sampler", choices=SAMPLERS)
+    spacing: str = drawing(
         "uniform",
-        "drawing",
         "of the noise levels, as ComfyUI has them: uniform (there called normal), sgm_uniform (the released code's of "
         "the paper), karras",
         choices=tuple(SPACINGS),
     )
-    width: int = option(512, "drawing", "in pixels, a multiple of 8", min=8, max=16384)
-    height: int = option(512, "drawing", "in pixels, a multiple of 8", min=8, max=16384)
-    batch_size: int = option(4, "drawing", "pictures of one prompt drawn at once", min=1, max=4096)
+    width: int = drawing(512, "in pixels, a multiple of 8", min=8, max=16384)
+    height: int = drawing(512, "in pixels, a multiple of 8", min=8, max=16384)
+    batch_size: int = drawing(4, "pictures of one prompt drawn at once", min=1, max=4096)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-
-from ...guidance.errors import Problem
+from functools import lru_cache
 
 Size = tuple[int, int]  # (height, width) in pixels
 
 
+@lru_cache(maxsize=8)
 def bucket_sizes(resolution: int, step: int = 64, max_ratio: float = 2.0) -> list[Size]:
     """Shapes (height, width) of at most resolution^2 pixels, sorted by height.
 
     The square of `resolution` is always one of them; the others have sides that are multiples of `step` and long sides
-    at most `max_ratio` times the short ones (1: the square alone). No shape fits into another. Raises Problem.
+    at most `max_ratio` times the short ones (1: the square alone). No shape fits into another.
     """
-    if resolution < 1 or step < 1 or not 1.0 <= max_ratio < math.inf:
-        raise Problem(
-            f"Expected a positive resolution and step and a ratio of at least 1, found {resolution}, {step} and "
-            f"{max_ratio}."
-        )
     area = resolution * resolution
     wide = set()
     for height in range(step, resolution, step):

@@ -10,11 +10,12 @@ from contextlib import closing, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .buckets import Size, assign, bucket_sizes, cover, removed
+from .buckets import Size, assign, cover, removed
 from .images import ImageFacts, decode, probe
 from .parallel import in_order
 from .problems import BadImage, Cancelled
 from .remarks import MUCH, remarks
+from .settings import DataSettings
 from .sources import Entry, content, nothing_found, search
 from .walking import Watch
 
@@ -93,21 +94,18 @@ class DataReport:
 def check_data(
     data: Sequence[str | os.PathLike],
     *,
-    resolution: int = 512,
-    min_side: int = 0,
-    bucket_step: int = 64,
-    bucket_max_ratio: float = 2.0,
-    buckets: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
     should_stop: Callable[[], bool] = lambda: False,
     workers: int | None = None,
+    **more: Any,
 ) -> DataReport:
     """Decode every image under `data` completely and report; see `DataReport` and, for the places, `search`.
 
+    more: other settings that the images are judged by, see `DataSettings`.
     No image at all is no error here: the report says so in `nothing`. Raises DataProblem for places that do not exist.
     """
-    report = DataReport([os.fspath(place) for place in data], resolution, min_side)
-    sizes = bucket_sizes(resolution, bucket_step, bucket_max_ratio if buckets else 1.0)
+    settings = DataSettings(data=tuple(map(os.fspath, data)), **more)
+    report, sizes = DataReport(list(settings.data), settings.resolution, settings.min_side), settings.sizes
     try:
         found = search(data, Watch(should_stop))
     except Cancelled:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from ..data import (
     Callbacks,
     Cancelled,
     DataProblem,
-    DataSettings,
     LatentDataset,
     Watch,
     expanded,
@@ -82,9 +80,10 @@ def train(
 
 def _begun(state: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
     """What was settled when a run began (`_Training.begun`), out of its checkpoint. Raises ConfigProblem."""
-    begun = {"constants": {}, "null_text_error": {}} | ((state or {}).get("start") or {})
+    start = (state or {}).get("start", {})
+    begun = {"constants": {}, "null_text_error": {}} | (start if isinstance(start, dict) else {"constants": start})
     for name, kind in (("constants", Tensor), ("null_text_error", (int, float))):
-        if not all(isinstance(value, kind) for value in begun[name].values()):
+        if type(begun[name]) is not dict or not all(isinstance(value, kind) for value in begun[name].values()):
             raise ConfigProblem(f"start: expected what this trainer writes into a checkpoint, found other {name}.")
     return begun
 
@@ -207,7 +206,7 @@ class _Training(Run[TrainConfig]):
         try:
             with self.prior.autoencoder_on(self.processes.device):
                 dataset = open_dataset(
-                    DataSettings(**{known.name: getattr(self.config, known.name) for known in fields(DataSettings)}),
+                    self.config,
                     self.prior,
                     self.images,
                     Callbacks(

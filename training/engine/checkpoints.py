@@ -118,15 +118,10 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
             "program that wrote it."
         )
     for name, kinds in FIELDS.items():
-        if name not in state:
-            raise DamagedCheckpoint(f"{path}: expected a complete checkpoint, {name} is missing.")
-        if type(state[name]) not in kinds:
+        if type(state.get(name)) not in kinds:
             raise _other(path, name)
-    start = {} if state.get("start") is None else state["start"]
-    parts = [("weights", state["weights"], torch.Tensor), ("facts", state["facts"], str), ("start", start, dict)]
-    parts += [("start", part, (torch.Tensor, int, float)) for part in (start.values() if type(start) is dict else ())]
-    for name, part, kind in parts:
-        if type(part) is not dict or not all(isinstance(value, kind) for value in part.values()):
+    for name, kind in (("weights", torch.Tensor), ("facts", str)):
+        if not all(isinstance(value, kind) for value in state[name].values()):
             raise _other(path, name)
     if state["step"] < 0:
         raise _other(path, "step")
@@ -134,7 +129,7 @@ def load_checkpoint(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _other(path: Path, name: str) -> DamagedCheckpoint:
-    return DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found another {name} than it writes.")
+    return DamagedCheckpoint(f"{path}: expected a checkpoint of this trainer, found none or another {name} in it.")
 
 
 def find_checkpoints(run: str | os.PathLike) -> list[tuple[int, Path]]:

@@ -135,12 +135,9 @@ def event_from_dict(values: Mapping[str, Any]) -> Event:
         raise Problem(f"Expected an event out of {', '.join(EVENTS)}, found {values!r:.80}.")
     known = {own.name: str(own.type) for own in dataclasses.fields(kind)}
     values = {name: value for name, value in values.items() if name in known}
-    if issubclass(kind, (Step, Validated)):  # a loss that JSON cannot hold
-        values["loss"] = _number(values.get("loss"))
-    for name in {Validated: ("per_level",), Step: ("parts",)}.get(kind, ()):
-        numbers = values.get(name) or {}
-        if isinstance(numbers, Mapping):
-            values[name] = {key: _number(value) for key, value in numbers.items()}
+    for name, missing in (("loss", None), ("per_level", {}), ("parts", {})):
+        if name in known:
+            values[name] = _or_nan(values.get(name, missing))
     if not all(_fits(value, known[name]) for name, value in values.items()):
         raise Problem(f"Expected an event {name!r:.20} as this trainer writes it, found {values!r:.80}.")
     try:
@@ -214,7 +211,10 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: Any) -> Any:
+def _or_nan(value: Any) -> Any:
+    """Numbers out of JSON, where None stands for one that it cannot hold."""
+    if isinstance(value, dict):
+        return {name: _or_nan(part) for name, part in value.items()}
     return math.nan if value is None else value
 
 

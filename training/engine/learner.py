@@ -19,7 +19,7 @@ from torch.amp.grad_scaler import GradScaler
 from ...guidance.errors import Problem
 from .average import WeightAverage
 from .checkpoints import different_facts, machine_facts
-from .optimizers import rate_at, restore, set_rate
+from .optimizers import rate_at, restore
 from .processes import OneProcess
 from .run_settings import RunSettings
 from .settings import ConfigProblem
@@ -131,7 +131,8 @@ class Learner(ABC, Generic[Config]):
         Raises NonFiniteLoss before anything is changed.
         """
         rate = rate_at(self.config, self.step)
-        set_rate(self.optimizer, rate)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
         share = self.backward().detach().float().to(self.device)
         sums = self.processes.total(torch.stack([share, torch.tensor(float(should_stop()), device=self.device)]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +16,9 @@ from .lettering import default_font
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+MEANS = 100  # points of the blue line
 
 
 class LossCurve:
@@ -61,29 +64,15 @@ def thinned(values: Mapping[int, float], most: int = 2000) -> dict[int, float]:
     return {part[-1]: sum(values[step] for step in part) / len(part) for part in parts}
 
 
-def smoothed(values: Sequence[float], share: float = 0.03) -> list[float]:
-    """Running mean over `share` of the values on both sides (of few values over more), fewer at the ends."""
-    reach = max(int(len(values) * share), min(10, len(values) // 8))
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    result = []
-    for index in range(len(values)):
-        near = min(reach, index, len(values) - 1 - index)
-        result.append((sums[index + near + 1] - sums[index - near]) / (2 * near + 1))
-    return result
-
-
 def draw_losses(
     train: Mapping[int, float], held_out: Mapping[int, float], width: int = 960, height: int = 480
 ) -> Image:
-    """The loss curve as a Pillow image: single steps grey, their running mean blue, held-out losses orange."""
+    """The loss curve as a Pillow image: single steps grey, means of neighbours blue, held-out losses orange."""
     from PIL import Image, ImageDraw
 
-    steps = sorted(train)
-    mean = smoothed([train[step] for step in steps])
+    steps, means = sorted(train), thinned(train, MEANS)
     # The range follows the means: single steps scatter widely and would flatten the curve.
-    shown = sorted(mean + list(held_out.values()))
+    shown = sorted([*means.values(), *held_out.values()])
     spread = sorted(train.values())
     low = min(shown[0], spread[len(spread) // 20] if spread else shown[0])
     high = max(shown[-1], spread[len(spread) * 19 // 20] if spread else shown[-1])
@@ -111,11 +100,11 @@ def draw_losses(
     draw.line([(left, top), (left, bottom), (right, bottom)], fill=(90, 90, 90))
     if len(steps) > 1:
         draw.line([place(step, train[step]) for step in steps], fill=(205, 213, 225), width=1)
-        draw.line([place(step, loss) for step, loss in zip(steps, mean)], fill=(31, 95, 191), width=2)
+        draw.line([place(step, loss) for step, loss in means.items()], fill=(31, 95, 191), width=2)
     for step, loss in held_out.items():
         x, y = place(step, loss)
         draw.ellipse([x - 4, y - 4, x + 4, y + 4], fill=(224, 124, 24))
-    label = f"loss at step {last}: {mean[-1]:.4f}" if mean else f"loss at step {last}"
+    label = f"loss at step {last}" + (f": {means[steps[-1]]:.4f}" if steps else "")
     if held_out:
         label += f"     held out: {held_out[max(held_out)]:.4f} (dots)"
     draw.text((left, 14), label, fill=(40, 40, 40), font=font)

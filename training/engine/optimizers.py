@@ -42,15 +42,15 @@ def build_optimizer(
     """
     parameters = list(parameters)
     groups = [
-        {"params": [one for one in parameters if one.ndim > 1], "weight_decay": weight_decay},
-        {"params": [one for one in parameters if one.ndim <= 1], "weight_decay": 0.0},
+        {"params": [weight for weight in parameters if weight.ndim > 1], "weight_decay": weight_decay},
+        {"params": [weight for weight in parameters if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {"lr": config.learning_rate, "betas": config.betas, "eps": EPS}
     if name == "adamw8bit":
         return _adamw8bit()(groups, **options)
     # One pass over the weights instead of a dozen; every backend this runs on has it for fp32.
-    fused = all(one.device.type in ("cpu", "cuda", "mps", "xpu") for one in parameters)
+    fused = all(weight.device.type in ("cpu", "cuda", "mps", "xpu") for weight in parameters)
     try:
         return torch.optim.AdamW(groups, fused=fused, **options)
     except RuntimeError:  # an older torch without it for this device
@@ -74,16 +74,10 @@ def rate_at(config: RunSettings, step: int) -> float:
     return config.learning_rate
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
 def restore(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
     """Load an optimizer's state from a checkpoint, whose tensors it would otherwise adopt as they lie in the file."""
-    own = {key: {name: _own(value) for name, value in values.items()} for key, values in state["state"].items()}
+    own = {
+        key: {name: value.clone() if isinstance(value, Tensor) else value for name, value in values.items()}
+        for key, values in state["state"].items()
+    }
     optimizer.load_state_dict({**state, "state": own})
-
-
-def _own(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from .names import check_name
-from .settings import ConfigProblem, Settings, option, shown
+from .settings import ConfigProblem, Settings, group, shown
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+what, stepping, reporting = map(group, ("what", "optimisation", "reporting"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,77 +30,61 @@ class RunSettings(Settings, ABC):
     groups: ClassVar[tuple[str, ...]] = ("what", "optimisation", "reporting")
     betas: ClassVar[tuple[float, float]] = (0.9, 0.999)  # Adam's decay of the mean and the squared gradient
 
-    name: str = option("run", "what", "name of the run; the finished file is NAME.safetensors", free=True)
-    output: str = option(
-        "",
-        "what",
-        "folder of the run (log, samples, checkpoints, finished file); empty: runs/NAME",
-        path=True,
-        free=True,
+    name: str = what("run", "name of the run; the finished file is NAME.safetensors", free=True)
+    output: str = what(
+        "", "folder of the run (log, samples, checkpoints, finished file); empty: runs/NAME", path=True, free=True
     )
-    export_to: str = option(
-        "", "what", "folder the finished file is also put in; empty: only the run's folder", path=True, free=True
+    export_to: str = what(
+        "", "folder the finished file is also put in; empty: only the run's folder", path=True, free=True
     )
-    steps: int = option(1000, "optimisation", "optimizer steps in all", min=1, max=10_000_000, free=True)
-    batch_size: int = option(
-        4, "optimisation", "images in one forward pass, over all processes together", min=1, max=65536
-    )
-    learning_rate: float = option(1e-4, "optimisation", "peak learning rate", min=0.0, max=1.0)
-    schedule: str = option(
+    steps: int = stepping(1000, "optimizer steps in all", min=1, max=10_000_000, free=True)
+    batch_size: int = stepping(4, "images in one forward pass, over all processes together", min=1, max=65536)
+    learning_rate: float = stepping(1e-4, "peak learning rate", min=0.0, max=1.0)
+    schedule: str = stepping(
         "constant",
-        "optimisation",
         "learning rate after the warm-up: constant, or falling to 0 at the last step",
         choices=("constant", "cosine", "linear"),
     )
-    warmup: int = option(
-        0, "optimisation", "steps over which the learning rate rises from 0; 0: none", min=0, max=1_000_000
-    )
-    clip: float = option(0.0, "optimisation", "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
-    ema: float = option(
+    warmup: int = stepping(0, "steps over which the learning rate rises from 0; 0: none", min=0, max=1_000_000)
+    clip: float = stepping(0.0, "largest norm of the gradient; 0: no clipping", min=0.0, max=1e9)
+    ema: float = stepping(
         0.999,
-        "optimisation",
         "decay of the average of the weights that is sampled and exported, warmed up as (1+n)/(10+n); 0: no average",
         min=0.0,
         max=0.9999999,
     )
-    precision: str = option(
+    precision: str = stepping(
         "auto",
-        "optimisation",
         "of the forward and backward pass (the weights stay fp32); auto: bf16 on GPUs that have it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    gradient_checkpointing: bool = option(
-        False, "optimisation", "compute activations twice instead of storing them: slower, far less memory", free=True
+    gradient_checkpointing: bool = stepping(
+        False, "compute activations twice instead of storing them: slower, far less memory", free=True
     )
-    seed: int = option(0, "optimisation", "of everything random", min=0, max=2**63 - 1)
-    device: str = option("auto", "optimisation", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
-    checkpoint_every: int = option(
-        250, "reporting", "steps between checkpoints to resume from; 0: none by steps", min=0, max=10_000_000, free=True
+    seed: int = stepping(0, "of everything random", min=0, max=2**63 - 1)
+    device: str = stepping("auto", "auto, cpu, cuda, cuda:1, mps, xpu", free=True)
+    checkpoint_every: int = reporting(
+        250, "steps between checkpoints to resume from; 0: none by steps", min=0, max=10_000_000, free=True
     )
-    checkpoint_minutes: float = option(
+    checkpoint_minutes: float = reporting(
         10.0,
-        "reporting",
         "also save a checkpoint when the last one is this many minutes old, which is the most that a crash can cost; "
         "0: by steps only",
         min=0.0,
         max=100_000.0,
         free=True,
     )
-    keep_checkpoints: int = option(
-        3, "reporting", "how many of the latest checkpoints stay", min=1, max=10_000, free=True
+    keep_checkpoints: int = reporting(3, "how many of the latest checkpoints stay", min=1, max=10_000, free=True)
+    sample_every: int = reporting(
+        250, "steps between sample grids, the first at step 0; 0: none", min=0, max=10_000_000, free=True
     )
-    sample_every: int = option(
-        250, "reporting", "steps between sample grids, the first at step 0; 0: none", min=0, max=10_000_000, free=True
+    sample_count: int = reporting(
+        4, "images per row of the grid, each with its own fixed seed", min=1, max=64, free=True
     )
-    sample_count: int = option(
-        4, "reporting", "images per row of the grid, each with its own fixed seed", min=1, max=64, free=True
-    )
-    log_every: int = option(10, "reporting", "steps between lines of the log", min=1, max=1_000_000, free=True)
-    tensorboard: bool = option(False, "reporting", "also write events for TensorBoard (needs tensorboard)", free=True)
-    file_dtype: str = option(
-        "fp32", "reporting", "numbers of the finished file", choices=("fp16", "bf16", "fp32"), free=True
-    )
-    licence: str = option("", "reporting", "licence written into the finished file", free=True)
+    log_every: int = reporting(10, "steps between lines of the log", min=1, max=1_000_000, free=True)
+    tensorboard: bool = reporting(False, "also write events for TensorBoard (needs tensorboard)", free=True)
+    file_dtype: str = reporting("fp32", "numbers of the finished file", choices=("fp16", "bf16", "fp32"), free=True)
+    licence: str = reporting("", "licence written into the finished file", free=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -10,7 +10,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import field
 from typing import Any, ClassVar, TypeVar
 
@@ -36,6 +36,11 @@ def option(default: Any, group: str, help: str, **more: Any) -> Any:
     go on); `free` (may differ when a run is resumed: it does not change the numbers that are trained).
     """
     return field(default=default, metadata={"help": help, "group": group, "free": False, "path": False, **more})
+
+
+def group(name: str) -> Callable[..., Any]:
+    """`option` for the fields of one group."""
+    return lambda default, help="", **more: option(default, name, help, **more)
 
 
 def changed(settings: type[Settings], name: str, default: Any, **more: Any) -> Any:

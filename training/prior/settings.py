@@ -6,37 +6,29 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from ..engine.run_settings import RunSettings
-from ..engine.settings import CONNECTED_PREFIX, option
+from ..engine.settings import CONNECTED_PREFIX, group
 from ..mini_world import MINI_WORLD
+
+what = group("what")
 
 
 @dataclass(frozen=True, kw_only=True)
 class PriorSettings(RunSettings, ABC):
     """A run's settings with the prior's."""
 
-    base: str = option(
+    base: str = what(
         "",
-        "what",
         "the prior: a checkpoint (.safetensors in LDM layout: SD 1.x, 2.x, SDXL) or mini_world",
         path=True,
         model=True,
         free=True,
         names=(MINI_WORLD, CONNECTED_PREFIX),
     )
-    vae: str = option(
-        "",
-        "what",
-        "file with another VAE than the checkpoint's own; empty: the checkpoint's",
-        path=True,
-        model=True,
-        free=True,
+    vae: str = what(
+        "", "file with another VAE than the checkpoint's own; empty: the checkpoint's", path=True, model=True, free=True
     )
-    tokenizer: str = option(
-        "",
-        "what",
-        "folder with CLIP's vocab.json and merges.txt, which prompts of published models need",
-        path=True,
-        free=True,
+    tokenizer: str = what(
+        "", "folder with CLIP's vocab.json and merges.txt, which prompts of published models need", path=True, free=True
     )
 
     @property

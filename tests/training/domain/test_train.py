@@ -25,7 +25,7 @@ from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
 from indomain_guidance.training.data.check import check_data
 from indomain_guidance.training.data.remarks import remarks
 from indomain_guidance.training.domain.learner import DomainLearner
-from indomain_guidance.training.domain.train import train
+from indomain_guidance.training.domain.train import _begun, train
 from indomain_guidance.training.engine.checkpoints import (
     checkpoint_path,
     find_checkpoints,
@@ -830,6 +830,12 @@ def test_a_run_that_memory_cannot_hold_leaves_no_folder(run, folder, monkeypatch
     with pytest.raises(Problem, match="fits into memory"):
         run(output=str(folder / "runs" / "new"))
     assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize("start", [3, torch.zeros(3), {"constants": 0.5}, {"null_text_error": {"a": "x"}}])
+def test_what_a_run_began_with_is_checked(start):
+    with pytest.raises(ConfigProblem, match="start: expected what this trainer writes"):
+        _begun({"start": start})
 
 
 def test_what_others_put_into_a_refused_runs_folder_stays(run, folder):

@@ -200,16 +200,11 @@ def test_a_checkpoint_passes_the_same_checks_as_other_torch_files(tmp_path, pick
         ({"weights": {"a": None}}, "weights"),
         ({"weights": {"a": torch.ones(2), "b": "x"}}, "weights"),
         ({"facts": {"threads": 2}}, "facts"),
-        ({"start": 3}, "start"),
-        ({"start": torch.zeros(3)}, "start"),
-        ({"start": {"constants": 0.5}}, "start"),
-        ({"start": {"null_text_error": {"a": "x"}}}, "start"),
-        ({"start": {"other": []}}, "start"),
     ],
 )
 def test_a_state_of_other_types_is_no_checkpoint(tmp_path, changes, name):
     path = save_checkpoint(checkpoint_path(tmp_path, 1), {**state(), **changes})
-    with pytest.raises(checkpoints.DamagedCheckpoint, match=f"found another {name} than it writes"):
+    with pytest.raises(checkpoints.DamagedCheckpoint, match=f"found none or another {name} in it"):
         load_checkpoint(path)
 
 

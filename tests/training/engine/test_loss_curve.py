@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from indomain_guidance.training.engine.events import Saved, Step, Validated
-from indomain_guidance.training.engine.loss_curve import LossCurve, draw_losses, smoothed, thinned
+from indomain_guidance.training.engine.loss_curve import LossCurve, draw_losses, thinned
 from PIL import Image
 
 
@@ -43,7 +43,7 @@ def test_a_curve_that_cannot_be_written_ends_no_run(tmp_path):
 
 
 def blue_heights(image):
-    """Mean row of the running mean's pixels in each column that has any."""
+    """Mean row of the means' pixels in each column that has any."""
     pixels = image.load()
     found = {}
     for x in range(image.width):
@@ -73,14 +73,6 @@ def test_the_curve_falls_as_the_loss_falls():
 )
 def test_degenerate_curves_can_be_drawn(train, held_out):
     assert draw_losses(train, held_out).size == (960, 480)
-
-
-def test_smoothing_keeps_lines_and_means():
-    line = [float(value) for value in range(200)]
-    assert smoothed(line) == pytest.approx(line)
-    assert smoothed([]) == [] and smoothed([3.0]) == [3.0]
-    rough = [0.0, 1.0] * 100
-    assert max(abs(value - 0.5) for value in smoothed(rough)[20:-20]) < 0.06
 
 
 def test_thinning_keeps_the_last_step_and_the_mean():
