@@ -18,7 +18,7 @@ from ...guidance.schedules import as_weight
 from ...guidance.terms import BASE, Source
 from ..engine.memory import is_memory_problem
 from ..engine.settings import ConfigProblem
-from ..prior.same_prior import relative_difference
+from ..prior.same_prior import check_difference, relative_difference
 
 Encode = Callable[[Tensor], Tensor]
 
@@ -105,16 +105,9 @@ def check_opinion(objective: Objective, now: Mapping[str, Tensor], state: Mappin
             continue  # of what the method does not ask for
         difference = relative_difference(now[name], earlier)
         _, at, t = name.partition(" at timestep ")
-        if difference > SAME_OPINION + (ROUNDING / objective.critic.schedule.sigma(float(t)) if at else 0.0):
-            raise ConfigProblem(
-                f"{source}: expected a run with the same diffusion model, VAE, prompts and terms, found one whose "
-                f"{name} differs for the same picture; use those that the run began with, or start a new run."
-            )
-        if difference > 0:
-            warnings.append(
-                f"the critic's {name} differs by {difference:.1e} from when {source} was written; the run goes on, but "
-                "its weights can differ from an uninterrupted run's in their last bits."
-            )
+        largest = SAME_OPINION + (ROUNDING / objective.critic.schedule.sigma(float(t)) if at else 0.0)
+        what = "diffusion model, VAE, prompts and terms"
+        warnings += check_difference(difference, largest, what, name, source)
     return warnings
 
 

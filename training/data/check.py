@@ -21,8 +21,7 @@ from .walking import Watch
 
 # Kinds of images that are not used, and facts about images that are, with their titles in the text.
 FAULTS = {
-    "corrupt": "damaged",
-    "truncated": "broken off",
+    "corrupt": "damaged or cut off",
     "unreadable": "cannot be read",
     "too_large": "too large to decode",
     "too_small": "shorter side below {min_side} pixels",

@@ -13,7 +13,7 @@ MOST_NOTES = 32 * 2**20  # bytes that the entries of a directory take once Pillo
 MOST_BLOCKS = 16  # places of an AVIF where an EXIF block may begin
 BYTES_OF_A_NUMBER = 64  # in a tuple of Python's
 ORIENTATION, WIDTH, HEIGHT, BITS, COMPRESSION, ROWS_PER_STRIP = 274, 256, 257, 258, 259, 278  # tags
-STRIPS, STRIP_BYTES, TILES, TILE_BYTES, TILE_WIDTH, TILE_HEIGHT = 273, 279, 324, 325, 322, 323
+TILE_WIDTH, TILE_HEIGHT = 322, 323
 SUB_DIRECTORIES = (34665, 34853, 40965)
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:=["\']|>)([1-8])')
 # None, CCITT, LZW, JPEG, Deflate, PackBits, Zstandard; others need memory that their header alone decides on.
@@ -112,19 +112,6 @@ def tiff_memory(data: bytes) -> int:
         bits = sum(directory.numbers(BITS)[:8]) or 8
         extra += len(data) + bits * max(width * min(rows, height), tile_width * tile_height) // 8
     return extra
-
-
-def tiff_end(data: bytes) -> int:
-    """How long a TIFF file must be for its directory and strips or tiles; 0 when they cannot be read."""
-    try:
-        directory = Directory(data)
-    except struct.error:  # its directory lies behind the end
-        return len(data) + 1
-    except ValueError:
-        return 0
-    starts = directory.numbers(STRIPS) or directory.numbers(TILES)
-    lengths = directory.numbers(STRIP_BYTES) or directory.numbers(TILE_BYTES)
-    return max((start + length for start, length in zip(starts, lengths)), default=0)
 
 
 def check_blocks(data: bytes) -> None:

@@ -12,7 +12,7 @@ class DataProblem(Problem):
 class BadImage(DataProblem):
     """One file that cannot be used.
 
-    kind: "empty", "corrupt", "truncated", "too large" or "unreadable" (permissions, a lost drive).
+    kind: "empty", "corrupt", "too large" or "unreadable" (permissions, a lost drive).
     """
 
     def __init__(self, kind: str, reason: str) -> None:

@@ -58,7 +58,7 @@ class ImageEntry:
             reason = f"cannot be read ({error.strerror or error}); check its permissions"
             raise BadImage("unreadable", reason) from error
         if self.in_shard and len(data) < size:
-            raise BadImage("truncated", "lies where its shard ends too early; copy or download the shard again")
+            raise BadImage("corrupt", "lies where its shard ends too early; copy or download the shard again")
         return data
 
     def stamp(self) -> tuple[str, int, int, int] | None:

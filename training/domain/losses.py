@@ -56,8 +56,6 @@ def min_snr_weight(prediction_type: str, abar: Tensor, gamma: float) -> Tensor:
     every abar in 0..1 (a zero-SNR schedule ends near 0: epsilon's weight is 1 there, v's and sample's near 0).
     abar [B] -> [B].
     """
-    if prediction_type not in PREDICTION_TYPES:
-        raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
     if gamma <= 0:
         return torch.ones_like(abar)
     # With abar and 1 - abar instead of their quotient nothing is divided by zero.

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -125,36 +126,22 @@ def open_checkpoint(path: str | os.PathLike, *, vae: str = "", tokenizer: str = 
 def prior_from_tensors(
     unet: Mapping[str, Tensor],
     config: UNetConfig,
-    *,
-    prediction_type: str,
-    zero_snr: bool,
-    latent_format: str,
-    latent_scale: float,
-    null_context: NullContext,
     autoencoder: Mapping[str, Tensor],
-    text_encoder: Callable[[Sequence[str]], Text] | None = None,
+    *,
     name: str = "prior",
+    **more: Any,
 ) -> Prior:
     """A prior of tensors that are already in memory, such as those of ComfyUI's MODEL, CLIP and VAE.
 
-    unet, autoencoder: LDM keys without prefix; the others: as `Prior` has them. Raises FileProblem for weights that
+    unet, autoencoder: LDM keys without prefix; more: the other fields of `Prior`. Raises FileProblem for weights that
     cannot be trained from.
     """
     check_trainable(config, name)
     check_unet(unet, config, name)
     with torch.inference_mode(False):
-        return Prior(
-            name=name,
-            unet={key: _trainable(tensor) for key, tensor in unet.items()},
-            config=config,
-            prediction_type=prediction_type,
-            zero_snr=zero_snr,
-            latent_format=latent_format,
-            latent_scale=latent_scale,
-            null_context=null_context,
-            autoencoder=build_autoencoder({key: _trainable(tensor) for key, tensor in autoencoder.items()}, name),
-            text_encoder=text_encoder,
-        )
+        weights = {key: _trainable(tensor) for key, tensor in unet.items()}
+        vae = build_autoencoder({key: _trainable(tensor) for key, tensor in autoencoder.items()}, name)
+        return Prior(name=name, unet=weights, config=config, autoencoder=vae, **more)
 
 
 def _check_kind(path: Path, keys: Sequence[str], metadata: Mapping[str, str]) -> None:

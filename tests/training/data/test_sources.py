@@ -197,7 +197,7 @@ def test_damaged_shards(tmp_path):
     cut.write_bytes(whole[: third - 700])  # since it was looked for
     with pytest.raises(BadImage) as caught:
         entries[2].read()
-    assert caught.value.kind == "truncated"
+    assert caught.value.kind == "corrupt"
     other = put(tmp_path / "other" / "no.tar", b"this is no tar" * 100)
     put(tmp_path / "other" / "1.png")
     assert [name for name, _ in search([tmp_path / "other"]).skipped] == [str(other)]

@@ -107,7 +107,7 @@ def test_foreign_checkpoints_are_named(tmp_path):
     said = []
     assert latest_checkpoint(tmp_path, said.append)[0] == good
     assert [name for text in said for name in (wrong, partial, other) if str(name) in text] == [wrong, partial, other]
-    assert "something else" in said[0] and "config is missing" in said[1]
+    assert "something else" in said[0] and "another config" in said[1]
 
 
 def test_none_is_passed_over_that_may_be_good(tmp_path, monkeypatch):
