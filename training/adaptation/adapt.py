@@ -17,7 +17,6 @@ from ...guidance.files import TRAINING
 from ...guidance.files.generator import GeneratorMetadata, LoadedGenerator, read_generator, write_generator
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ..engine.events import Listener
-from ..engine.folder import SAMPLES
 from ..engine.reports import Report
 from ..engine.run import Result, Run
 from ..mini_world import MINI_WORLD
@@ -166,8 +165,7 @@ class _Adaptation(Run[AdaptConfig]):
 
     def make_reports(self) -> list[Report]:
         wanted = self.config.sample_every and self.processes.is_main
-        frozen, folder = self.adapter.frozen, self.folder / SAMPLES
-        grids = BeforeAfter(self.config, frozen, folder, anew=self.start == 0) if wanted else None
+        grids = BeforeAfter(self.config, self.adapter.frozen) if wanted else None
 
         def draw(step: int) -> Image:
             assert grids is not None

@@ -38,27 +38,9 @@ def learning_names(generator: StyleGAN2, names: Sequence[str], layers: int = 0) 
 
 
 def describe_trained(generator: StyleGAN2, names: Sequence[str], layers: int = 0) -> str:
-    """Exactly which tensors learn, and how many numbers they hold, for people."""
+    """How many tensors learn, and how many numbers they hold, for people."""
     names = learning_names(generator, names, layers)
-    sizes = {name: one.numel() for name, one in generator.named_parameters()}
+    sizes = {name: weight.numel() for name, weight in generator.named_parameters()}
     learns, total = sum(sizes[name] for name in names), sum(sizes.values())
-    count = f"trains {len(names)} of {len(sizes)} tensors, {learns:,} of {total:,} parameters"
-    text = f"{count}: {', '.join(_grouped(names))}"
-    if layers:
-        text += f"; in each step those of the {layers} styles that matter most"
-    still = [name for name in sizes if name not in set(names)]
-    return text + (f"\nleft as they are: {', '.join(_grouped(still))}" if still else "")
-
-
-def _grouped(names: Sequence[str]) -> list[str]:
-    """Names with what one layer holds in braces: synthesis.b8.conv0.{weight, affine.weight}."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        parts = name.split(".")
-        # mapping.fc0 and synthesis.b8.conv0 are layers; synthesis.b4.const is a tensor by itself.
-        at = min(3 if parts[0] == "synthesis" else 2, len(parts) - 1)
-        groups.setdefault(".".join(parts[:at]), []).append(".".join(parts[at:]))
-    return [
-        f"{layer}.{tensors[0]}" if len(tensors) == 1 else f"{layer}.{{{', '.join(tensors)}}}"
-        for layer, tensors in groups.items()
-    ]
+    text = f"trains {len(names)} of {len(sizes)} tensors, {learns:,} of {total:,} parameters"
+    return text + (f"; in each step those of the {layers} styles that matter most" if layers else "")

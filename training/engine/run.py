@@ -72,7 +72,6 @@ class Run(ABC, Generic[Config]):
         self.folder = config.run_folder.absolute()
         self.listeners: list[Listener] = [listener]
         self.curve = LossCurve(self.folder / PLOT)
-        self.start = 0
         self.progress = Progress(config.steps)
         self._saver: Saver | None = None  # once there is a learner
         self._took_part = False  # whether more was done than to prepare
@@ -158,7 +157,6 @@ class Run(ABC, Generic[Config]):
                     self.warn(warning)
                 self._write_config()
             del found  # what lies in the checkpoint's file has been copied out of it
-            self.start = start
             self._saver = saver = Saver(self.config, learner, self.begun(), self.tell, self.advice)
             reports = Reports(self.make_reports(), start, self.config.steps, self.processes, self.tell)
             return self._loop(learner, saver, reports)

@@ -192,7 +192,6 @@ def test_the_report_names_exactly_what_trains(run, tiny_adaptation, train, expec
     told = events[0].estimate
     tensors = len(list(source.parameters()))
     assert f"trains {len(names)} of {tensors} tensors, {count:,} of {total:,} parameters" in told
-    assert ("synthesis.b4.const" in told.partition("left as they are")[0]) == ("synthesis.b4.const" in names)
 
 
 def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
@@ -200,7 +199,6 @@ def test_layer_selection_trains_the_chosen_layers_only(run, tiny_adaptation):
     result, events = run(steps=1, layers=1, ema=0.0, train="synthesis", checkpoint_every=0)
     (stage,) = read_generator(result.path).metadata.history
     assert "synthesis.b4.conv1.weight" in stage["trained"] and "synthesis.b4.const" not in stage["trained"]
-    assert "b4.const" not in events[0].estimate.partition("left as they are")[0]
     (step,) = [event for event in events if isinstance(event, Step)]
     chosen = {name.removeprefix("trained ") for name in step.parts if name.startswith("trained ")}
     assert 1 <= len(chosen) <= 2 and len({source.ws_index[name] for name in chosen}) == 1

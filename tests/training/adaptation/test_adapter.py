@@ -6,7 +6,7 @@ import pytest
 import torch
 from indomain_guidance.training.adaptation.adapter import Adapter, check_generator, generator_hash
 from indomain_guidance.training.adaptation.critic import make_objective
-from indomain_guidance.training.adaptation.layers import describe_trained, trained_names
+from indomain_guidance.training.adaptation.layers import describe_trained, learning_names, trained_names
 from indomain_guidance.training.engine.settings import ConfigProblem
 
 
@@ -86,23 +86,19 @@ def test_gradients_are_clipped(adapter):
     assert all(value.grad is None for value in one.parameters.values())  # they need not outlive the step
 
 
-def test_tensors_are_named_layer_by_layer(tiny_adaptation):
+def test_what_learns_is_counted(tiny_adaptation):
     generator = tiny_adaptation.tiny_generator()
     text = describe_trained(generator, trained_names(generator, "released", True), 3)
     assert text.startswith("trains 12 of 42 tensors, ")
-    assert "synthesis.b8.conv0.{weight, noise_strength, affine.weight}" in text
     assert "those of the 3 styles that matter most" in text
-    left = text.partition("left as they are: ")[2]
-    assert left.startswith("mapping.fc0.{weight, bias}, mapping.fc1.{weight, bias}, synthesis.b4.const, ")
 
 
 def test_layer_selection_names_no_tensor_that_it_cannot_choose(tiny_adaptation):
     generator = tiny_adaptation.tiny_generator()
     names = trained_names(generator, "all", False)
-    trained, left = describe_trained(generator, names, 2).split("\nleft as they are: ")
-    assert "synthesis.b4.const" in left and "mapping.fc0" in left and "b8.conv1" not in left
-    assert "const" not in trained and "synthesis.b8.conv1" in trained
-    assert "left as they are" not in describe_trained(generator, names)
+    able = learning_names(generator, names, 2)
+    assert "synthesis.b4.const" not in able and "synthesis.b8.conv1.weight" in able
+    assert describe_trained(generator, names, 2).startswith(f"trains {len(able)} of 42 tensors")
 
 
 def test_a_generator_is_known_by_its_weights_and_architecture(tiny_adaptation):

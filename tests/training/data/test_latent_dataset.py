@@ -214,7 +214,7 @@ def test_bad_images_are_skipped_and_counted(folder, tmp_path):
     assert len(data) == 16
     reasons = dict(data.skipped)
     assert set(reasons) == {"cut.png", "cut copy.png", "empty.jpg", "text.jpg", "small.png"}
-    assert "before the picture is complete" in reasons["cut.png"] and "empty" in reasons["empty.jpg"]
+    assert "cut off" in reasons["cut.png"] and "empty" in reasons["empty.jpg"]
     assert "30 x 10 pixels, less than min_side 16" in reasons["small.png"]
     assert calls[-1] == (16, 16) and [done for done, _ in calls] == sorted(done for done, _ in calls)
     assert (folder / "cut.png").exists()
