@@ -103,7 +103,7 @@ def check_data(
     more: other settings that the images are judged by, see `DataSettings`.
     No image at all is no error here: the report says so in `nothing`. Raises DataProblem for places that do not exist.
     """
-    settings = DataSettings(data=tuple(map(os.fspath, data)), **more)
+    settings = DataSettings(data=tuple(os.fspath(place) for place in data), **more)
     report, sizes = DataReport(list(settings.data), settings.resolution, settings.min_side), settings.sizes
     try:
         found = search(data, Watch(should_stop))
