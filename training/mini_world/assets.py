@@ -12,15 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser, NoiseSchedule
-from ...guidance.errors import Problem
-from ...guidance.files import (
-    FileProblem,
-    check_finite,
-    read_domain_file,
-    read_generator,
-    read_metadata,
-    read_state_dict,
-)
+from ...guidance.files import FileProblem, ModelFile, check_finite, read_domain_file, read_generator
 from ...guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from ...guidance.networks.stylegan2 import StyleGAN2
 from ...guidance.networks.text_encoder import TextEncoder, TextEncoderConfig
@@ -31,10 +23,8 @@ from .tokens import expand_embedding, tokenize
 
 Model = TypeVar("Model", bound=nn.Module)
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
-JUDGES = {"classifier", "classifier_held_out"}
 # What a component's file must say beside its weights.
 SAYS = {"prior_unet": ("config",), "text_encoder": ("config", "token_ids"), "autoencoder": ("config", "scale_factor")}
-COMPONENTS = {*SAYS, *JUDGES}
 DECODED_AT_ONCE = 10
 
 
@@ -54,14 +44,10 @@ def generators_dir() -> Path:
 
 
 def read_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """fp16 weights and metadata of one of COMPONENTS.
-
-    Raises FileProblem when the file is missing, damaged or holds NaN.
-    """
-    if name not in COMPONENTS:
-        raise Problem(f"expected one of {', '.join(sorted(COMPONENTS))}, found {name!r}")
+    """fp16 weights and metadata of a shipped file. Raises FileProblem when it is missing, damaged or holds NaN."""
     path = weights_dir() / f"{name}.safetensors"
-    state_dict, metadata = read_state_dict(path), read_metadata(path)
+    file = ModelFile(path)
+    state_dict, metadata = file.tensors(), file.metadata
     check_finite(state_dict, path)
     missing = [key for key in SAYS.get(name, ()) if key not in metadata]
     if missing:
@@ -111,13 +97,9 @@ def load_domain(name: str = "mini-handwriting") -> UNet:
     return _ready(UNet(metadata.config), state_dict)
 
 
-def load_generator(name: str = "mini-handwriting") -> StyleGAN2:
-    """The shipped StyleGAN2 of handwriting in fp32: latents [B, 128] -> pictures [B, 3, 64, 64] around -1..1.
-
-    White on black and exactly grey, so that recoloured samples are exact:
-    ``render.paint(render.ink_of(pictures), pairs)``.
-    """
-    return read_generator(generators_dir() / f"{name}.safetensors").generator
+def load_generator() -> StyleGAN2:
+    """The shipped StyleGAN2 of handwriting in fp32, latents [B, 128] -> grey pictures [B, 3, 64, 64] around -1..1."""
+    return read_generator(generators_dir() / "mini-handwriting.safetensors").generator
 
 
 def _ready(model: Model, state_dict: dict[str, Tensor]) -> Model:

@@ -50,7 +50,7 @@ def made_once(path: Path, source: str, make: Callable[[], object]) -> Any:
 
 
 def weights_hash(*modules: nn.Module) -> str:
-    """SHA-256 (hex) over names, shapes and fp32 bytes of the modules' tensors."""
+    """SHA-256 (hex) over the names, shapes and fp32 bytes of the modules' tensors."""
     digest = hashlib.sha256()
     for module in modules:
         for key, value in module.state_dict().items():

@@ -29,11 +29,7 @@ def accuracies(model: Classifier, pictures: render.Pictures) -> dict[str, float]
 
 
 def score(model: Classifier, pictures: Tensor, prompts: Prompts, target: Tensor | None = None) -> dict[str, float]:
-    """Pictures [N, 3, 64, 64] of the prompts against their exact targets, whose features [M, 64] may be given.
-
-    distance: Frechet, kernel: KID, diversity within digits; the others are shares of 0..1 that the judge names as
-    prompted.
-    """
+    """Pictures [N, 3, 64, 64] of the prompts against their exact targets, whose features [M, 64] may be given."""
     if target is None:
         target = judge(model, target_pictures(prompts.digits, prompts.pairs).images)[0]
     features, named = judge(model, pictures)

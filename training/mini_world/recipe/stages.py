@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -34,6 +33,7 @@ from .kept_files import made_once, weights_hash
 from .loop import LoopConfig, Model
 
 LICENCE = "Apache-2.0"
+STAGED = "weights"  # the folder of finished files, until all are there
 STATISTICS_IMAGES = 2048  # on which the latents' scale and preview colours are measured
 DATA_LICENCES = {
     "fonts": "OFL-1.1 and Apache-2.0 families listed in data/README.md",
@@ -75,15 +75,10 @@ def null_context(text_encoder: TextEncoder) -> NullContext:
     return NullContext(hidden, {"text_encoder": "mini_world", "layer": "-1", "empty": "encoded"})
 
 
-def staged_weights(work: Path) -> Path:
-    """Where the stages leave their files until the world is complete."""
-    return work / "weights"
-
-
 def _write(work: Path, loop: LoopConfig, seed: int, name: str, model: torch.nn.Module, **metadata: str) -> None:
     about = {"format": "indomain_guidance.mini_world", "licence": LICENCE, "data": json.dumps(DATA_LICENCES)}
     about |= {"steps": str(loop.steps), "ema": str(loop.ema), "seed": str(seed), **metadata}
-    write_safetensors(staged_weights(work) / f"{name}.safetensors", half(model.state_dict()), about)
+    write_safetensors(work / STAGED / f"{name}.safetensors", half(model.state_dict()), about)
 
 
 def make_autoencoder(work: Path, seed: int = 0) -> tuple[Autoencoder, float]:
@@ -124,7 +119,7 @@ def make_domain(
     context = null_context(prior.text)
     weights = prior.unet.state_dict()
     model = train_domain.train(work, domain, weights, train_prior.UNET, context, autoencoder, scale, seed)
-    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    size, content = _dataset()
     metadata = DomainMetadata(
         config=model.config,
         latent_format=MINI_WORLD,
@@ -132,22 +127,22 @@ def make_domain(
         null_context=context.to_dict(),
         prior_hash=prior_content_hash(weights),
         domain_name=train_domain.FILE_NAMES[domain],
-        dataset_size=len(images),
-        dataset_hash=_content_hash(images),
+        dataset_size=size,
+        dataset_hash=content,
         steps=train_domain.LOOP.steps,
         ema=train_domain.LOOP.ema,
         resolution=render.SIDE_PX,
         licence=LICENCE,
         extra={"seed": str(seed), "data": json.dumps(DATA_LICENCES)},
     )
-    path = staged_weights(work) / assets.domain_unets_dir().name / f"{train_domain.FILE_NAMES[domain]}.safetensors"
+    path = work / STAGED / assets.domain_unets_dir().name / f"{train_domain.FILE_NAMES[domain]}.safetensors"
     return write_domain_file(path, half(model.state_dict()), metadata)
 
 
 def make_generator(work: Path, seed: int = 0) -> Path:
     """Stage 5: the StyleGAN2 of handwriting, white on black."""
     model = train_generator.train(work, seed)
-    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    size, content = _dataset()
     metadata = GeneratorMetadata(
         name=train_generator.FILE_NAME,
         licence=LICENCE,
@@ -156,27 +151,28 @@ def make_generator(work: Path, seed: int = 0) -> Path:
             "steps_at_half_size": str(train_generator.SMALL_LOOP.steps),
             "ema": str(train_generator.LOOP.ema),
             "seed": str(seed),
-            "dataset_size": str(len(images)),
-            "dataset_hash": _content_hash(images),
+            "dataset_size": str(size),
+            "dataset_hash": content,
             "data": json.dumps(DATA_LICENCES["handwriting"]),
         },
     )
-    path = staged_weights(work) / assets.generators_dir().name / f"{train_generator.FILE_NAME}.safetensors"
+    path = work / STAGED / assets.generators_dir().name / f"{train_generator.FILE_NAME}.safetensors"
     return write_generator(path, model, metadata, dtype="fp16")
 
 
-def _content_hash(images: Tensor) -> str:
-    return hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
+def _dataset() -> tuple[int, str]:
+    """How many images of handwriting are trained on, and their SHA-256."""
+    images, _ = render.load_handwriting(render.TRAIN_ROWS)
+    return len(images), hashlib.sha256(images.contiguous().numpy().tobytes()).hexdigest()
 
 
 def install(work: Path, weights: Path) -> list[Path]:
     """Put the finished files of ``work`` into the folder ``weights``, each replaced at once; the paths there."""
-    source, placed = staged_weights(work), []
+    source, placed = work / STAGED, []
     for path in sorted(source.rglob("*.safetensors")):
-        target = weights / path.relative_to(source)
-        with open(path, "rb") as finished, replacing(target) as file:
-            shutil.copyfileobj(finished, file)
-        placed.append(target)
+        placed.append(weights / path.relative_to(source))
+        with replacing(placed[-1]) as file:
+            file.write(path.read_bytes())
     return placed
 
 

@@ -40,7 +40,6 @@ def real_pictures(count: int, generator: Generator, side: int = render.SIDE_PX) 
 
 
 def latents(count: int, generator: Generator) -> Tensor:
-    """Standard normal latents [count, z_dim]."""
     return torch.randn(count, CONFIG.z_dim, generator=generator)
 
 

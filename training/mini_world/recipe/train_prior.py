@@ -103,7 +103,6 @@ def draw_said(kind: Tensor, generator: Generator) -> tuple[int, int, int] | None
 
 
 def caption_of(said: tuple[int, int, int] | None) -> str:
-    """The caption that says so; None is the empty one."""
     return "" if said is None else render.caption(*(None if part < 0 else part for part in said))
 
 
