@@ -40,18 +40,18 @@ class Piece:
 OfPiece = TypeVar("OfPiece", bound=Piece)
 
 
-def evaluate(pieces: Sequence[OfPiece], max_batch: int | None = None) -> Iterator[list[tuple[OfPiece, Tensor]]]:
+def evaluate(pieces: Sequence[OfPiece]) -> Iterator[list[tuple[OfPiece, Tensor]]]:
     """Every piece with its x0: one list for each call, in as few calls of each model as possible.
 
-    max_batch: the most latents in one call. A model with a method `denoise_many(calls) -> list of x0`, calls being (x,
-    sigma, arguments) triples, gets all its pieces at once. Raises GuidanceError for another shape than x's.
+    A model with a method `denoise_many(calls) -> list of x0`, calls being (x, sigma, arguments) triples, gets all its
+    pieces at once. Raises GuidanceError for another shape than x's.
     """
     by_model: dict[int, list[OfPiece]] = {}
     for piece in pieces:
         by_model.setdefault(id(piece.source.model), []).append(piece)
     for own in by_model.values():
         many = getattr(own[0].source.model, "denoise_many", None)
-        for call in [own] if many else in_few_calls(own, max_batch):
+        for call in [own] if many else in_few_calls(own):
             if many:
                 outputs = list(many([(piece.x, piece.sigma, piece.arguments) for piece in call]))
                 for piece, output in zip(call, outputs):
@@ -61,17 +61,15 @@ def evaluate(pieces: Sequence[OfPiece], max_batch: int | None = None) -> Iterato
             yield list(zip(call, outputs))
 
 
-def in_few_calls(pieces: Sequence[OfPiece], max_batch: int | None = None) -> list[list[OfPiece]]:
-    """One model's pieces sorted into as few calls as their arguments and `max_batch` allow; none is ever split."""
+def in_few_calls(pieces: Sequence[OfPiece]) -> list[list[OfPiece]]:
+    """One model's pieces sorted into as few calls as their arguments allow."""
     calls: list[list[OfPiece]] = []
     for piece in pieces:
-        for call in calls:
-            rows = len(piece.x) + sum(len(other.x) for other in call)
-            if (max_batch is None or rows <= max_batch) and call[0].fits(piece):
-                call.append(piece)
-                break
-        else:
+        fitting = next((call for call in calls if call[0].fits(piece)), None)
+        if fitting is None:
             calls.append([piece])
+        else:
+            fitting.append(piece)
     return calls
 
 

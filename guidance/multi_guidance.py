@@ -29,17 +29,12 @@ class MultiGuidance:
     and those with lists or dicts, whose entries may belong to single images, are called one by one.
 
     percent_to_sigma: needed when a weight has positions in percent (e.g. `NoiseSchedule.percent_to_sigma`).
-    max_batch: the most images in one model call, None for no limit; one conditioning is never split.
 
     `samples_per_step` lists, for each call since `reset`, the predictions evaluated per image; `calls_per_step` the
     model calls.
     """
 
-    def __init__(
-        self, guidance: Guidance, percent_to_sigma: PercentToSigma | None = None, max_batch: int | None = None
-    ) -> None:
-        if max_batch is not None and max_batch < 1:
-            raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
+    def __init__(self, guidance: Guidance, percent_to_sigma: PercentToSigma | None = None) -> None:
         if guidance.needs_percent and percent_to_sigma is None:
             names = ", ".join(term.name for term in guidance.terms if term.weight.needs_percent)
             raise GuidanceError(
@@ -49,7 +44,6 @@ class MultiGuidance:
             source.check_callable(" and ".join(guidance.names(source)))
         self.guidance = guidance
         self.percent_to_sigma = percent_to_sigma
-        self.max_batch = max_batch
         self.reset()
 
     def reset(self) -> None:
@@ -101,7 +95,7 @@ class MultiGuidance:
             Piece(source, x, sigma, for_rows({**kwargs, **(source.cond or {})}, batch, rows)) for source in step.needed
         ]
         predictions: dict[Source, Tensor] = {}
-        for call in evaluate(pieces, self.max_batch):
+        for call in evaluate(pieces):
             self._calls += 1
             predictions.update((piece.source, output) for piece, output in call)
         return step.combine(predictions)

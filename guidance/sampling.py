@@ -21,17 +21,13 @@ SAMPLERS = ("euler", "ddim", "dpmpp_2m")
 Denoise = Callable[..., Tensor]
 
 
-def _check_steps(steps: int) -> None:
-    if steps < 1:
-        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
-
-
 def sigmas_karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
     """The noise levels of arXiv 2206.00364, eq. 5: even in sigma^(1/rho) from sigma_max to sigma_min, then 0.
 
     steps: model calls, at least 1. rho: 7 as published. Returns [steps + 1] in float64.
     """
-    _check_steps(steps)
+    if steps < 1:
+        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
     high, low = schedule.sigma_max ** (1 / rho), schedule.sigma_min ** (1 / rho)
     sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -42,8 +38,11 @@ def sigmas_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
 
     steps: model calls, at least 1. Returns [steps + 1] in float64.
     """
-    _check_steps(steps)
-    return _at_even_timesteps(schedule, steps)
+    if steps < 1:
+        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+    first, last = schedule.timestep(schedule.sigma_max), schedule.timestep(schedule.sigma_min)
+    timesteps = torch.linspace(first, last, steps, dtype=torch.float64).tolist()
+    return torch.tensor([*map(schedule.sigma, timesteps), 0.0], dtype=torch.float64)
 
 
 def sigmas_sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
@@ -52,16 +51,10 @@ def sigmas_sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
     The released code of arXiv 2312.08195 samples on it, 25 steps of "dpmpp_2m" (diffusers' DPMSolverMultistep, which
     rounds to whole timesteps). steps and result as of `sigmas_uniform`.
     """
-    _check_steps(steps)
-    levels = _at_even_timesteps(schedule, steps + 1)
+    if steps < 1:
+        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+    levels = sigmas_uniform(schedule, steps + 1)
     return torch.cat([levels[:-2], levels[-1:]])
-
-
-def _at_even_timesteps(schedule: NoiseSchedule, count: int) -> Tensor:
-    """`count` levels from sigma_max to sigma_min, then 0."""
-    first, last = schedule.timestep(schedule.sigma_max), schedule.timestep(schedule.sigma_min)
-    timesteps = torch.linspace(first, last, count, dtype=torch.float64).tolist()
-    return torch.tensor([*map(schedule.sigma, timesteps), 0.0], dtype=torch.float64)
 
 
 def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
@@ -83,67 +76,43 @@ def sample(
     sigmas: Tensor | Sequence[float],
     method: str = "euler",
     callback: Callable[[dict[str, Any]], None] | None = None,
-    *,
-    start: Tensor | None = None,
-    eta: float = 0.0,
-    generator: torch.Generator | None = None,
     **cond: Any,
 ) -> Tensor:
     """Follow a denoiser from noise to a sample.
 
-    noise: [B, ...], unit Gaussian; sampling begins at start + sigmas[0] * noise, `start` being clean latents to vary,
-    or 0. (From the largest noise level on, ComfyUI and the released code of arXiv 2312.08195 begin at sqrt(1 +
-    sigmas[0]^2) * noise, 0.2 % more for Stable Diffusion: give them noise * sqrt(1 + 1 / sigmas[0]^2) for the same
-    picture.) sigmas: [steps + 1], falling (`sigmas_karras`, `sigmas_uniform`, `sigmas_sgm_uniform`). cond goes to every
-    call of the denoiser.
+    noise: [B, ...], unit Gaussian; sampling begins at sigmas[0] * noise. (From the largest noise level on, ComfyUI and
+    the released code of arXiv 2312.08195 begin at sqrt(1 + sigmas[0]^2) * noise, 0.2 % more for Stable Diffusion: give
+    them noise * sqrt(1 + 1 / sigmas[0]^2) for the same picture.) sigmas: [steps + 1], falling (`sigmas_karras`,
+    `sigmas_uniform`, `sigmas_sgm_uniform`). cond goes to every call of the denoiser.
 
     method, one model call a step each:
     * "euler": first order (arXiv 2206.00364, algorithm 1 without its correction);
-    * "ddim": arXiv 2010.02502, eq. 12, which at eta 0 is the same as euler in this scale; eta 1 is ancestral sampling
-      (DDPM), with fresh noise from `generator`;
+    * "ddim": arXiv 2010.02502, eq. 12 with eta 0, which is the same as euler in this scale;
     * "dpmpp_2m": DPM-Solver++(2M), arXiv 2211.01095, algorithm 2, in data prediction; the first step, and a last one to
       sigma 0, are of first order.
 
     callback, called after each model call, gets a dict of i (step, from 0), sigma, x and denoised. Autograd is left as
-    the caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method, sigmas that
-    do not fall, or an eta outside 0 to 1 or with another method than "ddim".
+    the caller set it. Returns [B, ...] at noise level sigmas[-1]. Raises GuidanceError for another method and sigmas
+    that do not fall.
     """
     if method not in SAMPLERS:
         raise GuidanceError(f"Expected the sampling method to be one of {', '.join(SAMPLERS)}, got {method!r}.")
-    if not 0.0 <= eta <= 1.0:
-        raise GuidanceError(f"Expected eta between 0 and 1, got {eta}.")
-    if eta > 0.0 and method != "ddim":
-        raise GuidanceError(f"Expected eta only with the method ddim, got eta {eta} with {method}.")
     levels = _levels(sigmas)
-    x = noise * levels[0] if start is None else start + noise * levels[0]
+    x = noise * levels[0]
     previous: Tensor | None = None
     for i, (sigma, following) in enumerate(zip(levels, levels[1:])):
         denoised = denoise(x, torch.full((x.shape[0],), sigma, dtype=x.dtype, device=x.device), **cond)
         if callback is not None:
             callback({"i": i, "sigma": sigma, "x": x, "denoised": denoised})
+        shrink = following / sigma
         if method == "dpmpp_2m":
-            before = levels[i - 1] if i > 0 else None
-            x = _dpmpp_2m_step(x, denoised, previous, before, sigma, following)
-            previous = denoised
+            estimate = denoised
+            if previous is not None and following > 0.0:
+                # Extrapolate the denoised estimate to the middle of the step in log sigma.
+                lead = 0.5 * math.log(sigma / following) / math.log(levels[i - 1] / sigma)
+                estimate = denoised + lead * (denoised - previous)
+            x = shrink * x + (1.0 - shrink) * estimate
         else:
-            # The share of fresh noise (0 unless eta is set) and what remains of the old.
-            up = eta * following * math.sqrt(max(0.0, 1.0 - (following / sigma) ** 2))
-            down = math.sqrt(following**2 - up**2)
-            x = denoised + (down / sigma) * (x - denoised)
-            if up > 0.0:
-                x = x + up * torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+            x = denoised + shrink * (x - denoised)
+        previous = denoised
     return x
-
-
-def _dpmpp_2m_step(
-    x: Tensor, denoised: Tensor, previous: Tensor | None, before: float | None, sigma: float, following: float
-) -> Tensor:
-    """One step from `sigma` to `following`, with the previous estimate at noise level `before` where there is one."""
-    if following == 0.0:
-        return denoised
-    shrink = following / sigma
-    if previous is not None and before is not None:
-        # Extrapolate the denoised estimate to the middle of the step in log sigma.
-        lead = 0.5 * math.log(sigma / following) / math.log(before / sigma)
-        denoised = denoised + lead * (denoised - previous)
-    return shrink * x + (1.0 - shrink) * denoised

@@ -92,8 +92,7 @@ class Critic:
     guidance: what the generator is led towards; its models are callables `model(x, sigma [B], **cond) -> x0` and its
     conditionings dicts of their arguments, as for `MultiGuidance`. schedule: which noise level a timestep is. unwanted:
     the Source of e_unwanted (NFSD, CSD). source: a Guidance that describes what the generator makes now (DDS,
-    SDS-Bridge). percent_to_sigma: the schedule's own unless given. max_batch: the most latents in one model call, None
-    for no limit; one request's latents on one conditioning are never split, and `denoise_many` sets its own limits.
+    SDS-Bridge). percent_to_sigma: the schedule's own unless given.
 
     All requests of a step are answered together (`predict_many`): each (model, conditioning, latents) is evaluated
     once, and all that fit together of one model run in one call. A model whose conditionings are not plain tensors may
@@ -109,14 +108,11 @@ class Critic:
         unwanted: Source | None = None,
         source: Guidance | None = None,
         percent_to_sigma: PercentToSigma | None = None,
-        max_batch: int | None = None,
     ) -> None:
         if not isinstance(guidance, Guidance):
             raise GuidanceError(f"Expected a critic to have a Guidance, got {type(guidance).__name__}.")
         if not isinstance(schedule, NoiseSchedule):
             raise GuidanceError(f"Expected a critic to have a NoiseSchedule, got {type(schedule).__name__}.")
-        if max_batch is not None and max_batch < 1:
-            raise GuidanceError(f"Expected max_batch to be at least 1, got {max_batch}.")
         for each in (*guidance.sources, *(source.sources if source else ()), *([unwanted] if unwanted else [])):
             each.check_callable("a critic")
         self.guidance = guidance
@@ -124,7 +120,6 @@ class Critic:
         self.unwanted = unwanted
         self.source = source
         self.percent_to_sigma = percent_to_sigma or schedule.percent_to_sigma
-        self.max_batch = max_batch
         self.calls = 0
         self.samples = 0
 
@@ -139,7 +134,6 @@ class Critic:
         schedule: NoiseSchedule | None = None,
         unwanted: Mapping[str, Any] | None = None,
         source: Mapping[str, Any] | None = None,
-        max_batch: int | None = None,
     ) -> Critic:
         """The critic of plain classifier-free guidance, e_u + s (e_c - e_u) (arXiv 2207.12598).
 
@@ -151,7 +145,6 @@ class Critic:
             schedule if schedule is not None else getattr(denoiser, "schedule", None),  # pyright: ignore[reportArgumentType]
             unwanted=None if unwanted is None else Source(denoiser, unwanted),
             source=None if source is None else cfg(denoiser, uncond, source, scale),
-            max_batch=max_batch,
         )
 
     def alphas_cumprod(self, t: Tensor, like: Tensor) -> Tensor:
@@ -209,7 +202,7 @@ class Critic:
 
     def _run(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor]]:
         """Every job with its x0, in as few calls of each model as possible."""
-        for call in evaluate(jobs, self.max_batch):
+        for call in evaluate(jobs):
             self.calls += 1
             self.samples += sum(len(job.rows) for job, _ in call)
             yield from call

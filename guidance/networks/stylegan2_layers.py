@@ -19,8 +19,6 @@ from .stylegan2_formulas import (
     upsample,
 )
 
-MEAN_MOMENTUM = 0.998
-
 
 class Dense(nn.Module):
     """Fully connected layer with the equalised learning rate of arXiv 1710.10196, section 4.1: [B, I] -> [B, O]."""
@@ -44,8 +42,8 @@ class Dense(nn.Module):
 class MappingNetwork(nn.Module):
     """z and a label to the style space, section 2 of arXiv 1812.04948: [B, z_dim], [B, c_dim] -> w [B, w_dim].
 
-    `w_avg` [w_dim] is the running mean of w, the centre of truncation; `track_mean` moves it while training. `widths`:
-    of what enters the first layer, and of what every layer gives.
+    `w_avg` [w_dim] is the running mean of w, the centre of truncation. `widths`: of what enters the first layer, and of
+    what every layer gives.
     """
 
     w_avg: Tensor
@@ -76,11 +74,6 @@ class MappingNetwork(nn.Module):
         for layer in self.layers:
             x = F.leaky_relu(layer(x), LEAK) * ACTIVATION_GAIN
         return x
-
-    @torch.no_grad()
-    def track_mean(self, w: Tensor, momentum: float = MEAN_MOMENTUM) -> None:
-        """w_avg = momentum * w_avg + (1 - momentum) * mean of w [B, w_dim]."""
-        self.w_avg.lerp_(w.detach().mean(dim=0).to(self.w_avg.dtype), 1 - momentum)
 
 
 class StyledConvolution(nn.Module):

@@ -57,14 +57,6 @@ def test_what_differs_takes_calls_of_its_own():
     assert not listed.fits(listed)
 
 
-@pytest.mark.parametrize(
-    ("most", "rows"), [(None, [9]), (9, [9]), (8, [5, 4]), (5, [5, 4]), (2, [3, 2, 4]), (1, [3, 2, 4])]
-)
-def test_the_limit_counts_latents_and_splits_nobody(most, rows):
-    pieces = [piece(count, 1.0, context=torch.zeros(count, 1, 1)) for count in (3, 2, 4)]
-    assert [sum(len(part.x) for part in call) for call in in_few_calls(pieces, most)] == rows
-
-
 def test_models_that_return_something_else_are_refused():
     for broken, message in (
         (lambda x, sigma, context: None, "a tensor, the denoised x, got NoneType"),

@@ -132,17 +132,6 @@ def test_keyword_arguments_reach_every_model_and_conditionings_come_first():
     torch.testing.assert_close(result, separately(guidance, x, [1.0] * 2, y=y, strength=0.5))
 
 
-def test_max_batch_limits_each_call():
-    x = torch.randn(2, 3, dtype=torch.float64)
-    results = []
-    for max_batch, calls in ((None, [8]), (8, [8]), (6, [6, 2]), (4, [4, 4]), (3, [2] * 4), (1, [2] * 4)):
-        prior = Affine(0)
-        guidance = Guidance(Source(prior, text(1)), [Term(f"t{i}", prior, text(i), float(i)) for i in (2, 3, 4)])
-        results.append(MultiGuidance(guidance, max_batch=max_batch)(x, 1.0))
-        assert prior.calls == calls
-        torch.testing.assert_close(results[-1], results[0], rtol=1e-12, atol=1e-12)
-
-
 @pytest.mark.parametrize("sigma", [2.0, torch.tensor(2.0), torch.tensor([2.0]), torch.full((3,), 2.0)], ids=str)
 def test_every_form_of_one_sigma(sigma):
     guidance = in_domain(Affine(0), Affine(1), text(2), text(3))
@@ -213,8 +202,6 @@ def test_the_runner_refuses_what_it_cannot_run():
         MultiGuidance(Guidance(Source(prior), [Term("control", "prior", {}, 2.0)]))
     with pytest.raises(GuidanceError, match="conditioning of control to be a dict or None, got Tensor"):
         MultiGuidance(Guidance(Source(prior), [Term("control", prior, torch.ones(1), 2.0)]))
-    with pytest.raises(GuidanceError, match="max_batch"):
-        MultiGuidance(Guidance(Source(prior), [Term("control", prior, {}, 2.0)]), max_batch=0)
     guidance = Guidance(Source(prior), [Term("control", prior, {}, 2.0)])
     x = torch.randn(3, 3, dtype=torch.float64)
     for shape in ((2,), (3, 1)):

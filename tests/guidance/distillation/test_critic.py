@@ -109,18 +109,6 @@ def test_a_conditioning_per_latent_follows_its_rows(gaussian, schedule):
     assert gaussian.calls == [6]
 
 
-def test_the_largest_batch_splits_calls(gaussian, schedule, mean):
-    critic = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule, max_batch=4)
-    whole = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule)
-    asks = [Request(latents(2, seed), torch.tensor([50, 60])) for seed in range(3)]
-    for split, joined in zip(critic.predict_many(asks), whole.predict_many(asks)):
-        torch.testing.assert_close(split.e, joined.e)
-    assert gaussian.calls == [4, 4, 4, 12]
-    gaussian.calls.clear()
-    critic.predict(latents(6), torch.full((6,), 50), ("e",))  # one question's latents stay together
-    assert gaussian.calls == [6, 6]
-
-
 def test_a_model_may_batch_its_own_conditionings(gaussian, schedule, mean):
     class Own:
         def __call__(self, x, sigma, **cond):
@@ -136,9 +124,6 @@ def test_a_model_may_batch_its_own_conditionings(gaussian, schedule, mean):
     expected = Critic.cfg(gaussian, mean(*U), mean(*C), 7.5, schedule=schedule).predict(z_t, t)
     torch.testing.assert_close(critic.predict(z_t, t).e, expected.e)
     assert model.jobs == 2
-    critic = Critic.cfg(model, {"means": list(U)}, {"means": list(C)}, 7.5, schedule=schedule, max_batch=1)
-    torch.testing.assert_close(critic.predict(z_t, t).e, expected.e)
-    assert model.jobs == 2  # whatever the limit: it batches by itself
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
