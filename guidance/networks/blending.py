@@ -7,7 +7,7 @@ Interpolation of weights as in "Deep Network Interpolation" (arXiv 1811.10515), 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, replace
 from numbers import Real
 
@@ -29,49 +29,43 @@ def blend_parts(generator: StyleGAN2) -> tuple[str, ...]:
     return (MAPPING, CONSTANT, *generator.style_layers, *skips)
 
 
-def resolution_split(
-    generator: StyleGAN2, resolution: int, below: float = 0.0, above: float = 1.0, *, mapping: float | None = None
-) -> dict[str, float]:
+def resolution_split(generator: StyleGAN2, resolution: int, below: float = 0.0, above: float = 1.0) -> dict[str, float]:
     """Amounts for `blend_generators` that change with resolution, eq. 2 of arXiv 2010.05334.
 
-    Parts up to `resolution` pixels (inclusive) get `below`, the others `above`; the mapping network gets `mapping`
-    (None: `below`). 4 pixels is the coarsest block (pose, shape), the generator's own resolution the finest (colour).
+    Parts up to `resolution` pixels (inclusive) and the mapping network get `below`, the others `above`. 4 pixels is the
+    coarsest block (pose, shape), the generator's own resolution the finest (colour).
     """
     if resolution not in generator.config.block_resolutions:
         raise Problem(
             f"Blending: the split must be one of the resolutions {list(generator.config.block_resolutions)}, got "
             f"{resolution}."
         )
-    amounts = {}
-    for part in blend_parts(generator):
-        if part == MAPPING:
-            amounts[part] = below if mapping is None else mapping
-        else:
-            amounts[part] = below if int(part.split(".")[0][1:]) <= resolution else above
-    return amounts
+    return {
+        part: below if part == MAPPING or int(part.split(".")[0][1:]) <= resolution else above
+        for part in blend_parts(generator)
+    }
 
 
 @torch.no_grad()
-def blend_generators(
-    a: StyleGAN2, b: StyleGAN2, amount: float | Mapping[str, float], layers: Iterable[str] | None = None
-) -> StyleGAN2:
+def blend_generators(a: StyleGAN2, b: StyleGAN2, amount: float | Mapping[str, float]) -> StyleGAN2:
     """A new generator with weights a + amount * (b - a), eq. 1 of arXiv 1811.10515; 0 is a and 1 is b, bit for bit.
 
     `amount`: one number (outside 0..1 extrapolates), or one per part of `blend_parts` (`resolution_split` makes such;
-    parts left out stay a's). `layers`: with one number, only these parts change; None: all. Constant noise keeps the
-    spread it has in a and b, which a plain mean of different noises would lose. Where a and b clamp their convolutions
-    at different values, the ends keep their own and what lies between takes the wider. a and b stay as they are; the
-    result is on a's device in a's dtype, in evaluation mode, and needs no gradients.
-    Raises Problem for generators of different architecture, unknown parts and amounts that are no finite number.
+    parts left out stay a's). Constant noise keeps the spread it has in a and b, which a plain mean of different noises
+    would lose. Where a and b clamp their convolutions at different values, the ends keep their own and what lies
+    between takes the wider. a and b stay as they are; the result is on a's device in a's dtype, in evaluation mode, and
+    needs no gradients. Raises Problem for generators of different architecture, unknown parts and amounts that are no
+    finite number.
     """
-    _check_same_architecture(a.config, b.config)
+    for field in fields(GeneratorConfig):
+        mine, others = getattr(a.config, field.name), getattr(b.config, field.name)
+        if mine != others and field.name != "conv_clamp":
+            raise Problem(
+                f"Blending: both generators must have one architecture, but {field.name} is {mine} and {others}; "
+                "blend a generator with one adapted from it."
+            )
     parts = blend_parts(a)
-    if isinstance(amount, Mapping):
-        if layers is not None:
-            raise Problem("Blending: give either an amount per part or one amount and the layers it is for.")
-        amounts = dict(amount)
-    else:
-        amounts = dict.fromkeys(parts if layers is None else layers, amount)
+    amounts = dict(amount) if isinstance(amount, Mapping) else dict.fromkeys(parts, amount)
     unknown = sorted(set(amounts) - set(parts))
     if unknown:
         raise Problem(f"Blending: this generator has no part {', '.join(unknown)}; it has {', '.join(parts)}.")
@@ -85,10 +79,11 @@ def blend_generators(
         other = others[key].to(own.device)
         blended[key] = _blend(key, own, other, float(amounts.get(_part_of(key), 0.0)))
     used = {float(amounts.get(part, 0.0)) for part in parts}
+    clamps = (a.config.conv_clamp, b.config.conv_clamp)
     if used == {0.0} or used == {1.0}:
-        clamp = (a if used == {0.0} else b).config.conv_clamp
+        clamp = clamps[int(used.pop())]
     else:
-        clamp = _wider(a.config.conv_clamp, b.config.conv_clamp)
+        clamp = None if None in clamps else max(clamps)  # pyright: ignore[reportArgumentType]
     with torch.device("meta"):
         result = StyleGAN2(replace(a.config, conv_clamp=clamp))
     result.load_state_dict(blended, assign=True)
@@ -112,17 +107,3 @@ def _blend(key: str, own: Tensor, other: Tensor, amount: float) -> Tensor:
         spread = torch.lerp(own_wide.square().mean().sqrt(), other_wide.square().mean().sqrt(), amount).abs()
         mixed = mixed * (spread / mixed.square().mean().sqrt().clamp_min(1e-12))
     return mixed.to(own.dtype)
-
-
-def _check_same_architecture(a: GeneratorConfig, b: GeneratorConfig) -> None:
-    for field in fields(GeneratorConfig):
-        mine, others = getattr(a, field.name), getattr(b, field.name)
-        if mine != others and field.name != "conv_clamp":
-            raise Problem(
-                f"Blending: both generators must have one architecture, but {field.name} is {mine} and {others}; "
-                "blend a generator with one adapted from it."
-            )
-
-
-def _wider(a: float | None, b: float | None) -> float | None:
-    return None if a is None or b is None else max(a, b)

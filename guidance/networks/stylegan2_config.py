@@ -75,12 +75,10 @@ class GeneratorConfig(Configuration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("mapping_lr_multiplier", "conv_clamp"):
+        for name in ("mapping_lr_multiplier", "conv_clamp", "resample_filter", "image_filter"):
             value = getattr(self, name)
-            object.__setattr__(self, name, None if value is None else float(value))
-        for name in ("resample_filter", "image_filter"):
-            taps = getattr(self, name)
-            object.__setattr__(self, name, None if taps is None else tuple(map(float, taps)))
+            if value is not None:
+                object.__setattr__(self, name, tuple(map(float, value)) if isinstance(value, tuple) else float(value))
         if len(self.channels) != len(self.block_resolutions):
             raise self._problem(
                 f"{self.resolution} pixels have {len(self.block_resolutions)} blocks (4, 8, ... {self.resolution}), "
@@ -98,12 +96,10 @@ class GeneratorConfig(Configuration):
 
     @property
     def height(self) -> int:
-        """Of an image, in pixels; `resolution` in square networks."""
         return self.block_size(self.resolution)[0]
 
     @property
     def width(self) -> int:
-        """Of an image, in pixels; `resolution` in square networks."""
         return self.block_size(self.resolution)[1]
 
     @property

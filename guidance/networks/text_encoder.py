@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -64,28 +65,19 @@ class _SelfAttention(nn.Module):
         return self.out_proj(rearrange(out, "b h t d -> b t (h d)"))
 
 
-class _MLP(nn.Module):
-    def __init__(self, width: int, mlp_width: int, activation: str) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(width, mlp_width)
-        self.fc2 = nn.Linear(mlp_width, width)
-        self.activation = ACTIVATIONS[activation]
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.activation(self.fc1(x)))
-
-
 class _Layer(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.layer_norm1 = nn.LayerNorm(config.width)
         self.self_attn = _SelfAttention(config.width, config.heads)
         self.layer_norm2 = nn.LayerNorm(config.width)
-        self.mlp = _MLP(config.width, config.mlp_width, config.activation)
+        layers = {"fc1": nn.Linear(config.width, config.mlp_width), "fc2": nn.Linear(config.mlp_width, config.width)}
+        self.mlp = nn.ModuleDict(layers)
+        self.activation = ACTIVATIONS[config.activation]
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.self_attn(self.layer_norm1(x))
-        return x + self.mlp(self.layer_norm2(x))
+        return x + self.mlp["fc2"](self.activation(self.mlp["fc1"](self.layer_norm2(x))))
 
 
 class _Embeddings(nn.Module):
@@ -100,20 +92,6 @@ class _Embeddings(nn.Module):
         return self.token_embedding(tokens) + self.position_embedding.weight[: tokens.shape[1]]
 
 
-class _Encoder(nn.Module):
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
-
-
-class _TextModel(nn.Module):
-    def __init__(self, config: TextEncoderConfig) -> None:
-        super().__init__()
-        self.embeddings = _Embeddings(config)
-        self.encoder = _Encoder(config)
-        self.final_layer_norm = nn.LayerNorm(config.width)
-
-
 class TextEncoder(nn.Module):
     """CLIP's causal text transformer (arXiv 2103.00020, section 2.4).
 
@@ -125,7 +103,10 @@ class TextEncoder(nn.Module):
     def __init__(self, config: TextEncoderConfig) -> None:
         super().__init__()
         self.config = config
-        self.text_model = _TextModel(config)
+        self.text_model = nn.ModuleDict({"embeddings": _Embeddings(config)})
+        layers = nn.ModuleList(_Layer(config) for _ in range(config.layers))
+        self.text_model["encoder"] = nn.ModuleDict({"layers": layers})
+        self.text_model["final_layer_norm"] = nn.LayerNorm(config.width)
         self.text_projection = (
             None if config.projection_dim is None else nn.Linear(config.width, config.projection_dim, bias=False)
         )
@@ -136,15 +117,16 @@ class TextEncoder(nn.Module):
             raise Problem(f"Text encoder: expected tokens [B, T <= {config.max_length}], got {list(tokens.shape)}.")
         if not -config.layers <= layer < config.layers:
             raise Problem(f"Text encoder: layer {layer} does not exist, there are {config.layers}.")
-        x = self.text_model.embeddings(tokens)
+        norm = self.text_model["final_layer_norm"]
+        x = self.text_model["embeddings"](tokens)
         hidden = x
-        for index, block in enumerate(self.text_model.encoder.layers):
+        for index, block in enumerate(cast(nn.ModuleDict, self.text_model["encoder"])["layers"].children()):
             x = block(x)
             if index == layer % config.layers:
                 hidden = x
-        last = self.text_model.final_layer_norm(x)
+        last = norm(x)
         if final_norm:
-            hidden = last if hidden is x else self.text_model.final_layer_norm(hidden)
+            hidden = last if hidden is x else norm(hidden)
         ends = (tokens == config.end_token).int().argmax(dim=1)
         pooled = last[torch.arange(tokens.shape[0], device=tokens.device), ends]
         return hidden, pooled if self.text_projection is None else self.text_projection(pooled)

@@ -103,25 +103,24 @@ def unet_config_from_state_dict(
     its family's, or None for a UNet of no published family.
     Raises Problem when the keys are not such a UNet's or when self-attention reads the text.
     """
-    weights = _Weights(state_dict)
-    model_channels, in_channels = weights.shape("input_blocks.0.0.weight")[:2]
-    out_channels = weights.shape("out.2.weight")[0]
-    depths = weights.transformer_depths()
+    model_channels, in_channels = _shape(state_dict, "input_blocks.0.0.weight")[:2]
+    out_channels = _shape(state_dict, "out.2.weight")[0]
+    depths = _transformer_depths(state_dict)
     num_res_blocks, channel_mult, transformer_depth = [0], [0], []
-    for index in range(1, weights.count("input_blocks.")):
+    for index in range(1, _count(state_dict, "input_blocks.")):
         if f"input_blocks.{index}.0.op.weight" in state_dict:  # the way down to the next level
             num_res_blocks.append(0)
             channel_mult.append(0)
         else:
             num_res_blocks[-1] += 1
-            channel_mult[-1] = weights.shape(f"input_blocks.{index}.0.out_layers.3.weight")[0] // model_channels
+            channel_mult[-1] = _shape(state_dict, f"input_blocks.{index}.0.out_layers.3.weight")[0] // model_channels
             transformer_depth.append(depths.get(f"input_blocks.{index}.1", 0))
     if "middle_block.1.proj_in.weight" in state_dict:
         middle = depths.get("middle_block.1", 0)
     else:
         middle = -1 if "middle_block.0.in_layers.0.weight" in state_dict else -2
-    null_text, null_tokens, context_dim = weights.text(depths)
-    linear = any(len(weights.shape(f"{prefix}.proj_in.weight")) == 2 for prefix in depths)
+    null_text, null_tokens, context_dim = _text_input(state_dict, depths)
+    linear = any(len(_shape(state_dict, f"{prefix}.proj_in.weight")) == 2 for prefix in depths)
     adm = state_dict["label_emb.0.0.weight"].shape[1] if "label_emb.0.0.weight" in state_dict else None
     heads, head_channels = _heads(num_heads, num_head_channels, context_dim, model_channels, linear)
     return UNetConfig(
@@ -133,7 +132,7 @@ def unet_config_from_state_dict(
         transformer_depth=tuple(transformer_depth),
         transformer_depth_middle=middle,
         transformer_depth_output=tuple(
-            depths.get(f"output_blocks.{index}.1", 0) for index in reversed(range(weights.count("output_blocks.")))
+            depths.get(f"output_blocks.{index}.1", 0) for index in reversed(range(_count(state_dict, "output_blocks.")))
         ),
         context_dim=context_dim if null_text == "none" else _published_context_dim(model_channels, linear, adm),
         num_heads=heads,
@@ -145,52 +144,50 @@ def unet_config_from_state_dict(
     )
 
 
-class _Weights:
-    """Names and shapes of a UNet's weights."""
+def _shape(state_dict: Mapping[str, Tensor], key: str) -> torch.Size:
+    if key not in state_dict:
+        raise Problem(f"This is not a Stable Diffusion UNet in LDM layout: the tensor {key} is missing.")
+    return state_dict[key].shape
 
-    def __init__(self, state_dict: Mapping[str, Tensor]) -> None:
-        self.state_dict = state_dict
 
-    def shape(self, key: str) -> torch.Size:
-        if key not in self.state_dict:
-            raise Problem(f"This is not a Stable Diffusion UNet in LDM layout: the tensor {key} is missing.")
-        return self.state_dict[key].shape
+def _count(state_dict: Mapping[str, Tensor], prefix: str) -> int:
+    """How many blocks there are, by the number behind the prefix."""
+    numbers = (key.split(".")[1] for key in state_dict if key.startswith(prefix))
+    return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
-    def count(self, prefix: str) -> int:
-        """How many blocks there are, by the number behind the prefix."""
-        numbers = (key.split(".")[1] for key in self.state_dict if key.startswith(prefix))
-        return max((int(number) + 1 for number in numbers if number.isdigit()), default=0)
 
-    def transformer_depths(self) -> dict[str, int]:
-        """How many transformer blocks there are under each prefix such as "input_blocks.1.1"."""
-        depths: dict[str, int] = {}
-        for key in self.state_dict:
-            prefix, found, rest = key.partition(".transformer_blocks.")
-            if found:
-                depths[prefix] = max(depths.get(prefix, 0), int(rest.split(".")[0]) + 1)
-            elif ".time_stack." in key or ".time_mixer." in key:
-                raise Problem("This is a video UNet; only image UNets of the Stable Diffusion family are supported.")
-        return depths
+def _transformer_depths(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
+    """How many transformer blocks there are under each prefix such as "input_blocks.1.1"."""
+    depths: dict[str, int] = {}
+    for key in state_dict:
+        prefix, found, rest = key.partition(".transformer_blocks.")
+        if found:
+            depths[prefix] = max(depths.get(prefix, 0), int(rest.split(".")[0]) + 1)
+        elif ".time_stack." in key or ".time_mixer." in key:
+            raise Problem("This is a video UNet; only image UNets of the Stable Diffusion family are supported.")
+    return depths
 
-    def text(self, prefixes: Collection[str]) -> tuple[str, int, int | None]:
-        """(`null_text`, `null_tokens`, width of the text or None) of the transformers under these prefixes."""
-        with_text = {key.partition(".transformer_blocks.")[0] for key in self.state_dict if ".attn2." in key}
-        null_key = next((key for key in self.state_dict if key.endswith(".attn2.null_k")), None)
-        context_dim = None
-        for prefix in prefixes:
-            first = f"{prefix}.transformer_blocks.0"
-            if self.shape(f"{first}.attn1.to_k.weight")[1] != self.shape(f"{first}.attn1.to_q.weight")[0]:
-                raise Problem(
-                    f"Self-attention {first}.attn1 reads the text (disable_self_attentions), which this UNet does "
-                    "not support; use a Stable Diffusion 1.x, 2.x or SDXL model."
-                )
-            if prefix in with_text and null_key is None:
-                context_dim = self.shape(f"{first}.attn2.to_k.weight")[1]
-        if with_text and with_text != set(prefixes):
-            raise Problem("Some transformer blocks of this UNet have cross-attention (attn2) and some do not.")
-        if null_key is not None:
-            return "cached", self.shape(null_key)[0], None
-        return "constant" if prefixes and not with_text else "none", 77, context_dim
+
+def _text_input(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> tuple[str, int, int | None]:
+    """(`null_text`, `null_tokens`, width of the text or None) of the transformers under these prefixes."""
+    with_text = {key.partition(".transformer_blocks.")[0] for key in state_dict if ".attn2." in key}
+    null_key = next((key for key in state_dict if key.endswith(".attn2.null_k")), None)
+    context_dim = None
+    for prefix in prefixes:
+        first = f"{prefix}.transformer_blocks.0"
+        keys, queries = (_shape(state_dict, f"{first}.attn1.to_{part}.weight") for part in "kq")
+        if keys[1] != queries[0]:
+            raise Problem(
+                f"Self-attention {first}.attn1 reads the text (disable_self_attentions), which this UNet does not "
+                "support; use a Stable Diffusion 1.x, 2.x or SDXL model."
+            )
+        if prefix in with_text and null_key is None:
+            context_dim = _shape(state_dict, f"{first}.attn2.to_k.weight")[1]
+    if with_text and with_text != set(prefixes):
+        raise Problem("Some transformer blocks of this UNet have cross-attention (attn2) and some do not.")
+    if null_key is not None:
+        return "cached", _shape(state_dict, null_key)[0], None
+    return "constant" if prefixes and not with_text else "none", 77, context_dim
 
 
 def _published_context_dim(model_channels: int, linear: bool, adm: int | None) -> int | None:

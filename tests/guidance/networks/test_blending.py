@@ -68,7 +68,7 @@ def test_parts_cover_every_tensor_once(pair):
     a, b = pair
     changed = {}
     for part in blend_parts(a):
-        state = blend_generators(a, b, 1.0, layers=[part]).state_dict()
+        state = blend_generators(a, b, {part: 1.0}).state_dict()
         for key, value in state.items():
             if not torch.equal(value, a.state_dict()[key]):
                 assert key not in changed
@@ -81,8 +81,8 @@ def test_parts_cover_every_tensor_once(pair):
 
 def test_resolution_split_takes_coarse_from_one_and_fine_from_the_other(pair):
     a, b = pair
-    amounts = resolution_split(a, 8, below=1.0, above=0.0, mapping=0.25)
-    assert set(amounts) == set(blend_parts(a)) and amounts["mapping"] == 0.25
+    amounts = resolution_split(a, 8, below=1.0, above=0.0)
+    assert set(amounts) == set(blend_parts(a)) and amounts["mapping"] == 1.0
     blend = blend_generators(a, b, amounts)
     assert torch.equal(blend.synthesis.b4.const, b.synthesis.b4.const)
     assert torch.equal(blend.synthesis.b8.conv1.weight, b.synthesis.b8.conv1.weight)
@@ -104,7 +104,7 @@ def test_clamps_take_the_wider_between_the_ends(pair):
     tight, loose = (random_generator(replace(CONFIG, conv_clamp=clamp), 0) for clamp in (10, 256))
     assert blend_generators(tight, loose, 0.5).config.conv_clamp == 256
     assert blend_generators(tight, pair[0], 0.5).config.conv_clamp is None
-    assert blend_generators(tight, loose, 1.0, layers=["mapping"]).config.conv_clamp == 256
+    assert blend_generators(tight, loose, {"mapping": 1.0}).config.conv_clamp == 256
 
 
 def test_the_ends_keep_their_own_clamp():
@@ -131,9 +131,7 @@ def test_what_cannot_be_blended_is_refused(pair):
     with pytest.raises(ValueError, match="architecture is resnet and skip"):
         blend_generators(a, random_generator(replace(CONFIG, architecture="skip"), 0), 0.5)
     with pytest.raises(ValueError, match="no part b32.conv0; it has mapping, b4.const"):
-        blend_generators(a, b, 0.5, layers=["b32.conv0"])
-    with pytest.raises(ValueError, match="either an amount per part"):
-        blend_generators(a, b, {"mapping": 1.0}, layers=["mapping"])
+        blend_generators(a, b, {"b32.conv0": 0.5})
     for amount, shown in ((float("nan"), "nan"), ("half", "'half'"), (None, "None"), ({"mapping": "0.5"}, "'0.5'")):
         with pytest.raises(ValueError, match=f"amount of mapping must be a finite number, got {shown}"):
             blend_generators(a, b, amount)
