@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ..engine.lock import locked
+from ..engine.lock import Busy, locked
 from .idg.study import IdgStudy
 from .report import write_report
 from .sgf.study import SgfStudy
@@ -43,7 +43,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 also when stopped by Ctrl+C. Raises Busy where another process measures in the same work folder."""
+    """Returns 0 also when stopped by Ctrl+C."""
     options = parser().parse_args(arguments)
     if options.samples is not None and options.samples < 10:
         parser().error(f"--samples: expected 10 or more, found {options.samples}")
@@ -51,9 +51,12 @@ def main(arguments: list[str] | None = None) -> int:
     study_class = STUDIES[options.paper]
     if size == "confirm" and study_class is not IdgStudy:
         parser().error(f"--confirm: expected the paper idg, whose sweep chooses among settings, found {options.paper}")
-    with locked(options.work):
-        study = study_class.open(size, options.work, options.samples)
-        rows = study.gather(measuring=not options.report_only)
+    try:
+        with locked(options.work):
+            study = study_class.open(size, options.work, options.samples)
+            rows = study.gather(measuring=not options.report_only)
+    except Busy:
+        parser().error(f"--work: another process is measuring in {options.work}; wait for it or choose another folder")
     if not rows:
         print("nothing measured yet, so there is nothing to report", file=sys.stderr)
         return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,11 +65,6 @@ class Plan:
             return self
         sampling = replace(self.sampling, samples=samples)
         return replace(self, sampling=sampling, options=f"{self.options} --samples {samples}")
-
-
-def each_once(points: Iterable[Any]) -> tuple[Any, ...]:
-    """The points in order, repetitions left out."""
-    return tuple(dict.fromkeys(points))
 
 
 class Study(ABC):

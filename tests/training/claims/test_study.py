@@ -6,7 +6,7 @@ import pytest
 from indomain_guidance.training.claims import command_line
 from indomain_guidance.training.claims.keeping import Row
 from indomain_guidance.training.claims.study import Plan, Sampling, Study
-from indomain_guidance.training.engine.lock import Busy, locked
+from indomain_guidance.training.engine.lock import locked
 
 
 class Sweep(Study):
@@ -39,9 +39,10 @@ def test_ctrl_c_ends_the_measuring_and_keeps_the_rest(capsys):
     assert "the same command goes on from here" in capsys.readouterr().err
 
 
-def test_a_work_folder_belongs_to_one_process_at_a_time(tmp_path):
-    with locked(tmp_path), pytest.raises(Busy):
+def test_a_work_folder_belongs_to_one_process_at_a_time(tmp_path, capsys):
+    with locked(tmp_path), pytest.raises(SystemExit):
         command_line.main(["idg", "--quick", "--work", str(tmp_path)])
+    assert "another process is measuring" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("options", [["sgf", "--confirm"], ["idg", "--samples", "9"], ["other"]])

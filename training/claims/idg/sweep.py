@@ -7,13 +7,13 @@ A sweep is a table. Each row asks some questions of some methods with every one 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
 from ....guidance.schedules import Keyframes
-from ..study import Plan, Sampling, each_once
+from ..study import Plan, Sampling
 from .methods import FINE_TUNES
 from .questions import QUESTIONS
 
@@ -108,13 +108,18 @@ def steps(*points: tuple[float, float]) -> Settings:
     return Keyframes(points, ramp="step").to_json()
 
 
+def each(names: str, *rows: tuple[Any, ...]) -> list[Settings]:
+    """Settings of these names, from a row of values each."""
+    return [dict(zip(names.split(), row)) for row in rows]
+
+
 def scales(*values: float) -> list[Settings]:
-    return [{"scale": value} for value in values]
+    return each("scale", *((value,) for value in values))
 
 
 def weights(*pairs: tuple[float, float]) -> list[Settings]:
-    """Settings of multi-guidance from (w_d, w_c)."""
-    return [{"w_d": w_d, "w_c": w_c} for w_d, w_c in pairs]
+    """Settings of multi-guidance."""
+    return each("w_d w_c", *pairs)
 
 
 def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> Settings:
@@ -165,17 +170,16 @@ MORE_CHEAP = [cheap_schedule(0.1, 0.55, 1.5, 4.0), cheap_schedule(0.5, 0.75, 3.0
 LATE = [late_start(0.3, 1.2, 5.0), late_start(0.3, 2.0, 4.0), late_start(0.2, 1.5, 3.0), late_start(0.45, 2.0, 3.0)]
 LATE += [late_start(0.6, 1.5, 4.0), late_start(0.5, 0.7, 3.0)]
 _LATE_START = steps((0.0, 0.0), (0.3, 2.0))
-
-
-def orthogonal(w_d: Any, w_c: float, per: str = "position", **more: Any) -> Settings:
-    return {"w_d": w_d, "w_c": w_c, "per": per, **more}
-
-
-def bands(w_low: float, w_high: Any, w_c: float, width: float | str) -> Settings:
-    return {"w_low": w_low, "w_high": w_high, "w_c": w_c, "width": width}
-
-
-SPLIT = [bands(0.0, 1.5, 3.0, "inf"), bands(0.3, 1.5, 3.0, 1.0)]
+ORTHOGONAL_SETTINGS, BAND_SETTINGS = "w_d w_c per", "w_low w_high w_c width"
+AT_RIGHT_ANGLES = each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "position"))
+SPLIT = each(BAND_SETTINGS, (0.0, 1.5, 3.0, "inf"), (0.3, 1.5, 3.0, 1.0))
+# In colours the domain never had: weaker, near the share that claim (d) asks for, and stronger or with a late start
+# where colours are lost most.
+WEAKER = each(ORTHOGONAL_SETTINGS, (0.7, 3.0, "position"), (1.0, 5.0, "position"))
+WEAKER_SPLIT = each(BAND_SETTINGS, (0.15, 0.7, 3.0, 1.0), (0.0, 1.0, 5.0, "inf"), (0.3, 1.0, 5.0, 1.0))
+STRONGER = each(ORTHOGONAL_SETTINGS, (2.5, 4.0, "position"), (_LATE_START, 4.0, "position"))
+STRONGER += [{**AT_RIGHT_ANGLES[0], "only_opposing": True}]
+STRONGER_SPLIT = each(BAND_SETTINGS, (0.0, 2.5, 4.0, "inf"), (0.0, _LATE_START, 4.0, 1.0))
 FULL: tuple[Asked, ...] = (
     # The handwriting's own colours, domain model and fine-tunes of one trainer: the prior, the paper's method, the
     # usual fine-tune, and the same fine-tune after as many steps as the domain model.
@@ -188,16 +192,13 @@ FULL: tuple[Asked, ...] = (
     (EVERY, ("prior",), PRIOR, scales(*PRIOR_SCALES)),
     (EVERY, MULTI, domain(1000), HEADLINE),
     (EVERY, SCHEDULED, domain(1000), LATE + CHEAP),
-    # Domain terms orthogonal to the control, or split by frequency; in colours they never had also weaker, near the
-    # share that claim (d) asks for, and stronger or with a late start where colours are lost most.
-    (EVERY, ORTHOGONAL, domain(1000), [orthogonal(1.5, 3.0, "image"), orthogonal(1.5, 3.0)]),
+    # Domain terms orthogonal to the control, or split by frequency.
+    (EVERY, ORTHOGONAL, domain(1000), [*each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "image")), *AT_RIGHT_ANGLES]),
     (EVERY, BANDS, domain(1000), SPLIT),
-    (FOREIGN_TOO, ORTHOGONAL, domain(1000), [orthogonal(0.7, 3.0), orthogonal(1.0, 5.0)]),
-    (FOREIGN_TOO, BANDS, domain(1000), [bands(0.15, 0.7, 3.0, 1.0), bands(0.0, 1.0, 5.0, "inf")]),
-    (FOREIGN_TOO, BANDS, domain(1000), [bands(0.3, 1.0, 5.0, 1.0)]),
-    ((NARROW_FOREIGN,), ORTHOGONAL, domain(1000), [orthogonal(2.5, 4.0), orthogonal(_LATE_START, 4.0)]),
-    ((NARROW_FOREIGN,), ORTHOGONAL, domain(1000), [orthogonal(1.5, 3.0, only_opposing=True)]),
-    ((NARROW_FOREIGN,), BANDS, domain(1000), [bands(0.0, 2.5, 4.0, "inf"), bands(0.0, _LATE_START, 4.0, 1.0)]),
+    (FOREIGN_TOO, ORTHOGONAL, domain(1000), WEAKER),
+    (FOREIGN_TOO, BANDS, domain(1000), WEAKER_SPLIT),
+    ((NARROW_FOREIGN,), ORTHOGONAL, domain(1000), STRONGER),
+    ((NARROW_FOREIGN,), BANDS, domain(1000), STRONGER_SPLIT),
     # Domain models stopped as early as fine-tunes are, and more weights.
     (EVERY, MULTI, domain(100) + domain(300), EARLY),
     (OWN, MULTI, domain(100) + domain(300), weights((2.5, 2.5), (2.0, 6.0))),
@@ -234,21 +235,23 @@ QUICK: tuple[Asked, ...] = (
     ((MAIN, NARROW), MULTI, SHIPPED, weights((1.5, 3.0))),
     ((NARROW, NARROW_FOREIGN), MULTI, SHIPPED, weights((1.0, 3.0))),
     ((NARROW_FOREIGN,), SCHEDULED, SHIPPED, CHEAP[:1]),
-    ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, [orthogonal(1.5, 3.0)]),
+    ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, AT_RIGHT_ANGLES),
     ((NARROW_FOREIGN,), BANDS, SHIPPED, SPLIT[1:]),
 )
 
 
-def points_of(table: Iterable[Asked]) -> Iterator[Point]:
-    """The points of a table, row by row."""
+def points_of(table: Iterable[Asked]) -> tuple[Point, ...]:
+    """The points of a table, row by row, each once."""
+    points = {}
     for questions, methods, models, settings in table:
         for question, model, method, values in product(questions, models, methods, settings):
             spec = ModelSpec(domain=QUESTIONS[question].domain, **model) if model else None
-            yield Point.of(question, method, spec, **values)
+            points[Point.of(question, method, spec, **values)] = None
+    return tuple(points)
 
 
 QUICK_SAMPLING = Sampling(200, replicates=200)
 PLANS = {
-    "full": Plan(Sampling(2000, precision="bf16"), each_once(points_of(FULL))),
-    "quick": Plan(QUICK_SAMPLING, each_once(points_of(QUICK)), 2000, coarse=True, options=" --quick"),
+    "full": Plan(Sampling(2000, precision="bf16"), points_of(FULL)),
+    "quick": Plan(QUICK_SAMPLING, points_of(QUICK), 2000, coarse=True, options=" --quick"),
 }

@@ -7,6 +7,7 @@ early: what it keeps is taken at the best of its stops that reaches the accuracy
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -43,7 +44,7 @@ OTHERS = tuple(name for name in (*DIRECTIONAL, *RECONSTRUCTION) if name not in S
 
 Key = tuple[str, int]  # task, seed
 Runs = dict[Key, list[Row]]  # the rows of each run of a recipe, in the order of steps
-RunsOf = Callable[[str], Runs]  # by recipe
+RunsOf = Mapping[str, Runs]  # by recipe
 Measure = Callable[[Claim, Runs, RunsOf], Number]  # of the runs of one recipe that have rivals
 
 
@@ -78,7 +79,7 @@ def ends(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
         return Number(reason=reason)
     values = {key: rows[-1].column(name) for key, rows in runs.items()}
     for rival in claim.sides.get("rivals", ()):
-        values = {key: value - rivals(rival)[key][-1].column(name) for key, value in values.items()}
+        values = {key: value - rivals[rival][key][-1].column(name) for key, value in values.items()}
     return Number(mean(values))
 
 
@@ -96,7 +97,7 @@ def fewer(name: str, claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
         changed = numbers_of(rows, name).where(accurate(rows), torch.inf)
         return changed.gather(0, accurate(rows).long().argmax(0, keepdim=True))[0]
 
-    before = {key: first(rows) for key, rows in rivals(claim.sides["rivals"][0]).items()}
+    before = {key: first(rows) for key, rows in rivals[claim.sides["rivals"][0]].items()}
     usable = {key: rows for key, rows in runs.items() if torch.isfinite(before[key][0])}
     ratios = {key: (first(rows) / before[key]).nan_to_num(1.0, torch.inf) for key, rows in usable.items()}
     return Number(mean(ratios)) if ratios else Number(reason="no run of SDS with all layers reaches the accuracy")
@@ -111,10 +112,10 @@ def nearer(claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
 
     def nearest(key: Key, recipes: Sequence[Runs]) -> Tensor:
         rows = [row for other in recipes for row in other.get(key, ())]
-        budget = cost(rivals(DEFAULT)[key][-1:]) * 1.000001  # within a millionth: products of rounded numbers
+        budget = cost(rivals[DEFAULT][key][-1:]) * 1.000001  # within a millionth: products of rounded numbers
         return columns(rows, "distance").where(accurate(rows) & (cost(rows) <= budget), torch.inf).amin(0)
 
-    others = [rivals(name) for name in claim.sides["rivals"]]
+    others = [rivals[name] for name in claim.sides["rivals"]]
     ours, theirs = (mean({key: nearest(key, side) for key in runs}) for side in ([runs], others))
     if ours[0].isinf() and theirs[0].isinf():
         return Number(reason="neither side reaches 90 % in every run that both have")
@@ -127,13 +128,13 @@ def nearer(claim: Claim, runs: Runs, rivals: RunsOf) -> Number:
 def best(measure: Measure, claim: Claim, sides: Sides) -> Number:
     """The best recipe's number; every replicate chooses anew. Recipes that were asked fewer of the tasks than others do
     not count: tasks are not equally hard."""
-    runs_of = complete_runs([row for side in sides.values() for row in side], claim.facts["planned"])
-    rivals = [runs_of(rival) for rival in claim.sides.get("rivals", ()) if rival not in OTHERS]
+    runs = complete_runs([row for side in sides.values() for row in side], claim.facts["last step"])
+    rivals = [runs[rival] for rival in claim.sides.get("rivals", ()) if rival not in OTHERS]
     found: dict[str, tuple[Runs, Number, Tensor]] = {}
     reason = Number.reason
     for recipe in claim.sides["ours"]:
-        own = {key: rows for key, rows in runs_of(recipe).items() if all(key in rival for rival in rivals)}
-        number = measure(claim, own, runs_of) if own else Number()
+        own = {key: rows for key, rows in runs[recipe].items() if all(key in rival for rival in rivals)}
+        number = measure(claim, own, runs) if own else Number()
         if number.values is not None:
             found[recipe] = own, number, number.values
         elif own:
@@ -152,20 +153,15 @@ def best(measure: Measure, claim: Claim, sides: Sides) -> Number:
     return Number(values, {**details, **number.details, **claim.facts["left out"]}, number.words)
 
 
-def complete_runs(rows: Sequence[Row], planned: Sequence[Point]) -> RunsOf:
-    """The runs of a recipe of which the last planned stop is measured."""
-    last: dict[str, int] = {}
-    for point in planned:
-        last[point.run] = max(point.step, last.get(point.run, 0))
-    found: dict[str, Runs] = {}
-    for row in sorted(rows, key=lambda row: row.point.step):
-        found.setdefault(row.point.method, {}).setdefault((row.point.question, row.point.seed), []).append(row)
-
-    def runs_of(recipe: str) -> Runs:
-        runs = found.get(recipe, {})
-        return {key: rows for key, rows in runs.items() if rows[-1].point.step >= last.get(rows[-1].point.run, 0)}
-
-    return runs_of
+def complete_runs(rows: Sequence[Row], last_step: int) -> dict[str, Runs]:
+    """By recipe, the runs of which the last stop is measured."""
+    found: dict[str, Runs] = defaultdict(dict)
+    for end in rows:
+        if end.point.step == last_step:
+            own = [row for row in rows if row.point.run == end.point.run]
+            key = end.point.question, end.point.seed
+            found[end.point.method][key] = sorted(own, key=lambda row: row.point.step)
+    return found
 
 
 def row(
@@ -210,12 +206,12 @@ CLAIMS = (
 
 def claims(rows: Sequence[Row], points: Iterable[Point]) -> list[Claim]:
     """Every claim of the table, of each of its groups of tasks."""
-    invalid, planned = invalid_tasks(rows), list(points)
-    bound = (in_group(claim, group, invalid, planned) for claim in CLAIMS for group in claim.about)
+    invalid, last_step = invalid_tasks(rows), max((point.step for point in points), default=0)
+    bound = (in_group(claim, group, invalid, last_step) for claim in CLAIMS for group in claim.about)
     return sorted(bound, key=lambda claim: claim.letter)
 
 
-def in_group(claim: Claim, group: str, invalid: Mapping[str, str], planned: Sequence[Point]) -> Claim:
+def in_group(claim: Claim, group: str, invalid: Mapping[str, str], last_step: int) -> Claim:
     """A row of the table, asked of one group of tasks."""
     left_out = {task: why for task, why in invalid.items() if task in GROUPS[group]}
     tasks = tuple(task for task in GROUPS[group] if task not in invalid)
@@ -227,7 +223,7 @@ def in_group(claim: Claim, group: str, invalid: Mapping[str, str], planned: Sequ
         # What a task is held against: an answer that the judge refuses, or a prompt unknown to the prior, voids it.
         frames=("exact", "prior"),
         invalid="" if tasks else "; ".join(f"{task}: {why}" for task, why in left_out.items()),
-        facts={"planned": planned, "left out": {f"left out: {task}": why for task, why in left_out.items()}},
+        facts={"last step": last_step, "left out": {f"left out: {task}": why for task, why in left_out.items()}},
     )
 
 

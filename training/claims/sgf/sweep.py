@@ -6,12 +6,12 @@ A sweep is a table. Each row adapts by every one of some recipes on some tasks f
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from ..study import Plan, Sampling, each_once
+from ..study import Plan, Sampling
 from .recipes import FAINT, GUIDED, GUIDED_BACK, NOISIER, RECIPES, SGF, WAY_BACK, WEAK
 from .tasks import COLOURS, DARK, DOMAIN, LONG, SEVEN, TASKS, Task
 
@@ -90,19 +90,20 @@ QUICK: tuple[Asked, ...] = (
 )
 
 
-def points_of(table: Iterable[Asked]) -> Iterator[Point]:
-    """Every stop of every run of a table, what frames them first, task by task, seed by seed, recipe by recipe."""
+def points_of(table: Iterable[Asked]) -> tuple[Point, ...]:
+    """Every stop of every run of a table, each once: what frames them first, task by task, seed by seed."""
+    points = []
     for tasks, seeds, recipes in table:
         for task in tasks:
             # "a digit" says nothing of the domain, so the prior's pictures of it frame nothing.
             frames = ("prior", "source", "exact") if task != DOMAIN else ("source", "exact")
-            yield from (Point(task.name, frame) for frame in frames)
-            for seed, recipe, step in product(seeds, recipes, STOPS):
-                yield Point(task.name, recipe, step, seed)
+            points += [Point(task.name, frame) for frame in frames]
+            points += [Point(task.name, recipe, step, seed) for seed, recipe, step in product(seeds, recipes, STOPS)]
+    return tuple(dict.fromkeys(points))
 
 
 COARSE = Sampling(300, steps=12, targets=1500, rendered=200, replicates=200)
 PLANS = {
-    "full": Plan(Sampling(1000), each_once(points_of(FULL)), stops=STOPS),
-    "quick": Plan(COARSE, each_once(points_of(QUICK)), 2000, stops=STOPS, coarse=True, options=" --quick"),
+    "full": Plan(Sampling(1000), points_of(FULL), stops=STOPS),
+    "quick": Plan(COARSE, points_of(QUICK), 2000, stops=STOPS, coarse=True, options=" --quick"),
 }

@@ -11,8 +11,8 @@ from indomain_guidance.guidance.sampling import sigmas_uniform
 from indomain_guidance.guidance.schedules import weight_from_json
 from indomain_guidance.training.claims.idg import sweep
 from indomain_guidance.training.claims.idg.methods import METHODS
-from indomain_guidance.training.claims.idg.models import Models
 from indomain_guidance.training.claims.idg.questions import QUESTIONS
+from indomain_guidance.training.claims.idg.study import Models
 from indomain_guidance.training.claims.idg.sweep import FIXED_CAPTION, ModelSpec, Point
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -115,7 +115,7 @@ def test_c_compares_what_changed_at_the_first_accurate_stop():
     assert found.outcome == "confirmed" and found.value == pytest.approx(0.5) and found.claim.unit == "ratio"
     assert verdict([*every, *some], "colours/c/distance_moved").value == pytest.approx(0.5)
     # The constant that no layer holds is no selection.
-    hardly = [row("sds_layers_3", 100, 0.95, 1, changed=0.79)]
+    hardly = [row("sds_layers_3", step, 0.95, 1, changed=0.79) for step in (100, 200)]
     assert verdict([*every, *hardly], "colours/c/parameters_changed").outcome == "refuted"
     never = [row("sds_layers_3", step, 0.5, 1, changed=0.2) for step in (100, 200)]
     assert verdict([*every, *never], "colours/c/parameters_changed").outcome == "refuted"

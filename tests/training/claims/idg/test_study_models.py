@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_state_dict
-from indomain_guidance.training.claims.idg.models import Models, with_additions
+from indomain_guidance.training.claims.idg.study import Models, with_additions
 from indomain_guidance.training.claims.idg.sweep import ModelSpec
 from indomain_guidance.training.claims.keeping import trained_weights
 from indomain_guidance.training.engine.run import Result
