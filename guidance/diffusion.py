@@ -8,13 +8,14 @@ t is, up to the factor sqrt(abar), the same thing at sigma = sqrt((1 - abar) / a
 from __future__ import annotations
 
 import math
-from typing import overload
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .errors import Problem
 
+Level = TypeVar("Level", float, Tensor)
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 # What remains of abar at the last step of a zero-terminal-SNR schedule: sigma stays finite (about 4519) and the
 # float32 denoised estimate of a v-model exact enough. ComfyUI uses this value, and so every sigma agrees with it.
@@ -70,13 +71,7 @@ class NoiseSchedule:
     def sigma_max(self) -> float:
         return float(self.sigmas[-1])
 
-    @overload
-    def timestep(self, sigma: float, nearest: bool = False) -> float: ...
-
-    @overload
-    def timestep(self, sigma: Tensor, nearest: bool = False) -> Tensor: ...
-
-    def timestep(self, sigma: float | Tensor, nearest: bool = False) -> float | Tensor:
+    def timestep(self, sigma: Level, nearest: bool = False) -> Level:
         """The (fractional) timestep of a noise level, linear in log sigma and clamped to 0..T-1; inverts `sigma`.
 
         `nearest` gives the whole timestep nearest in log sigma, which is what ComfyUI shows its models.
@@ -92,22 +87,16 @@ class NoiseSchedule:
             low = high - 1
             fraction = (wanted - logs[low]) / (logs[high] - logs[low])
             steps = low + fraction.clamp(0, 1)
-        return steps if isinstance(sigma, Tensor) else float(steps)
+        return cast(Level, steps if isinstance(sigma, Tensor) else float(steps))
 
-    @overload
-    def sigma(self, timestep: float) -> float: ...
-
-    @overload
-    def sigma(self, timestep: Tensor) -> Tensor: ...
-
-    def sigma(self, timestep: float | Tensor) -> float | Tensor:
+    def sigma(self, timestep: Level) -> Level:
         """The noise level of a (fractional) timestep, linear in log sigma; clamped to 0..T-1."""
         value = torch.as_tensor(timestep, dtype=torch.float32).clamp(0, len(self) - 1)
         logs = self.log_sigmas.to(value.device)
         low = value.floor().long()
         high = value.ceil().long()
         result = torch.lerp(logs[low], logs[high], value.frac()).exp()
-        return result if isinstance(timestep, Tensor) else float(result)
+        return cast(Level, result if isinstance(timestep, Tensor) else float(result))
 
     def percent_to_sigma(self, percent: float) -> float:
         """The noise level at a sampling percent (0 start, 1 end), in ComfyUI's convention for discrete models.

@@ -20,6 +20,7 @@ from ...guidance.errors import Problem
 
 DATA = Path(__file__).resolve().parent / "data"
 SIDE_PX = 64
+HEIGHT_PX, SHIFT_PX, TURN_DEGREES = (36.0, 50.0), 5.0, 6.0  # of a placed glyph: its longer side, the largest changes
 GLYPH_PX = 60  # longer side of a glyph in its 64 px cell in data/glyphs.npz
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 COLOURS = {
@@ -118,26 +119,15 @@ def handwriting_masks(images: Tensor) -> Tensor:
     return big[:, 0].clamp(0.0, 1.0)
 
 
-def place(
-    masks: Tensor,
-    generator: Generator | None,
-    *,
-    height_px: tuple[float, float] = (36.0, 50.0),
-    shift_px: float = 5.0,
-    turn_degrees: float = 6.0,
-) -> Tensor:
-    """Random size, place and turn of glyph masks: uint8 [B, 64, 64] -> [B, 64, 64] in 0..1.
-
-    height_px: range of a glyph's longer side. shift_px: largest shift along each axis; 0 centres. turn_degrees: largest
-    turn; 0 keeps upright.
-    """
+def place(masks: Tensor, generator: Generator | None) -> Tensor:
+    """Random size, place and turn of glyph masks: uint8 [B, 64, 64] -> [B, 64, 64] in 0..1."""
 
     def uniform(low: float, high: float) -> Tensor:
         return low + (high - low) * torch.rand(len(masks), generator=generator)
 
-    zoom = GLYPH_PX / uniform(*height_px)
-    angle = uniform(-turn_degrees, turn_degrees) * (math.pi / 180.0)
-    shift_x, shift_y = (uniform(-1, 1) * zoom * shift_px * 2 / SIDE_PX for _ in range(2))
+    zoom = GLYPH_PX / uniform(*HEIGHT_PX)
+    angle = uniform(-TURN_DEGREES, TURN_DEGREES) * (math.pi / 180.0)
+    shift_x, shift_y = (uniform(-1, 1) * zoom * SHIFT_PX * 2 / SIDE_PX for _ in range(2))
     matrix = torch.stack(
         [
             torch.stack([zoom * angle.cos(), -zoom * angle.sin(), shift_x], 1),
