@@ -215,12 +215,6 @@ class Guidance:
     """
 
     def __init__(self, base: Source, terms: Sequence[Term]) -> None:
-        if not isinstance(base, Source):
-            raise GuidanceError(f"Expected the base to be a Source(model, cond), got {type(base).__name__}.")
-        terms = tuple(terms)
-        for term in terms:
-            if not isinstance(term, Term):
-                raise GuidanceError(f"Expected guidance terms to be Term objects, got {type(term).__name__}.")
         if not terms:
             raise GuidanceError("Expected at least one guidance term, got none.")
         self.base = base

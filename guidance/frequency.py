@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import GuidanceError
 from .options import option
 from .shaping import Shaping
 
@@ -39,7 +38,7 @@ class Bands(Shaping):
     L is a Gaussian blur of standard deviation `width` in latent pixels, above 0; inf takes each channel's mean. L(d) is
     the coarse part of a direction, such as its colours and where things are, d - L(d) the rest, such as strokes and
     texture. low_strength, high_strength: factors of the term's weight; 1 and 1 are neutral, 1 and 0 a low-pass, 0 and 1
-    a high-pass filter. Raises GuidanceError for a width not above 0 and strengths that are not finite.
+    a high-pass filter.
     """
 
     width: float = option(
@@ -70,15 +69,6 @@ class Bands(Shaping):
 
     name = "frequencies"
     summary = "splits the term into coarse and fine detail, weighed by low_strength and high_strength"
-
-    def __post_init__(self) -> None:
-        if isinstance(self.width, bool) or not isinstance(self.width, (int, float)) or not self.width > 0:
-            raise GuidanceError(
-                f"Expected the width of a frequency split to be above 0 latent pixels, got {self.width!r}."
-            )
-        for band, strength in (("low", self.low_strength), ("high", self.high_strength)):
-            if not math.isfinite(strength):
-                raise GuidanceError(f"Expected the strength of the {band} band to be finite, got {strength}.")
 
     @property
     def is_neutral(self) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,8 +74,6 @@ class Orthogonal(Shaping):
         if not names:
             raise GuidanceError("Expected the name of at least one term to be orthogonal to, got none.")
         object.__setattr__(self, "orthogonal_to", names)
-        if not math.isfinite(self.share):
-            raise GuidanceError(f"Expected the share to remove to be finite, got {self.share}.")
         if self.per not in PER:
             raise GuidanceError(f"Expected inner products per {' or '.join(PER)}, got {self.per!r}.")
 

@@ -109,8 +109,6 @@ class Critic:
         source: Guidance | None = None,
         percent_to_sigma: PercentToSigma | None = None,
     ) -> None:
-        if not isinstance(guidance, Guidance):
-            raise GuidanceError(f"Expected a critic to have a Guidance, got {type(guidance).__name__}.")
         if not isinstance(schedule, NoiseSchedule):
             raise GuidanceError(f"Expected a critic to have a NoiseSchedule, got {type(schedule).__name__}.")
         for each in (*guidance.sources, *(source.sources if source else ()), *([unwanted] if unwanted else [])):

@@ -84,7 +84,7 @@ class FeatureDistance:
 
     features: `features(images [B, 3, H, W]) -> map or maps [B, C, h, w]` (or vectors [B, C]). Each position's channels
     are brought to unit length; squared differences are summed over channels, averaged over positions and summed over
-    maps. Gives [B]. Raises GuidanceError for features that are no such maps.
+    maps. Gives [B].
     """
 
     def __init__(self, features: Features) -> None:
@@ -101,14 +101,7 @@ class FeatureDistance:
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         found = self.features(images)
-        maps = [found] if isinstance(found, Tensor) else list(found)
-        for features in maps:
-            if not isinstance(features, Tensor) or features.ndim < 2 or len(features) != len(images):
-                shape = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
-                raise GuidanceError(
-                    f"Expected a feature network to give maps [B, C, ...] of {len(images)} images, got {shape}."
-                )
-        return [features.float() for features in maps]
+        return [features.float() for features in ([found] if isinstance(found, Tensor) else found)]
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import GuidanceError
 from ..options import option
 from .context import Context
 from .method import Method, normalize
@@ -41,8 +39,7 @@ class CSD(Method):
     """Classifier score distillation (CSD, arXiv 2310.19415): (e_c - e_u) + w_n (e_u - e_unwanted).
 
     The guidance alone, whatever its scale. unwanted_weight: w_n at the run's start, falling linearly to
-    unwanted_weight_end at its end (the paper's annealed negatives); 0 and 0 need no unwanted prompt. Raises
-    GuidanceError for weights that are not finite.
+    unwanted_weight_end at its end (the paper's annealed negatives); 0 and 0 need no unwanted prompt.
     """
 
     # Not made with `option`: set in Python only; settings, command line and nodes leave the unwanted prompt out.
@@ -53,9 +50,6 @@ class CSD(Method):
     needs = frozenset({"e_u", "e_c"})
 
     def __post_init__(self) -> None:
-        for value in (self.unwanted_weight, self.unwanted_weight_end):
-            if not math.isfinite(value):
-                raise GuidanceError(f"Expected the unwanted weights of CSD to be finite, got {value}.")
         if self.unwanted_weight != 0 or self.unwanted_weight_end != 0:
             self.needs = self.needs | {"e_unwanted"}
 
@@ -76,7 +70,7 @@ class NFSD(Method):
     and e_u - e_unwanted from there on, since both predict the same noise. s (e_c - e_u) is e - e_u of the critic's
     guidance, at a nominal scale (7.5 in the paper). threshold: 200 of 1000 as published, below which the unwanted
     prompt is not evaluated; 0 evaluates it at every timestep. That prompt says what images should not be ("unrealistic,
-    blurry, low quality, ..."). Raises GuidanceError for a threshold below 0.
+    blurry, low quality, ...").
     """
 
     # Not made with `option`: set in Python only; settings, command line and nodes use the published value.
@@ -86,8 +80,6 @@ class NFSD(Method):
     needs = frozenset({"e", "e_u", "e_unwanted"})
 
     def __post_init__(self) -> None:
-        if self.threshold < 0:
-            raise GuidanceError(f"Expected the threshold of NFSD to be a timestep of at least 0, got {self.threshold}.")
         self.unwanted_from = self.threshold
 
     def gradient(self, context: Context) -> Tensor:

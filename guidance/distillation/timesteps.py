@@ -33,8 +33,7 @@ class Timesteps:
     schedule: "uniform" draws one for each sample (StyleGAN-Fusion, arXiv 2212.04473: 10 to 500 for faces, 10 to 300
     for animals); "annealed" too, from a range whose upper end falls linearly from t_max to t_min over the run;
     "falling" draws nothing and goes down linearly from t_max to t_min, all samples alike (the monotone schedule of
-    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty, below 0 or
-    not of whole numbers.
+    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty or below 0.
     """
 
     t_min: int = 10
@@ -42,11 +41,6 @@ class Timesteps:
     schedule: str = "uniform"
 
     def __post_init__(self) -> None:
-        for name, value in (("t_min", self.t_min), ("t_max", self.t_max)):
-            is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not is_number or value % 1 != 0:  # which NaN and infinity are not either
-                raise GuidanceError(f"Expected {name} to be a whole timestep, got {value!r}.")
-            object.__setattr__(self, name, int(value))
         if not 0 <= self.t_min <= self.t_max:
             raise GuidanceError(
                 f"Expected a timestep range with 0 <= t_min <= t_max, got t_min {self.t_min} and t_max {self.t_max}."

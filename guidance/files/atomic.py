@@ -60,18 +60,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
         file.write(text.encode("utf-8"))
 
 
-def clear_unfinished(*folders: Path) -> None:
-    """Delete what killed processes left half-written in these folders; only while no other process writes there."""
-    for folder in folders:
-        _delete_unfinished(folder, None)
-
-
-def clear_unfinished_file(path: Path) -> None:
-    """Delete what killed processes left half-written of one file; only while no other process writes it."""
-    _delete_unfinished(path.parent, path.name)
-
-
-def _delete_unfinished(folder: Path, name: str | None) -> None:
+def clear_unfinished(folder: Path, name: str | None = None) -> None:
+    """Delete what killed processes left half-written in a folder, or of one file there; only while nobody writes it."""
     for path in folder.glob(".*.tmp"):
         match = UNFINISHED.fullmatch(path.name)
         if match and name in (None, match[1]):

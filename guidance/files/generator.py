@@ -30,20 +30,17 @@ _FULL = ("can't allocate memory", "not enough memory")  # what torch says on the
 _LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the pickle of torch's magic number
 
 
-def read_generator(path: str | os.PathLike, *, limit_bytes: int = LIMIT_BYTES) -> LoadedGenerator:
+def read_generator(path: str | os.PathLike) -> LoadedGenerator:
     """The StyleGAN2 generator in a file: safetensors, an NVIDIA `.pkl`, or a rosinality / StyleGAN-NADA `.pt`.
 
-    The moving average is taken where a file has one. limit_bytes: larger files are refused. Raises
-    FileProblem, naming the reason, for every file that is no such generator.
+    The moving average is taken where a file has one. Raises FileProblem, naming the reason, for every file that is no
+    such generator.
     """
     path = existing_file(path)
     kind = _kind(path)
     size = path.stat().st_size
-    if size > limit_bytes:
-        raise FileProblem(
-            f"{path}: expected a generator of at most {limit_bytes} bytes, found {size}; raise the limit if you trust "
-            "the file."
-        )
+    if size > LIMIT_BYTES:
+        raise FileProblem(f"{path}: expected a generator of at most {LIMIT_BYTES} bytes, found {size}; give it alone.")
     try:
         if kind == "safetensors":
             return _read_safetensors(path)
@@ -74,18 +71,13 @@ def write_generator(
 
 
 def convert_generator(
-    source: str | os.PathLike,
-    target: str | os.PathLike,
-    *,
-    dtype: str = "fp32",
-    name: str = "",
-    limit_bytes: int = LIMIT_BYTES,
+    source: str | os.PathLike, target: str | os.PathLike, *, dtype: str = "fp32", name: str = ""
 ) -> Path:
     """Write the generator of any readable file as safetensors, with the source's hash. Returns `target`."""
     target = Path(target)
     if target.exists() and target.samefile(source):
         raise FileProblem(f"{target}: expected another file to write than the one to read; choose another name.")
-    loaded = read_generator(source, limit_bytes=limit_bytes)
+    loaded = read_generator(source)
     metadata = replace(loaded.metadata, name=name) if name else loaded.metadata
     return write_generator(target, loaded.generator, metadata, dtype)
 
@@ -118,11 +110,6 @@ def _kind(path: Path) -> str:
         return "torch"
     if start[:1] == b"\x80" and len(start) > 1:
         return "network pickle"
-    if start[:1] in (b"(", b"c", b"]", b"}") and b"\n" in start:
-        raise FileProblem(
-            f"{path}: expected a generator, found what seems to be a pickle of protocol 0 or 1, which networks are "
-            "never saved in; use the original file."
-        )
     raise FileProblem(f"{path}: expected a generator (.safetensors, .pkl or .pt), found something else.")
 
 
@@ -183,6 +170,6 @@ def _read_network_pickle(path: Path) -> LoadedGenerator:
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        for piece in iter(lambda: file.read(2**20), b""):
+        while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()

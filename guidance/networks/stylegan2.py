@@ -179,11 +179,8 @@ class StyleGAN2(nn.Module):
         return self.synthesize(self.map(z, c, truncation, truncation_cutoff), noise, generator)
 
     @torch.no_grad()
-    def mean_style(self, samples: int = 10000, seed: int = 0, c: Tensor | None = None) -> Tensor:
-        """Mean [w_dim] of w over random latents: what `mapping.w_avg` of a trained generator estimates.
-
-        A conditional generator takes its labels in turn from c [N, c_dim] (None: its one-hot labels).
-        """
+    def mean_style(self, samples: int = 10000, seed: int = 0) -> Tensor:
+        """Mean [w_dim] of w over random latents and labels in turn: what `mapping.w_avg` of a trained one estimates."""
         config, weight = self.config, self.mapping.layers[0].weight
         random = torch.Generator().manual_seed(seed)
         total = torch.zeros(config.w_dim, dtype=torch.float64)
@@ -194,10 +191,7 @@ class StyleGAN2(nn.Module):
             labels = None
             if config.c_dim:
                 rows = torch.arange(count) + start
-                if c is None:  # made in parts: the square of many classes is large
-                    labels = torch.zeros(count, config.c_dim).scatter_(1, rows[:, None] % config.c_dim, 1.0)
-                else:
-                    labels = c[rows % len(c)]
+                labels = torch.zeros(count, config.c_dim).scatter_(1, rows[:, None] % config.c_dim, 1.0)
                 labels = labels.to(weight.device)
             with without_autocast(weight.device):
                 w = self.mapping(z, labels)

@@ -247,7 +247,6 @@ def test_coefficients_of_another_sum_are_refused(coefficients):
             [Term("a", 1, 1, 0, "b"), Term("b", 1, 1, 0, "c"), Term("c", 1, 1, 0, "d"), Term("d", 1, 1, 0, "b")],
             "cycle: .*b -> c -> d -> b",
         ),
-        ([("a", 1, 1, 1)], "Term objects, got tuple"),
     ],
 )
 def test_impossible_guidance_is_refused(terms, message):
@@ -257,11 +256,6 @@ def test_impossible_guidance_is_refused(terms, message):
 
 def test_terms_may_be_given_one_by_one():
     assert [term.name for term in Guidance(Source(0, 0), (Term(name, 1, 1, 1) for name in "ab")).terms] == ["a", "b"]
-
-
-def test_a_base_that_is_no_source_is_refused():
-    with pytest.raises(GuidanceError, match="Source"):
-        Guidance(("model", "cond"), [Term("a", 1, 1, 1)])
 
 
 def test_missing_and_misshapen_predictions_are_refused():

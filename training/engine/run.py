@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic
 import torch
 
 from ...guidance.errors import Problem
-from ...guidance.files.atomic import clear_unfinished, clear_unfinished_file
+from ...guidance.files.atomic import clear_unfinished
 from .checkpoints import FOLDER
 from .events import Event, Failed, Finished, Listener, Sampled, Started, Stopped, Warned
 from .folder import BOARD, CONFIG, LOG, PLOT, SAMPLES, clear_refused, last_samples, samples_path
@@ -173,9 +173,10 @@ class Run(ABC, Generic[Config]):
             stack.enter_context(locked(self.folder))
             if new and not any(path.name != LOCK for path in self.folder.iterdir()):
                 stack.push(self._refused)
-            clear_unfinished(self.folder, self.folder / FOLDER, self.folder / SAMPLES)
+            for folder in (self.folder, self.folder / FOLDER, self.folder / SAMPLES):
+                clear_unfinished(folder)
             for place in self.places()[1:]:
-                clear_unfinished_file(place)
+                clear_unfinished(place.parent, place.name)
         self.processes.wait()
 
     def _begin(self, resume: bool | str) -> tuple[int, Found | None]:

@@ -34,11 +34,6 @@ def test_ranges_that_cannot_be_drawn_from_are_refused():
     for wrong, message in (
         (dict(t_min=20, t_max=10), "t_min 20 and t_max 10"),
         (dict(t_min=-1), "t_min -1"),
-        (dict(t_min=0.5), "t_min to be a whole timestep, got 0.5"),
-        (dict(t_min=float("nan")), "t_min to be a whole timestep, got nan"),
-        (dict(t_max=float("inf")), "t_max to be a whole timestep, got inf"),
-        (dict(t_max=None), "t_max to be a whole timestep, got None"),
-        (dict(t_max="half"), "t_max to be a whole timestep, got 'half'"),
         (dict(schedule="random"), "got 'random'"),
     ):
         with pytest.raises(GuidanceError, match=message):

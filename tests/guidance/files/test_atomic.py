@@ -8,7 +8,7 @@ import stat
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, write_safetensors
-from indomain_guidance.guidance.files.atomic import clear_unfinished, clear_unfinished_file, replacing, write_text
+from indomain_guidance.guidance.files.atomic import clear_unfinished, replacing, write_text
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(4, dtype=torch.float16)}
 
@@ -78,12 +78,13 @@ def test_only_half_written_files_of_ours_are_cleared(tmp_path):
     ours, other = tmp_path / f".step-000001.ckpt.{'0af' * 10}12.tmp", tmp_path / ".notes.tmp"
     ours.touch()
     other.touch()
-    clear_unfinished_file(tmp_path / "step-000002.ckpt")
+    clear_unfinished(tmp_path, "step-000002.ckpt")
     assert ours.exists()
-    clear_unfinished_file(tmp_path / "step-000001.ckpt")
+    clear_unfinished(tmp_path, "step-000001.ckpt")
     assert os.listdir(tmp_path) == [other.name]
     ours.touch()
-    clear_unfinished(tmp_path, tmp_path / "nowhere")
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        clear_unfinished(folder)
     assert os.listdir(tmp_path) == [other.name]
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from indomain_guidance.guidance.files import FileProblem, holds_generator, read_generator
+from indomain_guidance.guidance.files import generator as generator_files
 from indomain_guidance.guidance.files.inert_pickle import ReadingBudget, Refused, Vocabulary, read_pickle
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig
 from safetensors.torch import load_file
@@ -211,20 +212,21 @@ def test_damaged_streams_are_read_or_refused_and_run_nothing(streams, read, watc
     assert refused > 200 and len(kinds) == 9
 
 
-def test_files_that_are_no_pickles(tmp_path, read):
+def test_files_that_are_no_pickles(tmp_path, read, monkeypatch):
     for content, found in {
         b"": "found an empty one",
         b"<!doctype html>": "a web page",
         b"version https://git-lfs": "a Git LFS pointer",
-        b"(dp0\nS'a'\n": "a pickle of protocol 0 or 1",
+        b"(dp0\nS'a'\n": "found something else",
         b"hello, here is text": "found text",
     }.items():
         with pytest.raises(FileProblem, match=found):
             read(content)
     with pytest.raises(FileProblem, match="found nothing at this path"):
         read_generator(tmp_path / "absent.pkl")
+    monkeypatch.setattr(generator_files, "LIMIT_BYTES", 100)
     with pytest.raises(FileProblem, match="at most 100 bytes, found 39123"):
-        read_generator(GOLDEN / "stylegan2_ada.pkl", limit_bytes=100)
+        read_generator(GOLDEN / "stylegan2_ada.pkl")
 
 
 # ------------------------------------------------------------------------------------------------ the machine by itself
