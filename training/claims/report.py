@@ -35,9 +35,9 @@ class Report:
 
 def table(columns: Sequence[Column], items: Iterable[Any]) -> list[str]:
     """A table in Markdown, a line for each item, and an empty line."""
-    lines = [[head for head, _ in columns], ["---"] * len(columns)]
-    lines += [[cell(item) for _, cell in columns] for item in items]
-    return [*(f"| {' | '.join(cells)} |" for cells in lines), ""]
+    lines = [[head for head, _ in columns], *([cell(item) for _, cell in columns] for item in items)]
+    head, *rest = [f"| {' | '.join(cells)} |" for cells in lines]
+    return [head, "|" + "---|" * len(columns), *rest, ""]
 
 
 def number(head: str, form: str, name: str = "", plain: bool = False) -> Column:

@@ -171,14 +171,14 @@ LATE = [late_start(0.3, 1.2, 5.0), late_start(0.3, 2.0, 4.0), late_start(0.2, 1.
 LATE += [late_start(0.6, 1.5, 4.0), late_start(0.5, 0.7, 3.0)]
 _LATE_START = steps((0.0, 0.0), (0.3, 2.0))
 ORTHOGONAL_SETTINGS, BAND_SETTINGS = "w_d w_c per", "w_low w_high w_c width"
-AT_RIGHT_ANGLES = each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "position"))
+PLAIN_ORTHOGONAL = each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "position"))
 SPLIT = each(BAND_SETTINGS, (0.0, 1.5, 3.0, "inf"), (0.3, 1.5, 3.0, 1.0))
 # In colours the domain never had: weaker, near the share that claim (d) asks for, and stronger or with a late start
 # where colours are lost most.
 WEAKER = each(ORTHOGONAL_SETTINGS, (0.7, 3.0, "position"), (1.0, 5.0, "position"))
 WEAKER_SPLIT = each(BAND_SETTINGS, (0.15, 0.7, 3.0, 1.0), (0.0, 1.0, 5.0, "inf"), (0.3, 1.0, 5.0, 1.0))
 STRONGER = each(ORTHOGONAL_SETTINGS, (2.5, 4.0, "position"), (_LATE_START, 4.0, "position"))
-STRONGER += [{**AT_RIGHT_ANGLES[0], "only_opposing": True}]
+STRONGER += [{**PLAIN_ORTHOGONAL[0], "only_opposing": True}]
 STRONGER_SPLIT = each(BAND_SETTINGS, (0.0, 2.5, 4.0, "inf"), (0.0, _LATE_START, 4.0, 1.0))
 FULL: tuple[Asked, ...] = (
     # The handwriting's own colours, domain model and fine-tunes of one trainer: the prior, the paper's method, the
@@ -193,7 +193,7 @@ FULL: tuple[Asked, ...] = (
     (EVERY, MULTI, domain(1000), HEADLINE),
     (EVERY, SCHEDULED, domain(1000), LATE + CHEAP),
     # Domain terms orthogonal to the control, or split by frequency.
-    (EVERY, ORTHOGONAL, domain(1000), [*each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "image")), *AT_RIGHT_ANGLES]),
+    (EVERY, ORTHOGONAL, domain(1000), [*each(ORTHOGONAL_SETTINGS, (1.5, 3.0, "image")), *PLAIN_ORTHOGONAL]),
     (EVERY, BANDS, domain(1000), SPLIT),
     (FOREIGN_TOO, ORTHOGONAL, domain(1000), WEAKER),
     (FOREIGN_TOO, BANDS, domain(1000), WEAKER_SPLIT),
@@ -235,7 +235,7 @@ QUICK: tuple[Asked, ...] = (
     ((MAIN, NARROW), MULTI, SHIPPED, weights((1.5, 3.0))),
     ((NARROW, NARROW_FOREIGN), MULTI, SHIPPED, weights((1.0, 3.0))),
     ((NARROW_FOREIGN,), SCHEDULED, SHIPPED, CHEAP[:1]),
-    ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, AT_RIGHT_ANGLES),
+    ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, PLAIN_ORTHOGONAL),
     ((NARROW_FOREIGN,), BANDS, SHIPPED, SPLIT[1:]),
 )
 
