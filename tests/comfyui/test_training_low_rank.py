@@ -17,7 +17,7 @@ def trained(base, rank):
     trainee = parts.start_model(base, "full", "low_rank", rank=rank)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in trainee.parameters():
+        for parameter in trainee.named_trainable().values():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
     return trainee
 

@@ -56,22 +56,16 @@ class Trainee:
         """The parameters that learn, by name, always in the same order."""
         return {name: parameter for name, parameter in self.unet.named_parameters() if parameter.requires_grad}
 
-    def parameters(self) -> list[nn.Parameter]:
-        """The parameters that learn."""
-        return list(self.named_trainable().values())
-
     def weights(self, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """All weights of the finished UNet under LDM keys, low-rank additions merged.
 
         values: what the parameters that learn are to be, by name, such as their average; None is what they are.
         """
-        self._check(values)
         return {key: tensor.detach() for key, tensor in merged_weights(self.unet, values).items()}
 
     @contextmanager
     def using(self, values: Mapping[str, Tensor] | None) -> Iterator[UNet]:
         """The UNet in evaluation mode with other values of what learns (None: its own), and back again exactly."""
-        self._check(values)
         training = self.unet.training
         with swapped(self.named_trainable(), values or {}):
             self.unet.eval()
@@ -79,11 +73,6 @@ class Trainee:
                 yield self.unet
             finally:
                 self.unet.train(training)
-
-    def _check(self, values: Mapping[str, Tensor] | None) -> None:
-        unknown = sorted(set(values or {}) - set(self.named_trainable()))
-        if unknown:
-            raise Problem(f"Trainee: expected values of parameters that learn, found {unknown[0]}.")
 
 
 def start_model(

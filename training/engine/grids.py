@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ...guidance.files.atomic import replacing
-from .lettering import default_font, write
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -23,7 +22,7 @@ MARGIN, LABEL_WIDTH = 6, 150  # px
 
 def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str], title: str = "") -> Image:
     """Pictures [B, 3, H, W] in -1..1, one tensor a row, as a labelled table."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     count = max(len(row) for row in pictures)
     height, width = pictures[0].shape[-2:]
@@ -31,21 +30,21 @@ def grid(pictures: Sequence[Tensor], rows: Sequence[str], columns: Sequence[str]
     if max(height, width) > LARGEST_TILE:
         scale = LARGEST_TILE / max(height, width)
     tile = (round(width * scale), round(height * scale))
-    font = default_font(13)
+    font = ImageFont.load_default(13)
     line = 17
     heading = MARGIN + (line if title else 0) + line
     size = (LABEL_WIDTH + count * (tile[0] + MARGIN), heading + len(pictures) * (tile[1] + MARGIN))
     sheet = Image.new("RGB", size, (250, 250, 250))
     draw = ImageDraw.Draw(sheet)
     if title:
-        write(draw, (MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
+        draw.text((MARGIN, MARGIN // 2), title, fill=(0, 0, 0), font=font)
     for index, label in enumerate(columns):
-        write(draw, (LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
+        draw.text((LABEL_WIDTH + index * (tile[0] + MARGIN), heading - line), label, fill=(90, 90, 90), font=font)
     for at, (row, label) in enumerate(zip(pictures, rows)):
         top = heading + at * (tile[1] + MARGIN)
         wrapped = textwrap.wrap(label, width=20)[: max(1, tile[1] // line)]
         for number, part in enumerate(wrapped):
-            write(draw, (MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
+            draw.text((MARGIN, top + number * line), part, fill=(0, 0, 0), font=font)
         for index, picture in enumerate(row):
             values = ((picture.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
             image = Image.fromarray(values.permute(1, 2, 0).contiguous().numpy())

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 from ...guidance.files import FileProblem
 from ...guidance.files.atomic import replacing
 from .events import Event, Finished, Saved, Step, Stopped, Validated
-from .lettering import default_font
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -68,7 +67,7 @@ def draw_losses(
     train: Mapping[int, float], held_out: Mapping[int, float], width: int = 960, height: int = 480
 ) -> Image:
     """The loss curve as a Pillow image: single steps grey, means of neighbours blue, held-out losses orange."""
-    from PIL import Image, ImageDraw
+    from PIL import Image, ImageDraw, ImageFont
 
     steps, means = sorted(train), thinned(train, MEANS)
     # The range follows the means: single steps scatter widely and would flatten the curve.
@@ -81,7 +80,7 @@ def draw_losses(
     first, last = min([*steps, *held_out]), max([*steps, *held_out])
 
     image = Image.new("RGB", (width, height), "white")
-    draw, font = ImageDraw.Draw(image), default_font(13)
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
     left, top, right, bottom = 70, 40, width - 24, height - 44
 
     def place(step: float, loss: float) -> tuple[float, float]:

@@ -28,8 +28,8 @@ def config(**changes):
 def one_step(trainee, setting):
     """A training step of this configuration, and what must live through it."""
     x, t = torch.randn(setting.batch_size, 4, 8, 8), torch.arange(setting.batch_size)
-    optimizer = torch.optim.AdamW(trainee.parameters())
-    average = [parameter.detach().clone() for parameter in trainee.parameters()]
+    optimizer = torch.optim.AdamW(trainee.named_trainable().values())
+    average = [parameter.detach().clone() for parameter in trainee.named_trainable().values()]
 
     def step():
         with torch.autocast("cpu", torch.bfloat16, enabled=setting.precision == "bf16"):
@@ -37,7 +37,7 @@ def one_step(trainee, setting):
         output.float().square().mean().backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in trainee.parameters()], 0.1)
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in trainee.named_trainable().values()], 0.1)
 
     step()
     return step, optimizer, average
@@ -65,8 +65,12 @@ def test_counts_what_each_choice_costs(base):
 
     all_of_it, low_rank = of(), of(train="low_rank", rank=8)
     trainee = parts.start_model(base, "cached", "low_rank", rank=8)
-    assert low_rank.trainable == sum(one.numel() for one in trainee.parameters())
-    assert all_of_it.trainable == all_of_it.parameters == sum(p.numel() for p in parts.start_model(base).parameters())
+    assert low_rank.trainable == sum(one.numel() for one in trainee.named_trainable().values())
+    assert (
+        all_of_it.trainable
+        == all_of_it.parameters
+        == sum(p.numel() for p in parts.start_model(base).named_trainable().values())
+    )
     assert of(optimizer="adamw8bit").optimizer * 4 == all_of_it.optimizer == 8 * all_of_it.trainable
     assert of(ema=0.0).average == 0 and of(file_dtype="fp32").file == 2 * all_of_it.file == 4 * all_of_it.parameters
     lora = of(form="full", train="low_rank", rank=8)

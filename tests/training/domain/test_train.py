@@ -119,7 +119,6 @@ def test_a_folder_of_images_becomes_a_domain_file(run, folder, base):
         export_to=str(folder / "models"),
         ema=0.5,
         licence="CC0-1.0",
-        tensorboard=False,
     )
     out = folder / "run"
     assert (result.status, result.step, result.run) == ("finished", 6, out)
@@ -735,20 +734,10 @@ def test_every_form_and_part_trains_resumes_and_is_written(run, folder, changes)
         assert bool(metadata.null_text_error) == (changes.get("form") == "constant")
 
 
-def test_v_prediction_and_tensorboard(run, folder, base):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    result, _ = run(
-        base=replace(base, prediction_type="v_prediction"), tensorboard=True, steps=2, sample_every=2, validate_every=1
-    )
+def test_v_prediction(run, base):
+    result, _ = run(base=replace(base, prediction_type="v_prediction"), steps=2)
     _, metadata = read_domain_file(result.path)
     assert metadata.prediction_type == "v_prediction"
-    written = EventAccumulator(str(folder / "run" / "tensorboard"))
-    written.Reload()
-    assert [one.step for one in written.Scalars("train/loss")] == [1, 2]
-    assert [one.step for one in written.Scalars("held_out/loss")] == [0, 1, 2]
-    assert [one.step for one in written.Images("samples")] == [0, 2]
 
 
 def test_it_trains_in_inference_mode(run):
