@@ -11,7 +11,7 @@ import pytest
 import torch
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.networks.unet_config import UNetConfig
-from indomain_guidance.training.data import Sample
+from indomain_guidance.training.data.latent_dataset import Sample
 from indomain_guidance.training.domain.config import TrainConfig
 from torch import Generator, Tensor
 

@@ -129,10 +129,7 @@ def check_data(
                 size = _sort_in(report, name, facts, sizes)
                 shapes[size] += name not in report.faults["too_small"]
             progress(report.total, len(found.entries))
-            if should_stop() and report.total < len(found.entries):
-                break
-        else:
-            report.stopped = False
+        report.stopped = False
     report.bad = sum(map(len, report.faults.values()))
     report.ok = report.total - report.bad
     report.same_file = [names for names in by_content.values() if len(names) > 1]

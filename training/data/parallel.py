@@ -24,14 +24,14 @@ def in_order(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int | None = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
     ahead: int | None = None,
 ) -> Generator[Result, None, None]:
     """`map` in threads, with at most `ahead` results waiting (None: two per thread), so that memory stays bounded.
 
     An exception of `function` is raised where its result would have come. When the caller stops early, work that has
-    not begun is dropped. should_stop is asked while a result is waited for; when it says so, Cancelled is raised at
-    once, and the threads end by themselves after the item they work on.
+    not begun is dropped. should_stop is asked before every result and while it is waited for; when it says so,
+    Cancelled is raised at once, and the threads end by themselves after the item they work on.
     """
     workers = workers or default_workers()
     ahead = 2 * workers if ahead is None else max(1, min(ahead, 2 * workers))
@@ -42,10 +42,10 @@ def in_order(
 
     def first() -> Result:
         future = waiting.popleft()
-        while should_stop is not None and not wait([future], ASK_EVERY_S).done:
-            if should_stop():
-                raise Cancelled
-        return future.result()
+        while not should_stop():
+            if wait([future], ASK_EVERY_S).done:
+                return future.result()
+        raise Cancelled
 
     try:
         for item in items:

@@ -27,7 +27,6 @@ from .sources import Entry, content, image_entries, nothing_found, search
 from .walking import Watch
 
 MOST_WAITING = 2**29  # bytes of pixels that wait to be encoded, unless a single image has more
-LOOKS = 64  # files between two looks at should_stop while reading
 
 _Job = tuple[ImageRecord, Cut, Tensor, bool]  # a cut, its pixels [3, H, W], and whether it is the image's last
 
@@ -161,10 +160,6 @@ class _Preparation:
         self.faults: Counter[str] = Counter()
         self.done = self.total = 0
 
-    def _ask(self) -> None:
-        if self.callbacks.should_stop():
-            raise Cancelled
-
     def _skip(self, entry: Entry, kind: str, reason: object) -> None:
         self.skipped.append((entry.name, str(reason)))
         self.faults[kind] += 1
@@ -186,12 +181,10 @@ class _Preparation:
             except BadImage as error:
                 return entry, error, None
 
+        self.callbacks.progress(0, len(entries))
         looked = in_order(look, entries, self.workers, self.callbacks.should_stop)
         with closing(looked) as results, closing(index):
-            for number, (entry, known, stamp) in enumerate(results):
-                if number % LOOKS == 0:
-                    self._ask()
-                    self.callbacks.progress(0, len(entries))
+            for entry, known, stamp in results:
                 if isinstance(known, BadImage):
                     self._skip(entry, known.kind, known)
                     continue
@@ -220,7 +213,6 @@ class _Preparation:
         waiting: dict[Size, list[_Job]] = defaultdict(list)
         with closing(in_order(self._read_cuts, jobs, self.workers, self.callbacks.should_stop, ahead)) as results:
             for record, found in results:
-                self._ask()
                 if isinstance(found, BadImage):
                     self.bad[record.content] = found
                     self.total -= self.copies[record.content]
@@ -237,7 +229,6 @@ class _Preparation:
                     del batch[:most]
         for batch in waiting.values():
             if batch:
-                self._ask()
                 self._encode(batch)
         for record in self.records:
             if record.content in self.bad:
@@ -262,14 +253,10 @@ class _Preparation:
                     lacking[cut.key] = cut
             return record, list(lacking.values())
 
-        jobs, distinct = [], {record.content: record for record in reversed(self.records)}
+        distinct = {record.content: record for record in reversed(self.records)}
         firsts = [distinct[content] for content in self.copies]
         with closing(in_order(look, firsts, self.workers, self.callbacks.should_stop)) as results:
-            for number, (record, cuts) in enumerate(results):
-                if number % LOOKS == 0:
-                    self._ask()
-                if cuts:
-                    jobs.append((record, cuts))
+            jobs = [(record, cuts) for record, cuts in results if cuts]
         return jobs
 
     def _read_cuts(
@@ -287,6 +274,8 @@ class _Preparation:
             return record, error
 
     def _encode(self, jobs: Sequence[_Job]) -> None:
+        if self.callbacks.should_stop():
+            raise Cancelled
         means, stds = self.store.encoded([pixels for _, _, pixels, _ in jobs], jobs[0][0])
         for (record, cut, _, last), mean, std in zip(jobs, means, stds):
             self.store.keep(cut.key, *self.store.cache.put(cut.key, mean, std))

@@ -25,46 +25,30 @@ HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.
 class Estimate:
     """Bytes on the training device and on the disk.
 
-    waiting: the prior and its autoencoder, which stay in the CPU's memory (0 elsewhere). weights: of the UNet in fp32;
-    gradients, optimizer, average: of what trains; activations: what a forward pass of one process' batch keeps for the
-    backward pass, casts of the weights included; peak: the most at once; preview: the most while a grid is drawn.
-    available: of the device, None where unknown. checkpoint, latents, file: on disk.
+    parts: what stays, by what it is for: the prior and its autoencoder, which wait in the CPU's memory (0 elsewhere),
+    weights of the UNet in fp32, gradients, optimizer and average of what trains, and the activations that a forward
+    pass of one process' batch keeps for the backward pass, casts of the weights included. peak: the most at once;
+    preview: the most while a grid is drawn. available: of the device, None where unknown.
     """
 
     parameters: int
     trainable: int
-    waiting: int
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
+    parts: dict[str, int]
     peak: int
     preview: int
     available: int | None
-    checkpoint: int
-    latents: int
-    file: int
+    disk: dict[str, int]
     device: str
     advice: str
 
     def to_text(self) -> str:
         """A few lines to print before the first step."""
         share = 100 * self.trainable / self.parameters
-        parts = {
-            "the prior": self.waiting,
-            "weights": self.weights,
-            "gradients": self.gradients,
-            "optimizer": self.optimizer,
-            "average": self.average,
-            "activations": self.activations,
-            "all while drawing samples": self.preview,
-        }
+        parts = {**self.parts, "all while drawing samples": self.preview}
         lines = [
             f"trains {self.trainable / 1e6:.2f} M of {self.parameters / 1e6:.2f} M parameters ({share:.1f} %)",
             memory_text(self.device, max(self.peak, self.preview), parts, self.available),
-            f"disk: {size_text(self.checkpoint)} per checkpoint, {size_text(self.file)} for the finished file, "
-            f"{size_text(self.latents)} of cached latents",
+            "disk: " + ", ".join(f"{size_text(size)} {what}" for what, size in self.disk.items()),
         ]
         return "\n".join([*lines, self.advice] if self.advice else lines)
 
@@ -96,11 +80,14 @@ def estimate(
         kept = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=True).kept + traced.block_bytes
     total, trainable = traced.parameters, traced.trainable
 
-    weights, gradients = 4 * total, 4 * trainable
-    optimizer = (2 if config.optimizer == "adamw8bit" else 8) * trainable
-    average = 4 * trainable if config.ema else 0
-    waiting = bytes_of([*prior.unet.values(), *prior.autoencoder.parameters()]) if device.type == "cpu" else 0
-    fixed = waiting + weights + optimizer + average + (CUDA_CONTEXT if device.type == "cuda" else 0)
+    gradients = 4 * trainable
+    stays = {
+        "the prior": bytes_of([*prior.unet.values(), *prior.autoencoder.parameters()]) if device.type == "cpu" else 0,
+        "weights": 4 * total,
+        "optimizer": (2 if config.optimizer == "adamw8bit" else 8) * trainable,
+        "average": 4 * trainable if config.ema else 0,
+    }
+    fixed = sum(stays.values()) + (CUDA_CONTEXT if device.type == "cuda" else 0)
     # Gradients grow while activations are freed, so the most is at the start of the backward pass, at its end (all
     # gradients and the first block's activations), or in the optimizer. They stay between passes that accumulate.
     start = kept + 2 * traced.largest + (gradients if config.accumulation > 1 else 0)
@@ -118,18 +105,15 @@ def estimate(
     return Estimate(
         parameters=total,
         trainable=trainable,
-        waiting=waiting,
-        weights=weights,
-        gradients=gradients,
-        optimizer=optimizer,
-        average=average,
-        activations=kept,
+        parts={**stays, "gradients": gradients, "activations": kept},
         peak=peak,
         preview=preview,
         available=available,
-        checkpoint=4 * trainable + average + optimizer,
-        latents=encodings * 2 * 4 * prior.latent_channels * side * side,
-        file=(trainable if is_lora else total) * DTYPES[config.file_dtype].itemsize,
+        disk={
+            "per checkpoint": 4 * trainable + stays["average"] + stays["optimizer"],
+            "for the finished file": (trainable if is_lora else total) * DTYPES[config.file_dtype].itemsize,
+            "of cached latents": encodings * 2 * 4 * prior.latent_channels * side * side,
+        },
         device=str(device),
         advice=_advice(max(peak, preview), fixed + gradients, available, config),
     )

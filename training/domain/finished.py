@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,40 +31,29 @@ def write_domain_model(
     *,
     config: TrainConfig | None = None,
     file_dtype: str = "",
-    steps: int = 0,
-    dataset_size: int | None = None,
-    dataset_hash: str | None = None,
-    ema: float | None = None,
-    null_text_error: Mapping[str, float] | None = None,
     name: str = "",
+    **facts: Any,
 ) -> Path:
     """Write a domain model, and everything it should know about itself, to `path` (.safetensors).
 
     weights, unet_config: a trainee's (`Trainee.weights`, `.config`). config: the run's; name, licence, number format
     and resolution come from it, and its public part is kept in the file. file_dtype, name: of a model without a run.
-    dataset_size in images. ema: decay of the average that the weights are; None where they are none. Raises
-    FileProblem.
+    facts: of what it learned, such as steps and dataset_size (`DomainMetadata`). Raises FileProblem.
     """
-    path, fields, licence = Path(path), {}, ""
+    path = Path(path)
     if config is not None:
-        fields[TRAINING] = json.dumps(config.public_dict())
-        name, licence, file_dtype = config.name, config.licence, file_dtype or config.file_dtype
+        name, file_dtype = config.name, file_dtype or config.file_dtype
+        facts |= {"resolution": config.resolution, "licence": config.licence}
+        facts["extra"] = {TRAINING: json.dumps(config.public_dict())}
     metadata = DomainMetadata(
         unet_config,
         latent_format=prior.latent_format,
         prediction_type=prior.prediction_type,
         zero_snr=prior.zero_snr,
-        null_text_error=dict(null_text_error or {}),
         null_context=prior.null_context.to_dict(),
         prior_hash=prior.prior_hash,
         domain_name=name or path.stem,
-        dataset_size=dataset_size,
-        dataset_hash=dataset_hash,
-        steps=steps,
-        ema=ema,
-        resolution=None if config is None else config.resolution,
-        licence=licence,
-        extra=fields,
+        **facts,
     )
     return write_domain_file(path, file_tensors(weights, file_dtype or "fp16", path), metadata)
 

@@ -18,7 +18,8 @@ from ...guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import DTYPES
 from ...guidance.networks.unet import UNet
-from ..data import BadImage, DataProblem, LatentDataset
+from ..data.latent_dataset import LatentDataset
+from ..data.problems import BadImage, DataProblem
 from ..engine.learner import Learner
 from ..engine.optimizers import build_optimizer
 from ..engine.processes import OneProcess, check_batch
@@ -93,12 +94,6 @@ class DomainLearner(Learner[TrainConfig]):
     def close(self) -> None:
         """Let the loading thread go."""
         self._loader.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> DomainLearner:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     # ---- one step
 

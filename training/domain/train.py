@@ -11,17 +11,12 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from ...guidance.files import DTYPES
-from ..data import (
-    CachingStopped,
-    Callbacks,
-    Cancelled,
-    DataProblem,
-    LatentDataset,
-    Watch,
-    expanded,
-    find_images,
-    open_dataset,
-)
+from ..data.latent_dataset import LatentDataset
+from ..data.patterns import expanded
+from ..data.preparing import Callbacks, open_dataset
+from ..data.problems import CachingStopped, Cancelled, DataProblem
+from ..data.sources import find_images
+from ..data.walking import Watch
 from ..engine.events import Event, Listener, Preparing, Validated
 from ..engine.memory import is_memory_problem
 from ..engine.optimizers import check_optimizer
@@ -194,7 +189,8 @@ class _Training(Run[TrainConfig]):
             traits=prior_traits(prior, trainee.text),
             processes=self.processes,
         )
-        self.learner = stack.enter_context(learner)
+        stack.callback(learner.close)
+        self.learner = learner
         return learner
 
     def begun(self) -> dict[str, Any]:

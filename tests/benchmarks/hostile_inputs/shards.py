@@ -364,7 +364,8 @@ def opened(folder: Path, data: list[str], said: list[str]):
     from types import SimpleNamespace
 
     import torch
-    from indomain_guidance.training.data import Callbacks, DataSettings, open_dataset
+    from indomain_guidance.training.data.preparing import Callbacks, open_dataset
+    from indomain_guidance.training.data.settings import DataSettings
 
     def encode(images):
         small = torch.nn.functional.avg_pool2d(images, 8)

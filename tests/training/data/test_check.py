@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from indomain_guidance.training.data import DataProblem, sources
+from indomain_guidance.training.data import sources
 from indomain_guidance.training.data.check import check_data
+from indomain_guidance.training.data.problems import DataProblem
 from indomain_guidance.training.data.remarks import MASK, remarks
 from PIL import Image, PngImagePlugin
 

@@ -8,9 +8,10 @@ import zlib
 
 import numpy as np
 import pytest
-from indomain_guidance.training.data import BadImage, containers, decoding, stripping
+from indomain_guidance.training.data import containers, decoding, stripping
 from indomain_guidance.training.data.containers import FORMATS, contents
 from indomain_guidance.training.data.images import decode, probe
+from indomain_guidance.training.data.problems import BadImage
 from PIL import Image, features
 
 

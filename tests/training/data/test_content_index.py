@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 import numpy as np
-from indomain_guidance.training.data import find_images
 from indomain_guidance.training.data.content_index import ContentIndex, Known
+from indomain_guidance.training.data.sources import find_images
 from PIL import Image
 
 

@@ -8,13 +8,16 @@ import zlib
 
 import numpy as np
 import pytest
-from indomain_guidance.training.data import BadImage, DataSettings, decoding, find_images
+from indomain_guidance.training.data import decoding
 from indomain_guidance.training.data.buckets import cover
 from indomain_guidance.training.data.check import check_data
 from indomain_guidance.training.data.decoding import Decoding
 from indomain_guidance.training.data.images import crop_to, decode, decoded
 from indomain_guidance.training.data.latent_cache import LatentCache
 from indomain_guidance.training.data.preparing import prepare
+from indomain_guidance.training.data.problems import BadImage
+from indomain_guidance.training.data.settings import DataSettings
+from indomain_guidance.training.data.sources import find_images
 from PIL import Image
 
 

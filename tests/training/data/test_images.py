@@ -13,9 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.data import BadImage, decoding
+from indomain_guidance.training.data import decoding
 from indomain_guidance.training.data.buckets import cover
 from indomain_guidance.training.data.images import crop_to, decode, probe, to_tensor
+from indomain_guidance.training.data.problems import BadImage
 from PIL import Image, ImageCms, ImageFile, ImageOps
 
 

@@ -16,22 +16,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from indomain_guidance.training.data import (
-    CachingStopped,
-    Callbacks,
-    DataProblem,
-    DataSettings,
-    LatentDataset,
-    find_images,
-    latent_store,
-    open_dataset,
-)
+from indomain_guidance.training.data import latent_store
 from indomain_guidance.training.data import preparing as module
 from indomain_guidance.training.data.buckets import cover
 from indomain_guidance.training.data.content_index import ContentIndex
 from indomain_guidance.training.data.images import crop_to, decode, to_tensor
 from indomain_guidance.training.data.latent_cache import LatentCache
-from indomain_guidance.training.data.sources import image_entries
+from indomain_guidance.training.data.latent_dataset import LatentDataset
+from indomain_guidance.training.data.preparing import Callbacks, open_dataset
+from indomain_guidance.training.data.problems import CachingStopped, DataProblem
+from indomain_guidance.training.data.settings import DataSettings
+from indomain_guidance.training.data.sources import find_images, image_entries
 from indomain_guidance.training.prior.opening import open_mini_world
 from PIL import Image, ImageOps
 
@@ -405,7 +400,8 @@ bootstrap = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(bootstrap)
 bootstrap.register()
 import hashlib
-from indomain_guidance.training.data import DataSettings, find_images
+from indomain_guidance.training.data.settings import DataSettings
+from indomain_guidance.training.data.sources import find_images
 from indomain_guidance.training.data.latent_cache import LatentCache
 from indomain_guidance.training.data.preparing import prepare
 

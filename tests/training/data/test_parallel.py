@@ -6,8 +6,8 @@ import threading
 import time
 
 import pytest
-from indomain_guidance.training.data import Cancelled
 from indomain_guidance.training.data.parallel import in_order
+from indomain_guidance.training.data.problems import Cancelled
 
 
 def test_results_come_in_order_and_errors_in_their_place():

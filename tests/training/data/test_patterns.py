@@ -9,10 +9,9 @@ from itertools import islice
 from pathlib import Path
 
 import pytest
-from indomain_guidance.training.data import DataProblem
 from indomain_guidance.training.data import patterns as module
 from indomain_guidance.training.data.patterns import expanded
-from indomain_guidance.training.data.problems import Cancelled
+from indomain_guidance.training.data.problems import Cancelled, DataProblem
 from indomain_guidance.training.data.sources import search
 from indomain_guidance.training.data.walking import Watch
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from indomain_guidance.training.data import BadImage, DataProblem
 from indomain_guidance.training.data.images import decode
+from indomain_guidance.training.data.problems import BadImage, DataProblem
 from indomain_guidance.training.data.sources import find_images, image_entries, search
 from PIL import Image
 

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from indomain_guidance.training.data import Cancelled, DataProblem
+from indomain_guidance.training.data.problems import Cancelled, DataProblem
 from indomain_guidance.training.data.sources import fingerprint, search
 from indomain_guidance.training.data.walking import Watch, walk
 

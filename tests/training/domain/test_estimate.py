@@ -56,7 +56,7 @@ def test_memory_is_what_torchs_tracker_sees(changes, base):
         step()
     snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
     peak = next(value for name, value in snapshot.items() if "total" in str(name).lower())
-    assert 0.95 < (found.peak - found.waiting) / peak < 1.15
+    assert 0.95 < (found.peak - found.parts["the prior"]) / peak < 1.15
 
 
 def test_counts_what_each_choice_costs(base):
@@ -71,14 +71,23 @@ def test_counts_what_each_choice_costs(base):
         == all_of_it.parameters
         == sum(p.numel() for p in parts.start_model(base).named_trainable().values())
     )
-    assert of(optimizer="adamw8bit").optimizer * 4 == all_of_it.optimizer == 8 * all_of_it.trainable
-    assert of(ema=0.0).average == 0 and of(file_dtype="fp32").file == 2 * all_of_it.file == 4 * all_of_it.parameters
+    assert of(optimizer="adamw8bit").parts["optimizer"] * 4 == all_of_it.parts["optimizer"] == 8 * all_of_it.trainable
+    assert (
+        of(ema=0.0).parts["average"] == 0
+        and of(file_dtype="fp32").disk["for the finished file"]
+        == 2 * all_of_it.disk["for the finished file"]
+        == 4 * all_of_it.parameters
+    )
     lora = of(form="full", train="low_rank", rank=8)
-    assert lora.file == 2 * lora.trainable < all_of_it.file / 4
+    assert lora.disk["for the finished file"] == 2 * lora.trainable < all_of_it.disk["for the finished file"] / 4
     assert of(accumulation=4).peak > all_of_it.peak > low_rank.peak
-    assert of(batch_size=16).activations == 2 * all_of_it.activations
-    assert of(random_crops=3, flip=True).latents == 6 * all_of_it.latents == 6 * 100 * 2 * 4 * 4 * 8 * 8
-    assert 0 < of(gradient_checkpointing=True).activations < all_of_it.activations / 2
+    assert of(batch_size=16).parts["activations"] == 2 * all_of_it.parts["activations"]
+    assert (
+        of(random_crops=3, flip=True).disk["of cached latents"]
+        == 6 * all_of_it.disk["of cached latents"]
+        == 6 * 100 * 2 * 4 * 4 * 8 * 8
+    )
+    assert 0 < of(gradient_checkpointing=True).parts["activations"] < all_of_it.parts["activations"] / 2
     assert all_of_it.preview == 0 and estimate(base, config()).preview > 0
 
 
@@ -88,7 +97,7 @@ def test_says_what_to_change_when_it_does_not_fit(base, monkeypatch):
     text = found.to_text()
     assert "trains 2.85 M of 2.85 M parameters (100.0 %)" in text
     # What the weights and all that goes with them take, no batch lowers.
-    fixed = found.waiting + found.weights + found.gradients + found.optimizer + found.average
+    fixed = sum(found.parts.values()) - found.parts["activations"]
     assert f"than the 60.0 MiB available, and {tracing.size_text(fixed)} of it are needed whatever the batch" in text
     assert text.endswith("try train self_attention or low_rank, optimizer adamw8bit, ema 0.")
     monkeypatch.setattr(module, "free_bytes", lambda device: fixed)

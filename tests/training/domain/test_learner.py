@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import sys
+from contextlib import closing
 
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import NoiseSchedule
-from indomain_guidance.training.data import DataProblem
+from indomain_guidance.training.data.problems import DataProblem
 from indomain_guidance.training.domain.learner import DomainLearner
 from indomain_guidance.training.domain.losses import min_snr_weight
 from indomain_guidance.training.domain.previews import preview_dtype
@@ -240,7 +241,8 @@ def test_conditioning_follows_the_images(configure, tiny_unet, latents):
         return {"y": torch.tensor(seen[-1], dtype=torch.float32)}
 
     unet = tiny_unet(adm_in_channels=2)
-    with DomainLearner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning) as learner:
+    learner = DomainLearner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning)
+    with closing(learner):
         learner.take_step()
         indices = learner.plan.batch_for(0).indices
         assert seen == [[latents.draw(index, torch.Generator()).original for index in indices]]

@@ -21,8 +21,9 @@ from indomain_guidance.guidance.errors import Problem
 from indomain_guidance.guidance.files import FileProblem, read_domain_file
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.null_text import load_unet
-from indomain_guidance.training.data import BadImage, DataProblem, LatentDataset
 from indomain_guidance.training.data.check import check_data
+from indomain_guidance.training.data.latent_dataset import LatentDataset
+from indomain_guidance.training.data.problems import BadImage, DataProblem
 from indomain_guidance.training.data.remarks import remarks
 from indomain_guidance.training.domain.learner import DomainLearner
 from indomain_guidance.training.domain.train import _begun, train
