@@ -26,13 +26,7 @@ FAULTS = {
     "too_large": "too large to decode",
     "too_small": "shorter side below {min_side} pixels",
 }
-FACTS = {
-    "alpha": "with transparency, laid over white",
-    "rotated": "turned by their EXIF orientation",
-    "sixteen_bit": "with more than 8 bits per channel, reduced to 8",
-    "cmyk": "CMYK, converted to sRGB",
-    "animated": "animated, first frame used",
-}
+FACTS = {"alpha": "with transparency, laid over white", "rotated": "turned by their EXIF orientation"}
 SHOWN_EQUAL = 4
 SHOWN = 10  # names per list in the text; the dictionary has all
 

@@ -16,15 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ...guidance.files import FileProblem
-from ...guidance.files.atomic import write_text
 from ...guidance.plain_json import parse_json
 from ..engine.small_files import read_lines
 from .sources import Entry
 
 # A file changed this recently may change again without its time of change moving on.
 SETTLED_NS = 3_000_000_000
-SPARE_LINES = 1000
 LONGEST_LINE = 2**16  # bytes; a path has 4,096, each of which JSON may write as six
 LARGEST = 2**63
 INDEX = "content-index.jsonl"  # its name in the cache folder
@@ -47,10 +44,8 @@ class ContentIndex:
         self.path = Path(path)
         self._known: dict[str, tuple[tuple[int, ...], Known]] = {}  # bytes and times; replaced, never changed
         self._new: list[str] = []
-        self._lines = 0
         with suppress(OSError):
             for line in read_lines(self.path, LONGEST_LINE):
-                self._lines += 1
                 with suppress(ValueError):
                     entry = _entry(parse_json(line))
                     if entry is not None:
@@ -73,22 +68,14 @@ class ContentIndex:
         self._new.append(_line(where, state, known))
 
     def close(self) -> None:
-        """Append what is new; rewrite the file when most of its lines are out of date. Failing is no harm."""
-        if not self._new:
-            return
+        """Append what is new. Failing is no harm."""
         lines, self._new = self._new, []
-        self._lines += len(lines)
-        with suppress(OSError, FileProblem):
-            if self._lines > 2 * len(self._known) + SPARE_LINES:
-                self._lines = len(self._known)
-                write_text(
-                    self.path, "".join(_line(where, state, known) for where, (state, known) in self._known.items())
-                )
-                return
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # One write of a file opened for appending: lines of two processes do not mix on local disks.
-            with open(self.path, "ab", buffering=0) as file:
-                file.write("".join(("\n", *lines)).encode("utf-8"))  # apart from a line torn before
+        with suppress(OSError):
+            if lines:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                # One write of a file opened for appending: lines of two processes do not mix on local disks.
+                with open(self.path, "ab", buffering=0) as file:
+                    file.write("".join(("\n", *lines)).encode("utf-8"))  # apart from a line torn before
 
 
 def _entry(found: Any) -> tuple[str, tuple[tuple[int, ...], Known]] | None:

@@ -18,9 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from .buckets import Size, cover
-from .colours import has_alpha, is_deep_grey
+from .colours import has_alpha
 from .decoding import Decoding, opened, reading
-from .exif import BITS
 
 
 @dataclass(frozen=True)
@@ -32,9 +31,6 @@ class ImageFacts:
     format: str
     rotated: bool
     alpha: bool
-    sixteen_bit: bool
-    cmyk: bool
-    animated: bool
 
 
 def probe(data: bytes) -> ImageFacts:
@@ -42,23 +38,7 @@ def probe(data: bytes) -> ImageFacts:
     with reading(data):
         header = opened(data)
         image, (height, width) = header.image, header.size
-        deep = is_deep_grey(image)
-        if image.format == "PNG":
-            deep = data[24:25] == b"\x10"  # bit depth in IHDR; Pillow hands 16-bit colour over as 8-bit
-        elif image.format == "TIFF":
-            bits = image.tag_v2.get(BITS, 8)
-            deep = max(bits if isinstance(bits, tuple) else (bits,)) > 8
-        return ImageFacts(
-            height=height,
-            width=width,
-            format=str(image.format),
-            rotated=header.turned != 1,
-            alpha=has_alpha(image),
-            sixteen_bit=deep,
-            cmyk=image.mode == "CMYK",
-            animated=header.contents.animated
-            or (image.format in ("WEBP", "AVIF") and bool(getattr(image, "is_animated", False))),
-        )
+        return ImageFacts(height, width, str(image.format), header.turned != 1, has_alpha(image))
 
 
 def decode(data: bytes, at_least: Size | None = None) -> Image.Image:

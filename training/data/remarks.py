@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from .kinds import NOTES, OTHER_PICTURES, PACKED
-
 MASK = "masks beside their pictures"
 MUCH = 1 / 3  # of a picture that cropping may remove before it is said
 SHOWN = 3
@@ -17,21 +15,13 @@ def remarks(ignored: Mapping[str, int], cropped: Mapping[str, float], count: int
     ignored: files by ending and what else was left out by its name (`sources.Found.ignored`). cropped: the share that
     cropping removes, 0..1, of the pictures that lose more than MUCH. count: of all images that are used.
     """
-    pictures = {kind: number for kind, number in ignored.items() if kind in OTHER_PICTURES}
-    notes = {kind: number for kind, number in ignored.items() if kind in NOTES or kind == MASK}
-    packed = {kind: number for kind, number in ignored.items() if kind in PACKED}
-    known = {**pictures, **notes, **packed}
-    rest = {kind or "without ending": number for kind, number in ignored.items() if kind not in known}
     said = []
-    if pictures:
-        said.append(f"pictures of kinds that are not read, left out: {_counts(pictures)}; save them as PNG or JPEG.")
-    if notes:
-        counts = _counts(notes)
-        said.append(f"files beside the pictures, without effect here: {counts}; captions and masks are not used.")
-    if packed:
-        said.append(f"packed archives, of which nothing is read: {_counts(packed)}; unpack them, or to .tar shards.")
-    if rest:
-        said.append(f"also left out: {_counts(rest)}.")
+    if ignored:
+        counts = {kind or "without ending": number for kind, number in ignored.items()}
+        said.append(
+            f"left out: {_counts(counts)}; pictures of other kinds can be saved as PNG or JPEG, archives unpacked, and "
+            "captions and masks have no effect here."
+        )
     if cropped:
         worst = [f"{name} {share:.0%}" for name, share in _most_first(cropped)]
         named = ", ".join(worst[:SHOWN]) + (" ..." if len(worst) > SHOWN else "")

@@ -19,7 +19,7 @@ USUAL_SCANS = 16  # passes of a progressive JPEG; encoders make about 10
 MOST_SCANNED = 200_000_000  # pixels of a JPEG of more passes, times these
 MOST_PROFILE = 2**20  # bytes of a PNG's colour profile, as Pillow has it
 PNG_PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"iCCP", b"IDAT", b"IEND")
-PNG_NOTES = (b"eXIf", b"acTL", b"tEXt", b"zTXt", b"iTXt")
+PNG_NOTES = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")
 GIF_BLOCK = re.compile(rb"[,!;]")
 JPEG_MARKER = re.compile(rb"\xff[^\x00\xd0-\xd7\xff]")  # other than those within a pass
 SCAN, END, ALONE = b"\xda", b"\xd9", (b"\x01", b"\xd8", b"\xd9")
@@ -39,7 +39,6 @@ class Contents:
     data: bytes
     exif: bytes = b""
     xmp: bytes = b""
-    animated: bool = False
     scans: int = 1
     pixels: int = 0
     kind: str = ""
@@ -100,7 +99,7 @@ def _scans(data: bytes, at: int) -> int:
 
 def png(data: bytes) -> Contents:
     """Without texts, EXIF and later frames."""
-    kept, exif, xmp, at, animated, dropped = [data[:8]], b"", b"", 8, False, False
+    kept, exif, xmp, at, dropped = [data[:8]], b"", b"", 8, False
     for _ in range(MOST_PIECES):
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
@@ -110,8 +109,6 @@ def png(data: bytes) -> Contents:
         body = data[at + 8 : at + 8 + length] if name in PNG_NOTES else b""
         if name == b"eXIf":
             exif = exif or body
-        elif name == b"acTL":
-            animated = int.from_bytes(body[:4], "big") > 1
         elif body.startswith(b"XML:com.adobe.xmp\0"):
             xmp = xmp or _text(name, body)
         elif body.startswith(b"Raw profile type exif\0"):
@@ -125,7 +122,7 @@ def png(data: bytes) -> Contents:
             break
     else:
         raise BadImage("corrupt", f"has more than {MOST_PIECES:,} chunks")
-    return Contents(b"".join(kept) if dropped else data, exif, xmp, animated)
+    return Contents(b"".join(kept) if dropped else data, exif, xmp)
 
 
 def _unpacked_length(body: bytes) -> int:
@@ -160,10 +157,9 @@ def gif(data: bytes) -> Contents:
     if len(data) < 13:
         return Contents(data)
     at = 13 + _table(data[10])
-    head, shown, frame, animated = data[:at], b"", None, False
+    head, shown, frame = data[:at], b"", None
     for kind, start, end in _blocks(data, at):
         if kind == b"," and frame is not None:
-            animated = True
             break
         if kind == b",":
             frame = data[start:end]
@@ -171,7 +167,7 @@ def gif(data: bytes) -> Contents:
             shown = data[start:end]  # how the frame is shown; of several the last
     if frame is None:
         return Contents(data)
-    return Contents(b"".join((head, shown, frame, b";")), animated=animated)
+    return Contents(b"".join((head, shown, frame, b";")))
 
 
 def _table(flags: int) -> int:

@@ -55,28 +55,25 @@ class Preview:
         *,
         title: str = "",
         should_stop: Callable[[], bool] = lambda: False,
-    ) -> Image:
+    ) -> Image | None:
         """The grid of `unet` as a picture. text: what a model of form full was trained on, None for a text-free one.
 
-        The UNet is used where and as it is. should_stop() ends the drawing after a row; the rest stays grey.
+        The UNet is used where and as it is. None where should_stop(), asked before every row, broke the drawing off.
         """
         config, prior, side = self.config, self.prior, self.config.resolution
         seeds = range(config.seed, config.seed + config.sample_count)
         noise = prior.noise(seeds, side, side)
         sigmas = sigmas_uniform(prior.schedule, config.sample_steps).float()
         rows = self._rows(unet, text)
-        labels = [label for label, _ in rows]
         drawn: list[Tensor] = []
         for _, guidance in rows:
             if should_stop():
-                break
+                return None
             parts = [part.to(self.device) for part in noise.split(self.batch)]
             drawn.append(torch.cat([sample(MultiGuidance(guidance), part, sigmas, METHOD).float() for part in parts]))
         with prior.autoencoder_on(self.device):
             pictures = [prior.decode(latents).cpu() for latents in drawn]
-        grey = torch.zeros(len(noise), 3, side, side)
-        pictures += [grey] * (len(labels) - len(pictures))
-        return grid(pictures, labels, [f"seed {seed}" for seed in seeds], title)
+        return grid(pictures, [label for label, _ in rows], [f"seed {seed}" for seed in seeds], title)
 
     def _rows(self, unet: nn.Module, text: Text | None) -> list[tuple[str, Guidance]]:
         """(what stands beside a row, the guidance it is sampled with)."""

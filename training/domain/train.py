@@ -311,8 +311,7 @@ class _Training(Run[TrainConfig]):
             assert preview is not None
             with self.trainee.using(self.learner.values()) as unet:
                 title = f"{config.name}, step {step}"
-                picture = preview.draw(unet, self.trainee.text, title=title, should_stop=self.should_stop)
-            return None if self.should_stop() else picture  # one that was broken off is drawn again
+                return preview.draw(unet, self.trainee.text, title=title, should_stop=self.should_stop)
 
         return self.sample_report(draw)
 

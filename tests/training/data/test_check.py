@@ -68,12 +68,7 @@ def test_everything_is_found_and_nothing_is_touched(folder):
     assert set(report.faults["too_small"]) == {"small.png"} and "40 x 30" in report.faults["too_small"]["small.png"]
     assert report.upscaled == ["enlarged.png"]
     assert report.same_file == [["copy.png", "good.png"]]
-    assert (
-        report.facts["alpha"] == ["clear.png"]
-        and report.facts["rotated"] == ["turned.jpg"]
-        and report.facts["sixteen_bit"] == ["deep.png"]
-    )
-    assert report.facts["cmyk"] == ["print.jpg"] and report.facts["animated"] == ["moving.gif"]
+    assert report.facts == {"alpha": ["clear.png"], "rotated": ["turned.jpg"]}
     assert report.formats == {"PNG": 7, "JPEG": 3, "GIF": 1}
     assert sum(report.buckets.values()) == report.ok and report.buckets["48x80"] == report.buckets["80x48"] == 1
     assert report.ignored == {".txt": 1} and list(report.places) == [str(folder / "shard.tar")]
@@ -140,14 +135,20 @@ def test_what_is_left_out_and_cut_away_is_told_as_by_a_run(tmp_path):
     assert report.ok == 2 and report.cropped == {"pano.png": pytest.approx(1 - 80 / 48 / 5, abs=1e-4)}
     said = remarks(report.ignored, report.cropped, report.ok)
     assert all(text in report.to_text() for text in said) and [text.partition(":")[0] for text in said] == [
-        "pictures of kinds that are not read, left out",
-        "files beside the pictures, without effect here",
-        "packed archives, of which nothing is read",
-        "also left out",
+        "left out",
         "1 of 2 images lose more than a third to cropping",
     ]
-    assert said[0] == "pictures of kinds that are not read, left out: 2 .heic, 1 .cr2; save them as PNG or JPEG."
-    assert "1 .caption, 1 .npz, 1 .txt" in said[1] and f"1 {MASK}" in said[1] and "1 .mp4" in said[3]
-    assert "1 .gz, 1 .zip; unpack them" in said[2]
-    assert f"pano.png {report.cropped['pano.png']:.0%}" in said[4]
+    for told in (
+        "2 .heic",
+        "1 .cr2",
+        "1 .caption, 1 .cr2",
+        "1 .npz",
+        "1 .txt",
+        f"1 {MASK}",
+        "1 .mp4",
+        "1 .gz",
+        "1 .zip",
+    ):
+        assert told in said[0]
+    assert f"pano.png {report.cropped['pano.png']:.0%}" in said[1]
     assert remarks({}, {}, 3) == []

@@ -109,9 +109,7 @@ def test_drawing_disturbs_nothing(base, domain):
 
 def test_can_be_stopped_between_rows(base, domain):
     calls = iter([False, True])
-    sheet = previews.Preview(base, config()).draw(domain, should_stop=lambda: next(calls))
-    drawn = tiles(sheet, 2, 2)
-    assert not bool((drawn[0][0] == drawn[0][0][0, 0]).all()) and bool((drawn[1][1] == 128).all())
+    assert previews.Preview(base, config()).draw(domain, should_stop=lambda: next(calls)) is None
 
 
 def test_prompts_that_cannot_be_encoded_are_refused_before_training(tiny_checkpoint):

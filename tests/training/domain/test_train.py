@@ -680,7 +680,7 @@ def test_what_is_left_out_and_cut_away_is_told_at_the_start_in_the_words_of_chec
         bucket_max_ratio=config["bucket_max_ratio"],
     )
     notes = remarks(report.ignored, report.cropped, report.ok)
-    assert len(notes) == 3 and all(note in said and note in report.to_text() for note in notes)
+    assert len(notes) == 2 and all(note in said and note in report.to_text() for note in notes)
     assert any("1 images cannot be used and are left out (1 too large): huge.png has" in text for text in said)
 
 
