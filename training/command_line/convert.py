@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from ...guidance.errors import Problem
 from ...guidance.files import (
     DTYPES,
     FileProblem,
@@ -34,7 +33,7 @@ from ..prior.opening import open_checkpoint, open_mini_world
 from .console import Console
 from .inspect import form_of, inspect
 from .models import find_model
-from .parser import DONE, add_command, add_device, add_option, add_output, as_usage, print_result, text, whole
+from .parser import DONE, add_command, add_device, add_option, add_output, as_usage, given, print_result, text, whole
 
 
 def add_convert(commands: Any) -> None:
@@ -83,11 +82,7 @@ def _convert(options: argparse.Namespace) -> int:
     written = convert(
         source,
         options.target,
-        form=options.form,
-        file_dtype=options.file_dtype,
-        prediction=options.prediction,
-        resolution=options.resolution,
-        name=options.name,
+        **given(options, ("form", "file_dtype", "prediction", "resolution", "name")),
         device=as_usage(lambda: pick_device(options.device)),
         on_probe=lambda done, total: console.count("measuring", done, total),
     )
@@ -115,8 +110,6 @@ def convert(
     readable format: a generator file, which nothing leads back from. file_dtype: "fp16" where it is "", a generator's
     "fp32". Raises FileProblem and ValueError; `source` is never written to.
     """
-    if form and form not in FORMS:
-        raise Problem(f"Expected form to be one of {', '.join(FORMS)}, got {form!r}.")
     if resolution is not None:
         TrainConfig(base=MINI_WORLD, resolution=resolution)  # refuses one that no run could have
     target = Path(target)

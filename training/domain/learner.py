@@ -113,7 +113,7 @@ class DomainLearner(Learner[TrainConfig]):
         """Nothing to do: DistributedDataParallel shares them in the backward pass."""
 
     def names_at(self, step: int) -> list[str]:
-        return [self.dataset.name_of(index) for index in self.plan.batch_for(step).indices]
+        return [self.dataset.name_of(draw.index) for draw in self.plan.batch_for(step)]
 
     def _losses(self, batch: Pass) -> Tensor:
         """Weighted loss of each sample of a pass [B]."""
@@ -138,7 +138,7 @@ class DomainLearner(Learner[TrainConfig]):
 
     def _load_passes(self, step: int) -> list[Pass]:
         size, share = self.config.batch_size, self.config.batch_size // self.processes.world
-        draws, first = self.plan.batch_for(step).draws, self.processes.rank * share
+        draws, first = self.plan.batch_for(step), self.processes.rank * share
         return [self._load_pass(draws[start + first : start + first + share]) for start in range(0, len(draws), size)]
 
     def _load_pass(self, draws: Sequence[Draw]) -> Pass:

@@ -39,18 +39,6 @@ class Draw:
         return sample_generator(seed, self.turn, self.index, stream)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The global batch of one optimizer step: passes of one shape each, one after the other."""
-
-    step: int
-    draws: tuple[Draw, ...]
-
-    @property
-    def indices(self) -> list[int]:
-        return [draw.index for draw in self.draws]
-
-
 class BatchPlan:
     """Which images every step of a run sees: a pure function of (seed, groups, batch, accumulation, step).
 
@@ -77,13 +65,13 @@ class BatchPlan:
         # The order of an epoch is kept, it takes a while for many images; a step may span two.
         self._epoch = lru_cache(maxsize=2)(self.passes)
 
-    def batch_for(self, step: int) -> Batch:
-        """The global batch of optimizer step `step`, counted from 0."""
+    def batch_for(self, step: int) -> tuple[Draw, ...]:
+        """The global batch of optimizer step `step`, counted from 0: passes of one shape each, one after the other."""
         draws: list[Draw] = []
         for number in range(step * self.accumulation, (step + 1) * self.accumulation):
             epoch, position = self.place(number)
             draws += self._epoch(epoch)[position]
-        return Batch(step, tuple(draws))
+        return tuple(draws)
 
     def passes(self, epoch: int) -> list[tuple[Draw, ...]]:
         """The passes of one epoch, each of `batch` draws from one group, in the order they are taken in."""

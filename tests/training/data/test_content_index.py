@@ -17,7 +17,7 @@ def save(path: Path, seed: int, height: int = 40, width: int = 60) -> Path:
     return path
 
 
-def test_index_survives_torn_lines_and_shrinks(tmp_path):
+def test_index_survives_torn_lines(tmp_path):
     path = save(tmp_path / "a.png", 0)
     os.utime(path, (1e9, 1e9))
     (entry,) = find_images([str(path)])
@@ -34,7 +34,6 @@ def test_index_survives_torn_lines_and_shrinks(tmp_path):
         index.add(("/gone", number, 5, 5), known)
     index.close()
     assert len(ContentIndex(tmp_path / "index.jsonl")._known) == 2
-    assert (tmp_path / "index.jsonl").read_text().count("\n") == 2
     os.utime(path)  # changed just now: neither trusted nor remembered
     assert index.look_up(entry) is None
     index.add(entry.stamp(), known)

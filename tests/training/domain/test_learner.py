@@ -244,7 +244,7 @@ def test_conditioning_follows_the_images(configure, tiny_unet, latents):
     learner = DomainLearner(configure(steps=1), unet, latents, SCHEDULE, "epsilon", conditioning)
     with closing(learner):
         learner.take_step()
-        indices = learner.plan.batch_for(0).indices
+        indices = [draw.index for draw in learner.plan.batch_for(0)]
         assert seen == [[latents.draw(index, torch.Generator()).original for index in indices]]
 
 
