@@ -25,7 +25,7 @@ from ..prior.opening import open_prior
 from ..prior.prior import Prior
 from .adapter import Adapter, check_generator
 from .config import AdaptConfig
-from .critic import Distance, Domain, judged_resolution, latent_encoder, make_objective, open_critic, open_domain
+from .critic import Domain, judged_resolution, latent_encoder, make_objective, open_critic, open_domain
 from .estimate import estimate_adaptation
 from .layers import describe_trained, learning_names, trained_names
 from .opinion import Encode, describe_terms
@@ -45,7 +45,6 @@ def adapt(
     critic: Critic | None = None,
     encode: Encode | None = None,
     base: Prior | None = None,
-    distance: Distance | None = None,
     listener: Listener = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
     dry_run: bool = False,
@@ -54,9 +53,9 @@ def adapt(
 
     generator: instead of `config.generator`, and left as it is. critic, with its encode (images [B, 3, H, W] in -1..1
     -> latents, differentiable; an `ImageEncoder` says at which size they are judged): instead of `config.base`,
-    prompts, domain, resolution and precision. base: an opened prior instead of `config.base`. distance: of the
-    perceptual regularizer, `distance(images, source images) -> [B]`. resume, listener, should_stop, dry_run and the
-    run's folder are those of `domain.train.train`; an adaptation that is killed and resumed ends with the same bits.
+    prompts, domain, resolution and precision. base: an opened prior instead of `config.base`. resume, listener,
+    should_stop, dry_run and the run's folder are those of `domain.train.train`; an adaptation that is killed and
+    resumed ends with the same bits.
 
     Raises ConfigProblem for a configuration that does not fit generator or critic, FileProblem for files,
     NonFiniteLoss.
@@ -67,7 +66,7 @@ def adapt(
         given = critic, encode
     else:
         raise Problem("Expected a critic and its encode together, got one of them.")
-    return _Adaptation(config, listener, should_stop, generator, given, base, distance)(resume, dry_run)
+    return _Adaptation(config, listener, should_stop, generator, given, base)(resume, dry_run)
 
 
 def open_generator(name: str) -> LoadedGenerator:
@@ -92,10 +91,9 @@ class _Adaptation(Run[AdaptConfig]):
         generator: StyleGAN2 | LoadedGenerator | None,
         critic: tuple[Critic, Encode] | None,
         prior: Prior | None,
-        distance: Distance | None,
     ) -> None:
         super().__init__(config, listener, should_stop)
-        self.given, self.critic, self.prior, self.distance = generator, critic, prior, distance
+        self.given, self.critic, self.prior = generator, critic, prior
         self.domain: Domain | None = None
 
     # ---- beginning
@@ -159,7 +157,7 @@ class _Adaptation(Run[AdaptConfig]):
             critic = open_critic(config, prior, resolution, device, self.domain)
             self.domain = None  # the critic has its weights now
             encode = latent_encoder(prior, resolution, config.precision)
-        return make_objective(config, critic, encode, device, self.distance), encode
+        return make_objective(config, critic, encode, device), encode
 
     # ---- what becomes of it
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import nullcontext
 
 import torch
@@ -31,7 +30,6 @@ from ..prior.prior import ImageSize, Prior
 from .config import AdaptConfig
 from .opinion import Encode
 
-Distance = Callable[[Tensor, Tensor], Tensor]
 Domain = tuple[dict[str, Tensor], DomainMetadata]
 
 
@@ -113,13 +111,8 @@ def latent_encoder(prior: Prior, resolution: int, precision: str = "fp32") -> Im
     return ImageEncoder(encode, resolution)
 
 
-def make_objective(
-    config: AdaptConfig, critic: Critic, encode: Encode, device: torch.device | str, distance: Distance | None = None
-) -> Objective:
-    """The objective of the settings for a critic. distance: the perceptual regularizer's, instead of `config.features`.
-
-    Raises ValueError where the method needs what the critic lacks.
-    """
+def make_objective(config: AdaptConfig, critic: Critic, encode: Encode, device: torch.device | str) -> Objective:
+    """The objective of the settings for a critic. Raises ValueError where the method needs what the critic lacks."""
     regularizers = []
     if config.directional:
         regularizers.append(Directional(config.directional, config.normalize_directional))
@@ -127,9 +120,8 @@ def make_objective(
         regularizers.append(Reconstruction(config.reconstruction))
     perceptual = None
     if config.perceptual:
-        if distance is None:
-            latents = config.features == "latents"
-            distance = FeatureDistance(encode) if latents else lpips_distance(config.features, device)
+        latents = config.features == "latents"
+        distance = FeatureDistance(encode) if latents else lpips_distance(config.features, device)
         perceptual = Perceptual(distance, config.perceptual)
     return Objective(
         critic,

@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...guidance.errors import Problem
@@ -82,7 +81,7 @@ def write_low_rank(
         )
     path = Path(path)
     file_dtype = file_dtype or (config.file_dtype if config is not None else "fp16")
-    tensors = kohya_tensors(trainee.unet, trainee.config, values, torch.float32)
+    tensors = kohya_tensors(trainee.unet, trainee.config, values)
     layer = next(iter(layers.values()))
     metadata = {
         "ss_network_module": "networks.lora",

@@ -31,22 +31,21 @@ def held_out_loss(
     batch: int = 4,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-    timesteps: Sequence[int] = TIMESTEPS,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> tuple[float, dict[int, float]]:
     """(mean over noise levels, {timestep: loss}): mean squared error on the prior's own parameterisation, unweighted.
 
     latents: scaled, [C, h, w] each, of any shapes. The noise of an image at a level depends on (seed, key, timestep)
     alone, so that it stays the same when other images are held out, too. keys: for each latent what stands for its
-    image (`LatentDataset.content_of`); None: its place. conditioning(sizes): what the UNet takes beside x
-    and t (`Prior.conditioning`); sizes: of each image, needed where that depends on them. timesteps refer to 1000
-    levels and are scaled to the schedule's number. batch: images per forward pass, of one shape each. The UNet is used
-    in evaluation mode and left as it was. NaN when should_stop() asks to stop. Raises ValueError without latents.
+    image (`LatentDataset.content_of`); None: its place. conditioning(sizes): what the UNet takes beside x and t
+    (`Prior.conditioning`); sizes: of each image, needed where that depends on them. batch: images per forward pass, of
+    one shape each. The UNet is used in evaluation mode and left as it was. NaN when should_stop() asks to stop. Raises
+    ValueError without latents.
     """
     if len(latents) == 0:
         raise Problem("Held-out loss: expected at least one latent, found none; raise held_out_share.")
-    levels = {t: round(t * (len(schedule) - 1) / 999) for t in timesteps}
-    totals = dict.fromkeys(timesteps, 0.0)
+    levels = {t: round(t * (len(schedule) - 1) / 999) for t in TIMESTEPS}
+    totals = dict.fromkeys(TIMESTEPS, 0.0)
     keys = [str(index) for index in range(len(latents))] if keys is None else keys
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, latent in enumerate(latents):

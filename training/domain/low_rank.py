@@ -88,9 +88,7 @@ def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) 
 
 
 @torch.no_grad()
-def kohya_tensors(
-    unet: nn.Module, config: UNetConfig, values: Mapping[str, Tensor] | None = None, dtype: torch.dtype = torch.float16
-) -> dict[str, Tensor]:
+def kohya_tensors(unet: nn.Module, config: UNetConfig, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
     """The additions alone under the names of kohya's LoRA files; `values` as in `merged_weights`."""
     own = {**unet.state_dict(), **(values or {})}
     naming = diffusers_names(config) if config.context_dim in DIFFUSERS_NAMED_CONTEXTS else {}
@@ -98,9 +96,9 @@ def kohya_tensors(
     for name, layer in low_rank_layers(unet).items():
         place, _, rest = name.partition(".transformer_blocks.")
         public = f"lora_unet_{naming.get(place, place)}_transformer_blocks_{rest}".replace(".", "_")
-        tensors[f"{public}.lora_down.weight"] = own[f"{name}.{DOWN}"].detach().cpu().to(dtype)
-        tensors[f"{public}.lora_up.weight"] = own[f"{name}.{UP}"].detach().cpu().to(dtype)
-        tensors[f"{public}.alpha"] = torch.tensor(float(layer.rank), dtype=dtype)
+        tensors[f"{public}.lora_down.weight"] = own[f"{name}.{DOWN}"].detach().cpu()
+        tensors[f"{public}.lora_up.weight"] = own[f"{name}.{UP}"].detach().cpu()
+        tensors[f"{public}.alpha"] = torch.tensor(float(layer.rank))
     return tensors
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+WIDTH, HEIGHT = 960, 480  # px
 MEANS = 100  # points of the blue line
 
 
@@ -27,8 +28,8 @@ class LossCurve:
     repeats them.
     """
 
-    def __init__(self, path: str | os.PathLike, history: Iterable[Event] = (), start: int = 0, every: int = 10) -> None:
-        self.path, self.every = Path(path), every
+    def __init__(self, path: str | os.PathLike, history: Iterable[Event] = (), start: int = 0) -> None:
+        self.path = Path(path)
         self.train: dict[int, float] = {}
         self.held_out: dict[int, float] = {}
         for event in history:
@@ -63,9 +64,7 @@ def thinned(values: Mapping[int, float], most: int = 2000) -> dict[int, float]:
     return {part[-1]: sum(values[step] for step in part) / len(part) for part in parts}
 
 
-def draw_losses(
-    train: Mapping[int, float], held_out: Mapping[int, float], width: int = 960, height: int = 480
-) -> Image:
+def draw_losses(train: Mapping[int, float], held_out: Mapping[int, float]) -> Image:
     """The loss curve as a Pillow image: single steps grey, means of neighbours blue, held-out losses orange."""
     from PIL import Image, ImageDraw, ImageFont
 
@@ -79,9 +78,9 @@ def draw_losses(
     low, high = min(ticks[0], low), max(ticks[-1], high)
     first, last = min([*steps, *held_out]), max([*steps, *held_out])
 
-    image = Image.new("RGB", (width, height), "white")
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(13)
-    left, top, right, bottom = 70, 40, width - 24, height - 44
+    left, top, right, bottom = 70, 40, WIDTH - 24, HEIGHT - 44
 
     def place(step: float, loss: float) -> tuple[float, float]:
         x = left + (right - left) * (step - first) / max(1, last - first)

@@ -47,7 +47,7 @@ def test_converts_the_mini_world_and_never_onto_its_source(tmp_path):
     with pytest.raises(FileProblem, match="expected another file to write"):
         convert(path, path)
     with pytest.raises(ValueError, match="Expected form to be one of"):
-        convert(path, tmp_path / "x.safetensors", form="none")
+        convert("mini_world", tmp_path / "x.safetensors", form="none")
     for resolution in (-64, 0, 8, 100):
         with pytest.raises(ValueError, match=f"resolution: expected a .*, found {resolution}"):
             convert("mini_world", tmp_path / "x.safetensors", form="constant", resolution=resolution)
