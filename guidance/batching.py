@@ -114,9 +114,7 @@ def _check_shape(output: Any, x: Tensor) -> None:
     if not isinstance(output, Tensor):
         raise GuidanceError(f"Expected a model to return a tensor, the denoised x, got {type(output).__name__}.")
     if output.shape != x.shape:
-        raise GuidanceError(
-            f"Expected a model to return the shape it was given, {list(x.shape)}, got {list(output.shape)}."
-        )
+        raise GuidanceError(f"Expected a model to return the shape {list(x.shape)}, got {list(output.shape)}.")
 
 
 def _is_batched(value: Any) -> bool:

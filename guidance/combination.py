@@ -73,10 +73,7 @@ def _check_predictions(predictions: Mapping[Key, Tensor], keys: Sequence[Key]) -
             raise GuidanceError(f"Expected a prediction for each of {len(keys)} sources, found none for {key!r}.")
         first, shape = predictions[keys[0]].shape, predictions[key].shape
         if shape != first:
-            raise GuidanceError(
-                f"Expected predictions of one shape, got {tuple(first)} and {tuple(shape)}; all models must share one "
-                "latent space."
-            )
+            raise GuidanceError(f"Expected predictions of one shape, got {tuple(first)} and {tuple(shape)}.")
 
 
 def _collect(contributions: Iterable[tuple[Source, float]]) -> dict[Source, float]:
@@ -189,10 +186,7 @@ class Step:
         keep_base=True. Raises GuidanceError without it.
         """
         if self.base not in predictions:
-            raise GuidanceError(
-                "Expected the base's prediction to express this step as one CFG, found none; ask for the step with "
-                "keep_base=True."
-            )
+            raise GuidanceError("Expected the base's prediction, found none; ask for the step with keep_base=True.")
         if _cancel(self.weights):
             return self.combine(predictions)
         shares, scale = [(self.base, 1.0)], self.total_weight
@@ -239,9 +233,7 @@ class Guidance:
                 raise GuidanceError(f"Term {term.name!r} refers to {term.reference!r}, which is none of: {known}.")
             if term.reference in path:
                 if term.reference == term.name:
-                    raise GuidanceError(
-                        f"Term {term.name!r} refers to itself; name another term, or none for the base."
-                    )
+                    raise GuidanceError(f"Term {term.name!r} refers to itself; name another term, or none.")
                 raise GuidanceError(f"The references of terms form a cycle: {' -> '.join([*path, term.reference])}.")
             path.append(term.reference)
             term = self._by_name[term.reference]
@@ -297,9 +289,7 @@ class Guidance:
         weights = {term.name: term.weight.at(sigma, percent_to_sigma) for term in self.terms}
         for name, weight in weights.items():
             if not math.isfinite(weight):
-                raise GuidanceError(
-                    f"Expected the weight of term {name!r} to be finite at sigma {sigma:g}, got {weight}."
-                )
+                raise GuidanceError(f"Expected a finite weight of term {name!r} at sigma {sigma:g}, got {weight}.")
         if total is not None:
             weights = _scaled_to(total, weights)
         active = [term for term in self.terms if weights[term.name] != 0.0]

@@ -37,9 +37,7 @@ class MultiGuidance:
     def __init__(self, guidance: Guidance, percent_to_sigma: PercentToSigma | None = None) -> None:
         if guidance.needs_percent and percent_to_sigma is None:
             names = ", ".join(term.name for term in guidance.terms if term.weight.needs_percent)
-            raise GuidanceError(
-                f"Expected a percent_to_sigma, since weights have positions in percent ({names}); got none."
-            )
+            raise GuidanceError(f"Expected a percent_to_sigma for weights with positions in percent: {names}.")
         for source in guidance.sources:
             source.check_callable(" and ".join(guidance.names(source)))
         self.guidance = guidance
@@ -64,9 +62,7 @@ class MultiGuidance:
         elif sigma.ndim == 1 and sigma.shape[0] in (1, batch):
             levels = sigma.tolist()
         else:
-            raise GuidanceError(
-                f"Expected sigma as a number or [{batch}], one per image, got shape {list(sigma.shape)}."
-            )
+            raise GuidanceError(f"Expected sigma as a number or [{batch}], got shape {list(sigma.shape)}.")
         steps = {level: self.guidance.at(level, self.percent_to_sigma) for level in dict.fromkeys(levels)}
         groups: dict[tuple, list[int]] = {}
         for row, level in enumerate(levels):

@@ -25,10 +25,7 @@ class Probes:
     def __post_init__(self) -> None:
         counts = {len(part) for part in (self.x, self.timesteps, self.y) if part is not None}
         if len(counts) != 1 or 0 in counts or self.x.ndim != 4:
-            raise Problem(
-                f"Probes: expected as many latents [N, C, H, W] as timesteps (at least 1), got {list(self.x.shape)} "
-                f"and {list(self.timesteps.shape)}."
-            )
+            raise Problem("Probes: expected as many latents [N, C, H, W] as timesteps, at least 1.")
 
     def __len__(self) -> int:
         return len(self.x)

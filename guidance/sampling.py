@@ -64,9 +64,7 @@ def _levels(sigmas: Tensor | Sequence[float]) -> list[float]:
     falling = all(math.isfinite(high) and high > low for high, low in zip(levels, levels[1:]))
     if not falling or not levels[-1] >= 0.0:
         shown = ", ".join(f"{level:g}" for level in levels[:4])
-        raise GuidanceError(
-            f"Expected finite sigmas that fall from step to step and end at 0 or above, got {shown}, ...."
-        )
+        raise GuidanceError(f"Expected finite sigmas that fall and end at 0 or above, got {shown}, ....")
     return levels
 
 

@@ -40,9 +40,7 @@ class Source:
         if not callable(self.model):
             raise GuidanceError(f"Expected the model of {whose} to be a callable, got {type(self.model).__name__}.")
         if self.cond is not None and not isinstance(self.cond, Mapping):
-            raise GuidanceError(
-                f"Expected the conditioning of {whose} to be a dict or None, got {type(self.cond).__name__}."
-            )
+            raise GuidanceError(f"Expected the conditioning of {whose} to be a dict or None.")
 
 
 @dataclass(frozen=True, eq=False, init=False)

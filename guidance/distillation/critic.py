@@ -161,9 +161,7 @@ class Critic:
                 raise GuidanceError(f"Expected predictions among {', '.join(PREDICTIONS)}, got {name!r}.")
             prompt = PROMPT_OF.get(name)
             if prompt is not None and getattr(self, prompt) is None:
-                raise GuidanceError(
-                    f"Expected {PROMPTS[prompt]}, for {whose}, got a critic without one; give the critic `{prompt}`."
-                )
+                raise GuidanceError(f"Expected {PROMPTS[prompt]}, for {whose}; give the critic `{prompt}`.")
 
     def predict(self, z_t: Tensor, t: Tensor, needs: Iterable[str] = ("e", "e_u", "e_c")) -> Prediction:
         """The predictions in `needs` on z_t [B, C, h, w] at timesteps t [B], in one call per model where possible."""
@@ -193,9 +191,7 @@ class Critic:
         """Timesteps as whole numbers on the CPU. Raises GuidanceError for those outside the schedule."""
         steps = t.detach().cpu().long().reshape(-1)
         if len(steps) and not 0 <= int(steps.min()) <= int(steps.max()) < len(self.schedule):
-            raise GuidanceError(
-                f"Expected timesteps from 0 to {len(self.schedule) - 1}, got {int(steps.min())} to {int(steps.max())}."
-            )
+            raise GuidanceError(f"Expected timesteps from 0 to {len(self.schedule) - 1}, got others: {steps.tolist()}.")
         return steps
 
     def _run(self, jobs: Sequence[_Job]) -> Iterator[tuple[_Job, Tensor]]:

@@ -106,14 +106,9 @@ class Objective:
         if len(set(names)) < len(names):
             raise GuidanceError(f"Expected each regularizer once, got {', '.join(names)}.")
         if self.timesteps.t_max >= len(self.critic.schedule):
-            raise GuidanceError(
-                f"Expected t_max below {len(self.critic.schedule)}, the critic's number of timesteps, got "
-                f"{self.timesteps.t_max}."
-            )
+            raise GuidanceError(f"Expected t_max below {len(self.critic.schedule)}, got {self.timesteps.t_max}.")
         if not self.method.through_encoder:
-            raise GuidanceError(
-                f"Expected a method whose gradient goes back through the encoder, got {self.method.name}; use another."
-            )
+            raise GuidanceError(f"Expected a method whose gradient passes the encoder, got {self.method.name}.")
         self.critic.check(self.method.needs | self.method.needs_frozen, f"the method {self.method.name}")
 
     @property
@@ -269,10 +264,7 @@ class Objective:
         if resized is not made:
             gradient = torch.autograd.grad(resized, made, gradient.to(resized.dtype))[0].float()
         if not bool(gradient.isfinite().all()):
-            raise NotFinite(
-                f"The image gradient has values that are not finite at timesteps {draws.t.tolist()}; run the encoder "
-                "in float32."
-            )
+            raise NotFinite(f"The image gradient is not finite at timesteps {draws.t.tolist()}; encode in float32.")
         norms["image"] = gradient.norm()
         report = Report(_numbers(loss), _numbers(norms), _numbers(clamped), tuple(draws.t.tolist()))
         return gradient, report, contexts[0]

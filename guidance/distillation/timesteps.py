@@ -42,13 +42,9 @@ class Timesteps:
 
     def __post_init__(self) -> None:
         if not 0 <= self.t_min <= self.t_max:
-            raise GuidanceError(
-                f"Expected a timestep range with 0 <= t_min <= t_max, got t_min {self.t_min} and t_max {self.t_max}."
-            )
+            raise GuidanceError(f"Expected 0 <= t_min <= t_max, got t_min {self.t_min} and t_max {self.t_max}.")
         if self.schedule not in T_SCHEDULES:
-            raise GuidanceError(
-                f"Expected the timestep schedule to be one of {', '.join(T_SCHEDULES)}, got {self.schedule!r}."
-            )
+            raise GuidanceError(f"Expected a schedule of {', '.join(T_SCHEDULES)}, got {self.schedule!r}.")
 
     def upper(self, step: int, steps: int) -> int:
         """The largest timestep at `step`, 0 to steps - 1, of a run of `steps`."""

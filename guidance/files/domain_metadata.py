@@ -55,10 +55,8 @@ class DomainMetadata:
 
     def __post_init__(self) -> None:
         if self.prediction_type is not None and self.prediction_type not in PREDICTION_TYPES:
-            raise Problem(
-                f"Domain model: expected a prediction type out of {', '.join(PREDICTION_TYPES)}, found "
-                f"{self.prediction_type!r}."
-            )
+            kinds = ", ".join(PREDICTION_TYPES)
+            raise Problem(f"Domain model: expected a prediction type out of {kinds}, found {self.prediction_type!r}.")
         if any(not math.isfinite(error) for error in self.null_text_error.values()):
             raise Problem("Domain model: expected finite errors of the constant form, found NaN or infinity.")
 

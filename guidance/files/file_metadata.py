@@ -66,9 +66,7 @@ def read_fields(
     rest = dict(values)
     found, version = (shown(rest.pop(name, "none")) for name in ("format", "version"))
     if found != format_:
-        raise FileProblem(
-            f"{source}: expected metadata of the format {format_}, found '{found}'; make the file with this project."
-        )
+        raise FileProblem(f"{source}: expected metadata of the format {format_}, found '{found}'; use another file.")
     if version != VERSION:
         raise FileProblem(
             f"{source}: expected version {VERSION} of the {what} format, found '{version}'; update In-Domain Guidance."

@@ -52,9 +52,7 @@ class ModelFile:
             tensors = {key.removeprefix(prefix): value.to(device) for key, value in found if key.startswith(prefix)}
         if not tensors:
             under = f" under '{prefix}'" if prefix else ""
-            raise FileProblem(
-                f"{self.path}: expected weights{under}, found none; the file holds another kind of model."
-            )
+            raise FileProblem(f"{self.path}: expected weights{under}, found none; use another file.")
         return tensors
 
 

@@ -35,11 +35,9 @@ def resolution_split(generator: StyleGAN2, resolution: int, below: float = 0.0, 
     Parts up to `resolution` pixels (inclusive) and the mapping network get `below`, the others `above`. 4 pixels is the
     coarsest block (pose, shape), the generator's own resolution the finest (colour).
     """
-    if resolution not in generator.config.block_resolutions:
-        raise Problem(
-            f"Blending: the split must be one of the resolutions {list(generator.config.block_resolutions)}, got "
-            f"{resolution}."
-        )
+    resolutions = generator.config.block_resolutions
+    if resolution not in resolutions:
+        raise Problem(f"Blending: the split must be one of {list(resolutions)}, got {resolution}.")
     return {
         part: below if part == MAPPING or int(part.split(".")[0][1:]) <= resolution else above
         for part in blend_parts(generator)

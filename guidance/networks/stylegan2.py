@@ -126,10 +126,7 @@ class StyleGAN2(nn.Module):
         if ws.ndim == 2 and ws.shape[1] == config.w_dim:
             ws = ws[:, None].expand(-1, self.num_ws, -1)
         if ws.ndim != 3 or ws.shape[1:] != (self.num_ws, config.w_dim):
-            raise Problem(
-                f"Generator: expected styles [B, {self.num_ws}, {config.w_dim}] or [B, {config.w_dim}], got "
-                f"{list(ws.shape)}."
-            )
+            raise Problem(f"Generator: expected styles [B, {self.num_ws}, {config.w_dim}], got {list(ws.shape)}.")
         if noise not in NOISE_MODES:
             raise Problem(f"Generator: noise must be one of {NOISE_MODES}, got {noise!r}.")
         weight = self.synthesis.blocks[4].const

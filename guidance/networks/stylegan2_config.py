@@ -80,10 +80,7 @@ class GeneratorConfig(Configuration):
             if value is not None:
                 object.__setattr__(self, name, tuple(map(float, value)) if isinstance(value, tuple) else float(value))
         if len(self.channels) != len(self.block_resolutions):
-            raise self._problem(
-                f"{self.resolution} pixels have {len(self.block_resolutions)} blocks (4, 8, ... {self.resolution}), "
-                f"but channels lists {len(self.channels)} widths"
-            )
+            raise self._problem(f"channels lists {len(self.channels)} widths for {len(self.block_resolutions)} blocks")
 
     @property
     def block_resolutions(self) -> tuple[int, ...]:
@@ -235,9 +232,7 @@ def _taps(key: str, kernel: Tensor) -> tuple[float, ...]:
     if kernel.ndim == 2 and not (
         kernel.shape[0] == kernel.shape[1] and torch.allclose(torch.outer(row, row), kernel, 0, bound)
     ):
-        raise Problem(
-            f"Generator: the resampling filter {key} is not separable into one row of taps, which is not supported."
-        )
+        raise Problem(f"Generator: the resampling filter {key} is not separable into one row of taps.")
     scaled = row / row[row.abs() > 1e-3 * row.abs().max()][0]
     whole = scaled.round()
     return tuple((whole if torch.allclose(scaled, whole, FILTER_TOLERANCE, 1e-5) else row).tolist())

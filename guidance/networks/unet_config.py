@@ -61,21 +61,12 @@ class UNetConfig(Configuration):
     def __post_init__(self) -> None:
         super().__post_init__()
         if (self.num_heads > 0) == (self.num_head_channels > 0):
-            raise self._problem(
-                "exactly one of num_heads and num_head_channels must be positive, got "
-                f"{self.num_heads} and {self.num_head_channels}"
-            )
+            raise self._problem("exactly one of num_heads and num_head_channels must be positive")
         if len(self.channel_mult) != len(self.num_res_blocks):
-            raise self._problem(
-                f"channel_mult has {len(self.channel_mult)} levels, num_res_blocks {len(self.num_res_blocks)}; they "
-                "must agree"
-            )
+            raise self._problem("channel_mult and num_res_blocks must have the same levels")
         inputs, outputs = sum(self.num_res_blocks), sum(self.num_res_blocks) + len(self.num_res_blocks)
         if len(self.transformer_depth) != inputs or len(self.transformer_depth_output) != outputs:
-            raise self._problem(
-                f"expected {inputs} input and {outputs} output transformer depths, got "
-                f"{len(self.transformer_depth)} and {len(self.transformer_depth_output)}"
-            )
+            raise self._problem(f"expected {inputs} input and {outputs} output transformer depths")
         if self.null_text == "none" and self.context_dim is None and self._has_transformers():
             raise self._problem("a UNet that takes text needs context_dim")
 
@@ -86,10 +77,7 @@ class UNetConfig(Configuration):
         """Number of attention heads at a width of `channels`."""
         heads = self.num_heads if self.num_heads > 0 else channels // self.num_head_channels
         if heads < 1 or channels % heads:
-            raise self._problem(
-                f"a width of {channels} channels cannot be split into heads (num_heads {self.num_heads}, "
-                f"num_head_channels {self.num_head_channels})"
-            )
+            raise self._problem(f"a width of {channels} channels cannot be split into heads")
         return heads
 
 

@@ -60,7 +60,7 @@ def test_what_differs_takes_calls_of_its_own():
 def test_models_that_return_something_else_are_refused():
     for broken, message in (
         (lambda x, sigma, context: None, "a tensor, the denoised x, got NoneType"),
-        (lambda x, sigma, context: x[:2], r"it was given, \[4, 4, 3, 3\], got \[2, 4, 3, 3\]"),
+        (lambda x, sigma, context: x[:2], r"return the shape \[4, 4, 3, 3\], got \[2, 4, 3, 3\]"),
     ):
         with pytest.raises(GuidanceError, match=message):
             list(evaluate([piece(2, 1.0, of=broken, context=torch.zeros(2, 1, 1))] * 2))

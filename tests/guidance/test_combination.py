@@ -262,5 +262,5 @@ def test_missing_and_misshapen_predictions_are_refused():
     step = one_term(3.0).at(1.0)
     with pytest.raises(GuidanceError, match="found none"):
         step.combine({Source("prior", "u"): torch.ones(1)})
-    with pytest.raises(GuidanceError, match="one latent space"):
+    with pytest.raises(GuidanceError, match="predictions of one shape"):
         step.combine({Source("prior", "u"): torch.ones(1, 4, 8, 8), Source("prior", "c"): torch.ones(1, 16, 8, 8)})

@@ -173,7 +173,7 @@ class Towards(Method):
 def test_a_method_of_ones_own_needs_a_name_and_a_gradient(case):
     close(case.gradient(Towards(2.0)), case.z.double() - 2.0)
     assert [one.name for one in options_of(Towards)] == ["value"] and not prompts_of(Towards)
-    with pytest.raises(GuidanceError, match="back through the encoder, got towards"):
+    with pytest.raises(GuidanceError, match="passes the encoder, got towards"):
         Objective(case.critic, type("Pixels", (Towards,), {"through_encoder": False})())
 
 

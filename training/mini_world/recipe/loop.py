@@ -81,10 +81,7 @@ def run_steps(
         numbers, done = take_step(step_generator(config.seed, step), step), step + 1
         for name, value in numbers.items():
             if not math.isfinite(value):
-                raise Problem(
-                    f"{name} of {config.name} became {value} at step {step}; lower the learning rate and run again "
-                    f"from the last checkpoint, {checkpoint}"
-                )
+                raise Problem(f"{name} of {config.name} became {value} at step {step}; lower the learning rate")
         status.update(done, config.steps, ", ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
         if done % config.save_every == 0 or done == config.steps:
             state = {name: part.state_dict() for name, part in parts.items()}
