@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..errors import FileProblem, Problem
-from ..networks.unet_config import UNetConfig, unet_config_from_state_dict
+from ..networks.unet_config import unet_config_from_state_dict
 from .domain_metadata import FORMAT, DomainMetadata
 from .layouts import check_unet, check_unet_shapes, stated_prediction, strip_unet_prefix, unet_layout, unet_prefix
 from .model_file import ModelFile
 from .recognise import UNET, recognise_names, refusal
 from .safetensors_file import write_safetensors
 from .weights import check_finite
+
+_LATENTS = {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}  # of published families, by the width of their text
 
 
 def read_domain_file(
@@ -53,7 +55,7 @@ def read_domain_file(
             ) from error
         described = DomainMetadata(
             config,
-            latent_format=_published_latent_format(config),
+            latent_format=_LATENTS.get(config.context_dim) if config.model_channels in (320, 384) else None,
             prediction_type=stated_prediction(keys, metadata),
             zero_snr="ztsnr" in keys,
             domain_name=Path(path).stem,
@@ -93,12 +95,6 @@ def check_latent_format(metadata: DomainMetadata, expected: str | None, source: 
             f"{source}: expected a domain model for the latent space '{expected}', found one for '{found}'; use "
             "a domain model that was made from the same family as the prior."
         )
-
-
-def _published_latent_format(config: UNetConfig) -> str | None:
-    if config.model_channels not in (320, 384):
-        return None
-    return {768: "sd15", 1024: "sd15", 2048: "sdxl", 1280: "sdxl"}.get(config.context_dim or 0)
 
 
 def prior_content_hash(state_dict: Mapping[str, Tensor], between: Callable[[], None] = lambda: None) -> str:

@@ -55,10 +55,7 @@ def existing_file(path: str | os.PathLike) -> Path:
         raise FileProblem(f"{path}: expected a model file, found an empty one; download or copy it again.")
     # aria2 keeps a second file beside a download that has its full size from the beginning.
     if path.name.lower().endswith(_PARTIAL_SUFFIXES) or os.path.lexists(f"{path}.aria2"):
-        raise FileProblem(
-            f"{path}: expected a model file, found an unfinished download; wait until it is complete, or download it "
-            "again."
-        )
+        raise FileProblem(f"{path}: expected a model file, found an unfinished download; wait, or download it again.")
     found = _by_archive(path) if start.startswith(b"PK") else _by_first_bytes(start)
     if found is not None:
         raise FileProblem(f"{path}: expected a model file, found {found[0]}; {found[1]}.")

@@ -43,9 +43,7 @@ def generator_in(path: Path, content: Any, metadata: GeneratorMetadata, stated: 
     try:
         found = find_generator(content)
     except Ambiguous as problem:
-        raise FileProblem(
-            f"{path}: expected one StyleGAN2 generator, found {problem}; save the wanted one alone."
-        ) from None
+        raise FileProblem(f"{path}: expected one StyleGAN2 generator, found {problem}; give one alone.") from None
     if found is None and not isinstance(content, Mapping):
         raise FileProblem(refusal(path, GENERATOR, Kind(article(content))))
     if found is None:
@@ -78,9 +76,7 @@ def _plain_weights(path: Path, weights: Mapping[str, Any]) -> dict[str, Tensor]:
         _check_is_number(path, key, value)
         needed += value.numel() * value.element_size()
     if needed > size:  # strides of 0, or one storage under many names
-        raise FileProblem(
-            f"{path}: expected at most {size} bytes of weights, found tensors that claim {needed}; the file is damaged."
-        )
+        raise FileProblem(f"{path}: expected at most {size} bytes of weights, found claims of {needed}; it is damaged.")
     return {key: tensor.to(torch.float32).contiguous() for key, tensor in weights.items()}
 
 
@@ -103,10 +99,7 @@ def _from_rosinality(
         ) from problem
     missing = rosinality.noise_without_constants(tensors)
     if 4 * sum(height * width for height, width in missing.values()) > path.stat().st_size:
-        raise FileProblem(
-            f"{path}: expected a StyleGAN2 generator of rosinality's layout, found strengths of noise for more pixels "
-            "than the file has weights; the file is damaged."
-        )
+        raise FileProblem(f"{path}: expected noise of at most the file's size, found more; the file is damaged.")
     if missing:
         random = torch.Generator().manual_seed(NOISE_SEED)
         tensors |= {key: torch.randn(missing[key], generator=random) for key in sorted(missing)}
@@ -160,17 +153,12 @@ def assemble_generator(
         raise FileProblem(f"{path}: expected a StyleGAN2 generator, found that {first_line(problem)}.") from problem
     generator.eval().requires_grad_(False)
     if not averaged:
-        _measure_mean_style(path, generator)
+        features = config.c_dim + sum(generator.mapping.widths)
+        if features > MAX_FEATURES:
+            raise FileProblem(
+                f"{path}: expected a mean style (mapping.w_avg), or at most {MAX_FEATURES} features in all layers of "
+                f"the mapping to measure it on, found {features}; the file is damaged or of another network."
+            )
+        generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))
         notes = [*notes, f"The file has no mean style for all layers; it was measured on {MEAN_SAMPLES} latents."]
     return LoadedGenerator(generator, metadata, tuple(notes))
-
-
-@torch.no_grad()
-def _measure_mean_style(path: Path, generator: StyleGAN2) -> None:
-    features = generator.config.c_dim + sum(generator.mapping.widths)
-    if features > MAX_FEATURES:
-        raise FileProblem(
-            f"{path}: expected a mean style (mapping.w_avg), or at most {MAX_FEATURES} features in all layers of "
-            f"the mapping to measure it on, found {features}; the file is damaged or of another network."
-        )
-    generator.mapping.w_avg.copy_(generator.mean_style(MEAN_SAMPLES))

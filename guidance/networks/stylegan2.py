@@ -10,8 +10,10 @@ linearity, without a weight per sample and without compiled extensions, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -22,6 +24,7 @@ from .stylegan2_formulas import feature_dtype, fir_kernel, scale_dtype, without_
 from .stylegan2_layers import MappingNetwork, SynthesisBlock
 
 NOISE_MODES = ("const", "random", "none")
+LARGEST_SEED = 2**32 - 1  # seeds are numbers of 32 bits, as in NVIDIA's tools; of larger ones only these bits count
 MEAN_SAMPLES_AT_ONCE = 1000
 MEAN_NUMBERS_AT_ONCE = 2**24  # of a layer; fewer samples are taken at once where it is wider than any published one
 
@@ -199,3 +202,12 @@ class StyleGAN2(nn.Module):
 def random_generator(config: GeneratorConfig, seed: int) -> StyleGAN2:
     """A generator with the published initialisation, the same for the same seed; torch's global state is untouched."""
     return StyleGAN2(config, torch.Generator().manual_seed(seed))
+
+
+def latents_of_seeds(seeds: Iterable[int], z_dim: int) -> Tensor:
+    """Latents z [B, z_dim] in float32 on the CPU, one for each seed, as NVIDIA's StyleGAN tools draw them.
+
+    There seed 7 of a published network is a known picture; NumPy's old generator gives it in every version.
+    """
+    rows = [np.random.RandomState(seed & LARGEST_SEED).randn(z_dim) for seed in seeds]
+    return torch.from_numpy(np.stack(rows)).float() if rows else torch.empty(0, z_dim)

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ...guidance.networks.seeds import latents_of_seeds
-from ...guidance.networks.stylegan2 import StyleGAN2
+from ...guidance.networks.stylegan2 import StyleGAN2, latents_of_seeds
 from ..engine.grids import grid
 from .config import AdaptConfig
 

@@ -14,7 +14,7 @@ import torch
 
 from ...guidance.files import DTYPES, DomainMetadata, check_latent_format, read_domain_file
 from ...guidance.files.atomic import replacing
-from ...guidance.networks.seeds import latents_of_seeds
+from ...guidance.networks.stylegan2 import latents_of_seeds
 from ..adaptation.adapt import open_generator
 from ..domain.config import TrainConfig
 from ..engine.processes import pick_device, pick_precision

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem
-from ....guidance.networks.seeds import LARGEST_SEED, latents_of_seeds
+from ....guidance.networks.stylegan2 import LARGEST_SEED, latents_of_seeds
 from ..progress import ProgressBar
 from .folders import GENERATORS
 from .loading import ordinary_tensors

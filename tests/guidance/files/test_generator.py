@@ -116,7 +116,7 @@ def test_strengths_of_noise_without_its_constants(golden, tmp_path):
     images = [one.synthesize(ws, "random", torch.Generator().manual_seed(1)) for one in (whole, loaded.generator)]
     assert torch.equal(*images)
     torch.save({"g_ema": {**bare, "convs.40.noise.weight": torch.ones(1)}}, path)
-    assert "strengths of noise for more pixels than the file has weights" in problem(path)
+    assert "expected noise of at most the file's size" in problem(path)
     torch.save({"g_ema": {**bare, "noises.noise_0": weights["noises.noise_0"]}}, path)
     assert "missing synthesis.b16.conv0.noise_const" in problem(path)
 

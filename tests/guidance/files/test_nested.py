@@ -111,7 +111,7 @@ def test_styles_of_their_own_for_every_layer_are_no_mean(weights, mean, tmp_path
 
 def test_several_generators_are_not_chosen_from(weights, tmp_path):
     message = refusal(tmp_path / "a.pt", {"first": weights, "second": under("module.", weights)})
-    assert "found 2 generators, under first, second.module; save the wanted one alone" in message
+    assert "found 2 generators, under first, second.module; give one alone" in message
     message = refusal(tmp_path / "a.pt", {"state_dict": {**under("a.", weights), **under("b.", weights)}})
     assert "under state_dict.a, state_dict.b" in message
 

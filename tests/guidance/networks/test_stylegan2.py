@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from indomain_guidance.guidance.networks import stylegan2
-from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import LARGEST_SEED, StyleGAN2, latents_of_seeds, random_generator
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig, standard_channels
 from indomain_guidance.guidance.networks.stylegan2_formulas import fir_kernel
 from indomain_guidance.tests.guidance.networks.stylegan2_cases import (
@@ -375,3 +375,11 @@ def test_inputs_that_do_not_fit_are_refused():
         generator.synthesize(torch.zeros(2, 5, 7))
     with pytest.raises(ValueError, match="noise must be one of"):
         generator.synthesize(torch.zeros(2, 7), "constant")
+
+
+def test_each_seed_has_its_own_latent():
+    z = latents_of_seeds([7, 0, LARGEST_SEED, LARGEST_SEED + 8], 8)
+    assert z.shape == (4, 8) and z.dtype == torch.float32
+    assert np.array_equal(z[0].numpy(), np.random.RandomState(7).randn(1, 8)[0].astype(np.float32))
+    assert torch.equal(z[3], z[0]) and torch.equal(z[1:2], latents_of_seeds([0], 8))  # 32 bits count
+    assert latents_of_seeds([], 8).shape == (0, 8)
