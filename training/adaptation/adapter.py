@@ -12,7 +12,7 @@ from copy import deepcopy
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...guidance.distillation.layer_selection import select_layers
 from ...guidance.distillation.methods import METHODS
@@ -129,7 +129,7 @@ class Adapter(Learner[AdaptConfig]):
             ws = self.frozen.map(z, c, self.config.truncation)
         self._let_learn(())  # the selection asks for the gradient of styles alone
         chosen = select_layers(
-            _WithNoise(self, self.generator),
+            cast(StyleGAN2, _WithNoise(self, self.generator)),
             ws,
             self.objective,
             self.encode,
@@ -138,7 +138,7 @@ class Adapter(Learner[AdaptConfig]):
             steps=self.config.steps,
             randomness=self._randomness("selection noise"),
             t=t,
-            frozen=_WithNoise(self, self.frozen),
+            frozen=cast(StyleGAN2, _WithNoise(self, self.frozen)),
             among=[layer_of(name) for name in self.parameters],
         )
         self._let_learn(chosen)
@@ -223,7 +223,6 @@ class _WithNoise:
         self._adapter, self._generator = adapter, generator
         self.style_layers: Sequence[str] = generator.style_layers
         self.ws_index: dict[str, int] = generator.ws_index
-        self.synthesis: nn.Module = generator.synthesis
 
     def synthesize(self, ws: Tensor, *args: Any, **more: Any) -> Tensor:
         return self._adapter._images(self._generator, ws, 0)

@@ -18,28 +18,21 @@ from .config import AdaptConfig
 class AdaptEstimate:
     """Bytes on the device that a step needs at its highest, about.
 
-    models: the critic's and the generator twice, as it is and as it learns; optimizer: gradients, Adam's state and the
-    average; activations: what generator and VAE keep for the way back. available: of the device, None where unknown.
+    parts: the critic's models and the generator twice, as it is and as it learns; gradients, Adam's state and average;
+    the activations that generator and VAE keep for the way back. available: of the device, None where unknown.
     """
 
-    models: int
-    optimizer: int
-    activations: int
+    parts: dict[str, int]
     available: int | None
     device: str
 
     @property
     def peak(self) -> int:
-        return self.models + self.optimizer + self.activations
+        return sum(self.parts.values())
 
     def to_text(self) -> str:
         """A line to print before the first step, and advice where it will not fit."""
-        parts = {
-            "models": self.models,
-            "gradients, optimizer and average": self.optimizer,
-            "activations": self.activations,
-        }
-        text = memory_text(self.device, self.peak, parts, self.available)
+        text = memory_text(self.device, self.peak, self.parts, self.available)
         if self.available is not None and self.peak > self.available:
             text += (
                 "\nThis is more than there is: try batch_size 1, gradient_checkpointing, a lower resolution, or (on a "
@@ -84,10 +77,9 @@ def estimate_adaptation(
 
     activations = trace(generator_copy, generate).kept
     activations += trace(lambda: Autoencoder(prior.autoencoder.config).requires_grad_(False), encode).kept
-    return AdaptEstimate(
-        models=weights + (CUDA_CONTEXT if device.type == "cuda" else 0),
-        optimizer=4 * trained * (3 + bool(config.ema)),
-        activations=activations,
-        available=free_bytes(device),
-        device=str(device),
-    )
+    parts = {
+        "models": weights + (CUDA_CONTEXT if device.type == "cuda" else 0),
+        "gradients, optimizer and average": 4 * trained * (3 + bool(config.ema)),
+        "activations": activations,
+    }
+    return AdaptEstimate(parts, free_bytes(device), str(device))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,28 +46,27 @@ def opinion(
     those that act there: "base at timestep 10". One source at a time, because guidance enlarges their last bits. Raises
     ConfigProblem, in one sentence, where VAE, diffusion model and conditioning do not fit each other.
     """
-    try:
-        with torch.no_grad():
-            latents = encode(fixed_picture(generator, device)).float()
-    except (RuntimeError, ValueError) as problem:
-        if is_memory_problem(problem):
-            raise
-        raise ConfigProblem(
-            f"resolution: expected images of {generator.config.resolution} px that the VAE can encode, found that it "
-            f"cannot ({first_line(problem)}); set another resolution, or connect another VAE."
-        ) from problem
+    side = generator.config.resolution
+    cannot = f"resolution: expected images of {side} px that the VAE can encode, found that it cannot"
+    with _told(cannot, "set another resolution, or connect another VAE"), torch.no_grad():
+        latents = encode(fixed_picture(generator, device)).float()
     if latents.ndim != 4 or not bool(latents.isfinite().all()):
         found = f"latents of shape {list(latents.shape)}" if latents.ndim != 4 else "NaN or infinity in its latents"
         raise ConfigProblem(f"vae: expected finite latents [B, C, h, w] of an image, found {found}; use another VAE.")
-    try:
+    cannot = f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot"
+    with _told(cannot, "use a model, VAE and text encoder that belong together"):
         return {"latents": latents.cpu(), **_predictions(objective, latents)}
+
+
+@contextmanager
+def _told(cannot: str, remedy: str) -> Iterator[None]:
+    """Raise ConfigProblem for what goes wrong within the block, short of memory."""
+    try:
+        yield
     except (RuntimeError, ValueError) as problem:
         if is_memory_problem(problem):
             raise
-        raise ConfigProblem(
-            f"base: expected a diffusion model that can judge latents {list(latents.shape)}, found that it cannot "
-            f"({first_line(problem)}); use a model, VAE and text encoder that belong together."
-        ) from problem
+        raise ConfigProblem(f"{cannot} ({first_line(problem)}); {remedy}.") from problem
 
 
 @torch.no_grad()

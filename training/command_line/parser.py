@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 from ...guidance.errors import Problem, printable
 from ...guidance.files import FileProblem
-from ..engine.paths import is_of_windows, meant_path
+from ..engine.paths import path_here
 from ..engine.settings import ConfigProblem, Settings, fields_of, kinds_of
 from .console import own_command
 
@@ -116,12 +116,10 @@ def path(value: str) -> str:
     """A reader of paths, for argparse: shells leave the "~" of --option=~/here as it is."""
     if "\0" in value or not _can_be(value, os.fsencode):
         raise argparse.ArgumentTypeError(f"expected a path, found {value!r:.80}, which no file is called")
-    meant = meant_path(value)
-    if is_of_windows(value) and not os.path.lexists(meant):
-        raise argparse.ArgumentTypeError(
-            f"expected a path of this system, found one of Windows, {value!r:.80}; give the place where it lies here"
-        )
-    return meant
+    try:
+        return path_here(value)
+    except Problem as problem:
+        raise argparse.ArgumentTypeError(str(problem)) from None
 
 
 def text(value: str) -> str:

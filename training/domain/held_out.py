@@ -14,7 +14,7 @@ from ..prior.prior import ImageSize
 from .losses import abar_at, add_noise, target_of
 
 # Of 1000: from almost clean to almost noise. The high ones decide the composition, the low ones the texture.
-TIMESTEPS = (50, 200, 400, 600, 800, 950)
+TIMESTEPS: tuple[int, ...] = (50, 200, 400, 600, 800, 950)
 
 
 @torch.no_grad()

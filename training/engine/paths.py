@@ -11,6 +11,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
+from ...guidance.errors import Problem
+
 QUOTES = ('""', "''", "\u201c\u201d", "\u2018\u2019")
 EXTENDED = "\\\\?\\"  # what Windows puts before long paths
 OF_WINDOWS = re.compile(r"/?([A-Za-z]):[\\/](.*)", re.DOTALL)
@@ -34,6 +36,16 @@ def meant_path(text: str) -> str:
         if spelled is not None:
             return spelled
     return readings[0]
+
+
+def path_here(text: str) -> str:
+    """`meant_path`. Raises Problem, a sentence to go on with, for a path of Windows that nothing lies at here."""
+    meant = meant_path(text)
+    if is_of_windows(text) and not os.path.lexists(meant):
+        raise Problem(
+            f"expected a path of this system, found one of Windows, {text!r:.80}; give the place where it lies here"
+        )
+    return meant
 
 
 def is_of_windows(text: str) -> bool:

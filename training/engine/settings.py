@@ -16,7 +16,7 @@ from typing import Any, ClassVar, TypeVar
 
 from ...guidance.errors import Problem
 from ...guidance.files.atomic import write_text
-from .paths import is_of_windows, meant_path
+from .paths import meant_path, path_here
 from .small_files import read_values
 
 # A path that begins so is no file: models that were connected in ComfyUI, which only that program can give again.
@@ -265,13 +265,11 @@ def _absolute(own: dataclasses.Field, path: str) -> str:
     bare = path.strip()
     if not bare or _is_name(own, bare):
         return bare
-    meant = meant_path(path)
-    if is_of_windows(path) and not os.path.lexists(meant):
-        raise ConfigProblem(
-            f"{own.name}: expected a path of this system, found one of Windows, {path!r}; give the place where it lies "
-            f"here (in a terminal: --{own.name.replace('_', '-')})."
-        )
-    return os.path.abspath(meant)
+    try:
+        return os.path.abspath(path_here(path))
+    except Problem as problem:
+        option_name = own.name.replace("_", "-")
+        raise ConfigProblem(f"{own.name}: {problem} (in a terminal: --{option_name}).") from None
 
 
 def _last(path: str) -> str:

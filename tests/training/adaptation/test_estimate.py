@@ -34,8 +34,11 @@ def test_activations_are_what_a_step_keeps(tiny_adaptation, tiny_run, tmp_path):
         return images.sum() + base.autoencoder.encode(large)[0].sum(), (generator, base.autoencoder)
 
     real = kept_by(step)
-    assert abs(found.activations - real) < 0.05 * real, (found.activations, real)
-    assert found.optimizer == 4 * 100 * 4 and found.peak > found.models + found.activations
+    assert abs(found.parts["activations"] - real) < 0.05 * real, (found.parts["activations"], real)
+    assert (
+        found.parts["gradients, optimizer and average"] == 4 * 100 * 4
+        and found.peak > found.parts["models"] + found.parts["activations"]
+    )
     assert "activations" in found.to_text()
 
 
@@ -50,7 +53,9 @@ def test_what_does_not_fit_gets_advice(tiny_adaptation, tiny_run, tmp_path):
 def test_checkpointing_and_smaller_batches_need_less(tiny_adaptation, tiny_run, tmp_path):
     def activations(**changes):
         config = tiny_adaptation.tiny_config(tmp_path, **changes)
-        return estimate_adaptation(config, tiny_adaptation.tiny_generator(), 1, tiny_run.tiny_base(), 64).activations
+        return estimate_adaptation(config, tiny_adaptation.tiny_generator(), 1, tiny_run.tiny_base(), 64).parts[
+            "activations"
+        ]
 
     assert activations(gradient_checkpointing=True) < activations()
     assert activations(batch_size=1) < 0.6 * activations(batch_size=2)
