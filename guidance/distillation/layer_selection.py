@@ -8,13 +8,23 @@ while convolution i - 1 is the one that reads style i.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import GuidanceError
-from ..networks.stylegan2 import StyleGAN2
 from .objective import Encode, Objective
+
+
+class Stylized(Protocol):
+    """The part of `networks.stylegan2.StyleGAN2` that the selection uses."""
+
+    style_layers: Sequence[str]
+    ws_index: dict[str, int]
+    synthesis: nn.Module
+
+    def synthesize(self, ws: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
 
 
 def rank_layers(
@@ -33,7 +43,7 @@ def rank_layers(
 
 
 def select_layers(
-    generator: StyleGAN2,
+    generator: Stylized,
     ws: Tensor,
     objective: Objective,
     encode: Encode,
@@ -43,7 +53,7 @@ def select_layers(
     steps: int,
     randomness: torch.Generator | None = None,
     t: Tensor | None = None,
-    frozen: StyleGAN2 | None = None,
+    frozen: Stylized | None = None,
     among: Sequence[str] | None = None,
 ) -> tuple[str, ...]:
     """The names of the layers whose styles are among the k that the method alone moves most, in order of synthesis.

@@ -55,7 +55,7 @@ def read_domain_file(
             ) from error
         described = DomainMetadata(
             config,
-            latent_format=_LATENTS.get(config.context_dim) if config.model_channels in (320, 384) else None,
+            latent_format=_LATENTS.get(config.context_dim or 0) if config.model_channels in (320, 384) else None,
             prediction_type=stated_prediction(keys, metadata),
             zero_snr="ztsnr" in keys,
             domain_name=Path(path).stem,
