@@ -160,10 +160,8 @@ def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: Null
     if not blocks:
         raise Problem("Text-free UNet: expected a UNet with transformer blocks, found none; it takes no text.")
     if context.tensor.shape[-1] != config.context_dim:
-        raise Problem(
-            f"Text-free UNet: the prior takes text of width {config.context_dim}, the null context has "
-            f"{context.tensor.shape[-1]}; encode the empty prompt with the prior's own text encoder."
-        )
+        found = context.tensor.shape[-1]
+        raise Problem(f"Text-free UNet: expected a null context of width {config.context_dim}, found {found}.")
     for block in blocks:
         for part in ("attn1.to_q.weight", "attn1.to_k.weight", "attn1.to_out.0.bias", "attn2.to_k.weight"):
             key = f"{block}.{part}"
@@ -172,9 +170,7 @@ def _prepare(state_dict: Mapping[str, Tensor], config: UNetConfig, context: Null
         queries, keys = (state_dict[f"{block}.attn1.to_{part}.weight"].shape[1] for part in "qk")
         if queries != keys:
             raise Problem(
-                f"Text-free UNet: attn1 of {block} reads the text (disable_self_attentions: keys of width {keys}, "
-                f"queries of {queries}), so it cannot be folded away; use a prior whose first attention sees the image "
-                "only."
+                f"Text-free UNet: attn1 of {block} reads the text (disable_self_attentions); use another prior."
             )
     result = {key: tensor.half() if tensor.dtype in FLOAT8 else tensor for key, tensor in state_dict.items()}
     if context.pooled is None:
@@ -192,10 +188,7 @@ def _freeze_pooled(result: dict[str, Tensor], config: UNetConfig, pooled: Tensor
     """
     width = pooled.shape[1]
     if config.adm_in_channels is None or width > config.adm_in_channels:
-        raise Problem(
-            f"Text-free UNet: the null context has a pooled vector of width {width}, the prior takes "
-            f"{config.adm_in_channels or 'no'} vector conditioning; give the context without the pooled vector."
-        )
+        raise Problem(f"Text-free UNet: the prior takes no pooled vector of width {width}; leave it out.")
     weight, bias = result["label_emb.0.0.weight"], result["label_emb.0.0.bias"]
     added = weight[:, :width].double() @ pooled[0].double().to(weight.device)
     result["label_emb.0.0.bias"] = (bias.double() + added.to(bias.device)).to(bias.dtype)

@@ -27,10 +27,7 @@ _EDGE = 1e-6
 def needed(percent_to_sigma: PercentToSigma | None, percent: float) -> PercentToSigma:
     """The translation that a position needs. Raises GuidanceError where none was given."""
     if percent_to_sigma is None:
-        raise GuidanceError(
-            f"A weight that changes at {100 * percent:g} % of sampling needs the model's percent_to_sigma, and none "
-            "was given; pass one, or write the position as a sigma."
-        )
+        raise GuidanceError(f"A weight that changes at {100 * percent:g} % of sampling needs percent_to_sigma.")
     return percent_to_sigma
 
 

@@ -232,7 +232,4 @@ def weight_from_json(data: Any) -> Weight:
     try:
         return kind(**fields)
     except TypeError:
-        raise GuidanceError(
-            f"Expected a weight of type {data['type']} with the fields of {kind.__name__}, "
-            f"got {', '.join(sorted(map(str, fields)))}."
-        ) from None
+        raise GuidanceError(f"Expected the fields of {kind.__name__}, got {sorted(map(str, fields))}.") from None

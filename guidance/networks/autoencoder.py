@@ -238,10 +238,7 @@ class Autoencoder(nn.Module):
         """
         factor = self.config.factor
         if x.ndim != 4 or x.shape[2] % factor or x.shape[3] % factor:
-            raise Problem(
-                f"Autoencoder: expected images [B, {self.config.in_channels}, H, W] with H and W multiples of "
-                f"{factor}, found {list(x.shape)}; resize or crop them first."
-            )
+            raise Problem(f"Autoencoder: expected images [B, C, H, W] in multiples of {factor}, found {list(x.shape)}.")
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30.0, 20.0)
 

@@ -165,10 +165,7 @@ def _text_input(state_dict: Mapping[str, Tensor], prefixes: Collection[str]) -> 
         first = f"{prefix}.transformer_blocks.0"
         keys, queries = (_shape(state_dict, f"{first}.attn1.to_{part}.weight") for part in "kq")
         if keys[1] != queries[0]:
-            raise Problem(
-                f"Self-attention {first}.attn1 reads the text (disable_self_attentions), which this UNet does not "
-                "support; use a Stable Diffusion 1.x, 2.x or SDXL model."
-            )
+            raise Problem(f"Self-attention {first}.attn1 reads the text (disable_self_attentions); use another UNet.")
         if prefix in with_text and null_key is None:
             context_dim = _shape(state_dict, f"{first}.attn2.to_k.weight")[1]
     if with_text and with_text != set(prefixes):
@@ -198,7 +195,4 @@ def _heads(
     if context_dim is None and model_channels in PUBLISHED_MODEL_CHANNELS:
         # Text-free weights of a published family: only 1.x projects into its transformers by convolution.
         return (-1, 64) if linear else (8, -1)
-    raise Problem(
-        f"The number of attention heads cannot be read from weights and this UNet (context {context_dim}, "
-        f"{model_channels} channels) is of no published family: give num_heads or num_head_channels."
-    )
+    raise Problem(f"This UNet (context {context_dim}) is of no published family: give its attention heads.")

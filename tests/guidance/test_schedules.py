@@ -93,7 +93,7 @@ def test_the_ends_of_the_percent_scale_need_no_model():
 )
 def test_percent_positions_without_a_model_are_refused(weight):
     assert weight.needs_percent
-    with pytest.raises(GuidanceError, match="changes at (10|40) % of sampling needs the model's percent_to_sigma"):
+    with pytest.raises(GuidanceError, match="changes at (10|40) % of sampling needs percent_to_sigma"):
         weight.at(5.0)
 
 

@@ -280,7 +280,7 @@ def test_refuses_state_dicts_it_cannot_read():
     state_dict = UNet(SMALL).state_dict()
     with pytest.raises(ValueError, match="input_blocks.0.0.weight is missing"):
         unet_config_from_state_dict({})
-    with pytest.raises(ValueError, match="heads cannot be read"):
+    with pytest.raises(ValueError, match="give its attention heads"):
         unet_config_from_state_dict(state_dict)
     reads_text = dict(state_dict)
     for key in state_dict:
