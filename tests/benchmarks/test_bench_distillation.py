@@ -47,6 +47,7 @@ def run(*arguments: str) -> dict[str, dict]:
     return named
 
 
+@pytest.mark.slow
 def test_both_sides_are_equal_and_ask_for_what_the_issue_says():
     found = run("--part", "verify", "--part", "step")
     verified = [line for name, line in found.items() if name.startswith("verify/sgf_mode/")]

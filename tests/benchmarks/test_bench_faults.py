@@ -50,6 +50,7 @@ def bench():
     return lambda name: importlib.import_module(f"{HERE.name}.{name}")
 
 
+@pytest.mark.slow
 def test_a_run_that_ended_otherwise_or_left_something_is_told(bench, tmp_path):
     from indomain_guidance.tests.training import tiny_run
     from indomain_guidance.training.domain.train import train

@@ -55,6 +55,7 @@ def checked(lines: list[dict]) -> dict[str, dict]:
     return named
 
 
+@pytest.mark.slow
 def test_measures_and_prints_json_lines(comfyui_path):
     # The benchmark itself refuses to time contestants whose results differ, so success says that they agree.
     parts = [option for part in ("samples", "guider", "sd15", "sdxl") for option in ("--part", part)]

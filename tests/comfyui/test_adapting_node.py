@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 
 def module(name: str):
     return importlib.import_module(f"indomain_guidance.{name}")

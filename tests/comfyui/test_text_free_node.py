@@ -10,6 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+pytestmark = pytest.mark.slow
+
 SIGMAS = torch.tensor([9.0, 0.7])
 CONTEXT = 24
 FORMS = ("cached", "constant")

@@ -9,6 +9,8 @@ import torch
 from indomain_guidance.training.prior.opening import open_checkpoint
 from indomain_guidance.training.prior.prior import ImageSize
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = ["", "a photo of a cat", "porcelain, 18th century; a very long description, longer than most " * 3]
 
 

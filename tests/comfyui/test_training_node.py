@@ -15,6 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 SIGMAS = torch.tensor([9.0, 0.7])
 CONTEXT = 24
 

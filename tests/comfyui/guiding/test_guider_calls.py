@@ -14,6 +14,8 @@ import torch
 
 from ..conftest import Tiny
 
+pytestmark = pytest.mark.slow
+
 SIGMA = 2.0
 WEIGHTS = {"a": 1.0, "b": -0.7, "c": 2.0}
 

@@ -118,6 +118,7 @@ def test_copies_do_not_disturb_a_loaded_checkpoint(tiny, internals):
     check_two_loras(tiny, internals, prior, domain)
 
 
+@pytest.mark.slow
 def test_a_copy_is_made_once_and_goes_with_its_model(comfyui, tiny, internals, monkeypatch):
     checkpoint = tiny.prior(0)
     prior, domain = tiny.lora(checkpoint, 1), tiny.lora(checkpoint, 2)

@@ -52,6 +52,7 @@ def test_the_lists_are_complete(comfyui):
     assert names("schedulers") == list(comfyui.samplers.KSampler.SCHEDULERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", names("samplers"))
 def test_every_sampler(comfyui, tiny, internals, sampler):
     if sampler == "none":

@@ -448,6 +448,7 @@ def test_every_weight_is_in_a_module_that_core_loads(write, load):
         assert listed == {name for name, _ in model.model.named_parameters()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
 def test_compiles(comfyui, library, write, load, form):
     model, x = load(write(form)), noisy()

@@ -120,6 +120,7 @@ def test_what_a_file_may_lack(streams, read):
     assert float((centre - sample.mean(0)).norm() / sample.std(0).norm()) < 0.1
 
 
+@pytest.mark.slow
 def test_attacks_are_refused_with_their_reason_and_run_nothing(attacks, read, watched):
     assert len(attacks) > 130
     few = ("POP", "size too large", "missing tensor")

@@ -16,6 +16,8 @@ from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.mini_world.pictures import export_pictures
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 
 def indomain(*arguments: object) -> list[dict]:
     """The JSON objects that a command prints, after it succeeded."""

@@ -20,6 +20,7 @@ SHIPPED = domain_unets_dir() / "mini-handwriting.safetensors"
 GENERATORS = Path(__file__).resolve().parents[2] / "guidance" / "files" / "golden"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", parts.FORMS)
 def test_converts_a_checkpoint_to_every_form(form, tiny_checkpoint, tmp_path):
     source = tiny_checkpoint("sd1").path

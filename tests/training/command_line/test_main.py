@@ -56,6 +56,7 @@ def test_advice_is_a_command_as_the_user_calls_it(run, monkeypatch, tmp_path, ar
     assert f"help: {called} train --help" in run("train", "--nonsense")[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [[""], ["training/bootstrap.py", "indomain_guidance"]])
 def test_a_checkout_knows_what_it_is_called(start):
     """What its advice says is what was typed before the command."""

@@ -190,6 +190,7 @@ print(seen.hexdigest(), len(warned))
 """
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_same_entries_at_once(tmp_path):
     """Each would store different numbers; both must end with the same ones, never half a file, and leave no rubbish."""
     bootstrap = Path(__file__).resolve().parents[3] / "training" / "bootstrap.py"

@@ -431,6 +431,7 @@ for turns in (1, 2):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_prepare_the_same_images_at_once(tmp_path):
     """Two runs (turns 1), then two ranks of one run (turns 2): equal latents in both, and ranks share the work."""
     for number in range(60):

@@ -15,6 +15,8 @@ from indomain_guidance.training.domain.estimate import estimate, trace_unet
 from indomain_guidance.training.engine import tracing
 from indomain_guidance.training.prior.opening import open_mini_world
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base():

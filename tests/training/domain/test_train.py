@@ -52,6 +52,8 @@ from indomain_guidance.training.engine.processes import OneProcess
 from indomain_guidance.training.engine.settings import ConfigProblem
 from PIL import Image
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def base(tiny_run):

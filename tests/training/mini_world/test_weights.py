@@ -20,6 +20,8 @@ from indomain_guidance.training.mini_world import assets, render
 from indomain_guidance.training.mini_world.prompts import cfg_of, draw_prompts, sample_prompts
 from indomain_guidance.training.mini_world.recipe import quality
 
+pytestmark = pytest.mark.slow
+
 # The generator is called as the domain model of the same pictures, in another folder.
 FILES = sorted(assets.weights_dir().rglob("*.safetensors"))
 

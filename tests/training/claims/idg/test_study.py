@@ -25,6 +25,8 @@ from indomain_guidance.training.mini_world.distances import frechet_distance
 from indomain_guidance.training.mini_world.prompts import target_pictures
 from indomain_guidance.training.mini_world.recipe.quality import score
 
+pytestmark = pytest.mark.slow
+
 TINY = Sampling(20, steps=2, replicates=20, targets=40)
 PRIOR = Point.of("handwriting", "prior", scale=2.0)
 

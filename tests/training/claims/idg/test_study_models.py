@@ -11,6 +11,8 @@ from indomain_guidance.training.claims.keeping import trained_weights
 from indomain_guidance.training.engine.run import Result
 from indomain_guidance.training.mini_world import assets
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def world():

@@ -14,6 +14,8 @@ from indomain_guidance.training.claims.sgf.study import SgfStudy
 from indomain_guidance.training.claims.sgf.sweep import Point
 from indomain_guidance.training.claims.study import Plan, Sampling
 
+pytestmark = pytest.mark.slow
+
 TINY = Sampling(24, steps=2, targets=80, rendered=4, replicates=20)
 POINT = Point("yellow_on_blue", "sds_directional", 1)
 SDS = Point("yellow_on_blue", "sds", 1)

@@ -7,6 +7,8 @@ from indomain_guidance.training.mini_world import render
 from indomain_guidance.training.mini_world.recipe import __main__ as command
 from indomain_guidance.training.mini_world.recipe import quality, report
 
+pytestmark = pytest.mark.slow
+
 FIELDS = {"name", "value", "samples"}
 
 

@@ -23,6 +23,8 @@ from indomain_guidance.training.mini_world.recipe import (
     train_prior,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def tiny(monkeypatch, tmp_path):
