@@ -21,13 +21,17 @@ SAMPLERS = ("euler", "ddim", "dpmpp_2m")
 Denoise = Callable[..., Tensor]
 
 
+def _check_steps(steps: int) -> None:
+    if steps < 1:
+        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+
+
 def sigmas_karras(schedule: NoiseSchedule, steps: int, rho: float = 7.0) -> Tensor:
     """The noise levels of arXiv 2206.00364, eq. 5: even in sigma^(1/rho) from sigma_max to sigma_min, then 0.
 
     steps: model calls, at least 1. rho: 7 as published. Returns [steps + 1] in float64.
     """
-    if steps < 1:
-        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+    _check_steps(steps)
     high, low = schedule.sigma_max ** (1 / rho), schedule.sigma_min ** (1 / rho)
     sigmas = torch.linspace(high, low, steps, dtype=torch.float64) ** rho
     return torch.cat([sigmas, sigmas.new_zeros(1)])
@@ -38,8 +42,7 @@ def sigmas_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
 
     steps: model calls, at least 1. Returns [steps + 1] in float64.
     """
-    if steps < 1:
-        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+    _check_steps(steps)
     first, last = schedule.timestep(schedule.sigma_max), schedule.timestep(schedule.sigma_min)
     timesteps = torch.linspace(first, last, steps, dtype=torch.float64).tolist()
     return torch.tensor([*map(schedule.sigma, timesteps), 0.0], dtype=torch.float64)
@@ -51,8 +54,7 @@ def sigmas_sgm_uniform(schedule: NoiseSchedule, steps: int) -> Tensor:
     The released code of arXiv 2312.08195 samples on it, 25 steps of "dpmpp_2m" (diffusers' DPMSolverMultistep, which
     rounds to whole timesteps). steps and result as of `sigmas_uniform`.
     """
-    if steps < 1:
-        raise GuidanceError(f"Expected at least 1 sampling step, got {steps}.")
+    _check_steps(steps)
     levels = sigmas_uniform(schedule, steps + 1)
     return torch.cat([levels[:-2], levels[-1:]])
 
