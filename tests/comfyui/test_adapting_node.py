@@ -138,7 +138,7 @@ SETTINGS_OF_THE_OPTIONS_NODE = (
     *("mode", "t_min", "t_max", "t_schedule", "weighting", "perceptual", "features", "normalize_directional"),
     *("latent_clamp", "image_quantile", "way_back", "gradient_checkpointing", "train", "freeze_bias", "truncation"),
     *("noise", "label", "resolution", "schedule", "warmup", "clip", "ema", "checkpoint_every", "checkpoint_minutes"),
-    *("keep_checkpoints", "sample_count", "log_every", "file_dtype", "licence"),
+    *("keep_checkpoints", "sample_count", "log_every", "tensorboard", "file_dtype", "licence"),
 )
 
 

@@ -12,7 +12,7 @@ from .events import Saved
 from .log import read_log
 
 CONFIG, LOG, PLOT = WRITTEN = ("config.json", "log.jsonl", "loss.png")
-SAMPLES = "samples"
+SAMPLES, BOARD = "samples", "tensorboard"
 GRID_NAME = re.compile(r"step-(\d{6,})\.png")
 
 
@@ -40,5 +40,5 @@ def clear_refused(folder: Path) -> None:
     for name in WRITTEN:
         with suppress(OSError):
             (folder / name).unlink()
-    for name in (SAMPLES, FOLDER):
+    for name in (SAMPLES, FOLDER, BOARD):
         shutil.rmtree(folder / name, ignore_errors=True)

@@ -23,7 +23,7 @@ from ...guidance.errors import Problem
 from ...guidance.files.atomic import clear_unfinished
 from .checkpoints import FOLDER
 from .events import Event, Failed, Finished, Listener, Sampled, Started, Stopped, Warned
-from .folder import CONFIG, LOG, PLOT, SAMPLES, clear_refused, last_samples, samples_path
+from .folder import BOARD, CONFIG, LOG, PLOT, SAMPLES, clear_refused, last_samples, samples_path
 from .grids import save_png
 from .learner import Config, Learner, NonFiniteLoss, Outcome, check_same_settings
 from .lock import NAME as LOCK
@@ -36,6 +36,7 @@ from .reports import Progress, Report, Reports
 from .resuming import Found, checkpoint_to_resume, forewarnings
 from .saving import Saver
 from .settings import ConfigProblem
+from .tensorboard import TensorBoard
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -194,17 +195,21 @@ class Run(ABC, Generic[Config]):
         return int(state["step"]), found
 
     def _open_reports(self, stack: ExitStack, start: int) -> None:
-        """The log and loss curve of the run's folder, in the first process.
+        """The log, loss curve and TensorBoard of the run's folder, in the first process.
 
         From here on a failure saves what was learned before it, and is told in the log.
         """
         if self.processes.is_main:
             every, log = self.config.log_every, self.folder / LOG
+            # A run that takes no step repeats none.
+            again = start if start < self.config.steps else None
+            board = TensorBoard(self.folder / BOARD, every, again) if self.config.tensorboard else None
             self.curve = LossCurve(self.folder / PLOT, read_log(log), start)
-            file = LogFile(log, every)
-            stack.callback(file.close)
             # Files come before the caller: what it shows lies on the disk already.
-            self.listeners[:0] = [file, self.curve]
+            files: list[Any] = [LogFile(log, every), *([board] if board else [])]
+            for file in files:
+                stack.callback(file.close)
+            self.listeners[:0] = [*files, self.curve]
         stack.push(self._failed)
 
     def _announce(self, start: int, notes: Sequence[str]) -> None:

@@ -82,6 +82,7 @@ class RunSettings(Settings, ABC):
         4, "images per row of the grid, each with its own fixed seed", min=1, max=64, free=True
     )
     log_every: int = reporting(10, "steps between lines of the log", min=1, max=1_000_000, free=True)
+    tensorboard: bool = reporting(False, "also write events for TensorBoard (needs tensorboard)", free=True)
     file_dtype: str = reporting("fp32", "numbers of the finished file", choices=("fp16", "bf16", "fp32"), free=True)
     licence: str = reporting("", "licence written into the finished file", free=True)
 

@@ -743,6 +743,18 @@ def test_v_prediction(run, base):
     assert metadata.prediction_type == "v_prediction"
 
 
+def test_what_is_written_for_tensorboard(run, folder):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run(tensorboard=True, steps=2, sample_every=2, validate_every=1)
+    written = EventAccumulator(str(folder / "run" / "tensorboard"))
+    written.Reload()
+    assert [one.step for one in written.Scalars("train/loss")] == [1, 2]
+    assert [one.step for one in written.Scalars("held_out/loss")] == [0, 1, 2]
+    assert [one.step for one in written.Images("samples")] == [0, 2]
+
+
 def test_it_trains_in_inference_mode(run):
     """As ComfyUI calls its nodes."""
     with torch.inference_mode():
