@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .options import option
+from .errors import GuidanceError
+from .options import check_options, option
 from .shaping import Shaping
 
 
@@ -38,7 +39,7 @@ class Bands(Shaping):
     L is a Gaussian blur of standard deviation `width` in latent pixels, above 0; inf takes each channel's mean. L(d) is
     the coarse part of a direction, such as its colours and where things are, d - L(d) the rest, such as strokes and
     texture. low_strength, high_strength: factors of the term's weight; 1 and 1 are neutral, 1 and 0 a low-pass, 0 and 1
-    a high-pass filter.
+    a high-pass filter. Raises GuidanceError for a width not above 0 and strengths that are not finite.
     """
 
     width: float = option(
@@ -69,6 +70,13 @@ class Bands(Shaping):
 
     name = "frequencies"
     summary = "splits the term into coarse and fine detail, weighed by low_strength and high_strength"
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        if not self.width > 0:
+            raise GuidanceError(f"Expected the width of a frequency split to be above 0, got {self.width}.")
+        if math.isinf(self.low_strength) or math.isinf(self.high_strength):
+            raise GuidanceError(f"Expected finite strengths, got {self.low_strength} and {self.high_strength}.")
 
     @property
     def is_neutral(self) -> bool:

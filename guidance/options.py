@@ -7,13 +7,17 @@ that has it.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+from .errors import GuidanceError
 
 
 def option(default: Any, help: str, **limits: Any) -> Any:
     """A dataclass field that users can set: a bool, int, float or str with its help text.
 
-    limits: `min` and `max` (both inclusive; required for numbers), `choices` for texts, `step` of a number's widget.
+    limits: `min` and `max` of a number's widget (both inclusive and required; Python may go beyond), `choices` for
+    texts, `step` of a number's widget.
     """
     return dataclasses.field(default=default, metadata={"help": help, **limits})
 
@@ -21,3 +25,21 @@ def option(default: Any, help: str, **limits: Any) -> Any:
 def options_of(kind: type) -> tuple[dataclasses.Field, ...]:
     """The fields of a dataclass that were made with `option`, in their order."""
     return tuple(field for field in dataclasses.fields(kind) if "help" in field.metadata)
+
+
+def check_options(made: Any) -> None:
+    """Raise GuidanceError for an option of the dataclass object `made` that has no value of its kind.
+
+    Numbers are not NaN, and whole where the default is; `inf` is for whoever gives it a meaning to allow.
+    """
+    for field in options_of(type(made)):
+        value, kind, choices = getattr(made, field.name), type(field.default), field.metadata.get("choices")
+        if kind in (int, float):
+            fits = isinstance(value, (kind, int)) and not isinstance(value, bool) and not math.isnan(value)
+        elif choices:
+            fits = value in choices
+        else:
+            fits = kind is not bool or isinstance(value, bool)
+        if not fits:
+            expected = f"one of {', '.join(choices)}" if choices else f"a {kind.__name__}"
+            raise GuidanceError(f"Expected {field.name} to be {expected}, got {value!r}.")

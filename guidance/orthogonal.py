@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .errors import GuidanceError
-from .options import option
+from .options import check_options, option
 from .shaping import Shaping
 
 PER = ("image", "position")
@@ -70,12 +71,15 @@ class Orthogonal(Shaping):
         return cls(tuple(names), **options)
 
     def __post_init__(self) -> None:
+        if not isinstance(self.orthogonal_to, (str, Sequence)):
+            raise GuidanceError(f"Expected names of terms to be orthogonal to, got {self.orthogonal_to!r}.")
         names = (self.orthogonal_to,) if isinstance(self.orthogonal_to, str) else tuple(self.orthogonal_to)
         if not names:
             raise GuidanceError("Expected the name of at least one term to be orthogonal to, got none.")
         object.__setattr__(self, "orthogonal_to", names)
-        if self.per not in PER:
-            raise GuidanceError(f"Expected inner products per {' or '.join(PER)}, got {self.per!r}.")
+        check_options(self)
+        if math.isinf(self.share):
+            raise GuidanceError(f"Expected the share to remove to be finite, got {self.share}.")
 
     @property
     def others(self) -> tuple[str, ...]:

@@ -9,10 +9,15 @@ base. A new preset is a function here, with its name in `PRESETS`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from .combination import Guidance
+from .errors import GuidanceError
 from .schedules import WeightLike
 from .terms import Source, Term
 
@@ -72,8 +77,9 @@ def autoguidance(good: Any, bad: Any, cond: Any, scale: WeightLike = 2.0, bad_co
 def personalization(weak: Any, finetuned: Any, uncond: Any, cond: Any, scale: WeightLike = 7.5) -> Guidance:
     """Personalization guidance (arXiv 2508.00319): D_weak(empty) + s (D_finetuned(c) - D_weak(empty)).
 
-    weak is a third model: its *weights* are (1 - omega) pre-trained + omega fine-tuned, which is not the same as mixing
-    the two models' predictions. scale: 1 is the fine-tuned model's conditional prediction alone. One term, "control".
+    weak is a third model: its *weights* lie between those of the pre-trained and the fine-tuned model
+    (`interpolate_weights`), which is not the same as mixing the two models' predictions. scale: 1 is the fine-tuned
+    model's conditional prediction alone. One term, "control".
     """
     return Guidance(Source(weak, uncond), [Term("control", finetuned, cond, scale)])
 
@@ -104,3 +110,36 @@ PRESETS: dict[str, Callable[..., Guidance]] = {
     )
 }
 """The presets by name."""
+
+
+def interpolate_weights(
+    pretrained: Mapping[str, Tensor], finetuned: Mapping[str, Tensor], omega: float
+) -> dict[str, Tensor]:
+    """The weak model of personalization guidance (arXiv 2508.00319): (1 - omega) pretrained + omega finetuned.
+
+    Both are state dicts. omega 0 is the pre-trained model, 1 the fine-tuned one; tensors keep the fine-tuned model's
+    dtype, those that are not floating point are taken from it. Raises GuidanceError when the two differ in keys or
+    shapes.
+    """
+    if not math.isfinite(omega):
+        raise GuidanceError(f"Expected omega to be finite, got {omega}.")
+    if pretrained.keys() != finetuned.keys():
+        differing = sorted(pretrained.keys() ^ finetuned.keys())
+        raise GuidanceError(
+            f"Expected two models of one architecture to interpolate, got {len(differing)} keys in only one of them, "
+            f"such as {differing[0]!r}."
+        )
+    result = {}
+    for key, target in finetuned.items():
+        start = pretrained[key]
+        if start.shape != target.shape:
+            raise GuidanceError(
+                f"Expected two models of one architecture to interpolate, got {key!r} as {list(start.shape)} and "
+                f"{list(target.shape)}."
+            )
+        if not target.is_floating_point():
+            result[key] = target.clone()
+            continue
+        wide = torch.float64 if target.dtype == torch.float64 else torch.float32  # fp8 does not promote
+        result[key] = torch.lerp(start.to(target.device, wide), target.to(wide), omega).to(target.dtype)
+    return result

@@ -33,7 +33,8 @@ class Timesteps:
     schedule: "uniform" draws one for each sample (StyleGAN-Fusion, arXiv 2212.04473: 10 to 500 for faces, 10 to 300
     for animals); "annealed" too, from a range whose upper end falls linearly from t_max to t_min over the run;
     "falling" draws nothing and goes down linearly from t_max to t_min, all samples alike (the monotone schedule of
-    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty or below 0.
+    DreamTime, arXiv 2306.12422, with even weights). Raises GuidanceError for a range that is empty, below 0 or
+    not of whole numbers.
     """
 
     t_min: int = 10
@@ -41,8 +42,10 @@ class Timesteps:
     schedule: str = "uniform"
 
     def __post_init__(self) -> None:
-        if not 0 <= self.t_min <= self.t_max:
-            raise GuidanceError(f"Expected 0 <= t_min <= t_max, got t_min {self.t_min} and t_max {self.t_max}.")
+        if not (isinstance(self.t_min, int) and isinstance(self.t_max, int) and 0 <= self.t_min <= self.t_max):
+            raise GuidanceError(
+                f"Expected whole timesteps 0 <= t_min <= t_max, got t_min {self.t_min} and t_max {self.t_max}."
+            )
         if self.schedule not in T_SCHEDULES:
             raise GuidanceError(f"Expected a schedule of {', '.join(T_SCHEDULES)}, got {self.schedule!r}.")
 

@@ -145,8 +145,9 @@ def test_cfg_limited_to_an_interval_is_the_conditional_outside():
 def test_personalization_interpolates_weights_not_predictions():
     torch.manual_seed(0)
     pretrained, finetuned, weak = (torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh()) for _ in range(3))
-    fine_tuned = finetuned.state_dict()
-    weak.load_state_dict({key: 0.75 * value + 0.25 * fine_tuned[key] for key, value in pretrained.state_dict().items()})
+    weak.load_state_dict(presets.interpolate_weights(pretrained.state_dict(), finetuned.state_dict(), 0.25))
+    expected = 0.75 * pretrained[0].weight + 0.25 * finetuned[0].weight
+    torch.testing.assert_close(weak[0].weight, expected)
     x = X.float()
 
     def as_denoiser(net):
@@ -157,6 +158,34 @@ def test_personalization_interpolates_weights_not_predictions():
     base = third(x, SIGMA, **U)
     torch.testing.assert_close(result, base + 3.0 * (fine(x, SIGMA, **C) - base))
     assert (base - (0.75 * pre(x, SIGMA, **U) + 0.25 * fine(x, SIGMA, **U))).abs().max() > 1e-3
+
+
+def test_interpolated_weights_keep_ends_types_and_integers():
+    start = {"a": torch.randn(3).half(), "n": torch.tensor(3)}
+    end = {"a": torch.randn(3).half(), "n": torch.tensor(5)}
+    for omega, wanted in ((0.0, start), (1.0, end)):
+        result = presets.interpolate_weights(start, end, omega)
+        assert torch.equal(result["a"], wanted["a"]) and result["a"].dtype == torch.float16
+        assert result["n"] == 5
+
+
+def test_fp8_weights_interpolate_in_float32():
+    start, end = (torch.tensor(values).to(torch.float8_e4m3fn) for values in ([1.0, -2.0], [2.0, 6.0]))
+    result = presets.interpolate_weights({"a": start}, {"a": end}, 0.25)["a"]
+    assert result.dtype == torch.float8_e4m3fn and result.float().tolist() == [1.25, 0.0]
+
+
+@pytest.mark.parametrize(
+    "left, right, omega, message",
+    [
+        ({"a": torch.ones(1)}, {"b": torch.ones(1)}, 0.5, "2 keys in only one of them, such as 'a'"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(2)}, 0.5, r"'a' as \[1\] and \[2\]"),
+        ({"a": torch.ones(1)}, {"a": torch.ones(1)}, math.nan, "omega"),
+    ],
+)
+def test_weights_of_different_models_are_refused(left, right, omega, message):
+    with pytest.raises(GuidanceError, match=message):
+        presets.interpolate_weights(left, right, omega)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

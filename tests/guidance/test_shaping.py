@@ -256,7 +256,24 @@ def test_a_listed_shaping_describes_itself_for_a_node(shaping):
 # ------------------------------------------------------------------------------------------------------------ refusals
 
 
-@pytest.mark.parametrize("make", [lambda: Orthogonal((), per="image"), lambda: Orthogonal("a", per="row")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Orthogonal((), per="image"),
+        lambda: Orthogonal("a", share=math.nan, per="image"),
+        lambda: Orthogonal("a", per="row"),
+        lambda: Bands(0, 1.0, 0.0),
+        lambda: Bands(-1.0, 0.0, 1.0),
+        lambda: Bands(math.nan, 1.0, 0.0),
+        lambda: Bands(True, 1.0, 0.0),
+        lambda: Bands(0.0, 1.0, 1.0),
+        lambda: Bands(1.0, math.nan, 1.0),
+        lambda: Bands(1.0, 1.0, math.inf),
+        lambda: Bands("1", 1.0, 1.0),
+        lambda: Orthogonal("a", only_opposing="no"),
+        lambda: Orthogonal(7),
+    ],
+)
 def test_values_that_cannot_work_are_refused(make):
     with pytest.raises(GuidanceError, match="Expected"):
         make()
