@@ -1,36 +1,11 @@
-"""From images to latents, and from a gradient on latents back to one on images, with clamps on both sides."""
+"""From a gradient on latents to one on images: the way back through the encoder, and clamps on both sides of it."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-
-
-@dataclass(frozen=True)
-class ImageEncoder:
-    """Images [B, 3, H, W], about -1..1 -> latents [B, C, h, w] of a critic, differentiable.
-
-    As in StyleGAN-Fusion (arXiv 2212.04473): resized to side x side px (bilinear; None: as they are), clamped to -1..1,
-    and then encoded. encode: images [B, 3, side, side] in -1..1 -> latents, scaled as the critic's models expect.
-    `Objective` resizes and clamps by itself, since some of what it does happens between clamp and encode.
-    """
-
-    encode: Callable[[Tensor], Tensor]
-    side: int | None = None
-
-    def resize(self, images: Tensor) -> Tensor:
-        """Images at the size at which they are judged; the same tensor where they have it."""
-        if self.side is None or images.shape[-2:] == (self.side, self.side):
-            return images
-        return F.interpolate(images, (self.side, self.side), mode="bilinear", align_corners=False)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        return self.encode(self.resize(images).clamp(-1.0, 1.0))
 
 
 def inject(z: Tensor, gradient: Tensor, images: Tensor, *, retain_graph: bool = False) -> Tensor:

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from .context import Context
@@ -82,12 +81,3 @@ class Regularizer(LatentTerm):
 
     weight: float = 1.0
     uses_frozen = True
-
-
-def normalize(e: Tensor) -> Tensor:
-    """n(e) = e sqrt(CHW) / ||e||_2 of StyleGAN-Fusion (arXiv 2212.04473), for each sample of e [B, C, h, w].
-
-    The released code takes one norm over the batch and is right for batch 1 only. Zero stays zero.
-    """
-    size = e.square().mean(tuple(range(1, e.ndim)), keepdim=True).sqrt()
-    return e / size.clamp(min=torch.finfo(e.dtype).tiny)

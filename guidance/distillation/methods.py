@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import GuidanceError
+from .bridge import SDSBridge
 from .critic import Critic
+from .csd import CSD
+from .dds import DDS
 from .ism import ISM
 from .method import Method, prompts_of
-from .sds import CSD, DDS, NFSD, SDS, SDSBridge
+from .nfsd import NFSD
+from .sds import SDS
 from .vsd import VSD
 
 METHODS: dict[str, type[Method]] = {

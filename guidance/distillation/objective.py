@@ -13,10 +13,12 @@ from torch import Tensor
 from ..errors import GuidanceError
 from .context import Context, Draws, contexts_of
 from .critic import Critic
-from .gradients import ImageEncoder, clamp_image_gradient, clamp_latent_gradient, inject, lead_back
+from .gradients import clamp_image_gradient, clamp_latent_gradient, inject, lead_back
+from .image_encoder import ImageEncoder
 from .method import LatentTerm, Method, Regularizer
-from .regularizers import Perceptual
-from .timesteps import WEIGHTINGS, Timesteps
+from .perceptual import Perceptual
+from .timesteps import Timesteps
+from .weighting import WEIGHTINGS
 
 MODES = ("shared", "sgf")
 WAY_BACK = 0.01  # the default of `Objective.way_back`

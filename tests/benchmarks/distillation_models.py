@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule
 from indomain_guidance.guidance.distillation.critic import Critic
-from indomain_guidance.guidance.distillation.gradients import ImageEncoder
+from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
 from indomain_guidance.guidance.distillation.objective import Draws
 from indomain_guidance.guidance.networks.autoencoder import Autoencoder, AutoencoderConfig
 from indomain_guidance.guidance.networks.stylegan2 import StyleGAN2, random_generator

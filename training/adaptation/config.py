@@ -10,7 +10,8 @@ from ...guidance.distillation.critic import PROMPTS
 from ...guidance.distillation.method import prompts_of
 from ...guidance.distillation.methods import METHODS, methods_with
 from ...guidance.distillation.objective import MODES
-from ...guidance.distillation.timesteps import T_SCHEDULES, WEIGHTINGS
+from ...guidance.distillation.timesteps import T_SCHEDULES
+from ...guidance.distillation.weighting import WEIGHTINGS
 from ...guidance.options import options_of
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, check_multiple, group
 from ..prior.settings import PriorSettings

@@ -10,16 +10,12 @@ from torch import Tensor
 from ...guidance.combination import Guidance
 from ...guidance.diffusion import Denoiser
 from ...guidance.distillation.critic import Critic
-from ...guidance.distillation.gradients import ImageEncoder
+from ...guidance.distillation.directional import Directional
+from ...guidance.distillation.image_encoder import ImageEncoder
 from ...guidance.distillation.methods import make_method
 from ...guidance.distillation.objective import Objective
-from ...guidance.distillation.regularizers import (
-    Directional,
-    FeatureDistance,
-    Perceptual,
-    Reconstruction,
-    lpips_distance,
-)
+from ...guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
+from ...guidance.distillation.reconstruction import Reconstruction
 from ...guidance.distillation.timesteps import Timesteps
 from ...guidance.files import DTYPES, DomainMetadata, read_domain_file
 from ...guidance.networks.stylegan2 import StyleGAN2

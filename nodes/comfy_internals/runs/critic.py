@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ....guidance.diffusion import NoiseSchedule
 from ....guidance.distillation.critic import Critic
-from ....guidance.distillation.gradients import ImageEncoder
+from ....guidance.distillation.image_encoder import ImageEncoder
 from ....guidance.errors import Problem
 from ....guidance.terms import Term
 from ..guiding.compatibility import display_name, noise_family

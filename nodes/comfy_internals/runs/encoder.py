@@ -11,7 +11,7 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
-from ....guidance.distillation.gradients import ImageEncoder
+from ....guidance.distillation.image_encoder import ImageEncoder
 from ..guiding.predictions import to_the_end
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.distillation.critic import Critic
+from indomain_guidance.guidance.distillation.directional import Directional
 from indomain_guidance.guidance.distillation.layer_selection import rank_layers, select_layers
 from indomain_guidance.guidance.distillation.methods import make_method
 from indomain_guidance.guidance.distillation.objective import Objective
-from indomain_guidance.guidance.distillation.regularizers import Directional
 from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.networks.stylegan2 import random_generator

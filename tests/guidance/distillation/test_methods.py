@@ -8,11 +8,14 @@ import pytest
 import torch
 from indomain_guidance.guidance.distillation.context import Context
 from indomain_guidance.guidance.distillation.critic import Critic, Request
+from indomain_guidance.guidance.distillation.csd import CSD
 from indomain_guidance.guidance.distillation.ism import ISM
-from indomain_guidance.guidance.distillation.method import Method, normalize, prompts_of
+from indomain_guidance.guidance.distillation.method import Method, prompts_of
 from indomain_guidance.guidance.distillation.methods import METHODS, make_method, methods_with
+from indomain_guidance.guidance.distillation.nfsd import NFSD
+from indomain_guidance.guidance.distillation.normalize import normalize
 from indomain_guidance.guidance.distillation.objective import Draws, Objective
-from indomain_guidance.guidance.distillation.sds import CSD, NFSD, SDS
+from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.errors import GuidanceError
 from indomain_guidance.guidance.options import option, options_of

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import Denoiser
+from indomain_guidance.guidance.distillation.bridge import SDSBridge
 from indomain_guidance.guidance.distillation.critic import Critic
-from indomain_guidance.guidance.distillation.gradients import ImageEncoder, clamp_image_gradient, inject
+from indomain_guidance.guidance.distillation.dds import DDS
+from indomain_guidance.guidance.distillation.directional import Directional
+from indomain_guidance.guidance.distillation.gradients import clamp_image_gradient, inject
+from indomain_guidance.guidance.distillation.image_encoder import ImageEncoder
+from indomain_guidance.guidance.distillation.nfsd import NFSD
 from indomain_guidance.guidance.distillation.objective import Draws, NotFinite, Objective
-from indomain_guidance.guidance.distillation.regularizers import (
-    Directional,
-    FeatureDistance,
-    Perceptual,
-    Reconstruction,
-)
-from indomain_guidance.guidance.distillation.sds import DDS, NFSD, SDS, SDSBridge
+from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual
+from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
+from indomain_guidance.guidance.distillation.sds import SDS
 from indomain_guidance.guidance.distillation.timesteps import Timesteps
 from indomain_guidance.guidance.errors import GuidanceError
 from torch.nn import functional as F

@@ -8,14 +8,10 @@ import pytest
 import torch
 from indomain_guidance.guidance.distillation.context import Context
 from indomain_guidance.guidance.distillation.critic import Critic, Prediction
-from indomain_guidance.guidance.distillation.method import normalize
-from indomain_guidance.guidance.distillation.regularizers import (
-    Directional,
-    FeatureDistance,
-    Perceptual,
-    Reconstruction,
-    lpips_distance,
-)
+from indomain_guidance.guidance.distillation.directional import Directional
+from indomain_guidance.guidance.distillation.normalize import normalize
+from indomain_guidance.guidance.distillation.perceptual import FeatureDistance, Perceptual, lpips_distance
+from indomain_guidance.guidance.distillation.reconstruction import Reconstruction
 from indomain_guidance.guidance.errors import GuidanceError
 
 

@@ -10,7 +10,8 @@ from indomain_guidance.guidance.distillation.gradients import (
     lead_back,
     quantile,
 )
-from indomain_guidance.guidance.distillation.timesteps import WEIGHTINGS, Timesteps
+from indomain_guidance.guidance.distillation.timesteps import Timesteps
+from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
 from indomain_guidance.guidance.errors import GuidanceError
 
 

@@ -8,7 +8,8 @@ import json
 import pytest
 from indomain_guidance.guidance.distillation.methods import METHODS
 from indomain_guidance.guidance.distillation.objective import MODES
-from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES, WEIGHTINGS
+from indomain_guidance.guidance.distillation.timesteps import T_SCHEDULES
+from indomain_guidance.guidance.distillation.weighting import WEIGHTINGS
 from indomain_guidance.guidance.options import options_of
 from indomain_guidance.training.adaptation.config import OPTIONS_OF_METHODS, AdaptConfig
 from indomain_guidance.training.adaptation.layers import TRAINED

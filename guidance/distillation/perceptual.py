@@ -1,4 +1,4 @@
-"""The regularizers of StyleGAN-Fusion (arXiv 2212.04473), which keep the adapted generator near the frozen one."""
+"""The perceptual regularizer: adapted and frozen image should look alike to a feature network."""
 
 from __future__ import annotations
 
@@ -9,52 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import GuidanceError
-from .context import Context
-from .method import Regularizer, normalize
 
 Features = Callable[[Tensor], Tensor | Sequence[Tensor]]
-
-
-@dataclass
-class Directional(Regularizer):
-    """StyleGAN-Fusion's directional regularizer (arXiv 2212.04473): e(z_t) - e(z_frozen_t), one noise for both.
-
-    weight: lambda, 0.5 to 1 as published, 0 is off. normalize: n() of both predictions first, so that the guidance
-    scale does not set its strength.
-    """
-
-    weight: float = 1.0
-    normalize: bool = False
-
-    name = "directional"
-    needs = frozenset({"e"})
-    needs_frozen = frozenset({"e"})
-
-    def gradient(self, context: Context) -> Tensor:
-        own, frozen = context.prediction.e, context.frozen_prediction.e
-        return normalize(own) - normalize(frozen) if self.normalize else own - frozen
-
-
-@dataclass
-class Reconstruction(Regularizer):
-    """StyleGAN-Fusion's reconstruction regularizer (arXiv 2212.04473): n(e) - n(e - e_f).
-
-    e_f = (z_t - sqrt(abar) z_frozen) / sqrt(1 - abar) is the noise that would lead from z_t to the frozen image. The
-    published form takes n(d MSE(x0(e), z_frozen) / d e) in place of n(e - e_f); the derivative is a positive multiple
-    of e - e_f, which n() removes, so the two are equal and no autograd is needed. weight: lambda, 0.5 to 1 as
-    published, 0 is off.
-    """
-
-    weight: float = 1.0
-
-    name = "reconstruction"
-    needs = frozenset({"e"})
-
-    def gradient(self, context: Context) -> Tensor:
-        e = context.prediction.e
-        assert context.frozen is not None  # since it uses_frozen
-        towards = (context.z_t - context.abar.sqrt() * context.frozen) / (1 - context.abar).sqrt()
-        return normalize(e) - normalize(e - towards)
 
 
 @dataclass
