@@ -7,7 +7,7 @@ while convolution i - 1 is the one that reads style i.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -20,9 +20,14 @@ from .objective import Encode, Objective
 class Stylized(Protocol):
     """The part of `networks.stylegan2.StyleGAN2` that the selection uses."""
 
-    style_layers: Sequence[str]
-    ws_index: dict[str, int]
-    synthesis: nn.Module
+    @property
+    def style_layers(self) -> Sequence[str]: ...
+
+    @property
+    def ws_index(self) -> Mapping[str, int]: ...
+
+    @property
+    def synthesis(self) -> nn.Module: ...
 
     def synthesize(self, ws: Tensor, *args: Any, **kwargs: Any) -> Tensor: ...
 
