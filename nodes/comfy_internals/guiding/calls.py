@@ -8,7 +8,7 @@ where copies share it (`memories`) is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.samplers
@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ....guidance.errors import GuidanceError
-from .memories import SharedPlaces, attributes, holds_memories
+from .memories import attributes, holds_memories, reachable, tensors_in
 from .patch_copies import PatchCopies, callables
 
 Conditionings = dict[str, list[dict[str, Any]]]
@@ -80,23 +80,23 @@ class Calls:
         self._first = POSITIVE if POSITIVE in keys else others[0] if others else None
         self._known_to_caches: set[str] = set()
         self._copies = {key: PatchCopies() for key in others if key != self._first}
-        self._places: SharedPlaces | None = None
-        self._watched: frozenset[int] | None = frozenset()
-        self._before: set = set()
+        self._reached: dict[int, Any] | None = None
+        self._shared: list[Any] = []
+        self._before: set[tuple[int, int]] = set()
 
     def prime(self, model: Any, options: dict[str, Any]) -> None:
         """Copy patches and wrappers at the start of a run, before they have remembered anything."""
         if methods(model, options):
-            self._places = SharedPlaces(model, options, replaced(model))
-            for copies in self._copies.values():
-                copies.of(options)
+            self._reached = _reached(model, options)
+            for copied in [copies.of(options) for copies in self._copies.values()]:
+                self._shared = _in_both(self._reached, _reached(model, copied))
 
     def watch(self, others: Iterable[Calls]) -> None:
         """Once all are primed: note what is stored where calls of other models or conditionings could read it."""
-        if self._places is not None:
-            places = [other._places for other in others if other is not self and other._places is not None]
-            self._watched = None if self._copies else self._places.common(places)
-            self._before = self._places.held(self._watched)
+        if self._reached is not None and not self._copies:
+            by_others = {key for other in others if other is not self for key in other._reached or ()}
+            self._shared = _in_both(self._reached, by_others)
+        self._before = tensors_in(self._shared)
 
     def tell_caches(self, keys: Sequence[str], options: Mapping[str, Any]) -> None:
         """Reset core's EasyCache, which skips whole calls, where a conditioning joins that it has not seen."""
@@ -132,7 +132,7 @@ class Calls:
         return predictions
 
     def _check_memories(self, model: Any, names: list[str], before: dict[str, int]) -> None:
-        remembers = self._places is not None and self._places.held(self._watched) != self._before
+        remembers = tensors_in(self._shared) != self._before
         network = model.diffusion_model
         if self._copies and (remembers or attributes(network) != before or holds_memories(network)):
             raise GuidanceError(
@@ -146,6 +146,15 @@ class Calls:
                 f"{', '.join(names)} on {self.what}, which would mix up the models' conditionings; take it off one of "
                 "them, or load that from a file of its own."
             )
+
+
+def _reached(model: Any, options: Mapping[str, Any]) -> dict[int, Any]:
+    code = (options.get("model_function_wrapper"), options.get("transformer_options"))
+    return reachable(model, *code, *replaced(model).values())
+
+
+def _in_both(reached: dict[int, Any], others: Container[int]) -> list[Any]:
+    return [value for key, value in reached.items() if key in others]
 
 
 def _without_end(call: list[str | None]) -> list[str | None]:

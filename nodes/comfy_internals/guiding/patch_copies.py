@@ -18,12 +18,13 @@ import functools
 import types
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
 from comfy.model_patcher import ModelPatcher
 
-from .memories import PACKAGE, content_of, is_state, slots
+from .memories import PACKAGE
 
 _NEVER = (torch.Tensor, ModelPatcher, type, types.ModuleType)
 _LAYERS = ("_parameters", "_modules")  # of a module: what core loads, moves and patches
@@ -60,7 +61,7 @@ class PatchCopies:
             return self._list(value)
         if isinstance(value, (dict, set, deque)):
             return self._container(value)
-        if isinstance(value, _NEVER) or not (hasattr(value, "__dict__") or slots(value)) or _foreign(type(value)):
+        if isinstance(value, _NEVER) or not (hasattr(value, "__dict__") or _slots(value)) or _foreign(type(value)):
             return value
         return self._object(value)
 
@@ -71,7 +72,7 @@ class PatchCopies:
     def _list(self, value: list) -> list:
         made = self._keep(value, [])
         made += [self._copy(item) for item in value]
-        if not is_state(value) and all(new is old for new, old in zip(made, value)):
+        if not _is_state(value) and all(new is old for new, old in zip(made, value)):
             return self._keep(value, value)
         return made
 
@@ -89,8 +90,8 @@ class PatchCopies:
         for old, new in zip(value.__closure__ or (), cells):
             if id(old) not in self._copies:
                 self._keep(old, new)
-                for content in content_of(old):
-                    new.cell_contents = self._copy(content)
+                with suppress(ValueError):  # a variable that has no value yet
+                    new.cell_contents = self._copy(old.cell_contents)
         made.__defaults__, made.__kwdefaults__ = self._copy(value.__defaults__), self._copy(value.__kwdefaults__)
         made.__dict__.update({key: self._copy(item) for key, item in value.__dict__.items()})
         made.__qualname__, made.__module__ = value.__qualname__, value.__module__
@@ -106,10 +107,22 @@ class PatchCopies:
             for key, item in getattr(value, "__dict__", {}).items():
                 if key not in _LAYERS:
                     made.__dict__[key] = self._copy(item)
-            for key in slots(value):
+            for key in _slots(value):
                 if hasattr(value, key):
                     setattr(made, key, self._copy(getattr(value, key)))
         return made
+
+
+def _is_state(value: list) -> bool:
+    """Whether a list holds state, such as one tensor for each conditioning; an empty one may as well be a log."""
+    return any(item is None or isinstance(item, torch.Tensor) for item in value)
+
+
+def _slots(value: Any) -> list[str]:
+    """The names of an object's slots."""
+    declared = [vars(base).get("__slots__", ()) for base in type(value).__mro__]
+    names = [name for found in declared for name in ([found] if isinstance(found, str) else found)]
+    return [name for name in names if name not in ("__dict__", "__weakref__")]
 
 
 def _foreign(what: Any) -> bool:
