@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.latest import io
 
 from ..guidance.errors import printable
@@ -124,19 +126,8 @@ class GeneratorSample(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(
-        cls,
-        generator,
-        seed: int,
-        truncation: float,
-        batch_size: int,
-        noise: str = "const",
-        class_index: int = 0,
-        truncation_cutoff: int = 0,
-    ) -> io.NodeOutput:
-        return io.NodeOutput(
-            generators.draw(generator, seed, truncation, truncation_cutoff, batch_size, class_index, noise)
-        )
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(generators.draw(**inputs))
 
 
 class BlendGenerators(io.ComfyNode):
@@ -187,10 +178,8 @@ class BlendGenerators(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(
-        cls, source, adapted, amount: float, split_resolution: int = 0, amount_below_split: float = 0.0
-    ) -> io.NodeOutput:
-        return io.NodeOutput(generators.blend(source, adapted, amount, split_resolution, amount_below_split))
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(generators.blend(**inputs))
 
 
 class SaveGenerator(io.ComfyNode):

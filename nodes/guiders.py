@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import comfy.samplers
 from comfy_api.latest import io
 
@@ -129,21 +131,8 @@ class InDomainGuider(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(
-        cls,
-        prior,
-        domain,
-        positive,
-        negative,
-        domain_weight: float,
-        control_weight: float,
-        domain_start_percent: float = 0.0,
-        domain_end_percent: float = 1.0,
-    ) -> io.NodeOutput:
-        interval = (domain_start_percent, domain_end_percent)
-        return io.NodeOutput(
-            in_domain_guider(prior, domain, positive, negative, domain_weight, control_weight, *interval)
-        )
+    def execute(cls, **inputs: Any) -> io.NodeOutput:
+        return io.NodeOutput(in_domain_guider(**inputs))
 
 
 class InDomainSampler(io.ComfyNode):
@@ -203,23 +192,15 @@ class InDomainSampler(io.ComfyNode):
     @checked()
     def execute(
         cls,
-        prior,
-        domain,
-        positive,
-        negative,
         latent_image,
         seed: int,
         steps: int,
         sampler_name: str,
         scheduler: str,
-        domain_weight: float,
-        control_weight: float,
         denoise: float = 1.0,
-        domain_start_percent: float = 0.0,
-        domain_end_percent: float = 1.0,
+        **guiding: Any,
     ) -> io.NodeOutput:
-        interval = (domain_start_percent, domain_end_percent)
-        guider = in_domain_guider(prior, domain, positive, negative, domain_weight, control_weight, *interval)
+        guider = in_domain_guider(**guiding)
         latent = sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise)
         # A dictionary, as clients expect every item of a node's outputs to be.
         return io.NodeOutput(latent, ui={"samples_per_step": [{"value": guider.samples_per_step}]})

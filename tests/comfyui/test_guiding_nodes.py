@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from .conftest import execute
+
 NODES = ["GuidanceTerm", "ShapeGuidanceTerm", "MultiGuidanceGuider", "InDomainGuider", "InDomainSampler"]
 
 # Published inputs may be added to, never removed, renamed or moved: saved workflows store widgets by position.
@@ -159,7 +161,7 @@ def test_terms_and_in_domain_guider_are_the_same_in_sampler_custom_advanced(comf
     results = []
     for guider in (
         guiders.MultiGuidanceGuider.execute(prior, negative, both).result[0],
-        guiders.InDomainGuider.execute(prior, domain, positive, negative, 1.5, 2.0, 0.0, 0.6).result[0],
+        execute(guiders.InDomainGuider, prior, domain, positive, negative, 1.5, 2.0, 0.0, 0.6).result[0],
     ):
         noise = custom.Noise_RandomNoise(7)
         sigmas = comfyui.samplers.calculate_sigmas(prior.get_model_object("model_sampling"), "normal", 4)
@@ -168,8 +170,22 @@ def test_terms_and_in_domain_guider_are_the_same_in_sampler_custom_advanced(comf
             custom.SamplerCustomAdvanced.execute(noise, guider, sampler, sigmas, tiny.latent()).result[0]["samples"]
         )
     assert torch.equal(*results)
-    node = guiders.InDomainSampler.execute(
-        prior, domain, positive, negative, tiny.latent(), 7, 4, "euler", "normal", 1.5, 2.0, 1.0, 0.0, 0.6
+    node = execute(
+        guiders.InDomainSampler,
+        prior,
+        domain,
+        positive,
+        negative,
+        tiny.latent(),
+        7,
+        4,
+        "euler",
+        "normal",
+        1.5,
+        2.0,
+        1.0,
+        0.0,
+        0.6,
     )
     assert torch.equal(node.result[0]["samples"], results[0])
 
@@ -178,8 +194,20 @@ def test_sampler_reports_its_cost(guiders, tiny, caplog):
     prior, domain, positive, negative = tiny.prior(0), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2)
 
     def run(*weights, interval=(0.0, 1.0)):
-        return guiders.InDomainSampler.execute(
-            prior, domain, positive, negative, tiny.latent(), 1, 4, "euler", "sgm_uniform", *weights, 1.0, *interval
+        return execute(
+            guiders.InDomainSampler,
+            prior,
+            domain,
+            positive,
+            negative,
+            tiny.latent(),
+            1,
+            4,
+            "euler",
+            "sgm_uniform",
+            *weights,
+            1.0,
+            *interval,
         ).ui
 
     with caplog.at_level("INFO"):
@@ -206,7 +234,8 @@ def test_preview_and_progress(comfyui, guiders, tiny, monkeypatch):
     monkeypatch.setattr(
         comfyui.latent_preview.args, "preview_method", comfyui.latent_preview.LatentPreviewMethod.Latent2RGB
     )
-    guiders.InDomainSampler.execute(
+    execute(
+        guiders.InDomainSampler,
         tiny.prior(0),
         tiny.prior(1),
         tiny.conditioning(1),
@@ -228,7 +257,8 @@ def test_preview_and_progress(comfyui, guiders, tiny, monkeypatch):
 def test_unknown_samplers_and_schedulers_are_refused(guiders, tiny, inputs):
     # 0.3.75 does not check the lists of V3 nodes, and core's KSampler would silently take another sampler.
     with pytest.raises(ValueError, match="eulr|nrmal"):
-        guiders.InDomainSampler.execute(
+        execute(
+            guiders.InDomainSampler,
             tiny.prior(0),
             tiny.prior(1),
             tiny.conditioning(1),

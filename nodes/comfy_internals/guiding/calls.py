@@ -88,8 +88,9 @@ class Calls:
         """Copy patches and wrappers at the start of a run, before they have remembered anything."""
         if methods(model, options):
             self._reached = _reached(model, options)
-            for copied in [copies.of(options) for copies in self._copies.values()]:
-                self._shared = _in_both(self._reached, _reached(model, copied))
+            copied = [copies.of(options) for copies in self._copies.values()]
+            if copied:
+                self._shared = _in_both(self._reached, _reached(model, copied[0]))
 
     def watch(self, others: Iterable[Calls]) -> None:
         """Once all are primed: note what is stored where calls of other models or conditionings could read it."""

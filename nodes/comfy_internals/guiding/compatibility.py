@@ -1,20 +1,36 @@
-"""Which models may be combined: checks before anything is loaded, with messages that name both models."""
+"""Which models may be combined: refusals and warnings that name both models, and what a guider ignores."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import comfy.controlnet
 import comfy.model_sampling
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.patcher_extension import WrappersMP
 
 from ....guidance.combination import Guidance
-from ....guidance.errors import GuidanceError
-from ..models.domain_info import domain_info
+from ....guidance.errors import GuidanceError, logger
+from ....guidance.schedules import Constant
+from ..models.domain_info import domain_info, is_text_free
+from .calls import NEGATIVE, POSITIVE, Conditionings
 from .gaps import limited_to_area
+
+LOG = logger(__name__)
+
+# Options that core's sampling loop reads and single predictions do not: these, and all that begin with `sampler_`.
+_LOOP_OPTIONS = ("denoise_mask_function", "disable_cfg1_optimization")
+_SAMPLER_OPTION = "sampler_"
+# Wrappers around the sampling loop, which is the prior's.
+_LOOP_WRAPPERS = (
+    WrappersMP.OUTER_SAMPLE,
+    WrappersMP.SAMPLER_SAMPLE,
+    WrappersMP.PREDICT_NOISE,
+    WrappersMP.PREPARE_SAMPLING,
+)
 
 # Core's patches that leave the prediction on the base as it is, by function: Self-Attention Guidance only records in
 # the network and acts in a sampling hook; Normalized Attention Guidance changes the positive's half of a pair.
@@ -34,10 +50,7 @@ def display_name(patcher: ModelPatcher) -> str:
 
 
 def check_models(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
-    """Refuse a model of another latent space, and flow models beside variance-preserving ones.
-
-    Raises GuidanceError naming both.
-    """
+    """Refuse a model of another latent space, noise or width of text. Raises GuidanceError naming both."""
     ours, theirs = (patcher.get_model_object("latent_format") for patcher in (prior, other))
     if _latent_identity(ours) != _latent_identity(theirs):
         raise GuidanceError(
@@ -50,13 +63,19 @@ def check_models(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
             f"Term {term!r}: expected a model that adds noise as the prior does ({ours}), but the "
             f"{display_name(other)} is of the {theirs} kind; a flow model and an eps- or v-model cannot be combined."
         )
+    widths = [patcher.model.model_config.unet_config.get("context_dim") for patcher in (prior, other)]
+    if not is_text_free(other) and all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
+        raise GuidanceError(
+            f"Term {term!r}: expected a model that reads text conditionings of width {widths[0]} as the prior does, "
+            f"but the {display_name(other)} reads width {widths[1]}; use a model of the prior's family or a text-free "
+            "one."
+        )
 
 
 def check_spreading(positive: Iterable[tuple[Any, dict]], others: Mapping[str, Iterable[tuple[Any, dict]]]) -> None:
-    """Refuse Apply ControlNet (OLD) or GLIGEN boxes on the prompt beside a conditioning that is for areas alone: core
-    gives them to every conditioning, and fails on that one.
+    """Refuse Apply ControlNet (OLD) or GLIGEN boxes on the prompt beside a conditioning that is for areas alone.
 
-    others: conditionings by the terms that they belong to. Raises GuidanceError.
+    Core gives them to every conditioning, and fails on that one. others: conditionings by their terms.
     """
     spread = [
         "Apply ControlNet (OLD)" if options.get("control_apply_to_uncond") else "GLIGEN"
@@ -79,10 +98,9 @@ def check_control_loras(
 ) -> None:
     """Refuse Control-LoRAs on a text-free model: they are made of the model's own weights, text layers included.
 
-    of_prior: identities of the controls that the prior prepares, with its weights. Raises GuidanceError.
+    of_prior: identities of the controls that the prior prepares, with its weights.
     """
-    info = domain_info(model)
-    if info is None or info.form == "full":
+    if not is_text_free(model):
         return
     for _, options in conditioning:
         control = options.get("control")
@@ -113,38 +131,23 @@ def _latent_words(latent_format: Any) -> str:
 
 def noise_family(model_sampling: Any) -> str:
     """The way a model mixes signal and noise: denoised latents combine within one family only."""
-    for name, kind in (
-        ("flow", getattr(comfy.model_sampling, "CONST", None)),
-        ("Cosmos flow", getattr(comfy.model_sampling, "COSMOS_RFLOW", None)),
-        ("image-to-image", getattr(comfy.model_sampling, "IMG_TO_IMG", None)),
-        ("diffusion", comfy.model_sampling.EPS),
-    ):
-        if kind is not None and isinstance(model_sampling, kind):
-            return name
+    families = {
+        "flow": comfy.model_sampling.CONST,
+        "Cosmos flow": comfy.model_sampling.COSMOS_RFLOW,
+        "image-to-image": comfy.model_sampling.IMG_TO_IMG,
+        "diffusion": comfy.model_sampling.EPS,
+    }
+    found = [name for name, kind in families.items() if isinstance(model_sampling, kind)]
     bases = [base.__name__ for base in type(model_sampling).__mro__[1:-1] if base is not torch.nn.Module]
-    return "/".join(bases) or type(model_sampling).__name__
-
-
-def check_same_text_width(prior: ModelPatcher, other: ModelPatcher, term: str) -> None:
-    """Refuse a model that reads text of another width than the prior's conditioning has. Raises GuidanceError."""
-    info = domain_info(other)
-    if info is not None and info.form != "full":
-        return
-    widths = [p.model.model_config.unet_config.get("context_dim") for p in (prior, other)]
-    if all(isinstance(width, int) for width in widths) and widths[0] != widths[1]:
-        raise GuidanceError(
-            f"Term {term!r}: expected a model that reads text conditionings of width {widths[0]} as the prior does, "
-            f"but the {display_name(other)} reads width {widths[1]}; use a model of the prior's family or a text-free "
-            f"one."
-        )
+    return found[0] if found else "/".join(bases) or type(model_sampling).__name__
 
 
 def check_sigma_ranges(
     guidance: Guidance, sigmas: Iterable[float], percent_to_sigma: Callable[[float], float], prior: ModelPatcher
 ) -> None:
-    """Refuse a model that is asked for noise levels it was not trained on, while the prior was. Raises GuidanceError.
+    """Refuse a model that is asked for noise levels it was not trained on, while the prior was.
 
-    prior: the MODEL that runs as the prior. Core clamps noise levels beyond its range, and so they are clamped first.
+    Core clamps noise levels beyond the prior's range, and so they are clamped first.
     """
     own = _sigma_range(prior)
     for sigma in sigmas:
@@ -176,30 +179,60 @@ def _sigma_range(patcher: ModelPatcher) -> tuple[float, float]:
     if noise_family(sampling) != "diffusion":
         # A flow's lowest sigma is only where its table starts; the model is defined down to 0.
         return 0.0, float(sampling.sigma_max)
-    low, high = float(sampling.sigma_min), float(sampling.sigma_max)
-    return (low, high) if math.isfinite(high) else (low, math.inf)
+    return float(sampling.sigma_min), float(sampling.sigma_max)
 
 
-def missing_weight_patches(prior: ModelPatcher, other: ModelPatcher) -> bool:
-    """Whether the prior carries weight patches (LoRAs) that `other` has the weights for, but not the patches."""
-    changed = [key for key, patches in prior.patches.items() if any(map(_changes_weights, patches))]
-    lacking = [_weight_key(key) for key in changed if key not in other.patches]
-    if not lacking:
-        return False
-    weights = other.model_state_dict().keys()
-    return any(key in weights for key in lacking)
+def loop_wrapper_keys(patcher: ModelPatcher) -> set:
+    """The keys of a MODEL's wrappers around the sampling loop."""
+    of_options = patcher.model_options.get("transformer_options", {}).get("wrappers", {})
+    wrappers = [found.get(kind, {}) for found in (patcher.wrappers, of_options) for kind in _LOOP_WRAPPERS]
+    return {key for found in wrappers for key, functions in found.items() if functions}
 
 
-def _changes_weights(patch: tuple) -> bool:
-    """Whether one of core's weight patches (strength, patch, strength of the model, ...) does anything."""
-    strength, _, of_model, *_ = patch
-    return strength != 0.0 or of_model != 1.0
+def warn_of_models(guidance: Guidance, prior: ModelPatcher) -> None:
+    """Warn of what on the MODELs of a guidance has no effect, or works against it."""
+    for source in guidance.sources:
+        ignored = [] if source.model is prior else _ignored_hooks(source.model, prior)
+        if ignored:
+            LOG.warning(
+                "Multi-guidance: %s on the model of term '%s' is ignored; methods that change the sampling "
+                "function belong on the prior.",
+                ", ".join(ignored),
+                " and ".join(guidance.names(source)),
+            )
+    for term in guidance.terms:
+        against_prior = guidance.reference(term).model is prior
+        if term.model is prior or not against_prior or term.weight == Constant(0.0):
+            continue
+        lacking = _lacking_patches(prior, term.model)
+        if lacking:
+            LOG.warning(
+                "Multi-guidance: the prior carries patches that the model of term '%s' lacks (%s), so this term "
+                "pushes against them; add the prior without them as a term of weight 0 and make it this term's "
+                "reference, or, which comes near, put the same LoRA or node on that model.",
+                term.name,
+                ", ".join(lacking),
+            )
 
 
-def missing_model_patches(prior: ModelPatcher, other: ModelPatcher) -> list[str]:
-    """The places in the UNet where the prior carries patches (FreeU, IPAdapter, ...) and `other` carries none."""
-    ours, theirs = (_patched_places(patcher) for patcher in (prior, other))
-    return [place for place in ours if place not in theirs]
+def _ignored_hooks(patcher: ModelPatcher, prior: ModelPatcher) -> list[str]:
+    """Hooks and wrappers of the sampling loop, which act on the prior only; without those the prior has too."""
+    options, of_prior = patcher.model_options, prior.model_options
+    own = [key for key in options if key.startswith(_SAMPLER_OPTION) or key in _LOOP_OPTIONS]
+    own = [key for key in own if options[key] and options[key] != of_prior.get(key)]
+    found = sorted(key for key in own if key.startswith(_SAMPLER_OPTION))
+    found += [key for key in _LOOP_OPTIONS if key in own and not (found and options[key] is True)]
+    return found + sorted("a sampling wrapper" if key is None else str(key) for key in loop_wrapper_keys(patcher))
+
+
+def _lacking_patches(prior: ModelPatcher, other: ModelPatcher) -> list[str]:
+    """Patches of the prior that `other` has the weights for, but not the patches: LoRAs, FreeU, IPAdapter, ..."""
+    # Core's weight patches are (strength, patch, strength of the model, ...).
+    changed = [key for key, patches in prior.patches.items() if any(p[0] != 0.0 or p[2] != 1.0 for p in patches)]
+    names = {key if isinstance(key, str) else key[0] for key in changed if key not in other.patches}
+    weights = ["weights (LoRAs)"] if names and not names.isdisjoint(other.model_state_dict()) else []
+    theirs = _patched_places(other)
+    return weights + [place for place in _patched_places(prior) if place not in theirs]
 
 
 def _patched_places(patcher: ModelPatcher) -> list[str]:
@@ -213,5 +246,43 @@ def _name(patch: Any) -> str:
     return getattr(patch, "__name__", type(patch).__name__)
 
 
-def _weight_key(key: Any) -> str:
-    return key if isinstance(key, str) else key[0]
+class Remarks:
+    """Warnings about what other code sets on a guider, each given once."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+
+    def _say(self, sentence: str) -> None:
+        if sentence not in self._said:
+            self._said.add(sentence)
+            LOG.warning("Multi-guidance: %s", sentence)
+
+    def on_conditionings(self, changed: Sequence[str], of_branches: Sequence[str], has_control: bool) -> None:
+        """changed: names of conditionings that were replaced. of_branches: of those that only other models have."""
+        if changed and of_branches:
+            others = " and ".join(repr(key.removeprefix("term ")) for key in of_branches)
+            self._say(f"conditionings were set from outside; that of term {others}, for another model, stays as it is.")
+        if POSITIVE in changed and not has_control:
+            self._say("a positive conditioning was set from outside, but no term guides with one: it has no effect.")
+
+    def on_conditionings_of_a_run(self, began_with: Mapping[str, int], conds: Conditionings, branches: bool) -> None:
+        """began_with: identities of the conditionings, by name, that the run's first prediction saw."""
+        shared = [key for key in began_with if key != POSITIVE]
+        if branches and any(id(conds.get(key)) != began_with[key] for key in shared or [NEGATIVE]):
+            self._say(
+                "conditionings were replaced within a run; the prior sees the new ones, other models those that the "
+                "run began with."
+            )
+
+    def on_scale(self, wanted: float, total: float) -> None:
+        """A scale was set beside terms that are more than a plain CFG; total: the weights' sum with it."""
+        if math.isclose(wanted, total, abs_tol=1e-12):
+            self._say(
+                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all "
+                "terms alike."
+            )
+        else:
+            self._say(
+                "the scale of this guider (cfg) was set from outside; it has no effect where the weights of its terms "
+                "cancel each other."
+            )

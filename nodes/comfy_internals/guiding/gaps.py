@@ -7,7 +7,7 @@ term's reference with the whole weight.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import comfy.model_base
@@ -101,6 +101,11 @@ def without_gaps(predictions: dict[Source, Tensor], found: Gaps) -> dict[Source,
         return torch.where(where, predictions[source], filled(reference))
 
     return {source: filled(source) for source in predictions}
+
+
+def with_references(sources: Sequence[Source], gaps: Gaps) -> list[Source]:
+    """The sources to evaluate, with those that fill gaps."""
+    return list(dict.fromkeys([*sources, *(reference for _, reference in gaps.values())]))
 
 
 class _PredictsOne(comfy.model_base.BaseModel):

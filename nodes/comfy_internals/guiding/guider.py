@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.samplers
 import torch
 from comfy.model_patcher import ModelPatcher
 from torch import Tensor
@@ -22,19 +23,79 @@ from ....guidance.combination import Guidance, Step
 from ....guidance.errors import GuidanceError, logger
 from ....guidance.schedules import Constant, Interval, WeightLike
 from ....guidance.terms import Source, Term
-from . import compatibility, remarks, sampling_hooks
-from .branch import own_copies
-from .branches import Branches
+from . import sampling_hooks
+from .branches import Branches, own_copies
 from .calls import NEGATIVE, POSITIVE, Calls, Conditionings, controls, forget_adapter_outputs
-from .conditionings import ever_needed, filled_in, name_conditionings
+from .compatibility import Remarks, check_models, check_sigma_ranges, warn_of_models
+from .conditionings import NamedConditionings, ever_needed, filled_in, name_conditionings
 from .cost import Cost
-from .gaps import Gaps, without_gaps
+from .gaps import Gaps, find_gaps, with_references, without_gaps
 from .latents import check_latent, large_enough
-from .sources import SourceGuider, with_references
 
 LOG = logger(__name__)
 
 _MORE_MODELS = "indomain_guidance more models"
+
+
+class SourceGuider(comfy.samplers.CFGGuider):
+    """Core's guider, whose model is the prior, with branches for the other models. A subclass combines predictions.
+
+    entries_given: how many entries each conditioning had when the run began; core appends others.
+    """
+
+    guidance: Guidance
+    conditionings: NamedConditionings
+    branches: Branches
+    cost: Cost
+    calls: Calls
+    entries_given: dict[str, int]
+
+    def gaps(self, sources: Sequence[Source], x: Tensor, timestep: Tensor) -> Gaps:
+        """Where these sources, and the references that fill their gaps, do not cover the picture."""
+
+        def given(source: Source) -> list[dict[str, Any]]:
+            # Core appends others' areas, without the source's own limits.
+            name, branch = self.conditionings.names[source], self.branches.get(source.model)
+            return (self.conds if branch is None else branch.conds)[name][: self.entries_given[name]]
+
+        return find_gaps(self.guidance, sources, given, x, timestep)
+
+    def predict_sources(
+        self, sources: Sequence[Source], x: Tensor, timestep: Tensor, model_options: dict[str, Any]
+    ) -> dict[Source, Tensor]:
+        """Denoised predictions [B, C, ...] of all `sources`, the prior last so that it stays active."""
+        self.count_predictions(sources)
+        names = self.conditionings.names
+        predictions: dict[Source, Tensor] = {}
+        for branch in self.branches:
+            wanted = [source for source in sources if self.branches.get(source.model) is branch]
+            if wanted:
+                self.branches.activate(branch)
+                keys = [names[source] for source in wanted]
+                outputs = branch.calls.run(branch.model, branch.conds, keys, x, timestep, branch.options)
+                predictions.update({source: outputs[names[source]] for source in wanted})
+        self.branches.activate(None)
+        own = [source for source in sources if source.model is self.guidance.base.model]
+        if own:
+            keys = [names[source] for source in own]
+            self.calls.tell_caches(keys, model_options)
+            outputs = sampling_hooks.run_prior(
+                self.calls, self.inner_model, self.conds, keys, x, timestep, model_options
+            )
+            predictions.update({source: outputs[names[source]] for source in own})
+        return predictions
+
+    def count_predictions(self, sources: Sequence[Source]) -> None:
+        """Tell the cost which predictions are being made."""
+        for source in sources:
+            branch = self.branches.get(source.model)
+            model, conds = (self.inner_model, self.conds) if branch is None else (branch.model, branch.conds)
+            entries = conds.get(self.conditionings.names[source]) or ()
+            self.cost.ask(model, self.term_names(source), entries)
+
+    def term_names(self, source: Source) -> str:
+        """The names of the terms that a source belongs to, for messages."""
+        return " and ".join(self.guidance.names(source))
 
 
 class TermGuider(SourceGuider):
@@ -43,16 +104,12 @@ class TermGuider(SourceGuider):
     terms: a term's model None means the prior, its conditioning None the base's. always: names of terms that may be
     asked for although their weight is 0.
 
-    Refuses at construction, with a GuidanceError of one sentence: no terms, names and references that do not fit,
-    weights that are not finite, models of another latent space or another way of adding noise; and at the start of
-    sampling a model whose sigma range does not cover the steps it is active in.
+    Raises GuidanceError for terms that do not fit together, and at the start of sampling for a model whose sigma range
+    does not cover the steps it is active in.
 
     To other code it is core's guider. `cfg` is the total weight, at its largest in the course of sampling; set from
-    outside, for a run or a single call, it is the total weight there: D = D_u + cfg (c_eff - D_u), which is core's
-    meaning where the guidance is core's. Conditionings, model and options may be replaced between runs.
-
-    After a run, `samples_per_step` is the number of predictions per image and step, `evaluations` the number of
-    predictions for each term, as far as they were made (`cost`).
+    outside, it is the total weight there: D = D_u + cfg (c_eff - D_u), which is core's meaning where the guidance is
+    core's. Conditionings, model and options may be replaced between runs.
     """
 
     def __init__(
@@ -66,10 +123,9 @@ class TermGuider(SourceGuider):
         terms = filled_in(terms, Source(prior, base))
         for term in terms:
             if term.model is not prior:
-                compatibility.check_models(prior, term.model, term.name)
-                compatibility.check_same_text_width(prior, term.model, term.name)
+                check_models(prior, term.model, term.name)
         self.guidance = Guidance(Source(prior, base), terms)
-        remarks.on_models(self.guidance, prior)
+        warn_of_models(self.guidance, prior)
 
         super().__init__(prior.clone())
         self._needed = ever_needed(self.guidance, always)
@@ -86,8 +142,8 @@ class TermGuider(SourceGuider):
         self.percent_to_sigma = self._percent_scale()
         self._own_scale = self.guidance.largest_total(self.percent_to_sigma)
         self.set_cfg(self._own_scale)
-        self._remarks = remarks.Remarks()
-        self.entries_given: dict[str, int] = {}
+        self._remarks = Remarks()
+        self.entries_given = {}
         self._start_counting(0)
 
     def _is_cfg(self, sources: Sequence[Source]) -> bool:
@@ -104,7 +160,7 @@ class TermGuider(SourceGuider):
 
     @property
     def samples_per_step(self) -> float:
-        """Predictions per image and step of the last run, all models together."""
+        """Predictions per image and step of the last run, all models together, as far as they were made (`cost`)."""
         return self.cost.per_step
 
     @property
@@ -125,7 +181,7 @@ class TermGuider(SourceGuider):
         self._start_counting(max(len(sigmas) - 1, 0))
         self._notice_changes()
         self.percent_to_sigma = self._percent_scale()
-        compatibility.check_sigma_ranges(self.guidance, sigmas.tolist()[:-1], self.percent_to_sigma, self.model_patcher)
+        check_sigma_ranges(self.guidance, sigmas.tolist()[:-1], self.percent_to_sigma, self.model_patcher)
         self.branches.take_over_replaced()
         with contextlib.ExitStack() as stack:
             stack.callback(self.branches.end)
@@ -151,7 +207,7 @@ class TermGuider(SourceGuider):
         if self.model_patcher is not self.branches.prior:
             for source in self.guidance.sources:
                 if source.model is not self.guidance.base.model:
-                    compatibility.check_models(self.model_patcher, source.model, self.term_names(source))
+                    check_models(self.model_patcher, source.model, self.term_names(source))
             self.branches = self._make_branches()
 
     def _visible_to_loading(self) -> Conditionings:
@@ -189,10 +245,15 @@ class TermGuider(SourceGuider):
         latent = latent_image
         if len(self.branches) and latent is not None and torch.count_nonzero(latent) > 0:
             latent = self.inner_model.process_latent_in(latent)
-        shapes, own_controls = kwargs.get("latent_shapes"), set(controls(self.conds))
-        self.branches.start(
-            noise, latent, device, sigmas, denoise_mask, seed, shapes, own_controls, shared_options, self.cost
-        )
+        shapes = kwargs.get("latent_shapes")
+
+        def process(model: Any, conds: Conditionings) -> Conditionings:
+            return comfy.samplers.process_conds(
+                model, noise, conds, device, latent, denoise_mask, seed, latent_shapes=shapes
+            )
+
+        own_controls = set(controls(self.conds))
+        self.branches.start(process, device, sigmas, shapes, own_controls, shared_options, self.cost)
         self.calls.prime(self.inner_model, self.model_options)
         all_calls = [self.calls, *(branch.calls for branch in self.branches)]
         for calls in all_calls:
@@ -291,18 +352,17 @@ def in_domain_guider(
     negative: list,
     domain_weight: float = 2.5,
     control_weight: float = 2.5,
-    domain_start: float = 0.0,
-    domain_end: float = 1.0,
+    domain_start_percent: float = 0.0,
+    domain_end_percent: float = 1.0,
 ) -> TermGuider:
-    """D_u + w_d (D_domain - D_u) + w_c (D_control - D_u) of arXiv 2312.08195, the domain term within an interval of
-    sampling.
+    """D_u + w_d (D_domain - D_u) + w_c (D_control - D_u) of arXiv 2312.08195.
 
-    domain_start, domain_end: sampling percent, 0 to 1; (0, 1) is the whole run. Weights of 0 are neutral and cost
-    nothing.
+    The percents, 0 to 1, are the part of sampling in which the domain term acts. Weights of 0 cost nothing.
     """
     weight: WeightLike = domain_weight
-    if weight != 0 and (domain_start, domain_end) != (0.0, 1.0):
-        weight = Interval(domain_weight, domain_start, domain_end)
+    interval = (domain_start_percent, domain_end_percent)
+    if weight != 0 and interval != (0.0, 1.0):
+        weight = Interval(domain_weight, *interval)
     return TermGuider(
         prior, negative, [Term("domain", domain, None, weight), Term("control", None, positive, control_weight)]
     )

@@ -20,9 +20,8 @@ from ....guidance.diffusion import NoiseSchedule
 from ....guidance.distillation.critic import Critic
 from ....guidance.schedules import Constant
 from ....guidance.terms import Source, Term
-from .gaps import without_gaps
+from .gaps import with_references, without_gaps
 from .guider import TermGuider
-from .sources import with_references
 
 PROMPT, SOURCE, UNWANTED = "prompt", "source", "unwanted"
 Outcome = TypeVar("Outcome")

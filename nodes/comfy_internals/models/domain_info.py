@@ -27,3 +27,9 @@ class DomainInfo:
 def domain_info(patcher: ModelPatcher) -> DomainInfo | None:
     """The domain model in a MODEL from this pack's loaders; None for any other MODEL."""
     return getattr(patcher.model, "indomain_domain", None)
+
+
+def is_text_free(patcher: ModelPatcher) -> bool:
+    """Whether a MODEL from this pack's loaders takes no text."""
+    info = domain_info(patcher)
+    return info is not None and info.form != "full"

@@ -104,33 +104,35 @@ def describe_generator(loaded: GraphGenerator) -> str:
 
 
 def blend(
-    source: GraphGenerator, adapted: GraphGenerator, amount: float, split_px: int = 0, below: float = 0.0
+    source: GraphGenerator,
+    adapted: GraphGenerator,
+    amount: float,
+    split_resolution: int = 0,
+    amount_below_split: float = 0.0,
 ) -> GraphGenerator:
-    """source + amount * (adapted - source); with split_px, layers of up to that many pixels take `below` instead.
+    """source + amount * (adapted - source); layers of up to `split_resolution` pixels take the other amount, 0: none.
 
     Its metadata are those of `adapted`, with the licences of both and the blend as the last entry of the history.
     Raises ValueError for generators of different architecture and for a split that is none of their sizes.
     """
     from ....guidance.networks.blending import blend_generators, resolution_split
 
+    split, below = split_resolution, amount_below_split
     with ordinary_tensors():
-        amounts = resolution_split(source.generator, split_px, below, amount) if split_px else amount
+        amounts = resolution_split(source.generator, split, below, amount) if split else amount
         blended = blend_generators(source.generator, adapted.generator, amounts)
-    said = f"{amount:g}" if not split_px else f"{below:g} up to {split_px} px, {amount:g} above"
+    said = f"{below:g} up to {split} px, {amount:g} above" if split else f"{amount:g}"
     name = f"{source.name} to {adapted.name} at {said}"
     stage = {"blend": amount, "source": source.name, "adapted": adapted.name}
-    if split_px:
-        stage |= {"split_resolution": split_px, "amount_below_split": below}
-    metadata = dataclasses.replace(
-        adapted.metadata, name=name, licence=_both_licences(source, adapted), history=(*adapted.metadata.history, stage)
+    if split:
+        stage |= {"split_resolution": split, "amount_below_split": below}
+    # The licences of both parents hold for a blend.
+    licences = [part for parent in (source, adapted) for part in parent.metadata.licence.split("; ") if part]
+    history = (*adapted.metadata.history, stage)
+    licence = "; ".join(dict.fromkeys(licences))
+    return GraphGenerator(
+        blended, dataclasses.replace(adapted.metadata, name=name, licence=licence, history=history), name
     )
-    return GraphGenerator(blended, metadata, name)
-
-
-def _both_licences(source: GraphGenerator, adapted: GraphGenerator) -> str:
-    """The licences of what a blend is made of, each once; both hold for it."""
-    stated = [part for parent in (source, adapted) for part in parent.metadata.licence.split("; ") if part]
-    return "; ".join(dict.fromkeys(stated))
 
 
 # ---- drawing ----------------------------------------------------------------------------------------------------
@@ -145,9 +147,7 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
             f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower "
             "class."
         )
-    labels = torch.zeros(count, c_dim)
-    labels[:, label] = 1.0
-    return labels
+    return torch.eye(c_dim)[[label] * count]
 
 
 @contextlib.contextmanager
@@ -166,38 +166,40 @@ def on_device(generator: StyleGAN2) -> Iterator[torch.device]:
 
 @torch.no_grad()
 def draw(
-    loaded: GraphGenerator, seed: int, truncation: float, cutoff: int, count: int, label: int = 0, noise: str = "const"
+    generator: GraphGenerator,
+    seed: int,
+    truncation: float,
+    batch_size: int,
+    noise: str = "const",
+    class_index: int = 0,
+    truncation_cutoff: int = 0,
 ) -> Tensor:
-    """Images as IMAGE [count, H, W, 3] in 0..1.
+    """Images as IMAGE [batch_size, H, W, 3] in 0..1, of the seeds from `seed` on.
 
-    truncation: 1 is a no-op, 0 the mean image. cutoff: how many of the w vectors it acts on, from the coarsest; 0 all.
-    noise: "random" is drawn from each image's own seed, the same on every device. Raises ValueError in one sentence
-    where memory does not suffice.
+    truncation: 1 is a no-op, 0 the mean image. truncation_cutoff: how many of the w vectors it acts on, from the
+    coarsest; 0 all. noise: "random" is drawn from each image's own seed, the same on every device. Raises Problem where
+    memory does not suffice.
     """
     from ....training.engine.memory import is_memory_problem
 
-    generator, config = loaded.generator, loaded.generator.config
+    network, config, count = generator.generator, generator.generator.config, batch_size
     _check_room(count, config)
     z = latents_of_seeds(range(seed, seed + count), config.z_dim)
-    c = one_hot(label, count, config.c_dim)
+    c = one_hot(class_index, count, config.c_dim)
     done, at_once = 0, max(1, min(count, PIXELS_AT_ONCE // (config.height * config.width)))
     if noise == "random":
         at_once = 1  # each image's from its own seed, however many are drawn
     progress = ProgressBar(count)
     try:
-        with ordinary_tensors(), on_device(generator) as device:
+        with ordinary_tensors(), on_device(network) as device:
             images = torch.empty(count, config.height, config.width, 3)
             while done < count:
                 chosen = slice(done, done + at_once)
                 random = torch.Generator().manual_seed((seed + done) & LARGEST_SEED)
+                labels = None if c is None else c[chosen].to(device)
                 try:
-                    ws = generator.map(
-                        z[chosen].to(device),
-                        None if c is None else c[chosen].to(device),
-                        truncation=truncation,
-                        truncation_cutoff=cutoff or None,
-                    )
-                    drawn = as_image(generator.synthesize(ws, noise=noise, generator=random))
+                    ws = network.map(z[chosen].to(device), labels, truncation, truncation_cutoff or None)
+                    drawn = as_image(network.synthesize(ws, noise=noise, generator=random))
                 except (RuntimeError, MemoryError) as problem:
                     if at_once == 1 or not is_memory_problem(problem):
                         raise

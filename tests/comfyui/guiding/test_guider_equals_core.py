@@ -7,7 +7,7 @@ import importlib
 import pytest
 import torch
 
-from ..conftest import CONTEXT
+from ..conftest import CONTEXT, execute
 
 SDXL_VECTOR = {"adm_in_channels": 2816, "num_classes": "sequential", "model_channels": 64}
 SAMPLERS = ["euler", "dpmpp_2m", "euler_cfg_pp", "dpmpp_2m_sde"]
@@ -33,8 +33,20 @@ def test_domain_weight_zero_is_core_bit_for_bit(comfyui, tiny, guiders, sampler,
         (tiny.latent(4, batch=2, batch_index=[3, 1]), 1.0),
     ):
         expected = k_sampler(comfyui, prior, positive, negative, latent, control_weight, sampler, denoise)
-        node = guiders.InDomainSampler.execute(
-            prior, domain, positive, negative, latent, 7, 4, sampler, "karras", 0.0, control_weight, denoise
+        node = execute(
+            guiders.InDomainSampler,
+            prior,
+            domain,
+            positive,
+            negative,
+            latent,
+            7,
+            4,
+            sampler,
+            "karras",
+            0.0,
+            control_weight,
+            denoise,
         )
         (result,) = node.result
         assert torch.equal(result["samples"], expected["samples"])

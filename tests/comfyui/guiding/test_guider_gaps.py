@@ -132,7 +132,7 @@ def test_a_masked_prompt_beside_a_domain_model(comfyui, tiny, internals, parts):
     expected = expected + 3.0 * (core(prior, prompt) - u)
     assert relative(result[:, :, :8], expected[:, :, :8]) < 1e-5
     # While the domain term rests the rule is the same; without a domain term the node is KSampler.
-    resting = internals.in_domain_guider(prior, domain, masked, base, 1.5, 3.0, domain_start=0.9)
+    resting = internals.in_domain_guider(prior, domain, masked, base, 1.5, 3.0, domain_start_percent=0.9)
     assert relative(tiny.predict(resting, x, SIGMA)[:, :, 8:], u[:, :, 8:]) < 1e-5
     latent = tiny.latent(size=16)
     (kept,) = comfyui.nodes.common_ksampler(prior, 1, 3, 3.0, "euler", "normal", masked, base, latent)
