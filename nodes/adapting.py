@@ -9,7 +9,7 @@ from comfy_api.latest import io
 from ..guidance.distillation.method import prompts_of
 from ..guidance.distillation.methods import METHODS, methods_with
 from .comfy_internals.models import generators
-from .comfy_internals.runs import adapting, files
+from .comfy_internals.runs import adapting, execution
 from .comfy_internals.runs.critic import CriticInputs
 from .generators import GeneratorType
 from .inputs import checked
@@ -173,10 +173,10 @@ class AdaptGenerator(io.ComfyNode):
         )
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         config = adapting.config_of({**options, **values}, generator, critic, texts)
-        files.check_claim(config)
+        execution.check_claim(config)
         result, warnings = adapting.run(config, generator, critic, RESUME[resume])
         adapted, _ = generators.load_generator(f"{config.name}.safetensors")
-        return run_outputs(cls, adapted, result, files.finished_file(config), warnings)
+        return run_outputs(cls, adapted, result, execution.finished_file(config), warnings)
 
 
 class GeneratorAdaptOptions(io.ComfyNode):

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from .comfy_internals.models.export import is_untrained
 from .comfy_internals.models.loading import ordinary_tensors
-from .comfy_internals.runs import files, pictures, prior, training
+from .comfy_internals.runs import execution, pictures, prior, training
 from .inputs import checked, found
 from .run_outputs import picture_outputs, run_outputs
 from .schema import TRAINING, schema
@@ -136,15 +136,15 @@ class TrainDomainUNet(io.ComfyNode):
         model, clip, vae = (given.get(name) for name in ("model", "clip", "vae"))
         base = prior.base_name(model, clip, vae, given["checkpoint"])
         config = training.config_of({**options, **{name: given[name] for name in ON_THE_NODE}, "base": base})
-        files.check_claim(config, is_untrained)
+        execution.check_claim(config, is_untrained)
         folders = pictures.check_data(";".join(image_folder), images)
         with ordinary_tensors():
             connected = prior.connected_prior(model, clip, vae, config)
-            with files.run_folder(config.run_folder):
+            with execution.run_folder(config.run_folder):
                 config = config.with_changes(**pictures.data_of(folders, images, config.run_folder))
                 result, warnings = training.run(config, connected, RESUME[given["resume"]])
             made = training.load_trained(config, model)
-        return run_outputs(cls, made, result, files.finished_file(config), warnings)
+        return run_outputs(cls, made, result, execution.finished_file(config), warnings)
 
 
 class DomainTrainingOptions(io.ComfyNode):

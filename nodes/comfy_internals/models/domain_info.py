@@ -13,14 +13,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DomainInfo:
-    """The domain model in a MODEL.
-
-    form: "constant" or "cached" (text-free), "full" (a fine-tuned UNet that still takes text).
-    """
+    """The domain model in a MODEL."""
 
     name: str
     path: str
-    form: str
+    form: str  # "constant" or "cached" (text-free), "full" (a fine-tuned UNet that still takes text)
     metadata: DomainMetadata | None
 
 

@@ -32,10 +32,7 @@ QUANTISATION_KEYS = (".scale_weight", ".scale_input", ".weight_scale", ".input_s
 
 
 def exported_config(model, node: str = NODE) -> UNetConfig:
-    """The architecture of a MODEL. Raises ValueError when it is not a Stable Diffusion UNet that takes text.
-
-    node: the node that an error message names, here and below.
-    """
+    """The architecture of a MODEL. Raises Problem, which names `node`, where it is no Stable Diffusion UNet."""
     unet = model.model.diffusion_model
     info = domain_info(model)
     if info is not None and info.form != "full":
@@ -64,17 +61,16 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
 def exported_prediction(model, node: str = NODE) -> tuple[str, bool]:
     """("epsilon" | "v_prediction", zero terminal SNR?) of a MODEL, patches such as Model Sampling Discrete included.
 
-    Raises ValueError for samplings that a domain file cannot describe (flow, EDM, other noise schedules).
+    Raises Problem for samplings that a domain file cannot describe (flow, EDM, other noise schedules).
     """
     sampling = model.get_model_object("model_sampling")
-    standard = comfy.model_sampling.ModelSamplingDiscrete(zsnr=False).sigmas
-    zero_snr = comfy.model_sampling.ModelSamplingDiscrete(zsnr=True).sigmas
     sigmas = getattr(sampling, "sigmas", None)
     kinds = type(sampling).__mro__
     unusual = (comfy.model_sampling.EDM, comfy.model_sampling.X0)
     if isinstance(sigmas, Tensor) and comfy.model_sampling.EPS in kinds and not any(kind in kinds for kind in unusual):
         prediction = "v_prediction" if comfy.model_sampling.V_PREDICTION in kinds else "epsilon"
-        for reference, is_zero_snr in ((standard, False), (zero_snr, True)):
+        for is_zero_snr in (False, True):
+            reference = comfy.model_sampling.ModelSamplingDiscrete(zsnr=is_zero_snr).sigmas
             if sigmas.shape == reference.shape and torch.allclose(sigmas.cpu(), reference, rtol=1e-3):
                 return prediction, is_zero_snr
     raise Problem(
@@ -85,11 +81,11 @@ def exported_prediction(model, node: str = NODE) -> tuple[str, bool]:
 
 
 def exported_latent_format(model, node: str = NODE) -> str:
-    """The name of a MODEL's latent space in a domain file. Raises ValueError for one without a name."""
+    """The name of a MODEL's latent space in a domain file. Raises Problem for one without a name."""
     found = type(model.model.latent_format)
-    for name, kind in LATENT_FORMATS.items():
-        if found is kind:
-            return name
+    names = [name for name, kind in LATENT_FORMATS.items() if found is kind]
+    if names:
+        return names[0]
     raise Problem(
         f"{node}: expected a latent space out of {', '.join(LATENT_FORMATS)}, found {found.__name__}; this "
         "prior is not supported."
@@ -132,10 +128,7 @@ def encode_empty_prompt(clip, has_pooled: bool) -> NullContext:
 
 
 class CoreUNet:
-    """Core's UNet of a loaded MODEL, called as the library calls its own: (x, timesteps, context=, y=) -> output.
-
-    Whatever ComfyUI does to the weights (patches, casting, offloading) stays in force.
-    """
+    """Core's UNet of a loaded MODEL, patches and offloading included, called as the library calls its own."""
 
     def __init__(self, model) -> None:
         self.unet: nn.Module = model.model.diffusion_model
@@ -162,20 +155,12 @@ def vector_conditioning(model, pooled: Tensor | None, side_px: int) -> Tensor | 
     if model.model.adm_channels == 0:
         return None
     noise = torch.zeros(1, 4, side_px // 8, side_px // 8)
-    return (
-        model.model.encode_adm(
-            pooled_output=pooled, width=side_px, height=side_px, noise=noise, device=model.load_device
-        )
-        .float()
-        .cpu()
-    )
+    size = {"width": side_px, "height": side_px, "noise": noise}
+    return model.model.encode_adm(pooled_output=pooled, device=model.load_device, **size).float().cpu()
 
 
 def output_path(filename: str) -> Path:
-    """Where a new domain model goes.
-
-    Raises FileProblem for names outside the folder, that some system cannot take, or of trained models.
-    """
+    """Where a new domain model goes. Raises FileProblem for names that cannot be, or are those of trained models."""
     path = DOMAIN_UNETS.new_file(filename, NODE)
     if path.exists() and not is_untrained(path):
         raise FileProblem(
@@ -255,10 +240,9 @@ def _constant(
     y: Tensor | None,
     side: int,
 ) -> tuple[dict[str, Tensor], UNetConfig, dict[str, float], Probes]:
-    """(weights, architecture, error by block, probes) of the `constant` form.
+    """(weights, architecture, error by block, probes) of the `constant` form; side: of the square latents.
 
-    The error is measured on a second trajectory of the prior that the constants never saw; the probes returned are a
-    quarter of it. side: of the square latents.
+    The error is measured on a second trajectory of the prior that the constants never saw; the probes are of it.
     """
     prior: Any = denoiser.unet
     progress = ProgressBar(2 * 20 + 2 * 8)

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,22 +18,13 @@ from ..allowed_folders import lies_within
 MOST_FOLDERS, MOST_CHARACTERS = 4, 240  # of folders in a message, and of them all
 WEIGHTS_OF_MINI_WORLD = Path(__file__).resolve().parents[3] / "training" / "mini_world" / "weights"
 
-# What makes two spellings of a name equal, one step more each time: separators as the other system writes them, how
-# letters with marks are composed, upper and lower case.
-_SPELLINGS: tuple[Callable[[str], str], ...] = (
-    lambda name: re.sub(r"[\\/]+", "/", name),
-    lambda name: unicodedata.normalize("NFC", re.sub(r"[\\/]+", "/", name)),
-    lambda name: unicodedata.normalize("NFC", re.sub(r"[\\/]+", "/", name)).casefold(),
-)
-
 
 @dataclass
 class ModelFolder:
     """The model files that one loader lists.
 
-    names: ComfyUI's model folders, in the order in which they are looked through; new files go into the first. node:
-    whose messages they are. shipped: a folder of this pack whose files are listed too, and which no message names.
-    extensions: of the files, None for ComfyUI's own.
+    names: ComfyUI's model folders; new files go into the first. node: whose messages they are. shipped: a folder of
+    this pack whose files are listed too, and which no message names. extensions: None for ComfyUI's own.
     """
 
     names: tuple[str, ...]
@@ -42,15 +33,12 @@ class ModelFolder:
     extensions: frozenset[str] | None = None
 
     def register(self) -> None:
-        """Make `models/NAME` a model folder of ComfyUI, on disk too, with what is shipped listed in it.
-
-        An extra_model_paths.yaml may have named the folder already, without file extensions, which would list every
-        file.
-        """
+        """Make `models/NAME` a model folder of ComfyUI, on disk too, with what is shipped listed in it."""
         name = self.names[0]
         default = os.path.join(folder_paths.models_dir, name)
         with contextlib.suppress(OSError):  # nothing is lost where it cannot be made
             os.makedirs(default, exist_ok=True)
+        # extra_model_paths.yaml may have named it already, without file extensions, which would list every file.
         paths, known = folder_paths.folder_names_and_paths.get(name, ([], set()))
         added = [path for path in (default, str(self.shipped)) if path not in paths]
         extensions = self.extensions or folder_paths.supported_pt_extensions
@@ -64,8 +52,7 @@ class ModelFolder:
     def new_file(self, filename: str, node: str) -> Path:
         """Where a new model of that name goes, subfolders included; .safetensors may be left out.
 
-        node: whose message a refusal is. Raises FileProblem for names outside the folder, links followed, and those
-        that some system cannot take.
+        Raises FileProblem for names outside the folder, links followed, and those that some system cannot take.
         """
         from ....training.engine.names import check_name
         from ....training.engine.settings import ConfigProblem
@@ -91,10 +78,7 @@ class ModelFolder:
         return list(dict.fromkeys(name for folder in self.names for name in folder_paths.get_filename_list(folder)))
 
     def find(self, name: str) -> Path:
-        """The path of a file that a prompt names. Raises FileProblem: the folders, what became of it, what to do.
-
-        A name as another system writes it stands for the one listed file that it can mean.
-        """
+        """The path of a file that a prompt names, also as another system writes the name. Raises FileProblem."""
         path = self._path(name)
         if path is not None:
             return path
@@ -114,11 +98,10 @@ class ModelFolder:
                     f"{self.node}: expected a file named {name!r:.150}, found in {_short(place, 120)} a link to "
                     f"{_short(os.readlink(link), 120)}, where nothing is; put the file back there, or mend the link."
                 )
-        own = _SPELLINGS[-1](name).rpartition("/")[2]
-        moved = [other for other in self.listed() if own and _SPELLINGS[-1](other).rpartition("/")[2] == own]
-        advice = "put it there, or pick a listed file"
-        if moved:
-            advice = f"{_names(moved)} is listed, pick it if it is the same"
+        own = _spellings(name)[-1].rpartition("/")[2]
+        moved = [other for other in self.listed() if own and _spellings(other)[-1].rpartition("/")[2] == own]
+        is_listed = f"{_names(moved)} is listed, pick it if it is the same"
+        advice = is_listed if moved else "put it there, or pick a listed file"
         raise FileProblem(
             f"{self.node}: expected a file named {name!r:.150} in {_folders(places)}, found none; {advice}."
         )
@@ -130,22 +113,20 @@ class ModelFolder:
         has another time of change (ctime), which nothing can set back; on Windows that is the time of creation.
         """
         path = self._path(name)
-        try:
-            status = None if path is None else path.stat()
-        except OSError:
-            status = None
-        if status is None:
-            return "missing"
-        identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
-        return " ".join(map(str, (path, *identity)))
+        with contextlib.suppress(OSError):
+            if path is not None:
+                found = path.stat()
+                identity = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+                return " ".join(map(str, (path, *identity)))
+        return "missing"
 
     def _meant(self, name: str) -> list[str]:
         """The listed names that `name` may stand for: itself, else those of the nearest spelling that fits any."""
         listed = self.listed()
         if name in listed:
             return [name]
-        for spell in _SPELLINGS:
-            found = [other for other in listed if spell(other) == spell(name)]
+        for step, spelling in enumerate(_spellings(name)):
+            found = [other for other in listed if _spellings(other)[step] == spelling]
             if found:
                 return found
         return [name]
@@ -170,6 +151,13 @@ GENERATORS = ModelFolder(
     frozenset({".safetensors", ".pkl", ".pt", ".pth"}),
 )
 CHECKPOINTS = ModelFolder(("checkpoints",), "Train Domain UNet")
+
+
+def _spellings(name: str) -> tuple[str, str, str]:
+    """A name with what may differ taken out, one step more each: separators, how letters are composed, their case."""
+    plain = re.sub(r"[\\/]+", "/", name)
+    composed = unicodedata.normalize("NFC", plain)
+    return plain, composed, composed.casefold()
 
 
 def _folders(places: Sequence[str]) -> str:

@@ -11,23 +11,19 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import comfy.model_management
 import torch
 from torch import Tensor
 
 from ....guidance.errors import Problem
-from ....guidance.files import FileProblem
-from ....guidance.networks.stylegan2 import LARGEST_SEED, latents_of_seeds
+from ....guidance.files import FileProblem, GeneratorMetadata, read_generator, write_generator
+from ....guidance.networks.blending import blend_generators, resolution_split
+from ....guidance.networks.stylegan2 import LARGEST_SEED, StyleGAN2, latents_of_seeds
+from ....guidance.networks.stylegan2_config import GeneratorConfig
 from ..progress import ProgressBar
 from .folders import GENERATORS
 from .loading import ordinary_tensors
-
-if TYPE_CHECKING:
-    from ....guidance.files import GeneratorMetadata, LoadedGenerator
-    from ....guidance.networks.stylegan2 import StyleGAN2
-    from ....guidance.networks.stylegan2_config import GeneratorConfig
 
 NOISE = ("const", "random", "none")
 # Enough pixels in one pass to keep a device busy; a larger batch is drawn in several.
@@ -37,34 +33,20 @@ SHARE_OF_MEMORY = 0.8  # of what is free, that the images of one batch may take
 
 @dataclass(frozen=True, eq=False)
 class GraphGenerator:
-    """The value of an INDOMAIN_GENERATOR output: a frozen generator on the CPU, and its file's metadata.
-
-    source: the file it came from, or how it was made, for messages.
-    """
+    """The value of an INDOMAIN_GENERATOR output: a frozen generator on the CPU, and its file's metadata."""
 
     generator: StyleGAN2
     metadata: GeneratorMetadata
-    source: str
+    source: str  # the file it came from, or how it was made, for messages
 
     @property
     def name(self) -> str:
         """What to call it."""
         return self.metadata.name or Path(self.source).stem
 
-    def loaded(self) -> LoadedGenerator:
-        """The same as the library's readers give it."""
-        from ....guidance.files import LoadedGenerator
-
-        return LoadedGenerator(self.generator, self.metadata)
-
 
 def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
-    """(a listed generator, its reader's notes).
-
-    Raises FileProblem for files that are missing, damaged, hostile, or hold another network than StyleGAN2.
-    """
-    from ....guidance.files import read_generator
-
+    """(a listed generator, its reader's notes). Raises FileProblem."""
     path = GENERATORS.find(name)
     # Weights made in ComfyUI's inference mode could never be adapted.
     with ordinary_tensors():
@@ -75,8 +57,6 @@ def load_generator(name: str) -> tuple[GraphGenerator, tuple[str, ...]]:
 
 def save_generator(loaded: GraphGenerator, path: Path, dtype: str, replace: bool) -> None:
     """Write a generator as this project's safetensors. Raises FileProblem where another file has that name already."""
-    from ....guidance.files import write_generator
-
     # Unlike Path.exists, os.path.exists takes paths that are too long; writing then raises a plain message.
     if os.path.exists(path) and not replace:
         raise FileProblem(
@@ -115,8 +95,6 @@ def blend(
     Its metadata are those of `adapted`, with the licences of both and the blend as the last entry of the history.
     Raises ValueError for generators of different architecture and for a split that is none of their sizes.
     """
-    from ....guidance.networks.blending import blend_generators, resolution_split
-
     split, below = split_resolution, amount_below_split
     with ordinary_tensors():
         amounts = resolution_split(source.generator, split, below, amount) if split else amount

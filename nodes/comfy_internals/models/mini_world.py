@@ -25,10 +25,8 @@ class MiniWorldLatentFormat(comfy.latent_formats.LatentFormat):
     def __init__(self, autoencoder_metadata: Mapping[str, str]) -> None:
         self.scale_factor = float(autoencoder_metadata["scale_factor"])
         # The live preview is a linear map from latents to RGB, fitted when the autoencoder was trained.
-        if "latent_rgb_factors" in autoencoder_metadata:
-            self.latent_rgb_factors = json.loads(autoencoder_metadata["latent_rgb_factors"])
-        if "latent_rgb_bias" in autoencoder_metadata:
-            self.latent_rgb_factors_bias = json.loads(autoencoder_metadata["latent_rgb_bias"])
+        self.latent_rgb_factors = json.loads(autoencoder_metadata.get("latent_rgb_factors", "null"))
+        self.latent_rgb_factors_bias = json.loads(autoencoder_metadata.get("latent_rgb_bias", "null"))
 
 
 class MiniWorldTextEncoder(comfy.sd1_clip.SDClipModel):

@@ -17,12 +17,14 @@ from comfy_execution.utils import get_executing_context
 from ....guidance.distillation.critic import PROMPTS
 from ....guidance.distillation.methods import METHODS
 from ....guidance.errors import Problem
+from ....guidance.files import LoadedGenerator
 from ....guidance.schedules import Constant
 from ....guidance.terms import Term
+from ..guiding.sampling_hooks import PREDICTION_HOOKS
 from ..models.domain_info import domain_info
 from ..models.folders import GENERATORS
 from ..models.generators import GraphGenerator
-from .critic import NODE, CriticInputs, ignored_hooks, native_side
+from .critic import NODE, CriticInputs, native_side
 from .execution import finish_run
 from .progress import RunProgress
 
@@ -34,10 +36,7 @@ RUNS = "generator_adaptation"
 
 
 def prompt_texts(prompt: Mapping[str, Any] | None) -> dict[str, str]:
-    """The texts behind the running node's conditionings, by input, where a node with a text made them.
-
-    prompt: the graph in API format (ComfyUI's hidden PROMPT).
-    """
+    """The texts behind the running node's conditionings, by input; prompt: the graph in API format."""
     context = get_executing_context()
     graph = prompt or {}
     own = graph.get("" if context is None else context.node_id, {})
@@ -55,8 +54,7 @@ def config_of(
 ) -> AdaptConfig:
     """The configuration of a run: `values` from the graph, what is connected, ComfyUI's folders and device.
 
-    Prompts stand in it for people to read, by their text where that is known (`prompt_texts`); the run itself takes the
-    conditionings.
+    Prompts stand in it for people to read (`prompt_texts`); the run itself takes the conditionings.
     """
     from ....training.adaptation.config import AdaptConfig
     from ....training.engine.settings import CONNECTED_PREFIX
@@ -88,11 +86,7 @@ def config_of(
 def run(
     config: AdaptConfig, generator: GraphGenerator, critic: CriticInputs, resume: bool | str
 ) -> tuple[Result, list[str]]:
-    """Adapt; (result, warnings) when the run is finished.
-
-    A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are cancelled. Raises ValueError in
-    one sentence for everything a user can do something about.
-    """
+    """Adapt; (result, warnings) when the run is finished (`finish_run`)."""
     from ....training.adaptation.adapt import adapt
 
     for name, words in PROMPTS.items():
@@ -103,7 +97,7 @@ def run(
                 f"none; connect one to {name}."
             )
     progress = RunProgress()
-    for hook in ignored_hooks(critic.model):
+    for hook in filter(critic.model.model_options.get, PREDICTION_HOOKS):
         progress.warnings.append(f"{hook} on the model changes sampling, which does not take place here: ignored.")
     method = METHODS[config.method]
     # Each image may be judged beside the source's.
@@ -117,7 +111,7 @@ def run(
             lambda judge, encode: adapt(
                 config,
                 resume=resume,
-                generator=generator.loaded(),
+                generator=LoadedGenerator(generator.generator, generator.metadata),
                 critic=judge,
                 encode=encode,
                 listener=progress,

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import comfy.model_base
 import comfy.model_sampling
+import torch
 from comfy.model_patcher import ModelPatcher
-from torch import Tensor
+from torch import Tensor, nn
 
 from ....guidance.diffusion import NoiseSchedule
 from ....guidance.distillation.critic import Critic
@@ -18,11 +20,9 @@ from ....guidance.distillation.image_encoder import ImageEncoder
 from ....guidance.errors import Problem
 from ....guidance.terms import Term
 from ..guiding.compatibility import display_name, noise_family
-from ..guiding.predictions import SOURCE, UNWANTED, PredictionGuider, Predictions
-from ..guiding.sampling_hooks import PREDICTION_HOOKS
-from ..models.domain_info import domain_info
+from ..guiding.predictions import SOURCE, UNWANTED, PredictionGuider, Predictions, to_the_end
+from ..models.domain_info import is_text_free
 from ..models.loading import LATENT_FORMATS
-from .encoder import gradient_encoder, ordinary_weights
 
 NODE = "Adapt Generator"
 # Without the text's vector, core would fail in the middle of the first prediction.
@@ -32,10 +32,10 @@ Outcome = TypeVar("Outcome")
 
 @dataclass(frozen=True, eq=False)
 class CriticInputs:
-    """The inputs of a graph that make up the critic.
+    """The inputs of a graph that make up the critic; scale: the weight of the prompt.
 
-    source: the conditioning that describes what the generator makes now. unwanted: that of what images should not be.
-    Both only for methods that ask for them. scale: the weight of the prompt; terms: those of Guidance Term nodes.
+    source: the conditioning of what the generator makes now. unwanted: that of what images should not be. Both only for
+    methods that ask for them.
     """
 
     model: ModelPatcher
@@ -48,13 +48,12 @@ class CriticInputs:
     unwanted: list | None = None
 
     def check(self) -> NoiseSchedule:
-        """The model's noise levels. Raises ValueError for parts that do not belong together."""
+        """The model's noise levels. Raises Problem for parts that do not belong together."""
         schedule = noise_schedule(self.model)
         check_vae(self.model, self.vae)
         for what in ("positive", "negative", "source", "unwanted"):
-            conditioning = getattr(self, what)
-            if conditioning is not None:
-                check_conditioning(self.model, conditioning, what)
+            if getattr(self, what) is not None:
+                check_conditioning(self.model, getattr(self, what), what)
         for term in self.terms:
             if term.shaping is not None:  # distillation takes a prediction apart by its terms, as they are
                 raise Problem(
@@ -84,14 +83,8 @@ class CriticInputs:
         """
         schedule = self.check()
         others = {SOURCE: self.source, UNWANTED: self.unwanted}
-        guider = PredictionGuider(
-            self.model,
-            self.positive,
-            self.negative,
-            self.scale,
-            self.terms,
-            {name: conditioning for name, conditioning in others.items() if conditioning is not None},
-        )
+        others = {name: conditioning for name, conditioning in others.items() if conditioning is not None}
+        guider = PredictionGuider(self.model, self.positive, self.negative, self.scale, self.terms, others)
         low, high = timesteps
         levels = sorted({round(low + (high - low) * part / 8) for part in range(9)}, reverse=True)
 
@@ -106,10 +99,7 @@ class CriticInputs:
 
 
 def noise_schedule(model: ModelPatcher) -> NoiseSchedule:
-    """The noise levels of a MODEL, patches such as Model Sampling Discrete included.
-
-    Raises ValueError for models without discrete noise levels of the variance-preserving kind (flow, EDM).
-    """
+    """The noise levels of a MODEL, patches included. Raises Problem where they are not discrete (flow, EDM)."""
     sampling = model.get_model_object("model_sampling")
     sigmas = getattr(sampling, "sigmas", None)
     discrete = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscrete)
@@ -122,11 +112,10 @@ def noise_schedule(model: ModelPatcher) -> NoiseSchedule:
 
 
 def check_conditioning(model: ModelPatcher, conditioning: list, what: str) -> None:
-    """Refuse a CONDITIONING that is empty or made by another family's CLIP. Raises ValueError naming both widths."""
+    """Refuse a CONDITIONING that is empty or made by another family's CLIP. Raises Problem naming both widths."""
     if not conditioning:
         raise Problem(f"{NODE}: expected {what} to hold a conditioning, found none; connect a CLIP Text Encode.")
-    info = domain_info(model)
-    if info is not None and info.form != "full":
+    if is_text_free(model):
         return
     width = model.model.model_config.unet_config.get("context_dim")
     for tensor, options in conditioning:
@@ -143,7 +132,7 @@ def check_conditioning(model: ModelPatcher, conditioning: list, what: str) -> No
 
 
 def check_vae(model: ModelPatcher, vae: Any) -> None:
-    """Refuse a VAE whose latents the MODEL cannot read. Raises ValueError naming both."""
+    """Refuse a VAE whose latents the MODEL cannot read. Raises Problem naming both."""
     latent_format = model.get_model_object("latent_format")
     stage = getattr(vae, "first_stage_model", None)
     channels, dimensions = getattr(vae, "latent_channels", 0), getattr(vae, "latent_dim", 2)
@@ -166,7 +155,7 @@ def native_side(model: ModelPatcher) -> int:
 
 
 def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tuple[int, int, int, int]:
-    """[B, C, h, w] of square images. Raises ValueError for a side that the VAE's factor does not divide."""
+    """[B, C, h, w] of square images. Raises Problem for a side that the VAE's factor does not divide."""
     factor = vae.downscale_ratio if isinstance(vae.downscale_ratio, int) else 8
     if side_px % factor:
         raise Problem(
@@ -176,6 +165,69 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
     return batch, model.get_model_object("latent_format").latent_channels, side_px // factor, side_px // factor
 
 
-def ignored_hooks(model: ModelPatcher) -> list[str]:
-    """Hooks of the sampling function on the MODEL, which have no meaning in a distillation."""
-    return [name for name in PREDICTION_HOOKS if model.model_options.get(name)]
+def gradient_encoder(
+    vae: Any,
+    model: ModelPatcher,
+    device: torch.device,
+    side_px: int,
+    cancelled: Callable[[BaseException], None] | None = None,
+) -> ImageEncoder:
+    """Images [B, 3 or 1, H, W], judged at `side_px` -> the MODEL's latents [B, C, h, w], float32, differentiable.
+
+    The latent is the mean of the VAE's posterior, from a private copy of its encoder half: core's own `vae.encode`
+    writes into another tensor, crops, and has a tiled fallback, and gradients get lost in all three. Half precision
+    becomes float32, which small gradients (and SDXL's encoder) need; bf16 stays. Call it outside inference mode.
+    cancelled: told of a cancel, which then does not interrupt it (`to_the_end`).
+    """
+    stage = vae.first_stage_model
+    encoder = copy.copy(stage)
+    encoder._modules = {name: part for name, part in stage._modules.items() if "decoder" not in name}
+    encoder = copy.deepcopy(encoder)
+    for holder, name, tensor in _inference_tensors(encoder):
+        holder[name] = _like(tensor, tensor.detach().clone())
+    dtype = torch.bfloat16 if vae.vae_dtype == torch.bfloat16 else torch.float32
+    encoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    process_in = model.model.process_latent_in
+
+    def encode(images: Tensor) -> Tensor:
+        images = images.to(device).float()
+        if images.shape[1] == 1:
+            images = images.expand(-1, 3, -1, -1)
+        pixels = vae.process_input(images * 0.5 + 0.5)
+        return process_in(encoder.encode(pixels.to(dtype)).float())
+
+    return ImageEncoder(encode if cancelled is None else to_the_end(encode, cancelled), side_px)
+
+
+@contextlib.contextmanager
+def ordinary_weights(module: nn.Module) -> Iterator[None]:
+    """Inside the block, a module's weights can take part in autograd although they were made in inference mode.
+
+    They are replaced by ordinary tensors in the same memory, and put back afterwards. Call it outside inference mode.
+    """
+    taken = _inference_tensors(module)
+    try:
+        for holder, name, tensor in taken:
+            alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+            holder[name] = _like(tensor, alias)
+        yield
+    finally:
+        for holder, name, tensor in taken:
+            holder[name] = tensor
+
+
+def _inference_tensors(module: nn.Module) -> list[tuple[dict[str, Any], str, Tensor]]:
+    """(the dictionary that holds it, its name there, the tensor) of all that were made in inference mode."""
+    holders = [holder for part in module.modules() for holder in (part._parameters, part._buffers)]
+    return [
+        (holder, name, tensor)
+        for holder in holders
+        for name, tensor in holder.items()
+        if tensor is not None and tensor.is_inference()
+    ]
+
+
+def _like(original: Tensor, tensor: Tensor) -> Tensor:
+    """A parameter where the original is one."""
+    return nn.Parameter(tensor, requires_grad=False) if isinstance(original, nn.Parameter) else tensor

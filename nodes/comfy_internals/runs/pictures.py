@@ -70,8 +70,7 @@ def _path(text: str, allowed: Sequence[str] | None) -> str:
 def data_fingerprint(text: str) -> str | float:
     """Changes when a file in one of the folders is added, removed or replaced; for ComfyUI's cache of node outputs.
 
-    NaN, which equals nothing, where there is too much to look at or the folders cannot be trained on: the run finds
-    out. ComfyUI asks before it executes anything.
+    NaN, which equals nothing, where there is too much to look at or the folders cannot be trained on.
     """
     from ....training.data.problems import Cancelled
     from ....training.data.sources import fingerprint
@@ -88,10 +87,7 @@ def data_fingerprint(text: str) -> str | float:
 
 
 def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
-    """Write IMAGE batches ([B, H, W, C] in 0..1) as PNG files named by their content, into a folder named likewise.
-
-    Files let the same run continue from a terminal. Returns the folder.
-    """
+    """Write IMAGE batches ([B, H, W, C] in 0..1) as PNG files into a folder, all named by their content."""
     pictures, names = [], []
     for batch in batches:
         for image in uncancelled(batch):
@@ -115,10 +111,7 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
 
 
 def check_data(text: str, images: Sequence[Tensor] | None) -> tuple[str, ...]:
-    """The folders that `text` names; none where there are images instead.
-
-    Raises Problem when there are neither or both, and for folders that are not there or that no prompt may name.
-    """
+    """The folders that `text` names; none where there are images instead. Raises Problem for neither or both."""
     folders = resolve_data(text)
     if folders and images:
         raise Problem(

@@ -48,7 +48,7 @@ def checkpoint_fingerprint(name: str | None) -> str:
 def prior_of_models(model, clip, vae, prompts: Sequence[str]) -> Prior:
     """MODEL, CLIP and VAE as a prior to train from, weight patches (LoRA) baked in; call it outside inference mode.
 
-    prompts: those that the run will need, encoded here. Raises ValueError for models that cannot be trained from.
+    prompts: those that the run will need, encoded here. Raises Problem for models that cannot be trained from.
     """
     from ....training.prior.encoded_prompts import EncodedPrompts
     from ....training.prior.opening import prior_from_tensors
@@ -83,7 +83,7 @@ def exported_dtype(model) -> torch.dtype:
 
 
 def exported_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
-    """A VAE's weights on the CPU under LDM keys. Raises ValueError for other kinds of VAE."""
+    """A VAE's weights on the CPU under LDM keys. Raises Problem for other kinds of VAE."""
     stage = getattr(vae, "first_stage_model", None)
     weights = {} if stage is None else {key: t.detach().to("cpu", copy=True) for key, t in stage.state_dict().items()}
     channels = getattr(weights.get("post_quant_conv.weight"), "shape", (0, 0))[1]
@@ -101,10 +101,7 @@ def exported_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
 
 
 def base_name(model, clip, vae, checkpoint: str) -> str:
-    """The configuration's `base`: a checkpoint's file, or that the prior is connected.
-
-    Raises Problem when neither a checkpoint nor all of MODEL, CLIP and VAE are there, or both.
-    """
+    """The configuration's `base`: a checkpoint's file, or that the prior is connected. Raises Problem for both."""
     from ....training.engine.settings import CONNECTED_PREFIX
 
     connected = {"model": model, "clip": clip, "vae": vae}
@@ -126,10 +123,7 @@ def base_name(model, clip, vae, checkpoint: str) -> str:
 
 
 def connected_prior(model, clip, vae, config: TrainConfig) -> Prior | None:
-    """The connected prior; None where it is opened from `config.base`.
-
-    Raises Problem for a prediction that is not the connected MODEL's.
-    """
+    """The connected prior, None where it is `config.base`. Raises Problem for a prediction that is not the MODEL's."""
     if model is None:
         return None
     prior = prior_of_models(model, clip, vae, [*config.sample_prompts, config.caption])

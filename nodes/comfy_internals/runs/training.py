@@ -19,8 +19,7 @@ from ....guidance.files import read_keys
 from ....training.mini_world import MINI_WORLD
 from ..models.folders import DOMAIN_UNETS
 from ..models.loading import load_domain_unet, load_mini_world_prior
-from .execution import finish_run
-from .files import finished_file
+from .execution import finish_run, finished_file
 from .prior import NODE
 from .progress import RunProgress
 
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
     from ....training.prior.prior import Prior
 
 RUNS = "domain_training"
-LATENTS = "indomain_guidance"  # folder in ComfyUI's user folder, which its clients cannot read
+LATENTS = "indomain_guidance"
 
 
 def config_of(values: Mapping[str, Any]) -> TrainConfig:
@@ -44,7 +43,8 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
     places = {
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / values["name"]),
         "export_to": str(folder),
-        "cache": str(latents_folder()),
+        # Encoded images, for all runs, in a folder that no prompt can name and no client can read.
+        "cache": str(Path(folder_paths.get_system_user_directory(LATENTS)) / "latents"),
         "vae": "",
         "tokenizer": str(Path(comfy.sd1_clip.__file__).with_name("sd1_tokenizer")),
         "device": str(comfy.model_management.get_torch_device()),
@@ -52,17 +52,8 @@ def config_of(values: Mapping[str, Any]) -> TrainConfig:
     return TrainConfig.from_mapping({**values, **places}).absolute()
 
 
-def latents_folder() -> Path:
-    """Where encoded images are kept, for all runs; no prompt can name another place."""
-    return Path(folder_paths.get_system_user_directory(LATENTS)) / "latents"
-
-
 def run(config: TrainConfig, prior: Prior | None, resume: bool | str) -> tuple[Result, list[str]]:
-    """Train; (result, warnings) when the run is finished. Call it outside inference mode.
-
-    prior: None opens `config.base`. A cancelled run is saved, and then ends as ComfyUI's other nodes end when they are
-    cancelled. Raises ValueError in one sentence for everything a user can do something about.
-    """
+    """Train; (result, warnings) when the run is finished (`finish_run`). Call it outside inference mode."""
     from ....training.domain.train import train
 
     progress = RunProgress()

@@ -85,7 +85,7 @@ def run(comfyui, guider, sampler=None, seed=3, sigmas=(10.0, 4.0, 1.0, 0.3, 0.0)
     [
         ((0.0, 6.0), {}, 6.0),
         ((2.0, 6.0), {}, 8.0),
-        ((2.0, 6.0), {"domain_start": 0.5}, 8.0),
+        ((2.0, 6.0), {"domain_start_percent": 0.5}, 8.0),
         ((0.0, 1.0), {}, 1.0),
         ((-1.5, 1.0), {}, -0.5),
         ((0.0, 0.0), {}, 0.0),
@@ -162,7 +162,7 @@ def test_a_predict_noise_wrapper_sets_the_scale_for_a_part_of_the_run(comfyui, t
     assert torch.equal(run(comfyui, ours), expected) and ours.evaluations == {"control": 4, "base": 2}
     assert not torch.equal(run(comfyui, plain), expected)
     # Where the domain has left the run, the guidance is core's CFG again, and the scale that of the call.
-    early, _ = pair(2.0, 6.0, prior=prior, domain_end=0.3)
+    early, _ = pair(2.0, 6.0, prior=prior, domain_end_percent=0.3)
     late = tiny.predict(early, noisy(), 0.3)
     core.set_cfg(1.0)
     assert torch.equal(late, tiny.predict(core, noisy(), 0.3))

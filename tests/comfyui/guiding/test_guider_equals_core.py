@@ -206,7 +206,7 @@ def test_core_itself_predicts_where_only_the_control_guides(comfyui, tiny, inter
     monkeypatch.setattr(comfyui.samplers, "sampling_function", spy)
     # The domain term acts in the second half; the first is core's, with the control weight as its scale.
     guider = internals.in_domain_guider(
-        tiny.prior(0), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2), 1.0, 2.5, domain_start=0.5
+        tiny.prior(0), tiny.prior(1), tiny.conditioning(1), tiny.conditioning(2), 1.0, 2.5, domain_start_percent=0.5
     )
     tiny.sample(guider, steps=4, scheduler="sgm_uniform")
     assert scales == [2.5, 2.5] and guider.evaluations == {"base": 4, "control": 4, "domain": 2}

@@ -281,7 +281,7 @@ def test_easycache_survives_a_conditioning_that_joins_later(comfyui, tiny, inter
     base, prompt = tiny.conditioning(1), tiny.conditioning(2)
     ran = []
     handle = prior.model.diffusion_model.time_embed.register_forward_hook(lambda *args: ran.append(1))
-    guider = internals.in_domain_guider(prior, tiny.prior(1), prompt, base, 1.5, 1.0, domain_start=0.5)
+    guider = internals.in_domain_guider(prior, tiny.prior(1), prompt, base, 1.5, 1.0, domain_start_percent=0.5)
     try:
         for _ in range(2):  # the next run begins as the first did
             ran.clear()

@@ -329,7 +329,7 @@ def test_zero_snr_prior_and_eps_domain_must_meet(tiny, internals):
         tiny.sample(internals.in_domain_guider(prior, domain, positive, negative, 2.5, 2.5))
     assert "\n" not in str(problem.value)
     # Not active there, nothing to refuse; and the other way round the prior's whole range is covered.
-    late = internals.in_domain_guider(prior, domain, positive, negative, 2.5, 2.5, domain_start=0.5)
+    late = internals.in_domain_guider(prior, domain, positive, negative, 2.5, 2.5, domain_start_percent=0.5)
     assert tiny.sample(late).isfinite().all() and late.evaluations["domain"] > 0
     assert tiny.sample(internals.in_domain_guider(domain, prior, positive, negative, 2.5, 2.5)).isfinite().all()
 

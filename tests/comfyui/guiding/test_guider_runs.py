@@ -181,12 +181,12 @@ def test_interruption_then_again(comfyui, tiny, in_domain, monkeypatch):
 
 
 def test_interval_costs_only_its_own_steps(tiny, in_domain):
-    guider = in_domain(domain_start=0.5)
+    guider = in_domain(domain_start_percent=0.5)
     tiny.sample(guider, steps=4, scheduler="sgm_uniform")
     # sgm_uniform starts its 4 steps at 0, 1/4, 2/4, 3/4 of the training timesteps.
     assert guider.evaluations == {"base": 4, "domain": 2, "control": 4}
     assert guider.samples_per_step == 2.5
-    nothing = in_domain(domain_start=1.0)
+    nothing = in_domain(domain_start_percent=1.0)
     tiny.sample(nothing, steps=4)
     assert nothing.evaluations == {"base": 4, "control": 4}
 
@@ -387,7 +387,7 @@ def test_an_adapter_with_several_hints_reaches_every_model(tiny, internals, adap
     assert relative(by_hand(tiny, (prior, domain, positive, negative, 1.5, 2.0), x, 2.0), expected) > 1e-3
     control.previous_controlnet = before
     # From one conditioning a model to core's own pair, and the other way round.
-    for interval in ({"domain_end": 0.5}, {"domain_start": 0.5}):
+    for interval in ({"domain_end_percent": 0.5}, {"domain_start_percent": 0.5}):
         guider = internals.in_domain_guider(prior, domain, positive, negative, 0.4, 0.6, **interval)
         tiny.sample(guider, steps=4, batch=2)
         assert guider.evaluations["base"] == guider.evaluations["domain"] == 2
