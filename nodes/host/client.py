@@ -122,12 +122,7 @@ class ComfyClient:
 
     def image(self, reference: Mapping[str, str]) -> bytes:
         """The file behind one image reference of a run's outputs."""
-        return self.get_bytes(
-            "/view",
-            filename=reference["filename"],
-            subfolder=reference.get("subfolder", ""),
-            type=reference.get("type", "output"),
-        )
+        return self.get_bytes("/view", **reference)
 
     def run(
         self,

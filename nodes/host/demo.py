@@ -6,7 +6,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ PROMPTS = (
     "a purple two on a green background",
     "an orange eight on a black background",
 )
-_MARGIN_PX = 16
+_MARGIN_PX, _TITLE_PX, _TEXT_PX = 16, 44, 30
 _IMAGE_PX = 128
 _IMAGES_A_CELL = 4
 
@@ -33,46 +33,14 @@ def load_workflow(path: Path = WORKFLOW) -> dict[str, dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def upstream(prompt: Prompt, node_id: str) -> Iterator[str]:
-    """`node_id` and every node it depends on, nearest first."""
-    waiting, seen = [node_id], set()
-    while waiting:
-        current = waiting.pop(0)
-        if current in seen or current not in prompt:
-            continue
-        seen.add(current)
-        yield current
-        for value in prompt[current].get("inputs", {}).values():
-            if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
-                waiting.append(value[0])
-
-
 def columns(prompt: Prompt) -> dict[str, str]:
     """{title: node id} of the nodes that save images, in the order in which the workflow lists them."""
-    found = {}
-    for node_id, node in prompt.items():
-        if node["class_type"] == "SaveImage":
-            title = node.get("_meta", {}).get("title") or Path(node["inputs"]["filename_prefix"]).name
-            found[title if title not in found else f"{title} ({node_id})"] = node_id
-    if not found:
-        raise ValueError("Expected at least one SaveImage node in the demo's workflow, found none.")
-    return found
+    return {node["_meta"]["title"]: node_id for node_id, node in prompt.items() if node["class_type"] == "SaveImage"}
 
 
 def prompt_nodes(prompt: Prompt) -> list[str]:
-    """The text encoders that feed a `positive` input: where the demo writes its prompts."""
-    encoders = []
-    for node in prompt.values():
-        link = node.get("inputs", {}).get("positive")
-        if isinstance(link, list):
-            for node_id in upstream(prompt, link[0]):
-                if isinstance(prompt[node_id]["inputs"].get("text"), str) and node_id not in encoders:
-                    encoders.append(node_id)
-    # An encoder of the empty prompt is the unconditional, and stays empty.
-    encoders = [node_id for node_id in encoders if prompt[node_id]["inputs"]["text"].strip()]
-    if not encoders:
-        raise ValueError("Expected a text encoder behind a `positive` input in the demo's workflow, found none.")
-    return encoders
+    """The text encoders where the demo writes its prompts; that of the empty prompt stays empty."""
+    return [node_id for node_id, node in prompt.items() if node["inputs"].get("text", "").strip()]
 
 
 def with_text(prompt: Prompt, text: str) -> dict[str, dict[str, Any]]:
@@ -83,48 +51,40 @@ def with_text(prompt: Prompt, text: str) -> dict[str, dict[str, Any]]:
 
 
 def samples_per_step(prompt: Prompt, outputs: Mapping[str, Mapping[str, Any]], saver: str) -> float | None:
-    """Model evaluations a step and image of the sampler before `saver`, as it reports them; None where none does.
+    """Model evaluations a step and image of the sampler before `saver`, as it reports them; None where it does not.
 
     Core's KSampler reports nothing: it evaluates positive and negative, or the positive alone where cfg is 1.
     """
-    for node_id in upstream(prompt, saver):
-        reported = outputs.get(node_id, {}).get("samples_per_step")
-        if reported:
-            return float(reported[0]["value"])
-        if prompt[node_id]["class_type"] == "KSampler":
-            return 1.0 if prompt[node_id]["inputs"]["cfg"] == 1.0 else 2.0
-    return None
+    decoder = prompt[saver]["inputs"]["images"][0]
+    sampler = prompt[decoder]["inputs"]["samples"][0]
+    if prompt[sampler]["class_type"] == "KSampler":
+        return 1.0 if prompt[sampler]["inputs"]["cfg"] == 1.0 else 2.0
+    reported = outputs.get(sampler, {}).get("samples_per_step")
+    return float(reported[0]["value"]) if reported else None
 
 
 def contact_sheet(rows: Sequence[tuple[str, Mapping[str, Sequence[Any]]]], titles: Sequence[str]):
     """One picture of everything: a row a prompt, a column a method. Small images are enlarged by whole pixels."""
     from PIL import Image, ImageDraw
 
-    first = next(image for _, cells in rows for images in cells.values() for image in images)
+    shown = [images for _, cells in rows for images in cells.values()]
+    first = shown[0][0]
     scale = max(1, _IMAGE_PX // max(first.size))
     width, height = first.width * scale, first.height * scale
-    cell_images = min(_IMAGES_A_CELL, max(len(images) for _, cells in rows for images in cells.values()))
-    cell_width = cell_images * width
-    title_font, text_font = _font(24), _font(18)
-    title_px, text_px = 44, 30
-    sheet = Image.new(
-        "RGB",
-        (
-            _MARGIN_PX + len(titles) * (cell_width + _MARGIN_PX),
-            _MARGIN_PX + title_px + len(rows) * (text_px + height) + _MARGIN_PX,
-        ),
-        "white",
-    )
+    column_px = min(_IMAGES_A_CELL, max(map(len, shown))) * width + _MARGIN_PX
+    row_px = _TEXT_PX + height
+    size = (_MARGIN_PX + len(titles) * column_px, 2 * _MARGIN_PX + _TITLE_PX + len(rows) * row_px)
+    sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        x = _MARGIN_PX + column * (cell_width + _MARGIN_PX)
-        draw.text((x, _MARGIN_PX), title, fill="black", font=title_font)
+        x = _MARGIN_PX + column * column_px
+        draw.text((x, _MARGIN_PX), title, fill="black", font=_font(24))
         for row, (text, cells) in enumerate(rows):
-            y = _MARGIN_PX + title_px + row * (text_px + height)
-            draw.text((x, y + 4), text, fill="#444444", font=text_font)
-            for index, image in enumerate(list(cells.get(title, ()))[:cell_images]):
+            y = _MARGIN_PX + _TITLE_PX + row * row_px
+            draw.text((x, y + 4), text, fill="#444444", font=_font(18))
+            for index, image in enumerate(cells[title][:_IMAGES_A_CELL]):
                 enlarged = image.convert("RGB").resize((width, height), Image.Resampling.NEAREST)
-                sheet.paste(enlarged, (x + index * width, y + text_px))
+                sheet.paste(enlarged, (x + index * width, y + _TEXT_PX))
     return sheet
 
 
@@ -150,7 +110,7 @@ def make_pictures(client: ComfyClient, output: Path, prompts: Sequence[str] = PR
     texts = [own, *(text for text in prompts if text != own)]
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
-    rows, saved, cost = [], [], dict.fromkeys(savers)
+    rows, saved, cost = [], [], {}
     for number, text in enumerate(texts, 1):
         prompt = with_text(workflow, text)
         print(f"{number}/{len(texts)} {text}", file=sys.stderr, flush=True)
@@ -164,8 +124,7 @@ def make_pictures(client: ComfyClient, output: Path, prompts: Sequence[str] = PR
                 path.write_bytes(data)
                 saved.append(str(path))
                 cells[title].append(Image.open(io.BytesIO(data), formats=("PNG",)))
-            reported = samples_per_step(prompt, run.outputs, node_id)
-            cost[title] = cost[title] if reported is None else reported
+            cost[title] = samples_per_step(prompt, run.outputs, node_id)
         rows.append((text, cells))
     seconds = time.monotonic() - started
     sheet = output / "contact_sheet.png"
