@@ -8,32 +8,30 @@ from comfy_api.latest import io
 
 from ..guidance.distillation.method import prompts_of
 from ..guidance.distillation.methods import METHODS, methods_with
+from . import widgets
 from .comfy_internals.models import generators
 from .comfy_internals.runs import adapting, execution
 from .comfy_internals.runs.critic import CriticInputs
 from .generators import GeneratorType
 from .inputs import checked
-from .run_outputs import picture_outputs, run_outputs
-from .schema import GENERATORS, schema
 from .terms import GuidanceTerms
-from .widgets import LARGEST_SEED, RESUME, config_input, given_options, option_names, resume_input
 
 AdaptOptions = io.Custom("INDOMAIN_ADAPT_OPTIONS")
 
-# On the node itself; what is connected decides the others of DECIDED_HERE; everything else is an option.
-ON_THE_NODE = (
-    "name",
-    "method",
-    "scale",
-    "directional",
-    "reconstruction",
-    "steps",
-    "batch_size",
-    "learning_rate",
-    "layers",
-    "sample_every",
-    "seed",
-)
+# On the node itself, each with what its widget changes; what is connected decides DECIDED_HERE; the others are options.
+ON_THE_NODE: dict[str, dict[str, Any]] = {
+    "name": {"default": "my_generator"},
+    "method": {},
+    "scale": {},
+    "directional": {"step": 0.05},
+    "reconstruction": {"step": 0.05},
+    "steps": {},
+    "batch_size": {},
+    "learning_rate": {},
+    "layers": {},
+    "sample_every": {},
+    "seed": widgets.SEED_OF_A_RUN,
+}
 DECIDED_HERE = (
     "generator",
     "base",
@@ -61,7 +59,7 @@ def options_of_adapting() -> list[str]:
     """
     from ..training.adaptation.config import OPTIONS_OF_METHODS, AdaptConfig
 
-    settings = option_names(AdaptConfig, (*ON_THE_NODE, *DECIDED_HERE, *OPTIONS_OF_METHODS))
+    settings = widgets.option_names(AdaptConfig, (*ON_THE_NODE, *DECIDED_HERE, *OPTIONS_OF_METHODS))
     return [*settings, *OPTIONS_OF_METHODS]
 
 
@@ -72,13 +70,10 @@ class AdaptGenerator(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         from ..training.adaptation.config import AdaptConfig
 
-        def setting(name: str, **changes: Any):
-            return config_input(AdaptConfig, name, **changes)
-
-        return schema(
+        return widgets.schema(
             node_id="InDomainAdaptGenerator",
             display_name="Adapt Generator (SDS)",
-            category=GENERATORS,
+            category=widgets.GENERATORS,
             search_aliases=["SDS", "score distillation", "StyleGAN-Fusion", "GAN", "fine-tune", "domain adaptation"],
             advanced=["layers"],
             description="Moves a StyleGAN2 generator into a domain that only a prompt describes, with a diffusion "
@@ -100,19 +95,8 @@ class AdaptGenerator(io.ComfyNode):
                     "negative",
                     tooltip="What guidance starts from: the empty prompt in the paper, a negative prompt if you like.",
                 ),
-                setting("name", default="my_generator"),
-                setting("method"),
-                setting("scale"),
-                setting("directional", step=0.05),
-                setting("reconstruction", step=0.05),
-                setting("steps"),
-                setting("batch_size"),
-                setting("learning_rate"),
-                setting("layers"),
-                setting("sample_every"),
-                # Not drawn anew for each run: a run continues only with the seed it was started with.
-                setting("seed", max=LARGEST_SEED, control_after_generate=False),
-                resume_input(),
+                *(widgets.config_input(AdaptConfig, name, **changes) for name, changes in ON_THE_NODE.items()),
+                widgets.resume_input(),
                 GuidanceTerms.Input(
                     "terms",
                     optional=True,
@@ -135,7 +119,7 @@ class AdaptGenerator(io.ComfyNode):
             ],
             outputs=[
                 GeneratorType.Output(display_name="generator", tooltip="The adapted generator, loaded from its file."),
-                *picture_outputs("The grid, with the source's images in its first row,"),
+                *widgets.picture_outputs("The grid, with the source's images in its first row,"),
                 io.String.Output(display_name="path", tooltip="The finished file in models/generators."),
             ],
             # For the texts behind the conditionings, which the finished file names.
@@ -158,7 +142,7 @@ class AdaptGenerator(io.ComfyNode):
         options: dict | None = None,
         **values: Any,
     ) -> io.NodeOutput:
-        options = given_options(options, options_of_adapting(), "In-Domain Adapt Options")
+        options = widgets.given_options(options, options_of_adapting(), "In-Domain Adapt Options")
         # What the method does not ask for costs no evaluation, and may change when the run goes on.
         needed = prompts_of(METHODS[values["method"]])
         critic = CriticInputs(
@@ -174,9 +158,9 @@ class AdaptGenerator(io.ComfyNode):
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         config = adapting.config_of({**options, **values}, generator, critic, texts)
         execution.check_claim(config)
-        result, warnings = adapting.run(config, generator, critic, RESUME[resume])
+        result, warnings = adapting.run(config, generator, critic, widgets.RESUME[resume])
         adapted, _ = generators.load_generator(f"{config.name}.safetensors")
-        return run_outputs(cls, adapted, result, execution.finished_file(config), warnings)
+        return widgets.run_outputs(cls, adapted, result, execution.finished_file(config), warnings)
 
 
 class GeneratorAdaptOptions(io.ComfyNode):
@@ -187,14 +171,14 @@ class GeneratorAdaptOptions(io.ComfyNode):
         from ..training.adaptation.config import AdaptConfig
 
         names = options_of_adapting()
-        return schema(
+        return widgets.schema(
             node_id="InDomainAdaptOptions",
             display_name="In-Domain Adapt Options",
-            category=GENERATORS,
+            category=widgets.GENERATORS,
             search_aliases=["SDS", "score distillation", "StyleGAN", "GAN"],
             advanced=[name for name in names if name not in USUAL_OPTIONS],
             description="All settings that Adapt Generator does not show. Leave the node out to use the defaults.",
-            inputs=[config_input(AdaptConfig, name, optional=True) for name in names],
+            inputs=[widgets.config_input(AdaptConfig, name, optional=True) for name in names],
             outputs=[AdaptOptions.Output(display_name="options", tooltip="For Adapt Generator (SDS).")],
         )
 

@@ -11,8 +11,7 @@ from ..guidance.files import DTYPES
 from .comfy_internals.models import generators
 from .comfy_internals.models.folders import GENERATORS as GENERATOR_FILES
 from .inputs import checked, found
-from .schema import GENERATORS, schema
-from .widgets import number_input
+from .widgets import GENERATORS, number_input, schema
 
 GeneratorType = io.Custom("INDOMAIN_GENERATOR")
 

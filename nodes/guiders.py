@@ -11,9 +11,8 @@ from ..guidance.errors import GuidanceError
 from .comfy_internals.guiding.guider import TermGuider, in_domain_guider
 from .comfy_internals.guiding.latents import sample_latent
 from .inputs import checked
-from .schema import GUIDANCE, schema
 from .terms import GuidanceTerms
-from .widgets import percent_input, weight_input
+from .widgets import GUIDANCE, percent_input, schema, weight_input
 
 
 def _domain_interval_inputs() -> list:

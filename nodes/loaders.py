@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from .comfy_internals.models import loading
 from .comfy_internals.models.folders import DOMAIN_UNETS
 from .inputs import checked, found
-from .schema import GUIDANCE, schema
+from .widgets import GUIDANCE, schema
 
 
 class LoadDomainUNet(io.ComfyNode):

@@ -16,8 +16,7 @@ from ..guidance.shaping import InOrder
 from ..guidance.shapings import SHAPINGS, make_shaping
 from ..guidance.terms import Term
 from .inputs import checked
-from .schema import GUIDANCE, schema
-from .widgets import option_input, percent_input, weight_input
+from .widgets import GUIDANCE, option_input, percent_input, schema, weight_input
 
 GuidanceTerms = io.Custom("INDOMAIN_GUIDANCE_TERMS")
 

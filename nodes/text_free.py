@@ -7,7 +7,7 @@ from comfy_api.latest import io, ui
 from ..guidance.errors import printable
 from .comfy_internals.models import export
 from .inputs import checked
-from .schema import TRAINING, schema
+from .widgets import TRAINING, schema
 
 
 class TextFreeUNet(io.ComfyNode):

@@ -7,18 +7,25 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from . import widgets
 from .comfy_internals.models.export import is_untrained
 from .comfy_internals.models.loading import ordinary_tensors
 from .comfy_internals.runs import execution, pictures, prior, training
 from .inputs import checked, found
-from .run_outputs import picture_outputs, run_outputs
-from .schema import TRAINING, schema
-from .widgets import LARGEST_SEED, RESUME, config_input, given_options, option_names, resume_input
 
 TrainingOptions = io.Custom("INDOMAIN_TRAINING_OPTIONS")
 
-# On the training node itself; where files go and what to compute on is ComfyUI's to say; everything else is an option.
-ON_THE_NODE = ("name", "form", "steps", "batch_size", "learning_rate", "resolution", "sample_every", "seed")
+# On the node itself, each with what its widget changes; ComfyUI decides DECIDED_HERE; the others are options.
+ON_THE_NODE: dict[str, dict[str, Any]] = {
+    "name": {"default": "my_domain"},
+    "form": {},
+    "steps": {},
+    "batch_size": {},
+    "learning_rate": {},
+    "resolution": {"step": 8},
+    "sample_every": {},
+    "seed": widgets.SEED_OF_A_RUN,
+}
 DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device", "cache", "within")
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = (
@@ -38,7 +45,7 @@ def options_of_training() -> list[str]:
     """The fields of `TrainConfig` that the options node offers."""
     from ..training.domain.config import TrainConfig
 
-    return option_names(TrainConfig, (*ON_THE_NODE, *DECIDED_HERE))
+    return widgets.option_names(TrainConfig, (*ON_THE_NODE, *DECIDED_HERE))
 
 
 class TrainDomainUNet(io.ComfyNode):
@@ -48,13 +55,11 @@ class TrainDomainUNet(io.ComfyNode):
     def define_schema(cls) -> io.Schema:
         from ..training.domain.config import TrainConfig
 
-        def setting(name: str, **changes: Any):
-            return config_input(TrainConfig, name, **changes)
-
-        return schema(
+        name, *settings = (widgets.config_input(TrainConfig, key, **changes) for key, changes in ON_THE_NODE.items())
+        return widgets.schema(
             node_id="InDomainTrainDomainUNet",
             display_name="Train Domain UNet",
-            category=TRAINING,
+            category=widgets.TRAINING,
             search_aliases=["LoRA", "fine-tune", "finetune", "DreamBooth", "trainer", "domain model"],
             description="Trains a domain model on your images: no captions, the prior stays untouched. Cancel saves; "
             "running again continues. The finished file lands in models/domain_unets.",
@@ -62,7 +67,7 @@ class TrainDomainUNet(io.ComfyNode):
             # So that a list of images of many sizes is one training run and not one run an image.
             is_input_list=True,
             inputs=[
-                setting("name", default="my_domain"),
+                name,
                 io.Combo.Input(
                     "checkpoint",
                     options=prior.list_checkpoints(),
@@ -79,15 +84,8 @@ class TrainDomainUNet(io.ComfyNode):
                     "input. On a server that others reach: in the input folder, or where its owner allows (see the "
                     "help page).",
                 ),
-                setting("form"),
-                setting("steps"),
-                setting("batch_size"),
-                setting("learning_rate"),
-                setting("resolution", step=8),
-                setting("sample_every"),
-                # Not drawn anew for each run: a run continues only with the seed it was started with.
-                setting("seed", max=LARGEST_SEED, control_after_generate=False),
-                resume_input(),
+                *settings,
+                widgets.resume_input(),
                 io.Model.Input(
                     "model",
                     optional=True,
@@ -109,7 +107,7 @@ class TrainDomainUNet(io.ComfyNode):
             ],
             outputs=[
                 io.Model.Output(tooltip="The trained domain model, loaded from its file."),
-                *picture_outputs("The sample grid"),
+                *widgets.picture_outputs("The sample grid"),
                 io.String.Output(display_name="path", tooltip="The finished file in models/domain_unets."),
             ],
         )
@@ -132,7 +130,7 @@ class TrainDomainUNet(io.ComfyNode):
     @checked("checkpoint")
     def execute(cls, image_folder: list[str], images: list | None = None, **lists: list) -> io.NodeOutput:
         given: dict[str, Any] = {name: values[0] if values else None for name, values in lists.items()}
-        options = given_options(given.get("options"), options_of_training(), "In-Domain Training Options")
+        options = widgets.given_options(given.get("options"), options_of_training(), "In-Domain Training Options")
         model, clip, vae = (given.get(name) for name in ("model", "clip", "vae"))
         base = prior.base_name(model, clip, vae, given["checkpoint"])
         config = training.config_of({**options, **{name: given[name] for name in ON_THE_NODE}, "base": base})
@@ -142,9 +140,9 @@ class TrainDomainUNet(io.ComfyNode):
             connected = prior.connected_prior(model, clip, vae, config)
             with execution.run_folder(config.run_folder):
                 config = config.with_changes(**pictures.data_of(folders, images, config.run_folder))
-                result, warnings = training.run(config, connected, RESUME[given["resume"]])
+                result, warnings = training.run(config, connected, widgets.RESUME[given["resume"]])
             made = training.load_trained(config, model)
-        return run_outputs(cls, made, result, execution.finished_file(config), warnings)
+        return widgets.run_outputs(cls, made, result, execution.finished_file(config), warnings)
 
 
 class DomainTrainingOptions(io.ComfyNode):
@@ -155,15 +153,15 @@ class DomainTrainingOptions(io.ComfyNode):
         from ..training.domain.config import TrainConfig
 
         names = options_of_training()
-        return schema(
+        return widgets.schema(
             node_id="InDomainTrainingOptions",
             display_name="In-Domain Training Options",
-            category=TRAINING,
+            category=widgets.TRAINING,
             search_aliases=["LoRA", "low rank", "fine-tune", "finetune", "optimizer"],
             advanced=[name for name in names if name not in USUAL_OPTIONS],
             description="All settings that Train Domain UNet does not show. The defaults are the trainer's own: leave "
             "the node out to use them.",
-            inputs=[config_input(TrainConfig, name, optional=True) for name in names],
+            inputs=[widgets.config_input(TrainConfig, name, optional=True) for name in names],
             outputs=[TrainingOptions.Output(display_name="options", tooltip="For Train Domain UNet.")],
         )
 
@@ -187,10 +185,10 @@ class MiniWorldImages(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return schema(
+        return widgets.schema(
             node_id="InDomainMiniWorldImages",
             display_name="Mini World Images",
-            category=TRAINING,
+            category=widgets.TRAINING,
             search_aliases=["dataset", "example images", "MNIST"],
             description="Writes a folder of handwritten digits into ComfyUI's input folder, to try training on: it "
             "takes minutes on a CPU.",
@@ -212,7 +210,7 @@ class MiniWorldImages(io.ComfyNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=LARGEST_SEED,
+                    max=widgets.LARGEST_SEED,
                     control_after_generate=False,
                     tooltip="Decides the colours; count alone decides which digits. No effect on narrow.",
                 ),

@@ -1,19 +1,45 @@
-"""Inputs that several nodes have: weights, shares, positions in sampling, seeds, and the widgets of a configuration."""
+"""What the schemas of several nodes share: categories of the menu, inputs, and the outputs of a run."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
-from ..guidance.errors import Problem
+from ..guidance.errors import Problem, printable
+from .comfy_internals.runs.pictures import load_image, or_skipped
 
+if TYPE_CHECKING:
+    from ..training.engine.run import Result
+
+GUIDANCE = "In-Domain Guidance/guidance"
+TRAINING = "In-Domain Guidance/training"
+GENERATORS = "In-Domain Guidance/generators"
 # Numbers stay exact in the editor's JavaScript up to here.
 LARGEST_SEED = 2**53 - 1
+# Not drawn anew for each run: a run continues only with the seed it was started with.
+SEED_OF_A_RUN = {"max": LARGEST_SEED, "control_after_generate": False}
 RESUME = {"auto": "auto", "continue": True, "new": False}
+
+
+def schema(search_aliases: Sequence[str], advanced: Sequence[str] = (), **arguments: Any) -> io.Schema:
+    """io.Schema(**arguments), with two things that only newer versions of ComfyUI know; elsewhere they are left out.
+
+    search_aliases: words to be found by, beside the names. advanced: inputs that the editor folds away until asked.
+    """
+    if "search_aliases" in inspect.signature(io.Schema).parameters:
+        arguments["search_aliases"] = list(search_aliases)
+    unknown = set(advanced) - {entry.id for entry in arguments["inputs"]}
+    assert not unknown, f"{arguments['node_id']} has no inputs {unknown}"
+    for entry in arguments["inputs"]:
+        if entry.id in advanced and hasattr(entry, "advanced"):
+            entry.advanced = True
+    return io.Schema(**arguments)
 
 
 def number_input(name: str, default: float, least: float, most: float, tooltip: str, optional: bool = False):
@@ -59,10 +85,7 @@ def resume_input():
 
 
 def config_input(settings: type, name: str, **changes: Any):
-    """The widget of one field of a configuration: kind, default, range and tooltip are the field's own.
-
-    changes: arguments of the input that differ here.
-    """
+    """The widget of one field of a configuration, with its kind, default, range and tooltip, except for `changes`."""
     from ..training.engine.settings import kinds_of
 
     field = {field.name: field for field in dataclasses.fields(settings)}[name]
@@ -117,3 +140,29 @@ def given_options(options: Any, known: Collection[str], node: str) -> dict[str, 
     if wrong:
         raise Problem(f"options: expected what {node} gives, found {wrong[0]:.80}; connect {node}, or nothing.")
     return dict(options)
+
+
+def picture_outputs(grid: str) -> list:
+    """The outputs for the finished run's pictures; while it runs, the node itself shows them. grid: what it shows."""
+    return [
+        io.Image.Output(
+            display_name="final samples",
+            tooltip=f"{grid} at the end of the run; while it runs, the node shows each new grid. Nothing when sample "
+            "every is 0.",
+        ),
+        io.Image.Output(
+            display_name="final loss curve",
+            tooltip="The loss curve at the end of the run; while it runs, the node shows the loss as text.",
+        ),
+    ]
+
+
+def run_outputs(
+    node: type[io.ComfyNode], made: Any, result: Result, path: Path, warnings: Sequence[str]
+) -> io.NodeOutput:
+    """What was made, grid, loss curve and file; the node shows the pictures too."""
+    grid, plot = load_image(result.samples), load_image(result.plot)
+    shown = [picture[0] for picture in (grid, plot) if picture is not None]
+    preview = ui.PreviewImage(shown, cls=node).as_dict() if shown else {}
+    text = tuple(map(printable, (path, *warnings)))
+    return io.NodeOutput(made, or_skipped(grid), or_skipped(plot), str(path), ui={**preview, "text": text})

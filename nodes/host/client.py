@@ -87,22 +87,17 @@ class ComfyClient:
         # A proxy set for the internet must not be asked for an address on this machine.
         self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
-    def get_bytes(self, path: str, *, timeout_s: float = 60.0, **query: str) -> bytes:
-        suffix = "?" + urllib.parse.urlencode(query) if query else ""
-        with self._opener.open(self.url + path + suffix, timeout=timeout_s) as answer:
+    def get_bytes(self, path: str, timeout_s: float = 60.0) -> bytes:
+        with self._opener.open(self.url + path, timeout=timeout_s) as answer:
             return answer.read()
 
-    def get(self, path: str, *, timeout_s: float = 60.0, **query: str) -> Any:
-        return json.loads(self.get_bytes(path, timeout_s=timeout_s, **query))
+    def get(self, path: str, timeout_s: float = 60.0) -> Any:
+        return json.loads(self.get_bytes(path, timeout_s))
 
-    def post(self, path: str, body: Any = None, *, timeout_s: float = 60.0) -> bytes:
-        request = urllib.request.Request(
-            self.url + path,
-            data=json.dumps({} if body is None else body).encode(),
-            headers={"Content-Type": "application/json"},
-            method="POST",
-        )
-        with self._opener.open(request, timeout=timeout_s) as answer:
+    def post(self, path: str, body: Any = None) -> bytes:
+        data = json.dumps({} if body is None else body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with self._opener.open(request, timeout=60.0) as answer:
             return answer.read()
 
     def object_info(self) -> dict[str, Any]:
@@ -122,7 +117,7 @@ class ComfyClient:
 
     def image(self, reference: Mapping[str, str]) -> bytes:
         """The file behind one image reference of a run's outputs."""
-        return self.get_bytes("/view", **reference)
+        return self.get_bytes(f"/view?{urllib.parse.urlencode(reference)}")
 
     def run(
         self,

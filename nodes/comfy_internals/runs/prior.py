@@ -11,14 +11,7 @@ from torch import Tensor
 from ....guidance.errors import Problem
 from ....guidance.null_text import POOLED_TEXT_ADM
 from ....training.mini_world import MINI_WORLD
-from ..models.export import (
-    encode_empty_prompt,
-    encode_prompt,
-    exported_config,
-    exported_latent_format,
-    exported_prediction,
-    exported_state_dict,
-)
+from ..models import export
 from ..models.folders import CHECKPOINTS
 
 if TYPE_CHECKING:
@@ -53,17 +46,17 @@ def prior_of_models(model, clip, vae, prompts: Sequence[str]) -> Prior:
     from ....training.prior.encoded_prompts import EncodedPrompts
     from ....training.prior.opening import prior_from_tensors
 
-    config = exported_config(model, NODE)
-    prediction_type, zero_snr = exported_prediction(model, NODE)
+    config = export.exported_config(model, NODE)
+    prediction_type, zero_snr = export.exported_prediction(model, NODE)
     has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
     name = f"the connected {type(model.model.model_config).__name__} model"
-    null_context = encode_empty_prompt(clip, has_pooled)
-    encoded = {prompt: encode_prompt(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt}
+    null_context = export.encode_empty_prompt(clip, has_pooled)
+    encoded = {prompt: export.encode_prompt(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt}
     encoded[""] = (null_context.tensor, null_context.pooled)
     return prior_from_tensors(
-        exported_state_dict(model, exported_dtype(model)),
+        export.exported_state_dict(model, exported_dtype(model)),
         config,
-        latent_format=exported_latent_format(model, NODE),
+        latent_format=export.exported_latent_format(model, NODE),
         latent_scale=float(model.model.latent_format.scale_factor),
         prediction_type=prediction_type,
         zero_snr=zero_snr,
