@@ -23,8 +23,7 @@ LONGEST_PATH = 4096  # characters; Linux takes as many bytes, Windows without mo
 
 
 def reached_by_others(listen: str) -> bool:
-    """Whether a server that listens on these addresses (core's --listen, divided by commas) can be reached from
-    outside.
+    """Whether a server that listens on these addresses, divided by commas, can be reached from outside.
 
     Only addresses that are sure to be this machine's own count as such: an empty one is all of them, and a name may be.
     """
@@ -57,11 +56,10 @@ def _named_folders() -> list[str]:
 
 
 def check_allowed(name: str, node: str, allowed: Sequence[str] | None) -> str:
-    """The path of a file or folder that a prompt names, relative to ComfyUI's input folder where it is relative.
+    """The path of a file or folder that a prompt names; a relative one lies in ComfyUI's input folder.
 
-    allowed: of `allowed_folders`. A pattern's path may go on with braces and wildcards; the code that expands it checks
-    that no link leads out. Raises FileProblem for what lies outside, links followed. Nothing outside is looked at, so
-    that the message does not reveal what is there.
+    A pattern's path may go on with braces and wildcards; the code that expands it checks that no link leads out. Raises
+    FileProblem for what lies outside, links followed. Nothing outside is looked at: the message reveals nothing of it.
     """
     if len(name) > LONGEST_PATH or "\0" in name or not _can_be_a_name(name):
         raise FileProblem(f"{node}: expected the path of a file or folder, found {name!r:.120}, which can be none.")

@@ -9,39 +9,25 @@ import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_api.latest import io
 
+from ...guidance.terms import Term
+from .models.generators import GraphGenerator
+
 
 def _is_conditioning(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple))
-        and len(value) > 0
-        and all(
-            isinstance(entry, (list, tuple))
-            and len(entry) == 2
-            and (entry[0] is None or isinstance(entry[0], torch.Tensor))
-            and isinstance(entry[1], dict)
-            for entry in value
-        )
-    )
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_entry, value))
+
+
+def _is_entry(value: Any) -> bool:
+    is_pair = isinstance(value, (list, tuple)) and len(value) == 2
+    return is_pair and isinstance(value[0], (torch.Tensor, type(None))) and isinstance(value[1], dict)
 
 
 def _are_terms(value: Any) -> bool:
-    from ...guidance.terms import Term
-
     return isinstance(value, (list, tuple)) and all(isinstance(term, Term) for term in value)
-
-
-def _is_generator(value: Any) -> bool:
-    from .models.generators import GraphGenerator
-
-    return isinstance(value, GraphGenerator)
 
 
 def _is_image(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.ndim == 4 and value.numel() > 0 and bool(value.isfinite().all())
-
-
-def _is_latent(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor)
 
 
 # By the type of the socket: a check of its value, and what to call it in messages.
@@ -50,10 +36,10 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "CONDITIONING": (_is_conditioning, "a CONDITIONING with at least one entry"),
     "VAE": (lambda value: hasattr(value, "first_stage_model"), "a VAE"),
     "CLIP": (lambda value: hasattr(value, "cond_stage_model"), "a CLIP"),
-    "LATENT": (_is_latent, "a LATENT"),
+    "LATENT": (lambda value: isinstance(value, dict) and isinstance(value.get("samples"), torch.Tensor), "a LATENT"),
     "IMAGE": (_is_image, "an IMAGE of at least one picture and pixel, all finite numbers"),
     "INDOMAIN_GUIDANCE_TERMS": (_are_terms, "terms of Guidance Term"),
-    "INDOMAIN_GENERATOR": (_is_generator, "a generator of Load Generator"),
+    "INDOMAIN_GENERATOR": (lambda value: isinstance(value, GraphGenerator), "a generator of Load Generator"),
     "INDOMAIN_TRAINING_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Training Options"),
     "INDOMAIN_ADAPT_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Adapt Options"),
 }

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import comfy.model_patcher
-import comfy.patcher_extension
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 
 from .calls import KEY, function_wrappers
 from .sampling_hooks import has_hooks
@@ -26,10 +25,7 @@ class Cost:
         self._open: dict[tuple[int, str], list[Any]] = {}
 
     def watch(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """model_options with a wrapper that counts every pass of `model` through its network.
-
-        Unchanged where nothing (a cache, a hook, a wrapper) could save or repeat a pass.
-        """
+        """model_options with a wrapper that counts passes through the network, where something may save or repeat them."""
         easycache = "easycache" in options.get("transformer_options", {})
         if not (easycache or function_wrappers(options) or has_hooks(options)):
             return options
@@ -41,9 +37,7 @@ class Cost:
 
         options = comfy.model_patcher.create_model_options_clone(options)
         # The last wrapper is next to the network, behind caches that may skip it.
-        comfy.patcher_extension.add_wrapper_with_key(
-            WrappersMP.DIFFUSION_MODEL, KEY, count, options, is_model_options=True
-        )
+        add_wrapper_with_key(WrappersMP.DIFFUSION_MODEL, KEY, count, options, is_model_options=True)
         return options
 
     def ask(self, model: Any, name: str, entries: Iterable[dict[str, Any]]) -> None:

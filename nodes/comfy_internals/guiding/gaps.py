@@ -22,15 +22,8 @@ from ....guidance.terms import Source
 
 # What limits an entry, as nodes write it and as core processes it. An entry with none of these covers everything.
 _LIMITS = {
-    "area",
-    "mask",
-    "strength",
-    "start_percent",
-    "end_percent",
-    "clip_start_percent",
-    "clip_end_percent",
-    "timestep_start",
-    "timestep_end",
+    *("area", "mask", "strength", "timestep_start", "timestep_end"),
+    *("start_percent", "end_percent", "clip_start_percent", "clip_end_percent"),
 }
 # Entries that make core run models; without them it only weighs pixels.
 _RUNS_MODELS = {"control", "gligen", "hooks", "model_conds"}
@@ -53,10 +46,7 @@ def covered(entries: list[dict[str, Any]], x: Tensor, timestep: Tensor) -> Tenso
     """
     if not may_have_gaps(entries):
         return None
-    bare = [
-        {**{key: value for key, value in entry.items() if key not in _RUNS_MODELS}, "model_conds": {}}
-        for entry in entries
-    ]
+    bare = [{key: entry[key] for key in entry if key not in _RUNS_MODELS} | {"model_conds": {}} for entry in entries]
     (applies,) = comfy.samplers.calc_cond_batch(_model_of_ones().model, [bare], x, timestep, {})
     where = applies > 0
     return None if bool(where.all()) else where

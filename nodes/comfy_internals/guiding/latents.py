@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ....guidance.errors import Problem
 
+_EMPTY_RATIO = "downscale_ratio_spacial"
 _TINY = 64  # latent pixels; as many as one of a large model's deepest level stands for
 
 
@@ -40,18 +41,15 @@ def check_latent(samples: Tensor) -> None:
 
 @contextlib.contextmanager
 def large_enough(samples: Tensor) -> Iterator[None]:
-    """Turn torch's error about a latent that is too small into a Problem: networks that normalise over groups of
-    channels and pixels cannot do so over a single value.
-    """
+    """Turn torch's error about a latent that is too small into a Problem: nothing can be normalised over one value."""
     try:
         yield
     except ValueError as problem:
         size = list(samples.shape[2:])
         if isinstance(problem, Problem) or math.prod(size) > _TINY:
             raise
-        raise Problem(
-            f"Expected a latent that is large enough for its models, got {size} pixels: {problem}"
-        ) from problem
+        words = f"Expected a latent that is large enough for its models, got {size} pixels: {problem}"
+        raise Problem(words) from problem
 
 
 def sample_latent(
@@ -63,16 +61,16 @@ def sample_latent(
     scheduler: str,
     denoise: float,
 ) -> dict[str, Any]:
-    """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG.
-
-    Same noise (batch_index included), noise mask, sigmas and preview.
-    """
+    """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG: noise, mask, sigmas, preview."""
     check_latent(latent["samples"])
     mask = latent.get("noise_mask")
     if mask is not None and not mask.is_nested and not (mask.numel() and torch.isfinite(mask).all()):
         raise Problem("Expected a noise mask of finite numbers and at least one pixel, found none, NaN or infinity.")
     model = guider.model_patcher
-    samples = _fix_empty_latent(model, latent)
+    # Gives an empty latent the model's shape; newer versions also look at the factor it was made for.
+    fix = comfy.sample.fix_empty_latent_channels
+    factor = [latent.get(_EMPTY_RATIO)] if len(inspect.signature(fix).parameters) > 2 else []
+    samples = fix(model, latent["samples"], *factor)
     _check_kind(model, samples)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     plan = comfy.samplers.KSampler(
@@ -109,13 +107,3 @@ def _check_kind(model: ModelPatcher, samples: Tensor) -> None:
             f"Expected a latent of the model's kind, {channels} channels and {dimensions} dimensions a picture, got "
             f"one of shape {list(samples.shape)}; use the Empty Latent or the VAE of the model's family."
         )
-
-
-_EMPTY_RATIO = "downscale_ratio_spacial"
-
-
-def _fix_empty_latent(model: ModelPatcher, latent: dict[str, Any]) -> Tensor:
-    """Give an empty latent the model's shape; newer versions also look at the factor it was made for."""
-    fix = comfy.sample.fix_empty_latent_channels
-    extra = [latent.get(_EMPTY_RATIO)] if len(inspect.signature(fix).parameters) > 2 else []
-    return fix(model, latent["samples"], *extra)

@@ -19,9 +19,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_patcher
-import comfy.patcher_extension
 import comfy.samplers
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from .calls import KEY, NEGATIVE, POSITIVE, Calls, Conditionings
@@ -49,9 +48,7 @@ def run_prior(
     timestep: Tensor,
     model_options: dict[str, Any],
 ) -> dict[str, Tensor]:
-    """The prior's denoised predictions [B, C, ...] on those conditionings; control and base through the hook that
-    replaces their evaluation, where there is one.
-    """
+    """The prior's denoised predictions [B, C, ...]; control and base through a hook that replaces this."""
     hook = model_options.get(CALC_COND_BATCH)
     if hook is None:
         return calls.run(model, conds, keys, x, timestep, model_options)
@@ -75,11 +72,20 @@ def apply_hooks(
 ) -> Tensor:
     """The denoised result [B, C, ...] after the pre-cfg, cfg and post-cfg hooks of `model_options`.
 
-    as_cfg: (c_eff, D_u, W) of `Step.effective`. control_prediction: gives D_control when a hook runs the model again;
-    evaluated only then. conds: the processed conditionings of control and base.
+    as_cfg: (c_eff, D_u, W) of `Step.effective`. control_prediction: gives D_control, where a hook runs the model again
+    on `control_cond`, which then answers around c_eff. conds: the processed conditionings of control and base.
     """
     (effective, base, scale), (control_cond, base_cond) = as_cfg, conds
-    options = _with_translation(model, effective, control_prediction, control_cond, x, model_options)
+
+    def translate(executor: Any, ran: Any, conds: list, x_in: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+        outputs = executor(ran, conds, x_in, *args, **kwargs)
+        if ran is model and x_in.shape == x.shape and any(cond is control_cond for cond in conds):
+            shift = effective - control_prediction()
+            outputs = [out + shift if cond is control_cond else out for cond, out in zip(conds, outputs)]
+        return outputs
+
+    options = comfy.model_patcher.create_model_options_clone(model_options)
+    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, translate, options, is_model_options=True)
     predictions = [effective, base]
     for hook in model_options.get("sampler_pre_cfg_function", []):
         predictions = hook(
@@ -94,38 +100,5 @@ def apply_hooks(
                 "model_options": options,
             }
         )
-    return comfy.samplers.cfg_function(
-        model,
-        predictions[0],
-        predictions[1],
-        scale,
-        x,
-        timestep,
-        model_options=options,
-        cond=control_cond,
-        uncond=base_cond,
-    )
-
-
-def _with_translation(
-    model: Any,
-    effective: Tensor,
-    control_prediction: Callable[[], Tensor],
-    control_cond: list,
-    x: Tensor,
-    model_options: dict[str, Any],
-) -> dict[str, Any]:
-    """`model_options` in which running `model` on `control_cond` answers around c_eff instead of D_control."""
-
-    def translate(executor: Any, ran: Any, conds: list, x_in: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
-        outputs = executor(ran, conds, x_in, *args, **kwargs)
-        if ran is model and x_in.shape == x.shape and any(cond is control_cond for cond in conds):
-            shift = effective - control_prediction()
-            outputs = [out + shift if cond is control_cond else out for cond, out in zip(conds, outputs)]
-        return outputs
-
-    options = comfy.model_patcher.create_model_options_clone(model_options)
-    comfy.patcher_extension.add_wrapper_with_key(
-        WrappersMP.CALC_COND_BATCH, KEY, translate, options, is_model_options=True
-    )
-    return options
+    given = {"model_options": options, "cond": control_cond, "uncond": base_cond}
+    return comfy.samplers.cfg_function(model, predictions[0], predictions[1], scale, x, timestep, **given)
