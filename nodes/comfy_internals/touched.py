@@ -59,15 +59,15 @@ comfy.model_patcher
         patches_uuid; pre_run(); restore_hook_patches(); set_additional_models(key, models); weight_wrapper_patches;
         wrappers
 comfy.model_sampling
-    CONST?; COSMOS_RFLOW?; EDM; EPS; IMG_TO_IMG?; ModelSamplingDiscrete(*, zsnr); V_PREDICTION; X0
+    CONST; COSMOS_RFLOW; EDM; EPS; IMG_TO_IMG; ModelSamplingDiscrete(*, zsnr); V_PREDICTION; X0
     ModelSamplingDiscrete: percent_to_sigma(percent); sigma_max; sigma_min
 comfy.ops
     CastWeightBiasOp; cast_bias_weight(s, input, *, offloadable);
         uncast_bias_weight(s, weight, bias, offload_stream)
 comfy.patcher_extension
     add_wrapper_with_key(wrapper_type, key, wrapper, transformer_options, *, is_model_options)
-    WrappersMP: APPLY_MODEL; CALC_COND_BATCH; DIFFUSION_MODEL; OUTER_SAMPLE?; PREDICT_NOISE?; PREPARE_SAMPLING?;
-        SAMPLER_SAMPLE?
+    WrappersMP: APPLY_MODEL; CALC_COND_BATCH; DIFFUSION_MODEL; OUTER_SAMPLE; PREDICT_NOISE; PREPARE_SAMPLING;
+        SAMPLER_SAMPLE
 comfy.sample
     fix_empty_latent_channels(model, latent_image); prepare_noise(latent_image, seed, noise_inds)
 comfy.sampler_helpers
@@ -113,20 +113,9 @@ comfy.utils
     ProgressBar: current; total; update(value); update_absolute(value, total, preview)
 comfy_api.latest
     ComfyExtension
-    io.Boolean: Input
-    io.Clip: Input; Output
-    io.Combo: Input
-    io: ComfyNode; Custom; Input; NodeOutput; Schema
-    io.Conditioning: Input
-    io.Float: Input
-    io.Guider: Output
-    io.Hidden: prompt
-    io.Image: Input; Output
-    io.Int: Input
-    io.Latent: Input; Output
-    io.Model: Input; Output
-    io.String: Input; Output
-    io.Vae: Input; Output
+    io: ComfyNode; Custom; Hidden.prompt; Input; NodeOutput; Schema; Boolean.Input; Clip.Input; Clip.Output;
+        Combo.Input; Conditioning.Input; Float.Input; Guider.Output; Image.Input; Image.Output; Int.Input; Latent.Input;
+        Latent.Output; Model.Input; Model.Output; String.Input; String.Output; Vae.Input; Vae.Output
     ui: PreviewImage(image, *, cls); PreviewText
 comfy_execution.graph_utils
     ExecutionBlocker(message)

@@ -30,11 +30,7 @@ KEY = "indomain_guidance"
 # Keys of wrappers that take any number of conditionings: core's EasyCache knows each by its own name, and compiled code
 # remembers nothing.
 _ANY_NUMBER = {"easycache", "torch.compile", KEY}
-_AROUND_THE_MODEL = tuple(
-    getattr(WrappersMP, name)
-    for name in ("CALC_COND_BATCH", "APPLY_MODEL", "DIFFUSION_MODEL")
-    if hasattr(WrappersMP, name)
-)
+_AROUND_THE_MODEL = (WrappersMP.CALC_COND_BATCH, WrappersMP.APPLY_MODEL, WrappersMP.DIFFUSION_MODEL)
 
 
 def function_wrappers(options: Mapping[str, Any]) -> list[str]:
@@ -117,7 +113,7 @@ class Calls:
     ) -> dict[str, Tensor]:
         """The denoised predictions [B, C, ...] on the conditionings of those names, in as few calls as can be.
 
-        Raises GuidanceError for a method that keeps what it remembers on the model, where more than two would share it.
+        Raises GuidanceError for a method that stores what it remembers where others would read it.
         """
         pair = [key if key in keys else None for key in (self._first, NEGATIVE)]
         others = [key for key in keys if key not in pair]
@@ -177,11 +173,7 @@ def _predict(
 
 
 def forget_adapter_outputs(conds: Conditionings) -> None:
-    """Have T2I-Adapters with several hint images run again for the next call.
-
-    They keep their output in the batch size of the first call. Core's calls in one run are alike; those of several
-    models are not, and core only logs that a control could not be applied.
-    """
+    """Have T2I-Adapters with several hint images run again: they keep their output in the first call's batch size."""
     for control in controls(conds).values():
         while control is not None:
             if getattr(control, "control_input", None) is not None and control.cond_hint_original.shape[0] > 1:

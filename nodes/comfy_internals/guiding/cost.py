@@ -25,7 +25,7 @@ class Cost:
         self._open: dict[tuple[int, str], list[Any]] = {}
 
     def watch(self, model: Any, options: dict[str, Any]) -> dict[str, Any]:
-        """model_options with a wrapper that counts passes through the network, where something may save or repeat them."""
+        """model_options with a wrapper that counts passes through the network, where some may be saved or repeated."""
         easycache = "easycache" in options.get("transformer_options", {})
         if not (easycache or function_wrappers(options) or has_hooks(options)):
             return options

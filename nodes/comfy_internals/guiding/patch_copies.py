@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 import types
 from collections import deque
 from collections.abc import Mapping
@@ -57,9 +58,7 @@ class PatchCopies:
             items = [self._copy(item) for item in value]
             unchanged = all(new is old for new, old in zip(items, value))
             return value if unchanged else getattr(value, "_make", tuple)(items)
-        if isinstance(value, list):
-            return self._list(value)
-        if isinstance(value, (dict, set, deque)):
+        if isinstance(value, (list, dict, set, deque)):
             return self._container(value)
         if isinstance(value, _NEVER) or not (hasattr(value, "__dict__") or _slots(value)) or _foreign(type(value)):
             return value
@@ -69,18 +68,13 @@ class PatchCopies:
         self._copies[id(value)] = (made, value)
         return made
 
-    def _list(self, value: list) -> list:
-        made = self._keep(value, [])
-        made += [self._copy(item) for item in value]
-        if not _is_state(value) and all(new is old for new, old in zip(made, value)):
-            return self._keep(value, value)
-        return made
-
     def _container(self, value: Any) -> Any:
         made = self._keep(value, copy.copy(value))
         if not isinstance(made, set):
             for key, item in value.items() if isinstance(value, dict) else enumerate(value):
                 made[key] = self._copy(item)
+        if isinstance(value, list) and not _is_state(value) and all(map(operator.is_, made, value)):
+            return self._keep(value, value)
         return made
 
     def _function(self, value: types.FunctionType) -> types.FunctionType:

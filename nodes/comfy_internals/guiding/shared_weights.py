@@ -7,6 +7,7 @@ both run with the weights that were patched in last, without any warning.
 from __future__ import annotations
 
 import copy
+import operator
 import weakref
 from contextlib import suppress
 from typing import Any
@@ -23,24 +24,20 @@ LOG = logger(__name__)
 _COPYABLE_OBJECTS = {"model_sampling", "latent_format"}
 
 
-# Copies made so far, as long as the MODEL they were made for is kept: a queue that changes only a seed brings the same
-# MODELs again, in a new guider.
+# Copies made so far: a queue that changes only a seed brings the same MODELs again, in a new guider.
 _copies: weakref.WeakKeyDictionary[ModelPatcher, ModelPatcher] = weakref.WeakKeyDictionary()
 
 
 def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
-    """Whether two MODELs on one module can run without touching it in between.
+    """Whether two MODELs can run on one module without touching it in between.
 
     Stricter than core's `clone_has_same_weights` in object patches (such as another noise schedule), and more lenient
     in what does not reach the weights (wrappers, callbacks).
     """
-    if a is b:
-        return True
-    if a.model is not b.model:
-        return False
     same_patches = (not a.patches and not b.patches) or a.patches_uuid == b.patches_uuid
-    return (
-        same_patches
+    return a is b or (
+        a.model is b.model
+        and same_patches
         and a.hook_patches.keys() == b.hook_patches.keys()
         and _same_values(a.object_patches, b.object_patches)
         and _same_values(a.weight_wrapper_patches, b.weight_wrapper_patches)
@@ -50,19 +47,18 @@ def same_weights(a: ModelPatcher, b: ModelPatcher) -> bool:
 
 
 def _same_values(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[key] is b[key] or _same_list(a[key], b[key]) for key in a)
+    def same(one: Any, other: Any) -> bool:
+        both_lists = isinstance(one, list) and isinstance(other, list) and len(one) == len(other)
+        return one is other or (both_lists and all(map(operator.is_, one, other)))
 
-
-def _same_list(a: Any, b: Any) -> bool:
-    return isinstance(a, list) and isinstance(b, list) and len(a) == len(b) and all(x is y for x, y in zip(a, b))
+    return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
 
 
 def on_own_weights(patcher: ModelPatcher) -> ModelPatcher | None:
-    """The same MODEL on a private copy of its module, so that it can be loaded beside its siblings.
+    """The same MODEL on a private copy of its module, which lives as long as `patcher` does.
 
-    The copy is made once and lives as long as `patcher` does. None where a copy cannot stand in for the original
-    (something else holds on to the module: compiled code, injections, wrappers, dynamic loading) or where main memory
-    does not allow it.
+    None where main memory does not allow it, or where something else holds on to the module (compiled code, injections,
+    wrappers, dynamic loading).
     """
     if not _is_copyable(patcher):
         return None

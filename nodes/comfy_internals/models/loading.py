@@ -23,7 +23,6 @@ from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet,
 from ....guidance.networks.unet_config import UNetConfig
 from ....training.mini_world import MINI_WORLD
 from .domain_info import DomainInfo
-from .folders import DOMAIN_UNETS
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .text_free import TextFree, mixed, module_key, remove_text, without_text
 
@@ -43,22 +42,9 @@ LATENT_FORMATS = {
 MODEL_TYPES = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
 
 
-def find_domain_unet(name: str) -> Path:
-    """The path of a listed file. Raises FileProblem that says what became of it, and where files belong."""
-    if not DOMAIN_UNETS.listed():
-        raise FileProblem(
-            f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {DOMAIN_UNETS.own()} "
-            "(or make one with the Text-Free UNet node) and refresh the editor."
-        )
-    return DOMAIN_UNETS.find(name)
-
-
 def ordinary_tensors() -> contextlib.AbstractContextManager:
     """Leave ComfyUI's inference mode: tensors made in it can never take part in autograd."""
     return torch.inference_mode(False)
-
-
-# ---- models -----------------------------------------------------------------------------------------------------
 
 
 class PlainUNetConfig(comfy.supported_models_base.BASE):
@@ -104,15 +90,8 @@ def _mini_world_component(name: str) -> tuple[dict[str, Tensor], dict[str, str]]
     return assets.read_component(name)
 
 
-def _mini_world_latent_format() -> MiniWorldLatentFormat:
-    return MiniWorldLatentFormat(_mini_world_component("autoencoder")[1])
-
-
 def _model_config(config: UNetConfig, state_dict: Mapping[str, Tensor], latent_format: str | None, source: str):
-    """Core's configuration object for an architecture: core's family where there is one, else a plain UNet.
-
-    Raises FileProblem when the latent space the file names is unknown or is not the one its family works in.
-    """
+    """Core's configuration for an architecture: of its family where there is one, else a plain UNet's."""
     if latent_format is not None and latent_format not in LATENT_FORMATS:
         raise FileProblem(
             f"{source}: expected a latent space out of {', '.join(LATENT_FORMATS)}, found '{latent_format}'; this file "
@@ -138,7 +117,7 @@ def _model_config(config: UNetConfig, state_dict: Mapping[str, Tensor], latent_f
     model_config = PlainUNetConfig(core)
     model_config.unet_config.update(num_heads=config.num_heads, num_head_channels=config.num_head_channels)
     if latent_format == MINI_WORLD:
-        model_config.latent_format = _mini_world_latent_format()
+        model_config.latent_format = MiniWorldLatentFormat(_mini_world_component("autoencoder")[1])
     else:
         model_config.latent_format = LATENT_FORMATS[latent_format]()
     return model_config
@@ -166,8 +145,8 @@ def build_unet_model(
 ):
     """A ModelPatcher around core's UNet for LDM weights (keys without prefix), with text or text-free.
 
-    prediction_type: None leaves it to core's detection. source: what to call the weights in an error message.
-    Call it outside inference mode, else the weights can never take part in autograd.
+    prediction_type: None leaves it to core's detection. source: of the weights, for messages. Call it outside inference
+    mode, else the weights can never take part in autograd.
     """
     if prediction_type is not None and prediction_type not in MODEL_TYPES:
         raise FileProblem(
@@ -216,8 +195,8 @@ def build_unet_model(
 def load_domain_unet(path: str, weight_dtype: str = "default", disable_dynamic: bool = False):
     """A domain model file as a ModelPatcher; also the factory from which newer ComfyUI versions make deep copies.
 
-    Text-free files and this project's own full UNets are built here; other full UNets go through core's loader.
-    Raises FileProblem for files that are missing, damaged, not finite, of another family or another latent space.
+    Text-free files and this project's own full UNets are built here; other full UNets go through core's loader. Raises
+    FileProblem.
     """
     file = ModelFile(path)
     layout = unet_layout(file.keys, path, metadata=file.metadata)
@@ -260,9 +239,6 @@ def _load_core_unet(path: str, weight_dtype: str):
     check_finite({key: tensor for key, tensor in weights.items() if type(tensor) is Tensor}, path)
     patcher.model.indomain_domain = DomainInfo(Path(path).stem, str(path), "full", None)
     return patcher
-
-
-# ---- the mini world ---------------------------------------------------------------------------------------------
 
 
 def load_mini_world() -> tuple:

@@ -49,10 +49,7 @@ class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):
 
 
 class CachedText(CrossAttention):
-    """The `cached` form, mixed into core's cross-attention: queries of the image attend to the frozen keys and values.
-
-    `to_k` and `to_v` answer core and replace patches with the frozen tokens; everything else is core's own.
-    """
+    """The `cached` form, mixed into core's cross-attention: `to_k` and `to_v` answer with the frozen tokens."""
 
     absent = ("attn2.to_k.weight", "attn2.to_v.weight")
 
@@ -76,8 +73,7 @@ class CachedText(CrossAttention):
 
 
 class NoText(CrossAttention):
-    """The `constant` form, mixed into core's cross-attention: it adds nothing, since the constant is folded into the
-    output bias of attn1.
+    """The `constant` form, mixed into core's cross-attention: it adds nothing, the constant is in the bias of attn1.
 
     The projections exist for patches that replace the attention: such a patch runs, and its result is dropped.
     """
@@ -86,11 +82,7 @@ class NoText(CrossAttention):
 
     absent = (
         *CachedText.absent,
-        "attn2.to_q.weight",
-        "attn2.to_out.0.weight",
-        "attn2.to_out.0.bias",
-        "norm2.weight",
-        "norm2.bias",
+        *("attn2.to_q.weight", "attn2.to_out.0.weight", "attn2.to_out.0.bias", "norm2.weight", "norm2.bias"),
     )
 
     def freeze(self, tokens: int) -> None:
@@ -117,9 +109,6 @@ class NoText(CrossAttention):
         return torch.zeros_like(x)
 
 
-ATTENTION_OF_FORM = {"constant": NoText, "cached": CachedText}
-
-
 def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
     """Make the cross-attention of every transformer block of a core UNet its text-free `form`, in place."""
     blocks: list[Any] = [part for part in unet.modules() if isinstance(part, attention.BasicTransformerBlock)]
@@ -129,7 +118,7 @@ def remove_text(unet: nn.Module, form: str, tokens: int) -> None:
                 "Text-free UNet: expected blocks whose first attention looks at the image only, found one that looks "
                 "at the text; this architecture has no text-free form."
             )
-        block.attn2.__class__ = mixed(ATTENTION_OF_FORM[form], type(block.attn2))
+        block.attn2.__class__ = mixed(NoText if form == "constant" else CachedText, type(block.attn2))
         block.attn2.freeze(tokens)
         if form == "constant":
             block.norm2 = nn.Identity()
@@ -141,9 +130,7 @@ class TextFree(BaseModel):
     indomain_text_reported = False
 
     def state_dict(self, *args, **kwargs) -> dict:
-        """As core's, with an empty tensor for each absent layer: core's LoRA loader looks for names here, and logs
-        every name that it does not find.
-        """
+        """As core's, with an empty tensor for each absent layer: core's LoRA loader logs every name that it misses."""
         found = super().state_dict(*args, **kwargs)
         if not args and not kwargs:
             found.update((name, torch.empty(0)) for name in absent_layers(self))
@@ -192,7 +179,7 @@ def absent_layers(model: TextFree) -> list[str]:
 
 
 class TextFreePatcher(ModelPatcher if TYPE_CHECKING else object):
-    """Mixed into core's patcher: weights of a LoRA for layers that read text are left out, with one warning.
+    """Mixed into core's patcher: a LoRA's weights for layers that read text are left out, with one warning.
 
     Core is told that those weights were taken, or it would log a line for each.
     """
