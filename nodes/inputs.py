@@ -27,10 +27,8 @@ LONGEST_FOREIGN = 20_000  # characters of a message that is not ours, such as to
 def checked(*files: str) -> Callable[[Callable], Callable]:
     """Decorator for a node's `execute`: raise Problem for input values that the node's schema does not allow.
 
-    An optional input that gets None, as over a link, has its default.
-    Errors, with those that caused them, are made safe to print, since core writes them into its log.
-
-    files: inputs that list files, whose choices change while ComfyUI runs; only that they are text is checked.
+    An optional input that gets None, as over a link, has its default. Errors are made safe to print, since core writes
+    them into its log. files: inputs that list files, whose choices change; only that they are text is checked.
     """
 
     def decorate(execute: Callable) -> Callable:
@@ -39,8 +37,7 @@ def checked(*files: str) -> Callable[[Callable], Callable]:
         @functools.wraps(execute)
         def run(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> Any:
             bound = signature.bind(cls, *args, **kwargs).arguments
-            more = next((name for name, value in signature.parameters.items() if value.kind is value.VAR_KEYWORD), None)
-            check_inputs(cls, {**bound, **bound.get(more or "", {})}, files)
+            check_inputs(cls, {**bound, **kwargs}, files)
             optional = {entry.id for entry in (cls.SCHEMA or cls.GET_SCHEMA()).inputs if entry.optional}
             kwargs = {name: value for name, value in kwargs.items() if value is not None or name not in optional}
             try:
@@ -92,10 +89,8 @@ def check_inputs(node: type[io.ComfyNode], values: Mapping[str, Any], files: tup
         given = values.get(entry.id)
         several = given if schema.is_input_list and isinstance(given, list) else [given]
         if len(several) > LONGEST_LIST:
-            raise Problem(
-                f"{schema.display_name}: expected at most {LONGEST_LIST:,} values of {entry.id}, "
-                f"found {len(several):,}."
-            )
+            expected = f"expected at most {LONGEST_LIST:,} values of {entry.id}"
+            raise Problem(f"{schema.display_name}: {expected}, found {len(several):,}.")
         for value in several:
             # An input that is left out has its default; None over a link is allowed only for optional inputs.
             left_out = value is None and (entry.optional or entry.id not in values)

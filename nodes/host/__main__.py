@@ -70,26 +70,19 @@ def test(order: dict) -> int:
         "import sys; tools = sys.argv.pop(1); sys.path[:] = [p for p in sys.path if p]; "
         "sys.path[:0] = [tools] if tools and tools not in sys.path else []; import pytest; sys.exit(pytest.main())"
     )
-    wanted = list(order["rest"])
-    if "--quick" in wanted:
-        wanted.remove("--quick")
+    wanted = [argument for argument in order["rest"] if argument != "--quick"]
+    if "--quick" in order["rest"]:
         wanted = [*_shared_out(_cores()), "-m", "not slow and not server", *wanted]
     wanted = wanted or _shared_out(_cores())
     return _child([sys.executable, "-c", start, order.get("tools") or "", *wanted], cwd=CHECKOUT)
 
 
 def lint(order: dict) -> int:
-    """Everything that is wrong with the code's style, format and types; 0 where nothing is.
-
-    fix: first mend what ruff can.
-    """
-    fixes = (["ruff", "check", "--fix", "--quiet", "."], ["ruff", "format", "."]) if order.get("fix") else ()
-    checks = (
-        *fixes,
-        ["ruff", "check", "."],
-        ["ruff", "format", "--check", "."],
-        ["pyright", "--pythonpath", sys.executable, "--warnings"],
-    )
+    """Everything that is wrong with the code's style, format and types; `fix`: first mend what ruff can."""
+    checks = [["ruff", "check", "."], ["ruff", "format", "--check", "."]]
+    checks.append(["pyright", "--pythonpath", sys.executable, "--warnings"])
+    if order.get("fix"):
+        checks[:0] = [["ruff", "check", "--fix", "--quiet", "."], ["ruff", "format", "."]]
     return max([_child([sys.executable, "-m", *check], cwd=CHECKOUT) for check in checks])
 
 
@@ -99,11 +92,8 @@ def _cores() -> int:
 
 
 def _shared_out(cores: int) -> list[str]:
-    """What tells pytest-xdist to share the test files out: file by file, since a file's tests share what is dear to
-    make, and to a few processes, since each may hold a ComfyUI.
-
-    The processes it starts must find the tools by PYTHONPATH, which not every Python reads.
-    """
+    """What tells pytest-xdist to share the tests out file by file, to a few processes that may each hold a ComfyUI."""
+    # The processes that it starts must find the tools by PYTHONPATH, which not every Python reads.
     shared = cores > 1 and not sys.flags.ignore_environment
     # Files in the order of their names: the benchmarks' and the servers', which take longest, come first.
     return ["-n", str(min(cores, MOST_TESTERS)), "--dist", "loadfile", "--no-loadscope-reorder"] if shared else []
@@ -130,15 +120,13 @@ def mini_world(order: dict) -> int:
 
 
 def _become(module: str, order: dict) -> int:
-    """Run a module in the place of this process, so that it gets every signal once and may take its time to save.
-
-    Windows has no such thing: there this process waits, and leaves Ctrl+C to the command, which shares the console.
-    """
+    """Run a module in the place of this process, so that it gets every signal once and may take its time to save."""
     command = [sys.executable, str(BOOTSTRAP), module, *order["rest"]]
     sys.stdout.flush()
     sys.stderr.flush()
     if os.name != "nt":
         os.execv(command[0], command)
+    # Windows has no such thing: this process waits, and leaves Ctrl+C to the command, which shares the console.
     for name in _ENDING:
         signal.signal(getattr(signal, name), lambda number, frame: None)
     return subprocess.call(command)

@@ -66,13 +66,7 @@ def unlink_folder(link: Path) -> None:
         os.rmdir(link)  # a junction goes, a real folder with content stays and raises
 
 
-def _libc() -> ctypes.CDLL | None:
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(None) if sys.platform == "linux" else None
-    return None
-
-
-_LIBC = _libc()
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _die_with_parent() -> None:
@@ -85,8 +79,7 @@ class ComfyServer:
     """Context manager: a running ComfyUI with this checkout as its only custom node pack.
 
     comfyui: the folder with ComfyUI's main.py. base: its base directory (models, input, output, user, database); None
-    makes one that is removed afterwards. python, flags: what runs it, and further command line flags. port: 0 for any
-    free one. It has `url`, `base`, `client` and `log_path`. Raises ServerProblem with the end of the log.
+    makes one that is removed afterwards. port: 0 for any free one. Raises ServerProblem with the end of the log.
     """
 
     def __init__(
@@ -106,13 +99,11 @@ class ComfyServer:
         self.fixed_port = port
         self.checkout = checkout
         self.start_timeout_s = start_timeout_s
-        self._owns_base = base is None
-        self._base_argument = base
+        self._given_base = base
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> ComfyServer:
-        base = self._base_argument or tempfile.mkdtemp(prefix="indomain-comfyui-")
-        self.base = Path(base).absolute()
+        self.base = Path(self._given_base or tempfile.mkdtemp(prefix="indomain-comfyui-")).absolute()
         self.log_path = self.base / "server.log"
         try:
             self._prepare_base()
@@ -152,7 +143,8 @@ class ComfyServer:
             self._spawn(port)
             if self._wait_until_ready(port):
                 return
-            taken = self._port_was_taken()
+            log = self.log_tail(400).lower()
+            taken = any(sign in log for sign in ("already in use", "errno 98", "errno 48", "10048", "10013"))
             self._end_process()
             if self.fixed_port or not taken or attempt == _ATTEMPTS - 1:
                 where = f" (is port {port} in use?)" if taken else ""
@@ -199,19 +191,12 @@ class ComfyServer:
             "its log is above."
         )
 
-    def _port_was_taken(self) -> bool:
-        log = self.log_tail(400).lower()
-        return any(sign in log for sign in ("already in use", "errno 98", "errno 48", "10048", "10013"))
-
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 
     def log(self) -> str:
         """All that the server has printed so far."""
-        try:
-            return self.log_path.read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return ""
+        return self.log_path.read_text(encoding="utf-8", errors="replace") if self.log_path.exists() else ""
 
     def log_tail(self, lines: int = 40) -> str:
         return "\n".join(self.log().splitlines()[-lines:])
@@ -229,7 +214,7 @@ class ComfyServer:
         try:
             self._end_process()
         finally:
-            if self._owns_base:
+            if self._given_base is None:
                 unlink_folder(self.base / "custom_nodes" / PACK_NAME)
                 shutil.rmtree(self.base, ignore_errors=True)
 
@@ -238,11 +223,10 @@ class ComfyServer:
         if process is None:
             return
         try:
-            if process.poll() is None:
-                self._signal_group(process, signal.SIGTERM)
-                process.wait(patience_s)
-        except subprocess.TimeoutExpired:
-            pass
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                if process.poll() is None:
+                    self._signal_group(process, signal.SIGTERM)
+                    process.wait(patience_s)
         finally:
             # Whatever came of the polite way, nothing of the group is left behind.
             self._signal_group(process, getattr(signal, "SIGKILL", signal.SIGTERM))

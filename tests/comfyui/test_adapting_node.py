@@ -326,7 +326,7 @@ def test_a_cancel_in_the_middle_of_a_step_lets_it_be_finished(comfyui, adapt, wo
 
 def test_a_cancel_does_not_hold_what_it_interrupted(comfyui):
     """While the step is done once more, the first try's tensors are gone."""
-    progress, kept = module("nodes.comfy_internals.runs.progress").RunProgress(), []
+    progress, kept = module("nodes.comfy_internals.progress").RunProgress(), []
     interruption = comfyui.model_management.InterruptProcessingException
 
     def step():

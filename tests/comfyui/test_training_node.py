@@ -284,7 +284,7 @@ def test_the_cache_of_node_outputs_looks_behind_links_as_training_does(world):
 def test_what_is_shown_of_a_cancelled_run_says_what_was_saved_and_where(world):
     from indomain_guidance.training.engine.events import Stopped
 
-    describe = module("nodes.comfy_internals.runs.progress").describe
+    describe = module("nodes.comfy_internals.progress").describe
     assert describe(Stopped(0, "")) == "stopped before the first step; nothing was trained"
     shown = "stopped and saved at step 7 in /runs/x/step-7; run again to continue"
     assert describe(Stopped(7, "/runs/x/step-7")) == shown
@@ -353,7 +353,7 @@ def test_connected_prior_becomes_a_domain_model(comfyui, mini, train, pictures, 
         options={"sample_count": 2, "sample_steps": 2, "sample_prompts": ("a red seven",)},
     )
     assert made.path == str(world.tmp / "models" / "domain_unets" / "made.safetensors")
-    info = module("nodes.comfy_internals.models.domain_info").domain_info(made.model)
+    info = module("nodes.comfy_internals.models.text_free").domain_info(made.model)
     assert (info.form, info.metadata.steps, info.metadata.latent_format) == (form, 3, "mini_world")
     prior_weights = prior.model.diffusion_model.state_dict()
     assert info.metadata.prior_hash == module("guidance.files").prior_content_hash(prior_weights)

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP
 from ....guidance.combination import Guidance
 from ....guidance.errors import GuidanceError, logger
 from ....guidance.schedules import Constant
-from ..models.domain_info import domain_info, is_text_free
+from ..models.text_free import domain_info, is_text_free
 from .calls import NEGATIVE, POSITIVE, Conditionings
 from .gaps import limited_to_area
 
@@ -276,13 +276,7 @@ class Remarks:
 
     def on_scale(self, wanted: float, total: float) -> None:
         """A scale was set beside terms that are more than a plain CFG; total: the weights' sum with it."""
+        effect = "it has no effect where the weights of its terms cancel each other"
         if math.isclose(wanted, total, abs_tol=1e-12):
-            self._say(
-                "the scale of this guider (cfg) was set from outside; it is the total weight here, and scales all "
-                "terms alike."
-            )
-        else:
-            self._say(
-                "the scale of this guider (cfg) was set from outside; it has no effect where the weights of its terms "
-                "cancel each other."
-            )
+            effect = "it is the total weight here, and scales all terms alike"
+        self._say(f"the scale of this guider (cfg) was set from outside; {effect}.")

@@ -21,9 +21,9 @@ from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import POOLED_TEXT_ADM, NullContext, build_cached, build_constant
 from ....guidance.probes import Probes, collect_probes, unconditional_error
 from ..progress import ProgressBar
-from .domain_info import domain_info
 from .folders import DOMAIN_UNETS
 from .loading import LATENT_FORMATS, SAME_LISTS, SAME_NUMBERS, load_domain_unet
+from .text_free import domain_info
 
 NODE = "Text-Free UNet"
 PREFIX = "diffusion_model."

@@ -22,9 +22,8 @@ from torch import Tensor
 from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
 from ....guidance.networks.unet_config import UNetConfig
 from ....training.mini_world import MINI_WORLD
-from .domain_info import DomainInfo
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
-from .text_free import TextFree, mixed, module_key, remove_text, without_text
+from .text_free import DomainInfo, TextFree, mixed, module_key, remove_text, without_text
 
 WEIGHT_DTYPES = {
     "default": None,

@@ -1,4 +1,4 @@
-"""What makes a ComfyUI model text-free: core's own classes, with a few methods of ours in front.
+"""Text-free models in ComfyUI: core's own classes, with a few methods of ours in front, and what is known of a MODEL.
 
 Core's `BasicTransformerBlock` keeps its `attn2`, changed in place, because `attn2 = None` makes core add the
 self-attention twice. Every weight sits in a leaf module that core's loader knows how to cast, move and patch.
@@ -7,6 +7,7 @@ self-attention twice. Every weight sits in a leaf module that core's loader know
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import comfy.ops
@@ -16,6 +17,7 @@ from comfy.model_patcher import ModelPatcher
 from torch import Tensor, nn
 
 from ....guidance.errors import Problem, logger
+from ....guidance.files import DomainMetadata
 from ....guidance.null_text import POOLED_TEXT_ADM
 
 if TYPE_CHECKING:
@@ -28,6 +30,27 @@ else:
 LOG = logger(__name__)
 POOLED_TEXT_WIDTH = 1280
 _MIXED: dict[tuple[type, type], type] = {}
+
+
+@dataclass(frozen=True)
+class DomainInfo:
+    """The domain model in a MODEL."""
+
+    name: str
+    path: str
+    form: str  # "constant" or "cached" (text-free), "full" (a fine-tuned UNet that still takes text)
+    metadata: DomainMetadata | None
+
+
+def domain_info(patcher: ModelPatcher) -> DomainInfo | None:
+    """The domain model in a MODEL from this pack's loaders; None for any other MODEL."""
+    return getattr(patcher.model, "indomain_domain", None)
+
+
+def is_text_free(patcher: ModelPatcher) -> bool:
+    """Whether a MODEL from this pack's loaders takes no text."""
+    info = domain_info(patcher)
+    return info is not None and info.form != "full"
 
 
 class FrozenTokens(nn.Module, comfy.ops.CastWeightBiasOp):

@@ -21,12 +21,12 @@ from ....guidance.files import LoadedGenerator
 from ....guidance.schedules import Constant
 from ....guidance.terms import Term
 from ..guiding.sampling_hooks import PREDICTION_HOOKS
-from ..models.domain_info import domain_info
 from ..models.folders import GENERATORS
 from ..models.generators import GraphGenerator
+from ..models.text_free import domain_info
+from ..progress import RunProgress
 from .critic import NODE, CriticInputs, native_side
 from .execution import finish_run
-from .progress import RunProgress
 
 if TYPE_CHECKING:
     from ....training.adaptation.config import AdaptConfig

@@ -21,8 +21,8 @@ from ....guidance.errors import Problem
 from ....guidance.terms import Term
 from ..guiding.compatibility import display_name, noise_family
 from ..guiding.predictions import SOURCE, UNWANTED, PredictionGuider, Predictions, to_the_end
-from ..models.domain_info import is_text_free
 from ..models.loading import LATENT_FORMATS
+from ..models.text_free import is_text_free
 
 NODE = "Adapt Generator"
 # Without the text's vector, core would fail in the middle of the first prediction.

@@ -14,8 +14,7 @@ import comfy.model_management
 
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem
-from ..progress import uncancelled
-from .progress import RunProgress
+from ..progress import RunProgress, uncancelled
 
 if TYPE_CHECKING:
     from ....training.engine.run import Result

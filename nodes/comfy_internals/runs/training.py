@@ -19,9 +19,9 @@ from ....guidance.files import read_keys
 from ....training.mini_world import MINI_WORLD
 from ..models.folders import DOMAIN_UNETS
 from ..models.loading import load_domain_unet, load_mini_world_prior
+from ..progress import RunProgress
 from .execution import finish_run, finished_file
 from .prior import NODE
-from .progress import RunProgress
 
 if TYPE_CHECKING:
     from ....training.domain.config import TrainConfig

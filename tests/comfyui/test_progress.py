@@ -22,7 +22,7 @@ def test_a_cancel_is_noticed_at_the_next_update(comfyui):
 def test_the_steps_of_a_run_are_shown_after_its_images_were_encoded(comfyui, monkeypatch):
     shown_by, events = (
         importlib.import_module(f"indomain_guidance.{name}")
-        for name in ("nodes.comfy_internals.runs.progress", "training.engine.events")
+        for name in ("nodes.comfy_internals.progress", "training.engine.events")
     )
     shown = []
     monkeypatch.setattr(
