@@ -33,21 +33,9 @@ ON_THE_NODE: dict[str, dict[str, Any]] = {
     "seed": widgets.SEED_OF_A_RUN,
 }
 DECIDED_HERE = (
-    "generator",
-    "base",
-    "prompt",
-    "negative",
-    "source_prompt",
-    "domain",
-    "domain_weight",
-    "output",
-    "export_to",
-    "vae",
-    "tokenizer",
-    "device",
-    "precision",  # the connected model and VAE have their own
-)
-
+    "generator base prompt negative source_prompt domain domain_weight output export_to vae tokenizer device "
+    "precision"  # the connected model and VAE have their own
+).split()
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = ("mode", "t_min", "t_max", "perceptual", "train", "truncation", "label", "gradient_checkpointing")
 
@@ -128,33 +116,13 @@ class AdaptGenerator(io.ComfyNode):
 
     @classmethod
     @checked()
-    def execute(
-        cls,
-        generator,
-        model,
-        vae,
-        positive,
-        negative,
-        resume: str,
-        terms=(),
-        source=None,
-        unwanted=None,
-        options: dict | None = None,
-        **values: Any,
-    ) -> io.NodeOutput:
+    def execute(cls, generator, resume: str, options: dict | None = None, **values: Any) -> io.NodeOutput:
         options = widgets.given_options(options, options_of_adapting(), "In-Domain Adapt Options")
         # What the method does not ask for costs no evaluation, and may change when the run goes on.
-        needed = prompts_of(METHODS[values["method"]])
-        critic = CriticInputs(
-            model,
-            vae,
-            positive,
-            negative,
-            values["scale"],
-            tuple(terms or ()),
-            source=source if "source" in needed else None,
-            unwanted=unwanted if "unwanted" in needed else None,
-        )
+        judge = ("model", "vae", "positive", "negative", "terms", *prompts_of(METHODS[values["method"]]))
+        connected = {name: values[name] for name in judge if values.get(name) is not None}
+        critic = CriticInputs(scale=values["scale"], **connected)
+        values = {name: values[name] for name in ON_THE_NODE}
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         config = adapting.config_of({**options, **values}, generator, critic, texts)
         execution.check_claim(config)

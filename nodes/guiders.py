@@ -190,14 +190,7 @@ class InDomainSampler(io.ComfyNode):
     @classmethod
     @checked()
     def execute(
-        cls,
-        latent_image,
-        seed: int,
-        steps: int,
-        sampler_name: str,
-        scheduler: str,
-        denoise: float = 1.0,
-        **guiding: Any,
+        cls, latent_image, seed: int, steps: int, sampler_name: str, scheduler: str, denoise=1.0, **guiding: Any
     ) -> io.NodeOutput:
         guider = in_domain_guider(**guiding)
         latent = sample_latent(guider, latent_image, seed, steps, sampler_name, scheduler, denoise)

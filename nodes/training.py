@@ -28,17 +28,7 @@ ON_THE_NODE: dict[str, dict[str, Any]] = {
 }
 DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device", "cache", "within")
 # What the options node shows at once, where the editor folds the rest away.
-USUAL_OPTIONS = (
-    "caption",
-    "train",
-    "rank",
-    "gradient_checkpointing",
-    "flip",
-    "optimizer",
-    "schedule",
-    "ema",
-    "sample_prompts",
-)
+USUAL_OPTIONS = "caption train rank gradient_checkpointing flip optimizer schedule ema sample_prompts".split()
 
 
 def options_of_training() -> list[str]:

@@ -74,7 +74,7 @@ comfy.sampler_helpers
     cleanup_additional_models(models); convert_cond(cond); get_additional_models_from_model_options(model_options);
         prepare_model_patcher(model, conds, model_options)
 comfy.samplers
-    CFGGuider(model_patcher); KSampler(model, *, steps, device, sampler, scheduler, denoise, model_options);
+    CFGGuider(model_patcher); KSampler(model, steps, device, sampler, scheduler, denoise, model_options);
         apply_empty_x_to_equal_area(conds, uncond, name, uncond_fill_func);
         calc_cond_batch(model, conds, x_in, timestep, model_options);
         cast_to_load_options(model_options, *, device, dtype);

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Prompt = Mapping[str, Mapping[str, Any]]
+OnEvent = Callable[[str, dict[str, Any]], None]
 
 # The first four bytes of a binary message that is a line of text for a node; all others are pictures.
 TEXT_MESSAGE = (3).to_bytes(4, "big")
@@ -119,13 +120,7 @@ class ComfyClient:
         """The file behind one image reference of a run's outputs."""
         return self.get_bytes(f"/view?{urllib.parse.urlencode(reference)}")
 
-    def run(
-        self,
-        prompt: Prompt,
-        *,
-        on_event: Callable[[str, dict[str, Any]], None] = lambda kind, data: None,
-        timeout_s: float = 900.0,
-    ) -> Run:
+    def run(self, prompt: Prompt, *, on_event: OnEvent = lambda kind, data: None, timeout_s: float = 900.0) -> Run:
         """Submit `prompt` (API format) and follow it to its end, for at most `timeout_s`.
 
         on_event gets every event of this run (its type and data). Raises PromptRejected when a part of it was refused,
@@ -137,7 +132,7 @@ class ComfyClient:
         except asyncio.TimeoutError:  # a class of its own before Python 3.11
             raise TimeoutError(f"The run did not end within {timeout_s:.0f} s.") from None
 
-    async def _run(self, prompt: Prompt, on_event: Callable[[str, dict[str, Any]], None]) -> Run:
+    async def _run(self, prompt: Prompt, on_event: OnEvent) -> Run:
         import aiohttp
 
         client_id = uuid.uuid4().hex
@@ -176,7 +171,7 @@ class ComfyClient:
             raise PromptRejected(describe_rejection(answered, prompt), answered["node_errors"])
         return answered["prompt_id"]
 
-    async def _follow(self, socket: Any, run: Run, on_event: Callable[[str, dict[str, Any]], None]) -> Exception | None:
+    async def _follow(self, socket: Any, run: Run, on_event: OnEvent) -> Exception | None:
         """Follow the run to its last event; what made it fail, if anything did."""
         import aiohttp
 

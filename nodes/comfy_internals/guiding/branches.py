@@ -180,8 +180,8 @@ class Branches:
         self,
         prior: ModelPatcher,
         guidance: Guidance,
-        needed: Sequence[Source],
-        conditionings: NamedConditionings,
+        needed: list[Source],
+        named: NamedConditionings,
         conds: Conditionings,
     ) -> None:
         self.prior = prior
@@ -197,14 +197,14 @@ class Branches:
         for source in needed:
             if source.model is guidance.base.model or source.model in self._by_model:
                 continue
-            patcher = _static_if_hooked(source.model, [conds, conditionings.of_others])
+            patcher = _static_if_hooked(source.model, [conds, named.of_others])
             term = " and ".join(guidance.names(source))
             check_control_loras(source.model, source.cond, controls_of_prior, term)
             holder, weights = holders.get(id(patcher.model), (None, object()))
             if holder is not None and not same_weights(patcher, holder):
                 weights = object()
                 patcher, holder = _apart(patcher, holder, term)
-            names = [name for other, name in conditionings.names.items() if other.model is source.model]
+            names = [name for other, name in named.names.items() if other.model is source.model]
             branch = self._by_model[source.model] = Branch(patcher, term, weights, names)
             if holder is None:
                 holders[id(patcher.model)] = (patcher, weights)

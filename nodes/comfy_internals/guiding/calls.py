@@ -103,13 +103,7 @@ class Calls:
         self._known_to_caches.update(keys)
 
     def run(
-        self,
-        model: Any,
-        conds: Conditionings,
-        keys: Sequence[str],
-        x: Tensor,
-        timestep: Tensor,
-        options: dict[str, Any],
+        self, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict
     ) -> dict[str, Tensor]:
         """The denoised predictions [B, C, ...] on the conditionings of those names, in as few calls as can be.
 

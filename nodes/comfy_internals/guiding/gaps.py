@@ -57,11 +57,7 @@ Gaps = dict[Source, tuple[Tensor, Source]]
 
 
 def find_gaps(
-    guidance: Guidance,
-    sources: Iterable[Source],
-    entries: Callable[[Source], list[dict[str, Any]]],
-    x: Tensor,
-    timestep: Tensor,
+    guidance: Guidance, sources: Iterable[Source], entries: Callable[[Source], list[dict]], x: Tensor, timestep: Tensor
 ) -> Gaps:
     """The gaps of these sources, and of the references that fill them.
 

@@ -329,14 +329,9 @@ class TermGuider(SourceGuider):
                 predictions.update(self.predict_sources([control], x, timestep, model_options))
             return predictions[control]
 
+        as_cfg, conds = step.effective(guiding), (control_cond, base_cond)
         return sampling_hooks.apply_hooks(
-            self.inner_model,
-            step.effective(guiding),
-            control_prediction,
-            (control_cond, base_cond),
-            x,
-            timestep,
-            model_options,
+            self.inner_model, as_cfg, control_prediction, conds, x, timestep, model_options
         )
 
 

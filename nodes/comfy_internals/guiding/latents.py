@@ -6,7 +6,6 @@ import contextlib
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import comfy.model_management
 import comfy.sample
@@ -15,6 +14,7 @@ import comfy.utils
 import latent_preview
 import torch
 from comfy.model_patcher import ModelPatcher
+from comfy.samplers import CFGGuider
 from torch import Tensor
 
 from ....guidance.errors import Problem
@@ -53,14 +53,8 @@ def large_enough(samples: Tensor) -> Iterator[None]:
 
 
 def sample_latent(
-    guider: comfy.samplers.CFGGuider,
-    latent: dict[str, Any],
-    seed: int,
-    steps: int,
-    sampler_name: str,
-    scheduler: str,
-    denoise: float,
-) -> dict[str, Any]:
+    guider: CFGGuider, latent: dict, seed: int, steps: int, sampler_name: str, scheduler: str, denoise: float
+) -> dict:
     """Sample a LATENT as core's KSampler node does, with `guider` in place of its CFG: noise, mask, sigmas, preview."""
     check_latent(latent["samples"])
     mask = latent.get("noise_mask")
@@ -74,13 +68,7 @@ def sample_latent(
     _check_kind(model, samples)
     noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
     plan = comfy.samplers.KSampler(
-        model,
-        steps=steps,
-        device=model.load_device,
-        sampler=sampler_name,
-        scheduler=scheduler,
-        denoise=denoise,
-        model_options=model.model_options,
+        model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options
     )
     result = guider.sample(
         noise,

@@ -25,9 +25,10 @@ from .guider import TermGuider
 
 PROMPT, SOURCE, UNWANTED = "prompt", "source", "unwanted"
 Outcome = TypeVar("Outcome")
+Cancelled = Callable[[BaseException], None]  # told of a cancel, which then does not interrupt a step
 
 
-def to_the_end(call: Callable[..., Outcome], cancelled: Callable[[BaseException], None]) -> Callable[..., Outcome]:
+def to_the_end(call: Callable[..., Outcome], cancelled: Cancelled) -> Callable[..., Outcome]:
     """`call`, begun again where a cancel interrupts it, which `cancelled` is told.
 
     Core's layers raise a cancel in the middle of a pass; a step that is finished can be saved and gone on from.
@@ -116,7 +117,7 @@ class Predictions:
         self.guider, self.model_options = guider, model_options
         self.sources = guider.guidance.sources
         self.device: torch.device = guider.model_patcher.load_device
-        self.cancelled: Callable[[BaseException], None] | None = None
+        self.cancelled: Cancelled | None = None
         self._one_level_at_a_time = _depends_on_level(
             [*guider.conds.values(), *guider.conditionings.of_others.values()]
         )

@@ -40,23 +40,17 @@ def has_hooks(model_options: dict[str, Any]) -> bool:
 
 
 def run_prior(
-    calls: Calls,
-    model: Any,
-    conds: Conditionings,
-    keys: Sequence[str],
-    x: Tensor,
-    timestep: Tensor,
-    model_options: dict[str, Any],
+    calls: Calls, model: Any, conds: Conditionings, keys: Sequence[str], x: Tensor, timestep: Tensor, options: dict
 ) -> dict[str, Tensor]:
     """The prior's denoised predictions [B, C, ...]; control and base through a hook that replaces this."""
-    hook = model_options.get(CALC_COND_BATCH)
+    hook = options.get(CALC_COND_BATCH)
     if hook is None:
-        return calls.run(model, conds, keys, x, timestep, model_options)
+        return calls.run(model, conds, keys, x, timestep, options)
     pair = [conds[key] if key in keys else None for key in (POSITIVE, NEGATIVE)]
     others = [key for key in keys if key not in (POSITIVE, NEGATIVE)]
-    outputs = calls.run(model, conds, others, x, timestep, model_options) if others else {}
+    outputs = calls.run(model, conds, others, x, timestep, options) if others else {}
     if any(cond is not None for cond in pair):
-        hooked = hook({"conds": pair, "input": x, "sigma": timestep, "model": model, "model_options": model_options})
+        hooked = hook({"conds": pair, "input": x, "sigma": timestep, "model": model, "model_options": options})
         outputs.update(zip((POSITIVE, NEGATIVE), hooked))
     return outputs
 

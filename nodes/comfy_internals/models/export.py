@@ -48,13 +48,11 @@ def exported_config(model, node: str = NODE) -> UNetConfig:
     core = model.model.model_config.unet_config
     if core.get("use_temporal_attention") or core.get("use_temporal_resblock"):
         raise Problem(f"{node}: expected a UNet for images, found one for video; connect an image model.")
-    num_heads, head_channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     same: dict[str, Any] = {name: core[name] for name in SAME_NUMBERS}
     same |= {name: tuple(core[name]) for name in SAME_LISTS}
+    heads, channels = core.get("num_heads", -1), core.get("num_head_channels", -1)
     return UNetConfig(
-        **same,
-        num_heads=-1 if head_channels > 0 else num_heads,
-        num_head_channels=head_channels if head_channels > 0 else -1,
+        **same, num_heads=-1 if channels > 0 else heads, num_head_channels=channels if channels > 0 else -1
     )
 
 
@@ -233,12 +231,7 @@ def make_text_free(model, clip, form: str, path: Path, file_dtype: str, probe_si
 
 
 def _constant(
-    denoiser: Denoiser,
-    weights: dict[str, Tensor],
-    config: UNetConfig,
-    context: NullContext,
-    y: Tensor | None,
-    side: int,
+    denoiser: Denoiser, weights: dict[str, Tensor], config: UNetConfig, empty: NullContext, y: Tensor | None, side: int
 ) -> tuple[dict[str, Tensor], UNetConfig, dict[str, float], Probes]:
     """(weights, architecture, error by block, probes) of the `constant` form; side: of the square latents.
 
@@ -246,20 +239,17 @@ def _constant(
     """
     prior: Any = denoiser.unet
     progress = ProgressBar(2 * 20 + 2 * 8)
+    shape = (1, config.in_channels, side, side)
+
+    def moved(done: int, total: int) -> None:
+        progress.update(1)
+
     probes, unseen = (
-        collect_probes(
-            denoiser,
-            context.tensor,
-            (1, config.in_channels, side, side),
-            y=y,
-            seed=seed,
-            device=prior.device,
-            on_step=lambda done, _: progress.update(1),
-        )
+        collect_probes(denoiser, empty.tensor, shape, y=y, seed=seed, device=prior.device, on_step=moved)
         for seed in (0, 1)
     )
     text_free, config, errors = build_constant(
-        weights, config, context, probes, held_out=unseen, unet=prior, on_probe=lambda done, _: progress.update(1)
+        weights, config, empty, probes, held_out=unseen, unet=prior, on_probe=moved
     )
     few = Probes(unseen.x[::4], unseen.timesteps[::4], None if unseen.y is None else unseen.y[::4])
     return text_free, config, errors, few

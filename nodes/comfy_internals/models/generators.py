@@ -84,11 +84,7 @@ def describe_generator(loaded: GraphGenerator) -> str:
 
 
 def blend(
-    source: GraphGenerator,
-    adapted: GraphGenerator,
-    amount: float,
-    split_resolution: int = 0,
-    amount_below_split: float = 0.0,
+    source: GraphGenerator, adapted: GraphGenerator, amount: float, split_resolution=0, amount_below_split=0.0
 ) -> GraphGenerator:
     """source + amount * (adapted - source); layers of up to `split_resolution` pixels take the other amount, 0: none.
 

@@ -55,14 +55,9 @@ class PlainUNetConfig(comfy.supported_models_base.BASE):
 
 # What an architecture has under the same name in `UNetConfig` and in core's configuration of a UNet.
 SAME_NUMBERS = (
-    "adm_in_channels",
-    "in_channels",
-    "out_channels",
-    "model_channels",
-    "transformer_depth_middle",
-    "use_linear_in_transformer",
-    "context_dim",
-)
+    "adm_in_channels in_channels out_channels model_channels transformer_depth_middle use_linear_in_transformer "
+    "context_dim"
+).split()
 SAME_LISTS = ("num_res_blocks", "transformer_depth", "transformer_depth_output", "channel_mult")
 
 

@@ -20,7 +20,7 @@ from ....guidance.distillation.image_encoder import ImageEncoder
 from ....guidance.errors import Problem
 from ....guidance.terms import Term
 from ..guiding.compatibility import display_name, noise_family
-from ..guiding.predictions import SOURCE, UNWANTED, PredictionGuider, Predictions, to_the_end
+from ..guiding.predictions import SOURCE, UNWANTED, Cancelled, PredictionGuider, Predictions, to_the_end
 from ..models.loading import LATENT_FORMATS
 from ..models.text_free import is_text_free
 
@@ -73,7 +73,7 @@ class CriticInputs:
         body: Callable[[Critic, ImageEncoder], Outcome],
         *,
         learns: bool = False,
-        cancelled: Callable[[BaseException], None] | None = None,
+        cancelled: Cancelled | None = None,
     ) -> Outcome:
         """Run `body(critic, encode)` with everything loaded; refuses first what cannot work.
 
@@ -166,11 +166,7 @@ def latent_shape(vae: Any, model: ModelPatcher, side_px: int, batch: int) -> tup
 
 
 def gradient_encoder(
-    vae: Any,
-    model: ModelPatcher,
-    device: torch.device,
-    side_px: int,
-    cancelled: Callable[[BaseException], None] | None = None,
+    vae: Any, model: ModelPatcher, device: torch.device, side_px: int, cancelled: Cancelled | None = None
 ) -> ImageEncoder:
     """Images [B, 3 or 1, H, W], judged at `side_px` -> the MODEL's latents [B, C, h, w], float32, differentiable.
 
