@@ -122,7 +122,7 @@ class AdaptGenerator(io.ComfyNode):
         judge = ("model", "vae", "positive", "negative", "terms", *prompts_of(METHODS[values["method"]]))
         connected = {name: values[name] for name in judge if values.get(name) is not None}
         critic = CriticInputs(scale=values["scale"], **connected)
-        values = {name: values[name] for name in ON_THE_NODE}
+        values = {name: values[name] for name in ON_THE_NODE if name in values}
         texts = adapting.prompt_texts(getattr(cls.hidden, "prompt", None))
         config = adapting.config_of({**options, **values}, generator, critic, texts)
         execution.check_claim(config)

@@ -44,7 +44,7 @@ class LoadDomainUNet(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, unet_name: str | None = None) -> bool | str:
         # In place of core's comparison with the list, which knows no other system's spelling of a name.
-        return found(unet_name, DOMAIN_UNETS.find)
+        return found(unet_name, loading.find_domain_unet)
 
     @classmethod
     def fingerprint_inputs(cls, unet_name: str, weight_dtype: str):
@@ -54,7 +54,7 @@ class LoadDomainUNet(io.ComfyNode):
     @classmethod
     @checked("unet_name")
     def execute(cls, unet_name: str, weight_dtype: str) -> io.NodeOutput:
-        path = DOMAIN_UNETS.find(unet_name)
+        path = loading.find_domain_unet(unet_name)
         return io.NodeOutput(loading.load_domain_unet(str(path), weight_dtype))
 
 

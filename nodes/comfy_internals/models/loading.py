@@ -22,6 +22,7 @@ from torch import Tensor
 from ....guidance.files import FileProblem, ModelFile, check_finite, check_unet, read_domain_file, unet_layout
 from ....guidance.networks.unet_config import UNetConfig
 from ....training.mini_world import MINI_WORLD
+from .folders import DOMAIN_UNETS
 from .mini_world import MiniWorldLatentFormat, build_clip, build_vae
 from .text_free import DomainInfo, TextFree, mixed, module_key, remove_text, without_text
 
@@ -39,6 +40,16 @@ LATENT_FORMATS = {
     MINI_WORLD: MiniWorldLatentFormat,
 }
 MODEL_TYPES = {"epsilon": comfy.model_base.ModelType.EPS, "v_prediction": comfy.model_base.ModelType.V_PREDICTION}
+
+
+def find_domain_unet(name: str) -> Path:
+    """The path of a listed file. Raises FileProblem that says what became of it, and where files belong."""
+    if not DOMAIN_UNETS.listed():
+        raise FileProblem(
+            f"Load Domain UNet: there is no domain model yet; put a .safetensors file into {DOMAIN_UNETS.own()} "
+            "(or make one with the Text-Free UNet node) and refresh the editor."
+        )
+    return DOMAIN_UNETS.find(name)
 
 
 def ordinary_tensors() -> contextlib.AbstractContextManager:
