@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -121,3 +122,14 @@ def beside(name: str):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def two_processes() -> list[str]:
+    """The beginning of a command line that runs a script in two processes on the CPU; behind it come its arguments."""
+    if importlib.util.find_spec("accelerate") is None:
+        pytest.skip("needs the package accelerate")
+    # With --cpu it would start one process whatever the number; the run's own device says cpu.
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    shared = "--main_process_port 0 --num_cpu_threads_per_process 1"
+    return [sys.executable, "-m", "accelerate.commands.launch", *options.split(), *shared.split()]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import shutil
@@ -292,8 +291,7 @@ def test_killed_it_goes_on_to_the_same_bits(tiny_adaptation, tmp_path, monkeypat
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs the package accelerate")
-def test_two_processes_adapt_like_one(tiny_adaptation, tmp_path, monkeypatch):
+def test_two_processes_adapt_like_one(tiny_adaptation, two_processes, tmp_path, monkeypatch):
     """The same global batch, layer selection included: the losses agree within 1e-4."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
@@ -302,25 +300,8 @@ def test_two_processes_adapt_like_one(tiny_adaptation, tmp_path, monkeypatch):
         script = str(tiny_adaptation.__file__)
         return [str(tiny_adaptation.ROOT / "training" / "bootstrap.py"), script, str(folder), changes]
 
-    launch = [
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
     subprocess.run([sys.executable, *command(tmp_path / "one")], check=True, stdout=subprocess.DEVNULL)
-    ran = subprocess.run([sys.executable, *launch, *command(tmp_path / "two")], capture_output=True, text=True)
+    ran = subprocess.run([*two_processes, *command(tmp_path / "two")], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     logs = [read_log(tmp_path / name / "run" / "log.jsonl") for name in ("one", "two")]
     one, two = ([event for event in log if isinstance(event, Step)] for log in logs)

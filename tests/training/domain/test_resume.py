@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
 import subprocess
-import sys
 
 import pytest
 from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
@@ -46,34 +44,14 @@ def processes(run) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs the package accelerate")
-def test_two_processes_train_like_one(tiny_run, tmp_path):
+def test_two_processes_train_like_one(tiny_run, two_processes, tmp_path):
     """The same global batch of one fixed size, 50 steps, fp32: the losses agree within 1e-4."""
     tiny_run.draw_images(tmp_path / "images", sizes=((64, 64),))
     fields = {"steps": 50, "batch_size": 4, "accumulation": 2, "buckets": False, "checkpoint_every": 25}
     one = tiny_run.command(tmp_path, output=str(tmp_path / "one"), **fields)
     two = tiny_run.command(tmp_path, output=str(tmp_path / "two"), **fields)
-    launch = [
-        # With --cpu it would start one process whatever the number; the run's own device says cpu.
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-        "--mixed_precision",
-        "no",
-        "--dynamo_backend",
-        "no",
-        "--main_process_port",
-        "0",
-        "--num_cpu_threads_per_process",
-        "1",
-    ]
     subprocess.run(one, check=True, stdout=subprocess.DEVNULL)
-    ran = subprocess.run([*launch, *two[1:]], capture_output=True, text=True)
+    ran = subprocess.run([*two_processes, *two[1:]], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-3000:]
     left, right = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(left) == len(right) == 50
