@@ -6,8 +6,9 @@ against NaN, hence `check_finite` in weights.py.
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from .atomic import temporary_path
 
 HEADER_LIMIT = 2**25  # bytes; the format allows 100 million, models have thousands, and notes in them a few million
 MOST_TENSORS = 50_000  # of one file; SDXL has 2,500, the largest language models have as many as this
+MOST_DIMENSIONS = 64  # of a tensor, for torch; the library, which counts its numbers alone, takes more
 
 
 @contextmanager
@@ -40,16 +42,26 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         with safe_open(str(path), framework="pt", device=device) as file:
             if len(file.keys()) > MOST_TENSORS:
                 raise Problem(f"more than {MOST_TENSORS} tensors")
+            for key in file.keys():  # noqa: SIM118
+                _check_shape(file.get_slice(key).get_shape())
             yield file
     except UnicodeEncodeError:  # bytes of a name that Python could only keep as halves of characters
         raise FileProblem(
             f"{path}: expected a file whose path is UTF-8, which safetensors needs, found another; rename it."
         ) from None
-    except (SafetensorError, OSError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+    except (SafetensorError, OSError, ValueError, RuntimeError, OverflowError, AttributeError, KeyError) as error:
         raise FileProblem(
             f"{path}: expected a safetensors file, found a damaged or truncated one ({first_line(error)}); download or "
             "copy it again."
         ) from error
+
+
+def _check_shape(shape: Sequence[int]) -> None:
+    """Raise Problem for a shape that torch does not take; a tensor without numbers may claim any."""
+    if len(shape) > MOST_DIMENSIONS:
+        raise Problem(f"a tensor of {len(shape)} dimensions, more than torch takes")
+    if math.prod(max(size, 1) for size in shape) >= 2**60:
+        raise Problem("a tensor of more numbers than its bytes hold")
 
 
 def read_header(path: Path) -> tuple[dict[str, str], dict[str, tuple[tuple[int, ...], str]]]:

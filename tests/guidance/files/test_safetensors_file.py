@@ -91,6 +91,10 @@ def test_each_fault_has_its_sentence(tmp_path):
         struct.pack("<Q", 2**40) + b"{}",
     ]
     faults |= dict.fromkeys(damaged, "damaged or truncated one (Error while deserializing header")
+    empty = entry | {"data_offsets": [0, 0]}  # the library does not look at what has no numbers
+    faults[header({"a": empty | {"shape": [0] + [1] * 64}})] = "65 dimensions, more than torch takes"
+    for shape in ([2**62, 0], [2**63, 0], [2**64 - 1, 0], [0, 2**30, 2**31]):
+        faults[header({"a": empty | {"shape": shape}})] = "damaged or truncated one ("
     path = tmp_path / "faulty.safetensors"
     for content, message in faults.items():
         path.write_bytes(content or b"")
