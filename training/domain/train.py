@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ...guidance.files import DTYPES
+from ...guidance.files import DTYPES, FileProblem
 from ..data.latent_dataset import LatentDataset
 from ..data.patterns import expanded
 from ..data.preparing import Callbacks, open_dataset
@@ -73,13 +73,13 @@ def train(
     return _Training(config, listener, should_stop, base, images)(resume, dry_run)
 
 
-def _begun(state: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
-    """What was settled when a run began (`_Training.begun`), out of its checkpoint. Raises ConfigProblem."""
+def _begun(state: Mapping[str, Any] | None, source: str = "") -> dict[str, dict[str, Any]]:
+    """What was settled when a run began (`_Training.begun`), out of its checkpoint, `source`. Raises FileProblem."""
     start = (state or {}).get("start", {})
     begun = {"constants": {}, "null_text_error": {}} | (start if isinstance(start, dict) else {"constants": start})
     for name, kind in (("constants", Tensor), ("null_text_error", (int, float))):
         if type(begun[name]) is not dict or not all(isinstance(value, kind) for value in begun[name].values()):
-            raise ConfigProblem(f"start: expected what this trainer writes into a checkpoint, found other {name}.")
+            raise FileProblem(f"{source}: expected a checkpoint of this trainer, found other {name}; delete it.")
     return begun
 
 
@@ -174,7 +174,7 @@ class _Training(Run[TrainConfig]):
         if dataset is None:
             return None
         learning, self.held_out = dataset.split(self.config.held_out_share)
-        trainee = self._trainee(_begun(state))
+        trainee = self._trainee(_begun(state, self.source))
         if trainee is None:
             return None
         self.trainee, prior = trainee, self.prior

@@ -74,6 +74,7 @@ class Run(ABC, Generic[Config]):
         self.progress = Progress(config.steps)
         self._saver: Saver | None = None  # once there is a learner
         self._took_part = False  # whether more was done than to prepare
+        self.source = ""  # the checkpoint to go on from, once it is found
         self._before: Config | None = None  # the settings of the checkpoint to go on from
 
     # ---- what a kind of run must say, and may
@@ -189,6 +190,7 @@ class Run(ABC, Generic[Config]):
             self.settle(None)
             return 0, None
         path, state = found
+        self.source = str(path)
         self._before = type(self.config).from_mapping(state["config"], str(path))
         self.settle(state)
         check_same_settings(self.config, state, str(path))

@@ -838,8 +838,8 @@ def test_a_run_that_memory_cannot_hold_leaves_no_folder(run, folder, monkeypatch
 
 @pytest.mark.parametrize("start", [3, torch.zeros(3), {"constants": 0.5}, {"null_text_error": {"a": "x"}}])
 def test_what_a_run_began_with_is_checked(start):
-    with pytest.raises(ConfigProblem, match="start: expected what this trainer writes"):
-        _begun({"start": start})
+    with pytest.raises(FileProblem, match="a.ckpt: expected a checkpoint of this trainer, found other"):
+        _begun({"start": start}, "a.ckpt")
 
 
 def test_what_others_put_into_a_refused_runs_folder_stays(run, folder):
