@@ -7,7 +7,6 @@ that has it.
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 from .errors import GuidanceError
@@ -35,7 +34,7 @@ def check_options(made: Any) -> None:
     for field in options_of(type(made)):
         value, kind, choices = getattr(made, field.name), type(field.default), field.metadata.get("choices")
         if kind in (int, float):
-            fits = isinstance(value, (kind, int)) and not isinstance(value, bool) and not math.isnan(value)
+            fits = isinstance(value, (kind, int)) and not isinstance(value, bool) and value == value
         elif choices:
             fits = value in choices
         else:

@@ -128,7 +128,7 @@ class TrainDomainUNet(io.ComfyNode):
         folders = pictures.check_data(";".join(image_folder), images)
         with ordinary_tensors():
             connected = prior.connected_prior(model, clip, vae, config)
-            with execution.run_folder(config.run_folder):
+            with execution.run_folder(config.run_folder, config.name):
                 config = config.with_changes(**pictures.data_of(folders, images, config.run_folder))
                 result, warnings = training.run(config, connected, widgets.RESUME[given["resume"]])
             made = training.load_trained(config, model)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import FileProblem, Problem, first_line
@@ -41,10 +42,14 @@ def _opened(path: Path, device: str = "cpu") -> Iterator[Any]:
         str(path).encode()
         with safe_open(str(path), framework="pt", device=device) as file:
             if len(file.keys()) > MOST_TENSORS:
-                raise Problem(f"more than {MOST_TENSORS} tensors")
+                raise FileProblem(
+                    f"{path}: expected at most {MOST_TENSORS} tensors, found {len(file.keys())}; use another file."
+                )
             for key in file.keys():  # noqa: SIM118
                 _check_shape(file.get_slice(key).get_shape())
             yield file
+    except (torch.cuda.OutOfMemoryError, FileProblem):
+        raise
     except UnicodeEncodeError:  # bytes of a name that Python could only keep as halves of characters
         raise FileProblem(
             f"{path}: expected a file whose path is UTF-8, which safetensors needs, found another; rename it."

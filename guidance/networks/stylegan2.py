@@ -10,7 +10,7 @@ linearity, without a weight per sample and without compiled extensions, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -202,6 +202,13 @@ class StyleGAN2(nn.Module):
 def random_generator(config: GeneratorConfig, seed: int) -> StyleGAN2:
     """A generator with the published initialisation, the same for the same seed; torch's global state is untouched."""
     return StyleGAN2(config, torch.Generator().manual_seed(seed))
+
+
+def class_labels(classes: Sequence[int], c_dim: int) -> Tensor:
+    """One-hot labels [B, c_dim] of classes, each below c_dim."""
+    labels = torch.zeros(len(classes), c_dim)  # a file may claim more classes than an identity matrix has room for
+    labels[range(len(classes)), list(classes)] = 1.0
+    return labels
 
 
 def latents_of_seeds(seeds: Iterable[int], z_dim: int) -> Tensor:

@@ -405,7 +405,7 @@ def test_a_run_goes_on_wherever_its_texts_stand_and_whoever_encodes_them(adapt, 
         monkeypatch.setattr(world.internals, "prompt_texts", lambda prompt: {})
         inputs |= {"positive": moved(mini.positive, 1e-3), "source": moved(source, 1e-3)}
         made = adapt(steps=2, **inputs)
-        assert any("term 1 at timestep 10 differs by" in text for text in made.ui["text"])
+        assert any("term 1 at timestep 10 now and in" in text for text in made.ui["text"])
         with pytest.raises(ValueError, match="prompts and terms, found one whose source"):
             adapt(steps=3, **{**inputs, "source": other})
 

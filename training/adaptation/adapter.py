@@ -17,7 +17,7 @@ from torch import Tensor
 from ...guidance.distillation.layer_selection import select_layers
 from ...guidance.distillation.methods import METHODS
 from ...guidance.distillation.objective import Draws, NotFinite, Objective, Report
-from ...guidance.networks.stylegan2 import StyleGAN2
+from ...guidance.networks.stylegan2 import StyleGAN2, class_labels
 from ..engine.average import swapped
 from ..engine.learner import Learner
 from ..engine.optimizers import EPS
@@ -162,7 +162,7 @@ class Adapter(Learner[AdaptConfig]):
         if not about.c_dim:
             return z, None
         classes = [int(torch.randint(about.c_dim, (), generator=own)) if label < 0 else label for own in generators]
-        return z, torch.eye(about.c_dim)[classes].to(self.device)
+        return z, class_labels(classes, about.c_dim).to(self.device)
 
     def _randomness(self, stream: str, index: int = 0) -> torch.Generator:
         return sample_generator(self.config.seed, self.step, index, stream)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from ...guidance.networks.stylegan2 import StyleGAN2, latents_of_seeds
+from ...guidance.networks.stylegan2 import StyleGAN2, class_labels, latents_of_seeds
 from ..engine.grids import grid
 from .config import AdaptConfig
 
@@ -47,7 +47,8 @@ class BeforeAfter:
         for number, seed in enumerate(self.seeds):
             c = None
             if about.c_dim:
-                c = torch.eye(about.c_dim)[[number % about.c_dim if config.label < 0 else config.label]].to(device)
+                label = number % about.c_dim if config.label < 0 else config.label
+                c = class_labels([label], about.c_dim).to(device)
             image = generator(latents_of_seeds([seed], about.z_dim).to(device), c, TRUNCATION, noise).float().cpu()
             if image.shape[-1] > LARGEST_TILE:
                 image = interpolate(image, (LARGEST_TILE, LARGEST_TILE), mode="bicubic", antialias=True)

@@ -124,7 +124,7 @@ def _resume(options: argparse.Namespace) -> int:
     values = given(options, {name for known in KINDS.values() for name in kinds_of(known)})
     config = as_usage(lambda: kind.read(file, **values, output=str(folder)))
     as_usage(config.check_files)
-    return _run(config, options, True if has_saved(folder) else "auto")
+    return _run(config, options, True if has_saved(folder, config.name) else "auto")
 
 
 def _settings(options: argparse.Namespace, kind: type[Kind], first_run: Mapping[str, Any]) -> Kind:

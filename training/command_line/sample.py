@@ -14,7 +14,7 @@ import torch
 
 from ...guidance.files import DTYPES, DomainMetadata, check_latent_format, read_domain_file
 from ...guidance.files.atomic import replacing
-from ...guidance.networks.stylegan2 import latents_of_seeds
+from ...guidance.networks.stylegan2 import class_labels, latents_of_seeds
 from ..adaptation.adapt import open_generator
 from ..domain.config import TrainConfig
 from ..engine.processes import pick_device, pick_precision
@@ -136,7 +136,7 @@ def _draw_with_generator(options: argparse.Namespace, file: str, console: Consol
     for number, seed in enumerate(range(options.seed, options.seed + options.count)):
         z = latents_of_seeds([seed], config.z_dim).to(device)
         label = number % config.c_dim if config.c_dim else None
-        c = None if label is None else torch.eye(config.c_dim)[[label]].to(device)
+        c = None if label is None else class_labels([label], config.c_dim).to(device)
         with torch.no_grad():
             pixels = generator(z, c, options.truncation)[0].expand(3, -1, -1).cpu()
         about = {"generator": name, "seed": seed, "truncation": options.truncation, "label": label}

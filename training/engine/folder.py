@@ -28,9 +28,9 @@ def last_samples(folder: Path, step: int) -> Path | None:
     return None if last is None else samples_path(folder, last)
 
 
-def has_saved(folder: Path) -> bool:
-    """Whether the run in a folder ever saved something, by its checkpoints, finished file and log."""
-    if find_checkpoints(folder) or any(folder.glob("*.safetensors")):
+def has_saved(folder: Path, name: str) -> bool:
+    """Whether the run of that name in a folder ever saved something, by its checkpoints, finished file and log."""
+    if find_checkpoints(folder) or (folder / f"{name}.safetensors").exists():
         return True
     return any(isinstance(event, Saved) for event in read_log(folder / LOG))
 

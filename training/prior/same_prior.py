@@ -69,8 +69,8 @@ def check_difference(difference: float, largest: float, what: str, name: str, so
     if difference == 0:
         return []
     return [
-        f"the run's {name} differs by {difference:.1e} from when {source} was written; the run goes on, but its "
-        "weights can differ from an uninterrupted run's in their last bits."
+        f"{what}: {name} now and in {source} differ by {difference:.1e}; the run goes on, and its weights will differ "
+        "from an uninterrupted run's."
     ]
 
 

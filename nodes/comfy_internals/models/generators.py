@@ -19,7 +19,7 @@ from torch import Tensor
 from ....guidance.errors import Problem
 from ....guidance.files import FileProblem, GeneratorMetadata, read_generator, write_generator
 from ....guidance.networks.blending import blend_generators, resolution_split
-from ....guidance.networks.stylegan2 import LARGEST_SEED, StyleGAN2, latents_of_seeds
+from ....guidance.networks.stylegan2 import LARGEST_SEED, StyleGAN2, class_labels, latents_of_seeds
 from ....guidance.networks.stylegan2_config import GeneratorConfig
 from ..progress import ProgressBar
 from .folders import GENERATORS
@@ -121,7 +121,7 @@ def one_hot(label: int, count: int, c_dim: int) -> Tensor | None:
             f"Generator Sample: expected a class from 0 to {c_dim - 1}, as the generator has, found {label}; lower "
             "class."
         )
-    return torch.eye(c_dim)[[label] * count]
+    return class_labels([label] * count, c_dim)
 
 
 @contextlib.contextmanager

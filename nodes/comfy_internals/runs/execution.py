@@ -56,7 +56,7 @@ def _weights_digest(path: Path) -> bytes:
 
 
 @contextmanager
-def run_folder(folder: Path) -> Iterator[None]:
+def run_folder(folder: Path, name: str) -> Iterator[None]:
     """Around a run and what is written into its folder: a run that is refused leaves no new folder behind."""
     from ....training.engine.folder import has_saved
     from ....training.engine.lock import locked
@@ -66,7 +66,7 @@ def run_folder(folder: Path) -> Iterator[None]:
         yield
     except Problem:
         with suppress(Problem):  # another run has locked it by now
-            if new and folder.is_dir() and not has_saved(folder):
+            if new and folder.is_dir() and not has_saved(folder, name):
                 with locked(folder):
                     shutil.rmtree(folder, ignore_errors=True)
         raise

@@ -12,7 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from indomain_guidance.guidance.networks import stylegan2
-from indomain_guidance.guidance.networks.stylegan2 import LARGEST_SEED, StyleGAN2, latents_of_seeds, random_generator
+from indomain_guidance.guidance.networks.stylegan2 import (
+    LARGEST_SEED,
+    StyleGAN2,
+    class_labels,
+    latents_of_seeds,
+    random_generator,
+)
 from indomain_guidance.guidance.networks.stylegan2_config import GeneratorConfig, standard_channels
 from indomain_guidance.guidance.networks.stylegan2_formulas import fir_kernel
 from indomain_guidance.tests.guidance.networks.stylegan2_cases import (
@@ -383,3 +389,12 @@ def test_each_seed_has_its_own_latent():
     assert np.array_equal(z[0].numpy(), np.random.RandomState(7).randn(1, 8)[0].astype(np.float32))
     assert torch.equal(z[3], z[0]) and torch.equal(z[1:2], latents_of_seeds([0], 8))  # 32 bits count
     assert latents_of_seeds([], 8).shape == (0, 8)
+
+
+def test_labels_of_many_classes_take_no_more_than_they_are():
+    labels = class_labels([7, 0, 199_999], 200_000)
+    assert (
+        labels.shape == (3, 200_000)
+        and labels.sum(1).tolist() == [1.0] * 3
+        and labels.argmax(1).tolist() == [7, 0, 199_999]
+    )

@@ -398,7 +398,7 @@ def test_a_run_goes_on_only_with_what_it_began_with(run, tiny_adaptation, tmp_pa
     with pytest.raises(ConfigProblem, match="found one whose latents"):
         run(parts={"encode": lambda images: 0.9 * tiny_adaptation.shrink(images)})
     _, events = run(steps=3, parts={"encode": lambda images: (1 + 1e-6) * tiny_adaptation.shrink(images)})
-    assert any("differs by" in event.text for event in events if isinstance(event, Warned))
+    assert any("differ by" in event.text for event in events if isinstance(event, Warned))
     for changes, told in [
         ({"seed": 1}, "seed was 0 and is 1"),
         ({"method": "csd"}, "method was 'sds'"),

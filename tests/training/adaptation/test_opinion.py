@@ -33,7 +33,7 @@ def test_another_word_is_noticed_and_the_same_prompt_known_again(judge):
     assert check_opinion(*judge("a red seven on a yellow background"), state, "c.ckpt") == []
     moved = {name: tensor * (1 + 1e-4) for name, tensor in before.items()}
     told = check_opinion(objective, moved, state, "c.ckpt")
-    assert len(told) == len(before) and all("differs by 1.0e-04" in text for text in told)
+    assert len(told) == len(before) and all("differ by 1.0e-04" in text for text in told)
     for prompt in ("a red six on a yellow background", "red seven on a yellow background", "a blue three"):
         with pytest.raises(ConfigProblem, match="c.ckpt: expected a run with the same .* whose term 1 at timestep 10"):
             check_opinion(*judge(prompt), state, "c.ckpt")

@@ -381,7 +381,7 @@ def test_other_parts_of_the_prior_are_refused(run, base, tiny_run):
     with pytest.raises(ConfigProblem, match="same text encoder"):
         run(base=encoded(lambda tensor: tensor * 1.05))
     _, events = run(base=encoded(lambda tensor: tensor * (1 + 1e-6)))
-    assert any("the run's context differs by" in event.text for event in events if isinstance(event, Warned))
+    assert any("text encoder: context now and in" in event.text for event in events if isinstance(event, Warned))
 
 
 def test_a_vae_that_is_rounded_otherwise_is_the_same(run, tiny_run):
@@ -392,7 +392,7 @@ def test_a_vae_that_is_rounded_otherwise_is_the_same(run, tiny_run):
     assert rounded.vae_id != tiny_run.tiny_base().vae_id
     _, events = run(base=rounded)
     warned = [event.text for event in events if isinstance(event, Warned)]
-    assert any("the run's latents differs by" in text for text in warned)
+    assert any("VAE: latents now and in" in text for text in warned)
 
 
 @pytest.mark.parametrize("place", ["grid", "image"])

@@ -165,7 +165,8 @@ def test_it_learns_logs_saves_and_writes_its_file(mosaic, tmp_path):
     assert isinstance(events[-1], Finished) and result.samples.name == "step-000012.png" and result.plot.is_file()
     (started,) = [event for event in events if isinstance(event, Started)]
     assert describe(started) == f"mosaic starts in {result.run}: 1 images, 12 steps\ntrains 48 numbers"
-    assert [type(event) for event in read_log(result.run / "log.jsonl")][-1] is Finished and has_saved(result.run)
+    assert [type(event) for event in read_log(result.run / "log.jsonl")][-1] is Finished
+    assert has_saved(result.run, result.path.stem)
     settings = MosaicConfig.read(result.run / "config.json")
     assert (settings.kind, settings.tiles, settings.precision) == ("mosaic", 4, "fp32")
     assert memory_problem(MemoryError(), settings) == "The mosaic of 4 tiles did not fit into memory; use fewer tiles."
