@@ -27,6 +27,7 @@ ON_THE_NODE: dict[str, dict[str, Any]] = {
     "seed": widgets.SEED_OF_A_RUN,
 }
 DECIDED_HERE = ("base", "data", "output", "export_to", "vae", "tokenizer", "device", "cache", "within")
+CAME_LATER = ("layers", "low_rank_scale", "dora")
 # What the options node shows at once, where the editor folds the rest away.
 USUAL_OPTIONS = "caption train rank gradient_checkpointing flip optimizer schedule ema sample_prompts".split()
 
@@ -35,7 +36,10 @@ def options_of_training() -> list[str]:
     """The fields of `TrainConfig` that the options node offers."""
     from ..training.domain.config import TrainConfig
 
-    return widgets.option_names(TrainConfig, (*ON_THE_NODE, *DECIDED_HERE))
+    # Saved graphs store widgets by position: what came later comes last, and rank stays behind train.
+    names = widgets.option_names(TrainConfig, (*ON_THE_NODE, *DECIDED_HERE, "rank", *CAME_LATER))
+    names.insert(names.index("train") + 1, "rank")
+    return [*names, *CAME_LATER]
 
 
 class TrainDomainUNet(io.ComfyNode):

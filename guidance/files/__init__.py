@@ -8,6 +8,7 @@ from .generator import convert_generator, holds_generator, read_generator, write
 from .generator_metadata import GeneratorMetadata
 from .generator_weights import LoadedGenerator
 from .layouts import check_unet, stated_prediction, strip_unet_prefix, unet_layout
+from .lora import add_lora, lora_tensors, read_lora
 from .model_file import ModelFile, read_keys, read_metadata, read_state_dict
 from .safetensors_file import write_safetensors
 from .weights import DTYPES, check_finite, file_tensors
@@ -21,16 +22,19 @@ __all__ = [
     "GeneratorMetadata",
     "LoadedGenerator",
     "ModelFile",
+    "add_lora",
     "check_finite",
     "check_latent_format",
     "check_unet",
     "convert_generator",
     "file_tensors",
     "holds_generator",
+    "lora_tensors",
     "prior_content_hash",
     "read_domain_file",
     "read_generator",
     "read_keys",
+    "read_lora",
     "read_metadata",
     "read_state_dict",
     "stated_prediction",

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_metadata, read_state_dict
+from indomain_guidance.guidance.networks.low_rank import low_rank_layers
 from indomain_guidance.training.command_line.inspect import inspect
 from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.finished import write_low_rank
-from indomain_guidance.training.domain.low_rank import low_rank_layers
 from indomain_guidance.training.prior.opening import open_checkpoint
 
 
 def trained(base, rank):
     """A low-rank trainee whose additions are no longer zero."""
-    trainee = parts.start_model(base, "full", "low_rank", rank=rank)
+    trainee = parts.start_model(base, "full", "low_rank", additions={"rank": rank})
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in trainee.named_trainable().values():

@@ -28,6 +28,7 @@ EXIT_STATUSES = """exit status:
 GROUP_TITLES = {
     "what": "what to train",
     "model": "the model",
+    "low_rank": "low-rank additions (with train low_rank)",
     "data": "the images",
     "distillation": "from the diffusion model's opinion to gradients",
     "generator": "the generator",

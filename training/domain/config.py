@@ -9,6 +9,7 @@ from typing import ClassVar
 from ..data.settings import DataSettings
 from ..engine.settings import ConfigProblem, changed, group
 from ..prior.settings import PriorSettings
+from .low_rank import LowRankSettings
 
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
@@ -18,7 +19,7 @@ inherited = partial(changed, PriorSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(DataSettings, PriorSettings):
+class TrainConfig(LowRankSettings, DataSettings, PriorSettings):
     """Everything that decides a training run.
 
     Raises ConfigProblem (a ValueError) for a field out of its range and for combinations that make no sense.
@@ -26,7 +27,7 @@ class TrainConfig(DataSettings, PriorSettings):
 
     kind: ClassVar[str] = "training"
     command: ClassVar[str] = "indomain train"
-    groups: ClassVar[tuple[str, ...]] = ("what", "model", "data", "optimisation", "reporting")
+    groups: ClassVar[tuple[str, ...]] = ("what", "model", "low_rank", "data", "optimisation", "reporting")
     required: ClassVar[dict[str, tuple[str, str]]] = {"base": ("a checkpoint file or mini_world", "the prior")}
 
     # what
@@ -48,10 +49,9 @@ class TrainConfig(DataSettings, PriorSettings):
     caption: str = model("", "form full only: the one caption all images are trained with; empty: the empty prompt")
     train: str = model(
         "all",
-        "what learns: all weights, the self-attentions only, or low-rank additions to the attention projections",
+        "what learns: all weights, the self-attentions only, or low-rank additions to some layers",
         choices=TRAINS,
     )
-    rank: int = model(16, "train low_rank only: rank of the additions, usually 4 to 64", min=1, max=1024)
     gradient_checkpointing: bool = inherited(
         "gradient_checkpointing",
         False,

@@ -70,7 +70,7 @@ def estimate(
 
     def prepared() -> UNet:
         unet = UNet(unet_config)
-        choose_trainable(unet.train(), config.train, config.rank)
+        choose_trainable(unet.train(), config.train, config.additions)
         return unet
 
     traced = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=False)

@@ -11,11 +11,11 @@ from typing import Any
 from torch import Tensor
 
 from ...guidance.errors import Problem
-from ...guidance.files import TRAINING, DomainMetadata, file_tensors, write_domain_file, write_safetensors
+from ...guidance.files import TRAINING, DomainMetadata, file_tensors, lora_tensors, write_domain_file, write_safetensors
+from ...guidance.networks.low_rank import low_rank_layers
 from ...guidance.networks.unet_config import UNetConfig
 from ..prior.prior import Prior
 from .config import TrainConfig
-from .low_rank import kohya_tensors, low_rank_layers
 from .trainee import Trainee
 
 # What kohya's tools call the priors, by the width of their text.
@@ -81,7 +81,7 @@ def write_low_rank(
         )
     path = Path(path)
     file_dtype = file_dtype or (config.file_dtype if config is not None else "fp16")
-    tensors = kohya_tensors(trainee.unet, trainee.config, values)
+    tensors = lora_tensors(trainee.unet, trainee.config, values)
     layer = next(iter(layers.values()))
     metadata = {
         "ss_network_module": "networks.lora",

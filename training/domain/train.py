@@ -247,7 +247,7 @@ class _Training(Run[TrainConfig]):
                 config.form,
                 config.train,
                 caption=config.caption,
-                rank=config.rank,
+                additions=config.additions,
                 gradient_checkpointing=config.gradient_checkpointing,
                 resolution=config.resolution,
                 seed=config.seed,

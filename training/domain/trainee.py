@@ -10,12 +10,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...guidance.diffusion import Denoiser
 from ...guidance.errors import Problem
+from ...guidance.networks.low_rank import ADDED, add_low_rank, merged_weights
 from ...guidance.networks.unet import UNet
 from ...guidance.networks.unet_config import UNetConfig
 from ...guidance.null_text import build_cached, fold_constants
@@ -24,10 +26,8 @@ from ..engine.average import swapped
 from ..prior.prior import ImageSize, Prior
 from ..prior.text_encoders import Text
 from .config import FORMS, TRAINS
-from .low_rank import DOWN, UP, add_low_rank, merged_weights
 
 SELF_ATTENTION = re.compile(r"\.attn1\.")
-LOW_RANK = re.compile(rf"\.({DOWN}|{UP})$")
 PROBE_STEPS = 20  # of the prior's own trajectory, 8 of them used (design: section 3.2)
 PROBE_USE = 8
 
@@ -81,7 +81,7 @@ def start_model(
     train: str = "all",
     *,
     caption: str = "",
-    rank: int = 16,
+    additions: Mapping[str, Any] | None = None,
     gradient_checkpointing: bool = False,
     resolution: int = 512,
     seed: int = 0,
@@ -94,8 +94,8 @@ def start_model(
 
     form: "cached" and "constant" are text-free (`guidance.null_text`); "full" takes the text of `caption`, one prompt
     for every image. train: "all" weights; "self_attention", how the pixels of an image relate (49.6 M of SD 1.5's
-    860 M, so a seventeenth of the memory for gradients, optimizer and average); "low_rank" additions of `rank` to all
-    attention projections, drawn from `seed`.
+    860 M, so a seventeenth of the memory for gradients, optimizer and average); "low_rank" `additions`, drawn
+    from `seed`: arguments of `add_low_rank`, None for rank 16 on all attention projections.
 
     `constant` runs the prior for 56 passes at `resolution` pixels on `device`; give the `constants` (and
     `null_text_error`) of an earlier start to skip them. on_probe(done, of) reports these passes. Raises ValueError.
@@ -124,16 +124,16 @@ def start_model(
             unet = UNet(config)
         unet.load_state_dict(weights, strict=True, assign=True)
         unet.gradient_checkpointing = gradient_checkpointing
-        choose_trainable(unet.train(), train, rank, seed)
+        choose_trainable(unet.train(), train, additions, seed)
         return Trainee(unet, form, train, text, folded, errors)
 
 
-def choose_trainable(unet: UNet, train: str, rank: int = 16, seed: int = 0) -> None:
+def choose_trainable(unet: UNet, train: str, additions: Mapping[str, Any] | None = None, seed: int = 0) -> None:
     """Let exactly the parameters that `train` names require gradients, in place; see `start_model`."""
     unet.requires_grad_(train == "all")
     if train == "low_rank":
-        add_low_rank(unet, rank, seed)
-    learns = {"self_attention": SELF_ATTENTION, "low_rank": LOW_RANK}.get(train)
+        add_low_rank(unet, seed=seed, **{"rank": 16, **(additions or {})})
+    learns = {"self_attention": SELF_ATTENTION, "low_rank": ADDED}.get(train)
     if learns is not None:
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(learns.search(name) is not None)

@@ -39,7 +39,7 @@ def test_a_file_takes_the_settings_of_any_folder(base, trainee, tmp_path):
     settings = config().with_changes(data=("/secret/caf\udce9", "/secret/\u78c1\u5668"))
     path = write_domain_model(tmp_path / "m.safetensors", trainee.weights(), trainee.config, base, config=settings)
     assert json.loads(read_metadata(path)["training"]) == settings.public_dict()
-    low_rank = parts.start_model(base, "full", "low_rank", rank=1)
+    low_rank = parts.start_model(base, "full", "low_rank", additions={"rank": 1})
     path = write_low_rank(tmp_path / "l.safetensors", low_rank, base, config=settings)
     assert json.loads(read_metadata(path)["training"]) == settings.public_dict()
 

@@ -31,7 +31,9 @@ def relative(found, expected):
 @pytest.mark.parametrize("train", parts.TRAINS)
 @pytest.mark.parametrize("form, bound", [("cached", 1e-5), ("full", 1e-5), ("constant", 0.1)])
 def test_starts_as_the_prior_and_trains_only_what_it_says(form, bound, train, base, probe):
-    trainee = parts.start_model(base, form, train, rank=4, constants=zeros(base) if form == "constant" else None)
+    trainee = parts.start_model(
+        base, form, train, additions={"rank": 4}, constants=zeros(base) if form == "constant" else None
+    )
     x, t, expected = probe
     cond = base.conditioning([ImageSize((64, 64))] * 2, trainee.text)
     output = trainee.unet(x, t, **cond)
@@ -90,7 +92,7 @@ def test_constant_is_measured_and_can_be_given_back(base, probe):
 
 
 def test_weights_are_complete_and_merged(base, probe):
-    trainee = parts.start_model(base, "cached", "low_rank", rank=3)
+    trainee = parts.start_model(base, "cached", "low_rank", additions={"rank": 3})
     generator = torch.Generator().manual_seed(1)
     shapes = {name: one.shape for name, one in trainee.named_trainable().items()}
     averages = {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
@@ -144,7 +146,7 @@ def test_sdxl_keeps_its_sizes(form, tiny_checkpoint):
         (dict(form="none"), "form to be one of"),
         (dict(train="bias"), "train to be one of"),
         (dict(caption="a cat"), "no caption with the text-free form cached"),
-        (dict(train="low_rank", rank=0), "rank of at least 1"),
+        (dict(train="low_rank", additions={"rank": 0}), "rank of at least 1"),
     ],
 )
 def test_refuses_nonsense(wrong, says, base):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
+from indomain_guidance.guidance.files import lora
+from indomain_guidance.guidance.networks import low_rank
 from indomain_guidance.guidance.networks.unet import UNet
 from indomain_guidance.guidance.networks.unet_config import UNetConfig
-from indomain_guidance.training.domain import low_rank
 
 CONFIG = UNetConfig(
     model_channels=32,
@@ -21,7 +24,9 @@ CONFIG = UNetConfig(
 
 def test_equals_its_formula_and_merges_exactly():
     linear = torch.nn.Linear(6, 4)
-    layer = low_rank.LowRankLinear(linear, 2, torch.Generator().manual_seed(0))
+    network = torch.nn.ModuleDict({"one": copy.deepcopy(linear)})
+    assert low_rank.add_low_rank(network, 2, layers="linear") == ["one"]
+    (layer,) = low_rank.low_rank_layers(network).values()
     x = torch.randn(5, 6)
     assert torch.equal(layer(x), linear(x))  # nothing before the first step
     assert float(layer.lora_down.detach().abs().max()) <= 6**-0.5
@@ -29,7 +34,7 @@ def test_equals_its_formula_and_merges_exactly():
         layer.lora_up.normal_()
     expected = x @ (linear.weight + layer.lora_up @ layer.lora_down).T + linear.bias
     assert torch.allclose(layer(x), expected, atol=1e-6)
-    merged = low_rank.merged_weights(torch.nn.ModuleDict({"one": layer}))
+    merged = low_rank.merged_weights(network)
     assert list(merged) == ["one.weight", "one.bias"]
     assert torch.allclose(x @ merged["one.weight"].T + merged["one.bias"], expected, atol=1e-6)
 
@@ -65,9 +70,8 @@ def test_names_of_stable_diffusion_1_are_those_of_its_published_loras():
         context_dim=768,
         num_heads=8,
     )
-    names = low_rank.diffusers_names(config)
-    assert names["input_blocks.1.1"] == "down_blocks.0.attentions.0"
-    assert names["input_blocks.5.1"] == "down_blocks.1.attentions.1"
-    assert names["middle_block.1"] == "mid_block.attentions.0"
-    assert names["output_blocks.3.1"] == "up_blocks.1.attentions.0"
-    assert names["output_blocks.11.1"] == "up_blocks.3.attentions.2"
+    assert lora.diffusers_name("input_blocks.1.1.proj_in", config) == "down_blocks.0.attentions.0.proj_in"
+    assert lora.diffusers_name("input_blocks.5.1.proj_in", config) == "down_blocks.1.attentions.1.proj_in"
+    assert lora.diffusers_name("middle_block.1.proj_in", config) == "mid_block.attentions.0.proj_in"
+    assert lora.diffusers_name("output_blocks.3.1.proj_in", config) == "up_blocks.1.attentions.0.proj_in"
+    assert lora.diffusers_name("output_blocks.11.1.proj_in", config) == "up_blocks.3.attentions.2.proj_in"
