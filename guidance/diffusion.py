@@ -127,6 +127,17 @@ def denoised_from_output(output: Tensor, x: Tensor, sigma: Tensor, prediction_ty
     raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
 
 
+def output_from_denoised(denoised: Tensor, x: Tensor, sigma: Tensor, prediction_type: str) -> Tensor:
+    """The network output that means this estimate of x0: the inverse of `denoised_from_output`, for sigma above 0."""
+    if prediction_type == "epsilon":
+        return (x - denoised) / sigma
+    if prediction_type == "v_prediction":
+        return (x / (sigma**2 + 1) - denoised) * (sigma**2 + 1).sqrt() / sigma
+    if prediction_type == "sample":
+        return denoised
+    raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
+
+
 class Denoiser:
     """D(x; sigma): a network and its schedule as an estimate of the clean latent (arXiv 2206.00364, section 2).
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ class MultiGuidance:
     def __call__(self, x: Tensor, sigma: Tensor | float, **kwargs: Any) -> Tensor:
         """Denoise x [B, ...] at `sigma`, a number or one per image [B].
 
-        Images of one batch may differ in sigma; those with the same coefficients run together. Keyword arguments go to
-        every model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
+        Images of one batch may differ in sigma; those that need the same predictions run together. Keyword arguments
+        go to every model, those of a conditioning take precedence. Raises GuidanceError for a sigma of another shape.
         """
         batch = x.shape[0]
         if not isinstance(sigma, Tensor) or sigma.ndim == 0:
@@ -64,34 +64,44 @@ class MultiGuidance:
         else:
             raise GuidanceError(f"Expected sigma as a number or [{batch}], got shape {list(sigma.shape)}.")
         steps = {level: self.guidance.at(level, self.percent_to_sigma) for level in dict.fromkeys(levels)}
-        groups: dict[tuple, list[int]] = {}
+        groups: dict[tuple[Source, ...], list[int]] = {}
         for row, level in enumerate(levels):
-            groups.setdefault(steps[level].recipe, []).append(row)
+            groups.setdefault(steps[level].needed, []).append(row)
         calls_before, evaluated = self._calls, 0.0
         parts, order = [], []
-        for rows in groups.values():
-            step = steps[levels[rows[0]]]
+        for needed, rows in groups.items():
             chosen = None if len(groups) == 1 else torch.tensor(rows, device=x.device)
-            parts.append(self._run(step, x, sigma, kwargs, chosen))
+            predictions = self._predictions(needed, x, sigma, kwargs, chosen)
+            # A number stands for all images of the batch.
+            parts.append(_combined([steps[levels[row]] for row in rows], predictions))
             order += rows
-            evaluated += step.samples * len(rows) / len(levels)
+            evaluated += len(needed) * len(rows) / len(levels)
         self.samples_per_step.append(evaluated)
         self.calls_per_step.append(self._calls - calls_before)
         return parts[0] if len(parts) == 1 else torch.cat(parts)[torch.tensor(order, device=x.device).argsort()]
 
-    def _run(
-        self, step: Step, x: Tensor, sigma: Tensor | float, kwargs: Mapping[str, Any], rows: Tensor | None
-    ) -> Tensor:
-        """D of one step on the images `rows` of the batch x, None: on all of them."""
+    def _predictions(
+        self, needed: Sequence[Source], x: Tensor, sigma: Tensor | float, kwargs: Mapping[str, Any], rows: Tensor | None
+    ) -> dict[Source, Tensor]:
+        """The predictions of these sources for the images `rows` of the batch x, None: for all of them."""
         batch = len(x)
         if rows is not None:
             assert isinstance(sigma, Tensor)  # only then can images differ
             x, sigma = x[rows], sigma[rows.to(sigma.device)]
         pieces = [
-            Piece(source, x, sigma, for_rows({**kwargs, **(source.cond or {})}, batch, rows)) for source in step.needed
+            Piece(source, x, sigma, for_rows({**kwargs, **(source.cond or {})}, batch, rows)) for source in needed
         ]
         predictions: dict[Source, Tensor] = {}
         for call in evaluate(pieces):
             self._calls += 1
             predictions.update((piece.source, output) for piece, output in call)
-        return step.combine(predictions)
+        return predictions
+
+
+def _combined(steps: Sequence[Step], predictions: Mapping[Source, Tensor]) -> Tensor:
+    """D of images that need the same predictions, each at its own step; a single step is that of all of them."""
+    first = steps[0]
+    if all(step.recipe == first.recipe for step in steps):
+        return first.combine(predictions)
+    rows = [{source: output[row : row + 1] for source, output in predictions.items()} for row in range(len(steps))]
+    return torch.cat([step.combine(own) for step, own in zip(steps, rows)])

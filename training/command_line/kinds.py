@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..adaptation.config import AdaptConfig
+from ..baking.config import BakeConfig
 from ..domain.config import TrainConfig
 from ..engine.settings import ConfigProblem
 from ..prior.settings import PriorSettings
 
-KINDS: dict[str, type[PriorSettings]] = {kind.kind: kind for kind in (TrainConfig, AdaptConfig)}
+KINDS: dict[str, type[PriorSettings]] = {kind.kind: kind for kind in (TrainConfig, BakeConfig, AdaptConfig)}
 
 
 def kind_of(values: Mapping[str, Any], source: str = "configuration") -> type[PriorSettings]:
@@ -18,7 +19,7 @@ def kind_of(values: Mapping[str, Any], source: str = "configuration") -> type[Pr
     kind = KINDS.get(str(values.get("kind")))
     if kind is None:
         raise ConfigProblem(
-            f"{source}: expected the kind of run ({' or '.join(KINDS)}) in the field kind, found "
+            f"{source}: expected the kind of run ({', '.join(KINDS)}) in the field kind, found "
             f"{values.get('kind')!r:.40}; name a run's config.json."
         )
     return kind

@@ -1,4 +1,4 @@
-"""The command line: ``indomain train | adapt | resume | check-data | convert | inspect | sample | mini-data``.
+"""The command line: ``indomain train | bake | adapt | resume | check-data | convert | inspect | sample | mini-data``.
 
 Results go to standard output (JSON with ``--json``), progress and messages to standard error. The exit status is 0 when
 everything was done, 1 for a problem in the data, a file or the run, 2 for a command or settings that make no sense, and
@@ -20,10 +20,20 @@ from .convert import add_convert
 from .inspect import add_inspect
 from .mini_data import add_mini_data
 from .parser import PROBLEM, USAGE, Parser, UsageProblem
-from .runs import MemoryFull, add_adapt, add_resume, add_train
+from .runs import MemoryFull, add_adapt, add_bake, add_resume, add_train
 from .sample import add_sample
 
-COMMANDS = (add_train, add_adapt, add_resume, add_check_data, add_convert, add_inspect, add_sample, add_mini_data)
+COMMANDS = (
+    add_train,
+    add_bake,
+    add_adapt,
+    add_resume,
+    add_check_data,
+    add_convert,
+    add_inspect,
+    add_sample,
+    add_mini_data,
+)
 MEMORY_FULL = "the memory is full; close other programs that use it, or ask for smaller pictures or fewer at once."
 
 
@@ -31,8 +41,8 @@ def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
         prog="indomain",
-        description="Train, inspect and try domain models (text-free UNets that learn a folder of images), and adapt "
-        "image generators to prompts.",
+        description="Train, inspect and try domain models (text-free UNets that learn a folder of images), put them into "
+        "LoRAs, and adapt image generators to prompts.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in COMMANDS:

@@ -28,6 +28,8 @@ EXIT_STATUSES = """exit status:
 GROUP_TITLES = {
     "what": "what to train",
     "model": "the model",
+    "target": "what is baked in",
+    "matching": "what it is matched on",
     "low_rank": "low-rank additions (with train low_rank)",
     "data": "the images",
     "distillation": "from the diffusion model's opinion to gradients",

@@ -1,4 +1,4 @@
-"""``indomain train | adapt | resume``: the commands that run a training."""
+"""``indomain train | bake | adapt | resume``: the commands that run a training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 from ..adaptation.adapt import adapt
 from ..adaptation.config import AdaptConfig
+from ..baking.bake import bake
+from ..baking.config import BakeConfig
 from ..domain.config import TrainConfig
 from ..domain.train import train
 from ..engine.folder import CONFIG, has_saved
@@ -21,7 +23,7 @@ from ..engine.settings import kinds_of
 from ..engine.signals import StopRequest
 from ..engine.small_files import read_values
 from ..mini_world import MINI_WORLD
-from ..mini_world.first_runs import FIRST_ADAPTATION, FIRST_RUN
+from ..mini_world.first_runs import FIRST_ADAPTATION, FIRST_BAKING, FIRST_RUN
 from ..prior.settings import PriorSettings
 from .console import Console
 from .kinds import KINDS, kind_of
@@ -41,6 +43,20 @@ def add_train(commands: Any) -> None:
     command.usage = "indomain train -b PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
     _add_start_options(command)
     add_settings(command, TrainConfig)
+
+
+def add_bake(commands: Any) -> None:
+    command = add_command(
+        commands,
+        "bake",
+        _bake,
+        "put a domain model's guidance into a LoRA",
+        "With the LoRA on the prior, plain CFG draws what in-domain guidance draws, in any program, at two predictions "
+        f"a step instead of three; the LoRA's strength is the domain weight. Needs --base, --domain and --data, {AGAIN}",
+    )
+    command.usage = "indomain bake -b PATH --domain PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
+    _add_start_options(command)
+    add_settings(command, BakeConfig)
 
 
 def add_adapt(commands: Any) -> None:
@@ -109,6 +125,13 @@ def _train(options: argparse.Namespace) -> int:
     return _run(config, options, options.resume)
 
 
+def _bake(options: argparse.Namespace) -> int:
+    config = _settings(options, BakeConfig, FIRST_BAKING)
+    if not config.data and "pictures" in config.states:
+        options.parser.error("expected --data FOLDER, pictures to noise, or --states own alone.")
+    return _run(config, options, options.resume)
+
+
 def _adapt(options: argparse.Namespace) -> int:
     config = _settings(options, AdaptConfig, FIRST_ADAPTATION)
     as_usage(config.check_prompts)
@@ -153,9 +176,10 @@ def _read_settings(kind: type[Kind], file: str, values: dict[str, Any]) -> Kind:
 def _run(config: PriorSettings, options: argparse.Namespace, resume: bool | str) -> int:
     """Train with these settings; the exit status."""
     config = config.absolute()
-    if any(config.prompts) and not config.tokenizer:
+    words = isinstance(config, BakeConfig) and config.random_prompts
+    if (any(config.prompts) or words) and not config.tokenizer:
         config = config.with_changes(tokenizer=comfyui_tokenizer())
-    run: Callable[..., Result] = {TrainConfig.kind: train, AdaptConfig.kind: adapt}[config.kind]
+    run: Callable[..., Result] = {TrainConfig.kind: train, BakeConfig.kind: bake, AdaptConfig.kind: adapt}[config.kind]
     console = Console(options.json, options.quiet, options.dry_run)
     with StopRequest(console.stop_requested) as request:
         try:

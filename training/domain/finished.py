@@ -14,8 +14,8 @@ from ...guidance.errors import Problem
 from ...guidance.files import TRAINING, DomainMetadata, file_tensors, lora_tensors, write_domain_file, write_safetensors
 from ...guidance.networks.low_rank import low_rank_layers
 from ...guidance.networks.unet_config import UNetConfig
+from ..engine.run_settings import RunSettings
 from ..prior.prior import Prior
-from .config import TrainConfig
 from .trainee import Trainee
 
 # What kohya's tools call the priors, by the width of their text.
@@ -28,21 +28,21 @@ def write_domain_model(
     unet_config: UNetConfig,
     prior: Prior,
     *,
-    config: TrainConfig | None = None,
+    config: RunSettings | None = None,
     file_dtype: str = "",
     name: str = "",
     **facts: Any,
 ) -> Path:
     """Write a domain model, and everything it should know about itself, to `path` (.safetensors).
 
-    weights, unet_config: a trainee's (`Trainee.weights`, `.config`). config: the run's; name, licence, number format
-    and resolution come from it, and its public part is kept in the file. file_dtype, name: of a model without a run.
+    weights, unet_config: a trainee's (`Trainee.weights`, `.config`). config: the run's; name, licence and number format
+    come from it, and its public part is kept in the file. file_dtype, name: of a model without a run.
     facts: of what it learned, such as steps and dataset_size (`DomainMetadata`). Raises FileProblem.
     """
     path = Path(path)
     if config is not None:
         name, file_dtype = config.name, file_dtype or config.file_dtype
-        facts |= {"resolution": config.resolution, "licence": config.licence}
+        facts["licence"] = config.licence
         facts["extra"] = {TRAINING: json.dumps(config.public_dict())}
     metadata = DomainMetadata(
         unet_config,
@@ -63,7 +63,7 @@ def write_low_rank(
     prior: Prior,
     *,
     values: Mapping[str, Tensor] | None = None,
-    config: TrainConfig | None = None,
+    config: RunSettings | None = None,
     file_dtype: str = "",
     steps: int = 0,
     dataset_size: int | None = None,

@@ -81,7 +81,7 @@ class Preview:
         size = ImageSize((self.config.resolution, self.config.resolution))
         null = prior.conditioning([size], prior.null_text, self.device)
         conds = [(prompt, prior.conditioning([size], encoded, self.device)) for prompt, encoded in self.texts]
-        trained = Denoiser(_Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
+        trained = Denoiser(Autocast(unet, self.dtype), prior.schedule, prior.prediction_type)
         if text is not None:
             own = prior.conditioning([size], text, self.device)
             rows = [(f"{prompt} (guidance {control:g})", cfg(trained, null, cond, control)) for prompt, cond in conds]
@@ -98,7 +98,7 @@ class Preview:
         return self.prior.load_unet(self.dtype).to(self.device)
 
 
-class _Autocast(nn.Module):
+class Autocast(nn.Module):
     """A UNet in training, run in the precision of previews; its own fp32 weights stay as they are."""
 
     def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:

@@ -330,6 +330,7 @@ class _Training(Run[TrainConfig]):
                     self.prior,
                     dataset_hash=learner.dataset.content_hash,
                     ema=config.ema or None,
+                    resolution=config.resolution,
                     null_text_error=trainee.null_text_error,
                     **facts,
                 )

@@ -1,4 +1,4 @@
-"""Settings of ``--config mini_world``: a first run of ``indomain train`` and of ``indomain adapt``."""
+"""Settings of ``--config mini_world``: first runs of ``indomain train``, ``bake`` and ``adapt``."""
 
 # About a minute on two cores.
 FIRST_RUN = {
@@ -14,6 +14,25 @@ FIRST_RUN = {
     "noisy_share": 0.5,
     "domain_weight": 1.2,
     "control_weight": 3.0,
+    "sample_prompts": ("a red seven on a yellow background", "a blue three on a white background"),
+    "sample_every": 100,
+    "validate_every": 100,
+    "checkpoint_every": 100,
+}
+# About five minutes on two cores.
+FIRST_BAKING = {
+    "base": "mini_world",
+    "domain": "mini-handwriting",
+    "name": "first_lora",
+    "resolution": 64,
+    "domain_weight": 1.5,
+    "control_weight": 3.0,
+    "steps": 300,
+    "batch_size": 32,
+    "learning_rate": 2e-3,
+    "layers": "all",
+    "warmup": 20,
+    "ema": 0.98,
     "sample_prompts": ("a red seven on a yellow background", "a blue three on a white background"),
     "sample_every": 100,
     "validate_every": 100,
