@@ -23,17 +23,8 @@ from .parser import PROBLEM, USAGE, Parser, UsageProblem
 from .runs import MemoryFull, add_adapt, add_bake, add_resume, add_train
 from .sample import add_sample
 
-COMMANDS = (
-    add_train,
-    add_bake,
-    add_adapt,
-    add_resume,
-    add_check_data,
-    add_convert,
-    add_inspect,
-    add_sample,
-    add_mini_data,
-)
+STARTS = (add_train, add_bake, add_adapt, add_resume)
+COMMANDS = (*STARTS, add_check_data, add_convert, add_inspect, add_sample, add_mini_data)
 MEMORY_FULL = "the memory is full; close other programs that use it, or ask for smaller pictures or fewer at once."
 
 
@@ -41,8 +32,8 @@ def build_parser() -> Parser:
     """The whole command line."""
     parser = Parser(
         prog="indomain",
-        description="Train, inspect and try domain models (text-free UNets that learn a folder of images), put them into "
-        "LoRAs, and adapt image generators to prompts.",
+        description="Train, inspect and try domain models (text-free UNets that learn a folder of images), put them "
+        "into LoRAs, and adapt image generators to prompts.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for add in COMMANDS:

@@ -51,8 +51,9 @@ def add_bake(commands: Any) -> None:
         "bake",
         _bake,
         "put a domain model's guidance into a LoRA",
-        "With the LoRA on the prior, plain CFG draws what in-domain guidance draws, in any program, at two predictions "
-        f"a step instead of three; the LoRA's strength is the domain weight. Needs --base, --domain and --data, {AGAIN}",
+        "With the LoRA on the prior, plain CFG draws what in-domain guidance draws, in any program, at two "
+        "predictions a step instead of three; the LoRA's strength is the domain weight. Needs --base, --domain and "
+        f"--data, {AGAIN}",
     )
     command.usage = "indomain bake -b PATH --domain PATH -d PATH [PATH ...] [-n TEXT] [--config FILE] [OPTION ...]"
     _add_start_options(command)

@@ -58,6 +58,7 @@ def test_a_domain_model_knows_everything_about_itself(base, trainee, tmp_path):
         dataset_size=34,
         dataset_hash="abcd",
         ema=0.99,
+        resolution=64,
         null_text_error={"block": 0.25},
     )
     weights, metadata = read_domain_file(path, latent_format="mini_world")
