@@ -1,8 +1,8 @@
 """LoRA files of Stable Diffusion's UNet in kohya's layout, which ComfyUI, diffusers and most other programs read.
 
 Per layer `NAME.lora_down.weight` [r, in, ...] (A), `NAME.lora_up.weight` [out, r, ...] (B), `NAME.alpha`, and with DoRA
-`NAME.dora_scale` [1, in, ...] (m), which diffusers does not read. alpha / r is the scale of B A; files of this project
-have alpha = r and the scale in B, since some readers overlook alpha.
+`NAME.dora_scale` [1, in, ...] (m), or [out, 1, ...] in files of some trainers; diffusers overlooks it. alpha / r is the
+scale of B A; files of this project have alpha = r and the scale in B, since some readers overlook alpha.
 """
 
 from __future__ import annotations
@@ -59,24 +59,44 @@ def lora_tensors(unet: nn.Module, config: UNetConfig, values: Mapping[str, Tenso
     return tensors
 
 
+def holds_lora(path: str | os.PathLike) -> bool:
+    """Whether a model file, of any layout, is a LoRA. Raises FileProblem as `ModelFile`."""
+    return _is_lora(ModelFile(path))
+
+
 def read_lora(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, metadata) of a LoRA file for a UNet in kohya's layout; those for text encoders are left out.
 
-    Raises FileProblem for other files, other kinds of additions (LoHa, LoKr, ...) and numbers that are not finite.
+    Raises FileProblem for other files, other kinds of additions (LoHa, LoKr, ...), a LoRA for text encoders alone, and
+    numbers that are not finite.
     """
     file = ModelFile(path)
-    kind = recognise_names(file.keys, file.metadata)
-    if kind.group != "lora":
+    if not _is_lora(file):
+        kind = recognise_names(file.keys, file.metadata)
         raise FileProblem(f"{path}: expected a LoRA, found {kind.what}; use a LoRA in kohya's layout.")
-    tensors = {key: tensor for key, tensor in file.tensors().items() if not key.startswith(TEXT_PREFIXES)}
-    for key in tensors:
+    keys = [key for key in file.keys if not key.startswith(TEXT_PREFIXES)]
+    if not keys:
+        raise FileProblem(f"{path}: expected a LoRA for a UNet, found one for text encoders alone; load it in ComfyUI.")
+    for key in keys:
         if not key.startswith(PREFIX) or key.partition(".")[2] not in _PARTS:
             raise FileProblem(
-                f"{path}: expected a LoRA of a UNet in kohya's layout (NAME.lora_down.weight, NAME.lora_up.weight, "
+                f"{path}: expected a LoRA for a UNet in kohya's layout (NAME.lora_down.weight, NAME.lora_up.weight, "
                 f"NAME.alpha), found {shown(key)}; convert it, or load it in ComfyUI."
+            )
+    found = file.tensors()
+    tensors = {key: found[key] for key in keys}
+    for key, tensor in tensors.items():
+        if tensor.is_complex() or not (tensor.is_floating_point() or key.endswith(".alpha")):
+            raise FileProblem(
+                f"{path}: expected floating-point numbers, found {str(tensor.dtype).removeprefix('torch.')} in "
+                f"{shown(key)}; use the LoRA in fp16, bf16 or fp32."
             )
     check_finite(tensors, path)
     return tensors, file.metadata
+
+
+def _is_lora(file: ModelFile) -> bool:
+    return recognise_names(file.keys, file.metadata).group == "lora"
 
 
 @torch.no_grad()
@@ -89,18 +109,25 @@ def add_lora(
 ) -> dict[str, Tensor]:
     """A UNet's weights (LDM keys) with a LoRA in them: W + strength (W' - W), as ComfyUI's loader computes it.
 
-    lora: the tensors of `read_lora`. strength 0 is neutral. Computed in fp64; weights keep their number format. Raises
-    FileProblem, naming `source`, for a LoRA with layers that this UNet has not, or of other sizes.
+    lora: the tensors of `read_lora`. strength 0 is neutral. Computed in fp64; weights keep their number format. A DoRA
+    that rescales output channels is divided by their norm with the addition, as it was trained; ComfyUI 0.3.75 divides
+    by their norm without. Raises FileProblem, naming `source`, for a LoRA with layers that this UNet has not, of other
+    sizes, or twice, and where numbers leave the range of the weights' format.
     """
     merged, names = dict(weights), {name.partition(".")[0] for name in lora}
     for key, weight in weights.items():
         layer = key.removesuffix(".weight")
         if layer == key or weight.ndim < 2:
             continue
-        found = {lora_name(layer, config), PREFIX + layer.replace(".", "_")} & names
-        names -= found
-        for name in found:
-            merged[key] = _with_addition(merged[key], lora, name, strength, source)
+        found = sorted({lora_name(layer, config), PREFIX + layer.replace(".", "_")} & names)
+        names.difference_update(found)
+        if len(found) > 1:
+            raise FileProblem(
+                f"{source}: expected one addition a layer, found {shown(found[0])} and {shown(found[1])}, which are "
+                "one; use a LoRA that was written by one program."
+            )
+        if found:
+            merged[key] = _with_addition(weight, lora, found[0], strength, source)
     if names:
         raise FileProblem(
             f"{source}: expected additions to layers of this UNet, found {len(names)} for others, such as "
@@ -113,24 +140,49 @@ def _with_addition(
     weight: Tensor, lora: Mapping[str, Tensor], name: str, strength: float, source: str | os.PathLike
 ) -> Tensor:
     up, down = lora.get(f"{name}.lora_up.weight"), lora.get(f"{name}.lora_down.weight")
-    if up is None or down is None:
-        raise FileProblem(f"{source}: expected {shown(name)} with lora_up and lora_down, found one of them alone.")
     magnitude, alpha = lora.get(f"{name}.dora_scale"), lora.get(f"{name}.alpha")
-    fits = up.ndim >= 2 and down.ndim >= 2 and up.shape[1] == len(down) and len(up) == len(weight)
-    fits = fits and down[0].numel() == weight[0].numel() and up[0].numel() == len(down)
-    fits = fits and (alpha is None or alpha.numel() == 1)
-    fits = fits and (magnitude is None or magnitude.numel() == weight.shape[1])
-    if not fits:
+    if up is None or down is None:
+        raise FileProblem(
+            f"{source}: expected lora_up.weight and lora_down.weight for {shown(name)}, found "
+            f"{'neither' if up is None and down is None else 'one of them'}; download or convert it again."
+        )
+    if not _fits(weight, up, down):
         raise FileProblem(
             f"{source}: expected an addition to a layer of the shape {list(weight.shape)}, found "
             f"{list(up.shape)} times {list(down.shape)} for {shown(name)}; use a LoRA of the model's own family."
         )
+    if alpha is not None and alpha.numel() != 1:
+        raise FileProblem(
+            f"{source}: expected one number for {shown(name)}.alpha, found {list(alpha.shape)}; convert it again."
+        )
+    # The norms of input channels, or of output channels.
+    norms = ([1, weight.shape[1]], [weight.shape[0], 1])
+    ones = [1] * (weight.ndim - 2)
+    if magnitude is not None and list(magnitude.shape) not in (*norms, *(norm + ones for norm in norms)):
+        raise FileProblem(
+            f"{source}: expected the shape {norms[0] + ones} or {norms[1] + ones} for {shown(name)}.dora_scale, found "
+            f"{list(magnitude.shape)}; use a LoRA of the model's own family."
+        )
     scale = 1.0 if alpha is None else float(alpha) / len(down)
-    wide = weight.double()
-    changed = with_addition(
-        wide, up.flatten(1).double(), down.flatten(1).double(), scale, None if magnitude is None else magnitude.double()
-    )
-    return (wide + strength * (changed - wide)).to(weight.dtype)
+    parts = (weight, up.flatten(1), down.flatten(1), magnitude)
+    # Some devices (MPS) have no fp64.
+    wide, up, down, magnitude = (None if part is None else part.cpu().double() for part in parts)
+    assert wide is not None and up is not None and down is not None
+    changed = with_addition(wide, up, down, scale, magnitude)
+    result = (wide + strength * (changed - wide)).to(weight)
+    if not bool(result.isfinite().all()):
+        raise FileProblem(
+            f"{source}: expected finite weights with {shown(name)} added at strength {strength:g}, found NaN or "
+            "infinity; use a smaller strength or another LoRA."
+        )
+    return result
+
+
+def _fits(weight: Tensor, up: Tensor, down: Tensor) -> bool:
+    """Whether B [out, r, 1, ...] times A [r, in, ...] has as many rows and columns as the weight, and r > 0."""
+    if up.ndim < 2 or down.ndim < 2 or len(down) == 0 or len(up) != len(weight):
+        return False
+    return up[0].numel() == up.shape[1] == len(down) and down[0].numel() == weight[0].numel()
 
 
 def lora_name(layer: str, config: UNetConfig) -> str:

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import cast
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,11 +23,15 @@ DOWN, UP, MAGNITUDE = "lora_down", "lora_up", "dora_scale"
 ADDED = re.compile(rf"(.*)\.({DOWN}|{UP}|{MAGNITUDE})")
 Layer = nn.Linear | nn.Conv2d
 ATTENTION_PROJECTION = re.compile(r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)")
+# All of a UNet but its first and last convolution and the layers that embed timestep and size: what kohya's trainer and
+# LyCORIS train unless told otherwise, and what every program that reads convolutions reads.
+IN_BLOCKS = re.compile(r"(input_blocks\.[1-9]|middle_block\.|output_blocks\.).*")
 # Words for layers, which may stand among patterns.
 NAMED_LAYERS = {
     "attention": lambda name, module: ATTENTION_PROJECTION.fullmatch(name) is not None,
     "linear": lambda name, module: isinstance(module, nn.Linear),
     "convolution": lambda name, module: isinstance(module, nn.Conv2d),
+    "blocks": lambda name, module: IN_BLOCKS.fullmatch(name) is not None,
     "all": lambda name, module: True,
 }
 
@@ -40,8 +44,7 @@ class LowRank(nn.Module):
     that nothing changes before the first step. active: False leaves the layer as it was.
     """
 
-    weight: nn.Parameter
-    bias: nn.Parameter | None
+    weight: Tensor
     lora_down: nn.Parameter
     lora_up: nn.Parameter
     dora_scale: nn.Parameter | None
@@ -54,7 +57,7 @@ class LowRank(nn.Module):
         down = torch.rand(rank, *weight.shape[1:], generator=generator) * (2 * bound) - bound
         self.lora_down = nn.Parameter(down.to(weight.device))
         self.lora_up = nn.Parameter(torch.zeros(len(weight), rank, *(1 for _ in tail), device=weight.device))
-        self.dora_scale = nn.Parameter(norm_of_inputs(weight.detach())) if dora else None
+        self.dora_scale = nn.Parameter(channel_norm(weight.detach())) if dora else None
         self.scale, self.active = scale, True
 
     @property
@@ -65,8 +68,8 @@ class LowRank(nn.Module):
         """The input times m / ||V||, which is what DoRA asks of the weight; channels: the dimension of its channels."""
         if self.dora_scale is None:
             return x
-        with torch.no_grad():
-            norm = norm_of_inputs(self.weight + self.scale * product(self.lora_up, self.lora_down))
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+            norm = channel_norm(self.weight + self.scale * product(self.lora_up, self.lora_down))
         factor = (self.dora_scale / norm).flatten().to(x.dtype)
         return x * factor.reshape([-1 if d == channels % x.ndim else 1 for d in range(x.ndim)])
 
@@ -98,18 +101,25 @@ def product(up: Tensor, down: Tensor) -> Tensor:
     return (up.flatten(1) @ down.flatten(1)).reshape(len(up), *down.shape[1:])
 
 
-def norm_of_inputs(weight: Tensor) -> Tensor:
-    """||W|| of each input channel (arXiv 2402.09353, section 3.2): [out, in, ...] -> [1, in, 1, ...]."""
-    others = [dimension for dimension in range(weight.ndim) if dimension != 1]
+def channel_norm(weight: Tensor, channels: int = 1) -> Tensor:
+    """||W|| of each input channel (arXiv 2402.09353, section 3.2): [out, in, ...] -> [1, in, 1, ...].
+
+    channels: 0 for the norm of each output channel, [out, 1, ...].
+    """
+    others = [dimension for dimension in range(weight.ndim) if dimension != channels]
     return torch.linalg.vector_norm(weight, dim=others, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
 def with_addition(weight: Tensor, up: Tensor, down: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
-    """LoRA's W + scale B A (arXiv 2106.09685, eq. 3), or with a magnitude DoRA's (arXiv 2402.09353, eq. 5)."""
+    """LoRA's W + scale B A (arXiv 2106.09685, eq. 3), or with a magnitude DoRA's (arXiv 2402.09353, eq. 5).
+
+    magnitude: [1, in, ...], or [out, 1, ...] for the variant that rescales output channels.
+    """
     changed = weight + scale * product(up, down).reshape(weight.shape)
     if magnitude is None:
         return changed
-    return changed * (magnitude.reshape(norm_of_inputs(changed).shape) / norm_of_inputs(changed))
+    norm = channel_norm(changed, 0 if len(magnitude) > 1 else 1)
+    return changed * (magnitude.reshape(norm.shape) / norm)
 
 
 def add_low_rank(
@@ -119,21 +129,27 @@ def add_low_rank(
 
     rank: 1 and up, typically 4 to 64; a layer that is narrower gets as many as it has. layers: words of NAMED_LAYERS
     and patterns of names such as `input_blocks.*` or `*.attn1.*`, divided by spaces or commas. scale: of B A, LoRA's
-    alpha / rank. seed: of A. Raises Problem for a rank below 1, and for layers that are not there or take no addition.
+    alpha / rank. seed: of A. The additions are fp32; run a network of half precision under autocast. Raises Problem for
+    a rank below 1, a scale of 0, and for layers that are not there, take no addition or have one.
     """
     if rank < 1:
         raise Problem(f"Low rank: expected a rank of at least 1, got {rank}.")
+    if not math.isfinite(scale) or scale == 0:
+        raise Problem(f"Low rank: expected a scale other than 0, usually 1, got {scale}.")
     generator, chosen = torch.Generator().manual_seed(seed), matching_layers(unet, layers)
+    for name, layer in chosen.items():
+        if isinstance(layer, LowRank):
+            raise Problem(f"Low rank: expected layers without an addition, found one on {name}; name others.")
     for layer in chosen.values():
-        layer.__class__ = LowRankLinear if isinstance(layer, nn.Linear) else LowRankConv2d
+        cast(Any, layer).__class__ = LowRankLinear if isinstance(layer, nn.Linear) else LowRankConv2d
         cast(LowRank, layer).add(rank, scale, dora, generator)
     return list(chosen)
 
 
 def matching_layers(network: nn.Module, layers: str) -> dict[str, Layer]:
     """The linear layers and convolutions that `layers` of `add_low_rank` names, in the network's order."""
-    words, chosen = re.split(r"[\s,]+", layers.strip()), set()
-    found = {name: module for name, module in network.named_modules() if isinstance(module, Layer)}
+    words, chosen = re.split(r"[\s,]+", layers.strip(" \t\r\n,")), set()
+    found = {name: module for name, module in network.named_modules() if _takes_addition(module)}
     for word in words:
         fits = NAMED_LAYERS.get(word)
         some = {name for name, module in found.items() if (fits or _pattern(word))(name, module)}
@@ -146,6 +162,11 @@ def matching_layers(network: nn.Module, layers: str) -> dict[str, Layer]:
             )
         chosen |= some
     return {name: module for name, module in found.items() if name in chosen}
+
+
+def _takes_addition(module: nn.Module) -> TypeGuard[Layer]:
+    """Whether it is a linear layer or a convolution over all its channels."""
+    return isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.groups == 1)
 
 
 def _pattern(word: str):
@@ -173,7 +194,7 @@ def without_additions(network: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The complete weights under LDM keys, with the additions in them (computed in fp64, on the CPU).
+    """The complete weights under LDM keys, with the additions in them (computed in fp64; number formats stay).
 
     values: tensors to use instead of the module's own, by name, such as an average of the additions.
     """
@@ -185,5 +206,5 @@ def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) 
         parts = [own.get(f"{name}.{part}") for part in ("weight", UP, DOWN, MAGNITUDE)]
         wide, up, down, magnitude = (None if part is None else part.cpu().double() for part in parts)
         assert wide is not None and up is not None and down is not None
-        weights[f"{name}.weight"] = with_addition(wide, up, down, layer.scale, magnitude).to(weight.dtype)
+        weights[f"{name}.weight"] = with_addition(wide, up, down, layer.scale, magnitude).to(weight)
     return weights

@@ -20,14 +20,17 @@ class LowRankSettings(Settings):
     rank: int = additions(16, "rank of the additions, usually 4 to 64", min=1, max=1024)
     layers: str = additions(
         "attention",
-        f"the layers that get one, out of {', '.join(NAMED_LAYERS)}, and patterns of their names "
-        "such as *.attn1.* or input_blocks.*, divided by spaces or commas",
+        f"the layers that get one: {', '.join(NAMED_LAYERS)} (blocks: all but the first and last convolution and the "
+        "embeddings of timestep and size, which some programs do not read), and patterns of their names such as "
+        "*.attn1.* or input_blocks.*, divided by spaces or commas",
     )
     low_rank_scale: float = additions(
         1.0, "what the additions are multiplied by, LoRA's alpha / rank", min=1e-6, max=1e6
     )
     dora: bool = additions(
-        False, "DoRA (arXiv 2402.09353), which also learns the size of the weights; diffusers does not read such files"
+        False,
+        "DoRA (arXiv 2402.09353), which also learns the size of the weights; ComfyUI reads such files, diffusers "
+        "overlooks the sizes",
     )
 
     @property
