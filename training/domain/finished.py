@@ -82,11 +82,11 @@ def write_low_rank(
     path = Path(path)
     file_dtype = file_dtype or (config.file_dtype if config is not None else "fp16")
     tensors = lora_tensors(trainee.unet, trainee.config, values)
-    layer = next(iter(layers.values()))
+    rank = max(layer.rank for layer in layers.values())  # narrow layers have less
     metadata = {
         "ss_network_module": "networks.lora",
-        "ss_network_dim": str(layer.rank),
-        "ss_network_alpha": repr(float(layer.rank)),
+        "ss_network_dim": str(rank),
+        "ss_network_alpha": repr(float(rank)),
         "ss_base_model_version": _KOHYA_PRIORS.get(prior.config.context_dim or 0, prior.latent_format),
         "ss_steps": str(steps),
         "ss_v2": str(prior.config.context_dim == 1024),
