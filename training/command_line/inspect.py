@@ -29,6 +29,7 @@ from ...guidance.files import (
 from ...guidance.files.domain_metadata import FORMAT as DOMAIN_FORMAT
 from ...guidance.files.generator_metadata import FORMAT as GENERATOR_FORMAT
 from ...guidance.files.layouts import AUTOENCODER_PREFIX, TEXT_ENCODER_PREFIXES
+from ...guidance.files.lora import TEXT_PREFIXES
 from ...guidance.networks.unet_config import UNetConfig, unet_config_from_state_dict
 from ...guidance.plain_json import parse_json
 from ..domain.config import FORMS
@@ -71,8 +72,9 @@ def inspect(path: str | os.PathLike) -> dict[str, Any]:
     kind: "domain model", "generator", "checkpoint", "UNet", "LoRA" or "training checkpoint" (of a run, to resume from);
     file: name, bytes, tensors, parameters, number formats. A domain model: form, architecture, latent space,
     prediction, prior, null context, errors of the constants, data, steps, training configuration; a generator:
-    architecture, source, history; a checkpoint: family and parts. Weights are read only where the header does not tell.
-    Raises FileProblem for a file that is no model of these kinds.
+    architecture, source, history; a checkpoint: family and parts; a LoRA: layers and their kinds, ranks, DoRA or not,
+    prior, training configuration. Weights are read only where the header does not tell. Raises FileProblem for a file
+    that is no model of these kinds.
     """
     path = Path(path)
     if path.suffix == CHECKPOINT_SUFFIX and path.is_file() and _ends_as_run_checkpoint(path):
@@ -149,12 +151,18 @@ def _domain_model(described: DomainMetadata, parts: Mapping[str, int]) -> dict[s
 
 
 def _low_rank(shapes: Shapes, metadata: Mapping[str, str]) -> dict[str, Any]:
-    downs = [shape for key, (shape, _) in shapes.items() if key.endswith(DOWN)]
+    """text_layers: those of a text encoder among the layers, in files of other programs."""
+    downs = {key: shape for key, (shape, _) in shapes.items() if key.endswith(DOWN)}
+    convolutions = sum(len(shape) == 4 for shape in downs.values())
     return {
         "layers": len(downs),
-        "ranks": sorted({shape[0] for shape in downs}),
+        "kinds": {"linear": len(downs) - convolutions, "convolution": convolutions},
+        "text_layers": sum(key.startswith(TEXT_PREFIXES) for key in downs) or None,
+        "dora": any(key.endswith(".dora_scale") for key in shapes),
+        "ranks": sorted({shape[0] for shape in downs.values() if shape}),
+        "prior_hash": metadata.get("prior_hash"),
         "training": _training(metadata.get(TRAINING)),
-        "metadata": {key: value for key, value in metadata.items() if key != TRAINING},
+        "metadata": {key: value for key, value in metadata.items() if key not in (TRAINING, "prior_hash")},
     }
 
 

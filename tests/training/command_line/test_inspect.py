@@ -18,7 +18,7 @@ from indomain_guidance.guidance.files import (
 from indomain_guidance.training.command_line.inspect import inspect, inspect_text
 from indomain_guidance.training.domain import trainee as parts
 from indomain_guidance.training.domain.config import TrainConfig
-from indomain_guidance.training.domain.finished import write_domain_model
+from indomain_guidance.training.domain.finished import write_domain_model, write_low_rank
 from indomain_guidance.training.engine.checkpoints import checkpoint_path, save_checkpoint
 from indomain_guidance.training.mini_world.assets import domain_unets_dir, weights_dir
 from indomain_guidance.training.prior.opening import open_mini_world
@@ -124,6 +124,26 @@ def test_inspects_the_checkpoint_of_a_run(tmp_path):
     path.write_bytes(data)
     with pytest.raises(FileProblem, match="step-000007.ckpt"):
         inspect(path)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
+def test_a_lora_tells_its_layers(base, dora, tmp_path):
+    layers = "*.attn1.to_q middle_block.0.in_layers.2"
+    trainee = parts.start_model(base, "full", "low_rank", additions={"rank": 3, "layers": layers, "dora": dora})
+    path = write_low_rank(tmp_path / "lora.safetensors", trainee, base, config=config(form="full", train="low_rank"))
+    about = inspect(path)
+    assert (about["kind"], about["layers"], about["ranks"], about["dora"]) == ("LoRA", 7, [3], dora)
+    assert about["kinds"] == {"linear": 6, "convolution": 1} and about["text_layers"] is None
+    assert about["prior_hash"] == base.prior_hash and about["training"]["train"] == "low_rank"
+    text = inspect_text(path)
+    for fact in ("linear 6, convolution 1", f"dora:              {'yes' if dora else 'no'}", base.prior_hash):
+        assert fact in text
+    foreign = {
+        "lora_te_text_model_a.lora_down.weight": torch.ones(2, 8),
+        "lora_unet_b.lora_down.weight": torch.ones(()),
+    }
+    about = inspect(write_safetensors(tmp_path / "foreign.safetensors", foreign))
+    assert (about["layers"], about["text_layers"], about["ranks"], about["prior_hash"]) == (2, 1, [2], None)
 
 
 def test_inspect_refuses_other_files(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ....guidance.diffusion import Denoiser
-from ....guidance.files import read_domain_file, read_state_dict
+from ....guidance.files import add_lora, read_domain_file, read_lora, read_state_dict
 from ....guidance.networks.unet_config import UNetConfig
 from ....guidance.null_text import load_unet
 from ...domain.config import TrainConfig
@@ -117,22 +117,13 @@ class Models:
             weights, metadata = read_domain_file(path)
             config = metadata.config
         else:
-            weights, config = read_state_dict(path), self.world.prior.unet.config
+            config = self.world.prior.unet.config
             assert isinstance(config, UNetConfig)
             if spec.kind == "low_rank":
-                weights = with_additions(self.world.prior.unet.state_dict(), weights)
+                weights = add_lora(self.world.prior.unet.state_dict(), read_lora(path)[0], config, source=path)
+            else:
+                weights = read_state_dict(path)
         return Denoiser(load_unet(weights, config), self.world.schedule)
-
-
-def with_additions(weights: Mapping[str, Tensor], additions: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """W + (alpha / rank) B A (arXiv 2106.09685) for the layers of a LoRA file in kohya's layout with LDM names."""
-    merged = {key: value.float() for key, value in weights.items()}
-    for key in weights:
-        name = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
-        if f"{name}.lora_down.weight" in additions:
-            down, up = additions[f"{name}.lora_down.weight"].float(), additions[f"{name}.lora_up.weight"].float()
-            merged[key] = merged[key] + (float(additions[f"{name}.alpha"]) / len(down)) * (up @ down)
-    return merged
 
 
 class IdgStudy(Study):

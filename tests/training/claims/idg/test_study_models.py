@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_state_dict
-from indomain_guidance.training.claims.idg.study import Models, with_additions
+from indomain_guidance.training.claims.idg.study import Models
 from indomain_guidance.training.claims.idg.sweep import ModelSpec
 from indomain_guidance.training.claims.keeping import trained_weights
 from indomain_guidance.training.engine.run import Result
@@ -34,22 +34,6 @@ def test_lengths_of_one_run_share_it_and_everything_else_does_not(world, tmp_pat
     assert len({str(models.facts(spec)) for spec in specs}) == len(specs) - 1
     assert models.file(ModelSpec("shipped", "narrow")).is_file()
     assert Models(tmp_path, world, batch=8).facts(specs[0]) != models.facts(specs[0])
-
-
-def test_additions_are_merged_as_their_formula_says():
-    generator = torch.Generator().manual_seed(0)
-    weights = {
-        "middle_block.1.attn1.to_q.weight": torch.randn(6, 5, generator=generator),
-        "out.weight": torch.randn(3, generator=generator),
-    }
-    down, up = torch.randn(2, 5, generator=generator), torch.randn(6, 2, generator=generator)
-    name = "lora_unet_middle_block_1_attn1_to_q"
-    additions = {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up, f"{name}.alpha": torch.tensor(4.0)}
-    merged = with_additions(weights, additions)
-    torch.testing.assert_close(
-        merged["middle_block.1.attn1.to_q.weight"], weights["middle_block.1.attn1.to_q.weight"] + 2 * up @ down
-    )
-    assert torch.equal(merged["out.weight"], weights["out.weight"])
 
 
 def test_a_stop_of_a_longer_run_is_the_shorter_run(world, tmp_path):
