@@ -8,7 +8,7 @@ from .generator import convert_generator, holds_generator, read_generator, write
 from .generator_metadata import GeneratorMetadata
 from .generator_weights import LoadedGenerator
 from .layouts import check_unet, stated_prediction, strip_unet_prefix, unet_layout
-from .lora import add_lora, lora_tensors, read_lora
+from .lora import add_lora, holds_lora, lora_tensors, read_lora
 from .model_file import ModelFile, read_keys, read_metadata, read_state_dict
 from .safetensors_file import write_safetensors
 from .weights import DTYPES, check_finite, file_tensors
@@ -29,6 +29,7 @@ __all__ = [
     "convert_generator",
     "file_tensors",
     "holds_generator",
+    "holds_lora",
     "lora_tensors",
     "prior_content_hash",
     "read_domain_file",

@@ -1,4 +1,4 @@
-"""Pictures from a base and a domain model with multi-guidance (arXiv 2312.08195), without ComfyUI."""
+"""Pictures from a base, with a domain model by multi-guidance (arXiv 2312.08195), without ComfyUI."""
 
 from __future__ import annotations
 
@@ -39,6 +39,9 @@ class DrawingSettings(Settings):
     control_weight: float = drawing(2.5, "weight of the prompt, usually 0 to 8", min=-1000.0, max=1000.0)
     domain_start: float = drawing(0.0, "share of sampling at which the domain model begins", min=0.0, max=1.0)
     domain_end: float = drawing(1.0, "share of sampling at which it ends", min=0.0, max=1.0)
+    strength: float = drawing(
+        1.0, "of a LoRA: 0 draws as the base, 1 as it was trained, below 0 the other way", min=-100.0, max=100.0
+    )
     steps: int = drawing(25, "model steps", min=1, max=1000)
     method: str = drawing("dpmpp_2m", "sampler", choices=SAMPLERS)
     spacing: str = drawing(
@@ -78,23 +81,26 @@ class Drawn:
 class Artist:
     """A base and a domain model, loaded once, that draw pictures.
 
-    weights, metadata: of a domain file (`guidance.files.read_domain_file`). A domain model of form full is conditioned
-    on the caption it was trained with. Both run in `dtype` on `device`. Raises ValueError where sizes do not fit.
+    weights, metadata: of a domain file (`guidance.files.read_domain_file`); None for the base alone. A domain model of
+    form full is conditioned on the caption it was trained with. Both run in `dtype` on `device`. Raises ValueError
+    where sizes do not fit.
     """
 
     def __init__(
         self,
         prior: Prior,
-        weights: Mapping[str, Tensor],
-        metadata: DomainMetadata,
+        weights: Mapping[str, Tensor] | None = None,
+        metadata: DomainMetadata | None = None,
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.prior, self.device, self.metadata = prior, torch.device(device), metadata
         self.base = Denoiser(prior.load_unet(dtype).to(self.device), prior.schedule, prior.prediction_type)
-        domain = load_unet(weights, metadata.config, dtype).to(self.device)
-        self.domain = Denoiser(domain, prior.schedule, metadata.prediction_type or prior.prediction_type)
+        self.domain = None
+        if weights is not None and metadata is not None:
+            domain = load_unet(weights, metadata.config, dtype).to(self.device)
+            self.domain = Denoiser(domain, prior.schedule, metadata.prediction_type or prior.prediction_type)
 
     @torch.no_grad()
     def draw(
@@ -120,7 +126,7 @@ class Artist:
             self.prior.conditioning([size], self.prior.encode_text([prompt]), self.device)
             for prompt in (negative, *prompts)
         )
-        domain_cond, caption = base_cond, self.metadata.caption
+        domain_cond, caption = base_cond, self.metadata.caption if self.metadata else None
         if caption is not None:
             domain_cond = self.prior.conditioning([size], self.prior.encode_text([caption]), self.device)
         sigmas = SPACINGS[settings.spacing](self.prior.schedule, settings.steps).float()
@@ -135,13 +141,10 @@ class Artist:
         for prompt, cond in zip(prompts, conds):
             # The term of a prompt equal to the base's is 0 and needs no prediction.
             control = settings.control_weight if prompt != negative else 0.0
-            guidance = Guidance(
-                Source(self.base, base_cond),
-                [
-                    Term("domain", self.domain, domain_cond, settings.domain_term()),
-                    Term("control", self.base, cond, control),
-                ],
-            )
+            terms = [Term("control", self.base, cond, control)]
+            if self.domain is not None:
+                terms.insert(0, Term("domain", self.domain, domain_cond, settings.domain_term()))
+            guidance = Guidance(Source(self.base, base_cond), terms)
             for part in parts:
                 noise = self.prior.noise(part, height, width)
                 guided = MultiGuidance(guidance, self.prior.schedule.percent_to_sigma)

@@ -7,13 +7,12 @@ from pathlib import Path
 
 from ...guidance.files import FileProblem, holds_generator
 from ..adaptation.config import AdaptConfig
-from ..domain.config import TrainConfig
 from ..engine.checkpoints import find_checkpoints
 from ..engine.folder import CONFIG
-from ..engine.run_settings import RunSettings
 from ..engine.small_files import read_values
 from ..mini_world import MINI_WORLD
 from ..mini_world.assets import domain_unets_dir, generators_dir
+from ..prior.settings import PriorSettings
 from .console import own_command
 from .kinds import kind_of
 
@@ -34,15 +33,16 @@ def find_generator(name: str) -> str | None:
     return name if path.is_file() and holds_generator(path) else None
 
 
-def find_domain(name: str) -> tuple[Path, TrainConfig | None]:
+def find_domain(name: str) -> tuple[Path, PriorSettings | None]:
     """The file a name stands for, and the configuration of its run where the name is a run's folder.
 
-    A file, a run's folder, or the name of a domain model that ships. Raises FileProblem where nothing is.
+    A file, a run's folder (whose file is a domain model or a LoRA), or the name of a domain model that ships. Raises
+    FileProblem where nothing is.
     """
     path = Path(name)
     if path.is_dir():
         config, file = _run_in(path)
-        return _finished(file, path, "domain model"), config if isinstance(config, TrainConfig) else None
+        return _finished(file, path, "model"), config
     shipped = domain_unets_dir() / f"{name}.safetensors"
     return (shipped if path.name == name and not path.exists() and shipped.is_file() else path), None
 
@@ -62,7 +62,7 @@ def find_model(name: str, unfinished: bool = False) -> str:
     return find_generator(name) or str(find_domain(name)[0])
 
 
-def _run_in(folder: Path) -> tuple[RunSettings, Path]:
+def _run_in(folder: Path) -> tuple[PriorSettings, Path]:
     """The settings of the run in a folder, and where its finished file is or will be. Raises FileProblem."""
     file = folder / CONFIG
     if not file.is_file():

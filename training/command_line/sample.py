@@ -1,8 +1,9 @@
-"""``indomain sample``: pictures of a domain model or an image generator, saved with how they were made."""
+"""``indomain sample``: pictures of a domain model, a LoRA or an image generator, saved with how they were made."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import re
@@ -11,17 +12,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ...guidance.files import DTYPES, DomainMetadata, check_latent_format, read_domain_file
+from ...guidance.files import (
+    DTYPES,
+    DomainMetadata,
+    add_lora,
+    check_latent_format,
+    holds_lora,
+    read_domain_file,
+    read_keys,
+    read_lora,
+)
 from ...guidance.files.atomic import replacing
+from ...guidance.files.lora import TEXT_PREFIXES
 from ...guidance.networks.stylegan2 import class_labels, latents_of_seeds
 from ..adaptation.adapt import open_generator
-from ..domain.config import TrainConfig
 from ..engine.processes import pick_device, pick_precision
 from ..engine.settings import ConfigProblem, fields_of, kinds_of
 from ..mini_world import MINI_WORLD
 from ..prior.opening import open_prior
 from ..prior.prior import Prior
+from ..prior.settings import PriorSettings
 from .console import Console
 from .drawing import Artist, DrawingSettings, Drawn
 from .models import comfyui_tokenizer, find_domain, find_generator
@@ -29,6 +41,7 @@ from .parser import DONE, add_command, add_device, add_option, add_output, add_s
 
 # Settings of `DrawingSettings` whose default depends on the model.
 SIZE = {"width": "the resolution it was trained at, else what the prior was made for", "height": "the width"}
+OF_DOMAIN_MODELS, OF_LORAS = ("domain_weight", "domain_start", "domain_end"), ("strength",)
 
 
 def add_sample(commands: Any) -> None:
@@ -36,14 +49,15 @@ def add_sample(commands: Any) -> None:
         commands,
         "sample",
         _sample,
-        "draw pictures with a base and a domain model, or with an image generator",
+        "draw pictures with a base and a domain model or LoRA, or with an image generator",
         "In-domain guidance, base + w_d (domain - base) + w_c (prompt - base); a weight of 0 leaves its part out, "
-        "--domain-weight 1 --control-weight 0 is the domain model alone. Of an image generator, StyleGAN2 in any of "
-        "the files that adapt takes, only count, seed, truncation, output and device matter.",
+        "--domain-weight 1 --control-weight 0 is the domain model alone. With a LoRA in kohya's layout, which is added "
+        "to the base at --strength: base + w_c (prompt - base). Of an image generator, StyleGAN2 in any of the files "
+        "that adapt takes, only count, seed, truncation, output and device matter.",
     )
 
     what = (
-        "a domain model or generator file, a run's folder, or one that ships: mini-handwriting (domain model), "
+        "a domain model, LoRA or generator file, a run's folder, or one that ships: mini-handwriting (domain model), "
         "mini_world (generator)"
     )
     add_option(command, "domain", what, metavar="MODEL")
@@ -84,18 +98,22 @@ def draw(options: argparse.Namespace, console: Console) -> Iterator[dict[str, An
     if generator is not None:
         yield from _draw_with_generator(options, generator, console)
         return
-    file, trained = find_domain(options.domain)
-    weights, metadata = read_domain_file(file)
+    file, run = find_domain(options.domain)
+    is_lora = file.is_file() and holds_lora(file)
+    others = OF_DOMAIN_MODELS if is_lora else OF_LORAS
+    for name in given(options, others):
+        what = "LoRA, which has --strength" if is_lora else "domain model, which has --domain-weight"
+        raise ConfigProblem(f"{name}: expected none with a {what}; leave it out.")
     settings = DrawingSettings(**given(options, kinds_of(DrawingSettings).keys() - SIZE))
     device = pick_device(options.device)
-    prior = _open_prior(options, metadata, trained, file)
-    width = options.width or metadata.resolution or prior.native_resolution or 512
+    where: dict[str, Any] = {"device": device, "dtype": DTYPES[pick_precision(options.precision, device)]}
+    if is_lora:
+        artist = Artist(_with_lora(options, file, run, settings.strength, console), **where)
+    else:
+        artist = Artist(*_with_domain(options, file, run, console), **where)
+    prior, resolution = artist.prior, artist.metadata.resolution if artist.metadata else None
+    width = options.width or resolution or prior.native_resolution or 512
     settings = settings.with_changes(width=width, height=options.height or width)
-    check_latent_format(metadata, prior.latent_format, file)
-    if metadata.prior_hash and metadata.prior_hash != prior.prior_hash:
-        console.warn(f"{file.name} was made from another prior than {prior.name}; pictures may suffer.")
-    artist = Artist(prior, weights, metadata, device=device, dtype=DTYPES[pick_precision(options.precision, device)])
-    del weights
     pictures = artist.draw(
         options.prompt or [""],
         range(options.seed, options.seed + options.count),
@@ -103,25 +121,54 @@ def draw(options: argparse.Namespace, console: Console) -> Iterator[dict[str, An
         options.negative,
         lambda done, total: console.count("drawing", done, total),
     )
+    chosen = {key: value for key, value in settings.to_dict().items() if key not in others}
     for number, drawn in enumerate(pictures):
         name = f"{number // options.count + 1:02d}-{slug(drawn.prompt)}-{drawn.seed}.png"
-        about = describe(drawn, settings, options.negative, file, prior.name)
+        asked = {"prompt": drawn.prompt, "negative": options.negative, "seed": drawn.seed, "base": prior.name}
+        model = {"lora" if is_lora else "domain": file.name}
+        about = {**asked, **model, **chosen, "samples_per_step": round(drawn.samples_per_step, 4)}
         yield {"path": str(save(drawn, Path(options.output) / name, about)), **about}
 
 
-def _open_prior(
-    options: argparse.Namespace, metadata: DomainMetadata, trained: TrainConfig | None, file: Path
+def _with_domain(
+    options: argparse.Namespace, file: Path, run: PriorSettings | None, console: Console
+) -> tuple[Prior, dict[str, Tensor], DomainMetadata]:
+    """The prior, and a domain model's weights and what it says about itself."""
+    weights, metadata = read_domain_file(file)
+    prior = _open_prior(options, file, run, MINI_WORLD if metadata.latent_format == MINI_WORLD else "")
+    check_latent_format(metadata, prior.latent_format, file)
+    _warn_of_another_prior(metadata.prior_hash, prior, file, console)
+    return prior, weights, metadata
+
+
+def _with_lora(
+    options: argparse.Namespace, file: Path, run: PriorSettings | None, strength: float, console: Console
 ) -> Prior:
-    """The prior of a domain model, its VAE and tokenizer: from the options, the run, or what the file says."""
-    base = options.base or (trained.base if trained else "")
-    if not base and metadata.latent_format == MINI_WORLD:
-        base = MINI_WORLD
+    """The prior with a LoRA in its UNet."""
+    lora, metadata = read_lora(file)
+    stated = metadata.get("prior_hash")
+    of_mini_world = stated and not options.base and run is None and stated == open_prior(MINI_WORLD).prior_hash
+    prior = _open_prior(options, file, run, MINI_WORLD if of_mini_world else "")
+    _warn_of_another_prior(stated, prior, file, console)
+    if any(key.startswith(TEXT_PREFIXES) for key in read_keys(file)):
+        console.warn(f"{file.name} changes text encoders too, which is left out here; in ComfyUI pictures will differ.")
+    return dataclasses.replace(prior, unet=add_lora(prior.unet, lora, prior.config, strength, file))
+
+
+def _open_prior(options: argparse.Namespace, file: Path, run: PriorSettings | None, otherwise: str) -> Prior:
+    """The prior of a model, its VAE and tokenizer: from the options, the run, or `otherwise`, what the file says."""
+    base = options.base or (run.base if run else "") or otherwise
     if not base:
         raise ConfigProblem(f"expected --base FILE, the checkpoint that {file.name} was made from.")
-    vae = options.vae or (trained.vae if trained and not options.base else "")
+    vae = options.vae or (run.vae if run and not options.base else "")
     return open_prior(
-        base, vae=vae, tokenizer=options.tokenizer or (trained.tokenizer if trained else "") or comfyui_tokenizer()
+        base, vae=vae, tokenizer=options.tokenizer or (run.tokenizer if run else "") or comfyui_tokenizer()
     )
+
+
+def _warn_of_another_prior(stated: str | None, prior: Prior, file: Path, console: Console) -> None:
+    if stated and stated != prior.prior_hash:
+        console.warn(f"{file.name} was made from another prior than {prior.name}; pictures may suffer.")
 
 
 def _draw_with_generator(options: argparse.Namespace, file: str, console: Console) -> Iterator[dict[str, Any]]:
@@ -150,12 +197,6 @@ def slug(prompt: str) -> str:
     """A prompt as part of a file name on any system."""
     words = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")
     return words[:48].rstrip("-") or "picture"
-
-
-def describe(drawn: Drawn, settings: DrawingSettings, negative: str, domain: Path, base: str) -> dict[str, Any]:
-    """How a picture was made, as JSON values."""
-    asked = {"prompt": drawn.prompt, "negative": negative, "seed": drawn.seed, "base": base, "domain": domain.name}
-    return {**asked, **settings.to_dict(), "samples_per_step": round(drawn.samples_per_step, 4)}
 
 
 def free_path(path: Path) -> Path:
