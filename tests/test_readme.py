@@ -89,7 +89,7 @@ def test_the_code_of_the_librarys_page_runs():
     first, *others = run_the_code_of(ROOT / "docs" / "library.md")
     assert first["images"].shape == (4, 3, 64, 64) and bool(first["images"].isfinite().all())
     assert set(first["guided"].samples_per_step) == {2.0, 3.0}
-    assert len(others) == 2
+    assert len(others) == 3
 
 
 def test_every_preset_is_listed():

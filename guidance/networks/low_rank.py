@@ -23,8 +23,8 @@ DOWN, UP, MAGNITUDE = "lora_down", "lora_up", "dora_scale"
 ADDED = re.compile(rf"(.*)\.({DOWN}|{UP}|{MAGNITUDE})")
 Layer = nn.Linear | nn.Conv2d
 ATTENTION_PROJECTION = re.compile(r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)")
-# All of a UNet but its first and last convolution and the layers that embed timestep and size: what kohya's trainer and
-# LyCORIS train unless told otherwise, and what every program that reads convolutions reads.
+# All of a UNet but its first and last convolution and the layers that embed timestep and size: what kohya's scripts
+# train and read. Older versions of diffusers refuse SDXL's other layers.
 IN_BLOCKS = re.compile(r"(input_blocks\.[1-9]|middle_block\.|output_blocks\.).*")
 # Words for layers, which may stand among patterns.
 NAMED_LAYERS = {

@@ -21,7 +21,7 @@ class LowRankSettings(Settings):
     layers: str = additions(
         "attention",
         f"the layers that get one: {', '.join(NAMED_LAYERS)} (blocks: all but the first and last convolution and the "
-        "embeddings of timestep and size, which some programs do not read), and patterns of their names such as "
+        "embeddings of timestep and size, which kohya's scripts do not read), and patterns of their names such as "
         "*.attn1.* or input_blocks.*, divided by spaces or commas",
     )
     low_rank_scale: float = additions(
