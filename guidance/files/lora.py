@@ -164,17 +164,23 @@ def _with_addition(
             f"{list(magnitude.shape)}; use a LoRA of the model's own family."
         )
     scale = 1.0 if alpha is None else float(alpha) / len(down)
-    parts = (weight, up.flatten(1), down.flatten(1), magnitude)
-    # Some devices (MPS) have no fp64.
-    wide, up, down, magnitude = (None if part is None else part.cpu().double() for part in parts)
-    assert wide is not None and up is not None and down is not None
-    changed = with_addition(wide, up, down, scale, magnitude)
+    wide, addition = weight.cpu().double(), scale * _product(up, down)
+    changed = with_addition(wide, addition, None if magnitude is None else magnitude.cpu().double())
     result = (wide + strength * (changed - wide)).to(weight)
     if not bool(result.isfinite().all()):
         raise FileProblem(
             f"{source}: expected finite weights with {shown(name)} added at strength {strength:g}, found NaN or "
             "infinity; use a smaller strength or another LoRA."
         )
+    return result
+
+
+def _product(up: Tensor, down: Tensor, ranks: int = 4096) -> Tensor:
+    """B A [out, in * ...] in fp64, which some devices lack (hence the CPU); `ranks` at a time, which saves memory."""
+    result = torch.zeros(len(up), down[0].numel(), dtype=torch.float64)
+    for at in range(0, len(down), ranks):
+        rows = down[at : at + ranks].flatten(1).cpu().double()
+        result.addmm_(up[:, at : at + ranks].flatten(1).cpu().double(), rows)
     return result
 
 

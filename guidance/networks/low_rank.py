@@ -110,12 +110,13 @@ def channel_norm(weight: Tensor, channels: int = 1) -> Tensor:
     return torch.linalg.vector_norm(weight, dim=others, keepdim=True).clamp(min=torch.finfo(weight.dtype).tiny)
 
 
-def with_addition(weight: Tensor, up: Tensor, down: Tensor, scale: float, magnitude: Tensor | None = None) -> Tensor:
+def with_addition(weight: Tensor, addition: Tensor, magnitude: Tensor | None = None) -> Tensor:
     """LoRA's W + scale B A (arXiv 2106.09685, eq. 3), or with a magnitude DoRA's (arXiv 2402.09353, eq. 5).
 
-    magnitude: [1, in, ...], or [out, 1, ...] for the variant that rescales output channels.
+    addition: scale B A, of the weight's size. magnitude: [1, in, ...], or [out, 1, ...] for the variant that rescales
+    output channels.
     """
-    changed = weight + scale * product(up, down).reshape(weight.shape)
+    changed = weight + addition.reshape(weight.shape)
     if magnitude is None:
         return changed
     norm = channel_norm(changed, 0 if len(magnitude) > 1 else 1)
@@ -206,5 +207,5 @@ def merged_weights(unet: nn.Module, values: Mapping[str, Tensor] | None = None) 
         parts = [own.get(f"{name}.{part}") for part in ("weight", UP, DOWN, MAGNITUDE)]
         wide, up, down, magnitude = (None if part is None else part.cpu().double() for part in parts)
         assert wide is not None and up is not None and down is not None
-        weights[f"{name}.weight"] = with_addition(wide, up, down, layer.scale, magnitude).to(weight)
+        weights[f"{name}.weight"] = with_addition(wide, layer.scale * product(up, down), magnitude).to(weight)
     return weights

@@ -1,10 +1,11 @@
 """How reading files of strangers holds out: ``python run.py bench loaders [--quick]``, one JSON object a line.
 
     attacks  every hostile stream of pickle_streams.py: how many are not refused for their reason, or run anything
-    READER   hostile and damaged inputs of one kind: generators, domain_files, bases, run_checkpoints, shards, pictures,
-             settings, content_indices, cached_latents, logs. Of each: how many ran anything; how many ended without a
-             sentence that names the file (a crash, another error than the project's own, a word that cannot be shown,
-             or silence where something was lost); how many took more than 10 s, or 500 MB over the file's size
+    READER   hostile and damaged inputs of one kind: generators, domain_files, loras, bases, run_checkpoints, shards,
+             pictures, settings, content_indices, cached_latents, logs. Of each: how many ran anything; how many ended
+             without a sentence that names the file (a crash, another error than the project's own, a word that cannot
+             be shown, or silence where something was lost); how many took more than 10 s, or 500 MB over the file's
+             size
     total    the same of all readers together
     speed    seconds to read a pickle of a network of 256 pixels, over those to read the same weights as safetensors
 
@@ -41,6 +42,7 @@ FAULTS = {"ran": "ran anything", "said": "no sentence that names the file", "slo
 SHARES = {
     "generators": 24_000,
     "domain_files": 9_000,
+    "loras": 4_000,
     "bases": 3_000,
     "run_checkpoints": 4_000,
     "shards": 14_000,
@@ -276,7 +278,7 @@ def child_inputs(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     from .hostile_inputs import worker
     from .hostile_inputs.checkpoints import RunCheckpoints
     from .hostile_inputs.indices import CachedLatents, ContentIndices, Logs
-    from .hostile_inputs.models import Bases, DomainFiles, Generators
+    from .hostile_inputs.models import Bases, DomainFiles, Generators, Loras
     from .hostile_inputs.pictures import Pictures
     from .hostile_inputs.settings import Settings
     from .hostile_inputs.shards import Shards
@@ -284,6 +286,7 @@ def child_inputs(report: Report, plan: Plan, arguments: Sequence[str]) -> None:
     kinds = (
         Generators,
         DomainFiles,
+        Loras,
         Bases,
         RunCheckpoints,
         Shards,

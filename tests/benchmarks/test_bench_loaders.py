@@ -47,7 +47,7 @@ def bench():
 
 
 READERS = {
-    "models": ("Generators", "DomainFiles", "Bases"),
+    "models": ("Generators", "DomainFiles", "Loras", "Bases"),
     "checkpoints": ("RunCheckpoints",),
     "shards": ("Shards",),
     "pictures": ("Pictures",),

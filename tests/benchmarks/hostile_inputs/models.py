@@ -1,4 +1,4 @@
-"""Generators, domain models and bases, in every format that they come in."""
+"""Generators, domain models, LoRAs and bases, in every format that they come in."""
 
 from __future__ import annotations
 
@@ -164,6 +164,59 @@ def _holes(header: dict) -> dict:
         "nothing refers to it": hole({"__metadata__": metadata}, size),
         "no header": hole(b"", size),
     }
+
+
+class Loras(ModelFiles):
+    """LoRAs and DoRAs on some layers of a tiny UNet, in two number formats and both ways to name layers."""
+
+    name = "loras"
+
+    def __init__(self, folder: Path) -> None:
+        from indomain_guidance.guidance.files import lora_tensors, write_safetensors
+        from indomain_guidance.guidance.networks.low_rank import add_low_rank
+        from indomain_guidance.guidance.networks.unet import UNet
+        from indomain_guidance.tests.tiny_checkpoints import randomise, unet_config
+
+        super().__init__(folder)
+        files, tensors = [], {}
+        self.weights, self.configs = {}, {}
+        for family, dora, dtype in (("sd1", False, torch.float16), ("sdxl", True, torch.float32)):
+            unet = randomise(UNet(unet_config(family)), 0)
+            self.weights[family], self.configs[family] = dict(unet.state_dict()), unet.config
+            add_low_rank(unet, 2, layers="middle_block.0.in_layers.2 *.attn1.to_q", dora=dora)
+            tensors = {key: value.to(dtype) for key, value in lora_tensors(unet, unet.config).items()}
+            metadata = {"prior_hash": "ab" * 32, "training": '{"steps": 5}', "ss_network_dim": "2"}
+            files.append(settled(write_safetensors(folder / f"{family}.safetensors", tensors, metadata).read_bytes()))
+        self.originals = {".safetensors": files, ".pt": [saved(tensors, True), saved(tensors, False)]}
+        header = split(files[0])[0]
+        self.by_hand = {name: write_bytes(data) for name, data in hostile_headers(header["__metadata__"]).items()}
+        self.by_hand |= {f"rank {rank}": _of_rank(rank) for rank in (0, 2**10, 2**18)}
+        down = next(key for key in tensors if key.endswith("lora_down.weight"))
+        repeated = {**tensors, down: torch.zeros(1, 1).expand(2**30, 64)}
+        self.by_hand["a rank that repeats one number"] = write_bytes(saved(repeated, True))
+
+    def read(self, kind: str, path: Path, dice: random.Random) -> Sequence[str]:
+        from indomain_guidance.guidance.files import add_lora, read_lora
+        from indomain_guidance.training.command_line.inspect import inspect_text
+
+        if dice.random() < 0.2:
+            inspect_text(path)
+        else:
+            lora, _ = read_lora(path)
+            family = "sd1" if any("mid_block" in key for key in lora) else "sdxl"
+            add_lora(self.weights[family], lora, self.configs[family], 0.7, path)
+        return []
+
+
+def _of_rank(rank: int):
+    """A LoRA of zeros on a layer [64, 64] of Stable Diffusion 1.x and the tiny UNet's."""
+    name = "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_q"
+    half = 64 * rank
+    header = {
+        f"{name}.lora_up.weight": {"dtype": "F8_E4M3", "shape": [64, rank], "data_offsets": [0, half]},
+        f"{name}.lora_down.weight": {"dtype": "F8_E4M3", "shape": [rank, 64], "data_offsets": [half, 2 * half]},
+    }
+    return hole(header, 2 * half)
 
 
 class Bases(ModelFiles):
