@@ -180,7 +180,7 @@ def test_inspect_takes_every_name_that_sample_convert_and_resume_take(run, tmp_p
     folder.mkdir()
     TrainConfig(base="mini_world", name="mine").write_json(folder / "config.json")
     status, _, err = run("inspect", folder)
-    assert status == 1 and "mine.safetensors: expected the run's finished domain model, found none; go on with" in err
+    assert status == 1 and "mine.safetensors: expected the run's finished model, found none; go on with" in err
     state = {
         "step": 3,
         "config": {"name": "mine"},
