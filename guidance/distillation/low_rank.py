@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import GuidanceError
-
-ATTENTION_PROJECTION = r"(.*\.)?attn[12]\.(to_q|to_k|to_v|to_out\.0)"
+from ..networks.low_rank import ATTENTION_PROJECTION
 
 
 class LowRankAddition:
@@ -24,7 +23,9 @@ class LowRankAddition:
     network's precision. Raises GuidanceError for a rank below 1 and where no linear layer matches.
     """
 
-    def __init__(self, network: nn.Module, rank: int = 4, layers: str = ATTENTION_PROJECTION, seed: int = 0) -> None:
+    def __init__(
+        self, network: nn.Module, rank: int = 4, layers: str = ATTENTION_PROJECTION.pattern, seed: int = 0
+    ) -> None:
         if rank < 1:
             raise GuidanceError(f"Expected a low-rank critic of rank 1 or more, got {rank}.")
         wanted = re.compile(layers)

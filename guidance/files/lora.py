@@ -167,7 +167,7 @@ def _with_addition(
     wide, addition = weight.cpu().double(), scale * _product(up, down)
     changed = with_addition(wide, addition, None if magnitude is None else magnitude.cpu().double())
     result = (wide + strength * (changed - wide)).to(weight)
-    if not bool(result.isfinite().all()):
+    if not bool(result.float().isfinite().all()):  # torch has no isfinite for fp8
         raise FileProblem(
             f"{source}: expected finite weights with {shown(name)} added at strength {strength:g}, found NaN or "
             "infinity; use a smaller strength or another LoRA."

@@ -77,8 +77,9 @@ def test_strength_scales_the_difference(dora, strength):
     assert list(own) == list(before) and all(torch.equal(before[key], copies[key]) for key in before)
     for key, weight in before.items():
         assert torch.allclose(own[key], weight + strength * (full[key] - weight), atol=1e-6), key
-    halves = {key: value.half() for key, value in before.items()}
-    assert {value.dtype for value in add_lora(halves, lora_tensors(unet, config), config).values()} == {torch.float16}
+    for dtype in (torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        narrow = {key: value.to(dtype) for key, value in before.items()}
+        assert {value.dtype for value in add_lora(narrow, lora_tensors(unet, config), config).values()} == {dtype}
 
 
 def test_averages_are_written_in_place_of_the_last_values():
