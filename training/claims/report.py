@@ -68,10 +68,10 @@ def json_line(paper: str, name: str, value: float | None, unit: str, sampling: S
 
 
 def row_line(paper: str, row: Row, sampling: Sampling) -> str:
-    """A measured row as a JSON line."""
+    """A measured row as a JSON line; its value is null where a point has no distance."""
     numbers = {key: value for key, value in row.numbers.items() if key != "distance"}
     more = {**row.point.facts, **numbers, "intervals": row.intervals}
-    return json_line(paper, row.point.name, row.numbers["distance"], "frechet", sampling, **more)
+    return json_line(paper, row.point.name, row.numbers.get("distance"), "frechet", sampling, **more)
 
 
 def verdict_line(paper: str, verdict: Verdict, sampling: Sampling) -> str:

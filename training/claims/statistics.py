@@ -130,6 +130,21 @@ def worst_ratio(
     return largest, at
 
 
+def worst_ratio_between(
+    distances: Tensor, shares: Tensor, other_distances: Tensor, other_shares: Tensor, least: float, most: float
+) -> tuple[Tensor, Tensor]:
+    """As `worst_ratio`, over the shares from `least` to `most` that the other set reaches; infinite where the first set
+    does not. 0 where the other set reaches none of them."""
+    largest, at = torch.zeros_like(shares[0]), torch.full_like(shares[0], least)
+    for level in [*shares, *other_shares, torch.full_like(at, most)]:
+        level = level.clamp(least, most)
+        reached = ~lowest(other_distances, other_shares, level).isinf()
+        ratio = ratio_of_lowest(distances, shares, other_distances, other_shares, level)
+        worse = reached & ((ratio > largest) | ((ratio == largest) & (level > at)))
+        largest, at = torch.where(worse, ratio, largest), torch.where(worse, level, at)
+    return largest, at
+
+
 def hypervolume(distances: Tensor, shares: Tensor, worst_distance: float) -> Tensor:
     """The share of the rectangle 0..worst_distance by 0..1 that points [P, R] dominate: [R] in 0..1, higher is better.
 

@@ -63,23 +63,29 @@ def sample_prompts(
     seed: int = 0,
     batch: int = 250,
     method: str = "dpmpp_2m",
+    start: Tensor | None = None,
+    denoise: float = 1.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> tuple[Tensor, float]:
     """Pictures [N, 3, 64, 64] of the prompts and the mean number of samples evaluated a step.
 
     guidance_of(uncond, cond) gets the two conditionings as dictionaries and returns the guidance to sample with.
-    Noise depends on the seed alone, so that methods are compared on the same noise. progress(done, total) is called
-    after each batch.
+    Noise depends on the seed alone, so that methods are compared on the same noise. start: scaled latents
+    [N, 4, 8, 8] of pictures to begin from, noised as the last `denoise` (0..1) of sampling needs, which takes all
+    steps, as in ComfyUI. progress(done, total) is called after each batch.
     """
     noise = torch.randn(len(prompts.captions), 4, 8, 8, generator=Generator().manual_seed(seed))
-    empty, sigmas, pictures, counts = world.encode_text([""]), sigmas_uniform(world.schedule, steps), [], []
-    for start in range(0, len(noise), batch):
-        part = slice(start, start + batch)
+    empty, pictures, counts = world.encode_text([""]), [], []
+    sigmas = sigmas_uniform(world.schedule, round(steps / denoise))[-(steps + 1) :]
+    if start is not None:
+        noise = noise + start / sigmas[0].float()  # the sampler multiplies by the first noise level
+    for first in range(0, len(noise), batch):
+        part = slice(first, first + batch)
         guidance = guidance_of({"context": empty}, {"context": world.encode_text(prompts.captions[part])})
         guided = MultiGuidance(guidance, percent_to_sigma=world.schedule.percent_to_sigma)
         pictures.append(world.decode(sample(guided, noise[part], sigmas, method)))
         counts += guided.samples_per_step
-        progress(min(start + batch, len(noise)), len(noise))
+        progress(min(first + batch, len(noise)), len(noise))
     return torch.cat(pictures), sum(counts) / len(counts)
 
 

@@ -6,12 +6,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from ..comparing import COLOURS_RIGHT, DIGIT_TOLERANCE, nearest
 from ..keeping import Row
+from ..points import Point
+from ..questions import QUESTIONS, Question
 from ..study import Plan
-from .claims import AFFORDABLE_SAMPLES, COLOURS_RIGHT, DIGIT_TOLERANCE, nearest
+from .claims import AFFORDABLE_SAMPLES
 from .methods import BEYOND, FINE_TUNES, PAPER
-from .questions import QUESTIONS, Question
-from .sweep import Point
 
 SAMPLES, SEED = 2000, 1
 # Shares of right digits, or of both colours right, at which the nearest points are chosen.

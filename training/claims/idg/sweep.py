@@ -1,125 +1,27 @@
-"""What a measured point is, and which are measured in which order: headline rows first, so that a full run is worth
-something early on.
-
-A sweep is a table. Each row asks some questions of some methods with every one of some models and settings.
-"""
+"""Which points of in-domain guidance are measured in which order: headline rows first, so that a full run is worth
+something early on."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any
+from functools import partial
 
-from ....guidance.schedules import Keyframes
+from ..points import (
+    FIXED_CAPTION,
+    Asked,
+    ModelSpec,
+    Settings,
+    domain,
+    each,
+    late_start,
+    points_of,
+    scales,
+    steps,
+    tuned,
+    weights,
+)
+from ..questions import QUESTIONS
 from ..study import Plan, Sampling
 from .methods import FINE_TUNES
-from .questions import QUESTIONS
-
-FIXED_CAPTION = "a digit"  # it fits every image of the domain, and the prior understands it
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """A model to compare.
-
-    kind: "shipped" (a domain model made by the mini world's recipe), "domain" (text-free, trained here), "full" or
-    "low_rank" (fine-tunes that keep the text). caption: of the fine-tunes, "" or one for all images. Shipped models
-    have no other steps and seeds than their own, written as 0.
-    """
-
-    kind: str
-    domain: str
-    steps: int = 0
-    caption: str = ""
-    seed: int = 0
-
-    @property
-    def run_name(self) -> str:
-        """The training run that this model is a stop of."""
-        caption = "cached" if self.kind == "domain" else "caption" if self.caption else "empty"
-        return f"{self.domain}-{self.kind}-{caption}-seed{self.seed}"
-
-    def __str__(self) -> str:
-        return f"shipped {self.domain}" if self.kind == "shipped" else f"{self.run_name}, {self.steps} steps"
-
-
-@dataclass(frozen=True)
-class Point:
-    """What to measure: a question, a method, its settings and the model it uses besides the prior.
-
-    settings is JSON text, so that points can be compared and hashed.
-    """
-
-    question: str
-    method: str
-    settings: str
-    model: ModelSpec | None = None
-
-    @classmethod
-    def of(cls, question: str, method: str, model: ModelSpec | None = None, **settings: Any) -> Point:
-        return cls(question, method, json.dumps(settings, sort_keys=True), model)
-
-    @property
-    def values(self) -> dict[str, Any]:
-        return json.loads(self.settings)
-
-    @property
-    def seed(self) -> int:
-        """The training seed of the model; 0 where there is none."""
-        return self.model.seed if self.model else 0
-
-    def with_seed(self, seed: int) -> Point:
-        """The same point with its model trained from another seed."""
-        return replace(self, model=replace(self.model, seed=seed)) if self.model else self
-
-    @property
-    def name(self) -> str:
-        return f"{self.question}/{self.method}"
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        model = {"model": str(self.model) if self.model else None, "training_seed": self.seed if self.model else None}
-        return {**model, "settings": self.values}
-
-    @property
-    def words(self) -> str:
-        """The settings in few characters: numbers as they are, schedules as value@start of each step."""
-        return ", ".join(f"{name} {_short(value)}" for name, value in self.values.items())
-
-    def __str__(self) -> str:
-        return f"{self.question}: {self.method}{f' [{self.model}]' if self.model else ''} {self.words}"
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict):
-        return "/".join(f"{weight:g}@{position:g}" for position, weight in value["points"])
-    return f"{value:g}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-Settings = dict[str, Any]
-# Questions, methods, models (fields of ModelSpec but for the domain; None: the prior alone), settings.
-Asked = tuple[Sequence[str], Sequence[str], Sequence[Settings | None], Sequence[Settings]]
-
-
-def steps(*points: tuple[float, float]) -> Settings:
-    """A weight that jumps: (percent, weight) from there on."""
-    return Keyframes(points, ramp="step").to_json()
-
-
-def each(names: str, *rows: tuple[Any, ...]) -> list[Settings]:
-    """Settings of these names, from a row of values each."""
-    return [dict(zip(names.split(), row)) for row in rows]
-
-
-def scales(*values: float) -> list[Settings]:
-    return each("scale", *((value,) for value in values))
-
-
-def weights(*pairs: tuple[float, float]) -> list[Settings]:
-    """Settings of multi-guidance."""
-    return each("w_d w_c", *pairs)
 
 
 def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> Settings:
@@ -131,26 +33,9 @@ def cheap_schedule(a: float, b: float, w_d: float, w_c: float) -> Settings:
     return {"w_d": steps(*start, (a, w_d), (b, 1.0)), "w_c": steps((0.0, w_c), (b, 0.0))}
 
 
-def late_start(a: float, w_d: float, w_c: float) -> Settings:
-    """The control alone to percent a, then both terms: what an image shows is settled early, how it is drawn late."""
-    return {"w_d": steps((0.0, 0.0), (a, w_d)), "w_c": w_c}
-
-
-def domain(length: int, *seeds: int) -> list[Settings]:
-    """Text-free models of the fine-tunes' trainer, images, batch, loss and rate: what the claims are decided on."""
-    return [{"kind": "domain", "steps": length, "seed": seed} for seed in seeds or (0,)]
-
-
-def tuned(kinds: Iterable[str], lengths: Iterable[int], captions: Iterable[str], *seeds: int) -> list[Settings]:
-    return [
-        {"kind": kind, "steps": length, "caption": caption, "seed": seed}
-        for length, kind, caption, seed in product(lengths, kinds, captions, seeds or (0,))
-    ]
-
-
 MAIN, FOREIGN, NARROW, NARROW_FOREIGN = QUESTIONS
 EVERY, OWN, FOREIGN_TOO = tuple(QUESTIONS), (MAIN, NARROW), (FOREIGN, NARROW_FOREIGN)
-PRIOR, SHIPPED = (None,), ({"kind": "shipped"},)
+PRIOR, SHIPPED = (None,), (partial(ModelSpec, "shipped"),)
 MULTI, SCHEDULED, ORTHOGONAL, BANDS = ("multi_guidance",), ("scheduled",), ("orthogonal",), ("bands",)
 KINDS, CAPTIONS = ("full", "low_rank"), (FIXED_CAPTION, "")
 # One sweep of scales for everything of the form u + w (c - u); the prior has 2 as well, where its digits are best.
@@ -238,17 +123,6 @@ QUICK: tuple[Asked, ...] = (
     ((NARROW_FOREIGN,), ORTHOGONAL, SHIPPED, PLAIN_ORTHOGONAL),
     ((NARROW_FOREIGN,), BANDS, SHIPPED, SPLIT[1:]),
 )
-
-
-def points_of(table: Iterable[Asked]) -> tuple[Point, ...]:
-    """The points of a table, row by row, each once."""
-    points = {}
-    for questions, methods, models, settings in table:
-        for question, model, method, values in product(questions, models, methods, settings):
-            spec = ModelSpec(domain=QUESTIONS[question].domain, **model) if model else None
-            points[Point.of(question, method, spec, **values)] = None
-    return tuple(points)
-
 
 QUICK_SAMPLING = Sampling(200, replicates=200)
 PLANS = {

@@ -26,9 +26,9 @@ from ...mini_world.recipe.kept_files import made_once
 from ...prior.opening import open_mini_world
 from ...prior.prior import Prior
 from ..deciding import Claim
-from ..idg.study import Models
-from ..idg.sweep import FIXED_CAPTION, ModelSpec
 from ..keeping import Row, file_hash, key_of, trained_weights
+from ..models import Models
+from ..points import FIXED_CAPTION, ModelSpec
 from ..report import Report
 from ..statistics import Measured
 from ..study import Plan, Study

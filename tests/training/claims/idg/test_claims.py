@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from indomain_guidance.training.claims.comparing import validity
 from indomain_guidance.training.claims.deciding import Verdict, decide
 from indomain_guidance.training.claims.idg import claims
-from indomain_guidance.training.claims.idg.sweep import CHEAP, PLANS, ModelSpec, Point, cheap_schedule
+from indomain_guidance.training.claims.idg.sweep import CHEAP, PLANS, cheap_schedule
 from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.points import ModelSpec, Point
 from indomain_guidance.training.claims.study import Plan, Sampling
 
 CEILINGS = {"handwriting": 300.0, "handwriting_foreign": 300.0, "narrow": 300.0, "narrow_foreign": 300.0}
@@ -290,7 +292,7 @@ def test_an_invalid_question_decides_nothing(change):
         valid = named(verdicts_of(rows), verdict.claim.name)
         assert valid.outcome == "confirmed"
     assert named(found, "handwriting/d").outcome == "confirmed"  # its own question's floors are fine
-    unknown = claims.validity("handwriting", FLOORS, rows[3:])
+    unknown = validity("handwriting", FLOORS, rows[3:])
     assert math.isnan(unknown.autoencoder) and not unknown.holds
 
 

@@ -6,8 +6,9 @@ from dataclasses import replace
 
 from indomain_guidance.training.claims.idg.confirming import confirming
 from indomain_guidance.training.claims.idg.study import IdgStudy
-from indomain_guidance.training.claims.idg.sweep import PLANS, ModelSpec, Point
+from indomain_guidance.training.claims.idg.sweep import PLANS
 from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.points import ModelSpec, Point
 
 DOMAIN, SHORTER = (ModelSpec("domain", "handwriting", steps) for steps in (1000, 100))
 TUNED = ModelSpec("full", "handwriting", 300, "a digit")

@@ -9,10 +9,12 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.training.claims import report as shared
+from indomain_guidance.training.claims.fronts import LEVELS, Front
 from indomain_guidance.training.claims.idg import report
 from indomain_guidance.training.claims.idg.study import IdgStudy
-from indomain_guidance.training.claims.idg.sweep import PLANS, ModelSpec, Point
+from indomain_guidance.training.claims.idg.sweep import PLANS
 from indomain_guidance.training.claims.keeping import Row
+from indomain_guidance.training.claims.points import ModelSpec, Point
 from indomain_guidance.training.claims.study import Sampling
 
 FLOORS = {
@@ -133,13 +135,13 @@ def spread_row(method: str, distance: float, share: float, spread: float = 0.1) 
     return Row(point, {"distance": distance, "digit": share}, draws)
 
 
-def fronts(*rows: Row, ceiling: float = 100.0) -> dict[str, report.Front]:
-    return {front.name: front for front in report.fronts_of(rows, ceiling)}
+def fronts(*rows: Row, ceiling: float = 100.0) -> dict[str, Front]:
+    return {front.name: front for front in report.fronts_of_question(rows, ceiling)}
 
 
 def test_the_lowest_distance_at_every_level_with_its_interval():
     found = fronts(spread_row("multi_guidance", 20, 0.55), spread_row("multi_guidance", 60, 0.92))["multi-guidance"]
-    at = dict(zip(report.LEVELS, found.at))
+    at = dict(zip(LEVELS, found.at))
     assert [at[level][0] for level in (0.3, 0.5, 0.6, 0.9)] == [20, 20, 60, 60] and found.points == 2
     value, low, high = at[0.9]
     assert low == pytest.approx(60 * 0.905, abs=0.2) and high == pytest.approx(60 * 1.095, abs=0.2)
@@ -153,8 +155,8 @@ def test_ratios_pair_the_replicates_and_cells_are_empty_where_nobody_is():
     rows = [spread_row("multi_guidance", 20, 0.6), spread_row("prior", 40, 0.82), spread_row("bands", 120, 0.92)]
     found = fronts(*rows, ceiling=200.0)
     ratio, ours = found["multi-guidance / prior"], found["all of ours"]
-    assert dict(zip(report.LEVELS, ratio.at))[0.5] == pytest.approx((0.5, 0.5, 0.5)) and ratio.volume is None
-    cells = [ratio.cell(index) for index in range(len(report.LEVELS))]
+    assert dict(zip(LEVELS, ratio.at))[0.5] == pytest.approx((0.5, 0.5, 0.5)) and ratio.volume is None
+    cells = [ratio.cell(index) for index in range(len(LEVELS))]
     assert cells[0] == "0.50 (0.50 to 0.50)" and cells[4:] == ["not reached", "neither", "neither", "neither"]
     assert ours.cell(0) == "20.0 (18.1 to 21.9)" and ours.cell(6) == "120 (108 to 132)" and ours.cell(7) == ""
     assert found["all of ours / prior"].cell(4) == "3.00 (3.00 to 3.00)"

@@ -13,10 +13,10 @@ from dataclasses import replace
 import pytest
 import torch
 from indomain_guidance.training import bootstrap
-from indomain_guidance.training.claims.idg import study
-from indomain_guidance.training.claims.idg.questions import QUESTIONS, examine, floors
+from indomain_guidance.training.claims import prompted
 from indomain_guidance.training.claims.idg.study import IdgStudy
-from indomain_guidance.training.claims.idg.sweep import ModelSpec, Point
+from indomain_guidance.training.claims.points import ModelSpec, Point
+from indomain_guidance.training.claims.questions import QUESTIONS, examine, floors
 from indomain_guidance.training.claims.statistics import TargetSet
 from indomain_guidance.training.claims.study import Plan, Sampling
 from indomain_guidance.training.mini_world import assets, render
@@ -53,7 +53,7 @@ def refuse_to_sample(monkeypatch):
     def sample(*arguments, **options):
         raise AssertionError("sampled again")
 
-    monkeypatch.setattr(study, "sample_prompts", sample)
+    monkeypatch.setattr(prompted, "sample_prompts", sample)
 
 
 def test_a_point_is_measured_once_and_read_back_to_the_last_digit(make_study, monkeypatch):
@@ -147,7 +147,8 @@ def test_the_target_set_gives_the_distance_of_the_metrics():
 SMALL = """
 import sys
 from indomain_guidance.training.claims.command_line import main
-from indomain_guidance.training.claims.idg.sweep import PLANS, Point
+from indomain_guidance.training.claims.idg.sweep import PLANS
+from indomain_guidance.training.claims.points import Point
 from indomain_guidance.training.claims.study import Plan, Sampling
 points = tuple(Point.of("handwriting", "prior", scale=float(scale)) for scale in range(1, 9))
 PLANS["quick"] = Plan(Sampling(20, steps=2, replicates=20, targets=40), points, coarse=True, options=" --quick")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from indomain_guidance.guidance.files import read_state_dict
-from indomain_guidance.training.claims.idg.study import Models
-from indomain_guidance.training.claims.idg.sweep import ModelSpec
 from indomain_guidance.training.claims.keeping import trained_weights
+from indomain_guidance.training.claims.models import Models
+from indomain_guidance.training.claims.points import ModelSpec
 from indomain_guidance.training.engine.run import Result
 from indomain_guidance.training.mini_world import assets
 

@@ -11,9 +11,9 @@ from indomain_guidance.guidance.sampling import sigmas_uniform
 from indomain_guidance.guidance.schedules import weight_from_json
 from indomain_guidance.training.claims.idg import sweep
 from indomain_guidance.training.claims.idg.methods import METHODS
-from indomain_guidance.training.claims.idg.questions import QUESTIONS
-from indomain_guidance.training.claims.idg.study import Models
-from indomain_guidance.training.claims.idg.sweep import FIXED_CAPTION, ModelSpec, Point
+from indomain_guidance.training.claims.models import Models
+from indomain_guidance.training.claims.points import FIXED_CAPTION, ModelSpec, Point
+from indomain_guidance.training.claims.questions import QUESTIONS
 
 ROOT = Path(__file__).resolve().parents[4]
 
@@ -73,7 +73,8 @@ def test_domain_models_and_fine_tunes_are_trained_alike():
         for kind in ("domain", "full", "low_rank")
     )
     assert {key for key in domain if domain[key] != full[key]} == names
-    assert {key for key in domain if domain[key] != low_rank[key]} == names | {"train", "learning_rate"}
+    of_adapters = {"train", "learning_rate", "layers", "rank"}
+    assert {key for key in low_rank if domain.get(key) != low_rank[key]} == names | of_adapters
 
 
 def test_comparable_rows_come_first():

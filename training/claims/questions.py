@@ -6,14 +6,14 @@ from typing import NamedTuple
 
 from torch import Generator, Tensor
 
-from ....guidance.networks.autoencoder import Autoencoder
-from ...mini_world import render
-from ...mini_world.assets import reconstruct
-from ...mini_world.classifier import Classifier, judge
-from ...mini_world.distances import kernel_distance, within_class_diversity
-from ...mini_world.prompts import Prompts, draw_prompts, target_pictures
-from ..statistics import Measured, TargetSet, measure_distance, measure_share, resampling_counts
-from ..study import Sampling
+from ...guidance.networks.autoencoder import Autoencoder
+from ..mini_world import render
+from ..mini_world.assets import reconstruct
+from ..mini_world.classifier import Classifier, judge
+from ..mini_world.distances import kernel_distance, within_class_diversity
+from ..mini_world.prompts import Prompts, draw_prompts, target_pictures
+from .statistics import Measured, TargetSet, measure_distance, measure_share, resampling_counts
+from .study import Sampling
 
 AUTOENCODED = 500
 
