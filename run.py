@@ -53,7 +53,7 @@ COMMANDS = {
     "serve": "open the graph editor with these nodes and the mini world installed; Ctrl+C ends it",
     "indomain": "train, inspect and try domain models from the command line; --help tells all",
     "bench": "run a benchmark by its name, or all of them; --list lists them (further arguments go to it, as --quick)",
-    "claims": "measure a paper's claims on the mini world, idg or sgf (further arguments go to it, as --quick)",
+    "claims": "measure claims on the mini world: idg, sgf or bake (further arguments go to it, as --quick)",
     "mini-world": "run the recipe that makes the mini world (further arguments go to it)",
 }
 # These answer --help themselves.

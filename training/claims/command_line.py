@@ -7,11 +7,12 @@ import sys
 from pathlib import Path
 
 from ..engine.lock import Busy, locked
+from .bake.study import BakeStudy
 from .idg.study import IdgStudy
 from .report import write_report
 from .sgf.study import SgfStudy
 
-STUDIES = {study.paper: study for study in (IdgStudy, SgfStudy)}
+STUDIES = {study.paper: study for study in (IdgStudy, SgfStudy, BakeStudy)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,7 +24,7 @@ def parser() -> argparse.ArgumentParser:
     titles = "; ".join(f"{name}: {study.title}" for name, study in STUDIES.items())
     found.add_argument("paper", choices=STUDIES, help=titles)
     size = found.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="a coarse look, in one to two hours on two cores")
+    size.add_argument("--quick", action="store_true", help="a coarse look, in half an hour to two hours on two cores")
     size.add_argument(
         "--confirm",
         action="store_true",
