@@ -138,6 +138,17 @@ def test_the_worst_share_is_where_the_worst_ratio_is():
     assert worst_share(*mine, columns([5, 20]), columns([0.4, 0.95])) == pytest.approx(0.4)  # 10 / 5
 
 
+def test_the_worst_ratio_between_two_shares_counts_what_is_not_reached():
+    mine, theirs = (columns([10, 30]), columns([0.5, 0.85])), (columns([5, 25, 40]), columns([0.5, 0.7, 0.9]))
+
+    def worst(least, most):
+        return tuple(float(found) for found in stats.worst_ratio_between(*mine, *theirs, least, most))
+
+    # Up to .5: 10 / 5, which is not asked; up to .7: 30 / 25; up to .85: 30 / 40; beyond, only the other set has one.
+    assert worst(0.6, 0.85) == pytest.approx((30 / 25, 0.7)) and worst(0.75, 0.85) == pytest.approx((30 / 40, 0.85))
+    assert worst(0.6, 0.9) == (math.inf, pytest.approx(0.9)) and worst(0.95, 1.0)[0] == 0.0
+
+
 def test_ratios_where_only_one_set_has_a_point():
     near, far = (columns([10]), columns([0.5])), (columns([40]), columns([0.9]))
     found = [float(stats.ratio_of_lowest(*near, *far, level)) for level in (0.5, 0.8, 0.95)]

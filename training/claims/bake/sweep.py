@@ -26,7 +26,7 @@ from .methods import FINE_TUNES, OTHER_LORA, TEXT_KEPT
 from .recipes import ABLATIONS, CONSTANT, EMPTY_PROMPTS, GUIDED, LATE, LATE_FROM, LATE_WEIGHT, STEPS, BakedSpec
 
 MAIN, FOREIGN, NARROW, NARROW_FOREIGN = QUESTIONS
-EVERY, HANDWRITING = tuple(QUESTIONS), (MAIN, FOREIGN)
+EVERY, HANDWRITING, BOTH_NARROW = tuple(QUESTIONS), (MAIN, FOREIGN), (NARROW, NARROW_FOREIGN)
 MULTI, LATE_START, BAKED = ("multi_guidance",), ("late_start",), ("baked",)
 PRIOR: tuple[Make | None] = (None,)
 WEIGHT = 1.5  # of the domain model, baked in at strength 1
@@ -84,50 +84,51 @@ ABLATED = [partial(BakedSpec, "baked", steps=STEPS, recipe=name) for name in ABL
 SHORT, LONG = (baked(steps=steps) for steps in (100, 1000))
 FULL: tuple[Asked, ...] = (
     # Coloured handwriting in its own and in foreign colours: the prior, constant guidance, and what is baked of it.
-    ((MAIN, FOREIGN), ("prior",), PRIOR, scales(2.0, 3.0, 1.5, 5.0)),
-    ((MAIN, FOREIGN), MULTI, domain(1000), constant([1.0], CFG)),
-    ((MAIN, FOREIGN), BAKED, baked(), scales(*CFG)),
-    ((MAIN, FOREIGN), LATE_START, domain(1000), late((3.0, 4.0, 5.0))),
-    ((MAIN, FOREIGN), ("baked_late",), baked(LATE), scales(3.0, 4.0, 5.0)),
+    (HANDWRITING, ("prior",), PRIOR, scales(2.0, 3.0, 1.5, 5.0)),
+    (HANDWRITING, MULTI, domain(1000), constant([1.0], CFG)),
+    (HANDWRITING, BAKED, baked(), scales(*CFG)),
+    (HANDWRITING, LATE_START, domain(1000), late((3.0, 4.0, 5.0))),
+    (HANDWRITING, ("baked_late",), baked(LATE), scales(3.0, 4.0, 5.0)),
     # The dial.
-    ((MAIN, FOREIGN), BAKED, baked(), dial(DIAL, DIAL_CFG)),
-    ((MAIN, FOREIGN), MULTI, domain(1000), constant((0.5, 1.5), DIAL_CFG)),
+    (HANDWRITING, BAKED, baked(), dial(DIAL, DIAL_CFG)),
+    (HANDWRITING, MULTI, domain(1000), constant((0.5, 1.5), DIAL_CFG)),
     # The rivals as they are usually trained and used.
-    ((MAIN, FOREIGN), FINE_TUNES, tuned(KINDS, [300], CAPTIONS), dial([1.0], (3.0,))),
+    (HANDWRITING, FINE_TUNES, tuned(KINDS, [300], CAPTIONS), dial([1.0], (3.0,))),
     # Narrow handwriting, whose colours are the extreme case.
-    ((NARROW, NARROW_FOREIGN), ("prior",), PRIOR, scales(2.0, 3.0, 1.5, 5.0)),
-    ((NARROW, NARROW_FOREIGN), MULTI, domain(1000), constant([1.0], CFG)),
-    ((NARROW, NARROW_FOREIGN), BAKED, baked(), scales(*CFG)),
-    ((NARROW, NARROW_FOREIGN), LATE_START, domain(1000), late((3.0, 4.0, 5.0))),
-    ((NARROW, NARROW_FOREIGN), ("baked_late",), baked(LATE), scales(3.0, 4.0, 5.0)),
+    (BOTH_NARROW, ("prior",), PRIOR, scales(2.0, 3.0, 1.5, 5.0)),
+    (BOTH_NARROW, MULTI, domain(1000), constant([1.0], CFG)),
+    (BOTH_NARROW, BAKED, baked(), scales(*CFG)),
+    (BOTH_NARROW, LATE_START, domain(1000), late((3.0, 4.0, 5.0))),
+    (BOTH_NARROW, ("baked_late",), baked(LATE), scales(3.0, 4.0, 5.0)),
     # The text, other LoRAs, image to image, and one prediction a step.
     ((MAIN, NARROW), (TEXT_KEPT,), baked(), [{}]),
     ((MAIN,), (OTHER_LORA,), baked(), beside(300)),
-    ((MAIN, FOREIGN), ("prior_img2img",), PRIOR, img2img(scales(3.0))),
-    ((MAIN, FOREIGN), ("guidance_img2img",), domain(1000), img2img(constant([1.0], (3.0,)))),
-    ((MAIN, FOREIGN), ("baked_img2img",), baked(), img2img(scales(3.0))),
-    ((MAIN, FOREIGN), ("baked_guided",), baked(GUIDED), scales(1.0)),
+    (HANDWRITING, ("prior_img2img",), PRIOR, img2img(scales(3.0))),
+    (HANDWRITING, ("guidance_img2img",), domain(1000), img2img(constant([1.0], (3.0,)))),
+    (HANDWRITING, ("baked_img2img",), baked(), img2img(scales(3.0))),
+    (HANDWRITING, ("baked_guided",), baked(GUIDED), scales(1.0)),
     # Why: guidance by what the LoRA learned instead of the domain model, and one thing changed at a time.
-    ((MAIN, FOREIGN), ("student",), baked(), weights((1.0, 3.0), (1.0, 4.0))),
-    ((MAIN, FOREIGN), ("ablation",), ABLATED, scales(3.0, 4.0)),
-    ((MAIN, FOREIGN), ("ablation",), SHORT + baked(steps=300) + LONG, scales(3.0, 4.0)),
+    (HANDWRITING, ("student",), baked(), weights((1.0, 3.0), (1.0, 4.0))),
+    (HANDWRITING, ("ablation",), ABLATED, scales(3.0, 4.0)),
+    (HANDWRITING, ("ablation",), SHORT + baked(steps=300) + LONG, scales(3.0, 4.0)),
     # Fine-tunes at every strength of their dial, and as long as the domain model.
-    ((MAIN, FOREIGN), FINE_TUNES, tuned(KINDS, [300], CAPTIONS), dial(STRENGTHS, (3.0, 5.0))),
-    ((MAIN, FOREIGN), FINE_TUNES, tuned(KINDS, [1000], (FIXED_CAPTION, AUTOMATIC)), dial((1.0, 0.5), (3.0,))),
+    (HANDWRITING, FINE_TUNES, tuned(KINDS, [300], CAPTIONS), dial(STRENGTHS, (3.0,))),
+    (HANDWRITING, FINE_TUNES, tuned(KINDS, [300], CAPTIONS), dial(STRENGTHS, (5.0,))),
+    (HANDWRITING, FINE_TUNES, tuned(KINDS, [1000], (FIXED_CAPTION, AUTOMATIC)), dial((1.0, 0.5), (3.0,))),
     # More weights and scales.
-    ((MAIN, FOREIGN), ("prior",), PRIOR, scales(7.0)),
-    ((MAIN, FOREIGN), MULTI, domain(1000), constant([1.0], MORE_CFG) + constant((0.5, 1.5), (2.0, 7.0))),
-    ((MAIN, FOREIGN), BAKED, baked(), dial([1.0], MORE_CFG) + dial((0.5, 1.5), (2.0, 7.0))),
-    ((MAIN, FOREIGN), LATE_START, domain(1000), late((2.0, 7.0))),
-    ((MAIN, FOREIGN), ("baked_late",), baked(LATE), dial([1.0], (2.0, 7.0)) + dial((0.5, 1.5), (3.0, 5.0))),
+    (HANDWRITING, ("prior",), PRIOR, scales(7.0)),
+    (HANDWRITING, MULTI, domain(1000), constant([1.0], MORE_CFG) + constant((0.5, 1.5), (2.0, 7.0))),
+    (HANDWRITING, BAKED, baked(), dial([1.0], MORE_CFG) + dial((0.5, 1.5), (2.0, 7.0))),
+    (HANDWRITING, LATE_START, domain(1000), late((2.0, 7.0))),
+    (HANDWRITING, ("baked_late",), baked(LATE), dial([1.0], (2.0, 7.0)) + dial((0.5, 1.5), (3.0, 5.0))),
     # Further training seeds, of domain model and LoRA, of the headline rows.
-    ((MAIN, FOREIGN), BAKED, baked(CONSTANT, *SEEDS), scales(3.0, 4.0)),
-    ((MAIN, FOREIGN), MULTI, domain(1000, *SEEDS), constant([1.0], (3.0, 4.0))),
+    (HANDWRITING, BAKED, baked(CONSTANT, *SEEDS), scales(3.0, 4.0)),
+    (HANDWRITING, MULTI, domain(1000, *SEEDS), constant([1.0], (3.0, 4.0))),
     # The same of narrow handwriting, fewer.
-    ((NARROW, NARROW_FOREIGN), BAKED, baked(), dial(DIAL, DIAL_CFG)),
-    ((NARROW, NARROW_FOREIGN), MULTI, domain(1000), constant((0.5, 1.5), DIAL_CFG)),
-    ((NARROW, NARROW_FOREIGN), ("baked_guided",), baked(GUIDED), scales(1.0)),
-    ((NARROW, NARROW_FOREIGN), FINE_TUNES, tuned(KINDS, [300], (FIXED_CAPTION, AUTOMATIC)), dial((1.0, 0.5), (3.0,))),
+    (BOTH_NARROW, BAKED, baked(), dial(DIAL, DIAL_CFG)),
+    (BOTH_NARROW, MULTI, domain(1000), constant((0.5, 1.5), DIAL_CFG)),
+    (BOTH_NARROW, ("baked_guided",), baked(GUIDED), scales(1.0)),
+    (BOTH_NARROW, FINE_TUNES, tuned(KINDS, [300], (FIXED_CAPTION, AUTOMATIC)), dial((1.0, 0.5), (3.0,))),
     (EVERY, ("domain",), domain(1000), scales(1.0)),
 )
 # A coarse look at every claim in half an hour, of coloured handwriting: short trainings, one fine-tune of each kind.
