@@ -1,7 +1,9 @@
-"""Claims of the papers, measured on the mini world: ``python run.py claims idg [--quick]``, ``claims sgf``.
+"""Claims of papers and of this project, measured on the mini world: ``python run.py claims idg | sgf | bake``.
 
-Once for every paper: `statistics` holds the uncertainty, `keeping` what is measured and trained, `study` the sweep,
-`deciding` goes from numbers to verdicts, `report` writes them down, `command_line` runs a paper's study. A paper has a
-folder: its points, the table of its sweep, the table of its claims, what it measures, what its page shows, and a
-`study.Study` that holds them together. Results are in docs/claims.
+Once for every study: `statistics` holds the uncertainty, `keeping` what is measured and trained, `study` the sweep,
+`deciding` goes from numbers to verdicts, `report` writes them down, `command_line` runs a study. Studies of methods
+that answer the mini world's prompts also share `questions`, `points`, `models`, `methods`, `prompted` (how points are
+drawn), `comparing` (their numbers) and `fronts` (their tables). A study has a folder: its methods, the table of its
+sweep, the table of its claims, what its page shows, and a `study.Study` that holds them together. Results are in
+docs/claims.
 """
