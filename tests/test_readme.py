@@ -63,7 +63,7 @@ def test_commands_of_the_checkout_exist(page):
         if command == "bench":
             assert argument in benches, argument
         if command == "claims":
-            assert argument in ("idg", "sgf"), argument
+            assert argument in ("idg", "sgf", "bake"), argument
 
 
 @pytest.mark.parametrize("page", PAGES, ids=names_of(PAGES))
