@@ -4,8 +4,8 @@ the families of methods that answered it."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -50,6 +50,22 @@ class Front(NamedTuple):
             return "" if not ratio else "no rival" if value == 0 else "not reached"
         form = ".2f" if ratio else ".0f" if value >= 100 else ".1f"
         return f"{value:{form}} ({low:{form}} to {'none' if math.isinf(high) else f'{high:{form}}'})"
+
+
+def families_of(rows: Sequence[Row], methods: Mapping[str, Any], family: Callable[[Row], str]) -> dict[str, list[Row]]:
+    """Rows by what `family` calls them, in the order of the methods."""
+    found: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: list(methods).index(row.point.method)):
+        found.setdefault(family(row), []).append(row)
+    return found
+
+
+def drawn(sampling: Sampling) -> str:
+    """How points are drawn, for the page's head."""
+    return (
+        f"{sampling.steps} steps of dpmpp_2m, networks in {sampling.precision}, sampling seed {sampling.seed}, the "
+        "same noise and prompts for every method"
+    )
 
 
 def fronts_of(families: Families, ours: Families, theirs: Families, ceiling: float) -> Iterator[Front]:

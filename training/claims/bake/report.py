@@ -6,7 +6,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..comparing import Floors, validity
-from ..fronts import ABOUT_FLOORS, floor_lines, front_line, fronts_of, question_lines, seed_lines, validity_lines
+from ..fronts import (
+    ABOUT_FLOORS,
+    drawn,
+    families_of,
+    floor_lines,
+    front_line,
+    fronts_of,
+    question_lines,
+    seed_lines,
+    validity_lines,
+)
 from ..keeping import Row
 from ..points import Point
 from ..questions import QUESTIONS
@@ -35,12 +45,8 @@ def family(row: Row) -> str:
     return TUNED.get(model.kind, "") + title if model else title
 
 
-def families_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by family, in the order of METHODS."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: list(METHODS).index(row.point.method)):
-        found.setdefault(family(row), []).append(row)
-    return found
+def families(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return families_of(rows, METHODS, family)
 
 
 def report(plan: Plan, rows: Sequence[Row], floors: Floors) -> Report:
@@ -53,24 +59,18 @@ def report(plan: Plan, rows: Sequence[Row], floors: Floors) -> Report:
         own = [row for row in sampled if row.point.seed == 0 and row.point.question == name]
         if not own:
             continue
-        sides = {
-            title: [row for row in own if row.point.method in methods]
-            for title, methods in {
-                "all baked LoRAs": BAKED,
-                "guidance": ("multi_guidance",),
-                "all fine-tunes": FINE_TUNES,
-                "prior": ("prior",),
-            }.items()
-        }
-        ours = {"all baked LoRAs": sides.pop("all baked LoRAs")}
-        fronts = list(fronts_of(families_of(own), ours, sides, floors[name]["ceiling"]))
+        ours, theirs = (
+            {title: [row for row in own if row.point.method in methods] for title, methods in sides.items()}
+            for sides in (
+                {"all baked LoRAs": BAKED},
+                {"guidance": ("multi_guidance",), "all fine-tunes": FINE_TUNES, "prior": ("prior",)},
+            )
+        )
+        fronts = list(fronts_of(families(own), ours, theirs, floors[name]["ceiling"]))
         lines += [front_line("bake", plan.sampling, question, front) for front in fronts]
-        more += question_lines(question, families_of(own), fronts, str(validity(name, floors, sampled)))
-    drawn = (
-        f"{plan.sampling.steps} steps of dpmpp_2m, networks in {plan.sampling.precision}, sampling seed "
-        f"{plan.sampling.seed}, the same noise and prompts for every method"
-    )
-    return Report("In-domain guidance baked into a LoRA, measured", ("question",), drawn, more, lines, ABOUT)
+        more += question_lines(question, families(own), fronts, str(validity(name, floors, sampled)))
+    title = "In-domain guidance baked into a LoRA, measured"
+    return Report(title, ("question",), drawn(plan.sampling), more, lines, ABOUT)
 
 
 def _prediction_lines(rows: Sequence[Row]) -> list[str]:

@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..comparing import Floors, validity
-from ..fronts import ABOUT_FLOORS, Front, floor_lines, front_line, fronts_of, question_lines, seed_lines, validity_lines
+from ..fronts import (
+    ABOUT_FLOORS,
+    Front,
+    drawn,
+    families_of,
+    floor_lines,
+    front_line,
+    fronts_of,
+    question_lines,
+    seed_lines,
+    validity_lines,
+)
 from ..keeping import Row
 from ..questions import QUESTIONS
 from ..report import Report
@@ -25,12 +36,8 @@ def family(row: Row) -> str:
     return FINE_TUNE_TITLES.get(kind, "") + title + ", shipped model" * (kind == "shipped")
 
 
-def families_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows by family, in the order of METHODS."""
-    found: dict[str, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: list(METHODS).index(row.point.method)):
-        found.setdefault(family(row), []).append(row)
-    return found
+def families(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    return families_of(rows, METHODS, family)
 
 
 def fronts_of_question(rows: Sequence[Row], ceiling: float) -> list[Front]:
@@ -46,7 +53,7 @@ def fronts_of_question(rows: Sequence[Row], ceiling: float) -> list[Front]:
             (rows, {"all fine-tunes": FINE_TUNES, "prior": ("prior",)}),
         )
     )
-    return list(fronts_of(families_of(rows), ours, theirs, ceiling))
+    return list(fronts_of(families(rows), ours, theirs, ceiling))
 
 
 def report(plan: Plan, rows: Sequence[Row], floors: Floors) -> Report:
@@ -58,9 +65,12 @@ def report(plan: Plan, rows: Sequence[Row], floors: Floors) -> Report:
         if own:
             fronts = fronts_of_question(own, floors[name]["ceiling"])
             lines += [front_line("idg", plan.sampling, question, front) for front in fronts]
-            more += question_lines(question, families_of(own), fronts, str(validity(name, floors, rows)))
-    drawn = (
-        f"{plan.sampling.steps} steps of dpmpp_2m, networks in {plan.sampling.precision}, sampling seed "
-        f"{plan.sampling.seed}, the same noise and prompts for every method"
+            more += question_lines(question, families(own), fronts, str(validity(name, floors, rows)))
+    return Report(
+        "The claims of in-domain guidance, measured",
+        ("domain", "methods"),
+        drawn(plan.sampling),
+        more,
+        lines,
+        ABOUT_MODELS,
     )
-    return Report("The claims of in-domain guidance, measured", ("domain", "methods"), drawn, more, lines, ABOUT_MODELS)

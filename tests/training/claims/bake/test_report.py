@@ -69,7 +69,7 @@ def test_the_page_has_verdicts_fronts_and_what_predictions_keep(study):
 
 
 def test_families_of_ablations_are_what_they_change():
-    assert list(report.families_of([row for row in ROWS if row.point.method == "ablation"])) == [
+    assert list(report.families([row for row in ROWS if row.point.method == "ablation"])) == [
         "ablation: rank 4",
         "ablation: 100 steps",
     ]

@@ -1,4 +1,4 @@
-"""Models: names, stops of one run, adapters, and the production trainer behind them."""
+"""Models: names, stops of one run, adapters, strengths, and the production trainer behind them."""
 
 from __future__ import annotations
 
@@ -74,3 +74,18 @@ def test_an_interrupted_training_says_so_and_leaves_no_model(tmp_path):
     with pytest.raises(KeyboardInterrupt, match="stopped at step 1"):
         trained_weights(tmp_path, "run", 3, stopped)
     assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["full", "low_rank"])
+def test_strength_goes_from_the_prior_to_the_trained_model_and_on(world, tmp_path, kind):
+    models, spec = Models(tmp_path, world, images=8, batch=2), ModelSpec(kind, "narrow", 2, "a digit")
+    prior, trained = world.prior.unet.state_dict(), models.prior_with(spec)
+    assert any(not torch.equal(prior[key], trained[key]) for key in prior)
+    if kind == "full":
+        written = read_state_dict(models.file(spec))
+        for key in prior:
+            torch.testing.assert_close(trained[key], written[key].float(), atol=1e-6, rtol=1e-6)
+    for strength in (0.0, 0.5, 1.5):
+        dialled = models.prior_with(spec, strength)
+        for key, weight in prior.items():
+            torch.testing.assert_close(dialled[key], weight + strength * (trained[key] - weight), atol=1e-6, rtol=1e-5)
