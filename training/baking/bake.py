@@ -34,7 +34,7 @@ from .learner import BakeLearner
 from .match import unmatched
 from .previews import BakePreview
 from .prompts import EncodedTexts, prompts_of
-from .states import FILE, OwnSamples, States, draw_own, keep_own, kept_own
+from .states import FOLDER, OwnSamples, States, draw_own, keep_own, kept_own
 from .teacher import Teacher
 from .terms import MODEL, BakedTerm, check_terms, open_terms
 
@@ -188,7 +188,7 @@ class _Baking(Run[BakeConfig]):
 
     def _own(self, kind: str, texts: EncodedTexts, teacher: Teacher) -> OwnSamples:
         """What the prior draws itself: kept in the run's folder, drawn when it is not there."""
-        config, path = self.config, self.folder / f"{kind}_{FILE}"
+        config, path = self.config, self.folder / FOLDER / f"{kind}.safetensors"
         facts = [self.prior.prior_hash, self.prompts, config.seed, config.own_count, config.own_steps]
         facts += [config.resolution, config.batch_size]
         if kind == "trajectories":

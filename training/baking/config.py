@@ -149,7 +149,7 @@ class BakeConfig(LowRankSettings, DataSettings, PriorSettings):
         unknown = [state for state in self.states if state not in STATES]
         if unknown or not self.states:
             raise ConfigProblem(
-                f"states: expected some of {', '.join(STATES)}, found {unknown[0] if unknown else 'none'!r}."
+                f"states: expected some of {', '.join(STATES)}, found {repr(unknown[0]) if unknown else 'none'}."
             )
         if len(set(self.states)) < len(self.states):
             raise ConfigProblem(f"states: expected each kind once, found {', '.join(self.states)}.")

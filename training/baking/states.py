@@ -25,7 +25,7 @@ from .config import BakeConfig
 from .prompts import EncodedTexts
 from .teacher import Teacher
 
-FILE, METHOD = "own_samples.safetensors", "dpmpp_2m"
+FOLDER, METHOD = "states", "dpmpp_2m"  # of a run, for what the prior drew; of sampling
 OWN_SCALE = 3.0  # of the prior's classifier-free guidance, which draws its own samples
 
 
