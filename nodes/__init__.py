@@ -6,6 +6,7 @@ from __future__ import annotations
 def node_classes() -> list[type]:
     """Every node of the pack, in the order in which the editor's menu should list them."""
     from .adapting import AdaptGenerator, GeneratorAdaptOptions
+    from .baking import BakeDomainLoRA, BakeDomainOptions
     from .generators import BlendGenerators, GeneratorSample, LoadGenerator, SaveGenerator
     from .guiders import InDomainGuider, InDomainSampler, MultiGuidanceGuider
     from .loaders import LoadDomainUNet, LoadMiniWorld
@@ -31,6 +32,8 @@ def node_classes() -> list[type]:
         GeneratorAdaptOptions,
         BlendGenerators,
         SaveGenerator,
+        BakeDomainLoRA,
+        BakeDomainOptions,
     ]
 
 

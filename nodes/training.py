@@ -163,15 +163,8 @@ class DomainTrainingOptions(io.ComfyNode):
     @checked()
     def execute(cls, **values: Any) -> io.NodeOutput:
         from ..training.domain.config import TrainConfig
-        from ..training.engine.settings import kinds_of
 
-        kinds = kinds_of(TrainConfig)
-        lines = {
-            name: tuple(filter(None, map(str.strip, text.splitlines())))
-            for name, text in values.items()
-            if kinds[name] is tuple
-        }
-        return io.NodeOutput({**values, **lines})
+        return io.NodeOutput(widgets.option_values(TrainConfig, values))
 
 
 class MiniWorldImages(io.ComfyNode):

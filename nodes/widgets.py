@@ -107,7 +107,7 @@ def config_input(settings: type, name: str, **changes: Any):
     if "choices" in about:
         return io.Combo.Input(name, **{**values, "options": list(about["choices"]), **changes})
     if kind is tuple:
-        values |= {"default": "", "multiline": True, "tooltip": f"{tooltip} One a line."}
+        values |= {"default": "\n".join(default), "multiline": True, "tooltip": f"{tooltip} One a line."}
     return io.String.Input(name, **{**values, **changes})
 
 
@@ -142,6 +142,19 @@ def given_options(options: Any, known: Collection[str], node: str) -> dict[str, 
     return dict(options)
 
 
+def option_values(settings: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What an options node hands over: its widgets' values, a text of lines for each list of texts."""
+    from ..training.engine.settings import kinds_of
+
+    kinds = kinds_of(settings)
+    lines = {
+        name: tuple(filter(None, map(str.strip, text.splitlines())))
+        for name, text in values.items()
+        if kinds[name] is tuple
+    }
+    return {**values, **lines}
+
+
 def picture_outputs(grid: str) -> list:
     """The outputs for the finished run's pictures; while it runs, the node itself shows them. grid: what it shows."""
     return [
@@ -160,9 +173,10 @@ def picture_outputs(grid: str) -> list:
 def run_outputs(
     node: type[io.ComfyNode], made: Any, result: Result, path: Path, warnings: Sequence[str]
 ) -> io.NodeOutput:
-    """What was made, grid, loss curve and file; the node shows the pictures too."""
+    """What was made (a tuple: several outputs), grid, loss curve and file; the node shows the pictures too."""
     grid, plot = load_image(result.samples), load_image(result.plot)
     shown = [picture[0] for picture in (grid, plot) if picture is not None]
     preview = ui.PreviewImage(shown, cls=node).as_dict() if shown else {}
     text = tuple(map(printable, (path, *warnings)))
-    return io.NodeOutput(made, or_skipped(grid), or_skipped(plot), str(path), ui={**preview, "text": text})
+    several = made if isinstance(made, tuple) else (made,)
+    return io.NodeOutput(*several, or_skipped(grid), or_skipped(plot), str(path), ui={**preview, "text": text})

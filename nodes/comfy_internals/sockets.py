@@ -41,6 +41,7 @@ _KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "INDOMAIN_GUIDANCE_TERMS": (_are_terms, "terms of Guidance Term"),
     "INDOMAIN_GENERATOR": (lambda value: isinstance(value, GraphGenerator), "a generator of Load Generator"),
     "INDOMAIN_TRAINING_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Training Options"),
+    "INDOMAIN_BAKE_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Bake Options"),
     "INDOMAIN_ADAPT_OPTIONS": (lambda value: isinstance(value, dict), "options of In-Domain Adapt Options"),
 }
 

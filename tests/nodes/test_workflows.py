@@ -15,7 +15,9 @@ NAMES = sorted(path.stem for path in (WORKFLOWS / "api").glob("*.json"))
 NOTES = {"MarkdownNote", "Note"}
 CONTROL_AFTER_GENERATE = {"fixed", "increment", "decrement", "randomize"}
 # Their seed has no such control: a training run continues only with the seed it was started with.
-KEEP_THEIR_SEED = {"InDomainTrainDomainUNet", "InDomainMiniWorldImages", "InDomainAdaptGenerator"}
+KEEP_THEIR_SEED = {
+    *("InDomainTrainDomainUNet", "InDomainMiniWorldImages", "InDomainAdaptGenerator", "InDomainBakeDomainLoRA")
+}
 
 
 def api(name: str) -> dict:
@@ -182,6 +184,28 @@ def test_the_adapting_workflow_is_the_guides_first_adaptation():
         name: value for name, value in FIRST_ADAPTATION.items() if name not in elsewhere
     }
     assert graph[node["inputs"]["positive"][0]]["inputs"]["text"] == FIRST_ADAPTATION["prompt"]
+
+
+def test_the_baking_workflow_is_the_guides_first_baking():
+    from indomain_guidance.training.mini_world.first_runs import FIRST_BAKING
+
+    graph = api("bake_domain_lora")
+    (node,) = (one for one in graph.values() if one["class_type"] == "InDomainBakeDomainLoRA")
+    values = {**graph[node["inputs"]["options"][0]]["inputs"], **node["inputs"]}
+    values["sample_prompts"] = tuple(values["sample_prompts"].splitlines())
+    elsewhere = {"base", "domain", "name"}
+    assert {name: values[name] for name in FIRST_BAKING if name not in elsewhere} == {
+        name: value for name, value in FIRST_BAKING.items() if name not in elsewhere
+    }
+    # Side by side only means something from the same noise, at the same scale.
+    plain, guided = (
+        next(one["inputs"] for one in graph.values() if one["class_type"] == kind)
+        for kind in ("KSampler", "InDomainSampler")
+    )
+    same = ("seed", "steps", "sampler_name", "scheduler", "latent_image", "positive", "negative")
+    assert [plain[name] for name in same] == [guided[name] for name in same]
+    assert (plain["cfg"], guided["control_weight"]) == (values["control_weight"],) * 2
+    assert guided["domain_weight"] == values["domain_weight"]
 
 
 def test_only_workflows_are_served():

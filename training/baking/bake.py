@@ -36,7 +36,7 @@ from .previews import BakePreview
 from .prompts import EncodedTexts, prompts_of
 from .states import FOLDER, OwnSamples, States, draw_own, keep_own, kept_own
 from .teacher import Teacher
-from .terms import MODEL, BakedTerm, check_terms, open_terms
+from .terms import MODEL, BakedTerm, open_terms
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -106,8 +106,7 @@ class _Baking(Run[BakeConfig]):
     def open(self) -> Sequence[str]:
         config = self.config
         self.prior = self.given or open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
-        self.terms = [*open_terms(config, self.prior, self.domain), *self.more]
-        check_terms(self.terms)
+        self.terms = open_terms(config, self.prior, self.domain, self.more)
         self.prompts = prompts_of(config, self.prior.latent_format)
         self.prior.check_prompts((*self.prompts, *(config.sample_prompts if config.sample_every else ())))
         return self.prior.notes

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from ..data.settings import DataSettings
 from ..domain.low_rank import LowRankSettings
-from ..engine.settings import ConfigProblem, changed, group
+from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, group
 from ..prior.settings import PriorSettings
 
 TARGETS = ("domain", "guided")
@@ -42,7 +42,7 @@ class BakeConfig(LowRankSettings, DataSettings, PriorSettings):
         path=True,
         model=True,
         free=True,
-        names=("mini-handwriting", "mini-narrow-handwriting", "connected:"),
+        names=("mini-handwriting", "mini-narrow-handwriting", CONNECTED_PREFIX),
     )
     export_to: str = inherited(
         "export_to",

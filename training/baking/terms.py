@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +22,7 @@ from ...guidance.files import DomainMetadata, FileProblem, check_latent_format, 
 from ...guidance.schedules import Interval, Weight, as_weight, weight_from_json
 from ...guidance.shaping import Shaping
 from ...guidance.shapings import make_shaping
-from ..engine.settings import ConfigProblem
+from ..engine.settings import CONNECTED_PREFIX, ConfigProblem
 from ..engine.small_files import read_values
 from ..mini_world.assets import domain_unets_dir
 from ..prior.prior import Prior
@@ -64,14 +64,21 @@ class BakedTerm:
         }
 
 
-def open_terms(config: BakeConfig, prior: Prior, domain: MODEL | None = None) -> list[BakedTerm]:
-    """The terms that the settings name. domain: instead of the file `config.domain`.
+def open_terms(
+    config: BakeConfig, prior: Prior, domain: MODEL | None = None, more: Sequence[BakedTerm] = ()
+) -> list[BakedTerm]:
+    """The terms that the settings name. domain: instead of the file `config.domain`; more: terms beside them.
 
     Raises FileProblem for files, ConfigProblem for models that do not belong to the prior.
     """
-    terms = []
-    if domain is not None or config.domain:
-        source = config.domain or "the domain model"
+    terms, is_connected = [], config.domain.startswith(CONNECTED_PREFIX)
+    if domain is None and is_connected and not more:
+        raise ConfigProblem(
+            f"domain: expected a file, found '{config.domain}', what was connected in ComfyUI; continue there, or give "
+            "--domain FILE with the domain model that was used."
+        )
+    if domain is not None or (config.domain and not is_connected):
+        source = "The domain model" if is_connected or not config.domain else config.domain
         start, end = config.domain_start, config.domain_end
         weight = as_weight(config.domain_weight)
         if (start, end) != (0.0, 1.0):
@@ -79,6 +86,7 @@ def open_terms(config: BakeConfig, prior: Prior, domain: MODEL | None = None) ->
         terms.append(domain_term("domain", weight, domain or _read_model(config.domain), prior, source))
     if config.terms:
         terms += _read_terms(config.terms, prior)
+    terms += more
     check_terms(terms)
     return terms
 

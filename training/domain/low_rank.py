@@ -19,7 +19,7 @@ class LowRankSettings(Settings):
 
     rank: int = additions(16, "rank of the additions, usually 4 to 64", min=1, max=1024)
     layers: str = additions(
-        "attention",
+        "blocks",
         f"the layers that get one: {', '.join(NAMED_LAYERS)} (blocks: all but the first and last convolution and the "
         "embeddings of timestep and size, which kohya's scripts do not read), and patterns of their names such as "
         "*.attn1.* or input_blocks.*, divided by spaces or commas",

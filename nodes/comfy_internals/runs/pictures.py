@@ -28,43 +28,44 @@ MINI_WORLD_DOMAINS = ("handwriting", "narrow")
 MOST_LOOKED_FOR_CHANGES = 250_000  # files and folders, some seconds on a disk
 
 
-def resolve_data(text: str) -> tuple[str, ...]:
+def resolve_data(text: str, node: str = NODE) -> tuple[str, ...]:
     """The paths in the folder input, divided by ";" or lines; relative ones lie in ComfyUI's input folder.
 
-    Raises FileProblem for a path that is not there or that no prompt may name. Patterns are left to the trainer.
+    node: whose messages they are. Raises FileProblem for a path that is not there or that no prompt may name. Patterns
+    are left to the trainer.
     """
     from ....training.data.patterns import as_on_disk
     from ....training.data.walking import Watch
 
     allowed = allowed_folders()
-    paths = _paths(text, allowed)
+    paths = _paths(text, allowed, node)
     for path in paths:
         if not has_magic(path) and "{" not in path and not os.path.lexists(as_on_disk(path, Watch(within=allowed))):
             raise FileProblem(
-                f"{NODE}: expected a folder of images, found nothing at {path}; give a full path, or the name of a "
+                f"{node}: expected a folder of images, found nothing at {path}; give a full path, or the name of a "
                 "folder in ComfyUI's input folder."
             )
     return tuple(paths)
 
 
-def _paths(text: str, allowed: Sequence[str] | None) -> list[str]:
+def _paths(text: str, allowed: Sequence[str] | None, node: str = NODE) -> list[str]:
     parts = (part.strip().strip('"') for part in text.replace("\n", ";").split(";"))
-    return [_path(part, allowed) for part in parts if part]
+    return [_path(part, allowed, node) for part in parts if part]
 
 
-def _path(text: str, allowed: Sequence[str] | None) -> str:
+def _path(text: str, allowed: Sequence[str] | None, node: str) -> str:
     """The path of one part: as it stands where something lies there, else without quotes, or that of a file:// URL."""
     from ....training.engine.paths import is_of_windows, meant_path, plain_path
 
     plain = plain_path(text)
     if plain != text:
         with suppress(FileProblem):
-            path = check_allowed(text, NODE, allowed)
+            path = check_allowed(text, node, allowed)
             if os.path.lexists(path):
                 return path
     if allowed is None and is_of_windows(plain):
         plain = meant_path(plain)
-    return check_allowed(plain, NODE, allowed)
+    return check_allowed(plain, node, allowed)
 
 
 def data_fingerprint(text: str) -> str | float:
@@ -86,14 +87,14 @@ def data_fingerprint(text: str) -> str | float:
         return float("nan")
 
 
-def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
+def write_images(batches: Sequence[Tensor], folder: Path, node: str = NODE) -> Path:
     """Write IMAGE batches ([B, H, W, C] in 0..1) as PNG files into a folder, all named by their content."""
     pictures, names = [], []
     for batch in batches:
         for image in uncancelled(batch):
             image = image.detach().float().cpu()
             if not bool(image.isfinite().all()):
-                raise Problem(f"{NODE}: expected finite images, found NaN; check the node that makes them.")
+                raise Problem(f"{node}: expected finite images, found NaN; check the node that makes them.")
             pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).contiguous().numpy()
             pictures.append(pixels[..., 0] if pixels.shape[-1] == 1 else pixels)
             names.append(hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()[:24])
@@ -110,22 +111,25 @@ def write_images(batches: Sequence[Tensor], folder: Path) -> Path:
     return folder
 
 
-def check_data(text: str, images: Sequence[Tensor] | None) -> tuple[str, ...]:
-    """The folders that `text` names; none where there are images instead. Raises Problem for neither or both."""
-    folders = resolve_data(text)
+def check_data(text: str, images: Sequence[Tensor] | None, node: str = NODE, needed: bool = True) -> tuple[str, ...]:
+    """The folders that `text` names; none where there are images instead.
+
+    Raises Problem for both, and for neither where some are needed.
+    """
+    folders = resolve_data(text, node)
     if folders and images:
         raise Problem(
-            f"{NODE}: expected an image folder or the images input, found both; empty the one or disconnect the other."
+            f"{node}: expected an image folder or the images input, found both; empty the one or disconnect the other."
         )
-    if not folders and not images:
-        raise Problem(f"{NODE}: expected images to train on, found none; name an image folder or connect images.")
+    if needed and not folders and not images:
+        raise Problem(f"{node}: expected images to train on, found none; name an image folder or connect images.")
     return folders
 
 
-def data_of(folders: Sequence[str], images: Sequence[Tensor] | None, run: Path) -> dict[str, Any]:
+def data_of(folders: Sequence[str], images: Sequence[Tensor] | None, run: Path, node: str = NODE) -> dict[str, Any]:
     """The configuration's fields for the images; IMAGE batches are written into the run's folder."""
     if images:
-        return {"data": (str(write_images(images, run)),), "within": ()}
+        return {"data": (str(write_images(images, run, node)),), "within": ()}
     return {"data": tuple(folders), "within": allowed_folders() or ()}
 
 

@@ -38,16 +38,17 @@ def checkpoint_fingerprint(name: str | None) -> str:
 
 
 @torch.no_grad()
-def prior_of_models(model, clip, vae, prompts: Sequence[str]) -> Prior:
+def prior_of_models(model, clip, vae, prompts: Sequence[str], node: str = NODE) -> Prior:
     """MODEL, CLIP and VAE as a prior to train from, weight patches (LoRA) baked in; call it outside inference mode.
 
-    prompts: those that the run will need, encoded here. Raises Problem for models that cannot be trained from.
+    prompts: those that the run will need, encoded here. node: whose messages they are. Raises Problem for models that
+    cannot be trained from.
     """
     from ....training.prior.encoded_prompts import EncodedPrompts
     from ....training.prior.opening import prior_from_tensors
 
-    config = export.exported_config(model, NODE)
-    prediction_type, zero_snr = export.exported_prediction(model, NODE)
+    config = export.exported_config(model, node)
+    prediction_type, zero_snr = export.exported_prediction(model, node)
     has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
     name = f"the connected {type(model.model.model_config).__name__} model"
     null_context = export.encode_empty_prompt(clip, has_pooled)
@@ -56,12 +57,12 @@ def prior_of_models(model, clip, vae, prompts: Sequence[str]) -> Prior:
     return prior_from_tensors(
         export.exported_state_dict(model, exported_dtype(model)),
         config,
-        latent_format=export.exported_latent_format(model, NODE),
+        latent_format=export.exported_latent_format(model, node),
         latent_scale=float(model.model.latent_format.scale_factor),
         prediction_type=prediction_type,
         zero_snr=zero_snr,
         null_context=null_context,
-        autoencoder=exported_autoencoder(vae, config.out_channels),
+        autoencoder=exported_autoencoder(vae, config.out_channels, node),
         text_encoder=EncodedPrompts(encoded, name),
         name=name,
     )
@@ -75,7 +76,7 @@ def exported_dtype(model) -> torch.dtype:
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.float16
 
 
-def exported_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
+def exported_autoencoder(vae, latent_channels: int, node: str = NODE) -> dict[str, Tensor]:
     """A VAE's weights on the CPU under LDM keys. Raises Problem for other kinds of VAE."""
     stage = getattr(vae, "first_stage_model", None)
     weights = {} if stage is None else {key: t.detach().to("cpu", copy=True) for key, t in stage.state_dict().items()}
@@ -83,7 +84,7 @@ def exported_autoencoder(vae, latent_channels: int) -> dict[str, Tensor]:
     if "encoder.conv_in.weight" not in weights or channels != latent_channels:
         found = "no VAE" if stage is None else f"{type(stage).__name__} with {channels or 'other'} latent channels"
         raise Problem(
-            f"{NODE}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found "
+            f"{node}: expected the VAE of a Stable Diffusion model with {latent_channels} latent channels, found "
             f"{found}; connect the VAE that belongs to the model."
         )
     # Core gives every autoencoder a middle attention; all-zero output weights mean that the file has none.
