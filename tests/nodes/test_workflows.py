@@ -79,6 +79,11 @@ def test_links_join_outputs_to_inputs_of_one_type(name):
     assert graph["last_node_id"] >= max(nodes) and graph["last_link_id"] >= max(seen)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_input_has_a_value(name):
+    assert not [(node["class_type"], node["inputs"]) for node in api(name).values() if None in node["inputs"].values()]
+
+
 # What a sampler's live preview adds below its widgets.
 PREVIEW_PX = 200
 SAMPLERS = ("KSampler", "SamplerCustomAdvanced", "InDomainSampler")
