@@ -24,6 +24,8 @@ CATEGORIES = {
         "InDomainMiniWorldImages",
         "InDomainTrainDomainUNet",
         "InDomainTrainingOptions",
+        "InDomainBakeDomainLoRA",
+        "InDomainBakeOptions",
     ),
     "generators": (
         "InDomainLoadGenerator",
@@ -69,6 +71,7 @@ def test_nodes_are_found_by_other_words_where_comfyui_looks_for_them(object_info
         return
     for word, node_id in (
         ("lora", "InDomainTrainDomainUNet"),
+        ("lora", "InDomainBakeDomainLoRA"),
         ("fine-tune", "InDomainTrainDomainUNet"),
         ("cfg", "InDomainSampler"),
         ("cfg", "InDomainMultiGuidanceGuider"),
@@ -94,7 +97,7 @@ def test_rare_inputs_are_folded_away_where_comfyui_can(object_info):
     assert advanced["InDomainSampler"] == {"domain_start_percent", "domain_end_percent"} == advanced["InDomainGuider"]
     assert advanced["InDomainGuidanceTerm"] == {"start_percent", "end_percent", "ramp"}
     assert advanced["InDomainLoadDomainUNet"] == {"weight_dtype"}
-    for node_id in ("InDomainTrainingOptions", "InDomainAdaptOptions"):
+    for node_id in ("InDomainTrainingOptions", "InDomainAdaptOptions", "InDomainBakeOptions"):
         shown = len(inputs_of(object_info[node_id])) - len(advanced[node_id])
         assert 5 <= shown <= 10 < len(advanced[node_id])
 
@@ -169,6 +172,10 @@ def test_api_workflow_runs(server, graphs, handwriting, name):
             node["inputs"].update(name=f"from_{name}", resolution=64, steps=4, batch_size=2, sample_every=4)
         if node["class_type"] == "InDomainTrainingOptions":
             node["inputs"].update(sample_count=1, sample_steps=2)
+        if node["class_type"] == "InDomainBakeDomainLoRA":
+            node["inputs"].update(name=f"from_{name}", steps=4, batch_size=2, sample_every=4)
+        if node["class_type"] == "InDomainBakeOptions":
+            node["inputs"].update(sample_count=1, sample_steps=2, own_count=2, own_steps=2, random_prompts=4)
         if node["class_type"] == "InDomainAdaptGenerator":
             node["inputs"].update(name=f"from_{name}", steps=2, batch_size=1, sample_every=2)
         if node["class_type"] == "EmptyLatentImage":
