@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,8 +88,11 @@ class EncodedTexts:
         """The empty prompt and these. Raises ValueError for prompts that the prior cannot encode."""
         every = ["", *prompts]
         parts = [prior.encode_text(every[start : start + AT_ONCE]) for start in range(0, len(every), AT_ONCE)]
+        # Attention to repeated tokens is attention to the tokens, so prompts of several lengths fit in one tensor.
+        tokens = math.lcm(*(part.context.shape[1] for part in parts))
+        context = torch.cat([part.context.repeat(1, tokens // part.context.shape[1], 1) for part in parts])
         pooled = [part.pooled for part in parts if part.pooled is not None]
-        return cls(prior, torch.cat([part.context for part in parts]), torch.cat(pooled) if pooled else None)
+        return cls(prior, context, torch.cat(pooled) if pooled else None)
 
     def __len__(self) -> int:
         """How many prompts there are, without the empty one."""

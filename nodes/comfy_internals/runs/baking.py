@@ -61,12 +61,18 @@ def config_of(values: Mapping[str, Any], model, has_domain: bool, has_terms: boo
         # Terms alone stand in the place of a domain model; neither is read from a file.
         "domain": f"{CONNECTED_PREFIX} {'domain model' if has_domain else 'terms'}" if has_domain or has_terms else "",
         "output": str(Path(folder_paths.get_output_directory()) / RUNS / values["name"]),
-        "export_to": str(Path(folder_paths.get_folder_paths(folder)[0])),
+        "export_to": str(_folder(folder)),
         "cache": str(Path(folder_paths.get_system_user_directory(LATENTS)) / "latents"),
         "tokenizer": str(Path(comfy.sd1_clip.__file__).with_name("sd1_tokenizer")),
         "device": str(comfy.model_management.get_torch_device()),
     }
     return BakeConfig.from_mapping({**values, **places}).absolute()
+
+
+def _folder(name: str) -> Path:
+    """ComfyUI's folder of that name; core lists models/unet, its older name, before models/diffusion_models."""
+    paths = [Path(path) for path in folder_paths.get_folder_paths(name)]
+    return next((path for path in paths if path.name == name), paths[0])
 
 
 def connected_prior(model, clip, vae, config: BakeConfig) -> Prior:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -10,6 +11,7 @@ from indomain_guidance.guidance.files import FileProblem
 from indomain_guidance.training.baking.prompts import EncodedTexts, prompts_of, random_prompt, vocabulary
 from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.mini_world.tokens import TOKEN_IDS
+from indomain_guidance.training.prior.encoded_prompts import EncodedPrompts
 from indomain_guidance.training.prior.opening import open_prior
 from indomain_guidance.training.prior.prior import ImageSize
 
@@ -71,3 +73,14 @@ def test_many_prompts_are_encoded_in_parts():
     texts = EncodedTexts.of(prior, prompts)
     assert len(texts) == 70
     torch.testing.assert_close(texts.context[70], prior.encode_text([prompts[69]]).context[0], rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_of_several_lengths_are_one_tensor(base):
+    """A prior that ComfyUI connects has longer contexts for longer prompts; a part of 32 may hold none of those."""
+    words = {prompt: (torch.randn(1, 4 if prompt != "long" else 6, 8), None) for prompt in ("", *"abcdefgh", "long")}
+    many = {f"{prompt}{number}": text for number in range(5) for prompt, text in words.items()}
+    prior = dataclasses.replace(base, text_encoder=EncodedPrompts({**many, **words}))
+    texts = EncodedTexts.of(prior, [name for name in many if not name.startswith("long")] + ["long"])
+    assert texts.context.shape == (len(many) - 5 + 2, 12, 8)
+    assert torch.equal(texts.context[-1], words["long"][0][0].repeat(2, 1))
+    assert torch.equal(texts.context[0], words[""][0][0].repeat(3, 1))
