@@ -119,10 +119,10 @@ class BakeDomainLoRA(io.ComfyNode):
         needed = "pictures" in config.states
         folders = pictures.check_data(";".join(image_folder), images, baking.NODE, needed)
         with ordinary_tensors():
-            prior = baking.connected_prior(model, given["clip"], given["vae"], config)
+            prior, own, more = baking.opened(config, model, given["clip"], given["vae"], domain, terms)
             with execution.run_folder(config.run_folder, config.name):
                 config = config.with_changes(**pictures.data_of(folders, images, config.run_folder, baking.NODE))
-                result, warnings = baking.run(config, prior, domain, terms, widgets.RESUME[given["resume"]])
+                result, warnings = baking.run(config, prior, own, more, widgets.RESUME[given["resume"]])
             made, lora = baking.load_baked(config, model)
         return widgets.run_outputs(cls, (made, lora), result, execution.finished_file(config), warnings)
 

@@ -149,7 +149,8 @@ def test_all_weights_are_a_model_and_no_lora(bake, world):
     assert type(made.lora).__name__ == "ExecutionBlocker"
 
 
-def test_what_cannot_work_is_one_sentence(bake, mini, world, pictures):
+def test_what_cannot_work_is_one_sentence_before_a_prompt_is_encoded(bake, mini, world, monkeypatch):
+    monkeypatch.setattr(world.baking, "encode_prompts", lambda *given: pytest.fail("encoded"))
     terms = module("guidance.terms")
     cond = [[torch.zeros(1, 77, 128), {"mask": torch.ones(1, 8, 8)}]]
     shaped = terms.Term("x", None, None, 1.0, shaping=module("guidance.orthogonal").Orthogonal(("control",)))
@@ -162,6 +163,8 @@ def test_what_cannot_work_is_one_sentence(bake, mini, world, pictures):
         ({"terms": (shaped,)}, "terms: expected terms that need no prompt, found 'x'"),
         ({"domain_weight": float("nan")}, "expected domain_weight to be a finite number"),
         ({"options": {"loud": 1}}, "options: expected what In-Domain Bake Options gives"),
+        ({"terms": (terms.Term("domain", None, None, 1.0),)}, "different names, got 'domain' twice"),
+        ({"terms": (terms.Term("x", None, None, 1.0, "y"),)}, "'x' refers to 'y', which is none of: base, domain, x"),
         ({"model": mini[3]}, "Bake Domain LoRA: expected a model that takes text, found the text-free model"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -17,11 +17,13 @@ from typing import Any
 
 from torch import Tensor
 
+from ...guidance.combination import Guidance
 from ...guidance.errors import Problem
 from ...guidance.files import DomainMetadata, FileProblem, check_latent_format, prior_content_hash, read_domain_file
 from ...guidance.schedules import Interval, Weight, as_weight, weight_from_json
 from ...guidance.shaping import Shaping
 from ...guidance.shapings import make_shaping
+from ...guidance.terms import Source, Term
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem
 from ..engine.small_files import read_values
 from ..mini_world.assets import domain_unets_dir
@@ -113,13 +115,17 @@ def domain_term(name: str, weight: Weight, model: MODEL, prior: Prior, source: s
 
 
 def check_terms(terms: list[BakedTerm]) -> None:
-    """Raise ConfigProblem for terms whose sum is not the same for every prompt."""
+    """Raise ConfigProblem for terms whose sum is not the same for every prompt, Problem for others that do not fit."""
     for term in terms:
         if term.name == CONTROL or CONTROL in (term.reference, *(term.shaping.others if term.shaping else ())):
             raise ConfigProblem(
                 f"terms: expected terms that need no prompt, found {term.name!r}, which is called or reads "
                 f"{CONTROL!r}, the prompt's own; leave it out."
             )
+    if terms:  # names and references
+        Guidance(
+            Source(None), [Term(term.name, None, None, term.weight, term.reference, term.shaping) for term in terms]
+        )
 
 
 def _read_model(path: str) -> MODEL:

@@ -6,6 +6,7 @@ Nothing of the package `training/` is imported before a node runs.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ import comfy.sd
 import comfy.sd1_clip
 import comfy.utils
 import folder_paths
+import torch
 from comfy.model_patcher import ModelPatcher
 from comfy_execution.graph_utils import ExecutionBlocker
 from torch import Tensor
@@ -27,12 +29,12 @@ from ..models.loading import load_domain_unet
 from ..models.text_free import domain_info, file_key
 from ..progress import RunProgress
 from .execution import finish_run, finished_file
-from .prior import exported_dtype, prior_of_models
+from .prior import encode_prompts, exported_dtype, prior_of_models
 from .training import LATENTS
 
 if TYPE_CHECKING:
     from ....training.baking.config import BakeConfig
-    from ....training.baking.terms import BakedTerm
+    from ....training.baking.terms import MODEL, BakedTerm
     from ....training.engine.run import Result
     from ....training.prior.prior import Prior
 
@@ -75,41 +77,67 @@ def _folder(name: str) -> Path:
     return next((path for path in paths if path.name == name), paths[0])
 
 
-def connected_prior(model, clip, vae, config: BakeConfig) -> Prior:
-    """The connected prior, with every prompt of the run encoded. Raises Problem for models that cannot be baked."""
-    from ....training.baking.prompts import prompts_of
+def opened(
+    config: BakeConfig, model, clip, vae, domain: ModelPatcher | None, terms: Sequence[Term]
+) -> tuple[Prior, MODEL | None, list[BakedTerm]]:
+    """(the prior with every prompt of the run encoded, the domain model, the terms), checked before they are encoded.
 
-    prompts = prompts_of(config, export.exported_latent_format(model, NODE))
-    return prior_of_models(model, clip, vae, [*prompts, *config.sample_prompts], NODE)
+    Raises Problem for models that cannot be baked or do not belong together, and layers that take no addition.
+    """
+    from ....guidance.networks.unet import UNet
+    from ....training.baking.prompts import prompts_of
+    from ....training.baking.terms import open_terms
+    from ....training.domain.trainee import choose_trainable
+
+    given = None if domain is None else model_of(domain)
+    models = [None if term.model is None else model_of(term.model) for term in terms]
+    captions = [about.caption or "" for _, about in filter(None, (given, *models))]
+    prior = prior_of_models(model, clip, vae, captions, NODE)
+    baked = terms_of(terms, models, prior)
+    open_terms(config, prior, given, baked)
+    with torch.device("meta"):
+        unet = UNet(prior.config)
+    choose_trainable(unet, config.train, config.additions)
+    prompts = prompts_of(config, prior.latent_format)
+    encode_prompts(prior, clip, [*captions, *prompts, *config.sample_prompts])
+    return prior, given, baked
 
 
 def model_of(model: ModelPatcher) -> tuple[dict[str, Tensor], DomainMetadata]:
     """A MODEL's UNet as weights and metadata, its patches baked in. Raises Problem for other kinds of models."""
     info = domain_info(model)
-    if info is not None and not model.patches and Path(info.path).is_file():
-        return read_domain_file(info.path)
-    weights = export.exported_state_dict(model, exported_dtype(model))
-    if info is not None and info.metadata is not None:
-        return {file_key(key): tensor for key, tensor in weights.items()}, info.metadata
+    config = info.metadata.config if info is not None and info.metadata is not None else None
+    if config is None:
+        config = export.exported_config(model, NODE)
     prediction, zero_snr = export.exported_prediction(model, NODE)
-    facts: dict[str, Any] = {"latent_format": export.exported_latent_format(model, NODE), "zero_snr": zero_snr}
-    return weights, DomainMetadata(export.exported_config(model, NODE), prediction_type=prediction, **facts)
+    facts = {"latent_format": export.exported_latent_format(model, NODE), "zero_snr": zero_snr}
+    if info is not None and not model.patches and Path(info.path).is_file():
+        weights, known = read_domain_file(info.path)
+    else:
+        exported = export.exported_state_dict(model, exported_dtype(model))
+        weights = {file_key(key): tensor for key, tensor in exported.items()}
+        known = info.metadata if info is not None and info.metadata is not None else DomainMetadata(config)
+    # What a patch such as Model Sampling Discrete says about the MODEL holds, not what its file says.
+    return weights, replace(known, prediction_type=prediction, **facts)
 
 
-def terms_of(terms: Sequence[Term], prior: Prior) -> list[BakedTerm]:
-    """Terms of Guidance Term as those of a baking. Raises Problem for conditionings that are not plain text."""
+def terms_of(terms: Sequence[Term], models: Sequence[MODEL | None], prior: Prior) -> list[BakedTerm]:
+    """Terms of Guidance Term as those of a baking. Raises Problem for conditionings that are not plain text.
+
+    models: those of the terms, None for the prior.
+    """
     from ....training.baking.terms import BakedTerm, domain_term
 
     found = []
-    for term in terms:
+    for term, model in zip(terms, models):
         more: dict[str, Any] = {"reference": term.reference, "shaping": term.shaping}
         if term.cond is not None:
             more["text"] = _text_of(term, prior)
-        if term.model is None:
+        if model is None:
             found.append(BakedTerm(term.name, term.weight, **more))
         else:
             source = f"The model of term {term.name!r}"
-            found.append(domain_term(term.name, term.weight, model_of(term.model), prior, source, **more))
+            found.append(domain_term(term.name, term.weight, model, prior, source, **more))
     return found
 
 
@@ -134,22 +162,20 @@ def _plain(tensor: Tensor) -> Tensor:
 
 
 def run(
-    config: BakeConfig, prior: Prior, domain: ModelPatcher | None, terms: Sequence[Term], resume: bool | str
+    config: BakeConfig, prior: Prior, domain: MODEL | None, terms: Sequence[BakedTerm], resume: bool | str
 ) -> tuple[Result, list[str]]:
     """Bake; (result, warnings) when the run is finished (`finish_run`). Call it outside inference mode."""
     from ....training.baking.bake import bake
 
     progress = RunProgress()
-    model = None if domain is None else model_of(domain)
-    baked = terms_of(terms, prior)
 
     def learn() -> Result:
         return bake(
             config,
             resume=resume,
             base=prior,
-            domain=model,
-            terms=baked,
+            domain=domain,
+            terms=terms,
             listener=progress,
             should_stop=progress.should_stop,
         )

@@ -13,6 +13,7 @@ from ....guidance.null_text import POOLED_TEXT_ADM
 from ....training.mini_world import MINI_WORLD
 from ..models import export
 from ..models.folders import CHECKPOINTS
+from ..progress import ProgressBar
 
 if TYPE_CHECKING:
     from ....training.domain.config import TrainConfig
@@ -44,17 +45,12 @@ def prior_of_models(model, clip, vae, prompts: Sequence[str], node: str = NODE) 
     prompts: those that the run will need, encoded here. node: whose messages they are. Raises Problem for models that
     cannot be trained from.
     """
-    from ....training.prior.encoded_prompts import EncodedPrompts
     from ....training.prior.opening import prior_from_tensors
 
     config = export.exported_config(model, node)
     prediction_type, zero_snr = export.exported_prediction(model, node)
-    has_pooled = config.adm_in_channels in POOLED_TEXT_ADM
-    name = f"the connected {type(model.model.model_config).__name__} model"
-    null_context = export.encode_empty_prompt(clip, has_pooled)
-    encoded = {prompt: export.encode_prompt(clip, prompt, has_pooled) for prompt in dict.fromkeys(prompts) if prompt}
-    encoded[""] = (null_context.tensor, null_context.pooled)
-    return prior_from_tensors(
+    null_context = export.encode_empty_prompt(clip, config.adm_in_channels in POOLED_TEXT_ADM)
+    prior = prior_from_tensors(
         export.exported_state_dict(model, exported_dtype(model)),
         config,
         latent_format=export.exported_latent_format(model, node),
@@ -63,9 +59,25 @@ def prior_of_models(model, clip, vae, prompts: Sequence[str], node: str = NODE) 
         zero_snr=zero_snr,
         null_context=null_context,
         autoencoder=exported_autoencoder(vae, config.out_channels, node),
-        text_encoder=EncodedPrompts(encoded, name),
-        name=name,
+        name=f"the connected {type(model.model.model_config).__name__} model",
     )
+    encode_prompts(prior, clip, prompts)
+    return prior
+
+
+@torch.no_grad()
+def encode_prompts(prior: Prior, clip, prompts: Sequence[str]) -> None:
+    """Encode the prompts that a run will need; from then on the prior knows these, the empty one, and no others."""
+    from ....training.prior.encoded_prompts import EncodedPrompts
+
+    has_pooled = prior.config.adm_in_channels in POOLED_TEXT_ADM
+    encoded = {"": (prior.null_context.tensor, prior.null_context.pooled)}
+    wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt]
+    progress = ProgressBar(len(wanted))
+    for prompt in wanted:
+        encoded[prompt] = export.encode_prompt(clip, prompt, has_pooled)
+        progress.update(1)
+    prior.text_encoder = EncodedPrompts(encoded, prior.name)
 
 
 def exported_dtype(model) -> torch.dtype:
