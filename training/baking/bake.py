@@ -240,7 +240,8 @@ class _Baking(Run[BakeConfig]):
                     dtype=self.learner.dtype,
                     should_stop=self.should_stop,
                 )
-            return Validated(step, share, {str(level): value for level, value in levels.items()}) if levels else None
+            per_level = {str(level): value for level, value in levels.items()}
+            return Validated(step, share, per_level, "mismatch") if levels else None
 
         return Report(every, validate, lambda step: step in self.curve.held_out)
 

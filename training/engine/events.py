@@ -13,6 +13,8 @@ from typing import Any
 
 from ...guidance.errors import Problem
 
+LOSS = "loss"
+
 
 @dataclass(frozen=True)
 class Event:
@@ -69,11 +71,15 @@ class Step(Event):
 
 @dataclass(frozen=True)
 class Validated(Event):
-    """Loss on the held-out images: the mean over noise levels, and per timestep (its number as text)."""
+    """What the model is like on the held-out images: the mean over noise levels, and per timestep (a number as text).
+
+    what: the number's name; other numbers than losses are drawn on a scale of their own.
+    """
 
     step: int
     loss: float
     per_level: Mapping[str, float] = field(default_factory=dict)
+    what: str = LOSS
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,7 @@ def describe(event: Event) -> str:
             f"{event.seconds_per_step:.3g} s/step{left}"
         )
     if isinstance(event, Validated):
-        return f"held-out loss at step {event.step}: {event.loss:.4f}"
+        return f"held-out {event.what} at step {event.step}: {event.loss:.4f}"
     if isinstance(event, Sampled):
         return f"samples at step {event.step}: {event.path}"
     if isinstance(event, Saved):

@@ -1,4 +1,4 @@
-"""What a run reports: its steps, and every so many of them sample grids and held-out losses."""
+"""What a run reports: its steps, and every so many of them sample grids and what held-out images say."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class TensorBoard:
             for name, value in event.parts.items():
                 self._writer.add_scalar(f"parts/{name.replace(' ', '_')}", value, event.step)
         elif isinstance(event, Validated):
-            self._writer.add_scalar("held_out/loss", event.loss, event.step)
+            self._writer.add_scalar(f"held_out/{event.what.replace(' ', '_')}", event.loss, event.step)
             for level, loss in event.per_level.items():
                 self._writer.add_scalar(f"held_out/t{level}", loss, event.step)
         elif isinstance(event, Sampled):

@@ -28,6 +28,7 @@ ALL = [
     step := Step(1, 9, 0.5, 1e-4, 2.0, 0.1, 0.8),
     Step(2, 9, 0.4, 1e-4, None, 0.1, None, {"t": 300.5, "clamped sds": 0.1}),
     Validated(3, 0.4, {"50": 0.1}),
+    Validated(3, 0.4, {"50": 0.1}, "mismatch"),
     Sampled(3, "s.png"),
     Saved(3, "c.ckpt"),
     Warned("careful"),
@@ -46,6 +47,11 @@ def test_every_event_survives_json_and_can_be_told():
     for wrong in ({}, {"event": "party"}, {"event": "saved"}, 7):
         with pytest.raises(ValueError, match="Expected"):
             event_from_dict(wrong)
+    old = {"event": "validated", "step": 3, "loss": 0.4, "per_level": {}}  # as logs had it
+    assert [describe(event_from_dict({**old, **more})) for more in ({}, {"what": "mismatch"})] == [
+        "held-out loss at step 3: 0.4000",
+        "held-out mismatch at step 3: 0.4000",
+    ]
     assert "nothing was trained" in describe(Stopped(0, ""))
 
 

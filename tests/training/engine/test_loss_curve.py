@@ -69,10 +69,22 @@ def test_the_curve_falls_as_the_loss_falls():
         ({1: 0.5, 2: 0.5}, {0: 0.5}),
         ({1: 0.0, 2: 0.0}, {}),
         ({1: -1.0, 2: 1e6}, {3: 1e-9}),
+        ({}, {0: 1.0}),
     ],
 )
 def test_degenerate_curves_can_be_drawn(train, held_out):
-    assert draw_losses(train, held_out).size == (960, 480)
+    assert draw_losses(train, held_out).size == draw_losses(train, held_out, "mismatch").size == (960, 480)
+
+
+def test_other_numbers_than_losses_have_a_scale_of_their_own(tmp_path):
+    """A share of 0 to 1 does not flatten losses of hundredths."""
+    losses, shares = {step: 0.02 - step / 40_000 for step in range(1, 401)}, {0: 1.0, 200: 0.5, 400: 0.25}
+    beside, alone = (blue_heights(draw_losses(losses, dots, "mismatch")) for dots in (shares, {}))
+    assert max(beside.values()) - min(beside.values()) == max(alone.values()) - min(alone.values()) > 300
+    curve = LossCurve(tmp_path / "loss.png", [Validated(1, 0.5, {}, "mismatch")], start=1)
+    assert curve.what == "mismatch"
+    curve(Validated(2, 0.4, {}))
+    assert curve.what == "loss"
 
 
 def test_thinning_keeps_the_last_step_and_the_mean():
