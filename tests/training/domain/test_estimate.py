@@ -66,7 +66,8 @@ def test_counts_what_each_choice_costs(base):
         return estimate(base, config(sample_every=0, **changes), 100)
 
     all_of_it, low_rank = of(), of(train="low_rank", rank=8)
-    trainee = parts.start_model(base, "cached", "low_rank", additions={"rank": 8})
+    additions = config(train="low_rank", rank=8).additions
+    trainee = parts.start_model(base, "cached", "low_rank", additions=additions)
     assert low_rank.trainable == sum(one.numel() for one in trainee.named_trainable().values())
     assert (
         all_of_it.trainable
