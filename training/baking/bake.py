@@ -17,8 +17,8 @@ from ..data.preparing import Callbacks, open_dataset
 from ..data.problems import Cancelled
 from ..data.sources import find_images
 from ..data.walking import Watch
-from ..domain.estimate import HOPELESS
 from ..domain.finished import write_domain_model, write_low_rank
+from ..domain.picture_run import HOPELESS
 from ..domain.trainee import Trainee, start_model
 from ..engine.events import Event, Listener, Preparing, Validated
 from ..engine.processes import check_batch

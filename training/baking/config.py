@@ -7,7 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 from ..data.settings import DataSettings
-from ..domain.low_rank import LowRankSettings
+from ..domain.picture_settings import PictureSettings
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, group
 from ..prior.settings import PriorSettings
 
@@ -21,7 +21,7 @@ inherited = partial(changed, PriorSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BakeConfig(LowRankSettings, DataSettings, PriorSettings):
+class BakeConfig(PictureSettings):
     """Everything that decides a baking.
 
     Raises ConfigProblem (a ValueError) for a field out of its range and for combinations that make no sense.

@@ -9,7 +9,7 @@ from typing import ClassVar
 from ..data.settings import DataSettings
 from ..engine.settings import ConfigProblem, changed, group
 from ..prior.settings import PriorSettings
-from .low_rank import LowRankSettings
+from .picture_settings import PictureSettings
 
 FORMS = ("cached", "constant", "full")
 TRAINS = ("all", "self_attention", "low_rank")
@@ -19,7 +19,7 @@ inherited = partial(changed, PriorSettings)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(LowRankSettings, DataSettings, PriorSettings):
+class TrainConfig(PictureSettings):
     """Everything that decides a training run.
 
     Raises ConfigProblem (a ValueError) for a field out of its range and for combinations that make no sense.

@@ -18,8 +18,6 @@ from .config import TrainConfig
 from .previews import preview_dtype
 from .trainee import choose_trainable
 
-HOPELESS = 2.0  # times the memory there is; estimates are within a factor of 1.5
-
 
 @dataclass(frozen=True)
 class Estimate:

@@ -462,7 +462,7 @@ def test_images_that_do_not_fit_into_memory_name_their_own_option(run, monkeypat
     def full(*args, **callbacks):
         raise torch.OutOfMemoryError("out of memory")
 
-    monkeypatch.setattr("indomain_guidance.training.domain.train.open_dataset", full)
+    monkeypatch.setattr("indomain_guidance.training.domain.picture_run.open_dataset", full)
     with pytest.raises(DataProblem, match="Encoding the images .* at 64 px; set caching_batch to 1"):
         run()
 
