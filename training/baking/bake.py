@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,19 +13,14 @@ from torch import Tensor
 
 from ...guidance.files import DTYPES
 from ..data.latent_dataset import LatentDataset
-from ..data.preparing import Callbacks, open_dataset
 from ..data.problems import Cancelled
-from ..data.sources import find_images
-from ..data.walking import Watch
 from ..domain.finished import write_domain_model, write_low_rank
-from ..domain.picture_run import HOPELESS
-from ..domain.trainee import Trainee, start_model
-from ..engine.events import Event, Listener, Preparing, Validated
-from ..engine.processes import check_batch
+from ..domain.picture_run import Images, PictureRun
+from ..domain.trainee import start_model
+from ..engine.events import Listener, Preparing
 from ..engine.reports import Report
-from ..engine.run import Result, Run
+from ..engine.run import Result
 from ..engine.settings import ConfigProblem
-from ..engine.tracing import size_text
 from ..prior.opening import open_prior
 from ..prior.prior import ImageSize, Prior
 from .config import BakeConfig
@@ -34,16 +29,20 @@ from .learner import BakeLearner
 from .match import unmatched
 from .previews import BakePreview
 from .prompts import EncodedTexts, prompts_of
-from .states import FOLDER, OwnSamples, States, draw_own, keep_own, kept_own
+from .states import OwnSamples, States, draw_own, keep_own, kept_own
 from .teacher import Teacher
-from .terms import MODEL, BakedTerm, open_terms
+from .terms import MODEL, BakedTerm, check_not_nothing, open_terms
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from ...guidance.networks.unet import UNet
+
 __all__ = ["Result", "bake"]
 
 MOST_HELD_OUT = 64
+OWN_FOLDER = "states"  # of a run: what the prior drew for it
+WORDS = {"own": "samples of the prior", "trajectories": "guided samples"}  # while they are drawn
 
 
 def bake(
@@ -74,16 +73,14 @@ def bake(
     return _Baking(config, listener, should_stop, base, domain, terms, images)(resume, dry_run)
 
 
-class _Baking(Run[BakeConfig]):
+class _Baking(PictureRun[BakeConfig]):
     """One call of `bake`."""
 
     advice = "lower the learning rate"
-    prior: Prior
     terms: list[BakedTerm]
     prompts: list[str]
-    trainee: Trainee
     learner: BakeLearner
-    held_out: LatentDataset | None
+    held_out: LatentDataset | None = None
 
     def __init__(
         self,
@@ -93,54 +90,47 @@ class _Baking(Run[BakeConfig]):
         prior: Prior | None,
         domain: MODEL | None,
         terms: Sequence[BakedTerm],
-        images: Sequence[Tensor] | Tensor | None,
+        images: Images,
     ) -> None:
-        super().__init__(config, listener, should_stop)
-        self.given, self.domain, self.more, self.images = prior, domain, list(terms), images
+        super().__init__(config, listener, should_stop, prior, images)
+        self.domain, self.more = domain, terms
 
     # ---- beginning
-
-    def check(self) -> None:
-        check_batch(self.config.batch_size, self.processes.world)
 
     def open(self) -> Sequence[str]:
         config = self.config
         self.prior = self.given or open_prior(config.base, vae=config.vae, tokenizer=config.tokenizer)
+        notes = [*self.prior.notes]
         self.terms = open_terms(config, self.prior, self.domain, self.more)
-        self.prompts = prompts_of(config, self.prior.latent_format)
+        self.prompts = prompts_of(config, self.prior.latent_format, notes.append)
+        check_not_nothing(config, self.terms, self.prompts)
         self.prior.check_prompts((*self.prompts, *(config.sample_prompts if config.sample_every else ())))
-        return self.prior.notes
+        return notes
 
     def announce(self, start: int) -> tuple[int, str]:
-        config = self.config
-        count = 0
-        if "pictures" in config.states:
-            given = [self.images] if isinstance(self.images, Tensor) else self.images or ()
-            count = sum(len(batch) if batch.ndim == 4 else 1 for batch in given)
-            if not config.data and not count:
-                raise ConfigProblem(
-                    "data: expected folders of pictures to noise, found none; name some, or choose states own alone."
-                )
-            with suppress(Cancelled):
-                watch = Watch(self.should_stop, config.within or None)
-                count += len(find_images(config.data, watch)) if config.data else 0
-        if not self.processes.is_main:
+        config, processes = self.config, self.processes
+        count = self.count_images() if "pictures" in config.states else 0
+        if "pictures" in config.states and not count and not config.data:
+            raise ConfigProblem(
+                "data: expected folders of pictures to noise, found none; name some, or choose states own alone."
+            )
+        if not processes.is_main:
             return count, ""
         # Layers that take no addition are refused here, before anything is encoded.
-        text, needed, available = estimate_baking(
-            self.prior, config, self.terms, self.processes.device, self.processes.world
-        )
-        if self.processes.device.type == "cpu" and available is not None and needed > HOPELESS * available:
-            raise ConfigProblem(
-                f"Expected a run that fits into memory, found that it needs about {size_text(needed)} with batch_size "
-                f"{config.batch_size} at resolution {config.resolution}; lower them."
-            )
-        return count, f"matched at {len(self.prompts) or 'no'} prompts beside the empty one\n{text}"
+        self.needs = estimate_baking(self.prior, config, self.terms, count, processes.device, processes.world)
+        prompts = f"{len(self.prompts)} prompts and the empty one" if self.prompts else "the empty prompt alone"
+        return count, f"matched at {prompts}\n{self.needs.to_text()}"
 
     def make_learner(self, stack: ExitStack, state: Mapping[str, Any] | None) -> BakeLearner | None:
-        config, prior, device = self.config, self.prior, self.processes.device
-        dtype = DTYPES[config.precision]
-        trainee = self.trainee = start_model(
+        config, prior, processes = self.config, self.prior, self.processes
+        device, dtype = processes.device, DTYPES[config.precision]
+        dataset = None
+        if "pictures" in config.states:
+            dataset = self.open_pictures()
+            if dataset is None:
+                return None
+            dataset, self.held_out = dataset.split(config.held_out_share, MOST_HELD_OUT)
+        self.trainee = start_model(
             prior,
             "full",
             config.train,
@@ -148,115 +138,83 @@ class _Baking(Run[BakeConfig]):
             gradient_checkpointing=config.gradient_checkpointing,
             seed=config.seed,
         )
-        trainee.unet.to(device)
-        before = trainee.unet if config.train == "low_rank" else prior.load_unet(dtype).to(device)
+        unet = self.trainee.unet.to(device)
+        before = unet if config.train == "low_rank" else prior.load_unet(dtype).to(device)
         weight = config.control_weight if config.target == "guided" else 1.0
         teacher = Teacher(prior, before, self.terms, weight, device=device, dtype=dtype)
         texts = EncodedTexts.of(prior, self.prompts)
-        try:
-            dataset = self._dataset() if "pictures" in config.states else None
-            own = {kind: self._own(kind, texts, teacher) for kind in config.states if kind != "pictures"}
-            stopped = False
-        except Cancelled:
-            dataset, own, stopped = None, {}, True
-        if self.processes.anywhere(stopped):
+        own = self._own(texts, teacher)
+        if own is None:
             return None
-        self.held_out = None
-        if dataset is not None:
-            share = config.held_out_share if config.validate_every else 0.0
-            dataset, self.held_out = dataset.split(share, MOST_HELD_OUT)
-        processes = self.processes
         states = States(config, prior, texts, dataset, own, self.prompts, processes.rank, processes.world)
-        self.learner = BakeLearner(config, trainee, teacher, states, processes)
+        self.learner = BakeLearner(config, self.trainee, teacher, states, processes)
         return self.learner
 
-    def _dataset(self) -> LatentDataset:
-        """The pictures as latents. Raises Cancelled when somebody asked to stop meanwhile."""
-        callbacks = Callbacks(
-            progress=lambda done, total: self.tell(Preparing("encoding images", done, total)),
-            should_stop=self.should_stop,
-            warn=self.warn,
-        )
-        with self.prior.autoencoder_on(self.processes.device):
-            dataset = open_dataset(
-                self.config, self.prior, self.images, callbacks, turn=self.processes.rank, turns=self.processes.world
-            )
-        for note in dataset.notes:
-            self.warn(note)
-        return dataset
+    def _own(self, texts: EncodedTexts, teacher: Teacher) -> dict[str, OwnSamples] | None:
+        """What the prior draws itself, by kind: kept in the run's folder, drawn where it is not there.
 
-    def _own(self, kind: str, texts: EncodedTexts, teacher: Teacher) -> OwnSamples:
-        """What the prior draws itself: kept in the run's folder, drawn when it is not there."""
-        config, path = self.config, self.folder / FOLDER / f"{kind}.safetensors"
+        None when somebody asked to stop meanwhile.
+        """
+        config, found = self.config, {}
+        size = ImageSize((config.resolution, config.resolution))
+        try:
+            for kind in config.states:
+                if kind == "pictures":
+                    continue
+                path, made_of = self.folder / OWN_FOLDER / f"{kind}.safetensors", self._made_of(kind)
+                own = kept_own(path, made_of, size) if path.is_file() else None
+                if own is None:
+                    what = f"drawing {WORDS[kind]}"
+                    own = draw_own(
+                        config,
+                        texts,
+                        teacher,
+                        kind,
+                        lambda done, total, what=what: self.tell(Preparing(what, done, total)),
+                        self.should_stop,
+                    )
+                    if self.processes.is_main:
+                        keep_own(path, own, made_of)
+                found[kind] = own
+        except Cancelled:
+            found = None
+        return None if self.processes.anywhere(found is None) else found
+
+    def _made_of(self, kind: str) -> str:
+        """A digest of what decides the samples of a kind."""
+        config = self.config
         facts = [self.prior.prior_hash, self.prompts, config.seed, config.own_count, config.own_steps]
-        facts += [config.resolution, config.batch_size]
+        facts += [config.resolution, config.batch_size, config.precision]
         if kind == "trajectories":
             facts += [config.target, config.control_weight, *(term.facts for term in self.terms)]
-        made_of = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-        size = ImageSize((config.resolution, config.resolution))
-        found = kept_own(path, made_of, size) if path.is_file() else None
-        if found is not None:
-            return found
-        own = draw_own(
-            config,
-            texts,
-            teacher,
-            kind,
-            lambda done, total: self.tell(Preparing(f"drawing {kind}", done, total)),
-            self.should_stop,
-        )
-        if self.processes.is_main:
-            keep_own(path, own, made_of)
-        return own
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
     # ---- what becomes of it
 
     def make_reports(self) -> list[Report]:
-        return [self._match_report(), self._grid_report()]
-
-    @property
-    def _batch(self) -> int:
-        """What this process has memory for."""
-        return max(1, self.config.batch_size // self.processes.world)
-
-    def _match_report(self) -> Report:
-        """The share of the guidance that the averaged weights still lack on held-out pictures."""
-        config, held_out = self.config, self.held_out
-        every = config.validate_every if held_out is not None and len(held_out) else 0
-        indices = range(len(held_out) if held_out is not None and every and self.processes.is_main else 0)
-        latents = [held_out.mean(index) for index in indices] if held_out is not None else []
-        keys = [held_out.content_of(index) for index in indices] if held_out is not None else []
-
-        def validate(step: int) -> Event | None:
-            with self.trainee.using(self.learner.values()) as unet:
-                share, levels = unmatched(
-                    unet,
-                    self.learner.teacher,
-                    self.learner.states.texts,
-                    latents,
-                    keys,
-                    seed=config.seed,
-                    batch=self._batch,
-                    dtype=self.learner.dtype,
-                    should_stop=self.should_stop,
-                )
-            per_level = {str(level): value for level, value in levels.items()}
-            return Validated(step, share, per_level, "mismatch") if levels else None
-
-        return Report(every, validate, lambda step: step in self.curve.held_out)
-
-    def _grid_report(self) -> Report:
-        """Sample grids, with the averaged weights."""
-        config = self.config
+        config, learner = self.config, self.learner
         wanted = config.sample_every and self.processes.is_main
-        preview = BakePreview(config, self.learner.teacher, self.learner.dtype, self._batch) if wanted else None
+        preview = BakePreview(config, learner.teacher, learner.dtype, self.batch) if wanted else None
 
-        def draw(step: int) -> Image | None:
+        def missing(unet: UNet, latents: list[Tensor], sizes: list[ImageSize], keys: list[str]):
+            return unmatched(
+                unet,
+                learner.teacher,
+                learner.states.texts,
+                latents,
+                keys,
+                sizes,
+                seed=config.seed,
+                batch=self.batch,
+                dtype=learner.dtype,
+                should_stop=self.should_stop,
+            )
+
+        def draw(unet: UNet, title: str) -> Image | None:
             assert preview is not None
-            with self.trainee.using(self.learner.values()) as unet:
-                return preview.draw(unet, f"{config.name}, step {step}", self.should_stop)
+            return preview.draw(unet, title, self.should_stop)
 
-        return self.sample_report(draw)
+        return [self.held_out_report(self.held_out, missing, "mismatch"), self.grid_report(draw)]
 
     def write(self, places: Sequence[Path]) -> None:
         config, trainee, learner = self.config, self.trainee, self.learner

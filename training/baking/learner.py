@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.files import DTYPES
+from ..domain.learner import check_dataset, check_same_images, dataset_state
 from ..domain.losses import abar_at, min_snr_weight, sample_losses
 from ..domain.trainee import Trainee
 from ..engine.learner import Learner
@@ -31,6 +32,8 @@ class BakeLearner(Learner[BakeConfig]):
         self, config: BakeConfig, trainee: Trainee, teacher: Teacher, states: States, processes: OneProcess
     ) -> None:
         self.trainee, self.teacher, self.states = trainee, teacher, states
+        if states.dataset is not None:
+            check_same_images(states.dataset, processes)
         parameters = trainee.named_trainable()
         optimizer = build_optimizer(config, parameters.values(), weight_decay=config.weight_decay)
         super().__init__(config, parameters, optimizer, processes, scaled=config.precision == "fp16")
@@ -51,25 +54,19 @@ class BakeLearner(Learner[BakeConfig]):
     def share_gradients(self) -> None:
         """Nothing to do: DistributedDataParallel shares them in the backward pass."""
 
+    def names_at(self, step: int) -> list[str]:
+        return self.states.names_at(step)
+
     def _losses(self, batch: Batch) -> Tensor:
         """Weighted squared distance to the teacher's output of each latent of a batch [B]."""
         noisy, timesteps = batch.noisy.to(self.device), batch.timesteps.to(self.device)
-        empty, prompted = self.conditionings(batch)
+        empty, prompted = self.states.texts.pair(batch.sizes, batch.places, self.device)
         target = self.teacher.target(noisy, timesteps, empty, prompted, batch.sizes)
-        half = torch.autocast(self.device.type, self.dtype) if self.dtype is not torch.float32 else nullcontext()
-        with half:
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not torch.float32):
             output = self._model(noisy, timesteps, **prompted)
         abar = abar_at(self.teacher.prior.schedule, timesteps)
         weight = min_snr_weight(self.teacher.prior.prediction_type, abar, self.config.min_snr_gamma)
         return sample_losses(output, target, weight)
-
-    def conditionings(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the prior takes for a batch at the empty prompt and at each latent's own; one object where all agree."""
-        texts = self.states.texts
-        empty = texts.conditioning(batch.sizes, torch.zeros_like(batch.places), self.device)
-        if not bool(batch.places.any()):
-            return empty, empty
-        return empty, texts.conditioning(batch.sizes, batch.places, self.device)
 
     # ---- what there is to keep
 
@@ -80,7 +77,7 @@ class BakeLearner(Learner[BakeConfig]):
             "traits": prior_traits(prior, None),
             "guidance": json.dumps([term.facts for term in self.teacher.terms], sort_keys=True),
             "prompts": hashlib.sha256(repr(self.states.prompts).encode()).hexdigest(),
-            "dataset": "" if dataset is None else dataset.content_hash,
+            "dataset": None if dataset is None else dataset_state(dataset),
         }
 
     def check_own_state(self, state: Mapping[str, Any], source: str) -> list[str]:
@@ -93,9 +90,7 @@ class BakeLearner(Learner[BakeConfig]):
                     "another name for a new run."
                 )
         warnings = check_same_prior(own["traits"], state.get("traits") or {}, source)
-        if state["dataset"] != own["dataset"]:
-            warnings.append(
-                f"the pictures changed since {source} was written; the run goes on with those of now, and its weights "
-                "will differ from an uninterrupted run's."
-            )
+        if self.states.dataset is not None:
+            is_finished = int(state["step"]) >= self.config.steps
+            warnings += check_dataset(state["dataset"], self.states.dataset, is_finished, source)
         return warnings

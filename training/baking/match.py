@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..domain.held_out import TIMESTEPS
 from ..domain.losses import abar_at, add_noise
 from ..engine.randomness import sample_generator
-from ..prior.prior import ImageSize
+from ..prior.prior import ImageSize, Prior
 from .prompts import EncodedTexts
 from .states import Batch
 from .teacher import Teacher
@@ -23,6 +23,7 @@ def unmatched(
     texts: EncodedTexts,
     latents: Sequence[Tensor],
     keys: Sequence[str],
+    sizes: Sequence[ImageSize] | None = None,
     *,
     seed: int = 0,
     batch: int = 4,
@@ -32,20 +33,24 @@ def unmatched(
     """(mean over noise levels, {timestep: share}): the share of the baked change that a network lacks.
 
     |output - target|^2 / |prior's output - target|^2, summed over the latents: 1 is the prior as it was, 0 the guidance
-    itself. latents: scaled, [C, h, w]; keys: what stands for each. Noise and prompt of a latent depend on (seed, key,
+    itself. latents: scaled, [C, h, w]; keys: what stands for each; sizes: what SDXL is told of each, None for their
+    own. Noise and prompt of a latent depend on (seed, key,
     timestep) alone. NaN and nothing when should_stop() asks to stop. Where nothing is baked in at a level it has none.
     """
-    schedule, device = teacher.prior.schedule, teacher.device
+    prior, device = teacher.prior, teacher.device
+    if sizes is None:
+        sizes = [ImageSize((prior.factor * one.shape[-2], prior.factor * one.shape[-1])) for one in latents]
     shares = {}
     for t in TIMESTEPS:
-        level = round(t * (len(schedule) - 1) / 999)
+        parts = [
+            _noised(latent, key, size, t, prior, len(texts), seed) for latent, key, size in zip(latents, keys, sizes)
+        ]
         missing = whole = 0.0
-        for some in _batches(latents, keys, texts, schedule, teacher.prior.factor, seed, t, level, batch):
+        for some in [piece for joined in Batch.joined(parts) for piece in joined.split(batch)]:
             if should_stop():
                 return float("nan"), {}
             noisy, timesteps = some.noisy.to(device), some.timesteps.to(device)
-            empty = texts.conditioning(some.sizes, torch.zeros_like(some.places), device)
-            prompted = texts.conditioning(some.sizes, some.places, device) if bool(some.places.any()) else empty
+            empty, prompted = texts.pair(some.sizes, some.places, device)
             target = teacher.target(noisy, timesteps, empty, prompted, some.sizes)
             before = teacher.output(noisy, timesteps, teacher.before, **prompted)
             with torch.autocast(device.type, dtype, enabled=dtype is not torch.float32):
@@ -57,16 +62,11 @@ def unmatched(
     return sum(shares.values()) / len(shares) if shares else 0.0, shares
 
 
-def _batches(latents, keys, texts, schedule, factor, seed, t, level, size):
-    """The latents noised to one level, in batches of one shape each."""
-    parts = []
-    for latent, key in zip(latents, keys):
-        generator = sample_generator(seed, 0, key, f"held out/{t}")
-        noise = torch.randn(latent.shape, generator=generator)
-        place = int(torch.randint(len(texts) + 1, (), generator=generator))
-        timesteps = torch.tensor([level])
-        noisy = add_noise(latent[None].float(), noise[None], abar_at(schedule, timesteps))
-        pixels = ImageSize((factor * latent.shape[-2], factor * latent.shape[-1]))
-        parts.append(Batch(noisy, timesteps, torch.tensor([place]), (pixels,)))
-    for whole in Batch.joined(parts):
-        yield from whole.split(size)
+def _noised(latent: Tensor, key: str, size: ImageSize, t: int, prior: Prior, prompts: int, seed: int) -> Batch:
+    """One latent at the noise level of timestep t of 1000, with a prompt of its own."""
+    generator = sample_generator(seed, 0, key, f"held out/{t}")
+    noise = torch.randn(latent.shape, generator=generator)
+    place = torch.randint(prompts + 1, (1,), generator=generator)
+    timesteps = torch.tensor([round(t * (len(prior.schedule) - 1) / 999)])
+    noisy = add_noise(latent[None].float(), noise[None], abar_at(prior.schedule, timesteps))
+    return Batch(noisy, timesteps, place, (size,))

@@ -6,14 +6,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...guidance.diffusion import Denoiser
 from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.presets import cfg
-from ...guidance.sampling import sample, sigmas_uniform
-from ..domain.previews import METHOD, Autocast
-from ..engine.grids import grid
+from ..domain.previews import Autocast, draw_rows
 from ..prior.prior import ImageSize
 from .config import BakeConfig
 from .teacher import Teacher
@@ -34,23 +32,10 @@ class BakePreview:
         self.prompts = config.sample_prompts or ("",)
         self.texts = [teacher.prior.encode_text([prompt]) for prompt in self.prompts]
 
-    @torch.no_grad()
     def draw(self, unet: nn.Module, title: str, should_stop: Callable[[], bool] = lambda: False) -> Image | None:
         """The grid of a UNet in evaluation mode; None when should_stop() asks to stop between rows."""
-        config, prior, device = self.config, self.teacher.prior, self.teacher.device
-        side = config.resolution
-        seeds = range(config.seed, config.seed + config.sample_count)
-        noise, sigmas = prior.noise(seeds, side, side), sigmas_uniform(prior.schedule, config.sample_steps).float()
-        rows = self._rows(unet)
-        drawn: list[Tensor] = []
-        for _, guidance in rows:
-            if should_stop():
-                return None
-            parts = [part.to(device) for part in noise.split(self.batch)]
-            drawn.append(torch.cat([sample(guidance, part, sigmas, METHOD).float() for part in parts]))
-        with prior.autoencoder_on(device):
-            pictures = [prior.decode(latents).cpu() for latents in drawn]
-        return grid(pictures, [label for label, _ in rows], [f"seed {seed}" for seed in seeds], title)
+        teacher = self.teacher
+        return draw_rows(self._rows(unet), teacher.prior, self.config, teacher.device, self.batch, title, should_stop)
 
     def _rows(self, unet: nn.Module) -> list[tuple[str, MultiGuidance]]:
         """(what stands beside a row, the guidance it is sampled with)."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
-from ...guidance.plain_json import decode
+from ...guidance.plain_json import decode, parse_json
 from ..engine.randomness import sample_generator
 from ..engine.settings import ConfigProblem
 from ..engine.small_files import read_small
@@ -29,10 +28,11 @@ AT_ONCE = 32  # prompts that are encoded together
 _WORD = re.compile(r"[a-z]{3,}</w>")
 
 
-def prompts_of(config: BakeConfig, latent_format: str) -> list[str]:
+def prompts_of(config: BakeConfig, latent_format: str, warn: Callable[[str], object] = lambda text: None) -> list[str]:
     """Every prompt of a run but the empty one, each once; latent_format: the prior's, whose words are drawn from.
 
-    Raises ConfigProblem for a file without prompts, and where there is no vocabulary to draw from.
+    warn: told where there is no vocabulary to draw from. Raises FileProblem for files that cannot be read,
+    ConfigProblem for one without prompts.
     """
     found = [*config.prompt_list]
     if config.prompt_file:
@@ -44,8 +44,12 @@ def prompts_of(config: BakeConfig, latent_format: str) -> list[str]:
         found += lines
     if config.random_prompts:
         words = vocabulary(latent_format, config.tokenizer)
-        if words:
-            found += [random_prompt(words, config.seed, number) for number in range(config.random_prompts)]
+        if not words:
+            warn(
+                "random_prompts: expected a vocabulary to draw words from, found none, so that no prompt is drawn; set "
+                "tokenizer to a folder with CLIP's vocab.json and merges.txt, or name prompts in prompt_list."
+            )
+        found += [random_prompt(words, config.seed, number) for number in range(config.random_prompts if words else 0)]
     return list(dict.fromkeys(filter(None, found)))
 
 
@@ -59,12 +63,23 @@ def _text(path: str) -> str:
 
 
 def vocabulary(latent_format: str, tokenizer: str) -> list[str]:
-    """The words of a prior: the mini world's own, or the whole words of CLIP's tokenizer in a folder; none without."""
+    """The words of a prior: the mini world's own, or the whole words of CLIP's tokenizer in a folder; none without.
+
+    Raises FileProblem for a folder without a vocabulary.
+    """
     if latent_format == MINI_WORLD:
         return sorted(TOKEN_IDS)
     if not tokenizer:
         return []
-    names = json.loads((Path(tokenizer) / "vocab.json").read_text(encoding="utf-8"))
+    path = Path(tokenizer) / "vocab.json"
+    try:
+        names = parse_json(read_small(path, "CLIP's vocabulary"))
+    except FileProblem:
+        raise
+    except Problem as problem:
+        raise FileProblem(f"{path}: expected CLIP's vocabulary, found a mistake: {problem}.") from None
+    if not isinstance(names, dict):
+        raise FileProblem(f"{path}: expected CLIP's vocabulary, found {type(names).__name__}; name another folder.")
     return [name.removesuffix("</w>") for name in names if _WORD.fullmatch(name)]
 
 
@@ -97,6 +112,13 @@ class EncodedTexts:
     def __len__(self) -> int:
         """How many prompts there are, without the empty one."""
         return len(self.context) - 1
+
+    def pair(
+        self, sizes: Sequence[ImageSize], places: Tensor, device: torch.device | str
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """`conditioning` at the empty prompt and at each image's own; one object where all of these are empty."""
+        empty = self.conditioning(sizes, torch.zeros_like(places), device)
+        return empty, self.conditioning(sizes, places, device) if bool(places.any()) else empty
 
     def conditioning(self, sizes: Sequence[ImageSize], places: Tensor, device: torch.device | str) -> dict[str, Tensor]:
         """What the prior's UNet takes for images of these sizes, each at the prompt of its place [B] (0: the empty)."""

@@ -18,14 +18,15 @@ from ...guidance.presets import cfg
 from ...guidance.sampling import sample, sigmas_uniform
 from ..data.latent_dataset import LatentDataset
 from ..data.problems import Cancelled
+from ..domain.learner import drawn
 from ..domain.losses import abar_at, add_noise, draw_noise, draw_timestep
+from ..domain.previews import METHOD
 from ..engine.randomness import BatchPlan, sample_generator
 from ..prior.prior import ImageSize, Prior
 from .config import BakeConfig
 from .prompts import EncodedTexts
 from .teacher import Teacher
 
-FOLDER, METHOD = "states", "dpmpp_2m"  # of a run, for what the prior drew; of sampling
 OWN_SCALE = 3.0  # of the prior's classifier-free guidance, which draws its own samples
 
 
@@ -123,19 +124,20 @@ class States:
     def _parts(self, step: int) -> Iterator[Batch]:
         position = 0
         for kind, plan in self._plans.items():
-            drawn = []
+            found = []
             for draw in plan.batch_for(step):
                 if position % self.world == self.rank:
                     generator = draw.generator(self.config.seed, f"match/{kind}")
-                    drawn.append(self._draw(kind, draw.index, generator))
+                    found.append(self._draw(kind, draw.index, generator))
                 position += 1
-            if drawn:
-                yield Batch(
-                    torch.stack([noisy for noisy, *_ in drawn]),
-                    torch.tensor([timestep for _, timestep, *_ in drawn]),
-                    torch.tensor([place for _, _, place, _ in drawn]),
-                    tuple(size for *_, size in drawn),
-                )
+            if found:
+                noisy, timesteps, places, sizes = zip(*found)
+                yield Batch(torch.stack(noisy), torch.tensor(timesteps), torch.tensor(places), sizes)
+
+    def names_at(self, step: int) -> list[str]:
+        """The pictures of a step, as messages call them."""
+        dataset, plan = self.dataset, self._plans.get("pictures")
+        return [] if dataset is None or plan is None else [dataset.name_of(draw.index) for draw in plan.batch_for(step)]
 
     def _draw(self, kind: str, index: int, generator: torch.Generator) -> tuple[Tensor, int, int, ImageSize]:
         """(noisy latent [C, h, w], timestep, place of its prompt, size) of one state."""
@@ -144,7 +146,7 @@ class States:
         if kind == "pictures":
             assert self.dataset is not None
             place = 0 if emptied else int(torch.randint(1, len(self.texts) + 1, (), generator=generator))
-            picture = self.dataset.draw(index, generator)
+            picture = drawn(self.dataset, index, generator)
             latent, size = picture.latent.float(), ImageSize(picture.original, picture.crop, picture.size)
         else:
             own = self.own[kind]
@@ -180,8 +182,7 @@ def draw_own(
         shape = (prior.latent_channels, side // prior.factor, side // prior.factor)
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         sizes = [size] * len(numbers)
-        empty = texts.conditioning(sizes, torch.zeros_like(places), teacher.device)
-        prompted = texts.conditioning(sizes, places, teacher.device) if len(texts) else empty
+        empty, prompted = texts.pair(sizes, places, teacher.device)
         guidance = teacher.guidance(empty, prompted, sizes) if kind == "trajectories" else None
         if guidance is None:
             guidance = cfg(teacher.before, empty, prompted, OWN_SCALE)
@@ -192,9 +193,9 @@ def draw_own(
             if should_stop():
                 raise Cancelled
 
-        drawn = sample(teacher.guided(guidance), noise.to(teacher.device), sigmas, METHOD, note).cpu()
+        samples = sample(teacher.guided(guidance), noise.to(teacher.device), sigmas, METHOD, note).cpu()
         if kind == "own":
-            kept.append((drawn, places, torch.full_like(places, -1)))
+            kept.append((samples, places, torch.full_like(places, -1)))
         for x, sigma in states if kind == "trajectories" else ():
             timestep = int(prior.schedule.timestep(torch.tensor(sigma), nearest=True))
             kept.append((x / (1 + sigma**2) ** 0.5, places, torch.full_like(places, timestep)))

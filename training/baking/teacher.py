@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +14,7 @@ from ...guidance.networks.low_rank import without_additions
 from ...guidance.null_text import load_unet
 from ...guidance.terms import Source, Term
 from ..domain.losses import abar_at
+from ..domain.previews import Autocast
 from ..prior.prior import ImageSize, Prior
 from .terms import CONTROL, BakedTerm
 
@@ -26,8 +26,8 @@ class Teacher:
     D_u + w_c (D_c - D_u) + sum_i w_i S_i(D_i - R_i), as an output of the prior's network.
 
     unet: the prior's UNet, with or without low-rank additions, which the teacher leaves out. control_weight: w_c; 1 is
-    the first form. dtype: of the terms' models; of everything, where it is computed in half precision. Raises Problem
-    for terms that do not fit together.
+    the first form. terms: as `check_terms` lets them pass. dtype: of the terms' models; of everything, where it is
+    computed in half precision.
     """
 
     def __init__(
@@ -44,7 +44,6 @@ class Teacher:
         self.device = torch.device(device)
         self.before = Denoiser(_Before(unet, dtype), prior.schedule, prior.prediction_type)
         self._models = {term.name: self._denoiser(term, dtype) for term in self.terms}
-        self.guidance({}, {}, [])  # refuses terms that do not fit together before the first step
 
     def _denoiser(self, term: BakedTerm, dtype: torch.dtype) -> Denoiser:
         if term.model is None:
@@ -73,7 +72,7 @@ class Teacher:
         return Guidance(Source(self.before, empty), terms)
 
     def _cond(self, term: BakedTerm, empty: Conditioning, sizes: Sequence[ImageSize]) -> Conditioning:
-        if term.text is None or not sizes:
+        if term.text is None:
             return empty
         return self.prior.conditioning(sizes, term.text, self.device)
 
@@ -100,14 +99,9 @@ class Teacher:
         return output_from_denoised(denoised, x, sigma, self.prior.prediction_type)
 
 
-class _Before(nn.Module):
-    """The prior's UNet without its low-rank additions, in half precision where that is chosen."""
-
-    def __init__(self, unet: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.unet, self.dtype = unet, dtype
+class _Before(Autocast):
+    """The prior's UNet without its low-rank additions."""
 
     def forward(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor:
-        half = torch.autocast(x.device.type, self.dtype) if self.dtype is not torch.float32 else nullcontext()
-        with without_additions(self.unet), half:
-            return self.unet(x, timesteps, **cond).float()
+        with without_additions(self.unet):
+            return super().forward(x, timesteps, **cond)

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor
 
 from ...guidance.combination import Guidance
-from ...guidance.errors import Problem
+from ...guidance.errors import GuidanceError, Problem
 from ...guidance.files import DomainMetadata, FileProblem, check_latent_format, prior_content_hash, read_domain_file
-from ...guidance.schedules import Interval, Weight, as_weight, weight_from_json
+from ...guidance.schedules import Constant, Interval, Weight, as_weight, weight_from_json
 from ...guidance.shaping import Shaping
 from ...guidance.shapings import make_shaping
 from ...guidance.terms import Source, Term
@@ -71,7 +71,8 @@ def open_terms(
 ) -> list[BakedTerm]:
     """The terms that the settings name. domain: instead of the file `config.domain`; more: terms beside them.
 
-    Raises FileProblem for files, ConfigProblem for models that do not belong to the prior.
+    Raises FileProblem for files and for models that do not belong to the prior, ConfigProblem for terms that do not
+    fit together.
     """
     terms, is_connected = [], config.domain.startswith(CONNECTED_PREFIX)
     if domain is None and is_connected and not more:
@@ -114,18 +115,43 @@ def domain_term(name: str, weight: Weight, model: MODEL, prior: Prior, source: s
     return BakedTerm(name, weight, model, **more)
 
 
-def check_terms(terms: list[BakedTerm]) -> None:
-    """Raise ConfigProblem for terms whose sum is not the same for every prompt, Problem for others that do not fit."""
+def check_terms(terms: Sequence[BakedTerm]) -> None:
+    """Raise ConfigProblem for terms whose sum is not the same for every prompt, and for names that do not fit."""
     for term in terms:
         if term.name == CONTROL or CONTROL in (term.reference, *(term.shaping.others if term.shaping else ())):
             raise ConfigProblem(
                 f"terms: expected terms that need no prompt, found {term.name!r}, which is called or reads "
                 f"{CONTROL!r}, the prompt's own; leave it out."
             )
-    if terms:  # names and references
-        Guidance(
-            Source(None), [Term(term.name, None, None, term.weight, term.reference, term.shaping) for term in terms]
+    try:
+        named = [Term(term.name, None, None, term.weight, term.reference, term.shaping) for term in terms]
+        Guidance(Source(None), [Term(CONTROL, None, None, 1.0), *named])
+    except GuidanceError as problem:
+        raise ConfigProblem(f"terms: {problem}") from None
+
+
+def check_not_nothing(config: BakeConfig, terms: Sequence[BakedTerm], prompts: Sequence[str]) -> None:
+    """Raise ConfigProblem where the target is what the prior predicts already."""
+    if not all(_is_zero(term.weight) for term in terms):
+        return
+    if config.target == "domain":
+        raise ConfigProblem("domain_weight: expected a guidance to bake in, found no weight but 0; 1.5 is usual.")
+    if config.control_weight == 1:
+        raise ConfigProblem(
+            "control_weight: expected another number than 1, with which target guided bakes nothing in without a "
+            "domain model, found 1; 3 to 7 are usual."
         )
+    if not prompts or config.empty_share == 1:
+        raise ConfigProblem(
+            "target: expected prompts to match guided at, as without a domain model nothing else is baked in, found "
+            f"{'an empty_share of 1' if prompts else 'none'}; name some in prompt_list or prompt_file."
+        )
+
+
+def _is_zero(weight: Weight) -> bool:
+    if isinstance(weight, Interval):
+        return weight.outside == 0 and _is_zero(as_weight(weight.value))
+    return weight == Constant(0.0)
 
 
 def _read_model(path: str) -> MODEL:
@@ -138,7 +164,10 @@ def _read_terms(path: str, prior: Prior) -> list[BakedTerm]:
     values = read_values(path)
     entries = values.get("terms")
     if not isinstance(entries, list) or not entries or len(values) > 1:
-        raise FileProblem(f"{path}: expected a list of guidance terms in the field terms and nothing else.")
+        fields = ", ".join(values) or "none"
+        raise FileProblem(
+            f"{path}: expected a list of guidance terms in the field terms and nothing else, found the fields {fields}."
+        )
     return [_read_term(entry, path, prior) for entry in entries]
 
 
@@ -148,15 +177,22 @@ def _read_term(entry: Any, path: str, prior: Prior) -> BakedTerm:
             f"{path}: expected terms of name and weight, and of model, prompt, reference and shaping as needed, found "
             f"{entry!r:.120}."
         )
-    texts = {key: entry.get(key) or "" for key in ("name", "model", "prompt", "reference")}
-    if not all(isinstance(text, str) for text in texts.values()) or not texts["name"]:
-        raise FileProblem(f"{path}: expected name, model, prompt and reference of a term as texts, found others.")
+    given = {key: value for key, value in entry.items() if value is not None}
+    texts = {key: given.get(key, "") for key in ("name", "model", "prompt", "reference")}
+    for key, text in texts.items():
+        if not isinstance(text, str) or (key == "name" and not text):
+            raise FileProblem(f"{path}: expected the {key} of a term as a text, found {text!r:.80}.")
+    shaped = given.get("shaping", {})
+    if not isinstance(shaped, Mapping) or (shaped and not isinstance(shaped.get("name"), str)):
+        raise FileProblem(
+            f"{path}: term {texts['name']!r:.80}: expected a shaping as its name and options, found {shaped!r:.80}."
+        )
     try:
-        shaped = dict(entry.get("shaping") or {})
+        shaped = dict(shaped)
         more: dict[str, Any] = {
             "text": prior.encode_text([texts["prompt"]]) if texts["prompt"] else None,
             "reference": texts["reference"] or None,
-            "shaping": make_shaping(shaped.pop("name", None), **shaped) if shaped else None,
+            "shaping": make_shaping(shaped.pop("name"), **shaped) if shaped else None,
         }
         weight = weight_from_json(entry["weight"])
     except FileProblem:

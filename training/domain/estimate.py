@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ...guidance.files import DTYPES
 from ...guidance.networks.unet import UNet
 from ...guidance.networks.unet_layers import ResBlock, TransformerBlock
+from ..data.settings import DataSettings
 from ..engine.processes import pick_precision
 from ..engine.tracing import CUDA_CONTEXT, Trace, bytes_of, free_bytes, memory_text, size_text, trace
 from ..prior.prior import Prior
@@ -71,11 +72,7 @@ def estimate(
         choose_trainable(unet.train(), config.train, config.additions)
         return unet
 
-    traced = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=False)
-    kept = traced.kept
-    if config.gradient_checkpointing:
-        # Only the blocks' inputs stay; during the backward pass one block's activations exist again.
-        kept = trace_unet(prepared, batch, side, tokens, dtype, checkpointing=True).kept + traced.block_bytes
+    traced, kept = trace_step(prepared, batch, side, tokens, dtype, config.gradient_checkpointing)
     total, trainable = traced.parameters, traced.trainable
 
     gradients = 4 * trainable
@@ -86,19 +83,13 @@ def estimate(
         "average": 4 * trainable if config.ema else 0,
     }
     fixed = sum(stays.values()) + (CUDA_CONTEXT if device.type == "cuda" else 0)
-    # Gradients grow while activations are freed, so the most is at the start of the backward pass, at its end (all
-    # gradients and the first block's activations), or in the optimizer. They stay between passes that accumulate.
-    start = kept + 2 * traced.largest + (gradients if config.accumulation > 1 else 0)
-    end = gradients + traced.block_bytes + 2 * traced.largest
-    temporaries = gradients if device.type != "cpu" else 0
-    peak = fixed + max(start, end, gradients + temporaries)
+    peak = fixed + step_peak(traced, kept, gradients, device, gradients if config.accumulation > 1 else 0)
     preview = 0
     if config.sample_every:
         drawn = sum(tensor.numel() for tensor in prior.unet.values()) * preview_dtype(device).itemsize
         preview = fixed + drawn + int(3 * min(config.sample_count, batch) * traced.largest / batch)
 
     available = free_bytes(device)
-    encodings = dataset_size * max(1, config.random_crops) * (2 if config.flip else 1)
     is_lora = config.form == "full" and config.train == "low_rank"  # its file is the additions alone
     return Estimate(
         parameters=total,
@@ -110,11 +101,38 @@ def estimate(
         disk={
             "per checkpoint": 4 * trainable + stays["average"] + stays["optimizer"],
             "for the finished file": (trainable if is_lora else total) * DTYPES[config.file_dtype].itemsize,
-            "of cached latents": encodings * 2 * 4 * prior.latent_channels * side * side,
+            "of cached latents": cached_bytes(prior, config, dataset_size),
         },
         device=str(device),
         advice=_advice(max(peak, preview), fixed + gradients, available, config),
     )
+
+
+def trace_step(
+    make: Callable[[], UNet], batch: int, side: int, tokens: int, dtype: torch.dtype, checkpointing: bool
+) -> tuple[Trace, int]:
+    """(`trace_unet` without gradient checkpointing, bytes that a step's forward pass keeps, with it where asked)."""
+    traced = trace_unet(make, batch, side, tokens, dtype, checkpointing=False)
+    if not checkpointing:
+        return traced, traced.kept
+    # Only the blocks' inputs stay; during the backward pass one block's activations exist again.
+    return traced, trace_unet(make, batch, side, tokens, dtype, checkpointing=True).kept + traced.block_bytes
+
+
+def step_peak(traced: Trace, kept: int, gradients: int, device: torch.device, accumulated: int = 0) -> int:
+    """The most bytes of a step beside what always stays; accumulated: gradients there are when a pass begins."""
+    # Gradients grow while activations are freed, so the most is at the start of the backward pass, at its end (all
+    # gradients and the first block's activations), or in the optimizer. They stay between passes that accumulate.
+    start = kept + 2 * traced.largest + accumulated
+    end = gradients + traced.block_bytes + 2 * traced.largest
+    temporaries = gradients if device.type != "cpu" else 0
+    return max(start, end, gradients + temporaries)
+
+
+def cached_bytes(prior: Prior, config: DataSettings, images: int) -> int:
+    """What the latents of so many images take on the disk, mean and standard deviation."""
+    encodings = images * max(1, config.random_crops) * (2 if config.flip else 1)
+    return encodings * 2 * 4 * prior.latent_channels * (config.resolution // prior.factor) ** 2
 
 
 def trace_unet(

@@ -18,7 +18,7 @@ from ...guidance.diffusion import PREDICTION_TYPES, NoiseSchedule
 from ...guidance.errors import Problem
 from ...guidance.files import DTYPES
 from ...guidance.networks.unet import UNet
-from ..data.latent_dataset import LatentDataset
+from ..data.latent_dataset import LatentDataset, Sample
 from ..data.problems import BadImage, DataProblem
 from ..engine.learner import Learner
 from ..engine.optimizers import build_optimizer
@@ -67,13 +67,7 @@ class DomainLearner(Learner[TrainConfig]):
             raise Problem(f"Prediction type must be one of {PREDICTION_TYPES}, got {prediction_type!r}.")
         processes = processes or OneProcess(config.device)
         check_batch(config.batch_size, processes.world)
-        # Each process has read the images by itself; other numbering in one would mix batches up without a word.
-        if len(set(processes.each(int(dataset.content_hash[:12], 16)))) > 1:
-            raise DataProblem(
-                f"Expected all {processes.world} processes to train on the same images, found "
-                f"{' and '.join(map(str, processes.each(len(dataset))))} images with different content; see that "
-                "all can read the same files, and start again."
-            )
+        check_same_images(dataset, processes)
         self.dataset, self.schedule, self.prediction_type = dataset, schedule, prediction_type
         self.conditioning = conditioning or (lambda sizes: {})
         self.prior, self.traits = prior, dict(traits or {})
@@ -144,12 +138,7 @@ class DomainLearner(Learner[TrainConfig]):
     def _load_pass(self, draws: Sequence[Draw]) -> Pass:
         config, latents, noise, timesteps, sizes = self.config, [], [], [], []
         for draw in draws:
-            try:
-                sample = self.dataset.draw(draw.index, draw.generator(config.seed, "data"))
-            except BadImage as problem:  # it was good when the run began; its reason alone names no file
-                name = self.dataset.name_of(draw.index)
-                told = str(problem) if name in str(problem) else f"{name}: {problem}"
-                raise DataProblem(told) from problem
+            sample = drawn(self.dataset, draw.index, draw.generator(config.seed, "data"))
             generator = draw.generator(config.seed, "noise")
             timesteps.append(draw_timestep(generator, len(self.schedule), config.noisy_share))
             noise.append(draw_noise(generator, tuple(sample.latent.shape), config.noise_offset))
@@ -160,11 +149,7 @@ class DomainLearner(Learner[TrainConfig]):
     # ---- what there is to keep
 
     def own_state(self) -> dict[str, Any]:
-        return {
-            "prior": self.prior,
-            "traits": self.traits,
-            "dataset": {"hash": self.dataset.content_hash, "images": len(self.dataset)},
-        }
+        return {"prior": self.prior, "traits": self.traits, "dataset": dataset_state(self.dataset)}
 
     def check_own_state(self, state: Mapping[str, Any], source: str) -> list[str]:
         """As `Learner.check_own_state`: another prior, VAE, noise or text is refused, other images are a warning.
@@ -177,17 +162,54 @@ class DomainLearner(Learner[TrainConfig]):
                 f"{state['prior'][:12] or 'unknown'} instead of {self.prior[:12] or 'unknown'}); use that one."
             )
         warnings = check_same_prior(self.traits, state.get("traits") or {}, source)
-        if state["dataset"]["hash"] != self.dataset.content_hash:
-            changed = f"({state['dataset']['images']} then, now {len(self.dataset)})"
-            if int(state["step"]) >= self.config.steps:
-                # Its finished file would claim to have learned images that it never saw.
-                raise ConfigProblem(
-                    f"{source}: expected the images that this run learned, found that it is finished and they changed "
-                    f"since {changed}; raise steps to learn those of now too, choose another name for a new run, or "
-                    "bring the earlier ones back."
-                )
-            warnings.append(
-                f"the images changed since {source} was written {changed}; the run goes on with those of now, and its "
-                "weights will differ from an uninterrupted run's."
-            )
-        return warnings
+        is_finished = int(state["step"]) >= self.config.steps
+        return warnings + check_dataset(state["dataset"], self.dataset, is_finished, source)
+
+
+# ---- the images, of every kind of run that learns from some
+
+
+def check_same_images(dataset: LatentDataset, processes: OneProcess) -> None:
+    """Raise DataProblem where the processes have different images.
+
+    Each has read them by itself; other numbering in one would mix batches up without a word.
+    """
+    if len(set(processes.each(int(dataset.content_hash[:12], 16)))) > 1:
+        raise DataProblem(
+            f"Expected all {processes.world} processes to train on the same images, found "
+            f"{' and '.join(map(str, processes.each(len(dataset))))} images with different content; see that "
+            "all can read the same files, and start again."
+        )
+
+
+def drawn(dataset: LatentDataset, index: int, generator: torch.Generator) -> Sample:
+    """`LatentDataset.draw`, whose errors name the image: it was good when the run began. Raises DataProblem."""
+    try:
+        return dataset.draw(index, generator)
+    except BadImage as problem:
+        name = dataset.name_of(index)
+        told = str(problem) if name in str(problem) else f"{name}: {problem}"
+        raise DataProblem(told) from problem
+
+
+def dataset_state(dataset: LatentDataset) -> dict[str, Any]:
+    """What a checkpoint says about the images."""
+    return {"hash": dataset.content_hash, "images": len(dataset)}
+
+
+def check_dataset(before: Mapping[str, Any], dataset: LatentDataset, is_finished: bool, source: str) -> list[str]:
+    """Other images than those of `dataset_state` in `source`, as a warning; refused when no step is left for them."""
+    if before["hash"] == dataset.content_hash:
+        return []
+    changed = f"({before['images']} then, now {len(dataset)})"
+    if is_finished:
+        # Its finished file would claim to have learned images that it never saw.
+        raise ConfigProblem(
+            f"{source}: expected the images that this run learned, found that it is finished and they changed "
+            f"since {changed}; raise steps to learn those of now too, choose another name for a new run, or "
+            "bring the earlier ones back."
+        )
+    return [
+        f"the images changed since {source} was written {changed}; the run goes on with those of now, and its "
+        "weights will differ from an uninterrupted run's."
+    ]

@@ -16,5 +16,6 @@ class PictureSettings(LowRankSettings, DataSettings, PriorSettings, ABC):
     """
 
     min_snr_gamma: float
+    sample_steps: int
     validate_every: int
     held_out_share: float

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from .config import TrainConfig
+    from .picture_settings import PictureSettings
 
 METHOD = "dpmpp_2m"  # as the paper samples
 
@@ -60,20 +61,8 @@ class Preview:
 
         The UNet is used where and as it is. None where should_stop(), asked before every row, broke the drawing off.
         """
-        config, prior, side = self.config, self.prior, self.config.resolution
-        seeds = range(config.seed, config.seed + config.sample_count)
-        noise = prior.noise(seeds, side, side)
-        sigmas = sigmas_uniform(prior.schedule, config.sample_steps).float()
-        rows = self._rows(unet, text)
-        drawn: list[Tensor] = []
-        for _, guidance in rows:
-            if should_stop():
-                return None
-            parts = [part.to(self.device) for part in noise.split(self.batch)]
-            drawn.append(torch.cat([sample(MultiGuidance(guidance), part, sigmas, METHOD).float() for part in parts]))
-        with prior.autoencoder_on(self.device):
-            pictures = [prior.decode(latents).cpu() for latents in drawn]
-        return grid(pictures, [label for label, _ in rows], [f"seed {seed}" for seed in seeds], title)
+        rows = [(label, MultiGuidance(guidance)) for label, guidance in self._rows(unet, text)]
+        return draw_rows(rows, self.prior, self.config, self.device, self.batch, title, should_stop)
 
     def _rows(self, unet: nn.Module, text: Text | None) -> list[tuple[str, Guidance]]:
         """(what stands beside a row, the guidance it is sampled with)."""
@@ -96,6 +85,33 @@ class Preview:
 
     def _prior(self) -> nn.Module:
         return self.prior.load_unet(self.dtype).to(self.device)
+
+
+@torch.no_grad()
+def draw_rows(
+    rows: Sequence[tuple[str, MultiGuidance]],
+    prior: Prior,
+    config: PictureSettings,
+    device: torch.device,
+    batch: int,
+    title: str,
+    should_stop: Callable[[], bool],
+) -> Image | None:
+    """A grid of rows, each what stands beside it and a guidance to sample with, and a column per seed.
+
+    batch: how many are drawn at once. None where should_stop(), asked before every row, broke the drawing off.
+    """
+    side, seeds = config.resolution, range(config.seed, config.seed + config.sample_count)
+    noise, sigmas = prior.noise(seeds, side, side), sigmas_uniform(prior.schedule, config.sample_steps).float()
+    drawn: list[Tensor] = []
+    for _, guidance in rows:
+        if should_stop():
+            return None
+        parts = [part.to(device) for part in noise.split(batch)]
+        drawn.append(torch.cat([sample(guidance, part, sigmas, METHOD).float() for part in parts]))
+    with prior.autoencoder_on(device):
+        pictures = [prior.decode(latents).cpu() for latents in drawn]
+    return grid(pictures, [label for label, _ in rows], [f"seed {seed}" for seed in seeds], title)
 
 
 class Autocast(nn.Module):

@@ -10,6 +10,7 @@ from indomain_guidance.guidance.files import FileProblem, add_lora, read_domain_
 from indomain_guidance.guidance.null_text import load_unet
 from indomain_guidance.training.baking import bake as module
 from indomain_guidance.training.baking.bake import bake
+from indomain_guidance.training.domain import picture_run
 from indomain_guidance.training.engine.checkpoints import find_checkpoints, latest_checkpoint
 from indomain_guidance.training.engine.events import Preparing, Sampled, Step, Stopped, Validated, Warned
 from indomain_guidance.training.engine.settings import ConfigProblem
@@ -66,7 +67,7 @@ def test_stopped_and_resumed_it_ends_with_the_same_bits(states, settings, base, 
 def test_stopped_while_it_draws_it_draws_the_same_later(settings, base, domain):
     config = settings(states=("own",), own_count=9)
     events = []
-    drawing = lambda: any(isinstance(event, Preparing) and event.what == "drawing own" for event in events)  # noqa: E731
+    drawing = lambda: any(isinstance(event, Preparing) and event.what.startswith("drawing") for event in events)  # noqa: E731
     stopped = bake(config, base=base, domain=domain, listener=events.append, should_stop=drawing)
     assert (stopped.status, stopped.step) == ("stopped", 0)
     run(config, base, domain)
@@ -113,7 +114,7 @@ def test_a_dry_run_says_what_it_needs_and_leaves_nothing(settings, base, domain)
     config = settings()
     result, events = run(config, base, domain, dry_run=True)
     assert result.status == "dry_run" and not config.run_folder.exists()
-    assert "matched at 2 prompts beside the empty one\ntrains " in events[-1].estimate
+    assert "matched at 2 prompts and the empty one\ntrains " in events[-1].estimate
 
 
 def test_an_image_tensor_takes_the_place_of_a_folder(settings, base, domain):
@@ -139,7 +140,7 @@ def refusals(prior):
 @pytest.mark.parametrize("message", range(6))
 def test_what_cannot_work_is_refused_before_anything_is_encoded(message, settings, base, domain, monkeypatch):
     words, (changes, other) = list(refusals(base).items())[message]
-    monkeypatch.setattr(module, "open_dataset", lambda *parts, **more: pytest.fail("pictures were encoded"))
+    monkeypatch.setattr(picture_run, "open_dataset", lambda *parts, **more: pytest.fail("pictures were encoded"))
     monkeypatch.setattr(module, "draw_own", lambda *parts, **more: pytest.fail("samples were drawn"))
     config = settings(**changes)
     with pytest.raises((ConfigProblem, FileProblem, ValueError), match=words):

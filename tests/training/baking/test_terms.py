@@ -67,7 +67,7 @@ def test_a_file_of_terms(settings, base, domain, tmp_path):
         ({"terms": [1]}, "expected terms of name and weight"),
         ({"terms": [{"name": "x"}]}, "expected terms of name and weight"),
         ({"terms": [{"name": "x", "weight": 1, "scale": 2}]}, "expected terms of name and weight"),
-        ({"terms": [{"name": 3, "weight": 1}]}, "expected name, model, prompt and reference of a term as texts"),
+        ({"terms": [{"name": 3, "weight": 1}]}, "expected the name of a term as a text, found 3"),
         ({"terms": [{"name": "x", "weight": "strong"}]}, "term 'x': Expected a weight to be a number"),
         ({"terms": [{"name": "x", "weight": {"type": "loud"}}]}, "term 'x': Expected the type of a weight"),
         ({"terms": [{"name": "x", "weight": 1, "shaping": {"name": "loud"}}]}, "term 'x': Expected a shaping of"),
