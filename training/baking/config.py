@@ -172,6 +172,11 @@ class BakeConfig(PictureSettings):
         return (*self.prompt_list, *self.sample_prompts)
 
     @property
+    def needs_tokenizer(self) -> bool:
+        # Terms may have prompts of their own.
+        return super().needs_tokenizer or bool(self.prompt_file or self.random_prompts or self.terms)
+
+    @property
     def memory_advice(self) -> str:
         return (
             f"Baking ran out of memory with batch size {self.batch_size} at {self.resolution} px; use gradient "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...guidance.errors import Problem
 from ...guidance.files import FileProblem
-from ...guidance.plain_json import decode, parse_json
+from ...guidance.plain_json import decode
 from ..engine.randomness import sample_generator
 from ..engine.settings import ConfigProblem
 from ..engine.small_files import read_small
@@ -25,6 +26,7 @@ from .config import BakeConfig
 
 LONGEST = 12  # words of a random prompt
 AT_ONCE = 32  # prompts that are encoded together
+MOST_VOCABULARY = 2**23  # bytes; CLIP's has one million
 _WORD = re.compile(r"[a-z]{3,}</w>")
 
 
@@ -63,7 +65,7 @@ def _text(path: str) -> str:
 
 
 def vocabulary(latent_format: str, tokenizer: str) -> list[str]:
-    """The words of a prior: the mini world's own, or the whole words of CLIP's tokenizer in a folder; none without.
+    """The words of a prior: the mini world's own, or what ends a word in CLIP's tokenizer in a folder; none without.
 
     Raises FileProblem for a folder without a vocabulary.
     """
@@ -72,14 +74,13 @@ def vocabulary(latent_format: str, tokenizer: str) -> list[str]:
     if not tokenizer:
         return []
     path = Path(tokenizer) / "vocab.json"
+    data = read_small(path, "CLIP's vocabulary", MOST_VOCABULARY)
     try:
-        names = parse_json(read_small(path, "CLIP's vocabulary"))
-    except FileProblem:
-        raise
-    except Problem as problem:
-        raise FileProblem(f"{path}: expected CLIP's vocabulary, found a mistake: {problem}.") from None
+        names = json.loads(data)
+    except (ValueError, RecursionError):
+        names = None
     if not isinstance(names, dict):
-        raise FileProblem(f"{path}: expected CLIP's vocabulary, found {type(names).__name__}; name another folder.")
+        raise FileProblem(f"{path}: expected CLIP's vocabulary, words with numbers in JSON, found other text.")
     return [name.removesuffix("</w>") for name in names if _WORD.fullmatch(name)]
 
 

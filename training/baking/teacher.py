@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...guidance.combination import Guidance
-from ...guidance.diffusion import Denoiser, output_from_denoised
+from ...guidance.diffusion import Denoiser, NoiseSchedule, output_from_denoised
 from ...guidance.multi_guidance import MultiGuidance
 from ...guidance.networks.low_rank import without_additions
 from ...guidance.null_text import load_unet
@@ -49,8 +49,12 @@ class Teacher:
         if term.model is None:
             return self.before
         weights, metadata = term.model
-        unet = load_unet(weights, metadata.config, dtype).to(self.device)
-        return Denoiser(unet, self.prior.schedule, metadata.prediction_type or self.prior.prediction_type)
+        unet, prior = load_unet(weights, metadata.config, dtype).to(self.device), self.prior
+        if not metadata.prediction_type:  # a file that says nothing of its noise
+            return Denoiser(unet, prior.schedule, prior.prediction_type)
+        same = metadata.zero_snr == prior.zero_snr
+        schedule = prior.schedule if same else NoiseSchedule.scaled_linear(zero_snr=metadata.zero_snr)
+        return Denoiser(unet, schedule, metadata.prediction_type)
 
     def guidance(
         self,

@@ -125,7 +125,8 @@ def check_terms(terms: Sequence[BakedTerm]) -> None:
             )
     try:
         named = [Term(term.name, None, None, term.weight, term.reference, term.shaping) for term in terms]
-        Guidance(Source(None), [Term(CONTROL, None, None, 1.0), *named])
+        if named:
+            Guidance(Source(None), named)
     except GuidanceError as problem:
         raise ConfigProblem(f"terms: {problem}") from None
 

@@ -177,8 +177,7 @@ def _read_settings(kind: type[Kind], file: str, values: dict[str, Any]) -> Kind:
 def _run(config: PriorSettings, options: argparse.Namespace, resume: bool | str) -> int:
     """Train with these settings; the exit status."""
     config = config.absolute()
-    words = isinstance(config, BakeConfig) and config.random_prompts
-    if (any(config.prompts) or words) and not config.tokenizer:
+    if config.needs_tokenizer and not config.tokenizer:
         config = config.with_changes(tokenizer=comfyui_tokenizer())
     run: Callable[..., Result] = {TrainConfig.kind: train, BakeConfig.kind: bake, AdaptConfig.kind: adapt}[config.kind]
     console = Console(options.json, options.quiet, options.dry_run)

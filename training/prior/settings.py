@@ -35,3 +35,8 @@ class PriorSettings(RunSettings, ABC):
     @abstractmethod
     def prompts(self) -> tuple[str, ...]:
         """The prompts that the run encodes, of which any may be empty."""
+
+    @property
+    def needs_tokenizer(self) -> bool:
+        """Whether a published prior needs a tokenizer for the run."""
+        return any(self.prompts)
