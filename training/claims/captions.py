@@ -79,6 +79,6 @@ class _CaptionedLearner(DomainLearner):
 
 def picture(file: Path) -> Tensor:
     """[1, 3, H, W] in -1..1."""
-    with Image.open(file) as opened:
+    with Image.open(file, formats=("PNG",)) as opened:
         pixels = torch.from_numpy(np.array(opened.convert("RGB")))
     return pixels.permute(2, 0, 1)[None].float() / 127.5 - 1

@@ -83,7 +83,7 @@ def test_it_comes_back_from_json_and_is_told_from_a_training(tmp_path):
     with pytest.raises(ConfigProblem, match="kind: expected adaptation, settings of `indomain adapt`, found .training"):
         AdaptConfig.from_mapping(other.to_dict())
     for values in ({}, {"kind": "sculpture"}, {"kind": ["training"]}):
-        with pytest.raises(ConfigProblem, match="expected the kind of run \\(training or adaptation\\)"):
+        with pytest.raises(ConfigProblem, match="expected the kind of run \\(training, baking, adaptation\\)"):
             kind_of(values)
 
 

@@ -93,8 +93,8 @@ def test_sizes_that_nobody_gives_are_the_priors_own(tiny_checkpoint, tmp_path, m
         return parts.start_model(base, "cached")
 
     class Artist:
-        def __init__(self, *_, **__):
-            pass
+        def __init__(self, prior, weights, metadata, **_):
+            self.prior, self.metadata = prior, metadata
 
         def draw(self, prompts, seeds, settings, *_):
             asked.append((settings.height, settings.width))
