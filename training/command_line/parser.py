@@ -191,7 +191,8 @@ def add_setting(group: Any, field: dataclasses.Field, kind: type) -> None:
     facts = []
     if field.default is not dataclasses.MISSING and field.default not in ((), ""):
         switch = {True: "on", False: "off"} if kind is bool else {}
-        facts.append(f"default {switch.get(field.default, field.default)}")
+        default = " ".join(field.default) if kind is tuple else switch.get(field.default, field.default)
+        facts.append(f"default {default}")
     if kind in (int, float):
         facts.append(f"{about['min']:g} to {about['max']:g}" if about["max"] < 1e5 else f"at least {about['min']:g}")
     told = about["help"] + (f" ({'; '.join(facts)})" if facts else "")

@@ -112,9 +112,7 @@ def _add_start_options(command: argparse.ArgumentParser) -> None:
 
 def _add_run_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="print the settings and the estimate of memory (of training also disk), and stop",
+        "--dry-run", action="store_true", help="print the settings and the estimate of what the run needs, and stop"
     )
     add_output(command, "one JSON object a line, an event each, the result last")
 

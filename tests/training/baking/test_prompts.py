@@ -59,12 +59,47 @@ def test_words_are_whole_ones_of_clips_vocabulary(tmp_path):
     assert random_prompt(["cat", "dog"], 0, 1) == random_prompt(["cat", "dog"], 0, 1)
 
 
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        (None, r"vocab.json: cannot be read as CLIP's vocabulary \(No such file"),
+        ("{", "expected CLIP's vocabulary, words with numbers in JSON, found other text"),
+        ("[" * 100_000, "expected CLIP's vocabulary"),
+        ('["cat</w>"]', "expected CLIP's vocabulary"),
+        (" " * 2**23 + "{}", "expected CLIP's vocabulary of at most 8388608 bytes"),
+    ],
+)
+def test_vocabularies_that_are_none(content, words, tmp_path):
+    if content is not None:
+        (tmp_path / "vocab.json").write_text(content, encoding="utf-8")
+    with pytest.raises(FileProblem, match=words):
+        vocabulary("sd15", str(tmp_path))
+
+
+def test_that_no_words_are_drawn_is_told(settings):
+    told = []
+    assert prompts_of(settings(random_prompts=3), "sd15", told.append) == list(PROMPTS[:2])
+    assert len(told) == 1 and told[0].startswith("random_prompts: expected a vocabulary") and "vocab.json" in told[0]
+    prompts_of(settings(random_prompts=3), "mini_world", told.append)
+    prompts_of(settings(random_prompts=0), "sd15", told.append)
+    assert len(told) == 1
+
+
 def test_conditioning_is_that_of_each_place(base):
     texts = EncodedTexts.of(base, PROMPTS)
     sizes = [ImageSize((64, 64))] * 3
     found = texts.conditioning(sizes, torch.tensor([2, 0, 3]), "cpu")["context"]
     expected = base.encode_text([PROMPTS[1], "", PROMPTS[2]]).context
     assert torch.equal(found, expected)
+
+
+def test_pairs_are_one_object_where_all_are_empty(base):
+    texts, sizes = EncodedTexts.of(base, PROMPTS), [ImageSize((64, 64))] * 2
+    empty, prompted = texts.pair(sizes, torch.tensor([0, 0]), "cpu")
+    assert empty is prompted
+    empty, prompted = texts.pair(sizes, torch.tensor([0, 2]), "cpu")
+    assert torch.equal(empty["context"][1], base.null_context.tensor[0])
+    assert torch.equal(prompted["context"], texts.context[[0, 2]])
 
 
 def test_many_prompts_are_encoded_in_parts():

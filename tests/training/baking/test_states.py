@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
+from indomain_guidance.guidance.null_text import NullContext
 from indomain_guidance.guidance.presets import cfg
 from indomain_guidance.guidance.sampling import sample, sigmas_uniform
 from indomain_guidance.guidance.schedules import Constant
 from indomain_guidance.training.baking.prompts import EncodedTexts
-from indomain_guidance.training.baking.states import OWN_SCALE, Batch, States, draw_own, keep_own, kept_own
+from indomain_guidance.training.baking.states import OWN_SCALE, Batch, OwnSamples, States, draw_own, keep_own, kept_own
 from indomain_guidance.training.baking.teacher import Teacher
 from indomain_guidance.training.baking.terms import BakedTerm
 from indomain_guidance.training.data.problems import Cancelled
 from indomain_guidance.training.engine.randomness import sample_generator
+from indomain_guidance.training.prior.encoded_prompts import EncodedPrompts
 from indomain_guidance.training.prior.prior import ImageSize
 
 from .conftest import PROMPTS, unet_of
@@ -59,6 +63,37 @@ def test_every_kind_has_an_equal_part_and_shapes_are_kept_apart(settings, base, 
         assert len({batch.noisy.shape[1:] for batch in batches}) == len(batches) <= 2
         squares = sum(len(batch.noisy) for batch in batches if batch.noisy.shape[-2:] == (8, 8))
         assert squares in (5, 8)  # 3 pictures of one shape, 3 samples, 2 states
+
+
+def test_sdxl_is_told_the_size_of_each_picture_and_its_own_prompt(settings, base, latents):
+    """Vector conditioning of both prompts, with the sizes that the dataset drew."""
+    pooled = {prompt: torch.randn(1, 16) for prompt in ("", *PROMPTS)}
+    null = NullContext(base.null_context.tensor, {}, pooled[""])
+    texts = {prompt: (base.encode_text([prompt]).context, vector) for prompt, vector in pooled.items()}
+    large = replace(
+        base,
+        config=replace(base.config, adm_in_channels=16 + 6 * 256),
+        null_context=null,
+        text_encoder=EncodedPrompts(texts),
+    )
+    encoded = EncodedTexts.of(large, PROMPTS)
+    for batch in of(settings(states=("pictures",), batch_size=6), large, encoded, latents).batches(3):
+        assert len(batch.sizes) == len(batch.noisy)
+        assert all(size.original[0] - size.target[0] in range(31) for size in batch.sizes)  # as MemoryLatents says
+        empty, prompted = encoded.pair(batch.sizes, batch.places, "cpu")
+        for row, (size, place) in enumerate(zip(batch.sizes, batch.places.tolist())):
+            for found, prompt in ((empty, ""), (prompted, ("", *PROMPTS)[place])):
+                alone = large.conditioning([size], large.encode_text([prompt]))
+                assert torch.equal(found["y"][row], alone["y"][0])
+                assert torch.equal(found["context"][row], alone["context"][0])
+
+
+def test_a_step_names_its_pictures(settings, base, texts, latents):
+    config = settings(states=("pictures",), batch_size=6)
+    names = of(config, base, texts, latents).names_at(2)
+    assert len(names) == 6 and all(name.startswith("image-") for name in names)
+    own = {"own": OwnSamples(torch.zeros(2, 4, 8, 8), torch.zeros(2).long(), torch.zeros(2).long(), None)}
+    assert of(settings(states=("own",)), base, texts, None, own).names_at(2) == []
 
 
 def test_processes_share_a_step(settings, base, texts, latents):

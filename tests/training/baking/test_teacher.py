@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from indomain_guidance.guidance import presets
-from indomain_guidance.guidance.diffusion import Denoiser, denoised_from_output, output_from_denoised
+from indomain_guidance.guidance.diffusion import Denoiser, NoiseSchedule, denoised_from_output, output_from_denoised
 from indomain_guidance.guidance.frequency import Bands
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
 from indomain_guidance.guidance.networks.low_rank import add_low_rank, low_rank_layers
@@ -14,8 +16,9 @@ from indomain_guidance.guidance.sampling import sample, sigmas_uniform
 from indomain_guidance.guidance.schedules import Constant, Interval, Keyframes
 from indomain_guidance.training.baking.teacher import Teacher
 from indomain_guidance.training.baking.terms import BakedTerm
+from indomain_guidance.training.prior.prior import ImageSize
 
-from .conftest import base_of, domain_of, unet_of
+from .conftest import PROMPTS, base_of, domain_of, unet_of
 
 KINDS = ("epsilon", "v_prediction", "sample")
 
@@ -66,6 +69,40 @@ def test_it_is_the_formula_in_every_parameterisation(kind, domain_kind):
     teacher = Teacher(prior, unet_of(prior), [term(domain)])
     found = teacher.target(noisy, timesteps, *texts_of(prior), [])
     torch.testing.assert_close(found, by_hand(prior, domain, noisy, timesteps, 1.5), rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_domain_model_of_another_noise_schedule_is_asked_at_its_own_timesteps():
+    """A zero-SNR v-model beside a prior of the usual schedule: the same sigma is another timestep."""
+    prior = base_of()
+    weights, metadata = domain_of(prior, "v_prediction")
+    domain, (noisy, timesteps) = (weights, replace(metadata, zero_snr=True)), latents()
+    found = Teacher(prior, unet_of(prior), [term(domain)]).target(noisy, timesteps, *texts_of(prior), [])
+    sigma, empty = prior.schedule.sigmas[timesteps], texts_of(prior)[0]
+    x = noisy * (sigma**2 + 1).sqrt().view(-1, 1, 1, 1)
+    other = NoiseSchedule.scaled_linear(zero_snr=True)
+    assert not torch.equal(other.timestep(sigma, nearest=True).long(), timesteps)
+    d = Denoiser(load_unet(weights, metadata.config), other, "v_prediction")(x, sigma)
+    plain = Denoiser(unet_of(prior), prior.schedule)
+    u, c = (plain(x, sigma, **cond) for cond in (empty, texts_of(prior)[1]))
+    expected = output_from_denoised(c + 1.5 * (d - u), x, sigma.view(-1, 1, 1, 1), "epsilon")
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+    # A file that says nothing of its noise has the prior's.
+    nothing = replace(metadata, zero_snr=False, prediction_type=None)
+    assert Teacher(prior, unet_of(prior), [term((weights, nothing))])._models["domain"].schedule is prior.schedule
+
+
+@torch.no_grad()
+def test_a_term_has_its_own_fixed_prompt(base, domain):
+    """Minus half of what a prompt says, whatever the prompt of the latent."""
+    noisy, timesteps = latents()
+    text, sizes = base.encode_text([PROMPTS[0]]), [ImageSize((64, 64))] * 3
+    less = BakedTerm("less", Constant(-0.5), None, text)
+    found = Teacher(base, unet_of(base), [less]).target(noisy, timesteps, *texts_of(base), sizes)
+    own, (empty, prompted) = unet_of(base), texts_of(base)
+    fixed = {"context": text.context.expand(3, -1, -1)}
+    u, c, f = (own(noisy, timesteps, **cond) for cond in (empty, prompted, fixed))
+    torch.testing.assert_close(found, c - 0.5 * (f - u), rtol=1e-3, atol=1e-3)
 
 
 def test_output_and_denoised_are_each_others_inverse():

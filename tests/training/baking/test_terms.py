@@ -10,7 +10,7 @@ import torch
 from indomain_guidance.guidance.files import FileProblem, write_domain_file
 from indomain_guidance.guidance.frequency import Bands
 from indomain_guidance.guidance.schedules import Constant, Interval
-from indomain_guidance.training.baking.terms import BakedTerm, check_terms, open_terms
+from indomain_guidance.training.baking.terms import BakedTerm, check_not_nothing, check_terms, open_terms
 from indomain_guidance.training.engine.settings import ConfigProblem
 from indomain_guidance.training.prior.opening import open_prior
 
@@ -71,7 +71,14 @@ def test_a_file_of_terms(settings, base, domain, tmp_path):
         ({"terms": [{"name": "x", "weight": "strong"}]}, "term 'x': Expected a weight to be a number"),
         ({"terms": [{"name": "x", "weight": {"type": "loud"}}]}, "term 'x': Expected the type of a weight"),
         ({"terms": [{"name": "x", "weight": 1, "shaping": {"name": "loud"}}]}, "term 'x': Expected a shaping of"),
-        ({"terms": [{"name": "x", "weight": 1, "shaping": 3}]}, "term 'x'"),
+        ({"terms": [{"name": "x", "weight": 1, "shaping": 3}]}, "term 'x': expected a shaping as its name and options"),
+        ({"terms": [{"name": "x", "weight": 1, "shaping": "mean"}]}, "term 'x': expected a shaping as its name"),
+        ({"terms": [{"name": "x", "weight": 1, "shaping": {"name": ["mean"]}}]}, "term 'x': expected a shaping as"),
+        ({"terms": [{"name": "x", "weight": 1, "shaping": {"name": "mean", "loud": 1}}]}, "term 'x': Expected options"),
+        ({"terms": [{"name": "", "weight": 1}]}, "expected the name of a term as a text, found ''"),
+        ({"terms": [{"name": "x", "weight": 1, "prompt": []}]}, r"expected the prompt of a term as a text, found \[\]"),
+        ({"terms": [{"name": "x", "weight": {"type": "interval", "value": 1}}]}, "term 'x': Expected the fields of"),
+        ({"terms": [{"name": "x", "weight": float("nan")}]}, "found a mistake: NaN, which is no number in JSON"),
         ({"terms": [{"name": "x", "weight": 1, "prompt": "unseen"}]}, "term 'x': .*prompts that were encoded"),
         ({"terms": [{"name": "x", "weight": 1, "model": "none.safetensors"}]}, "none.safetensors"),
     ],
@@ -80,6 +87,32 @@ def test_files_that_name_no_terms(content, words, settings, base, tmp_path):
     (tmp_path / "terms.json").write_text(json.dumps(content), encoding="utf-8")
     with pytest.raises(FileProblem, match=words):
         open_terms(settings(domain="", terms=str(tmp_path / "terms.json")), base)
+
+
+@pytest.mark.parametrize(
+    "written", ["name = 'x'", "[[terms]]\nname = 'x'\nweight = nan", "terms = 3", "[[terms]]\nname="]
+)
+def test_toml_that_names_no_terms(written, settings, base, tmp_path):
+    (tmp_path / "terms.toml").write_text(written, encoding="utf-8")
+    with pytest.raises(FileProblem, match=r"terms\.toml: "):
+        open_terms(settings(domain="", terms=str(tmp_path / "terms.toml")), base)
+
+
+@pytest.mark.parametrize("name", ["gone.json", "folder.json", "terms.yaml"])
+def test_what_is_no_file_of_terms(name, settings, base, tmp_path):
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(FileProblem, match=name):
+        open_terms(settings(domain="", terms=str(tmp_path / name)), base)
+
+
+def test_weights_of_zero_are_nothing(settings, base, domain):
+    zero = [Constant(0), Interval(0.0, 0.2, 1.0), Interval(Constant(0), 0.0, 0.5)]
+    for config, weights in ((settings(), zero), (settings(domain="", target="guided", control_weight=1), [])):
+        with pytest.raises(ConfigProblem, match="bake"):
+            check_not_nothing(config, [BakedTerm("x", weight, domain) for weight in weights], ["a circle"])
+    for weight in (Constant(0.1), Interval(0.0, 0.0, 0.5, outside=1.0)):
+        check_not_nothing(settings(), [BakedTerm("x", weight, domain), BakedTerm("y", zero[0], domain)], [])
+    check_not_nothing(settings(target="guided"), [BakedTerm("x", zero[0], domain)], ["a circle"])
 
 
 def test_terms_that_need_the_prompt_are_refused(settings, base, tmp_path):
