@@ -75,7 +75,7 @@ class BakeConfig(PictureSettings):
     )
     control_weight: float = baked(
         3.0,
-        "target guided: weight of the prompt that is baked in; sample grids of target domain: their CFG",
+        "target guided: weight of the prompt that is baked in; target domain: CFG of sample grids and trajectories",
         min=-100.0,
         max=100.0,
     )

@@ -170,7 +170,8 @@ def draw_own(
 ) -> OwnSamples:
     """Samples of the prior at the run's prompts ("own"), or every state on the way of guided ones ("trajectories").
 
-    Sample n depends on the seed and n alone. Raises Cancelled when should_stop() asks to stop.
+    Guided ones have the weight of the prompt that the baked model will be sampled with (`config.control_weight`), also
+    where that is no part of the target. Sample n depends on the seed and n alone. Raises Cancelled when should_stop() asks to stop.
     """
     prior, side = teacher.prior, config.resolution
     size, sigmas = ImageSize((side, side)), sigmas_uniform(prior.schedule, config.own_steps).float()
@@ -183,8 +184,9 @@ def draw_own(
         noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
         sizes = [size] * len(numbers)
         empty, prompted = texts.pair(sizes, places, teacher.device)
-        guidance = teacher.guidance(empty, prompted, sizes) if kind == "trajectories" else None
-        if guidance is None:
+        if kind == "trajectories":
+            guidance = teacher.guidance(empty, prompted, sizes, config.control_weight)
+        else:
             guidance = cfg(teacher.before, empty, prompted, OWN_SCALE)
         states: list[tuple[Tensor, float]] = []
 

@@ -9,7 +9,7 @@ import torch
 from indomain_guidance.guidance.diffusion import Denoiser
 from indomain_guidance.guidance.multi_guidance import MultiGuidance
 from indomain_guidance.guidance.null_text import NullContext
-from indomain_guidance.guidance.presets import cfg
+from indomain_guidance.guidance.presets import cfg, in_domain
 from indomain_guidance.guidance.sampling import sample, sigmas_uniform
 from indomain_guidance.guidance.schedules import Constant
 from indomain_guidance.training.baking.prompts import EncodedTexts
@@ -129,6 +129,22 @@ def test_trajectories_are_the_states_of_guided_sampling(settings, base, texts, t
     for noisy, timestep, place in zip(drawn.noisy, drawn.timesteps, drawn.places):
         (index,) = [n for n, latent in enumerate(own.latents) if torch.equal(latent, noisy)]
         assert (own.timesteps[index], own.places[index]) == (timestep, place)
+
+
+def test_trajectories_are_those_of_sampling_with_the_baked_model(settings, texts, teacher):
+    """In-domain guidance at the prompt's weight, though the target is the domain's guidance alone."""
+    config = settings(own_count=1, own_steps=4, control_weight=5.0)
+    own = draw_own(config, texts, teacher, "trajectories")
+    noise = torch.randn(4, 8, 8, generator=sample_generator(config.seed, 0, 0, "own/trajectories"))[None]
+    empty, prompted = texts.pair([own.size], own.places[:1], "cpu")
+    steps = []
+    with torch.no_grad():
+        domain = teacher._models["domain"]
+        guidance = MultiGuidance(in_domain(teacher.before, domain, empty, prompted, 1.5, 5.0))
+        sample(guidance, noise, sigmas_uniform(texts.prior.schedule, 4).float(), "dpmpp_2m", steps.append)
+    for found, step in zip(own.latents, steps, strict=True):
+        expected = step["x"][0] / (1 + step["sigma"] ** 2) ** 0.5
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_drawing_can_be_stopped(settings, texts, teacher):
