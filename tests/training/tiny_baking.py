@@ -34,9 +34,12 @@ tiny_run = _tiny_run()
 
 
 def base_of(prediction_type: str = "epsilon") -> Prior:
-    """The prior with three encoded prompts."""
+    """The prior with three encoded prompts, which its predictions depend on."""
     prior = tiny_run.tiny_base(prediction_type)
     generator = torch.Generator().manual_seed(9)
+    for tensor in prior.unet.values():  # layers that begin at zero would leave the text out
+        if tensor.ndim > 1 and not tensor.any():
+            tensor.normal_(std=0.2, generator=generator)
     width = prior.config.context_dim or 0
     texts = {prompt: (torch.randn(1, 7, width, generator=generator), None) for prompt in PROMPTS}
     prior.text_encoder = EncodedPrompts({"": (prior.null_context.tensor, None), **texts}, "tiny")

@@ -171,7 +171,8 @@ def draw_own(
     """Samples of the prior at the run's prompts ("own"), or every state on the way of guided ones ("trajectories").
 
     Guided ones have the weight of the prompt that the baked model will be sampled with (`config.control_weight`), also
-    where that is no part of the target. Sample n depends on the seed and n alone. Raises Cancelled when should_stop() asks to stop.
+    where that is no part of the target. Sample n depends on the seed and n alone. Raises Cancelled when should_stop()
+    asks to stop.
     """
     prior, side = teacher.prior, config.resolution
     size, sigmas = ImageSize((side, side)), sigmas_uniform(prior.schedule, config.own_steps).float()
