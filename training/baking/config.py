@@ -83,8 +83,8 @@ class BakeConfig(PictureSettings):
     # matching
     states: tuple[str, ...] = matching(
         ("pictures", "own"),
-        "what is noised to match the guidance on, in equal parts: pictures (of data), own (the prior's own samples of "
-        "the prompts), trajectories (states on the way of guided sampling)",
+        "what the guidance is matched on, in equal parts: pictures (of data, noised), own (the prior's own samples at "
+        "the prompts, noised), trajectories (what guided sampling at control_weight passes through)",
         max=3,
     )
     own_count: int = matching(
@@ -137,10 +137,19 @@ class BakeConfig(PictureSettings):
     )
     sample_steps: int = reporting(20, "sampling steps of the grid", min=1, max=1000, free=True)
     validate_every: int = reporting(
-        250, "steps between matches on held-out pictures; 0: none", min=0, max=10_000_000, free=True
+        250,
+        "steps between looks at the mismatch on held-out pictures, the share of the guidance that is still missing (1: "
+        "all, 0: none); 0: never",
+        min=0,
+        max=10_000_000,
+        free=True,
     )
     held_out_share: float = reporting(
-        0.05, "share of the pictures kept out of training (at most 64) for that match; 0: none", min=0.0, max=0.5
+        0.05,
+        "share of the pictures kept out of training (at most 64) for that; 0, or validate_every 0 when a run begins: "
+        "none",
+        min=0.0,
+        max=0.5,
     )
     file_dtype: str = inherited("file_dtype", "fp16")
 
