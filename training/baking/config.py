@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from ..data.settings import DataSettings
 from ..domain.picture_settings import PictureSettings
 from ..engine.settings import CONNECTED_PREFIX, ConfigProblem, changed, group
 from ..prior.settings import PriorSettings
@@ -104,9 +103,6 @@ class BakeConfig(PictureSettings):
     train: str = model(
         "low_rank", "what learns: low-rank additions, for a LoRA, or all weights, for a whole UNet", choices=TRAINS
     )
-
-    # data
-    buckets: bool = changed(DataSettings, "buckets", True)
 
     # optimisation
     steps: int = inherited("steps", 1000)

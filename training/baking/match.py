@@ -34,8 +34,8 @@ def unmatched(
 
     |output - target|^2 / |prior's output - target|^2, summed over the latents: 1 is the prior as it was, 0 the guidance
     itself. latents: scaled, [C, h, w]; keys: what stands for each; sizes: what SDXL is told of each, None for their
-    own. Noise and prompt of a latent depend on (seed, key,
-    timestep) alone. NaN and nothing when should_stop() asks to stop. Where nothing is baked in at a level it has none.
+    own. Noise and prompt of a latent depend on (seed, key, timestep) alone. NaN and nothing when should_stop() asks to
+    stop. Where nothing is baked in at a level it has none.
     """
     prior, device = teacher.prior, teacher.device
     if sizes is None:

@@ -49,9 +49,7 @@ class BakePreview:
             # With the whole guided prediction baked in, the model alone is CFG 1.
             alone = 1.0 if self.config.target == "guided" or not prompt else scale
             plain = cfg(baked, empty, prompted, alone)
-            guided = teacher.guidance(empty, prompted, size)
-            if self.config.target == "domain" and prompt:
-                guided = teacher.guidance(empty, prompted, size, scale)
+            guided = teacher.guidance(empty, prompted, size, scale if prompt else None)
             label = prompt or "no prompt"
             rows.append((f"{label} (baked, CFG {alone:g})", teacher.guided(plain)))
             rows.append((f"{label} (guidance)", teacher.guided(guided)))
