@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -41,15 +40,7 @@ class BakeLearner(Learner[BakeConfig]):
         self._model = processes.wrap(trainee.unet)
 
     def backward(self) -> Tensor:
-        batches, total = self.states.batches(self.step), torch.zeros((), device=self.device)
-        for number, batch in enumerate(batches):
-            last = number == len(batches) - 1
-            with nullcontext() if last else self.processes.accumulating(self._model):
-                loss = self._losses(batch).sum() / self.config.batch_size
-                # Several processes average their gradients: times their number that is the sum.
-                self.scaler.scale(loss * self.processes.world).backward()
-            total += loss.detach()
-        return total
+        return self.backward_over(self.states.batches(self.step), self._losses, self._model, self.config.batch_size)
 
     def share_gradients(self) -> None:
         """Nothing to do: DistributedDataParallel shares them in the backward pass."""

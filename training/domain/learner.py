@@ -92,16 +92,7 @@ class DomainLearner(Learner[TrainConfig]):
     # ---- one step
 
     def backward(self) -> Tensor:
-        passes = self._passes(self.step)
-        total = torch.zeros((), device=self.device)
-        for number, batch in enumerate(passes):
-            last = number == len(passes) - 1
-            with nullcontext() if last else self.processes.accumulating(self._model):
-                loss = self._losses(batch).sum() / self.config.global_batch
-                # Several processes average their gradients: times their number that is the sum.
-                self.scaler.scale(loss * self.processes.world).backward()
-            total += loss.detach()
-        return total
+        return self.backward_over(self._passes(self.step), self._losses, self._model, self.config.global_batch)
 
     def share_gradients(self) -> None:
         """Nothing to do: DistributedDataParallel shares them in the backward pass."""

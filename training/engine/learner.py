@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -91,6 +92,24 @@ class Learner(ABC, Generic[Config]):
 
         NaN where there is none. The loss must be scaled by `scaler` before its backward pass.
         """
+
+    def backward_over(
+        self, passes: Sequence[Any], losses: Callable[[Any], Tensor], model: nn.Module, count: int
+    ) -> Tensor:
+        """`backward` of a step of several passes; losses(one of them): those of its samples [B].
+
+        model: as `OneProcess.wrap` gave it; its gradients are shared in the last pass. count: samples of the global
+        batch, over which the loss is a mean.
+        """
+        total = torch.zeros((), device=self.device)
+        for number, batch in enumerate(passes):
+            last = number == len(passes) - 1
+            with nullcontext() if last else self.processes.accumulating(model):
+                loss = losses(batch).sum() / count
+                # Several processes average their gradients: times their number that is the sum.
+                self.scaler.scale(loss * self.processes.world).backward()
+            total += loss.detach()
+        return total
 
     def share_gradients(self) -> None:
         """Bring the mean of all processes' gradients into each of them."""
